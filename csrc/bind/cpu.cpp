@@ -1,0 +1,86 @@
+// CPU kernels for Python. Tables arrive as addresses of int64 rows whose columns are the fields of kernels.h.
+#include <new>
+
+#include "bind.h"
+#include "fastlora/kernels.h"
+
+namespace py = pybind11;
+
+namespace fastlora {
+namespace {
+
+template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+void check(int status) {
+    if (status == kOutOfMemory) throw std::bad_alloc();
+}
+
+static_assert(sizeof(Matrix) == 5 * 8 && sizeof(GramBlock) == 4 * 8 && sizeof(GramTask) == 5 * 8);
+static_assert(sizeof(Term) == 6 * 8 && sizeof(CombineOutput) == 3 * 8 && sizeof(CombineTask) == 5 * 8);
+
+}  // namespace
+
+void bind_cpu(py::module_& m) {
+    m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
+    m.def(
+        "gram",
+        [](uintptr_t factors, uintptr_t tasks, uintptr_t blocks, int64_t n_tasks, int threads) {
+            py::gil_scoped_release release;
+            check(kernels().gram(at<const Matrix>(factors), at<const GramTask>(tasks), at<const GramBlock>(blocks),
+                                 n_tasks, threads));
+        },
+        py::arg("factors"), py::arg("tasks"), py::arg("blocks"), py::arg("n_tasks"), py::arg("threads"));
+    m.def(
+        "combine",
+        [](uintptr_t factors, uintptr_t tasks, uintptr_t outputs, uintptr_t matrices, uintptr_t terms, int64_t n_tasks,
+           int threads) {
+            py::gil_scoped_release release;
+            check(kernels().combine(at<const Matrix>(factors), at<const CombineTask>(tasks),
+                                    at<const CombineOutput>(outputs), at<const Matrix>(matrices), at<const Term>(terms),
+                                    n_tasks, threads));
+        },
+        py::arg("factors"), py::arg("tasks"), py::arg("outputs"), py::arg("matrices"), py::arg("terms"),
+        py::arg("n_tasks"), py::arg("threads"));
+    m.def(
+        "chain",
+        [](uintptr_t left, uintptr_t right, uintptr_t floor, uintptr_t basis, uintptr_t values, uintptr_t shared,
+           uintptr_t kept, uintptr_t sigma, uintptr_t info, int64_t groups, int64_t k, int64_t r, int64_t width,
+           int64_t kind, double threshold, double rtol, int64_t rank, double energy, int threads) {
+            const ChainArgs args{at<const double>(left), at<const double>(right), at<const double>(floor),
+                                 at<double>(basis),      at<double>(values),      at<int64_t>(shared),
+                                 at<int64_t>(kept),      at<double>(sigma),       at<int32_t>(info),
+                                 groups, k, r, width, kind, threshold, rtol, rank, energy, threads};
+            py::gil_scoped_release release;
+            check(kernels().chain(args));
+        },
+        py::arg("left"), py::arg("right"), py::arg("floor"), py::arg("basis"), py::arg("values"), py::arg("shared"),
+        py::arg("kept"), py::arg("sigma"), py::arg("info"), py::arg("groups"), py::arg("k"), py::arg("r"),
+        py::arg("width"), py::arg("kind"), py::arg("threshold"), py::arg("rtol"), py::arg("rank"), py::arg("energy"),
+        py::arg("threads"));
+    m.def(
+        "eigh",
+        [](uintptr_t a, uintptr_t values, uintptr_t vectors, uintptr_t info, int64_t batch, int n, bool is_double,
+           int threads) {
+            py::gil_scoped_release release;
+            check(is_double ? kernels().eigh_f64(at<const double>(a), at<double>(values), at<double>(vectors),
+                                                 at<int32_t>(info), batch, n, threads)
+                            : kernels().eigh_f32(at<const float>(a), at<float>(values), at<float>(vectors),
+                                                 at<int32_t>(info), batch, n, threads));
+        },
+        py::arg("a"), py::arg("values"), py::arg("vectors"), py::arg("info"), py::arg("batch"), py::arg("n"),
+        py::arg("is_double"), py::arg("threads"));
+    m.def(
+        "svd",
+        [](uintptr_t a, uintptr_t ut, uintptr_t s, uintptr_t vt, uintptr_t info, int64_t batch, int p, int q,
+           bool is_double, int threads) {
+            py::gil_scoped_release release;
+            check(is_double ? kernels().svd_f64(at<const double>(a), at<double>(ut), at<double>(s), at<double>(vt),
+                                                at<int32_t>(info), batch, p, q, threads)
+                            : kernels().svd_f32(at<const float>(a), at<float>(ut), at<float>(s), at<float>(vt),
+                                                at<int32_t>(info), batch, p, q, threads));
+        },
+        py::arg("a"), py::arg("ut"), py::arg("s"), py::arg("vt"), py::arg("info"), py::arg("batch"), py::arg("p"),
+        py::arg("q"), py::arg("is_double"), py::arg("threads"));
+}
+
+}  // namespace fastlora

@@ -1,0 +1,7 @@
+#include "bind.h"
+
+PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
+    m.doc() = "fastlora compiled kernels: addresses in, status out. The callers in fastlora/backends check everything.";
+    fastlora::bind_cpu(m);
+    fastlora::bind_cuda(m);
+}

@@ -1,0 +1,329 @@
+// chain: from the Gram blocks of one group of modules to the shared directions of every module, MATH (1)-(6), (10).
+//   whitening  Gᴬ = L Lᵀ,  Lᵀ Gᴮ L = V Σ² Vᵀ,  T = L V Σ⁻¹         MATH (3): U = B T is orthonormal, σ are those of BA
+//   product    M = (U₁ᵀU₂)…(U_{k-1}ᵀU_k)(U_kᵀU₁)                    MATH (5), real Schur form
+//   palindrome M = C Cᵀ, C = (U₁ᵀU₂)…(U_{k-1}ᵀU_k)                  from the SVD of C; also product for k = 2
+//   mean       M = (1/k) [U_iᵀU_j]                                   symmetric, order k·r
+// One adapter (k = 1) is the whitening alone: basis = T, all its eigenvalues 1.
+// Everything is float64: the Gram matrix has the square of its factors' condition number, and nothing here is large.
+// Floor: about 9·k·r³ (two eigendecompositions a whitening) + 2·k·r³ (blocks) + 10·r³ operations a module; the
+// blocks, k²·r² values, are read once.
+#include "passes.h"
+#include "solvers.h"
+
+namespace fastlora::FASTLORA_ISA {
+namespace {
+
+enum Kind : int64_t { kProduct = 0, kPalindrome = 1, kMean = 2 };
+
+// c [m, n] (+)= op(a) · b with row-major operands; a is [m, k], or [k, m] when transposed.
+void multiply(int m, int n, int k, const double* a, int64_t a_stride, bool a_transposed, const double* b,
+              int64_t b_stride, double* c, int64_t c_stride) {
+    for (int i = 0; i < m; ++i) {
+        double* row = c + i * c_stride;
+        for (int j = 0; j < n; ++j) row[j] = 0.0;
+        for (int p = 0; p < k; ++p) {
+            const double left = a_transposed ? a[p * a_stride + i] : a[i * a_stride + p];
+            const double* right = b + p * b_stride;
+            for (int j = 0; j < n; ++j) row[j] += left * right[j];
+        }
+    }
+}
+
+// c [m, n] = a [m, k] · b [n, k]ᵀ
+void multiply_by_transpose(int m, int n, int k, const double* a, int64_t a_stride, const double* b, int64_t b_stride,
+                           double* c, int64_t c_stride) {
+    for (int i = 0; i < m; ++i)
+        for (int j = 0; j < n; ++j) {
+            double sum = 0.0;
+            for (int p = 0; p < k; ++p) sum += a[i * a_stride + p] * b[j * b_stride + p];
+            c[i * c_stride + j] = sum;
+        }
+}
+
+struct Buffers {
+    double *values, *vectors;  // [N, r], [N, r, r] of the eigendecompositions; N = groups · k
+    double *root, *core;       // L and LᵀGᴮL, then T in `root`: [N, r, r]
+    double *chain, *left, *singular, *right;  // [groups, ·]: chain matrix, its left vectors, values, right vectors
+    int32_t *info_a, *info_b;  // [N]
+    int32_t* info_chain;       // [groups]
+};
+
+size_t lay_out(char* base, const ChainArgs& a, Buffers& b) {
+    Arena arena(base);
+    const size_t n = size_t(a.groups * a.k), r = size_t(a.r), w = size_t(a.width), g = size_t(a.groups);
+    b.values = arena.take<double>(n * r);
+    b.vectors = arena.take<double>(n * r * r);
+    b.root = arena.take<double>(n * r * r);
+    b.core = arena.take<double>(n * r * r);
+    b.chain = arena.take<double>(g * w * w);
+    b.left = arena.take<double>(g * w * w);
+    b.singular = arena.take<double>(g * w);
+    b.right = arena.take<double>(a.kind == kMean ? 0 : g * w * w);
+    b.info_a = arena.take<int32_t>(n);
+    b.info_b = arena.take<int32_t>(n);
+    b.info_chain = arena.take<int32_t>(g);
+    return arena.used();
+}
+
+// G_ij [r, r] of the projected side; only blocks i <= j are filled in.
+const double* block(const ChainArgs& a, int64_t group, int64_t i, int64_t j) {
+    return a.left + ((group * a.k + i) * a.k + j) * a.r * a.r;
+}
+
+// Columns of L: eigenvectors of Gᴬ times the root of their eigenvalue; directions at the rounding level are dropped.
+void take_root(const double* values, const double* vectors, int r, double* root) {
+    const double least = values[r - 1] * r * 4 * kEpsilon<double>;
+    for (int j = 0; j < r; ++j) {
+        const double scale = values[j] > least && values[j] > 0.0 ? sqrt_(values[j]) : 0.0;
+        for (int i = 0; i < r; ++i) root[i * r + j] = scale == 0.0 ? 0.0 : vectors[j * r + i] * scale;
+    }
+}
+
+// How many of the descending singular values stay: noise floor, then rank, then share of the energy.
+int64_t directions_kept(const double* sigma, const ChainArgs& a, double floor) {
+    const double least = max_(a.rtol * sigma[0], floor);
+    int64_t count = 0;
+    double total = 0.0, kept = 0.0;
+    while (count < a.r && sigma[count] > least && sigma[count] > 0.0) total += sigma[count] * sigma[count], ++count;
+    if (a.rank > 0) count = min_(count, a.rank);
+    if (a.energy < 1.0) {
+        int64_t enough = 0;
+        while (enough < count && kept < a.energy * total) kept += sigma[enough] * sigma[enough], ++enough;
+        count = enough;
+    }
+    return count;
+}
+
+// T = L V Σ⁻¹ over the kept directions, in place of L; the other columns are zero.
+void whiten(const ChainArgs& a, int64_t index, const Buffers& b, double* scratch) {
+    const int r = int(a.r);
+    const double *values = b.values + index * r, *vectors = b.vectors + index * r * r;
+    double *root = b.root + index * r * r, *sigma = a.sigma + index * r;
+    for (int j = 0; j < r; ++j) sigma[j] = sqrt_(max_(values[r - 1 - j], 0.0));
+    const int64_t kept = directions_kept(sigma, a, a.floor[index]);
+    a.kept[index] = kept;
+    for (int i = 0; i < r; ++i) {
+        for (int j = 0; j < r; ++j) scratch[j] = 0.0;
+        for (int j = 0; j < kept; ++j) {
+            const double* vector = vectors + (r - 1 - j) * r;
+            double sum = 0.0;
+            for (int p = 0; p < r; ++p) sum += root[i * r + p] * vector[p];
+            scratch[j] = sum / sigma[j];
+        }
+        for (int j = 0; j < r; ++j) root[i * r + j] = scratch[j];
+    }
+}
+
+// U_iᵀU_j = T_iᵀ G_ij T_j, i < j, MATH (2).
+void overlap(const ChainArgs& a, const Buffers& b, int64_t group, int64_t i, int64_t j, double* out, int64_t out_stride,
+             double* scratch) {
+    const int r = int(a.r);
+    const double *ti = b.root + (group * a.k + i) * r * r, *tj = b.root + (group * a.k + j) * r * r;
+    multiply(r, r, r, block(a, group, i, j), r, false, tj, r, scratch, r);
+    multiply(r, r, r, ti, r, true, scratch, r, out, out_stride);
+}
+
+// C = (U₁ᵀU₂)…(U_{k-1}ᵀU_k) in b.chain; the identity on the kept directions for k = 1.
+void multiply_chain(const ChainArgs& a, const Buffers& b, int64_t group, double* scratch) {
+    const int r = int(a.r);
+    double *chain = b.chain + group * r * r, *next = scratch + r * r, *product = scratch + 2 * r * r;
+    for (int i = 0; i < r * r; ++i) chain[i] = 0.0;
+    for (int64_t i = 0; i < a.kept[group * a.k]; ++i) chain[i * r + i] = 1.0;
+    for (int64_t i = 0; i + 1 < a.k; ++i) {
+        double* out = i == 0 ? chain : next;
+        overlap(a, b, group, i, i + 1, out, r, scratch);
+        if (i == 0) continue;
+        multiply(r, r, r, chain, r, false, next, r, product, r);
+        __builtin_memcpy(chain, product, sizeof(double) * r * r);
+    }
+}
+
+// basis_1 = T₁ Y for the first `count` columns of Y = y[row, column]; the rest of basis stays zero.
+void write_basis(const ChainArgs& a, const Buffers& b, int64_t group, int64_t count, const double* y, int64_t row,
+                 int64_t column) {
+    const int r = int(a.r);
+    const double* t = b.root + group * a.k * r * r;
+    double* out = a.basis + group * a.k * r * a.width;
+    for (int i = 0; i < r; ++i)
+        for (int64_t j = 0; j < count; ++j) {
+            double sum = 0.0;
+            for (int p = 0; p < r; ++p) sum += t[i * r + p] * y[p * row + j * column];
+            out[i * a.width + j] = sum;
+        }
+}
+
+void set_value(const ChainArgs& a, int64_t group, int64_t j, double re, double im) {
+    double* value = a.values + (group * a.width + j) * 2;
+    value[0] = re + 0.0;
+    value[1] = im + 0.0;
+}
+
+// Squared singular values of C; left singular vectors are the eigenvectors.
+void finish_symmetric(const ChainArgs& a, const Buffers& b, int64_t group) {
+    const int64_t r = a.r, first_kept = a.kept[group * a.k];
+    int64_t count = 0;
+    for (int64_t j = 0; j < r; ++j) {
+        const double s = j < first_kept ? b.singular[group * r + j] : 0.0;
+        set_value(a, group, j, s * s, 0.0);
+        if (j < first_kept && s * s > a.threshold) count = j + 1;
+    }
+    a.shared[group] = count;
+    write_basis(a, b, group, count, b.left + group * r * r, 1, r);
+}
+
+// M = C · (U_kᵀU₁), its invariant subspace from the ordered real Schur form of the kept corner.
+void finish_product(const ChainArgs& a, const Buffers& b, int64_t group, double* scratch) {
+    const int r = int(a.r), n = int(a.kept[group * a.k]);
+    double *closing = scratch + r * r, *m = scratch + 2 * r * r, *q = scratch + 3 * r * r, *re = scratch + 4 * r * r,
+           *im = re + r;
+    overlap(a, b, group, 0, a.k - 1, closing, r, scratch);
+    multiply_by_transpose(n, n, r, b.chain + int64_t(group) * r * r, r, closing, r, m, n);
+    int count = 0;
+    if (n > 0) b.info_chain[group] = ordered_schur(m, q, re, im, n, a.threshold, &count);
+    for (int j = 0; j < r; ++j) set_value(a, group, j, j < n ? re[j] : 0.0, j < n ? im[j] : 0.0);
+    a.shared[group] = count;
+    const double* t = b.root + group * a.k * r * r;
+    double* out = a.basis + group * a.k * r * a.width;
+    multiply(r, count, n, t, r, false, q, n, out, a.width);
+}
+
+// M = (1/k)[U_iᵀU_j] of order k·r.
+void fill_mean(const ChainArgs& a, const Buffers& b, int64_t group, double* scratch) {
+    const int64_t r = a.r, w = a.width;
+    double* m = b.chain + group * w * w;
+    for (int64_t i = 0; i < w * w; ++i) m[i] = 0.0;
+    for (int64_t i = 0; i < a.k; ++i) {
+        for (int64_t d = 0; d < a.kept[group * a.k + i]; ++d) m[(i * r + d) * w + i * r + d] = 1.0 / double(a.k);
+        for (int64_t j = i + 1; j < a.k; ++j) {
+            double* out = scratch + r * r;
+            overlap(a, b, group, i, j, out, r, scratch);
+            for (int64_t p = 0; p < r; ++p)
+                for (int64_t q = 0; q < r; ++q) m[(j * r + q) * w + i * r + p] = out[p * r + q] / double(a.k);
+        }
+    }
+}
+
+// z = Σ_i U_i y_i / √(kλ) is the unit eigenvector of (1/k)ΣP_i for M y = λ y.
+void finish_mean(const ChainArgs& a, const Buffers& b, int64_t group) {
+    const int64_t r = a.r, w = a.width;
+    const double *values = b.singular + group * w, *vectors = b.left + group * w * w;
+    int64_t count = 0;
+    for (int64_t j = 0; j < w; ++j) {
+        set_value(a, group, j, values[w - 1 - j], 0.0);
+        if (values[w - 1 - j] > a.threshold) count = j + 1;
+    }
+    a.shared[group] = count;
+    for (int64_t adapter = 0; adapter < a.k; ++adapter) {
+        const double* t = b.root + (group * a.k + adapter) * r * r;
+        double* out = a.basis + (group * a.k + adapter) * r * w;
+        for (int64_t i = 0; i < r; ++i)
+            for (int64_t j = 0; j < count; ++j) {
+                const double* y = vectors + (w - 1 - j) * w + adapter * r;
+                double sum = 0.0;
+                for (int64_t p = 0; p < r; ++p) sum += t[i * r + p] * y[p];
+                out[i * w + j] = sum / sqrt_(double(a.k) * values[w - 1 - j]);
+            }
+    }
+}
+
+int whiten_all(const ChainArgs& a, const Buffers& b) {
+    const int64_t n = a.groups * a.k;
+    const int r = int(a.r);
+    int status = eigh<double>(a.right, b.values, b.vectors, b.info_a, n, r, a.threads);
+    if (status != kDone) return status;
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+    for (int64_t i = 0; i < n; ++i) {
+        const double* gram = block(a, i / a.k, i % a.k, i % a.k);
+        double *root = b.root + i * r * r, *core = b.core + i * r * r, *scratch = b.vectors + i * r * r;
+        take_root(b.values + i * r, scratch, r, root);
+        multiply(r, r, r, gram, r, false, root, r, scratch, r);
+        multiply(r, r, r, root, r, true, scratch, r, core, r);
+    }
+    status = eigh<double>(b.core, b.values, b.vectors, b.info_b, n, r, a.threads);
+    if (status != kDone) return status;
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+    for (int64_t i = 0; i < n; ++i) whiten(a, i, b, b.core + i * r * r);
+    return kDone;
+}
+
+// A module with a bad block reports it and shares nothing.
+bool report(const ChainArgs& a, const Buffers& b, int64_t group) {
+    int32_t worst = b.info_chain[group];
+    for (int64_t i = 0; i < a.k; ++i) {
+        worst = max_(worst, max_(b.info_a[group * a.k + i], b.info_b[group * a.k + i]));
+        for (int64_t j = i + 1; j < a.k; ++j) {
+            const double* g = block(a, group, i, j);
+            for (int64_t p = 0; p < a.r * a.r; ++p)
+                if (!finite_(g[p])) worst = max_(worst, int32_t(kNonFinite));
+        }
+    }
+    a.info[group] = worst;
+    return worst == kOk;
+}
+
+void clear(const ChainArgs& a, int64_t group) {
+    a.shared[group] = 0;
+    for (int64_t j = 0; j < a.width; ++j) set_value(a, group, j, 0.0, 0.0);
+    double* basis = a.basis + group * a.k * a.r * a.width;
+    for (int64_t i = 0; i < a.k * a.r * a.width; ++i) basis[i] = 0.0;
+}
+
+}  // namespace
+
+int chain(const ChainArgs& a) {
+    if (a.groups == 0 || a.k == 0) return kDone;
+    Workspace memory, scratch_memory;
+    Buffers b{};
+    const size_t scratch_values = size_t(4 * a.r * a.r + 2 * a.r);
+    if (!memory.reserve(lay_out(nullptr, a, b)) ||
+        !scratch_memory.reserve(sizeof(double) * scratch_values * size_t(max_(a.threads, 1))))
+        return kOutOfMemory;
+    lay_out(memory.data(), a, b);
+    int status = whiten_all(a, b);
+    if (status != kDone) return status;
+    const bool symmetric = a.kind == kPalindrome || (a.kind == kProduct && a.k <= 2);
+
+    // Each thread works in its own slice of the scratch memory, taken by the slice number of a static split.
+    const int slices = max_(a.threads, 1);
+    double* scratch_base = reinterpret_cast<double*>(scratch_memory.data());
+#pragma omp parallel for num_threads(slices) if (slices > 1) schedule(static, 1)
+    for (int slice = 0; slice < slices; ++slice)
+        for (int64_t g = slice; g < a.groups; g += slices) {
+            double* scratch = scratch_base + size_t(slice) * scratch_values;
+            b.info_chain[g] = kOk;
+            clear(a, g);
+            if (a.kind == kMean)
+                fill_mean(a, b, g, scratch);
+            else
+                multiply_chain(a, b, g, scratch);
+            if (!report(a, b, g)) {
+                for (int64_t i = 0; i < a.width * a.width; ++i) b.chain[g * a.width * a.width + i] = 0.0;
+                continue;
+            }
+            if (a.kind == kProduct && !symmetric) {
+                finish_product(a, b, g, scratch);
+                if (b.info_chain[g] != kOk) {
+                    a.info[g] = b.info_chain[g];
+                    clear(a, g);
+                }
+            }
+        }
+    if (a.kind == kMean)
+        status = eigh<double>(b.chain, b.singular, b.left, b.info_chain, a.groups, int(a.width), a.threads);
+    else if (symmetric)
+        status = svd<double>(b.chain, b.left, b.singular, b.right, b.info_chain, a.groups, int(a.r), int(a.r), a.threads);
+    if (status != kDone || (a.kind == kProduct && !symmetric)) return status;
+
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+    for (int64_t g = 0; g < a.groups; ++g) {
+        if (a.info[g] == kOk) a.info[g] = b.info_chain[g];
+        if (a.info[g] != kOk) continue;
+        if (a.kind == kMean)
+            finish_mean(a, b, g);
+        else
+            finish_symmetric(a, b, g);
+    }
+    return kDone;
+}
+
+}  // namespace fastlora::FASTLORA_ISA

@@ -1,0 +1,14 @@
+// The kernels of one instruction set that read or write tall factors, and the small program between them.
+#pragma once
+#include "simd.h"
+
+namespace fastlora::FASTLORA_ISA {
+
+int gram(const Matrix* factors, const GramTask* tasks, const GramBlock* blocks, int64_t n_tasks, int threads);
+
+int combine(const Matrix* factors, const CombineTask* tasks, const CombineOutput* outputs,
+            const Matrix* matrices, const Term* terms, int64_t n_tasks, int threads);
+
+int chain(const ChainArgs& args);
+
+}  // namespace fastlora::FASTLORA_ISA

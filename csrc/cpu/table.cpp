@@ -1,0 +1,13 @@
+// The kernel table of one instruction set.
+#include "passes.h"
+#include "solvers.h"
+
+#define FASTLORA_STRING_(x) #x
+#define FASTLORA_STRING(x) FASTLORA_STRING_(x)
+
+namespace fastlora::FASTLORA_ISA {
+
+extern const Kernels table;
+const Kernels table = {FASTLORA_STRING(FASTLORA_ISA), gram, combine, chain, eigh<float>, eigh<double>, svd<float>, svd<double>};
+
+}  // namespace fastlora::FASTLORA_ISA

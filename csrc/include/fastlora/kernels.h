@@ -1,0 +1,104 @@
+// The CPU kernels as plain functions on raw pointers: no torch, no Python, no exceptions.
+// One table per instruction set; dispatch.cpp chooses the table once per process.
+#pragma once
+#include <cstdint>
+
+namespace fastlora {
+
+enum class DType : int64_t { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+
+// What a batched solver reports for each matrix.
+enum Info : int32_t { kOk = 0, kNonFinite = 1, kNotConverged = 2 };
+
+// What a kernel call returns.
+enum Status : int { kDone = 0, kOutOfMemory = 1 };
+
+// A stored matrix, row-major, at any address (files place tensors at odd offsets).
+struct Matrix {
+    int64_t data;    // address of element (0, 0)
+    int64_t rows;
+    int64_t cols;
+    int64_t stride;  // elements between rows
+    int64_t dtype;   // DType
+};
+
+// One Gram block: out[a, b] = sum over the long dimension of left[:, a] * right[:, b].
+struct GramBlock {
+    int64_t left;    // index of a factor of the task
+    int64_t right;   // index of a factor of the task
+    int64_t out;     // address of a double [rank_left, rank_right]
+    int64_t stride;  // elements between rows of out
+};
+
+// All blocks of one module and side: every factor is read once.
+struct GramTask {
+    int64_t first_factor, factors;  // range in the factor table
+    int64_t first_block, blocks;    // range in the block table
+    int64_t rows;                   // 0: factors are [n, r] (a B side); 1: [r, n] (an A side)
+};
+
+// out[:, at : at + q] += scale * X @ C   (B side: X [n, r], C [r, q])
+// out[at : at + q, :] += scale * C @ X   (A side: X [r, n], C [q, r])
+struct Term {
+    int64_t factor;       // index of a factor of the task
+    int64_t coefficient;  // address of a double C, or 0 for the identity
+    int64_t stride;       // elements between rows of C
+    int64_t columns;      // q
+    int64_t at;           // first column (B side) or row (A side) of the output
+    double scale;
+};
+
+struct CombineOutput {
+    int64_t matrix;             // index in the output table
+    int64_t first_term, terms;  // range in the term table
+};
+
+struct CombineTask {
+    int64_t first_factor, factors;
+    int64_t first_output, outputs;
+    int64_t rows;  // as in GramTask
+};
+
+// Arguments of the chain kernel: see csrc/cpu/chain.cpp.
+struct ChainArgs {
+    const double* left;       // [g, k, k, r, r]: Gram blocks of the projected side, zero-padded
+    const double* right;      // [g, k, r, r]: Gram blocks of the other side
+    const double* floor;      // [g, k]: singular values at or below this are cut
+    double* basis;            // [g, k, r, width]: Z = sum_i U-side factor_i @ basis_i
+    double* values;           // [g, width, 2]: eigenvalues (re, im), descending by real part
+    int64_t* shared;          // [g]: eigenvalues above the threshold
+    int64_t* kept;            // [g, k]: directions kept per adapter
+    double* sigma;            // [g, k, r]: singular values of the unscaled products, descending
+    int32_t* info;            // [g]: Info
+    int64_t groups, k, r, width;
+    int64_t kind;             // 0 product, 1 palindrome, 2 mean
+    double threshold, rtol;
+    int64_t rank;             // keep at most this many directions per adapter; 0: no cut
+    double energy;            // keep this share of the energy per adapter; >= 1: no cut
+    int threads;
+};
+
+struct Kernels {
+    const char* name;
+    int (*gram)(const Matrix* factors, const GramTask* tasks, const GramBlock* blocks, int64_t n_tasks,
+                int threads);
+    int (*combine)(const Matrix* factors, const CombineTask* tasks, const CombineOutput* outputs,
+                   const Matrix* matrices, const Term* terms, int64_t n_tasks, int threads);
+    int (*chain)(const ChainArgs& args);
+    // a [batch, n, n] row-major; values [batch, n] ascending; vectors [batch, n, n]: row j is eigenvector j.
+    int (*eigh_f32)(const float* a, float* values, float* vectors, int32_t* info, int64_t batch, int n,
+                    int threads);
+    int (*eigh_f64)(const double* a, double* values, double* vectors, int32_t* info, int64_t batch, int n,
+                    int threads);
+    // a [batch, p, q] row-major, m = min(p, q); ut [batch, m, p]: row j is left vector j; s [batch, m]
+    // descending; vt [batch, m, q].
+    int (*svd_f32)(const float* a, float* ut, float* s, float* vt, int32_t* info, int64_t batch, int p, int q,
+                   int threads);
+    int (*svd_f64)(const double* a, double* ut, double* s, double* vt, int32_t* info, int64_t batch, int p,
+                   int q, int threads);
+};
+
+// The table in use: the best that this processor runs, or the one named by FASTLORA_ISA.
+const Kernels& kernels();
+
+}  // namespace fastlora

@@ -1,0 +1,59 @@
+"""Merge, decompose and edit pools of low-rank adapters, exactly and without dense matrices.
+
+Nothing heavy is imported until a name is used, so that ``fastlora --help`` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_EXPORTS = {
+    "Adapter": "fastlora.adapter",
+    "Decomposition": "fastlora.methods.devec",
+    "FastloraError": "fastlora.errors",
+    "InputError": "fastlora.errors",
+    "OutputError": "fastlora.errors",
+    "Pool": "fastlora.pool",
+    "UnsupportedAdapter": "fastlora.errors",
+    "compress": "fastlora.api",
+    "decompose": "fastlora.api",
+    "load": "fastlora.api",
+    "merge": "fastlora.api",
+    "methods": "fastlora.api",
+    "overlap": "fastlora.api",
+    "use_backend": "fastlora.backends",
+}
+
+__all__ = ["__version__", "ops", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from fastlora import ops as ops
+    from fastlora.adapter import Adapter as Adapter
+    from fastlora.api import compress as compress
+    from fastlora.api import decompose as decompose
+    from fastlora.api import load as load
+    from fastlora.api import merge as merge
+    from fastlora.api import methods as methods
+    from fastlora.api import overlap as overlap
+    from fastlora.backends import use_backend as use_backend
+    from fastlora.errors import FastloraError as FastloraError
+    from fastlora.errors import InputError as InputError
+    from fastlora.errors import OutputError as OutputError
+    from fastlora.errors import UnsupportedAdapter as UnsupportedAdapter
+    from fastlora.methods.devec import Decomposition as Decomposition
+    from fastlora.pool import Pool as Pool
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("fastlora.ops")
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'fastlora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,296 @@
+"""Adapters as data: every module's update ``ΔW = s·B·A`` in factors that are not formed until they are needed.
+
+A factor is kept as a linear combination of the matrices that were loaded. Methods only change the small
+coefficients; the tall matrices are read once when a result is asked for or saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastlora.errors import InputError
+
+Side = Literal["B", "A"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """``scale · source · coefficient`` (B side) or ``scale · coefficient · source`` (A side), placed at ``at``.
+
+    ``source`` is ``[n, r]`` (B side) or ``[r, m]`` (A side), in the dtype it was loaded with; ``coefficient`` is
+    float64 ``[r, q]`` (B side) or ``[q, r]`` (A side), or ``None`` for the identity; ``at`` is the first column
+    (B side) or row (A side) of the factor that it adds to.
+    """
+
+    source: Tensor
+    coefficient: Tensor | None = None
+    at: int = 0
+    scale: float = 1.0
+
+    def width(self, side: Side) -> int:
+        """Columns (B side) or rows (A side) of the factor that this term covers."""
+        if self.coefficient is None:
+            return self.source.shape[1 if side == "B" else 0]
+        return self.coefficient.shape[1 if side == "B" else 0]
+
+    def matrix(self, side: Side, rank: int) -> Tensor:
+        """The term's share of the coefficient of its source, scale included: float64 ``[r, rank]`` on both sides."""
+        r = self.source.shape[1 if side == "B" else 0]
+        full = torch.zeros(r, rank, dtype=torch.float64)
+        block = torch.eye(r, dtype=torch.float64) if self.coefficient is None else self.coefficient
+        if side == "A" and self.coefficient is not None:
+            block = block.mT
+        full[:, self.at : self.at + block.shape[1]] = self.scale * block
+        return full
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """One side of an update: ``B [length, rank]`` or ``A [rank, length]`` as a sum of terms."""
+
+    side: Side
+    length: int
+    rank: int
+    terms: tuple[Term, ...]
+
+    @staticmethod
+    def of(side: Side, stored: Tensor) -> Factor:
+        """The factor that is exactly one stored matrix."""
+        n, r = stored.shape if side == "B" else (stored.shape[1], stored.shape[0])
+        return Factor(side, n, r, (Term(stored),))
+
+    @property
+    def stored(self) -> Tensor | None:
+        """The stored matrix that this factor is, bit for bit, or ``None`` when it has to be computed."""
+        if len(self.terms) != 1:
+            return None
+        term = self.terms[0]
+        whole = term.coefficient is None and term.scale == 1.0 and term.width(self.side) == self.rank
+        return term.source if whole else None
+
+    def scaled(self, weight: float) -> Factor:
+        return replace(self, terms=tuple(replace(t, scale=t.scale * weight) for t in self.terms))
+
+    def coefficients(self) -> list[tuple[Tensor, Tensor]]:
+        """``(source, C)`` for every distinct source, with float64 ``C [r, rank]``: the factor is ``Σ source · C``
+        (B side) or its transpose ``Σ sourceᵀ · C`` (A side)."""
+        merged: dict[tuple[int, int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+        for term in self.terms:
+            key = source_key(term.source)
+            matrix = term.matrix(self.side, self.rank)
+            merged[key] = (term.source, merged[key][1] + matrix if key in merged else matrix)
+        return list(merged.values())
+
+    def times(self, small: Tensor) -> Factor:
+        """``B · small`` or ``smallᵀ · A`` for a float64 ``small [rank, q]``."""
+        terms = []
+        stored = self.stored
+        pieces = [(stored, None)] if stored is not None else self.coefficients()
+        for source, coefficient in pieces:
+            product = small if coefficient is None else coefficient @ small
+            terms.append(Term(source, product if self.side == "B" else product.mT.contiguous()))
+        return Factor(self.side, self.length, small.shape[1], tuple(terms))
+
+
+def source_key(source: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """Identity of a stored matrix: two views of one piece of memory are one source."""
+    return source.data_ptr(), source.element_size(), tuple(source.shape) + source.stride()
+
+
+def add(factors: Iterable[Factor]) -> Factor:
+    """The sum of factors of one side, length and rank."""
+    items = list(factors)
+    return replace(items[0], terms=tuple(t for f in items for t in f.terms))
+
+
+def concatenate(factors: Iterable[Factor]) -> Factor:
+    """``[B_1 | B_2 | …]`` or ``[A_1; A_2; …]``."""
+    terms: list[Term] = []
+    rank = 0
+    side, length = "B", 0
+    for factor in factors:
+        terms += [replace(t, at=t.at + rank) for t in factor.terms]
+        rank += factor.rank
+        side, length = factor.side, factor.length
+    return Factor(side, length, rank, tuple(terms))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a module's factors lie in a file; in memory they are always ``B [out, r]`` and ``A [r, in]``.
+
+    ``linear``: as they are. ``embedding``: ``A [r, vocabulary]``, ``B [dim, r]``, and ``ΔW [dim, vocabulary]``.
+    ``conv``: ``A [r, in, *kernel]``, flattened to ``[r, in·Πkernel]``. ``expert``: expert ``expert`` of ``experts``
+    of the parameter ``container`` (mixture-of-experts parameters adapted through ``target_parameters``).
+    """
+
+    kind: Literal["linear", "embedding", "conv", "expert"] = "linear"
+    kernel: tuple[int, ...] = ()
+    container: str = ""
+    expert: int = 0
+    experts: int = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Update:
+    """``ΔW = scaling · B · A`` of one module, ``[out, in]``.
+
+    ``floor``: singular values of ``ΔW`` at or below it are rounding noise of what it was computed from
+    (0 for a loaded update).
+    """
+
+    B: Factor
+    A: Factor
+    scaling: float = 1.0
+    layout: Layout = field(default_factory=Layout)
+    floor: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.B.length, self.A.length
+
+    @property
+    def rank(self) -> int:
+        return self.B.rank
+
+    def baked(self) -> Update:
+        """The same update with scaling 1: the scaling moves into ``B``."""
+        return self if self.scaling == 1.0 else replace(self, B=self.B.scaled(self.scaling), scaling=1.0)
+
+    def dtypes(self) -> set[torch.dtype]:
+        return {t.source.dtype for f in (self.B, self.A) for t in f.terms}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extra:
+    """A parameter of an adapter that is no ``[out, in]`` update.
+
+    ``delta``: it is added to the base model's parameter (``lora_bias``), so it takes part in arithmetic.
+    ``value``: it replaces the base model's parameter (``modules_to_save``, trained biases), whose change is unknown
+    without the base model, so it can be kept but not combined.
+    """
+
+    kind: Literal["delta", "value"]
+    tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """What an adapter says about the model it belongs to; carried through every operation."""
+
+    model: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    fan_in_fan_out: bool = False
+    layer_replication: tuple[tuple[int, int], ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+
+
+class Adapter:
+    """A low-rank adapter: one :class:`Update` per module of the base model, named by its path in it.
+
+    Arithmetic is exact on ``ΔW``: ``0.7 * a + 0.3 * b - c`` concatenates factors (MATH section 4, *exact*) and
+    computes nothing until the result is saved or looked at.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        updates: Mapping[str, Update],
+        *,
+        extras: Mapping[str, Extra] | None = None,
+        base: BaseInfo | None = None,
+        dtype: torch.dtype = torch.float32,
+        provenance: Mapping[str, object] | None = None,
+        notes: Iterable[str] = (),
+    ) -> None:
+        self.name = name
+        self.updates = dict(updates)
+        self.extras = dict(extras or {})
+        self.base = base or BaseInfo()
+        self.dtype = dtype
+        self.provenance: dict[str, object] = dict(provenance or {"adapter": name})
+        self.notes = list(notes)
+
+    @property
+    def modules(self) -> list[str]:
+        """Module paths, in the order of the file."""
+        return list(self.updates)
+
+    def __contains__(self, module: str) -> bool:
+        return module in self.updates
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.updates)
+
+    def __repr__(self) -> str:
+        ranks = sorted({u.rank for u in self.updates.values()})
+        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}" if ranks else "–"
+        return f"Adapter({self.name!r}, {len(self.updates)} modules, rank {span}, {str(self.dtype)[6:]})"
+
+    def update(self, module: str) -> Update:
+        try:
+            return self.updates[module]
+        except KeyError:
+            close = [m for m in self.updates if m.endswith(module.rsplit(".", 1)[-1])][:3]
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise InputError(
+                f"adapter {self.name!r} has no module {module!r}{hint} (`.modules` lists all {len(self.updates)})"
+            ) from None
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """``(B [out, r], A [r, in])`` of one module in float32, the scaling inside ``B``."""
+        from fastlora.engine import materialise
+
+        return materialise([self.update(module).baked()], torch.float32)[0]
+
+    def delta(self, module: str) -> Tensor:
+        """Dense ``ΔW [out, in]`` of one module, float32, scaling included. For tests and small models."""
+        left, right = self.factors(module)
+        return (left.double() @ right.double()).float()
+
+    def compress(self, rank: int | None = None, *, energy: float | None = None) -> Adapter:
+        """The best approximation of every ``ΔW`` at a rank, or at a share of its energy: see :func:`fastlora.compress`."""
+        from fastlora.api import compress
+
+        return compress(self, rank=rank, energy=energy)
+
+    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
+        """Writes a PEFT directory, atomically. ``dtype=None`` keeps the widest dtype of the inputs."""
+        from fastlora.engine import save_adapter
+
+        return save_adapter(self, Path(path), dtype=dtype, overwrite=overwrite)
+
+    def __mul__(self, weight: float) -> Adapter:
+        from fastlora.methods.arithmetic import combination
+
+        return combination([(float(weight), self)])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Adapter:
+        return self * (1.0 / divisor)
+
+    def __neg__(self) -> Adapter:
+        return self * -1.0
+
+    def __add__(self, other: Adapter) -> Adapter:
+        from fastlora.methods.arithmetic import combination
+
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        return combination([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: Adapter) -> Adapter:
+        from fastlora.methods.arithmetic import combination
+
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        return combination([(1.0, self), (-1.0, other)])

@@ -1,0 +1,220 @@
+"""The compiled CPU kernels: tensors become addresses here, and are checked here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlora.backends import Kernel
+from fastlora.backends.passes import CombineJob, CombineTerm, GramJob
+from fastlora.ops.chain import CHAINS, width
+from fastlora.ops.gram import blocks_of
+
+try:
+    from fastlora import _core
+except ImportError as error:
+    _core = None  # type: ignore[assignment]
+    _import_error = str(error)
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/include/fastlora/kernels.h
+
+
+def unavailable() -> str | None:
+    if _core is not None:
+        return None
+    return (
+        f"the compiled module fastlora._core cannot be imported ({_import_error}). A source folder on the path hides an "
+        "installed package: run from another folder, or `pip install -e .` here"
+    )
+
+
+def isa() -> str:
+    """Name of the instruction set in use."""
+    return str(_core.isa())
+
+
+def _on_cpu(*tensors: object) -> str | None:
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}, this backend needs the CPU"
+    return None
+
+
+def _supports(*args: object) -> str | None:
+    return _on_cpu(*args)
+
+
+def _supports_jobs(jobs: Sequence[GramJob | CombineJob]) -> str | None:
+    for job in jobs:
+        if reason := _on_cpu(*job.factors):
+            return reason
+    return None
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
+    """A row of the Matrix table; the last dimension is contiguous (or has one element)."""
+    rows, columns = x.shape
+    if columns > 1 and x.stride(1) != 1:
+        raise ValueError(f"a factor must have contiguous rows, got strides {x.stride()} for shape {tuple(x.shape)}")
+    return x.data_ptr(), rows, columns, x.stride(0), DTYPES[x.dtype]
+
+
+def _table(rows: list[tuple[Any, ...]], columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.array(rows, dtype=np.int64).reshape(-1, columns)
+
+
+def _address(table: np.ndarray[Any, Any]) -> int:
+    return int(table.ctypes.data)
+
+
+def _gram_pass(jobs: list[GramJob]) -> None:
+    factors: list[tuple[Any, ...]] = []
+    tasks: list[tuple[Any, ...]] = []
+    blocks: list[tuple[Any, ...]] = []
+    for job in jobs:
+        tasks.append((len(factors), len(job.factors), len(blocks), len(job.blocks), int(job.rows)))
+        factors += [_matrix(x) for x in job.factors]
+        blocks += [(i, j, out.data_ptr(), out.stride(0)) for i, j, out in job.blocks]
+    tables = _table(factors, 5), _table(tasks, 5), _table(blocks, 4)
+    _core.gram(*map(_address, tables), n_tasks=len(tasks), threads=torch.get_num_threads())
+
+
+def _combine_pass(jobs: list[CombineJob]) -> None:
+    factors: list[tuple[Any, ...]] = []
+    tasks: list[tuple[Any, ...]] = []
+    outputs: list[tuple[Any, ...]] = []
+    matrices: list[tuple[Any, ...]] = []
+    terms: list[tuple[Any, ...]] = []
+    scales: list[float] = []
+    for job in jobs:
+        tasks.append((len(factors), len(job.factors), len(outputs), len(job.outputs), int(job.rows)))
+        factors += [_matrix(x) for x in job.factors]
+        for out, out_terms in job.outputs:
+            outputs.append((len(matrices), len(terms), len(out_terms)))
+            matrices.append(_matrix(out))
+            for term in out_terms:
+                c = term.coefficient
+                if c is None:
+                    terms.append((term.factor, 0, 0, 0, term.at, 0))
+                else:
+                    columns = c.shape[0] if job.rows else c.shape[1]
+                    terms.append((term.factor, c.data_ptr(), c.stride(0), columns, term.at, 0))
+                scales.append(term.scale)
+    term_table = _table(terms, 6)
+    term_table[:, 5] = np.array(scales, dtype=np.float64).view(np.int64)
+    tables = _table(factors, 5), _table(tasks, 5), _table(outputs, 3), _table(matrices, 5), term_table
+    _core.combine(*map(_address, tables), n_tasks=len(tasks), threads=torch.get_num_threads())
+
+
+def _unpadded(x: Tensor, ranks: Tensor | None, rows: bool) -> list[Tensor]:
+    """The ``k`` factors of one module without padding: ``x [k, n, r]`` or ``[k, r, n]``."""
+    counts = [x.shape[1 if rows else 2]] * x.shape[0] if ranks is None else ranks.tolist()
+    return [factor[:c] if rows else factor[:, :c] for factor, c in zip(x, counts, strict=True)]
+
+
+def _flat(ranks: Tensor | None, k: int) -> list[Tensor | None] | Tensor:
+    return [] if ranks is None else ranks.reshape(-1, k)
+
+
+def _gram(factors: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> Tensor:
+    *batch, k, first, second = factors.shape
+    r = first if rows else second
+    out = torch.zeros((*batch, k, k, r, r), dtype=torch.float64)
+    flat, counts, x = out.reshape(-1, k, k, r, r), _flat(ranks, k), factors.contiguous().reshape(-1, k, first, second)
+    wanted = blocks_of(blocks, k)
+    jobs = []
+    for m in range(x.shape[0]):
+        own = _unpadded(x[m], counts[m] if len(counts) else None, rows)
+        jobs.append(GramJob(own, [(i, j, flat[m, i, j]) for i, j in wanted], rows))
+    _gram_pass(jobs)
+    if blocks == "full":
+        lower = torch.ones(k, k, dtype=torch.bool).tril(-1)
+        out = torch.where(lower[:, :, None, None], out.transpose(-3, -4).mT, out)
+    return out
+
+
+def _combine(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: bool) -> Tensor:
+    *batch, k, first, second = factors.shape
+    n, q = (second, coefficients.shape[-2]) if rows else (first, coefficients.shape[-1])
+    dtype = torch.float64 if factors.dtype == torch.float64 else torch.float32
+    out = torch.zeros((*batch, q, n) if rows else (*batch, n, q), dtype=dtype)
+    x, counts = factors.contiguous().reshape(-1, k, first, second), _flat(ranks, k)
+    c = coefficients.double().contiguous().reshape(-1, k, *coefficients.shape[-2:])
+    flat = out.reshape(-1, *out.shape[-2:])
+    jobs = []
+    for m in range(x.shape[0]):
+        own = _unpadded(x[m], counts[m] if len(counts) else None, rows)
+        terms = [
+            CombineTerm(i, c[m, i, :, : f.shape[0]] if rows else c[m, i, : f.shape[1]], 0, 1.0)
+            for i, f in enumerate(own)
+        ]
+        jobs.append(CombineJob(own, [(flat[m], terms)], rows))
+    _combine_pass(jobs)
+    return out
+
+
+def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    a = a.contiguous()
+    n = a.shape[-1]
+    values, vectors = torch.empty(a.shape[:-1], dtype=a.dtype), torch.empty(a.shape, dtype=a.dtype)
+    info = torch.zeros(a.shape[:-2], dtype=torch.int32)
+    _core.eigh(
+        a.data_ptr(), values.data_ptr(), vectors.data_ptr(), info.data_ptr(), batch=info.numel(), n=n,
+        is_double=a.dtype == torch.float64, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return values, vectors.mT, info
+
+
+def _svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = a.contiguous()
+    *batch, p, q = a.shape
+    m = min(p, q)
+    ut, s, vt = (torch.empty((*batch, *shape), dtype=a.dtype) for shape in ((m, p), (m,), (m, q)))
+    info = torch.zeros(batch, dtype=torch.int32)
+    _core.svd(
+        a.data_ptr(), ut.data_ptr(), s.data_ptr(), vt.data_ptr(), info.data_ptr(), batch=info.numel(), p=p, q=q,
+        is_double=a.dtype == torch.float64, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return ut.mT, s, vt, info
+
+
+def _chain(
+    left: Tensor,
+    right: Tensor,
+    floor: Tensor | None,
+    threshold: float,
+    kind: str,
+    rtol: float,
+    rank: int,
+    energy: float,
+) -> tuple[Tensor, ...]:
+    *batch, k, _, r, _ = left.shape
+    w = width(kind, k, r)
+    left, right = left.contiguous(), right.contiguous()
+    floor = torch.zeros((*batch, k), dtype=torch.float64) if floor is None else floor.contiguous()
+    basis = torch.zeros((*batch, k, r, w), dtype=torch.float64)
+    values = torch.zeros((*batch, w), dtype=torch.complex128)
+    shared, kept = torch.zeros(batch, dtype=torch.int64), torch.zeros((*batch, k), dtype=torch.int64)
+    sigma, info = torch.zeros((*batch, k, r), dtype=torch.float64), torch.zeros(batch, dtype=torch.int32)
+    tensors = (left, right, floor, basis, values, shared, kept, sigma, info)
+    if r > 0:
+        _core.chain(
+            *(t.data_ptr() for t in tensors), groups=info.numel(), k=k, r=r, width=w, kind=CHAINS.index(kind),
+            threshold=threshold, rtol=rtol, rank=rank, energy=energy, threads=torch.get_num_threads(),
+        )  # fmt: skip
+    return basis, values, shared, kept, sigma, info
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "gram": Kernel(_gram, _supports),
+    "eigh": Kernel(_eigh, _supports),
+    "svd": Kernel(_svd, _supports),
+    "chain": Kernel(_chain, _supports),
+    "combine": Kernel(_combine, _supports),
+    "gram_pass": Kernel(_gram_pass, _supports_jobs),
+    "combine_pass": Kernel(_combine_pass, _supports_jobs),
+}

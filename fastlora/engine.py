@@ -1,0 +1,255 @@
+"""Runs ops over whole models: which modules go into one launch, and how factors are read and written.
+
+Methods hand in lists of factors; the engine turns them into passes (``gram``: one read; ``combine``: one read and one
+write) over the matrices where they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastlora.adapter import Adapter, Factor, Update, source_key
+from fastlora.backends import resolve
+from fastlora.backends.passes import CombineJob, CombineTerm, GramJob
+from fastlora.errors import InputError
+from fastlora.progress import track
+
+Pairs = Sequence[tuple[int, int]]
+
+WIDTHS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPE_NAMES = {
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
+
+# Modules computed at once: their Gram blocks and coefficients are what is in memory besides the factors.
+CHUNK_BYTES = 256 * 2**20
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The widest of the dtypes; float16 with bfloat16 needs float32, which holds both."""
+    found = set(dtypes) or {torch.float32}
+    if {torch.float16, torch.bfloat16} <= found:
+        found.add(torch.float32)
+    return max(found, key=WIDTHS.index)
+
+
+def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype) -> torch.dtype:
+    """A dtype that adapters are saved in; ``None`` gives the default (float64 inputs are saved as float32)."""
+    if dtype is None:
+        return torch.float32 if default == torch.float64 else default
+    found = DTYPE_NAMES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in (torch.float16, torch.bfloat16, torch.float32):
+        raise InputError(f"dtype {dtype!r}: adapters are saved as float32, bfloat16 or float16")
+    return found
+
+
+def chunks(count: int, bytes_each: int) -> Iterable[range]:
+    """Ranges of modules whose small matrices fit in memory together. Results do not depend on the split."""
+    size = max(1, CHUNK_BYTES // max(bytes_each, 1))
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Tensor:
+    """Gram blocks of the ``k`` factors of each module, all of one side.
+
+    Returns float64 ``[len(modules), k, k, r, r]``, zero-padded to ``r``, with the blocks ``(i, j)`` of ``pairs`` filled.
+    """
+    k = len(modules[0])
+    out = torch.zeros(len(modules), k, k, r, r, dtype=torch.float64)
+    jobs, pending = [], []
+    for m, factors in enumerate(modules):
+        rows = factors[0].side == "A"
+        stored = [f.stored for f in factors]
+        if all(s is not None for s in stored):
+            blocks = [(i, j, out[m, i, j, : factors[i].rank, : factors[j].rank]) for i, j in pairs]
+            jobs.append(GramJob([s for s in stored if s is not None], blocks, rows))
+        else:
+            job, coefficients, block = _source_gram(factors, rows)
+            jobs.append(job)
+            pending.append((m, factors, coefficients, block))
+    _run("gram_pass", jobs)
+    for m, factors, coefficients, block in pending:
+        full = block + block.triu(1).mT if block.numel() else block
+        for i, j in pairs:
+            out[m, i, j, : factors[i].rank, : factors[j].rank] = coefficients[i].mT @ full @ coefficients[j]
+    return out
+
+
+def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[Tensor], Tensor]:
+    """The Gram matrix of the distinct stored matrices behind some factors, and each factor's coefficients on them."""
+    places: dict[object, int] = {}
+    sources: list[Tensor] = []
+    total = 0
+    for factor in factors:
+        for term in factor.terms:
+            if source_key(term.source) not in places:
+                places[source_key(term.source)] = total
+                sources.append(term.source)
+                total += term.source.shape[0 if rows else 1]
+    coefficients = []
+    for factor in factors:
+        stacked = torch.zeros(total, factor.rank, dtype=torch.float64)
+        for source, c in factor.coefficients():
+            start = places[source_key(source)]
+            stacked[start : start + c.shape[0]] = c
+        coefficients.append(stacked)
+    block = torch.zeros(total, total, dtype=torch.float64)
+    starts = [places[source_key(s)] for s in sources]
+    ranks = [s.shape[0 if rows else 1] for s in sources]
+    blocks = [
+        (i, j, block[starts[i] : starts[i] + ranks[i], starts[j] : starts[j] + ranks[j]])
+        for i in range(len(sources))
+        for j in range(i, len(sources))
+    ]
+    return GramJob(sources, blocks, rows), coefficients, block
+
+
+def _run(op: str, jobs: Sequence[GramJob] | Sequence[CombineJob]) -> None:
+    if jobs:
+        resolve(op, jobs).launch(jobs)
+
+
+def materialise(updates: Sequence[Update], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """``(B [out, r], A [r, in])`` of each update in ``dtype``, scaling not included (see :meth:`Update.baked`).
+
+    A factor that is a stored matrix of that dtype is returned as it is, bit for bit. Updates that share stored
+    matrices should be passed together: each is read once.
+    """
+    return materialise_groups([updates], dtype)[0]
+
+
+def materialise_groups(groups: Sequence[Sequence[Update]], dtype: torch.dtype) -> list[list[tuple[Tensor, Tensor]]]:
+    """:func:`materialise` for many groups of updates in one launch; the updates of a group share stored matrices."""
+    jobs: list[CombineJob] = []
+    sides = [[_combine_side(jobs, [getattr(u, side) for u in group], dtype) for side in "BA"] for group in groups]
+    _run("combine_pass", jobs)
+    return [list(zip(left, right, strict=True)) for left, right in sides]
+
+
+def _combine_side(jobs: list[CombineJob], factors: Sequence[Factor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors of some factors of one side; those that have to be computed are put on the job list."""
+    results: list[Tensor] = []
+    sources: list[Tensor] = []
+    index: dict[object, int] = {}
+    outputs = []
+    for factor in factors:
+        stored = factor.stored
+        if stored is not None and stored.dtype == dtype:
+            results.append(stored)
+            continue
+        shape = (factor.length, factor.rank) if factor.side == "B" else (factor.rank, factor.length)
+        out = torch.empty(shape, dtype=dtype)
+        results.append(out)
+        if not factor.rank:
+            continue
+        terms = []
+        for term in factor.terms:
+            key = source_key(term.source)
+            if key not in index:
+                index[key] = len(sources)
+                sources.append(term.source)
+            terms.append(CombineTerm(index[key], term.coefficient, term.at, term.scale))
+        outputs.append((out, terms))
+    if outputs:
+        jobs.append(CombineJob(sources, outputs, factors[0].side == "A"))
+    return results
+
+
+def require_finite(adapters: Iterable[Adapter]) -> None:
+    """Raises for the first stored matrix that holds NaN or Inf. Costs one read; gram passes find the same for free."""
+    for adapter in adapters:
+        for module in track(adapter.modules, f"checking {adapter.name}"):
+            for factor in (adapter.updates[module].B, adapter.updates[module].A):
+                for term in factor.terms:
+                    if not bool(term.source.isfinite().all()):
+                        raise not_finite(adapter.name, module, factor.side)
+
+
+def not_finite(adapter: str, module: str, side: str) -> InputError:
+    return InputError(
+        f"adapter {adapter!r}: lora_{side} of {module} holds NaN or Inf, so nothing computed from it would mean "
+        "anything. Leave this adapter out, or save it again from a training step that did not diverge"
+    )
+
+
+def check_diagonal(names: Sequence[str], module: str, gram: Tensor, side: str) -> None:
+    """Raises when a factor of the module holds NaN or Inf, as its diagonal Gram block shows: ``gram [k, k, r, r]``."""
+    diagonal = torch.diagonal(torch.diagonal(gram, dim1=0, dim2=1), dim1=0, dim2=1)  # [k, r]
+    bad = (~diagonal.isfinite()).any(-1).nonzero().flatten().tolist()
+    if bad:
+        raise not_finite(names[bad[0]], module, side)
+
+
+def save_adapter(
+    adapter: Adapter, path: Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False
+) -> Path:
+    """Writes one adapter as a PEFT directory, atomically."""
+    from fastlora.output import OutputDirectory
+
+    with OutputDirectory(path, overwrite=overwrite) as staging:
+        write_adapter(adapter, staging, dtype)
+    return path
+
+
+def write_adapter(adapter: Adapter, directory: Path, dtype: torch.dtype | str | None = None) -> None:
+    """Writes one adapter into a directory that is being staged."""
+    write_adapters({directory: adapter}, dtype)
+
+
+def write_adapters(adapters: Mapping[Path, Adapter], dtype: torch.dtype | str | None = None) -> None:
+    """Writes adapters that share stored matrices, reading each of those once.
+
+    Modules of rank 0 are left out; an adapter with nothing in it is written as zeros of rank 1, which PEFT can load.
+    """
+    from fastlora.formats import peft_write
+
+    targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
+    written: dict[Path, dict[str, tuple[Tensor, Tensor]]] = {d: {} for d in adapters}
+    modules = list(dict.fromkeys(m for a in adapters.values() for m in a.updates))
+    for module in track(modules, "computing"):
+        for target in dict.fromkeys(targets.values()):
+            owners = [d for d, a in adapters.items() if module in a.updates and targets[d] == target]
+            updates = [adapters[d].updates[module].baked() for d in owners]
+            for directory, factors in zip(owners, materialise(updates, target), strict=True):
+                if factors[0].shape[1]:
+                    written[directory][module] = factors
+    for directory in track(list(adapters), "writing"):
+        adapter = adapters[directory]
+        factors = written[directory] or zero_factors(adapter, targets[directory])
+        for module, pair in factors.items():
+            for side, tensor in zip("BA", pair, strict=True):
+                _require_representable(adapter.name, module, side, tensor)
+        peft_write.write(directory, adapter, factors, targets[directory])
+
+
+def zero_factors(adapter: Adapter, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rank-1 zeros for the first module, so that an empty result can be loaded."""
+    for module, update in adapter.updates.items():
+        n, m = update.shape
+        return {module: (torch.zeros(n, 1, dtype=dtype), torch.zeros(1, m, dtype=dtype))}
+    raise InputError(f"adapter {adapter.name!r} has no modules, so there is nothing to write")
+
+
+def _require_representable(adapter: str, module: str, side: str, tensor: Tensor) -> None:
+    if bool(tensor.isfinite().all()):
+        return
+    raise InputError(
+        f"adapter {adapter!r}: lora_{side} of {module} does not fit {str(tensor.dtype)[6:]} (NaN or Inf after rounding); "
+        "save with dtype=float32 (`--dtype float32`), or check the input with `fastlora inspect`"
+    )
+
+
+def with_rank_zero(update: Update) -> Update:
+    """An update of the same module that is zero."""
+    empty = {"rank": 0, "terms": ()}
+    return replace(update, B=replace(update.B, **empty), A=replace(update.A, **empty), scaling=1.0)  # type: ignore[arg-type]

@@ -1,0 +1,92 @@
+"""Exact arithmetic on adapters: ``Σ_i w_i ΔW_i`` by concatenation, MATH section 4 (*exact*)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from fastlora.adapter import Adapter, BaseInfo, Extra, Update, concatenate
+from fastlora.engine import widest
+from fastlora.errors import InputError
+
+Weighted = Sequence[tuple[float, Adapter]]
+
+
+def combination(terms: Weighted, name: str | None = None) -> Adapter:
+    """The adapter with ``ΔW = Σ_i w_i ΔW_i`` in every module, exactly: ranks add up, scalings go into ``B``.
+
+    A module that an adapter lacks counts as zero. Nothing is computed until the result is used.
+    """
+    base = common_base([a for _, a in terms])
+    modules = list(dict.fromkeys(m for _, a in terms for m in a.updates))
+    updates = {m: combine_updates([(w, a.updates[m]) for w, a in terms if m in a.updates], m) for m in modules}
+    return Adapter(
+        name or _expression([(w, a.name) for w, a in terms]),
+        updates,
+        extras=combine_extras(terms),
+        base=base,
+        dtype=widest(a.dtype for _, a in terms),
+        provenance={"sum": [{"weight": w, "of": a.provenance} for w, a in terms]},
+        notes=list(dict.fromkeys(n for _, a in terms for n in a.notes)),
+    )
+
+
+def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Update:
+    """``Σ_i w_i ΔW_i`` of one module."""
+    shapes = {u.shape for _, u in terms}
+    if len(shapes) > 1:
+        found = " and ".join(f"{n}×{m}" for n, m in sorted(shapes))
+        raise InputError(f"{module}: cannot add updates of shapes {found}: these adapters are of different base models")
+    kept = [(w, u) for w, u in terms if w != 0.0]
+    if not kept:
+        from fastlora.engine import with_rank_zero
+
+        return with_rank_zero(terms[0][1])
+    if len(kept) == 1:
+        weight, update = kept[0]
+        return replace(update, scaling=update.scaling * weight, floor=update.floor * abs(weight))
+    baked = [u.baked().B.scaled(w) for w, u in kept]
+    floor = max(u.floor * abs(w) for w, u in kept)
+    return Update(concatenate(baked), concatenate(u.A for _, u in kept), 1.0, kept[0][1].layout, floor)
+
+
+def combine_extras(terms: Weighted) -> dict[str, Extra]:
+    """Extras of a sum: known deltas add up; replaced values can only be kept, by a sum that is one adapter at 1.0."""
+    alone = len(terms) == 1 and terms[0][0] == 1.0
+    total: dict[str, Tensor] = {}
+    values: dict[str, Extra] = {}
+    for weight, adapter in terms:
+        for name, extra in adapter.extras.items():
+            if extra.kind == "delta":
+                part = weight * extra.tensor.double()
+                total[name] = total[name] + part if name in total else part
+            elif alone:
+                values[name] = extra
+            elif weight != 0.0:
+                raise InputError(
+                    f"adapter {adapter.name!r} replaces {name} of its base model (modules_to_save or trained biases), and "
+                    "its change cannot be computed without the base model, so it cannot be scaled or added. Use "
+                    "`adapter.without_extras()` (`--drop-extras`) to leave such parameters out"
+                )
+    return values | {name: Extra("delta", t.float()) for name, t in total.items()}
+
+
+def common_base(adapters: Sequence[Adapter]) -> BaseInfo:
+    """What a result says about its base model: the first adapter's word, where the others do not contradict."""
+    first = adapters[0].base
+    for adapter in adapters[1:]:
+        if adapter.base.layer_replication != first.layer_replication:
+            raise InputError(
+                f"adapters {adapters[0].name!r} and {adapter.name!r} replicate layers differently, so equal module names "
+                "mean different layers; they cannot be combined"
+            )
+    saved = tuple(dict.fromkeys(m for a in adapters for m in a.base.modules_to_save))
+    model = next((a.base.model for a in adapters if a.base.model), None)
+    return replace(first, model=model, modules_to_save=saved)
+
+
+def _expression(terms: Sequence[tuple[float, str]]) -> str:
+    parts = [("- " if w < 0 else "+ ") + (n if abs(w) == 1 else f"{abs(w):g}*{n}") for w, n in terms]
+    return " ".join(parts).removeprefix("+ ")

@@ -1,0 +1,16 @@
+"""Concatenation: the exact weighted sum at the sum of the ranks, MATH section 6."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastlora.adapter import Adapter
+from fastlora.methods import method
+from fastlora.methods.arithmetic import combination
+from fastlora.pool import Pool
+
+
+@method("cat", summary="exact Σ wᵢΔWᵢ, rank Σrᵢ", parameters={}, source="LoRA by concatenation; MATH section 6")
+def cat(pool: Pool, weights: Mapping[str, float]) -> Adapter:
+    """``ΔW = Σ w_i ΔW_i`` exactly."""
+    return combination([(weights[name], pool[name]) for name in pool.names], name="cat")

@@ -1,0 +1,53 @@
+"""One public op: a torch operator on the outside, a table of backends on the inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.backends import resolve
+
+_library = torch.library.Library("fastlora", "DEF")
+
+
+class Op:
+    """Registers ``torch.ops.fastlora.<name>`` and runs it on the backend that :func:`fastlora.backends.resolve` names.
+
+    ``fake`` checks shapes and dtypes (raising what the caller sees) and returns empty results of the right shape; it
+    runs first in every call, so eager and compiled calls refuse the same things. In eager mode a call skips torch's
+    dispatcher, which would cost several microseconds.
+    """
+
+    def __init__(self, schema: str, fake: Callable[..., Any]) -> None:
+        self.name = schema.split("(")[0]
+        self.check = fake
+        _library.define(schema)
+        torch.library.register_fake(f"fastlora::{self.name}", fake, lib=_library)
+        for key in ("CPU", "CUDA"):
+            _library.impl(self.name, self.run, key)
+        self.node: Callable[..., Any] = getattr(torch.ops.fastlora, self.name).default
+
+    def __call__(self, *args: Any) -> Any:
+        return self.node(*args) if torch.compiler.is_compiling() else self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(
+                f"fastlora.{self.name} has no gradient: call it under torch.no_grad() or detach its inputs"
+            )
+        self.check(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+        return resolve(self.name, *args).launch(*args)
+
+
+def require_floating(op: str, argument: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in allowed:
+        names = "/".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{op}: `{argument}` must be {names}, got {tensor.dtype}; cast it first")
+
+
+def require_dims(op: str, argument: str, tensor: Tensor, shape: str, least: int) -> None:
+    if tensor.dim() < least:
+        raise ValueError(f"{op}: `{argument}` must be {shape}, got shape {tuple(tensor.shape)}")

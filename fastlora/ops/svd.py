@@ -1,0 +1,49 @@
+"""Batched singular value decomposition of small matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlora.ops._op import Op, require_dims, require_floating
+from fastlora.ops.eigh import raise_if_bad
+
+
+def _fake(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    require_dims("svd", "a", a, "[..., p, q]", 2)
+    require_floating("svd", "a", a, (torch.float32, torch.float64))
+    *batch, p, q = a.shape
+    m = min(p, q)
+    info = a.new_empty(batch, dtype=torch.int32)
+    return a.new_empty((*batch, m, p)).mT, a.new_empty((*batch, m)), a.new_empty((*batch, m, q)), info
+
+
+_svd = Op("svd(Tensor a) -> (Tensor u, Tensor s, Tensor vh, Tensor info)", _fake)
+
+
+def svd_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`svd` that never looks at its results: ``(U, S, Vh, info)``; ``info`` as in :func:`fastlora.ops.eigh_ex`."""
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _svd(a)
+    return result
+
+
+def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Thin singular value decomposition ``A = U diag(σ) Vᵀ``; drop-in for
+    ``torch.linalg.svd(a, full_matrices=False)`` on small matrices.
+
+    Args:
+        a: ``[..., p, q]``, float32 or float64, ``p, q`` up to a few hundred.
+
+    Returns:
+        ``U [..., p, m]``, ``σ [..., m]`` descending, ``Vᵀ [..., m, q]``, ``m = min(p, q)``, in the dtype of ``a``. ``U``
+        and ``V`` have orthonormal columns also where ``A`` is rank-deficient or zero. Small singular values of graded
+        matrices are accurate relative to themselves (one-sided Jacobi). Same bits alone and in any batch.
+
+    Raises:
+        ValueError: matrices that hold NaN or Inf, or did not converge, by index (not inside ``torch.compile``).
+
+    Cost: about 6·p·m² operations a sweep, 5 to 10 sweeps; batches run one matrix per SIMD lane.
+    """
+    u, s, vh, info = svd_ex(a)
+    raise_if_bad("svd", info)
+    return u, s, vh

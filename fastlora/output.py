@@ -1,0 +1,231 @@
+"""Output directories that exist whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from types import TracebackType
+
+from safetensors import SafetensorError
+
+from fastlora.errors import FastloraError, OutputError
+
+OUTPUT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "report.*", "README.md")
+"""What an earlier output consists of: only such files are ever deleted by overwriting."""
+
+PARTIAL = re.compile(r"\..+\.partial-(\d+)(-\d+)?")
+REPLACED = re.compile(r"\..+\.replaced-(\d+)(-\d+)?")
+
+REASONS = {
+    errno.ENOSPC: "the disk is full; free some space or write elsewhere",
+    errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
+    errno.EACCES: "permission denied; write elsewhere or change the permissions",
+    errno.EPERM: "permission denied; write elsewhere or change the permissions",
+    errno.EROFS: "the file system is read-only; write elsewhere",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EFBIG: "the file is larger than is allowed here; write elsewhere",
+    errno.EIO: "the disk reported an input/output error; check it or write elsewhere",
+}
+
+
+class OutputDirectory:
+    """``with OutputDirectory(path) as staging:`` — what is written to ``staging`` becomes ``path`` at the end.
+
+    The staging directory ``.<name>.partial-<pid>`` lies beside the target. It is synced to disk and renamed when the
+    block ends, and removed when the block raises; until the rename the target is as it was. With ``overwrite`` an
+    earlier output is moved aside and deleted only after the new one is in place.
+
+    Raises :class:`OutputError`: from the constructor, before any work, when the target exists (without
+    ``overwrite``), is no earlier output (with it) or cannot be written; from the block when writing fails.
+    ``notices`` holds what is worth telling afterwards. ``files`` are the name patterns that an earlier output may
+    hold beside :data:`OUTPUT_FILES`.
+    """
+
+    def __init__(self, path: str | Path, *, overwrite: bool = False, files: Iterable[str] = ()) -> None:
+        self.path = Path(path).expanduser().resolve()
+        self.overwrite = overwrite
+        self.notices: list[str] = []
+        self._files = (*OUTPUT_FILES, *files)
+        self._staging: Path | None = None
+        if not self.path.name:
+            raise OutputError(f"{path} is no name for an output; give a directory that can be made, such as out/merged")
+        self._check_target()
+        self._check_parent()
+
+    def refuse_inputs(self, paths: Iterable[str | Path]) -> None:
+        """Raises :class:`OutputError` when the target is an input, holds one or lies in one."""
+        for path in paths:
+            source = Path(path).expanduser().resolve()
+            if self.path == source or self.path in source.parents or source in self.path.parents:
+                raise OutputError(
+                    f"the output {self.path} and the input {source} are one place or one inside the other; "
+                    "write to another directory"
+                )
+
+    def __enter__(self) -> Path:
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._report_leftovers()
+            self._staging = _make_beside(self.path, "partial")
+        return self._staging
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        staging = self._staging
+        assert staging is not None, "__exit__ without __enter__"
+        try:
+            if error is None:
+                with writing(self.path):
+                    _sync_tree(staging)
+                    self._check_target()
+                    self._put_in_place(staging)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        translated = None if error is None else _translated(error, self.path)
+        if translated is not None:
+            raise translated from error
+
+    def _check_target(self) -> None:
+        if not os.path.lexists(self.path):
+            return
+        if not self.path.is_dir():
+            raise OutputError(f"the output {self.path} exists and is a file; choose another name")
+        if not self.overwrite:
+            raise OutputError(
+                f"the output {self.path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
+            )
+        foreign = next(_foreign_files(self.path, self._files), None)
+        if foreign is not None:
+            raise OutputError(
+                f"the output {self.path} exists and is no earlier output: it holds {foreign.relative_to(self.path)}, "
+                "which overwriting would delete; choose another name"
+            )
+
+    def _check_parent(self) -> None:
+        parent = next(p for p in self.path.parents if os.path.lexists(p))
+        if not parent.is_dir():
+            raise OutputError(f"the output {self.path} cannot be made: {parent} is a file")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"the output {self.path} cannot be made: {parent} is not writable; write elsewhere")
+
+    def _report_leftovers(self) -> None:
+        start = f".{self.path.name}."
+        for entry in sorted(self.path.parent.iterdir()):
+            match = PARTIAL.fullmatch(entry.name) or REPLACED.fullmatch(entry.name)
+            if match and entry.name.startswith(start) and not _is_running(int(match[1])):
+                # Not deleted: on a shared file system the process may be running on another machine.
+                self.notices.append(f"{entry} was left by a run that died and can be deleted")
+
+    def _put_in_place(self, staging: Path) -> None:
+        old: Path | None = None
+        try:
+            if os.path.lexists(self.path):
+                aside = _make_beside(self.path, "replaced")
+                os.rename(self.path, aside)
+                old = aside
+            os.rename(staging, self.path)
+        except BaseException:
+            if old is not None and not os.path.lexists(self.path):
+                os.rename(old, self.path)
+            raise
+        _sync(self.path.parent)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+            if old.exists():
+                self.notices.append(f"the earlier output could not be deleted and is now {old}")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while ``path`` is written into one :class:`OutputError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, FastloraError):
+            raise
+        raise _output_error(error, path) from error
+
+
+def partial_of(path: Path) -> Path | None:
+    """The unfinished output that ``path`` is or lies in, if any."""
+    absolute = Path(os.path.abspath(path))
+    return next((p for p in (absolute, *absolute.parents) if PARTIAL.fullmatch(p.name)), None)
+
+
+def _output_error(error: OSError | SafetensorError, path: Path) -> OutputError:
+    number = _errno(error)
+    reason = REASONS.get(number) if number is not None else None
+    return OutputError(f"{path} could not be written: {reason or error}")
+
+
+def _errno(error: BaseException) -> int | None:
+    """The system's error number, also from the text that safetensors makes of it."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
+
+
+def _translated(error: BaseException, path: Path) -> OutputError | None:
+    """The error to raise instead of one that left the block; errors that are not about the output stay as they are."""
+    if isinstance(error, FastloraError) or not isinstance(error, OSError | SafetensorError):
+        return None
+    about = getattr(error, "filename", None)
+    here = about is None or path.parent in Path(os.path.abspath(os.fsdecode(about))).parents
+    return _output_error(error, path) if here and _errno(error) in REASONS else None
+
+
+def _foreign_files(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    for folder, folders, files in os.walk(directory):
+        folders.sort()
+        for name in sorted(files):
+            if not any(fnmatch(name, p) for p in patterns):
+                yield Path(folder, name)
+        for name in folders:
+            if Path(folder, name).is_symlink():
+                yield Path(folder, name)
+
+
+def _make_beside(path: Path, kind: str) -> Path:
+    """A new directory ``.<name>.<kind>-<pid>`` beside ``path``."""
+    base = f".{path.name}.{kind}-{os.getpid()}"
+    for attempt in range(1000):
+        made = path.parent / (base if attempt == 0 else f"{base}-{attempt}")
+        try:
+            made.mkdir()
+        except FileExistsError:
+            continue
+        return made
+    raise OutputError(f"{path.parent} is full of unfinished outputs {base}-…; delete them")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _sync_tree(directory: Path) -> None:
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

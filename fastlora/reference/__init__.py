@@ -1,0 +1,1 @@
+"""The formulas in pure torch, float64, and nothing else: what every backend is tested against."""

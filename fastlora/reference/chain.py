@@ -1,0 +1,93 @@
+"""Shared directions from Gram blocks by MATH (1)–(6), module by module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def chain(
+    left: Tensor,
+    right: Tensor,
+    floor: Tensor | None,
+    threshold: float,
+    kind: str,
+    rtol: float,
+    rank: int,
+    energy: float,
+) -> tuple[Tensor, ...]:
+    *batch, k, _, r, _ = left.shape
+    flat = left.reshape(-1, k, k, r, r), right.reshape(-1, k, r, r)
+    floors = torch.zeros(flat[0].shape[0], k, dtype=torch.float64) if floor is None else floor.reshape(-1, k)
+    rows = [one_module(g, a, f, threshold, kind, rtol, rank, energy) for g, a, f in zip(*flat, floors, strict=True)]
+    if not rows:
+        w = k * r if kind == "mean" else r
+        shapes = [(k, r, w), (w,), (), (k,), (k, r), ()]
+        dtypes = [torch.float64, torch.complex128, torch.int64, torch.int64, torch.float64, torch.int32]
+        return tuple(torch.zeros((*batch, *s), dtype=d) for s, d in zip(shapes, dtypes, strict=True))
+    return tuple(torch.stack(column).reshape(*batch, *column[0].shape) for column in zip(*rows, strict=True))
+
+
+def whiten(g: Tensor, a: Tensor, floor: float, rtol: float, rank: int, energy: float) -> tuple[Tensor, Tensor]:
+    """``T [r, kept]`` and all ``σ`` descending, MATH (3)."""
+    root = semidefinite_root(a)
+    values, vectors = torch.linalg.eigh(root.mT @ g @ root)
+    sigma, vectors = values.clamp(min=0).sqrt().flip(-1), vectors.flip(-1)
+    keep = int((sigma > max(rtol * float(sigma[0]), floor)).sum()) if float(sigma[0]) > 0 else 0
+    if rank:
+        keep = min(keep, rank)
+    if energy < 1:
+        share = sigma[:keep].square().cumsum(0)
+        total = float((sigma > max(rtol * float(sigma[0]), floor)).double() @ sigma.square())
+        keep = min(keep, int((share < energy * total).sum()) + 1)
+    return root @ vectors[:, :keep] / sigma[:keep], sigma
+
+
+def semidefinite_root(a: Tensor) -> Tensor:
+    """``L`` with ``L Lᵀ = A`` for a positive semidefinite ``A [r, r]``; columns at rounding level are zero."""
+    values, vectors = torch.linalg.eigh(a)
+    least = values[-1] * a.shape[-1] * 2 * torch.finfo(a.dtype).eps
+    return vectors * torch.where(values > least, values, 0.0).sqrt()
+
+
+def one_module(
+    g: Tensor, a: Tensor, floor: Tensor, threshold: float, kind: str, rtol: float, rank: int, energy: float
+) -> tuple[Tensor, ...]:
+    k, r = g.shape[0], g.shape[-1]
+    w = k * r if kind == "mean" else r
+    basis, values = torch.zeros(k, r, w, dtype=g.dtype), torch.zeros(w, dtype=torch.complex128)
+    upper = torch.ones(k, k, dtype=torch.bool).triu()
+    if not (g[upper].isfinite().all() and a.isfinite().all()):
+        zero = torch.zeros(k, dtype=torch.int64)
+        nan = torch.full((k, r), torch.nan, dtype=g.dtype)
+        return basis, values, zero[0], zero, nan, torch.tensor(1, dtype=torch.int32)
+    whitened = [whiten(g[i, i], a[i], float(floor[i]), rtol, rank, energy) for i in range(k)]
+    t = [x for x, _ in whitened]
+
+    def overlap(i: int, j: int) -> Tensor:  # U_iᵀU_j, MATH (2)
+        return t[i].mT @ (g[i, j] if i <= j else g[j, i].mT) @ t[j]
+
+    if kind == "mean":
+        m = torch.cat([torch.cat([overlap(i, j) for j in range(k)], 1) for i in range(k)]) / k
+        lam, y = torch.linalg.eigh(m)
+        lam, y = lam.flip(0), y.flip(1)
+        q = int((lam > threshold).sum())
+        values[: len(lam)] = lam.to(values.dtype)
+        rows = torch.split(y[:, :q] / (k * lam[:q]).sqrt(), [x.shape[1] for x in t])
+        for i in range(k):
+            basis[i, :, :q] = t[i] @ rows[i]
+    else:
+        c = torch.eye(t[0].shape[1], dtype=g.dtype)
+        for i in range(k - 1):
+            c = c @ overlap(i, i + 1)
+        m = c @ c.mT if kind == "palindrome" or k == 1 else c @ overlap(k - 1, 0)
+        lam_c, z = torch.linalg.eig(m)
+        order = torch.argsort(lam_c.real, descending=True, stable=True)
+        lam_c, z = lam_c[order], z[:, order]
+        q = int((lam_c.real > threshold).sum())
+        values[: len(lam_c)] = lam_c
+        span = torch.cat([z[:, :q].real, z[:, :q].imag], 1)  # a real subspace of dimension q
+        basis[0, :, :q] = t[0] @ torch.linalg.svd(span, full_matrices=False)[0][:, :q]
+    kept = torch.tensor([x.shape[1] for x in t])
+    sigma = torch.stack([s for _, s in whitened])
+    return basis, values, torch.tensor(q), kept, sigma, torch.tensor(0, dtype=torch.int32)

@@ -1,0 +1,25 @@
+"""Gram blocks by definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gram(factors: Tensor, ranks: Tensor | None, blocks: list[tuple[int, int]], mirror: bool, rows: bool) -> Tensor:
+    x = factors.double().mT if rows else factors.double()  # [..., k, n, r]
+    x = mask_columns(x, ranks)
+    full = torch.einsum("...ina,...jnb->...ijab", x, x)  # [..., k, k, r, r]
+    wanted = torch.zeros(x.shape[-3], x.shape[-3], dtype=torch.bool, device=x.device)
+    for i, j in blocks:
+        wanted[i, j] = True
+        wanted[j, i] |= mirror
+    return torch.where(wanted[:, :, None, None], full, 0.0)
+
+
+def mask_columns(x: Tensor, ranks: Tensor | None) -> Tensor:
+    """Zeros in place of padding columns: ``x [..., k, n, r]``, ``ranks [..., k]``."""
+    if ranks is None:
+        return x
+    column = torch.arange(x.shape[-1], device=x.device)
+    return torch.where(column < ranks[..., None, None], x, 0.0)
