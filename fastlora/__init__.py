@@ -12,7 +12,7 @@ __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
     "Adapter": "fastlora.adapter",
-    "Decomposition": "fastlora.methods.devec",
+    "Decomposition": "fastlora.decomposition",
     "FastloraError": "fastlora.errors",
     "InputError": "fastlora.errors",
     "OutputError": "fastlora.errors",
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fastlora.errors import InputError as InputError
     from fastlora.errors import OutputError as OutputError
     from fastlora.errors import UnsupportedAdapter as UnsupportedAdapter
-    from fastlora.methods.devec import Decomposition as Decomposition
+    from fastlora.decomposition import Decomposition as Decomposition
     from fastlora.pool import Pool as Pool
 
 

@@ -94,7 +94,7 @@ class Factor:
         pieces = [(stored, None)] if stored is not None else self.coefficients()
         for source, coefficient in pieces:
             product = small if coefficient is None else coefficient @ small
-            terms.append(Term(source, product if self.side == "B" else product.mT.contiguous()))
+            terms.append(Term(source, (product if self.side == "B" else product.mT).contiguous()))
         return Factor(self.side, self.length, small.shape[1], tuple(terms))
 
 
@@ -218,6 +218,7 @@ class Adapter:
         self.dtype = dtype
         self.provenance: dict[str, object] = dict(provenance or {"adapter": name})
         self.notes = list(notes)
+        self.details: dict[str, object] = {}
 
     @property
     def modules(self) -> list[str]:
@@ -267,6 +268,17 @@ class Adapter:
         from fastlora.engine import save_adapter
 
         return save_adapter(self, Path(path), dtype=dtype, overwrite=overwrite)
+
+    def without_extras(self) -> Adapter:
+        """The adapter's low-rank updates alone, without biases and replaced modules."""
+        return Adapter(
+            self.name,
+            self.updates,
+            base=replace(self.base, modules_to_save=(), bias="none"),
+            dtype=self.dtype,
+            provenance={"without_extras": self.provenance},
+            notes=self.notes,
+        )
 
     def __mul__(self, weight: float) -> Adapter:
         from fastlora.methods.arithmetic import combination

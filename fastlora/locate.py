@@ -39,12 +39,13 @@ class AdapterSpec:
 def parse(text: str) -> AdapterSpec:
     """Reads one adapter argument; an existing path wins over a reading with ``:`` or ``=``.
 
-    Raises :class:`InputError` for what exists in no reading, a weight that is no finite number, or an unusable name.
+    Raises :class:`InputError` for what exists in no reading, a weight that is no finite number, or an
+    unusable name.
     """
     readings = list(_readings(text))
     exists = next((r for r in readings if _exists(r[1])), None)
-    # Where nothing exists, the reading with the most parts is what was meant: it gives the clearest message, and a
-    # Hub id is not there yet.
+    # Where nothing exists, the reading with the most parts is what was meant: it gives the clearest message,
+    # and a Hub id is not there yet.
     name, path, weight = exists or readings[-1]
     found = find(path)
     name = found.name if name is None else name
@@ -72,7 +73,9 @@ def find(path: str | Path) -> Found:
         return Found(_from_hub(text), text.rpartition("/")[2])
     missing = next((p for p in reversed(Path(text).parents) if not _exists(p)), None)
     reason = "" if missing is None else f" ({missing} does not exist)"
-    raise InputError(f"there is no file or directory {text}{reason}; correct the path, or give a Hub id as org/name")
+    raise InputError(
+        f"there is no file or directory {text}{reason}; correct the path, or give a Hub id as org/name"
+    )
 
 
 def check_name(name: str) -> None:
@@ -90,19 +93,21 @@ def check_name(name: str) -> None:
         problem = f"is longer than {LONGEST_NAME} bytes"
     if problem is not None:
         raise InputError(
-            f"the adapter name {name[:60]!r} {problem}, but names become folders of the output; give another one: NAME=PATH"
+            f"the adapter name {name[:60]!r} {problem}, but names become folders of the output; give "
+            "another one: NAME=PATH"
         )
 
 
 def check_names_differ(named: Iterable[tuple[str, str]]) -> None:
-    """Refuses two adapters of one name, given ``(name, where it comes from)``; case does not tell names apart."""
+    """Refuses two adapters of one name, given ``(name, where it comes from)``; case does not tell names
+    apart."""
     seen: dict[str, str] = {}
     for name, where in named:
         other = seen.get(name.casefold())
         if other is not None:
             raise InputError(
                 f"two adapters are called {name!r} ({other} and {where}); name them apart, for example "
-                f"{name}_a={other} {name}_b={where}"
+                f"{name}={other} {name}-2={where}"
             )
         seen[name.casefold()] = where
 
@@ -128,7 +133,9 @@ def _weight(text: str, argument: str) -> float:
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise InputError(f"in {argument!r} the weight {text!r} is no finite number; write PATH:WEIGHT, such as legal:0.7")
+        raise InputError(
+            f"in {argument!r} the weight {text!r} is no finite number; write PATH:WEIGHT, such as legal:0.7"
+        )
     return weight
 
 
@@ -158,15 +165,18 @@ def _from_hub(repo: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise InputError(
-            f"{repo} is neither a path nor in the local Hub cache ({_hub_cache()}); correct the path, or to download it "
-            "from the Hub: pip install 'fastlora[hub]'"
+            f"{repo} is neither a path nor in the local Hub cache ({_hub_cache()}); correct the path, or "
+            "to download it from the Hub: pip install 'fastlora[hub]'"
         ) from None
     try:
         return Path(snapshot_download(repo, allow_patterns=["adapter_config.json", "adapter_model.*"]))
     except Exception as error:
-        # The Hub client has many kinds of errors (network, permissions, names), all of which mean the same here.
+        # The Hub client has many kinds of errors (network, permissions, names), all of which mean the same
+        # here.
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{repo} is no path here and could not be fetched from the Hub: {reason[0][:300]}") from None
+        raise InputError(
+            f"{repo} is no path here and could not be fetched from the Hub: {reason[0][:300]}"
+        ) from None
 
 
 def _cached(repo: str) -> Path | None:

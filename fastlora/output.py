@@ -16,7 +16,13 @@ from safetensors import SafetensorError
 
 from fastlora.errors import FastloraError, OutputError
 
-OUTPUT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "report.*", "README.md")
+OUTPUT_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "report.*",
+    "README.md",
+)
 """What an earlier output consists of: only such files are ever deleted by overwriting."""
 
 PARTIAL = re.compile(r"\..+\.partial-(\d+)(-\d+)?")
@@ -35,16 +41,17 @@ REASONS = {
 
 
 class OutputDirectory:
-    """``with OutputDirectory(path) as staging:`` — what is written to ``staging`` becomes ``path`` at the end.
+    """``with OutputDirectory(path) as staging:`` — what is written to ``staging`` becomes ``path`` at the
+    end.
 
-    The staging directory ``.<name>.partial-<pid>`` lies beside the target. It is synced to disk and renamed when the
-    block ends, and removed when the block raises; until the rename the target is as it was. With ``overwrite`` an
-    earlier output is moved aside and deleted only after the new one is in place.
+    The staging directory ``.<name>.partial-<pid>`` lies beside the target. It is synced to disk and renamed
+    when the block ends, and removed when the block raises; until the rename the target is as it was. With
+    ``overwrite`` an earlier output is moved aside and deleted only after the new one is in place.
 
     Raises :class:`OutputError`: from the constructor, before any work, when the target exists (without
     ``overwrite``), is no earlier output (with it) or cannot be written; from the block when writing fails.
-    ``notices`` holds what is worth telling afterwards. ``files`` are the name patterns that an earlier output may
-    hold beside :data:`OUTPUT_FILES`.
+    ``notices`` holds what is worth telling afterwards. ``files`` are the name patterns that an earlier
+    output may hold beside :data:`OUTPUT_FILES`.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False, files: Iterable[str] = ()) -> None:
@@ -54,7 +61,9 @@ class OutputDirectory:
         self._files = (*OUTPUT_FILES, *files)
         self._staging: Path | None = None
         if not self.path.name:
-            raise OutputError(f"{path} is no name for an output; give a directory that can be made, such as out/merged")
+            raise OutputError(
+                f"{path} is no name for an output; give a directory that can be made, such as out/merged"
+            )
         self._check_target()
         self._check_parent()
 
@@ -99,13 +108,14 @@ class OutputDirectory:
             raise OutputError(f"the output {self.path} exists and is a file; choose another name")
         if not self.overwrite:
             raise OutputError(
-                f"the output {self.path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
+                f"the output {self.path} exists; choose another name, or replace it with --overwrite "
+                "(overwrite=True)"
             )
         foreign = next(_foreign_files(self.path, self._files), None)
         if foreign is not None:
             raise OutputError(
-                f"the output {self.path} exists and is no earlier output: it holds {foreign.relative_to(self.path)}, "
-                "which overwriting would delete; choose another name"
+                f"the output {self.path} exists and is no earlier output: it holds "
+                f"{foreign.relative_to(self.path)}, which overwriting would delete; choose another name"
             )
 
     def _check_parent(self) -> None:
@@ -113,7 +123,9 @@ class OutputDirectory:
         if not parent.is_dir():
             raise OutputError(f"the output {self.path} cannot be made: {parent} is a file")
         if not os.access(parent, os.W_OK | os.X_OK):
-            raise OutputError(f"the output {self.path} cannot be made: {parent} is not writable; write elsewhere")
+            raise OutputError(
+                f"the output {self.path} cannot be made: {parent} is not writable; write elsewhere"
+            )
 
     def _report_leftovers(self) -> None:
         start = f".{self.path.name}."
@@ -124,22 +136,24 @@ class OutputDirectory:
                 self.notices.append(f"{entry} was left by a run that died and can be deleted")
 
     def _put_in_place(self, staging: Path) -> None:
-        old: Path | None = None
+        if not os.path.lexists(self.path):
+            os.rename(staging, self.path)
+            _sync(self.path.parent)
+            return
+        old = _make_beside(self.path, "replaced")
         try:
-            if os.path.lexists(self.path):
-                aside = _make_beside(self.path, "replaced")
-                os.rename(self.path, aside)
-                old = aside
+            os.rename(self.path, old)
             os.rename(staging, self.path)
         except BaseException:
-            if old is not None and not os.path.lexists(self.path):
+            if os.path.lexists(self.path):
+                old.rmdir()
+            else:
                 os.rename(old, self.path)
             raise
         _sync(self.path.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-            if old.exists():
-                self.notices.append(f"the earlier output could not be deleted and is now {old}")
+        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            self.notices.append(f"the earlier output could not be deleted and is now {old}")
 
 
 @contextmanager
@@ -174,7 +188,8 @@ def _errno(error: BaseException) -> int | None:
 
 
 def _translated(error: BaseException, path: Path) -> OutputError | None:
-    """The error to raise instead of one that left the block; errors that are not about the output stay as they are."""
+    """The error to raise instead of one that left the block; errors that are not about the output stay as
+    they are."""
     if isinstance(error, FastloraError) or not isinstance(error, OSError | SafetensorError):
         return None
     about = getattr(error, "filename", None)

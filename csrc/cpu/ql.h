@@ -115,17 +115,6 @@ template <class T> inline int largest_lane(Mask<T> x) {
     return r;
 }
 
-// x^(-1/2) for x > 0.
-inline Vec<float> inverse_sqrt(Vec<float> x) {
-#if defined(__AVX512F__)
-    const Vec<float> y = (Vec<float>)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)x);
-    return y + y * (0.5f - 0.5f * (x * y) * y);
-#else
-    return splat<float>(1) / sqrt(x);
-#endif
-}
-inline Vec<double> inverse_sqrt(Vec<double> x) { return splat<double>(1) / sqrt(x); }
-
 // The unreduced block each lane works on, with Wilkinson's shift for it.
 template <class T> struct Blocks {
     Mask<T> first{}, last{}, active{};

@@ -76,6 +76,17 @@ inline Vec<double> sqrt(Vec<double> x) {
 #endif
 }
 
+// x^(-1/2) for x > 0. With AVX-512 in float32, 14 bits and a Newton step: less latency than root and quotient.
+inline Vec<float> inverse_sqrt(Vec<float> x) {
+#if defined(__AVX512F__)
+    const Vec<float> y = (Vec<float>)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)x);
+    return y + y * (0.5f - 0.5f * (x * y) * y);
+#else
+    return splat<float>(1) / sqrt(x);
+#endif
+}
+inline Vec<double> inverse_sqrt(Vec<double> x) { return splat<double>(1) / sqrt(x); }
+
 template <class T> inline Vec<T> abs(Vec<T> x) {
     using I = typename IntegerOf<T>::type;
     const I magnitude = I(~(I(1) << (8 * sizeof(T) - 1)));

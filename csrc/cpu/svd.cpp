@@ -1,12 +1,12 @@
 // Singular values and vectors of a batch of matrices, A = U diag(s) V'.
 //   a [batch, p, q] row-major, m = min(p, q)     s [batch, m] descending
-//   ut [batch, m, p]: row j is left vector j; its entry of largest magnitude (the first of equals) is
-//   positive     vt [batch, m, q]: row j is right vector j
+//   ut [batch, m, p]: row j is left vector j
+//   vt [batch, m, q]: row j is right vector j; its entry of largest magnitude (the first of equals) is positive
 // kLanes matrices at a time, one per lane: one-sided Jacobi rotates the columns of A (of A' when p < q) until
 // they are orthogonal to working precision; their norms are s, their directions the vectors of the long side,
-// and the accumulated rotations those of the short side. Small singular values of a matrix with graded columns
-// keep their relative accuracy. Columns that are zero, or too small for their squares, get directions from
-// Gram-Schmidt. A matrix with a NaN or an infinity becomes zero in its lane and NaN in the output.
+// and the accumulated rotations those of the short side. Small singular values of graded columns keep their
+// relative accuracy. Columns that are zero, or too small for their squares, get directions from Gram-Schmidt.
+// A matrix with a NaN or an infinity becomes zero in its lane and NaN in the output.
 // Algorithm: Hestenes / LAPACK gesvj, row-cyclic, keeping the larger column first.
 // Floor: per sweep m^2/2 pairs of 8 p' + 6 m flops, p' = max(p, q); 5 to 8 sweeps. Bound by L2 from m = 64.
 #include "interleave.h"
@@ -17,9 +17,15 @@ namespace {
 
 constexpr int kMaxJacobiSweeps = 40;
 
-// Entries are scaled to 2^kExponent, so that products of two squared norms neither overflow nor, for columns
-// of squared norm above kSmallSquare, underflow. kBoost lifts the columns below it.
-template <class T> constexpr int kExponent = sizeof(T) == 4 ? 24 : 0;
+// Entries are scaled to below 2^e so that products of two squared norms neither overflow (squares of singular
+// values stay below 2^62 in float32) nor, for columns of squared norm above kSmallSquare, underflow. kBoost
+// lifts the columns below it.
+template <class T> inline int largest_exponent(int64_t entries) {
+    if (sizeof(T) == 8) return 0;
+    int bits = 0;
+    while (entries > int64_t(1) << bits) ++bits;
+    return (62 - bits) / 2;
+}
 template <class T> constexpr T kSmallSquare = sizeof(T) == 4 ? T(0x1p-40) : T(0x1p-400);
 template <class T> constexpr T kBoost = sizeof(T) == 4 ? T(0x1p80) : T(0x1p600);
 
@@ -99,12 +105,10 @@ inline Vec<T> rotate_and_dot(Vec<T>* a, Vec<T>* b, const Vec<T>* next, Givens<T>
 // first, in the lanes of `turns`; updates the norms.
 template <class T> inline Givens<T> orthogonalising(Vec<T>& a, Vec<T>& b, Vec<T> d, Mask<T> turns) {
     const Vec<T> zero{}, one = splat<T>(1);
-    const Vec<T> cotangent = (b - a) / (turns ? d * T(2) : one);
-    const Vec<T> size = abs<T>(cotangent);
-    // The square of a large cotangent may overflow.
-    const Vec<T> root = size > T(0x1p30) ? size : sqrt(cotangent * cotangent + one);
-    const Vec<T> t = turns ? one / (cotangent < zero ? cotangent - root : cotangent + root) : zero;
-    const Vec<T> cosine = one / sqrt(t * t + one), sine = t * cosine;
+    const Vec<T> difference = b - a, twice = turns ? d * T(2) : one;
+    const Vec<T> root = sqrt(difference * difference + twice * twice);
+    const Vec<T> t = turns ? twice / (difference < zero ? difference - root : difference + root) : zero;
+    const Vec<T> cosine = inverse_sqrt(t * t + one), sine = t * cosine;
     const Vec<T> first = turns ? a - t * d : a, second = turns ? b + t * d : b;
     const Mask<T> swaps = (Mask<T>)(first < second) & turns;
     a = swaps ? second : first;
@@ -112,7 +116,8 @@ template <class T> inline Givens<T> orthogonalising(Vec<T>& a, Vec<T>& b, Vec<T>
     return {swaps ? sine : cosine, swaps ? -cosine : sine};
 }
 
-// One sweep over all pairs. Returns the lanes that turned.
+// One sweep over all pairs. Returns the lanes that turned. v follows one pair behind x: that work hides the
+// latency of the next rotation's roots and quotients.
 template <class T> Mask<T> jacobi_sweep(SvdWork<T>& w, Vec<T> tolerance) {
     const int rows = w.rows, columns = w.columns;
     const Vec<T> small = splat<T>(kSmallSquare<T>);
@@ -124,8 +129,10 @@ template <class T> Mask<T> jacobi_sweep(SvdWork<T>& w, Vec<T> tolerance) {
     for (int p = 0; p + 1 < columns; ++p) {
         Vec<T>*xp = w.x + p * w.x_step, *vp = w.v + p * w.v_step;
         Vec<T> dot = column_dot<T>(xp, xp + w.x_step, rows);
+        Vec<T>* behind = nullptr;
+        Givens<T> pending{};
         for (int q = p + 1; q < columns; ++q) {
-            Vec<T>*xq = w.x + q * w.x_step, *vq = w.v + q * w.v_step;
+            Vec<T>* xq = w.x + q * w.x_step;
             const Vec<T>* next = q + 1 < columns ? xq + w.x_step : xp;
             Vec<T>&a = w.square[p], &b = w.square[q];
             const Mask<T> strong = (Mask<T>)(a > small) & (Mask<T>)(b > small);
@@ -136,9 +143,12 @@ template <class T> Mask<T> jacobi_sweep(SvdWork<T>& w, Vec<T> tolerance) {
             }
             turned |= turns;
             const Givens<T> r = orthogonalising<T>(a, b, dot, turns);
+            if (behind) rotate_columns<T>(vp, behind, pending, columns);
             dot = rotate_and_dot<T>(xp, xq, next, r, rows);
-            rotate_columns<T>(vp, vq, r, columns);
+            behind = w.v + q * w.v_step;
+            pending = r;
         }
+        if (behind) rotate_columns<T>(vp, behind, pending, columns);
     }
     return turned;
 }
@@ -251,7 +261,7 @@ void solve_group(const T* a, T* ut, T* s, T* vt, int32_t* info, int count, int p
     const int rows = w.rows, columns = w.columns;
     Group<T> group = interleave<T>(a, count, p, q, false, w.x, tall ? 1 : w.x_step, tall ? w.x_step : 1);
     Vec<T> scale[2];
-    choose_scale<T>(group, kExponent<T>, scale);
+    choose_scale<T>(group, largest_exponent<T>(int64_t(p) * q), scale);
     for (int c = 0; c < columns; ++c) {
         Vec<T>*x = w.x + c * w.x_step, *v = w.v + c * w.v_step;
         for (int i = 0; i < rows; ++i) x[i] = scaled<T>(x[i], scale, group.non_finite);
@@ -267,9 +277,9 @@ void solve_group(const T* a, T* ut, T* s, T* vt, int32_t* info, int count, int p
     rank_ascending<T>(w.square, w.rank, columns);
     for (int c = 0; c < columns; ++c) w.square[c] = -w.square[c];
     if (tall)
-        choose_signs<T>(w.x, w.x_step, rows, columns, w.sign);
-    else
         choose_signs<T>(w.v, w.v_step, columns, columns, w.sign);
+    else
+        choose_signs<T>(w.x, w.x_step, rows, columns, w.sign);
     T *along = tall ? ut : vt, *across = tall ? vt : ut;
     deinterleave_values<T>(w.square, group, w.rank, columns, s);
     deinterleave<T>(w.x, w.x_step, 1, w.sign, w.rank, count, columns, rows, along);
@@ -289,7 +299,7 @@ void solve_group(const T* a, T* ut, T* s, T* vt, int32_t* info, int count, int p
         for (int c = 0; c < columns; ++c)
             if (w.weak[c][b]) first_weak = min_(first_weak, int(w.rank[c][b]));
         if (first_weak < columns) complete_rows(long_rows, first_weak, columns, rows, w.coverage);
-        for (int j = first_weak; tall && j < columns; ++j) {
+        for (int j = first_weak; !tall && j < columns; ++j) {
             if (!largest_is_negative(long_rows + size_t(j) * rows, rows)) continue;
             negate(long_rows + size_t(j) * rows, rows);
             negate(short_rows + size_t(j) * columns, columns);
@@ -320,8 +330,8 @@ int svd(const T* a, T* ut, T* s, T* vt, int32_t* info, int64_t batch, int p, int
             }
             const int64_t at = g * kLanes<T>;
             const int count = int(min_<int64_t>(kLanes<T>, batch - at));
-            solve_group<T>(a + at * p * q, ut + at * m * p, s + at * m, vt + at * m * q, info + at, count, p, q,
-                           work);
+            solve_group<T>(a + at * p * q, ut + at * m * p, s + at * m, vt + at * m * q, info + at, count,
+                           p, q, work);
         }
     }
     return status;

@@ -103,11 +103,11 @@ template <class T> void tridiagonalise(Vec<T>* a, size_t ld, int n, Tridiagonal<
     for (int j = 0; j < n; ++j) {
         Vec<T>* column = a + j * ld;
         const PendingUpdate<T> old{column - ld, w};
-        if (j > 0) update_column<T>(column, old, j, j, n);
+        if (j > 0 && j + 1 < n) update_column<T>(column, old, j, j, n);
         tri.diagonal[j] = column[j];
         tri.off[j] = j + 2 == n ? column[j + 1] : Vec<T>{};
         tri.tau[j] = Vec<T>{};
-        if (j + 2 == n && j > 0) update_column<T>(column + ld, old, n - 1, n - 1, n);
+        if (j + 2 == n && j > 0) update_column<T>(column + ld, old, n - 1, n - 1, n);  // the last of all
         if (j + 2 >= n) continue;
         make_reflector<T>(column, j, n, tri);
         if (j > 0)

@@ -37,6 +37,13 @@ def isa() -> str:
     return str(_core.isa())
 
 
+def cuda_build() -> str:
+    """Whether CUDA code was compiled in, for which architectures, and whether a device is there."""
+    if not _core.has_cuda:
+        return "no (built without nvcc, or with FASTLORA_CUDA=OFF)"
+    count, reason = _core.cuda_device_count()
+    return f"{_core.cuda_archs}; {count} devices" + (f" ({reason})" if reason else "")
+
 def _on_cpu(*tensors: object) -> str | None:
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
@@ -101,6 +108,8 @@ def _combine_pass(jobs: list[CombineJob]) -> None:
                 if c is None:
                     terms.append((term.factor, 0, 0, 0, term.at, 0))
                 else:
+                    if c.dtype != torch.float64 or (c.shape[1] > 1 and c.stride(1) != 1):
+                        raise ValueError(f"a coefficient must be float64 with contiguous rows, got {c.dtype} {c.stride()}")
                     columns = c.shape[0] if job.rows else c.shape[1]
                     terms.append((term.factor, c.data_ptr(), c.stride(0), columns, term.at, 0))
                 scales.append(term.scale)

@@ -20,8 +20,8 @@ def load(path: str | Path, name: str | None = None) -> Adapter:
     path: a PEFT directory, or the Hub id (``org/name``) of one.
     name: what the adapter is called from here on; the folder name by default.
 
-    Raises :class:`InputError` where nothing can be read and :class:`UnsupportedAdapter` for adapters whose numbers
-    would come out wrong.
+    Raises :class:`InputError` where nothing can be read and :class:`UnsupportedAdapter` for adapters whose
+    numbers would come out wrong.
     """
     found = find(path)
     name = found.name if name is None else name
@@ -32,7 +32,8 @@ def load(path: str | Path, name: str | None = None) -> Adapter:
     unfinished = partial_of(directory)
     if unfinished is not None:
         raise InputError(
-            f"{directory} lies in {unfinished.name}, an output that was never finished; run that command again"
+            f"{directory} lies in {unfinished.name}, an output that was never finished; run that command "
+            "again"
         )
     if not (directory / CONFIG_NAME).exists():
         _refuse_directory(directory)
@@ -44,8 +45,9 @@ def _refuse_file(path: Path) -> None:
         raise InputError(f"{path} is one file of an adapter; pass its directory {path.parent}")
     if path.suffix == ".safetensors":
         raise UnsupportedAdapter(
-            f"{path} is a single file without {CONFIG_NAME}; adapters are read from PEFT directories: convert it with "
-            "diffusers (`pipe.load_lora_weights(...)`, then `save_pretrained` of the adapted model)"
+            f"{path} is a single file without {CONFIG_NAME}; adapters are read from PEFT directories: "
+            "convert it with diffusers (`pipe.load_lora_weights(...)`, then `save_pretrained` of the "
+            "adapted model)"
         )
     raise InputError(f"{path} is a file, needed is a PEFT adapter directory (with {CONFIG_NAME})")
 
@@ -54,15 +56,16 @@ def _refuse_directory(directory: Path) -> None:
     inside = sorted(p.parent.name for p in directory.glob(f"*/{CONFIG_NAME}"))
     if inside:
         raise InputError(
-            f"{directory} holds {len(inside)} adapters ({', '.join(inside[:4])}) and is none itself; pass one of them, "
-            f"for example {directory / inside[0]}"
+            f"{directory} holds {len(inside)} adapters ({', '.join(inside[:4])}) and is none itself; pass "
+            f"one of them, for example {directory / inside[0]}"
         )
     if (directory / "config.json").exists():
         raise InputError(
-            f"{directory} looks like a whole model (config.json, no {CONFIG_NAME}); needed is a PEFT adapter directory"
+            f"{directory} looks like a whole model (config.json, no {CONFIG_NAME}); needed is a PEFT "
+            "adapter directory"
         )
     found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
     raise InputError(
-        f"{directory} has no {CONFIG_NAME} (found: {found}); pass the directory that `model.save_pretrained(...)` of a "
-        "PEFT model wrote"
+        f"{directory} has no {CONFIG_NAME} (found: {found}); pass the directory that "
+        "`model.save_pretrained(...)` of a PEFT model wrote"
     )

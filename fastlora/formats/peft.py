@@ -49,8 +49,8 @@ EMBEDDINGS = frozenset(
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
 
 REGISTRATION_ORDER = ("gate_up_proj", "gate_up_proj_bias", "w1", "v1", "w2", "down_proj", "down_proj_bias")
-"""The order in which mixture-of-experts modules create their parameters: PEFT wraps the last one outermost, and the
-file does not say which parameter a wrapper belongs to."""
+"""The order in which mixture-of-experts modules create their parameters: PEFT wraps the last one outermost,
+and the file does not say which parameter a wrapper belongs to."""
 
 
 @dataclass(slots=True)
@@ -63,15 +63,17 @@ class _Module:
 
     def add(self, part: str, key: str, tensor: Tensor, file: Path) -> None:
         if part in self.tensors:
-            raise InputError(f"{file}: tensors {self.keys[part]!r} and {key!r} are the same factor; remove one")
+            raise InputError(
+                f"{file}: tensors {self.keys[part]!r} and {key!r} are the same factor; remove one"
+            )
         self.tensors[part], self.keys[part] = tensor, key
 
 
 def read(directory: Path, name: str) -> Adapter:
     """The adapter in a PEFT directory; its factors are views of the mapped file.
 
-    Raises :class:`InputError` for missing or damaged files and tensors, and :class:`UnsupportedAdapter` for adapters
-    that are no plain low-rank update, each with the way out.
+    Raises :class:`InputError` for missing or damaged files and tensors, and :class:`UnsupportedAdapter` for
+    adapters that are no plain low-rank update, each with the way out.
     """
     config = read_config(directory, name)
     file, tensors = _read_tensors(directory)
@@ -90,7 +92,9 @@ def read(directory: Path, name: str) -> Adapter:
                 updates[path] = _update(path, module, config, file)
                 if "bias" in module.tensors:
                     shift = module.tensors["bias"].double() * updates[path].scaling
-                    extras[f"{path}.bias"] = Extra("delta", shift.to(_at_least_float32(module.tensors["bias"])))
+                    extras[f"{path}.bias"] = Extra(
+                        "delta", shift.to(_at_least_float32(module.tensors["bias"]))
+                    )
             else:
                 updates.update(_experts(path, module, config, file))
     _add_values(extras, others, modules, config, file)
@@ -137,10 +141,15 @@ def _sort(
             mark = next((what for sign, what in MARKS.items() if sign in plain), None)
             if mark is not None:
                 raise UnsupportedAdapter(
-                    f"adapter {name!r}: tensor {key!r} in {file} is {mark}, so its change is not s·B·A; {MERGE_FIRST}"
+                    f"adapter {name!r}: tensor {key!r} in {file} is {mark}, so its change is not s·B·A; "
+                    f"{MERGE_FIRST}"
                 )
             others[plain] = tensor
-    return modules, others, [f"adapter {name!r}: {dropped} tensors of training state are not kept"] if dropped else []
+    return (
+        modules,
+        others,
+        [f"adapter {name!r}: {dropped} tensors of training state are not kept"] if dropped else [],
+    )
 
 
 def _group(modules: Mapping[str, _Module]) -> dict[str, list[_Module]]:
@@ -153,8 +162,8 @@ def _group(modules: Mapping[str, _Module]) -> dict[str, list[_Module]]:
         if WRAPPED + "." in container:
             key = next(iter(module.keys.values()))
             raise UnsupportedAdapter(
-                f"tensor {key!r} adapts a part inside a wrapped module, as peft does for nn.MultiheadAttention, "
-                f"whose fused projections are not supported; {MERGE_FIRST}"
+                f"tensor {key!r} adapts a part inside a wrapped module, as peft does for "
+                f"nn.MultiheadAttention, whose fused projections are not supported; {MERGE_FIRST}"
             )
         groups.setdefault(container, {})[depth] = module
     return {container: [found[d] for d in sorted(found)] for container, found in groups.items()}
@@ -179,15 +188,16 @@ def _name_wrappers(
         if len(wrappers) == 1:
             return [(container, wrappers[0])]
         raise InputError(
-            f"{file}: module {container!r} is wrapped {len(wrappers)} times, which is how parameters are adapted, but "
-            f"'target_parameters' in {config.path} names none of it; restore that field"
+            f"{file}: module {container!r} is wrapped {len(wrappers)} times, which is how parameters are "
+            f"adapted, but 'target_parameters' in {config.path} names none of it; restore that field"
         )
     names = list(dict.fromkeys(named))
     known = all(n in REGISTRATION_ORDER for n in names)
     if len(names) != len(wrappers) or (len(names) > 1 and not known):
         raise UnsupportedAdapter(
-            f"{file}: module {container!r} has factors for {len(wrappers)} parameters and 'target_parameters' in "
-            f"{config.path} allows {', '.join(names)}: the file does not say which factors belong to which; {MERGE_FIRST}"
+            f"{file}: module {container!r} has factors for {len(wrappers)} parameters and "
+            f"'target_parameters' in {config.path} allows {', '.join(names)}: the file does not say which "
+            f"factors belong to which; {MERGE_FIRST}"
         )
     outermost_first = sorted(names, key=lambda n: -REGISTRATION_ORDER.index(n)) if len(names) > 1 else names
     return [(f"{container}.{n}", w) for n, w in zip(outermost_first, wrappers, strict=True)]
@@ -201,31 +211,32 @@ def _check_factors(path: str, module: _Module, file: Path) -> None:
     for part, partner in (("A", "B"), ("B", "A"), ("bias", "B")):
         if part in module.tensors and partner not in module.tensors:
             raise InputError(
-                f"{file}: tensor {module.keys[part]!r} has no lora_{partner} beside it; the file is incomplete: "
-                "save or download the adapter again"
+                f"{file}: tensor {module.keys[part]!r} has no lora_{partner} beside it; the file is "
+                "incomplete: save or download the adapter again"
             )
     for part, tensor in module.tensors.items():
         key = module.keys[part]
         if tensor.dtype not in DTYPES:
             raise InputError(
-                f"{file}: tensor {key!r} is {str(tensor.dtype)[6:]}, needed is float32, float16, bfloat16 or float64; "
-                "save the adapter in one of these"
+                f"{file}: tensor {key!r} is {str(tensor.dtype)[6:]}, needed is float32, float16, bfloat16 "
+                "or float64; save the adapter in one of these"
             )
         if 0 in tensor.shape:
             raise InputError(
-                f"{file}: tensor {key!r} is empty ({list(tensor.shape)}): a sharded model was saved without gathering "
-                "its parameters; gather them (DeepSpeed ZeRO-3, FSDP) and save again"
+                f"{file}: tensor {key!r} is empty ({list(tensor.shape)}): a sharded model was saved "
+                "without gathering its parameters; gather them (DeepSpeed ZeRO-3, FSDP) and save again"
             )
     a, b = module.tensors["A"], module.tensors["B"]
     if a.dim() != b.dim() or a.dim() not in ((2,) if module.embedding else (2, 3, 4, 5)):
         raise InputError(
-            f"{file}: module {path!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; needed are [rank, in] and "
-            "[out, rank], with the kernel after them for a convolution"
+            f"{file}: module {path!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; needed are "
+            "[rank, in] and [out, rank], with the kernel after them for a convolution"
         )
     if a.dim() > 2 and b.shape[1] != a.shape[0] and a.shape[0] % b.shape[1] == 0 and set(b.shape[2:]) == {1}:
         raise UnsupportedAdapter(
-            f"{file}: module {path!r} is a grouped convolution (lora_A {list(a.shape)}, lora_B {list(b.shape)}): its "
-            "update is block-diagonal and not B·A; leave it out of `target_modules` and train again"
+            f"{file}: module {path!r} is a grouped convolution (lora_A {list(a.shape)}, lora_B "
+            f"{list(b.shape)}): its update is block-diagonal and not B·A; leave it out of `target_modules` "
+            "and train again"
         )
     if b.shape[1] != a.shape[0] or any(k != 1 for k in b.shape[2:]):
         raise InputError(
@@ -235,7 +246,8 @@ def _check_factors(path: str, module: _Module, file: Path) -> None:
     shift = module.tensors.get("bias")
     if shift is not None and shift.shape != b.shape[:1]:
         raise InputError(
-            f"{file}: tensor {module.keys['bias']!r} is {list(shift.shape)}, needed is [{b.shape[0]}] as lora_B has it"
+            f"{file}: tensor {module.keys['bias']!r} is {list(shift.shape)}, needed is [{b.shape[0]}] as "
+            "lora_B has it"
         )
 
 
@@ -244,8 +256,8 @@ def _update(path: str, module: _Module, config: PeftConfig, file: Path) -> Updat
     rank, expected = a.shape[0], config.rank_of(path)
     if rank != expected:
         raise InputError(
-            f"module {path!r} has rank {rank} in {file} and rank {expected} in {config.path} ('r' or 'rank_pattern'); "
-            "its scaling is unknown: restore the configuration it was saved with"
+            f"module {path!r} has rank {rank} in {file} and rank {expected} in {config.path} ('r' or "
+            "'rank_pattern'); its scaling is unknown: restore the configuration it was saved with"
         )
     layout = Layout("embedding") if module.embedding else Layout()
     if a.dim() > 2:
@@ -255,14 +267,15 @@ def _update(path: str, module: _Module, config: PeftConfig, file: Path) -> Updat
 
 
 def _experts(path: str, module: _Module, config: PeftConfig, file: Path) -> dict[str, Update]:
-    """``{path[e]: update}``. On disk ``A`` is ``[experts·r, in]``, expert by expert, and ``B`` ``[out, r·experts]``
-    with the expert as the fastest index."""
+    """``{path[e]: update}``, from ``A [experts·r, in]``, expert by expert, and ``B [out, r·experts]``, whose
+    fastest index is the expert."""
     a, b = module.tensors["A"], module.tensors["B"]
     rank = config.rank_of(path)
     if rank < 1 or a.dim() != 2 or a.shape[0] % rank or "bias" in module.tensors:
         raise InputError(
-            f"parameter {path!r} has lora_A {list(a.shape)} in {file}, needed is [experts·{rank}, in] for rank {rank} "
-            f"of {config.path} ('r' or 'rank_pattern') and no bias; restore the configuration it was saved with"
+            f"parameter {path!r} has lora_A {list(a.shape)} in {file}, needed is [experts·{rank}, in] for "
+            f"rank {rank} of {config.path} ('r' or 'rank_pattern') and no bias; restore the configuration "
+            "it was saved with"
         )
     experts = a.shape[0] // rank
     scaling = config.scaling_of(path, rank)
@@ -302,8 +315,8 @@ def _add_values(
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise UnsupportedAdapter(
-            f"{file} has tensors of an unknown kind: {', '.join(map(repr, unknown[:3]))}{more}; they would be lost. "
-            "Trained modules must be named by 'modules_to_save' and trained biases by 'bias' in "
+            f"{file} has tensors of an unknown kind: {', '.join(map(repr, unknown[:3]))}{more}; they would "
+            "be lost. Trained modules must be named by 'modules_to_save' and trained biases by 'bias' in "
             f"{CONFIG_NAME}; remove the tensors if they carry nothing"
         )
 

@@ -1,4 +1,4 @@
-"""``adapter_config.json``: every field that changes numbers is used or refused by name, the rest is listed here."""
+"""``adapter_config.json``: every field that changes numbers is used or refused by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NEUTRAL = frozenset(
     " loftq_config lora_dropout lora_ga_config megatron_config megatron_core merge_weights peft_version"
     " qalora_group_size runtime_config target_modules".split()
 )
-"""Which modules were chosen, how training went and how the model is run: the factors already say the result."""
+"""Which modules were chosen, how they were trained and how they run: the factors are the result of it."""
 
 TRAINING_ONLY = {
     "velora_config": "VeLoRA compresses activations in the backward pass",
@@ -49,7 +49,8 @@ VARIANTS = {
         "a DoRA adapter: its magnitudes rescale the rows of the base weight, so its change is not s·B·A"
     ),
     "alora_invocation_tokens": (
-        "an aLoRA adapter: it acts on the tokens after its invocation sequence only, so it is no change of the weights"
+        "an aLoRA adapter: it acts on the tokens after its invocation sequence only, so it is no change of "
+        "the weights"
     ),
     "use_qalora": "a QALoRA adapter: its lora_A acts on pooled inputs, so its change is not s·B·A",
     "kasa_config": (
@@ -58,8 +59,8 @@ VARIANTS = {
     "use_bdlora": "a BD-LoRA adapter: its factors are block-diagonal and stored in a packed form",
     "arrow_config": "an Arrow router: it mixes other adapters per token and is no change of the weights",
     "trainable_token_indices": (
-        "an adapter with trained token embeddings (trainable_token_indices): they replace rows of the base model's "
-        "embedding, whose change is unknown without the base model"
+        "an adapter with trained token embeddings (trainable_token_indices): they replace rows of the base "
+        "model's embedding, whose change is unknown without the base model"
     ),
 }
 """Fields that, when set, make an adapter something else than ``s·B·A`` added to a weight."""
@@ -113,8 +114,8 @@ def exact_pattern(module: str) -> str:
 def read_config(directory: Path, name: str) -> PeftConfig:
     """Reads and judges the configuration of the adapter called ``name``.
 
-    Raises :class:`InputError` for a missing, damaged or contradictory file and :class:`UnsupportedAdapter` for an
-    adapter that is no plain low-rank update.
+    Raises :class:`InputError` for a missing, damaged or contradictory file and :class:`UnsupportedAdapter`
+    for an adapter that is no plain low-rank update.
     """
     path = directory / CONFIG_NAME
     reader = _Fields(path, _read_json(path))
@@ -183,15 +184,17 @@ def _refuse_other_kinds(reader: _Fields, name: str) -> None:
     _refuse_residual_base(reader, name)
     if values.get("ensure_weight_tying") and values.get("modules_to_save"):
         raise UnsupportedAdapter(
-            f"adapter {name!r} ties trained modules to each other (ensure_weight_tying with modules_to_save, {path}), "
-            f"which a saved adapter cannot express by tensors; {MERGE_FIRST}"
+            f"adapter {name!r} ties trained modules to each other (ensure_weight_tying with "
+            f"modules_to_save, {path}), which a saved adapter cannot express by tensors; {MERGE_FIRST}"
         )
-    known = USED | NEUTRAL | TRAINING_ONLY.keys() | VARIANTS.keys() | {"init_lora_weights", "ensure_weight_tying"}
+    known = (
+        USED | NEUTRAL | TRAINING_ONLY.keys() | VARIANTS.keys() | {"init_lora_weights", "ensure_weight_tying"}
+    )
     for key, value in values.items():
         if key not in known and value not in (None, False, "", [], {}):
             raise UnsupportedAdapter(
-                f"adapter {name!r}: field {key!r} = {json.dumps(value)[:80]} in {path} is unknown, and it may change "
-                "what the factors mean; if it does not, remove the field or set it to null"
+                f"adapter {name!r}: field {key!r} = {json.dumps(value)[:80]} in {path} is unknown, and it "
+                "may change what the factors mean; if it does not, remove the field or set it to null"
             )
 
 
@@ -211,19 +214,20 @@ def _refuse_residual_base(reader: _Fields, name: str) -> None:
             "which makes it a plain LoRA adapter"
         )
         raise UnsupportedAdapter(
-            f"adapter {name!r} was started with {method} (init_lora_weights = {value!r} in {reader.path}): its factors "
-            f"belong to a residual of the base model, not to the base model; {convert}"
+            f"adapter {name!r} was started with {method} (init_lora_weights = {value!r} in {reader.path}): "
+            f"its factors belong to a residual of the base model, not to the base model; {convert}"
         )
     if start not in HARMLESS_INITIALISATIONS:
         raise UnsupportedAdapter(
-            f"adapter {name!r}: init_lora_weights = {value!r} in {reader.path} is an unknown initialisation, and some "
-            "change the base model; set it to true if the factors belong to the unchanged base model"
+            f"adapter {name!r}: init_lora_weights = {value!r} in {reader.path} is an unknown "
+            "initialisation, and some change the base model; set it to true if the factors belong to the "
+            "unchanged base model"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """Typed access to the fields of one file; every failure names file, field, what was found and what is needed."""
+    """Typed access to the fields of one file; a failure names file, field, what was found and is needed."""
 
     path: Path
     values: dict[str, Any]
@@ -289,8 +293,8 @@ class _Fields:
                 re.compile(rf"(.*\.)?({pattern})$")
             except re.error as error:
                 raise InputError(
-                    f"{self.path}: field {key!r} has the pattern {pattern!r}, which is no regular expression ({error}); "
-                    "correct the file"
+                    f"{self.path}: field {key!r} has the pattern {pattern!r}, which is no regular "
+                    f"expression ({error}); correct the file"
                 ) from None
         return dict(value)
 

@@ -20,7 +20,7 @@ def cut(update: Update, form: SingularForm) -> Update:
 
 def compress(adapter: Adapter, *, rank: int | None = None, energy: float | None = None) -> Adapter:
     """Every ``ΔW`` replaced by its best approximation of at most ``rank``, or with at least the share ``energy`` of
-    ``Σσ²``. The share that was kept is in ``provenance["retained_energy"]``, per module and in total.
+    ``Σσ²``. The share that was kept is in ``details["retained_energy"]``, per module, and in total in ``provenance``.
     """
     if rank is None and energy is None:
         raise InputError("compress: give rank=N or energy=X (the share of Σσ² to keep, above 0 and at most 1)")
@@ -31,19 +31,22 @@ def compress(adapter: Adapter, *, rank: int | None = None, energy: float | None 
     forms = singular_forms(adapter.name, adapter.updates, rank=rank, energy=energy)
     total = sum(f.norm**2 for f in forms.values())
     kept = sum(f.retained * f.norm**2 for f in forms.values())
-    retained = {
-        "total": kept / total if total > 0 else 1.0,
-        "modules": {m: f.retained for m, f in forms.items()},
-    }
-    return Adapter(
+    result = Adapter(
         adapter.name,
         {m: cut(u, forms[m]) for m, u in adapter.updates.items()},
         extras=adapter.extras,
         base=adapter.base,
         dtype=adapter.dtype,
-        provenance={"compress": adapter.provenance, "rank": rank, "energy": energy, "retained_energy": retained},
+        provenance={
+            "compress": adapter.provenance,
+            "rank": rank,
+            "energy": energy,
+            "retained_energy": kept / total if total > 0 else 1.0,
+        },
         notes=adapter.notes,
     )
+    result.details["retained_energy"] = {m: f.retained for m, f in forms.items()}
+    return result
 
 
 @method(

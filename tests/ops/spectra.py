@@ -1,12 +1,12 @@
 """Matrices by property, and LAPACK-style error ratios in float64.
 
-The ratios are those of LAPACK's xDRVST / xDRVBD testers: errors in units of the unit roundoff, the size of the
-matrix and its norm. A sound solver stays below 30 for every input.
+The ratios are those of LAPACK's xDRVST / xDRVBD testers: errors in units of the unit roundoff, the size of
+the matrix and its norm. A sound solver stays below 30 for every input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -160,3 +160,23 @@ def svd_ratios(a: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> dict[str, float]:
         "right": _orthonormality(v, size, eps).max().item(),
         "values": ((s - reference).abs().amax(-1) / (size * largest * eps)).max().item(),
     }
+
+
+def call_variants(
+    op: Callable[[Tensor], tuple[Tensor, ...]], a: Tensor
+) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """Other ways to compute ``op(a)`` that must give the same bits."""
+    order = torch.randperm(len(a), generator=torch.Generator().manual_seed(0))
+    yield "again", op(a)
+    yield "permuted", tuple(x[order.argsort()] for x in op(a[order]))
+    for size in (1, 3):
+        parts = [op(part) for part in a.split(size)]
+        yield f"in batches of {size}", tuple(torch.cat(results) for results in zip(*parts, strict=True))
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            result = op(a)
+        finally:
+            torch.set_num_threads(before)
+        yield f"{threads} threads", result

@@ -1,0 +1,147 @@
+"""The public functions. Each checks its arguments, then hands over to one method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fastlora import formats
+from fastlora.adapter import Adapter
+from fastlora.decomposition import Decomposition
+from fastlora.engine import require_finite
+from fastlora.errors import InputError
+from fastlora.methods import Method, all_methods, devec, find_method, svd
+from fastlora.methods.overlap import Overlap, pool_overlap
+from fastlora.ops.chain import check_cuts
+from fastlora.pool import Pool
+
+MODES = ("pool", "pairs", "iterative")
+
+
+def load(path: str | Path, name: str | None = None) -> Adapter:
+    """Loads one adapter; the format is detected. Tensors stay in the file, memory-mapped.
+
+    Raises:
+        InputError: a path, file, field or tensor that cannot be used. UnsupportedAdapter: a kind whose numbers would
+            come out wrong (DoRA, (IA)³, …). Both say what was found and what to do.
+    """
+    return formats.load(Path(path), name)
+
+
+def decompose(
+    pool: Pool,
+    threshold: float = 0.85,
+    *,
+    chain: str = "product",
+    mode: str = "pool",
+    side: str = "left",
+    rank: int | None = None,
+    energy: float | None = None,
+    rtol: float | None = None,
+    target: str | None = None,
+    order: Sequence[str] | None = None,
+) -> Decomposition:
+    r"""Shared and unique components of a pool: DeVec (arXiv 2512.22511), MATH section 3, in factor space.
+
+    ``ΔW_i = shared_i + unique_i`` with ``shared_i = P ΔW_i``, where ``P`` projects on the eigenvectors of the chained
+    column-space projections whose eigenvalue is above ``threshold``.
+
+    Args:
+        pool: two adapters or more; ranks, dtypes and modules may differ.
+        threshold: ``τ`` in ``[0, 1)``; the paper uses 0.85.
+        chain: ``"product"`` ``P_1 P_2 … P_k`` (the paper; depends on the order of the pool for ``k > 2``),
+            ``"palindrome"`` (symmetric), ``"mean"`` ``(1/k) Σ P_i`` (no order).
+        mode: ``"pool"``: all at once. ``"pairs"``: every pair. ``"iterative"``: take from ``target`` what it shares
+            with each other adapter in turn, in ``order`` (default: pool order).
+        side: ``"left"``: column spaces (the paper). ``"right"``: row spaces.
+        rank, energy: cut every ``ΔW_i`` to its ``rank`` largest directions, or to the fewest with this share of ``Σσ²``,
+            before projecting.
+        rtol: directions with ``σ <= rtol·σ_max`` are noise. Default: rounding of the stored dtype, 1e-6 at the least.
+
+    Returns:
+        :class:`fastlora.Decomposition`.
+
+    Raises:
+        InputError: a pool of one adapter, a parameter out of range, NaN or Inf in a factor (by adapter and module).
+
+    Cost: one read of all factors and ``O(k·r³)`` small operations a module; nothing of size ``n×n`` or ``n×m``.
+    """
+    if mode not in MODES:
+        raise InputError(f"mode={mode!r} does not exist: use one of {', '.join(MODES)}")
+    if rank is not None and rank < 1:
+        raise InputError(f"rank={rank}: must be at least 1")
+    check_cuts(threshold, chain, rtol or 0.0, rank or 0, 1.0 if energy is None else energy)
+    if rank is not None and energy is not None:
+        raise InputError("give a rank or an energy cut, not both")
+    if len(pool) < 2:
+        raise InputError("decompose: a pool of one adapter has nothing to share; give two adapters or more")
+    settings = devec.Settings(float(threshold), chain, side, rank, energy, rtol)
+    if mode == "iterative":
+        if target is None:
+            raise InputError("mode='iterative' needs target=NAME (`--target NAME`), the adapter to clean")
+        others = [n for n in pool.names if n != pool[target].name] if order is None else list(order)
+        if target in others or len(set(others)) != len(others) or not others:
+            raise InputError(f"order={others}: name each other adapter once, without the target {target!r}")
+        return Decomposition(
+            pool, mode, steps=devec.decompose_iteratively(pool, settings, target, others), target=target
+        )
+    if target is not None or order is not None:
+        raise InputError(f"target and order belong to mode='iterative', not to mode={mode!r}")
+    if mode == "pairs":
+        return Decomposition(pool, mode, pairs=devec.decompose_pairs(pool, settings))
+    return Decomposition(pool, mode, whole=devec.decompose_pool(pool, settings))
+
+
+def merge(
+    pool: Pool,
+    weights: Mapping[str, float] | None = None,
+    *,
+    method: str = "svd",
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Adapter:
+    """One adapter from many: ``Σ_i w_i ΔW_i`` and the like; :func:`methods` lists what ``method`` accepts.
+
+    ``weights=None`` counts every adapter with 1.0. Otherwise an adapter that is not named counts 0, which the result's
+    ``notes`` say; an unknown name is an error.
+    """
+    chosen = find_method(method)
+    counted, notes = full_weights(pool, weights)
+    require_finite(pool.adapters)
+    merged = chosen(pool, counted, rank=rank, energy=energy)
+    merged.notes += notes
+    return merged
+
+
+def full_weights(pool: Pool, weights: Mapping[str, float] | None) -> tuple[dict[str, float], list[str]]:
+    """A finite weight for every adapter of the pool, and notices of what was left to 0."""
+    if weights is None:
+        return dict.fromkeys(pool.names, 1.0), []
+    unknown = [n for n in weights if n not in pool.names]
+    if unknown:
+        raise InputError(f"weights name {', '.join(map(repr, unknown))}, which the pool does not have: {', '.join(pool.names)}")
+    for name, weight in weights.items():
+        if not isinstance(weight, int | float) or weight != weight or weight in (float("inf"), float("-inf")):
+            raise InputError(f"weight of {name!r} is {weight!r}: it must be a finite number")
+    missing = [n for n in pool.names if n not in weights]
+    notes = [f"{name} has no weight and counts 0" for name in missing]
+    return {n: float(weights.get(n, 0.0)) for n in pool.names}, notes
+
+
+def compress(adapter: Adapter, rank: int | None = None, *, energy: float | None = None) -> Adapter:
+    """The best approximation of every ``ΔW`` of an adapter, at most ``rank`` or at least the share ``energy`` of ``Σσ²``.
+
+    Exact in factor space, MATH section 6; the retained energy of each module is in ``.details["retained_energy"]`` of
+    the result, the total in ``.provenance``. Costs one read of the factors and ``O(r³)`` operations a module.
+    """
+    return svd.compress(adapter, rank=rank, energy=energy)
+
+
+def overlap(pool: Pool) -> Overlap:
+    """Similarity of every pair: cosine of ``ΔW`` (13) and subspace overlap (14), per module and in total."""
+    return pool_overlap(pool)
+
+
+def methods() -> dict[str, Method]:
+    """What ``method=`` accepts: name, summary, parameters and source of each."""
+    return all_methods()

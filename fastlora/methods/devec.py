@@ -1,0 +1,336 @@
+"""DeVec: shared and unique components of a pool (arXiv 2512.22511), MATH section 3.
+
+Everything is computed on Gram blocks and kept as coefficients of the loaded factors; results are adapters whose tall
+factors are formed when they are saved or looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlora import ops
+from fastlora.adapter import Adapter, BaseInfo, Factor, Side, Update, add
+from fastlora.engine import check_diagonal, chunks, gram_blocks, widest, with_rank_zero
+from fastlora.methods.arithmetic import common_base
+from fastlora.methods.spectrum import default_rtol, factor, raise_for_info, sides
+from fastlora.ops.gram import blocks_of
+from fastlora.pool import Pool
+from fastlora.progress import track
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The parameters of one decomposition; names and meaning as in :func:`fastlora.decompose`."""
+
+    threshold: float
+    chain: str
+    side: str
+    rank: int | None
+    energy: float | None
+    rtol: float | None
+
+    def cuts(self, rtol: float) -> dict[str, float | int | str]:
+        energy = 1.0 if self.energy is None else self.energy
+        return {"threshold": self.threshold, "kind": self.chain, "rtol": rtol, "rank": self.rank or 0, "energy": energy}
+
+
+class Group(NamedTuple):
+    """Modules that are computed in one launch: same adapters, ranks and noise floor."""
+
+    members: tuple[int, ...]
+    ranks: tuple[int, ...]
+    rtols: tuple[float, ...]
+
+    @property
+    def rtol(self) -> float:
+        """One noise floor for a chain: that of the coarsest member."""
+        return max(self.rtols)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleResult:
+    """One module of a decomposition: coefficients of the results on the loaded factors, and what was measured.
+
+    ``Z = Σ_j X_j basis_j`` for the projected factors ``X_j`` (``B_j`` on the left side, ``A_jᵀ`` on the right), and
+    ``H_i = ZᵀX_i``; see MATH (7) and (8).
+    """
+
+    module: str
+    shape: tuple[int, int]
+    names: tuple[str, ...]
+    ranks: tuple[int, ...]
+    kept: tuple[int, ...]
+    sigma: tuple[Tensor, ...]  # of ΔW_i, scaling included, descending
+    values: Tensor  # eigenvalues, descending by real part
+    count: int  # directions shared
+    basis: tuple[Tensor | None, ...]  # [r_j, count], None where zero
+    H: tuple[Tensor, ...]  # [count, r_i]
+    norms: tuple[float, ...]  # ‖ΔW_i‖
+    shared_norms: tuple[float, ...]  # ‖ΔW_i^shared‖, MATH (9)
+    rtol: float
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """ω_i of MATH (10); zeros where nothing is shared."""
+        total = sum(self.shared_norms)
+        return tuple(s / total if total > 0 else 0.0 for s in self.shared_norms)
+
+
+def group_modules(pool: Pool, modules: Sequence[str], rtol: float | None) -> dict[Group, list[str]]:
+    """Modules with at least two adapters, by :class:`Group`."""
+    groups: dict[Group, list[str]] = {}
+    for module in modules:
+        members = tuple(pool.present(module))
+        if len(members) < 2:
+            continue
+        updates = [pool.adapters[i].updates[module] for i in members]
+        ranks = tuple(u.rank for u in updates)
+        cuts = tuple(default_rtol([u]) if rtol is None else rtol for u in updates)
+        groups.setdefault(Group(members, ranks, cuts), []).append(module)
+    return groups
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """Gram blocks of some modules of one group: ``projected [g, k, k, r, r]``, ``other [g, k, r, r]``."""
+
+    modules: list[str]
+    names: tuple[str, ...]
+    updates: list[list[Update]]
+    projected: Tensor
+    other: Tensor
+    floor: Tensor  # [g, k], in units of the unscaled products
+    group: Group
+
+
+def read_blocks(pool: Pool, group: Group, modules: list[str], side: str, kind: str) -> Blocks:
+    """One pass over both sides' factors of some modules of a group."""
+    projected_side, other_side = sides(side)
+    names = tuple(pool.names[i] for i in group.members)
+    updates = [[pool.adapters[i].updates[m] for i in group.members] for m in modules]
+    k, r = len(names), max(1, *group.ranks)
+    projected = gram_blocks([[factor(u, projected_side) for u in row] for row in updates], r, blocks_of(kind, k))
+    other = gram_blocks([[factor(u, other_side) for u in row] for row in updates], r, blocks_of("diagonal", k))
+    for i, module in enumerate(modules):
+        check_diagonal(names, module, projected[i], projected_side)
+        check_diagonal(names, module, other[i], other_side)
+    floor = torch.tensor(
+        [[u.floor / abs(u.scaling) if u.scaling else 0.0 for u in row] for row in updates], dtype=torch.float64
+    )
+    return Blocks(modules, names, updates, projected, torch.diagonal(other, dim1=1, dim2=2).movedim(-1, 1), floor, group)
+
+
+def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
+    """Chain and threshold for every module of the blocks, then MATH (7)–(10) in coefficients."""
+    found = ops.chain(blocks.projected, blocks.other.contiguous(), floor=blocks.floor, **settings.cuts(blocks.group.rtol))  # type: ignore[arg-type]
+    raise_for_info(blocks.modules, found.info)
+    k = len(blocks.names)
+    upper = torch.ones(k, k, dtype=torch.bool).triu()
+    full = torch.where(upper[:, :, None, None], blocks.projected, blocks.projected.transpose(1, 2).mT)
+    movers = range(k) if settings.chain == "mean" else range(1)
+    # H_i = Zᵀ X_i = Σ_j basis_jᵀ G_ji  [g, k, w, r]
+    H = sum(found.basis[:, j, None].mT @ full[:, j] for j in movers)
+    assert isinstance(H, Tensor)
+    norms = (full.diagonal(dim1=1, dim2=2).movedim(-1, 1) * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # [g, k]
+    shared = ((H.mT @ H) * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # MATH (9)
+    results = []
+    for g, module in enumerate(blocks.modules):
+        scalings = [abs(u.scaling) for u in blocks.updates[g]]
+        count, ranks = int(found.shared[g]), blocks.group.ranks
+        kept = tuple(int(x) for x in found.kept[g])
+        length = sum(kept) if settings.chain == "mean" else kept[0]
+        values = found.values[g, :length]
+        results.append(
+            ModuleResult(
+                module=module,
+                shape=blocks.updates[g][0].shape,
+                names=blocks.names,
+                ranks=ranks,
+                kept=kept,
+                sigma=tuple(found.sigma[g, i, : ranks[i]] * scalings[i] for i in range(k)),
+                values=values if bool(values.imag.any()) else values.real,
+                count=count,
+                basis=tuple(found.basis[g, j, : ranks[j], :count] if j in movers else None for j in range(k)),
+                H=tuple(H[g, i, :count, : ranks[i]] for i in range(k)),
+                norms=tuple(float(norms[g, i]) * scalings[i] for i in range(k)),
+                shared_norms=tuple(float(shared[g, i]) * scalings[i] for i in range(k)),
+                rtol=blocks.group.rtol,
+            )
+        )
+    return results
+
+
+class Components:
+    """Shared and unique parts of some adapters: the result of one chain, module by module."""
+
+    def __init__(self, pool: Pool, results: Mapping[str, ModuleResult], settings: Settings, label: str) -> None:
+        self.pool = pool
+        self.results = dict(results)
+        self.settings = settings
+        self.label = label
+
+    @property
+    def spectrum(self) -> dict[str, Tensor]:
+        """``{module: eigenvalues}``, descending by real part, complex where they are."""
+        return {m: r.values for m, r in self.results.items()}
+
+    @property
+    def shared(self) -> Adapter:
+        """The one adapter that holds what all share, MATH (10); rank 0 in modules that share nothing."""
+        updates = {}
+        for module in self.pool.modules:
+            updates[module] = self._shared_update(module, None)
+        base = common_base(self.pool.adapters)
+        return self._adapter("shared", updates, replace(base, modules_to_save=(), bias="none"), self.pool.names)
+
+    def shared_of(self, name: str) -> Adapter:
+        """What of adapter ``name`` lies in the shared directions, MATH (7)."""
+        adapter = self.pool[name]
+        updates = {m: self._shared_update(m, name) for m in adapter.updates}
+        base = replace(adapter.base, modules_to_save=(), bias="none")
+        return self._adapter(f"shared_of({name})", updates, base, [name])
+
+    def unique_of(self, name: str) -> Adapter:
+        """Adapter ``name`` without the shared directions, MATH (8); with it stay its biases and replaced modules."""
+        adapter = self.pool[name]
+        updates = {m: self._unique_update(m, name) for m in adapter.updates}
+        result = self._adapter(f"unique_of({name})", updates, adapter.base, [name])
+        result.extras = dict(adapter.extras)
+        return result
+
+    def _adapter(self, name: str, updates: Mapping[str, Update], base: BaseInfo, names: Sequence[str]) -> Adapter:
+        own = [self.pool[n] for n in names]
+        provenance = {
+            "devec": name,
+            "mode": self.label,
+            "threshold": self.settings.threshold,
+            "chain": self.settings.chain,
+            "side": self.settings.side,
+            "rank": self.settings.rank,
+            "energy": self.settings.energy,
+            "pool": {n: self.pool[n].provenance for n in self.pool.names},
+        }
+        return Adapter(name, updates, base=base, dtype=widest(a.dtype for a in own), provenance=provenance)
+
+    def _factors(self, result: ModuleResult, index: int) -> tuple[Factor, Factor, float]:
+        """(projected factor, other factor, scaling) of one adapter in one module."""
+        update = self.pool[result.names[index]].updates[result.module]
+        projected, other = sides(self.settings.side)
+        return factor(update, projected), factor(update, other), update.scaling
+
+    def _basis(self, result: ModuleResult) -> Factor:
+        """``Z`` as a factor: orthonormal, ``count`` columns (rows on the A side)."""
+        parts = [self._factors(result, j)[0].times(b) for j, b in enumerate(result.basis) if b is not None]
+        return add(parts)
+
+    def _assemble(self, like: Update, projected: Factor, other: Factor) -> Update:
+        left, right = (projected, other) if self.settings.side == "left" else (other, projected)
+        return replace(like, B=left, A=right)
+
+    def _shared_update(self, module: str, name: str | None) -> Update:
+        result = self.results.get(module)
+        owner = name or self.pool.names[self.pool.present(module)[0]]
+        like = self.pool[owner].updates[module]
+        if result is None or result.count == 0:
+            return with_rank_zero(like)
+        indices = range(len(result.names)) if name is None else [result.names.index(name)]
+        weights = result.weights if name is None else (1.0,) * len(result.names)
+        others = []
+        for i in indices:
+            _, other, scaling = self._factors(result, i)
+            if weights[i] * scaling != 0.0:
+                others.append(other.times(result.H[i].mT * (weights[i] * scaling)))
+        if not others:
+            return with_rank_zero(like)
+        return replace(self._assemble(like, self._basis(result), add(others)), scaling=1.0, floor=0.0)
+
+    def _unique_update(self, module: str, name: str) -> Update:
+        update = self.pool[name].updates[module]
+        result = self.results.get(module)
+        if result is None or result.count == 0:
+            return update
+        i = result.names.index(name)
+        projected, other, _ = self._factors(result, i)
+        parts = [projected]
+        for j, basis in enumerate(result.basis):
+            if basis is not None:
+                parts.append(self._factors(result, j)[0].times(-(basis @ result.H[i])))
+        floor = max(update.floor, result.rtol * max(result.sigma[i].tolist(), default=0.0))
+        return replace(self._assemble(update, add(parts), other), floor=floor)
+
+
+def decompose_pool(pool: Pool, settings: Settings) -> Components:
+    """One decomposition of all adapters."""
+    results: dict[str, ModuleResult] = {}
+    kind = "pairs" if settings.chain == "mean" else "chain"
+    for group, part in module_parts(pool, settings.rtol, "decomposing"):
+        for result in shared_directions(read_blocks(pool, group, part, settings.side, kind), settings):
+            results[result.module] = result
+    return Components(pool, {m: results[m] for m in pool.modules if m in results}, settings, "pool")
+
+
+def decompose_pairs(pool: Pool, settings: Settings) -> dict[tuple[str, str], Components]:
+    """A decomposition of every pair, from one read of the factors."""
+    results: dict[tuple[str, str], dict[str, ModuleResult]] = {
+        (a, b): {} for i, a in enumerate(pool.names) for b in pool.names[i + 1 :]
+    }
+    for group, part in module_parts(pool, settings.rtol, "decomposing pairs"):
+        blocks = read_blocks(pool, group, part, settings.side, "pairs")
+        for i in range(len(blocks.names)):
+            for j in range(i + 1, len(blocks.names)):
+                for result in shared_directions(_pair(blocks, i, j), settings):
+                    results[blocks.names[i], blocks.names[j]][result.module] = result
+    return {
+        pair: Components(pool.subset(list(pair)), {m: own[m] for m in pool.modules if m in own}, settings, "pairs")
+        for pair, own in results.items()
+    }
+
+
+def _pair(blocks: Blocks, i: int, j: int) -> Blocks:
+    """The blocks of two of the adapters, at their own padded size: results do not depend on the rest of the pool."""
+    index, group = torch.tensor([i, j]), blocks.group
+    r = max(1, group.ranks[i], group.ranks[j])
+    projected = blocks.projected[:, index][:, :, index][..., :r, :r].contiguous()
+    return Blocks(
+        blocks.modules,
+        (blocks.names[i], blocks.names[j]),
+        [[row[i], row[j]] for row in blocks.updates],
+        projected,
+        blocks.other[:, index][..., :r, :r].contiguous(),
+        blocks.floor[:, index],
+        Group((0, 1), (group.ranks[i], group.ranks[j]), (group.rtols[i], group.rtols[j])),
+    )
+
+
+def decompose_iteratively(pool: Pool, settings: Settings, target: str, order: Sequence[str]) -> list[Components]:
+    """The target against each other adapter in turn, every time keeping the unique part: one step a list entry.
+
+    The unique part of a first adapter stays in its own column space, ``B_t → B_t (I − basis H)``, so the loop runs on
+    small matrices; the pool of step ``i`` holds the target as step ``i − 1`` left it.
+    """
+    steps: list[Components] = []
+    current = pool[target]
+    for other in order:
+        pair = Pool([current, pool[other]])
+        found = decompose_pool(pair, settings)
+        steps.append(Components(pair, found.results, settings, "iterative"))
+        unique = steps[-1].unique_of(target)
+        unique.name = target
+        current = unique
+    return steps
+
+
+def module_parts(
+    pool: Pool, rtol: float | None, label: str
+) -> Iterator[tuple[Group, list[str]]]:
+    work = []
+    for group, members in group_modules(pool, pool.modules, rtol).items():
+        k, r = len(group.members), max(1, *group.ranks)
+        for part in chunks(len(members), 8 * 4 * k * k * r * r):
+            work.append((group, [members[i] for i in part]))
+    return track(work, label)

@@ -1,0 +1,81 @@
+"""How similar the adapters of a pool are: cosines of updates (13) and overlap of their column spaces (14)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlora import ops
+from fastlora.methods.devec import Blocks, Settings, module_parts, read_blocks
+from fastlora.methods.spectrum import raise_for_info
+from fastlora.ops.gram import blocks_of
+from fastlora.engine import gram_blocks
+from fastlora.pool import Pool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Overlap:
+    """Similarity matrices in the order of ``names``; NaN where a pair has no module in common or a zero update.
+
+    ``cosine [k, k]``: ``⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖·‖ΔW_j‖)`` over the modules that both have. ``subspace [k, k]``: mean over
+    those modules of ``‖U_iᵀU_j‖_F² / min(q_i, q_j)``. ``modules``: the same two matrices for every module.
+    """
+
+    names: list[str]
+    cosine: Tensor
+    subspace: Tensor
+    modules: dict[str, tuple[Tensor, Tensor]]
+
+
+def pool_overlap(pool: Pool) -> Overlap:
+    """Both similarities of every pair, from one read of the factors."""
+    k = len(pool)
+    products = torch.zeros(k, k, dtype=torch.float64)
+    squares = torch.zeros(k, k, dtype=torch.float64)  # Σ‖ΔW_i‖² over the modules that j has too
+    shares = torch.zeros(k, k, dtype=torch.float64)
+    counts = torch.zeros(k, k, dtype=torch.float64)
+    modules = {}
+    for group, part in module_parts(pool, None, "comparing"):
+        blocks = read_blocks(pool, group, part, "left", "pairs")
+        inner, subspace = _similarities(blocks, group.rtol)
+        index = torch.tensor(group.members)
+        for g, module in enumerate(part):
+            norms = inner[g].diagonal().sqrt()
+            cosine, space = (torch.full((k, k), torch.nan, dtype=torch.float64) for _ in range(2))
+            cosine[index[:, None], index] = inner[g] / (norms[:, None] * norms)
+            space[index[:, None], index] = subspace[g]
+            modules[module] = (cosine, space)
+            products[index[:, None], index] += inner[g]
+            squares[index[:, None], index] += inner[g].diagonal()[:, None].expand_as(inner[g])
+            known = subspace[g].isfinite()
+            shares[index[:, None], index] += torch.where(known, subspace[g], 0.0)
+            counts[index[:, None], index] += known
+    cosine = products / (squares * squares.mT).sqrt()
+    ordered = {m: modules[m] for m in pool.modules if m in modules}
+    return Overlap(list(pool.names), cosine, shares / counts, ordered)
+
+
+def _similarities(blocks: Blocks, rtol: float) -> tuple[Tensor, Tensor]:
+    """``⟨ΔW_i, ΔW_j⟩`` and ``‖U_iᵀU_j‖²/min(q_i, q_j)`` of every module: ``[g, k, k]`` each."""
+    k = len(blocks.names)
+    upper = torch.ones(k, k, dtype=torch.bool).triu()
+    full = torch.where(upper[:, :, None, None], blocks.projected, blocks.projected.transpose(1, 2).mT)
+    r = full.shape[-1]
+    other = gram_blocks([[u.A for u in row] for row in blocks.updates], r, blocks_of("pairs", k))
+    other = torch.where(upper[:, :, None, None], other, other.transpose(1, 2).mT)
+    scaling = torch.tensor([[u.scaling for u in row] for row in blocks.updates], dtype=torch.float64)
+    inner = (full * other).sum((-1, -2)) * scaling[:, :, None] * scaling[:, None]
+
+    # Each adapter alone: its whitening T_i [r, r], columns beyond the kept directions zero.
+    own = full.diagonal(dim1=1, dim2=2).movedim(-1, 1)  # [g, k, r, r]
+    alone = ops.chain(
+        own[:, :, None, None].contiguous(), blocks.other[:, :, None].contiguous(), threshold=0.0, rtol=rtol,
+        floor=blocks.floor[:, :, None].contiguous(),
+    )  # fmt: skip
+    raise_for_info([m for m in blocks.modules for _ in range(k)], alone.info.flatten())
+    T = alone.basis[:, :, 0]  # [g, k, r, r]
+    cosines = T[:, :, None].mT @ full @ T[:, None]  # U_iᵀU_j
+    smaller = torch.minimum(alone.kept[:, :, None, 0], alone.kept[:, None, :, 0]).double()
+    return inner, cosines.square().sum((-1, -2)) / smaller

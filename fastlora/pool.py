@@ -1,0 +1,231 @@
+"""Pools: adapters of one base model, whose modules are aligned by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from fastlora.adapter import Adapter, Layout
+from fastlora.errors import InputError
+from fastlora.formats import load
+from fastlora.locate import check_name, check_names_differ, find
+
+Source = str | os.PathLike[str]
+
+
+class Pool:
+    """Adapters of one base model, in a fixed order and by name.
+
+    Ranks, dtypes and the modules that are adapted may differ. ``notices`` says what was noticed while the
+    adapters were put together: differing base models, aligned names, adapters that share no module.
+
+    Raises :class:`InputError` when names repeat, shapes of a module disagree or nothing overlaps.
+    """
+
+    def __init__(self, adapters: Iterable[Adapter]) -> None:
+        given = list(adapters)
+        if not given:
+            raise InputError("a pool needs adapters, none was given")
+        for adapter in given:
+            check_name(adapter.name)
+        check_names_differ((a.name, repr(a)) for a in given)
+        self.notices: list[str] = []
+        self._adapters: dict[str, Adapter] = {}
+        self._owners: dict[str, list[int]] = {}
+        for adapter in given:
+            self._add(adapter)
+        self._compare_bases()
+
+    @classmethod
+    def load(cls, sources: Iterable[Source | Adapter] | Mapping[str, Source]) -> Pool:
+        """Loads a list of PEFT directories or Hub ids, named by their folders, or ``{name: path}``."""
+        if isinstance(sources, str | os.PathLike):
+            raise InputError(
+                f"a pool is loaded from a list of paths or {{name: path}}, not from the one path {sources}"
+            )
+        if isinstance(sources, Mapping):
+            return cls(load(os.fspath(path), name) for name, path in sources.items())
+        given = [s if isinstance(s, Adapter) else os.fspath(s) for s in sources]
+        check_names_differ((find(s).name, s) for s in given if isinstance(s, str))
+        return cls(load(s) if isinstance(s, str) else s for s in given)
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        return list(self._adapters.values())
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._adapters)
+
+    @property
+    def modules(self) -> list[str]:
+        """Every module that some adapter has, in order of first appearance."""
+        return list(self._owners)
+
+    def present(self, module: str) -> list[int]:
+        """Positions in the pool of the adapters that have ``module``."""
+        return list(self._owners.get(module, ()))
+
+    def __getitem__(self, name: str) -> Adapter:
+        try:
+            return self._adapters[name]
+        except KeyError:
+            raise InputError(
+                f"the pool has no adapter {name!r}; it has {', '.join(self._adapters)}"
+            ) from None
+
+    def subset(self, names: Iterable[str]) -> Pool:
+        """A pool of some of the adapters, in the order given."""
+        return Pool(self[name] for name in names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._adapters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __repr__(self) -> str:
+        return f"Pool({', '.join(self._adapters)}: {len(self._owners)} modules)"
+
+    def _add(self, adapter: Adapter) -> None:
+        if self._adapters:
+            adapter = self._aligned(adapter)
+        position = len(self._adapters)
+        for module in adapter.modules:
+            owners = self._owners.setdefault(module, [])
+            if owners:
+                self._check_module(module, self.adapters[owners[0]], adapter)
+            owners.append(position)
+        self._adapters[adapter.name] = adapter
+
+    def _check_module(self, module: str, first: Adapter, second: Adapter) -> None:
+        one, two = first.updates[module], second.updates[module]
+        if one.shape != two.shape:
+            raise InputError(
+                f"module {module!r} is {_shape(one.shape)} in adapter {first.name!r} and "
+                f"{_shape(two.shape)} in adapter {second.name!r}; they belong to different base models (or "
+                "to different vocabularies)"
+            )
+        if one.layout != two.layout:
+            raise InputError(
+                f"module {module!r} is {_layout(one.layout)} in adapter {first.name!r} and "
+                f"{_layout(two.layout)} in adapter {second.name!r}; they belong to different base models"
+            )
+
+    def _aligned(self, adapter: Adapter) -> Adapter:
+        """The adapter under the module names of the pool."""
+        known, names = self._owners.keys(), adapter.modules
+        if not names or not known or any(n in known for n in names):
+            return adapter
+        changes = _prefix_changes(names, known)
+        if len(changes) == 1:
+            strip, put = changes[0]
+            what = f"without {strip!r}" if strip else f"with {put!r} before them"
+            self.notices.append(
+                f"adapter {adapter.name!r} was saved from a differently wrapped model: its modules are "
+                f"taken {what} ({names[0]} as {put + names[0].removeprefix(strip)})"
+            )
+            return _renamed(adapter, strip, put)
+        if not changes and _blocks(names) & _blocks(known):
+            self.notices.append(f"adapter {adapter.name!r} shares no module with the adapters before it")
+            return adapter
+        several = f" ({len(changes)} prefixes would fit: rename its modules)" if changes else ""
+        raise InputError(
+            f"adapter {adapter.name!r} has no module in common with "
+            f"{', '.join(map(repr, self._adapters))}{several}; it is an adapter of another base model: it "
+            f"has {', '.join(names[:2])}, they have {', '.join(list(known)[:2])}"
+        )
+
+    def _compare_bases(self) -> None:
+        first, *rest = self.adapters
+        for other in rest:
+            if other.base.layer_replication != first.base.layer_replication:
+                raise InputError(
+                    f"adapters {first.name!r} and {other.name!r} repeat layers of the base model differently "
+                    f"(layer_replication {first.base.layer_replication} and "
+                    f"{other.base.layer_replication}), so their layer numbers mean different layers; "
+                    "combine only adapters that agree"
+                )
+        for what, values in (
+            ("base models", {a.name: a.base.model for a in self.adapters}),
+            ("revisions of the base model", {a.name: a.base.revision for a in self.adapters}),
+        ):
+            told = {name: value for name, value in values.items() if value is not None}
+            if len(set(told.values())) > 1:
+                listed = ", ".join(f"{name}: {value}" for name, value in told.items())
+                self.notices.append(f"the adapters name different {what} ({listed})")
+
+
+def _prefix_changes(names: list[str], known: Iterable[str]) -> list[tuple[str, str]]:
+    """``(prefix to strip, prefix to put)`` for every one prefix after which ``names`` and ``known``
+    overlap."""
+    own = set(names)
+    found: dict[tuple[str, str], None] = {}
+    for module in known:
+        for start, rest in _splits(module):
+            if rest in own:
+                found["", start] = None
+    targets = set(known)
+    for start, rest in _splits(names[0]):
+        every = all(n.startswith(start) for n in names)
+        if every and (rest in targets or any(n.removeprefix(start) in targets for n in names)):
+            found[start, ""] = None
+    return list(found)
+
+
+def _splits(module: str) -> Iterator[tuple[str, str]]:
+    """``("a.", "b.c")``, ``("a.b.", "c")`` for ``"a.b.c"``."""
+    at = module.find(".")
+    while at >= 0:
+        yield module[: at + 1], module[at + 1 :]
+        at = module.find(".", at + 1)
+
+
+def _renamed(adapter: Adapter, strip: str, put: str) -> Adapter:
+    def rename(name: str) -> str:
+        return put + name.removeprefix(strip)
+
+    updates = {
+        rename(module): replace(
+            update, layout=replace(update.layout, container=rename(update.layout.container))
+        )
+        if update.layout.container
+        else update
+        for module, update in adapter.updates.items()
+    }
+    return Adapter(
+        adapter.name,
+        updates,
+        extras={rename(path): extra for path, extra in adapter.extras.items()},
+        base=adapter.base,
+        dtype=adapter.dtype,
+        provenance=adapter.provenance,
+        notes=adapter.notes,
+    )
+
+
+def _blocks(names: Iterable[str]) -> set[str]:
+    """The numbered blocks that modules lie in: ``model.layers.0`` for ``model.layers.0.mlp.up_proj``."""
+    blocks = set()
+    for name in names:
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if number is not None:
+            blocks.add(".".join(parts[: number + 1]))
+    return blocks
+
+
+def _shape(shape: tuple[int, int]) -> str:
+    return f"[{shape[0]}, {shape[1]}]"
+
+
+def _layout(layout: Layout) -> str:
+    if layout.kind == "conv":
+        return f"a convolution with kernel {list(layout.kernel)}"
+    if layout.kind == "expert":
+        return f"expert {layout.expert} of {layout.experts}"
+    return {"linear": "a linear module", "embedding": "an embedding"}[layout.kind]

@@ -1,0 +1,202 @@
+"""What the command line prints: tables for people, plain data for ``--json``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fastlora.adapter import Adapter
+    from fastlora.decomposition import Decomposition
+    from fastlora.methods.overlap import Overlap
+    from fastlora.methods.spectrum import SingularForm
+    from fastlora.report import Report
+
+ROWS = 20  # modules printed unless all are asked for
+WIDTH = 140  # columns where the output is no terminal
+
+
+def _console() -> Console:
+    return Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=WIDTH)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """A table whose first column is never broken."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, no_wrap=i == 0, overflow="fold")
+    return table
+
+
+def _without_common(modules: Sequence[str]) -> dict[str, str]:
+    """Module paths without the leading parts that all have in common, for narrow columns."""
+    parts = [m.split(".") for m in modules]
+    common = 0
+    while len(parts) > 1 and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
+        common += 1
+    return {m: ".".join(p[common:]) for m, p in zip(modules, parts, strict=True)}
+
+
+def show_decomposition(parts: Decomposition, out: Path, every: bool) -> None:
+    console = _console()
+    reports = parts.reports
+    if len(reports) == 1:
+        _show_report(console, reports[0], every)
+    else:
+        _show_reports(console, reports)
+    console.print(f"written: {out} ({len(parts.adapters())} adapters, report.json)", highlight=False)
+
+
+def _show_report(console: Console, report: Report, every: bool) -> None:
+    s = report.settings
+    console.print(f"[bold]{report.title}[/bold]: {s['chain']} chain, {s['side']} side, τ = {s['threshold']:g}", highlight=False)
+    names = s["adapters"]
+    table = _table("module", "rank", "shared", "by chance", "largest eigenvalues", "chance edge", *[f"{n} %" for n in names])
+    rows = report.rows if every else sorted(report.rows, key=lambda r: (-r.shared, -max(r.eigenvalues, default=0)))[:ROWS]
+    short = _without_common([r.module for r in report.rows])
+    for row in rows:
+        energy = [f"{100 * row.energy_shared[n]:.1f}" if n in row.energy_shared else "–" for n in names]
+        ranks = "/".join(map(str, row.directions))
+        values = " ".join(f"{v:.3f}" for v in row.eigenvalues[:4])
+        table.add_row(short[row.module], ranks, str(row.shared), f"{row.expected_by_chance:.2g}", values, f"{row.chance_edge:.3f}", *energy)
+    console.print(table)
+    if len(rows) < len(report.rows):
+        console.print(f"{len(report.rows) - len(rows)} more modules: --all, or report.json", highlight=False)
+    console.print(
+        f"{report.shared_directions} directions shared in {sum(1 for r in report.rows if r.shared)} of {len(report.rows)} "
+        f"modules; {report.expected_by_chance:.2g} expected by chance. Columns in %: share of ‖ΔW‖² in the shared directions.",
+        highlight=False,
+    )
+    _show_lines(console, report)
+
+
+def _show_reports(console: Console, reports: list[Report]) -> None:
+    table = _table("chain", "shared directions", "modules", "by chance", "largest eigenvalue", "warnings")
+    for report in reports:
+        largest = max((v for r in report.rows for v in r.eigenvalues), default=0.0)
+        modules = f"{sum(1 for r in report.rows if r.shared)} of {len(report.rows)}"
+        warnings = str(len(report.warnings))
+        table.add_row(
+            report.title, str(report.shared_directions), modules, f"{report.expected_by_chance:.2g}", f"{largest:.3f}", warnings
+        )
+    console.print(table)
+    for warning in dict.fromkeys(w for r in reports for w in r.warnings):
+        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+
+
+def _show_lines(console: Console, report: Report) -> None:
+    for warning in report.warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+    for notice in report.notices:
+        console.print(f"note: {notice}", highlight=False)
+
+
+def adapter_data(adapter: Adapter, forms: Mapping[str, SingularForm]) -> dict[str, Any]:
+    """What ``inspect`` reports, as plain data."""
+    modules = {
+        module: {
+            "shape": list(update.shape),
+            "kind": update.layout.kind,
+            "rank": update.rank,
+            "numerical_rank": forms[module].kept,
+            "scaling": update.scaling,
+            "norm": forms[module].norm,
+            "sigma": forms[module].sigma.tolist(),
+        }
+        for module, update in adapter.updates.items()
+    }
+    total = sum(f.norm**2 for f in forms.values()) ** 0.5
+    extras = {n: {"kind": e.kind, "shape": list(e.tensor.shape)} for n, e in adapter.extras.items()}
+    return {
+        "name": adapter.name,
+        "dtype": str(adapter.dtype)[6:],
+        "base_model": adapter.base.model,
+        "norm": total,
+        "modules": modules,
+        "extras": extras,
+        "notes": adapter.notes,
+        "provenance": adapter.provenance,
+    }
+
+
+def show_adapter(data: dict[str, Any], every: bool) -> None:
+    console = _console()
+    console.print(
+        f"[bold]{data['name']}[/bold]: {len(data['modules'])} modules, {data['dtype']}, base model "
+        f"{data['base_model'] or 'not named'}, ‖ΔW‖ = {data['norm']:.4g}",
+        highlight=False,
+    )
+    table = _table("module", "out×in", "kind", "rank", "scaling", "‖ΔW‖", "σ largest … smallest kept")
+    items = list(data["modules"].items())
+    short = _without_common([m for m, _ in items])
+    for module, row in items if every else items[:ROWS]:
+        n, m = row["shape"]
+        rank = str(row["rank"]) if row["rank"] == row["numerical_rank"] else f"{row['rank']} ({row['numerical_rank']})"
+        kept = row["sigma"][: row["numerical_rank"]]
+        sigma = " ".join(f"{v:.3g}" for v in kept[:3]) + (f" … {kept[-1]:.3g}" if len(kept) > 3 else "")
+        table.add_row(short[module], f"{n}×{m}", row["kind"], rank, f"{row['scaling']:g}", f"{row['norm']:.4g}", sigma)
+    console.print(table)
+    if not every and len(items) > ROWS:
+        console.print(f"{len(items) - ROWS} more modules: --all or --json", highlight=False)
+    for name, extra in data["extras"].items():
+        what = "added to the base model's" if extra["kind"] == "delta" else "replaces the base model's"
+        console.print(f"also holds {name} {extra['shape']} ({what})", highlight=False)
+    for note in data["notes"]:
+        console.print(f"note: {note}", highlight=False)
+
+
+def show_overlap(found: Overlap) -> None:
+    console = _console()
+    for title, values in (("cosine of ΔW", found.cosine), ("subspace overlap", found.subspace)):
+        table = _table("", *found.names, title=title)
+        for i, name in enumerate(found.names):
+            table.add_row(name, *["–" if v != v else f"{v:.3f}" for v in values[i].tolist()])
+        console.print(table)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, and each backend with ``"usable"`` or the reason why it is not."""
+    import torch
+
+    import fastlora
+    from fastlora.backends import ORDER, cpu, current_backend, kernels
+
+    backends = {name: reason if isinstance(reason := kernels(name), str) else "usable" for name in ORDER}
+    data: dict[str, Any] = {
+        "fastlora": fastlora.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "backend": current_backend(),
+        "backends": backends,
+        "threads": torch.get_num_threads(),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
+    }
+    for package in ("numpy", "safetensors", "peft", "triton", "matplotlib", "huggingface_hub"):
+        try:
+            data[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            data[package] = "not installed"
+    if cpu.unavailable() is None:
+        data["instruction set"] = cpu.isa()
+        data["CUDA build"] = cpu.cuda_build()
+    return data
+
+
+def show_environment(data: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None)
+    for key, value in data.items():
+        if key == "backends":
+            for name, state in value.items():
+                table.add_row(f"backend {name}", state)
+        else:
+            table.add_row(key, str(value))
+    _console().print(table)
