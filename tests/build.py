@@ -19,7 +19,8 @@ MODULES = {
     "model.layers.1.self_attn.q_proj": (24, 16),
     "model.layers.1.mlp.up_proj": (40, 16),
 }
-"""``[out, in]`` of the modules of a small made-up model; odd enough that no dimension is taken for another."""
+"""``[out, in]`` of the modules of a small made-up model; odd enough that no dimension is taken for
+another."""
 
 
 def generator(seed: int) -> torch.Generator:
@@ -38,7 +39,8 @@ def make_factors(
     dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """``{module: (B [out, r], A [r, in])}`` with independent normal entries; ``rank`` for all, or by module."""
+    """``{module: (B [out, r], A [r, in])}`` with independent normal entries; ``rank`` for all, or by
+    module."""
     factors = {}
     for i, (module, (n, m)) in enumerate(modules.items()):
         r = rank if isinstance(rank, int) else rank[module]
@@ -92,7 +94,11 @@ def peft_tensors(factors: Mapping[str, tuple[Tensor, Tensor]], prefix: str = PRE
 
 
 def write_peft(
-    directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, *, odd: bool = False
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    *,
+    odd: bool = False,
 ) -> Path:
     """A PEFT directory with exactly these tensors; ``odd`` puts them at odd addresses of the file."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -155,7 +161,5 @@ def shared_pool(
             mix = gaussian(rank, rank, seed=100 * i + k + 1, dtype=torch.float64)
             right = gaussian(rank, m, seed=7000 + 100 * i + k, dtype=torch.float64)
             tensors |= peft_tensors({module: ((columns @ mix).to(dtype), right.to(dtype))})
-        paths.append(
-            write_peft(root / f"adapter{i}", tensors, make_config(r=rank, lora_alpha=alpha))
-        )
+        paths.append(write_peft(root / f"adapter{i}", tensors, make_config(r=rank, lora_alpha=alpha)))
     return paths

@@ -28,8 +28,9 @@ template <class T> struct SweepQueue {
     Rotation<T>* sweep(int k) const { return rotations + size_t(k) * stride; }
 };
 
+// As many sweeps as fit in a share of the L2 cache: each flush streams all of q.
 inline int sweep_capacity(int n, int vector_bytes) {
-    const int fitting = 160 * 1024 / (2 * n * vector_bytes);
+    const int fitting = 640 * 1024 / (2 * n * vector_bytes);
     return max_(4, min_(kMaxSweeps, fitting)) / 2 * 2;
 }
 

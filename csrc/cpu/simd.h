@@ -76,7 +76,7 @@ inline Vec<double> sqrt(Vec<double> x) {
 #endif
 }
 
-// x^(-1/2) for x > 0. With AVX-512 in float32, 14 bits and a Newton step: less latency than root and quotient.
+// x^(-1/2) for x > 0. In AVX-512 float32, 14 bits and a Newton step: less latency than root and quotient.
 inline Vec<float> inverse_sqrt(Vec<float> x) {
 #if defined(__AVX512F__)
     const Vec<float> y = (Vec<float>)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)x);

@@ -1,7 +1,7 @@
 // Singular values and vectors of a batch of matrices, A = U diag(s) V'.
 //   a [batch, p, q] row-major, m = min(p, q)     s [batch, m] descending
 //   ut [batch, m, p]: row j is left vector j
-//   vt [batch, m, q]: row j is right vector j; its entry of largest magnitude (the first of equals) is positive
+//   vt [batch, m, q]: row j is right vector j; its entry of largest magnitude (first of equals) is positive
 // kLanes matrices at a time, one per lane: one-sided Jacobi rotates the columns of A (of A' when p < q) until
 // they are orthogonal to working precision; their norms are s, their directions the vectors of the long side,
 // and the accumulated rotations those of the short side. Small singular values of graded columns keep their

@@ -258,8 +258,8 @@ def exclude_pattern(modules: Iterable[str]) -> str:
     paths = list(modules)
     starts = sorted({p.partition(".")[0] for p in paths})
     inner = rf".+\.(?:{'|'.join(map(re.escape, starts))})(?:\..*)?"
-    # PEFT warns about a pattern that excludes nothing. The containers at the top are in every model and are no
-    # targets, so they are excluded too.
+    # PEFT warns about a pattern that excludes nothing. The containers at the top are in every model and are
+    # no targets, so they are excluded too.
     tops = [re.escape(s) for s in starts if s not in paths]
     if tops and not any(re.fullmatch(inner, p) for p in paths):
         return "|".join([*tops, inner])

@@ -129,7 +129,12 @@ CASES = {
     ),
     "llama patterns rslora": Case(
         llama,
-        {"r": 4, "use_rslora": True, "target_modules": ["q_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 9}},
+        {
+            "r": 4,
+            "use_rslora": True,
+            "target_modules": ["q_proj"],
+            "rank_pattern": {"layers.1.self_attn.q_proj": 9},
+        },
     ),
     "llama layer_replication": Case(
         llama, {"r": 4, "target_modules": ["q_proj"], "layer_replication": [[0, 8], [4, 12]]}, modules=16
@@ -138,7 +143,9 @@ CASES = {
         gpt2, {"r": 4, "fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj", "wte"]}, modules=4
     ),
     "convolutions": Case(
-        Mixed, {"r": 4, "lora_alpha": 10, "target_modules": ["conv1", "conv2", "conv3", "point", "embed"]}, modules=5
+        Mixed,
+        {"r": 4, "lora_alpha": 10, "target_modules": ["conv1", "conv2", "conv3", "point", "embed"]},
+        modules=5,
     ),
     "convolutions lora_bias": Case(Mixed, {"r": 4, "lora_bias": True, "target_modules": ["conv1", "conv2"]}),
     "suffixes": Case(Mixed, {"r": 4, "target_modules": r"x\.query|layers\.1"}, modules=2),
@@ -149,7 +156,11 @@ CASES = {
     ),
     "experts": Case(
         mixtral,
-        {"r": 3, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        {
+            "r": 3,
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
         modules=2 + 2 * 2 * 4,
     ),
     "experts alone": Case(
@@ -170,7 +181,11 @@ CASES = {
     ),
     "experts transposed": Case(
         Mixed,
-        {"r": 2, "target_modules": ["embed"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        {
+            "r": 2,
+            "target_modules": ["embed"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
         modules=1 + 2 * 3,
     ),
     "parameter of a linear module": Case(
@@ -210,7 +225,8 @@ def save(model: nn.Module, directory: Path) -> Path:
 
 
 def peft_deltas(model: nn.Module) -> dict[str, Tensor]:
-    """``{module or parameter path: ΔW as peft computes it}`` in float64 arithmetic, in the base model's layout."""
+    """``{module or parameter path: ΔW as peft computes it}`` in float64 arithmetic, in the base model's
+    layout."""
     deltas = {}
     model = copy.deepcopy(model).double()
     for path, module in model.base_model.model.named_modules():
@@ -239,7 +255,9 @@ def our_deltas(adapter: Adapter, base: nn.Module) -> dict[str, Tensor]:
             if len(shape) == 2:
                 deltas[layout.container] = delta
             else:
-                deltas.setdefault(layout.container, torch.full(shape, torch.nan).double())[layout.expert] = delta
+                deltas.setdefault(layout.container, torch.full(shape, torch.nan).double())[layout.expert] = (
+                    delta
+                )
         elif layout.kind == "embedding":
             deltas[path] = delta.mT
         elif layout.kind == "conv":
@@ -294,7 +312,9 @@ def test_written_adapters_load_as_the_same(tmp_path: Path, case: Case) -> None:
 def from_pretrained(base: nn.Module, directory: Path) -> tuple[nn.Module, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(directory), autocast_adapter_dtype=False)
+        loaded = peft.PeftModel.from_pretrained(
+            copy.deepcopy(base), str(directory), autocast_adapter_dtype=False
+        )
     return loaded, [str(w.message) for w in caught]
 
 
@@ -338,7 +358,14 @@ def test_without_its_head_a_classifier_loads_for_any_task(tmp_path: Path) -> Non
 @pytest.mark.parametrize("only", ["x.query", "layers.1", "y.x.query"])
 def test_only_the_written_modules_are_adapted(tmp_path: Path, only: str) -> None:
     torch.manual_seed(0)
-    base = nn.ModuleDict({"x": Mixed().x, "y": Mixed().y, "layers": Mixed().layers, "a": nn.ModuleDict({"layers": Mixed().layers})})
+    base = nn.ModuleDict(
+        {
+            "x": Mixed().x,
+            "y": Mixed().y,
+            "layers": Mixed().layers,
+            "a": nn.ModuleDict({"layers": Mixed().layers}),
+        }
+    )
     base.forward = lambda x: x  # type: ignore[method-assign, assignment]
     n, m = base.get_submodule(only).weight.shape
     adapter = Adapter("a", {})
@@ -368,6 +395,8 @@ def adapter_of_experts(container: str, factors: dict[str, tuple[Tensor, Tensor]]
 
     updates = {}
     for module, (left, right) in factors.items():
-        layout = Layout("expert", container=container, expert=int(module[:-1].rpartition("[")[2]), experts=experts)
+        layout = Layout(
+            "expert", container=container, expert=int(module[:-1].rpartition("[")[2]), experts=experts
+        )
         updates[module] = Update(Factor.of("B", left), Factor.of("A", right), layout=layout)
     return Adapter("a", updates)

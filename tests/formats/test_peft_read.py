@@ -395,7 +395,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         "unknown kind: .*lora_A.default.weight",
     ),
     "DoRA tensors": (replaced(f"{Q}.lora_magnitude_vector", torch.zeros(24)), "DoRA"),
-    "trained tokens": (replaced("embed_tokens.token_adapter.trainable_tokens_delta", torch.zeros(2, 4)), "token"),
+    "trained tokens": (
+        replaced("embed_tokens.token_adapter.trainable_tokens_delta", torch.zeros(2, 4)),
+        "token",
+    ),
     "nested without parameters": (
         replaced(f"{Q}.base_layer.lora_A.weight", torch.zeros(4, 16)),
         "target_parameters.*names none",

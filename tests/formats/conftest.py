@@ -1,6 +1,0 @@
-"""Makes ``tests/build.py`` importable from this folder."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -1,0 +1,137 @@
+"""What an adapter argument of the command line means."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastlora.errors import InputError
+from fastlora.locate import check_name, check_names_differ, find, parse, parse_all
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("legal", "med", "odd:0.5", "a=b", "x=y:2", "runs/checkpoint-500", "other/checkpoint-500"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "text, name, path, weight",
+    [
+        ("legal", "legal", "legal", None),
+        ("legal/", "legal", "legal", None),
+        ("./legal:0.7", "legal", "legal", 0.7),
+        ("legal:-1e-2", "legal", "legal", -0.01),
+        ("law=legal", "law", "legal", None),
+        ("law=legal:2", "law", "legal", 2.0),
+        ("runs/checkpoint-500", "checkpoint-500", "runs/checkpoint-500", None),
+        ("odd:0.5", "odd:0.5", "odd:0.5", None),
+        ("odd:0.5:2", "odd:0.5", "odd:0.5", 2.0),
+        ("a=b", "a=b", "a=b", None),
+        ("a=b:3", "a=b", "a=b", 3.0),
+        ("x=y:2", "x=y:2", "x=y:2", None),
+        ("n=a=b:3", "n", "a=b", 3.0),
+        ("n=odd:0.5", "n", "odd:0.5", None),
+        ("legal:0", "legal", "legal", 0.0),
+    ],
+)
+def test_readings(here: Path, text: str, name: str, path: str, weight: float | None) -> None:
+    spec = parse(text)
+    assert (spec.name, spec.path.resolve(), spec.weight) == (name, here / path, weight)
+
+
+def test_the_current_directory_has_a_name(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here / "legal")
+    assert parse(".").name == "legal" and parse("../med").name == "med"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("nowhere", "there is no file or directory nowhere"),
+        ("nowhere:0.5", "there is no file or directory nowhere"),
+        ("n=nowhere:0.5", "there is no file or directory nowhere"),
+        ("no/such/place", r"no does not exist"),
+        ("legal:high", "'high' is no finite number"),
+        ("legal:nan", "'nan' is no finite number"),
+        ("legal:inf", "no finite number"),
+        ("legal:", "no finite number"),
+        ("", "empty"),
+        ("=legal", "is empty"),
+        ("..=legal", "starts with a dot"),
+        (f"{'n' * 201}=legal", "longer than 200 bytes"),
+        ("a\x07=legal", "control characters"),
+        ("a\\b=legal", "path separator"),
+    ],
+)
+def test_mistakes(here: Path, text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        parse(text)
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", ".hidden", "a/b", "a\\b", "a\nb", "a\x7f", "é" * 101])
+def test_names_that_are_no_folder(name: str) -> None:
+    with pytest.raises(InputError, match="NAME=PATH"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["legal", "checkpoint-500", "a b", "é" * 100, "x=y:2", "-v"])
+def test_names_that_are(name: str) -> None:
+    check_name(name)
+
+
+def test_two_adapters_of_one_name(here: Path) -> None:
+    with pytest.raises(InputError, match=r"'checkpoint-500'.*checkpoint-500-2=other/checkpoint-500"):
+        parse_all(["runs/checkpoint-500", "other/checkpoint-500:0.5"])
+    assert [s.name for s in parse_all(["a=runs/checkpoint-500", "other/checkpoint-500"])] == [
+        "a",
+        "checkpoint-500",
+    ]
+    with pytest.raises(InputError, match="two adapters"):
+        parse_all(["legal", "legal"])
+    with pytest.raises(InputError, match="two adapters"):
+        check_names_differ([("Med", "x"), ("med", "y")])
+
+
+def test_the_local_hub_cache_is_used_without_network(here: Path) -> None:
+    folder = here / "hub" / "models--org--lawyer"
+    snapshot = folder / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc123")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (snapshot / name).write_text("x")
+    assert find("org/lawyer").path == snapshot and find("org/lawyer").name == "lawyer"
+    spec = parse("law=org/lawyer:0.5")
+    assert (spec.name, spec.path, spec.weight) == ("law", snapshot, 0.5)
+    (here / "org" / "lawyer").mkdir(parents=True)
+    assert parse("org/lawyer").path == Path("org/lawyer"), "an existing path wins"
+
+
+def test_a_hub_id_that_is_nowhere(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match=r"org/nobody is neither a path nor.*fastlora\[hub\]"):
+        parse("org/nobody")
+
+
+def test_a_failed_download_is_one_message(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(InputError, match=r"org/nobody is no path here and could not be fetched.*no route$"):
+        parse("org/nobody")
+
+
+def test_torch_is_not_imported() -> None:
+    code = "import sys, fastlora.locate, fastlora.errors, fastlora.output; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
