@@ -1,6 +1,6 @@
 """Decomposes real adapters, checks the result against the dense definition, and explains what it shows.
 
-    python examples/demo.py --out examples/out
+python examples/demo.py --out examples/out
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def decompose_pairs(pool: fl.Pool) -> fl.Decomposition:
             " / ".join(f"{100 * shared[n] / total[n]:.1f} %" for n in names),
         )
     console.print(table)
-    console.print(f"{len(parts.pairs)} decompositions of {len(pool.modules)} modules in {seconds:.2f} s\n", highlight=False)
+    console.print(
+        f"{len(parts.pairs)} decompositions of {len(pool.modules)} modules in {seconds:.2f} s\n", highlight=False
+    )
     return parts
 
 
@@ -94,7 +96,8 @@ def main() -> None:
     parts = decompose_pairs(pool)
     checked, error = check_against_dense(parts)
     console.print(
-        f"Against the dense n×n algorithm in float64, {checked} modules: largest relative error {error:.1e}\n", highlight=False
+        f"Against the dense n×n algorithm in float64, {checked} modules: largest relative error {error:.1e}\n",
+        highlight=False,
     )
     if error > 1e-6:
         raise SystemExit("the factor-space result does not equal the dense definition")
@@ -111,13 +114,17 @@ def main() -> None:
 
     console.print(
         "What this shows. The two adapters of one task (trec_r16, trec_rslora) share far more directions than chance "
-        "gives; the two trained on different halves of the movie reviews share fewer; adapters of different tasks share "
-        "next to none. No eigenvalue comes near the 0.85 of the paper, which holds for full fine-tunes: an empty shared "
+        "gives; the two trained on different halves of the movie reviews share fewer; adapters of different "
+        "tasks share "
+        "few, with little of their energy. No eigenvalue comes near the 0.85 of the paper, which holds for full "
+        "fine-tunes: an empty shared "
         "part at 0.85 is the normal result for independently trained LoRAs, and a chain over five of them hides what "
         "pairs do share.\n",
         highlight=False,
     )
-    console.print(f"written: {out}/pairs (adapters that peft loads), {out}/{{overlap,spectrum,energy}}.png", highlight=False)
+    console.print(
+        f"written: {out}/pairs (adapters that peft loads), {out}/{{overlap,spectrum,energy}}.png", highlight=False
+    )
 
 
 if __name__ == "__main__":

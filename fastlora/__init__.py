@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from fastlora.api import methods as methods
     from fastlora.api import overlap as overlap
     from fastlora.backends import use_backend as use_backend
+    from fastlora.decomposition import Decomposition as Decomposition
     from fastlora.errors import FastloraError as FastloraError
     from fastlora.errors import InputError as InputError
     from fastlora.errors import OutputError as OutputError
     from fastlora.errors import UnsupportedAdapter as UnsupportedAdapter
-    from fastlora.decomposition import Decomposition as Decomposition
     from fastlora.pool import Pool as Pool
 
 

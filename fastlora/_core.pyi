@@ -1,35 +1,12 @@
 has_cuda: bool
 cuda_archs: str
 
+# Arguments are addresses and sizes in the order of csrc/bind/cpu.cpp.
 def isa() -> str: ...
-def gram(factors: int, tasks: int, blocks: int, n_tasks: int, threads: int) -> None: ...
-def combine(
-    factors: int, tasks: int, outputs: int, matrices: int, terms: int, n_tasks: int, threads: int
-) -> None: ...
-def chain(
-    left: int,
-    right: int,
-    floor: int,
-    basis: int,
-    values: int,
-    shared: int,
-    kept: int,
-    sigma: int,
-    info: int,
-    groups: int,
-    k: int,
-    r: int,
-    width: int,
-    kind: int,
-    threshold: float,
-    rtol: float,
-    rank: int,
-    energy: float,
-    threads: int,
-) -> None: ...
-def eigh(
-    a: int, values: int, vectors: int, info: int, batch: int, n: int, is_double: bool, threads: int
-) -> None: ...
+def gram(*arguments: int) -> None: ...
+def combine(*arguments: int) -> None: ...
+def chain(*arguments: float) -> None: ...
+def eigh(a: int, values: int, vectors: int, info: int, batch: int, n: int, is_double: bool, threads: int) -> None: ...
 def svd(
     a: int, ut: int, s: int, vt: int, info: int, batch: int, p: int, q: int, is_double: bool, threads: int
 ) -> None: ...

@@ -258,7 +258,7 @@ class Adapter:
         return (left.double() @ right.double()).float()
 
     def compress(self, rank: int | None = None, *, energy: float | None = None) -> Adapter:
-        """The best approximation of every ``ΔW`` at a rank, or at a share of its energy: see :func:`fastlora.compress`."""
+        """The best approximation of every ``ΔW`` at a rank or a share of its energy: see :func:`fastlora.compress`."""
         from fastlora.api import compress
 
         return compress(self, rank=rank, energy=energy)

@@ -54,8 +54,8 @@ def decompose(
         mode: ``"pool"``: all at once. ``"pairs"``: every pair. ``"iterative"``: take from ``target`` what it shares
             with each other adapter in turn, in ``order`` (default: pool order).
         side: ``"left"``: column spaces (the paper). ``"right"``: row spaces.
-        rank, energy: cut every ``ΔW_i`` to its ``rank`` largest directions, or to the fewest with this share of ``Σσ²``,
-            before projecting.
+        rank, energy: cut every ``ΔW_i`` to its ``rank`` largest directions, or the fewest with this share of ``Σσ²``, before
+            projecting.
         rtol: directions with ``σ <= rtol·σ_max`` are noise. Default: rounding of the stored dtype, 1e-6 at the least.
 
     Returns:
@@ -119,7 +119,9 @@ def full_weights(pool: Pool, weights: Mapping[str, float] | None) -> tuple[dict[
         return dict.fromkeys(pool.names, 1.0), []
     unknown = [n for n in weights if n not in pool.names]
     if unknown:
-        raise InputError(f"weights name {', '.join(map(repr, unknown))}, which the pool does not have: {', '.join(pool.names)}")
+        raise InputError(
+            f"weights name {', '.join(map(repr, unknown))}, which the pool does not have: {', '.join(pool.names)}"
+        )
     for name, weight in weights.items():
         if not isinstance(weight, int | float) or weight != weight or weight in (float("inf"), float("-inf")):
             raise InputError(f"weight of {name!r} is {weight!r}: it must be a finite number")
@@ -129,7 +131,7 @@ def full_weights(pool: Pool, weights: Mapping[str, float] | None) -> tuple[dict[
 
 
 def compress(adapter: Adapter, rank: int | None = None, *, energy: float | None = None) -> Adapter:
-    """The best approximation of every ``ΔW`` of an adapter, at most ``rank`` or at least the share ``energy`` of ``Σσ²``.
+    """The best approximation of every ``ΔW``, of at most ``rank`` or with at least the share ``energy`` of ``Σσ²``.
 
     Exact in factor space, MATH section 6; the retained energy of each module is in ``.details["retained_energy"]`` of
     the result, the total in ``.provenance``. Costs one read of the factors and ``O(r³)`` operations a module.

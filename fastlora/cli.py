@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -22,25 +25,33 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="fastlora",
     help="Merge, decompose and edit pools of LoRA adapters, exactly and without dense matrices.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich would double the time that --help takes
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 ADAPTER_HELP = "PATH, PATH:WEIGHT or NAME=PATH[:WEIGHT]; a PEFT directory or a Hub id."
 Adapters = Annotated[list[str], typer.Argument(help=ADAPTER_HELP, metavar="A…", show_default=False)]
 One = Annotated[str, typer.Argument(help="An adapter: a PEFT directory or a Hub id.", metavar="A", show_default=False)]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist, or --overwrite.", show_default=False)]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="Directory to write; must not exist, or --overwrite.", show_default=False)
+]
 Rank = Annotated[int | None, typer.Option(help="Keep at most this many directions.", show_default=False)]
-Energy = Annotated[float | None, typer.Option(help="Keep this share of Σσ² (0–1), instead of a rank.", show_default=False)]
-DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: widest of the inputs.", show_default=False)]
+Energy = Annotated[
+    float | None, typer.Option(help="Keep this share of Σσ² (0–1), instead of a rank.", show_default=False)
+]
+DType = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; default: widest of the inputs.", show_default=False)
+]
 Device = Annotated[str, typer.Option(help="Where to compute: auto or cpu.")]
 Backend = Annotated[str | None, typer.Option(help="Force a backend: cpu or reference.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report, errors only.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
-DropExtras = Annotated[bool, typer.Option("--drop-extras", help="Leave out biases and replaced modules (modules_to_save).")]
+DropExtras = Annotated[
+    bool, typer.Option("--drop-extras", help="Leave out biases and replaced modules (modules_to_save).")
+]
 
 
 @contextmanager
@@ -48,11 +59,29 @@ def _running(device: str, backend: str | None, quiet: bool) -> Iterator[None]:
     """Backend and progress of one command."""
     if device not in ("auto", "cpu"):
         raise InputError(f"--device {device}: this version computes on the CPU; use auto or cpu")
-    from fastlora.backends import use_backend
+    from fastlora.backends import current_backend, use_backend
     from fastlora.progress import show_progress
 
-    with use_backend(backend or "auto"), show_progress(not quiet):
+    with use_backend(backend or current_backend()), show_progress(not quiet):
+        _require_backend(current_backend())
         yield
+
+
+def _require_backend(name: str) -> None:
+    """Says before any work what the first op would stumble over."""
+    from fastlora.backends import kernels
+
+    reason = None if name == "auto" else kernels(name)
+    if isinstance(reason, str):
+        raise InputError(f"backend {name!r} cannot be used: {reason}")
+    if name in ("auto", "cpu"):
+        from fastlora.backends import cpu
+
+        try:
+            if cpu.unavailable() is None:
+                cpu.isa()
+        except RuntimeError as error:  # FASTLORA_ISA names what does not exist or does not run here
+            raise InputError(str(error)) from None
 
 
 def _load_pool(texts: list[str], weighted: bool) -> tuple[Pool, list[AdapterSpec]]:
@@ -83,18 +112,25 @@ def _paths(texts: list[str]) -> list[Path]:
 
 
 def _print_json(data: object) -> None:
-    typer.echo(json.dumps(data, indent=1, default=_plain))
+    typer.echo(json.dumps(_plain(data), indent=1, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
+    """What JSON has: no tensors, no keys but strings, and ``null`` for the numbers that it lacks."""
     if hasattr(value, "tolist"):
-        return value.tolist()
-    return str(value)
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _notices(lines: list[str], quiet: bool) -> None:
     if not quiet:
-        for line in lines:
+        for line in dict.fromkeys(lines):
             typer.echo(f"note: {line}", err=True)
 
 
@@ -104,14 +140,23 @@ def decompose(
     out: Out,
     threshold: Annotated[float, typer.Option(help="τ: eigenvalues above it count as shared.")] = 0.85,
     chain: Annotated[str, typer.Option(help="product (the paper), palindrome or mean.")] = "product",
-    mode: Annotated[str, typer.Option(help="pool: all at once; pairs: every pair; iterative: clean --target.")] = "pool",
+    mode: Annotated[
+        str, typer.Option(help="pool: all at once; pairs: every pair; iterative: clean --target.")
+    ] = "pool",
     target: Annotated[str | None, typer.Option(help="The adapter to clean (iterative).", show_default=False)] = None,
-    order: Annotated[str | None, typer.Option(help="Names of the others, comma-separated (iterative).", show_default=False)] = None,
+    order: Annotated[
+        str | None, typer.Option(help="Names of the others, comma-separated (iterative).", show_default=False)
+    ] = None,
     side: Annotated[str, typer.Option(help="left: column spaces (the paper); right: row spaces.")] = "left",
     rank: Rank = None,
     energy: Energy = None,
-    rtol: Annotated[float | None, typer.Option(help="Noise floor relative to σ_max; default: the stored dtype's.", show_default=False)] = None,
-    plots: Annotated[bool, typer.Option("--plots", help="Also write spectrum.png, energy.png and overlap.png.")] = False,
+    rtol: Annotated[
+        float | None,
+        typer.Option(help="Noise floor relative to σ_max; default: the stored dtype's.", show_default=False),
+    ] = None,
+    plots: Annotated[
+        bool, typer.Option("--plots", help="Also write spectrum.png, energy.png and overlap.png.")
+    ] = False,
     every: Annotated[bool, typer.Option("--all", help="Print every module, not the most shared.")] = False,
     dtype: DType = None,
     device: Device = "auto",
@@ -125,13 +170,26 @@ def decompose(
         from fastlora.api import decompose as run
         from fastlora.engine import parse_dtype
 
+        if plots:
+            from fastlora.plots import require_matplotlib
+
+            require_matplotlib()
         target_directory = _output(out, overwrite, _paths(adapters))
         pool, _ = _load_pool(adapters, weighted=False)
         if dtype is not None:
             parse_dtype(dtype, pool.adapters[0].dtype)
         names = None if order is None else [n.strip() for n in order.split(",")]
         parts = run(
-            pool, threshold, chain=chain, mode=mode, side=side, rank=rank, energy=energy, rtol=rtol, target=target, order=names
+            pool,
+            threshold,
+            chain=chain,
+            mode=mode,
+            side=side,
+            rank=rank,
+            energy=energy,
+            rtol=rtol,
+            target=target,
+            order=names,
         )
         with target_directory as staging:
             parts.write(staging, dtype)
@@ -143,7 +201,8 @@ def decompose(
             from fastlora.show import show_decomposition
 
             show_decomposition(parts, out, every)
-        _notices([*pool.notices, *target_directory.notices], quiet or as_json)
+        seen = [n for r in parts.reports for n in r.notices] if len(parts.reports) == 1 else []
+        _notices([*pool.notices, *seen, *target_directory.notices], quiet)
 
 
 def _write_plots(parts: Any, pool: Pool, staging: Path) -> None:
@@ -220,14 +279,14 @@ def _write_one(
         write_adapter(adapter, staging, dtype)
     ranks = [u.rank for u in adapter.updates.values()]
     retained = adapter.provenance.get("retained_energy")
+    notices = [*notices, *target.notices]
     if as_json:
         found = {"out": str(out), "modules": len(ranks), "rank": max(ranks, default=0), "retained_energy": retained}
         _print_json({**found, "retained_energy_by_module": adapter.details.get("retained_energy"), "notices": notices})
-        return
-    if not quiet:
+    elif not quiet:
         share = "" if retained is None else f", {100 * float(str(retained)):.2f} % of the energy kept"
         typer.echo(f"{out}: {len(ranks)} modules, rank {min(ranks, default=0)}–{max(ranks, default=0)}{share}")
-    _notices([*notices, *target.notices], quiet)
+    _notices(notices, quiet)
 
 
 @app.command()
@@ -249,7 +308,7 @@ def inspect(
         data = adapter_data(pool.adapters[0], forms)
         if as_json:
             _print_json(data)
-        else:
+        elif not quiet:
             show_adapter(data, every)
 
 
@@ -261,15 +320,22 @@ def overlap(
     backend: Backend = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """How similar adapters are: cosine of ΔW and overlap of their column spaces, for every pair."""
     with _running(device, backend, quiet):
         from fastlora.api import overlap as run
-        from fastlora.output import writing
 
+        if plot is not None:
+            from fastlora.plots import check_picture
+
+            check_picture(plot, overwrite)
         pool, _ = _load_pool(adapters, weighted=False)
+        if len(pool) < 2:
+            raise InputError("overlap: a pool of one adapter has nothing to compare; give two adapters or more")
         found = run(pool)
         if plot is not None:
+            from fastlora.output import writing
             from fastlora.plots import plot_overlap
 
             with writing(plot):
@@ -281,7 +347,7 @@ def overlap(
             from fastlora.show import show_overlap
 
             show_overlap(found)
-        _notices(pool.notices, quiet or as_json)
+        _notices(pool.notices, quiet)
 
 
 @app.command()
@@ -297,7 +363,8 @@ def info(as_json: Json = False) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _version(
+def _start(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
@@ -305,31 +372,80 @@ def _version(
 
         typer.echo(f"fastlora {fastlora.__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
-def _terminate(signum: int, _: object) -> NoReturn:
-    raise SystemExit(128 + signum)
+# Newer typer has a copy of click inside, older typer uses click: this is the class in both.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+UNPRINTABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+class _Signal(BaseException):
+    """A request to stop, which no ``except Exception`` on the way takes for an error."""
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    # Cleaning up is quick, and senders like timeout(1) signal twice.
+    for stopping in _stopping_signals():
+        signal.signal(stopping, signal.SIG_IGN)
+    raise _Signal(number)
+
+
+def _stopping_signals() -> list[signal.Signals]:
+    return [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGHUP") if n in signal.Signals.__members__]
 
 
 def main() -> None:
-    """Entry point: 0 done, 2 wrong use or bad input (one message), 1 internal error."""
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_guarded(lambda: app(standalone_mode=True)))
+    """Entry point: 0 done, 2 wrong use or bad input (one message), 1 internal error, 128 + n stopped by signal n."""
+    for number in _stopping_signals():
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # σ and ‖ where the encoding has none
+    sys.exit(_guarded(lambda: app(standalone_mode=False)))
 
 
 def _guarded(run: Callable[[], object]) -> int:
     try:
-        run()
-    except FastloraError as error:
-        typer.echo(f"error: {error}", err=True)
-        return 2
-    except KeyboardInterrupt:
-        typer.echo("interrupted: nothing was written; run the same command again", err=True)
-        return 130
-    except MemoryError:
-        typer.echo("error: out of memory; close other programs or use fewer adapters at once", err=True)
-        return 2
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader went away: not an error of ours, and nothing more to say
+        code = run()
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (BrokenPipeError, SystemExit) as ended:
+        # typer makes SystemExit(1) of a broken pipe.
+        if isinstance(ended, SystemExit) and not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        _leave_stdout()  # the reader went away: not an error of ours, and nothing more to say
         return 0
-    return 0
+    except _Signal as stopped:
+        number: int = stopped.args[0]
+        _complain("interrupted: no output is left half-written; run the same command again")
+        return 128 + number
+    except FastloraError as error:
+        _complain(f"error: {error}")
+    except UsageError as error:
+        _complain(f"error: {_usage(error)}")
+    except MemoryError:
+        _complain("error: out of memory; close other programs or use fewer adapters at once")
+    except OSError as error:
+        if error.errno not in UNPRINTABLE:
+            raise
+        _leave_stdout()
+        _complain(f"error: the result could not be printed: {error.strerror}")
+    return 2
+
+
+def _usage(error: Any) -> str:
+    message = str(error.format_message()).rstrip(".")
+    return message if error.ctx is None else f"{message}; see `{error.ctx.command_path} --help`"
+
+
+def _complain(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _leave_stdout() -> None:
+    """Python writes what is left in the buffer when it ends: into nothing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

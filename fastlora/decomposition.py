@@ -74,7 +74,9 @@ class Decomposition:
         """The unique part of one adapter, MATH (8); in ``mode="iterative"`` that of the target after all steps."""
         if self.mode == "iterative":
             if name != self.target:
-                raise InputError(f"mode='iterative' makes the unique part of its target {self.target!r} only, not of {name!r}")
+                raise InputError(
+                    f"mode='iterative' makes the unique part of its target {self.target!r} only, not of {name!r}"
+                )
             last = self._steps[-1].unique_of(name)
             last.extras = dict(self.pool[name].extras)
             return last
@@ -150,5 +152,7 @@ class Decomposition:
     def _pool_mode(self, what: str) -> Components:
         if self._whole is None:
             hint = "use .pairs[(a, b)]" if self.mode == "pairs" else "use .unique_of(target), .spectrum or .reports"
-            raise InputError(f"{what}: this decomposition has mode={self.mode!r}; {hint}, or decompose with mode='pool'")
+            raise InputError(
+                f"{what}: this decomposition has mode={self.mode!r}; {hint}, or decompose with mode='pool'"
+            )
         return self._whole

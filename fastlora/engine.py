@@ -62,7 +62,7 @@ def chunks(count: int, bytes_each: int) -> Iterable[range]:
 def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Tensor:
     """Gram blocks of the ``k`` factors of each module, all of one side.
 
-    Returns float64 ``[len(modules), k, k, r, r]``, zero-padded to ``r``, with the blocks ``(i, j)`` of ``pairs`` filled.
+    Returns float64 ``[len(modules), k, k, r, r]``, zero-padded to ``r``, with the blocks of ``pairs`` filled.
     """
     k = len(modules[0])
     out = torch.zeros(len(modules), k, k, r, r, dtype=torch.float64)
@@ -220,9 +220,9 @@ def write_adapters(adapters: Mapping[Path, Adapter], dtype: torch.dtype | str | 
         for target in dict.fromkeys(targets.values()):
             owners = [d for d, a in adapters.items() if module in a.updates and targets[d] == target]
             updates = [adapters[d].updates[module].baked() for d in owners]
-            for directory, factors in zip(owners, materialise(updates, target), strict=True):
-                if factors[0].shape[1]:
-                    written[directory][module] = factors
+            for directory, pair in zip(owners, materialise(updates, target), strict=True):
+                if pair[0].shape[1]:
+                    written[directory][module] = pair
     for directory in track(list(adapters), "writing"):
         adapter = adapters[directory]
         factors = written[directory] or zero_factors(adapter, targets[directory])
@@ -244,7 +244,8 @@ def _require_representable(adapter: str, module: str, side: str, tensor: Tensor)
     if bool(tensor.isfinite().all()):
         return
     raise InputError(
-        f"adapter {adapter!r}: lora_{side} of {module} does not fit {str(tensor.dtype)[6:]} (NaN or Inf after rounding); "
+        f"adapter {adapter!r}: lora_{side} of {module} does not fit {str(tensor.dtype)[6:]} (NaN or Inf after "
+        "rounding); "
         "save with dtype=float32 (`--dtype float32`), or check the input with `fastlora inspect`"
     )
 

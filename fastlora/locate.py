@@ -73,9 +73,7 @@ def find(path: str | Path) -> Found:
         return Found(_from_hub(text), text.rpartition("/")[2])
     missing = next((p for p in reversed(Path(text).parents) if not _exists(p)), None)
     reason = "" if missing is None else f" ({missing} does not exist)"
-    raise InputError(
-        f"there is no file or directory {text}{reason}; correct the path, or give a Hub id as org/name"
-    )
+    raise InputError(f"there is no file or directory {text}{reason}; correct the path, or give a Hub id as org/name")
 
 
 def check_name(name: str) -> None:
@@ -174,9 +172,7 @@ def _from_hub(repo: str) -> Path:
         # The Hub client has many kinds of errors (network, permissions, names), all of which mean the same
         # here.
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(
-            f"{repo} is no path here and could not be fetched from the Hub: {reason[0][:300]}"
-        ) from None
+        raise InputError(f"{repo} is no path here and could not be fetched from the Hub: {reason[0][:300]}") from None
 
 
 def _cached(repo: str) -> Path | None:

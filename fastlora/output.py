@@ -61,9 +61,7 @@ class OutputDirectory:
         self._files = (*OUTPUT_FILES, *files)
         self._staging: Path | None = None
         if not self.path.name:
-            raise OutputError(
-                f"{path} is no name for an output; give a directory that can be made, such as out/merged"
-            )
+            raise OutputError(f"{path} is no name for an output; give a directory that can be made, such as out/merged")
         self._check_target()
         self._check_parent()
 
@@ -108,8 +106,7 @@ class OutputDirectory:
             raise OutputError(f"the output {self.path} exists and is a file; choose another name")
         if not self.overwrite:
             raise OutputError(
-                f"the output {self.path} exists; choose another name, or replace it with --overwrite "
-                "(overwrite=True)"
+                f"the output {self.path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
             )
         foreign = next(_foreign_files(self.path, self._files), None)
         if foreign is not None:
@@ -123,9 +120,7 @@ class OutputDirectory:
         if not parent.is_dir():
             raise OutputError(f"the output {self.path} cannot be made: {parent} is a file")
         if not os.access(parent, os.W_OK | os.X_OK):
-            raise OutputError(
-                f"the output {self.path} cannot be made: {parent} is not writable; write elsewhere"
-            )
+            raise OutputError(f"the output {self.path} cannot be made: {parent} is not writable; write elsewhere")
 
     def _report_leftovers(self) -> None:
         start = f".{self.path.name}."

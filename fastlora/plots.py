@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastlora.errors import InputError
+from fastlora.errors import InputError, OutputError
 
 if TYPE_CHECKING:
     from fastlora.methods.overlap import Overlap
@@ -15,11 +16,35 @@ if TYPE_CHECKING:
 MODULES_SHOWN = 40
 
 
-def _pyplot() -> Any:
+def require_matplotlib() -> None:
+    """Refuses, before any work, plots that could not be drawn."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError:
         raise InputError("plots need matplotlib: `pip install fastlora[plot]`") from None
+
+
+def check_picture(path: Path, overwrite: bool = False) -> None:
+    """Refuses, before any work, a picture that could not be written."""
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if _format(path) not in FigureCanvasBase.get_supported_filetypes():
+        raise InputError(f"{path} is no name for a picture: end it in .png, .pdf, .svg or .jpg")
+    if path.is_dir() or (os.path.lexists(path) and not overwrite):
+        raise OutputError(f"{path} exists; choose another name" + ("" if path.is_dir() else ", or use --overwrite"))
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path} cannot be written: there is no directory {path.absolute().parent}")
+
+
+def _format(path: Path) -> str:
+    return path.suffix[1:].lower()
+
+
+def _pyplot() -> Any:
+    require_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -27,8 +52,14 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    _pyplot().close(figure)
+    """Writes a picture that exists whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        figure.savefig(unfinished, format=_format(path), dpi=150, bbox_inches="tight")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        _pyplot().close(figure)
     return path
 
 
@@ -84,7 +115,9 @@ def plot_overlap(overlap: Overlap, path: Path) -> Path:
     """Heat maps of the pool's cosine and subspace similarity."""
     pyplot = _pyplot()
     k = len(overlap.names)
-    figure, panels = pyplot.subplots(1, 2, figsize=(2 * max(3.2, 0.6 * k + 1.6), max(3.2, 0.5 * k + 1.6)), layout="constrained")
+    figure, panels = pyplot.subplots(
+        1, 2, figsize=(2 * max(3.2, 0.6 * k + 1.6), max(3.2, 0.5 * k + 1.6)), layout="constrained"
+    )
     pictures = (("cosine of ΔW", overlap.cosine, "coolwarm", -1), ("subspace overlap", overlap.subspace, "viridis", 0))
     for axes, (title, values, colours, low) in zip(panels, pictures, strict=True):
         image = axes.imshow(values, vmin=low, vmax=1, cmap=colours)

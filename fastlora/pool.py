@@ -71,9 +71,7 @@ class Pool:
         try:
             return self._adapters[name]
         except KeyError:
-            raise InputError(
-                f"the pool has no adapter {name!r}; it has {', '.join(self._adapters)}"
-            ) from None
+            raise InputError(f"the pool has no adapter {name!r}; it has {', '.join(self._adapters)}") from None
 
     def subset(self, names: Iterable[str]) -> Pool:
         """A pool of some of the adapters, in the order given."""
@@ -190,9 +188,7 @@ def _renamed(adapter: Adapter, strip: str, put: str) -> Adapter:
         return put + name.removeprefix(strip)
 
     updates = {
-        rename(module): replace(
-            update, layout=replace(update.layout, container=rename(update.layout.container))
-        )
+        rename(module): replace(update, layout=replace(update.layout, container=rename(update.layout.container)))
         if update.layout.container
         else update
         for module, update in adapter.updates.items()

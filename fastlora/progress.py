@@ -7,44 +7,63 @@ import contextvars
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 DELAY_SECONDS = 1.0
 
-_shown: contextvars.ContextVar[bool] = contextvars.ContextVar("fastlora_progress", default=False)
+_bars: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("fastlora_progress", default=None)
 
 
 @contextlib.contextmanager
 def show_progress(on: bool = True) -> Iterator[None]:
-    """Shows a bar on stderr for everything inside the block that takes more than a second."""
-    token = _shown.set(on)
+    """Shows a bar for everything inside the block that takes more than a second, where stderr is a terminal.
+
+    No bar outlives the block, also when it raises: what is printed next stands on a line of its own.
+    """
+    bars: list[Any] = []
+    token = _bars.set(bars if on else None)
     try:
         yield
     finally:
-        _shown.reset(token)
+        _bars.reset(token)
+        for bar in bars:
+            bar.stop()
 
 
 def track(items: Sequence[T], label: str) -> Iterator[T]:
     """Iterates over ``items``; a bar appears once the loop has run for a second."""
-    if not _shown.get():
+    bars = _bars.get()
+    if bars is None or not sys.stderr.isatty():
         yield from items
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
-    started, task = time.monotonic(), None
+    bar, task = None, None
+    started = time.monotonic()
     try:
         for done, item in enumerate(items):
-            if task is None and time.monotonic() - started > DELAY_SECONDS:
-                bar.start()
+            if bar is None and time.monotonic() - started > DELAY_SECONDS:
+                bar = _start_bar()
+                bars.append(bar)
                 task = bar.add_task(label, total=len(items))
-            if task is not None:
+            if bar is not None:
                 bar.update(task, completed=done)
             yield item
     finally:
-        if task is not None:
+        if bar is not None:
             bar.stop()
+
+
+def _start_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
+    bar.start()
+    return bar

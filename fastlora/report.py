@@ -91,7 +91,9 @@ def module_row(components: Components, result: ModuleResult) -> ModuleRow:
         expected_by_chance=expected_by_chance(n, dimensions, settings.chain, settings.threshold),
         thresholds=listed,
         gap=min((abs(v - settings.threshold) for v in real), default=1.0),
-        energy_shared={m: _share(s, t) for m, s, t in zip(result.names, result.shared_norms, result.norms, strict=True)},
+        energy_shared={
+            m: _share(s, t) for m, s, t in zip(result.names, result.shared_norms, result.norms, strict=True)
+        },
         energy_in_cut={m: energy_kept(result.sigma[i], result.kept[i]) for i, m in enumerate(result.names)},
         norm_kept=unique,
     )
@@ -131,7 +133,8 @@ def _full_rank(components: Components, rows: list[ModuleRow]) -> str:
     if not full:
         return ""
     return (
-        f"{len(full)} modules (first: {full[0].module}) have full rank: their subspace is the whole space, so everything "
+        f"{len(full)} modules (first: {full[0].module}) have full rank: their subspace is the whole space, so "
+        "everything "
         "counts as shared. Give a rank or an energy cut (rank=N, `--rank N`; energy=0.9, `--energy 0.9`)."
     )
 
@@ -155,7 +158,8 @@ def _common_initialisation(components: Components, rows: list[ModuleRow]) -> str
     if len(high) * 2 < len(rows):
         return ""
     return (
-        f"Right-side eigenvalues are above {COMMON_INITIALISATION:g} in {len(high)} of {len(rows)} modules: these adapters "
+        f"Right-side eigenvalues are above {COMMON_INITIALISATION:g} in {len(high)} of {len(rows)} modules: these "
+        "adapters "
         "started from the same random A (one seed), which training barely moves. That is a common initialisation, not "
         "shared knowledge."
     )
@@ -166,7 +170,8 @@ def _chance(rows: list[ModuleRow]) -> str:
     if not shared or expected <= CHANCE_SHARE * shared:
         return ""
     return (
-        f"Random subspaces of these ranks would share about {expected:.1f} directions where {shared} were found: more than "
+        f"Random subspaces of these ranks would share about {expected:.1f} directions where {shared} were found: "
+        "more than "
         f"{CHANCE_SHARE:.0%} of the result is chance. Cut the ranks or raise the threshold."
     )
 
@@ -181,14 +186,17 @@ def _empty(components: Components, rows: list[ModuleRow]) -> str:
     edge = max(r.chance_edge for r in rows)
     text = (
         f"Nothing is shared at τ = {components.settings.threshold:g}: the largest eigenvalues are "
-        f"{', '.join(f'{v:.3f}' for v in top[:4])} (by chance alone up to {edge:.3f}), so a threshold just below these would "
+        f"{', '.join(f'{v:.3f}' for v in top[:4])} (by chance alone up to {edge:.3f}), so a threshold just below "
+        "these would "
         "share 1, 2, … directions. An empty shared part is normal for LoRAs that were trained independently. "
     )
     if len(components.pool.names) > 2:
         text += "A product chain over three or more adapters hides what pairs share: try mode='pairs' or 'iterative'. "
     suggestion = max(0.3, 2 * edge)
     if suggestion < components.settings.threshold:
-        text += f"To look for weaker common directions, opt in to τ = max(0.3, twice the chance edge) = {suggestion:.2f}."
+        text += (
+            f"To look for weaker common directions, opt in to τ = max(0.3, twice the chance edge) = {suggestion:.2f}."
+        )
     return text.rstrip()
 
 
@@ -208,7 +216,8 @@ def _lost(rows: list[ModuleRow]) -> str:
         return ""
     most, modules = counts.most_common(1)[0]
     return (
-        f"The unique part of {most!r} keeps less than {LOST_TOO_MUCH:g} of the norm in {modules} of {len(rows)} modules: it "
+        f"The unique part of {most!r} keeps less than {LOST_TOO_MUCH:g} of the norm in {modules} of {len(rows)} "
+        "modules: it "
         "has probably lost more than the interference. Raise the threshold."
     )
 
@@ -217,19 +226,25 @@ def _notices(components: Components, rows: list[ModuleRow]) -> list[str]:
     pool, notices = components.pool, []
     alone = [m for m in pool.modules if m not in components.results]
     if alone:
-        notices.append(f"{len(alone)} modules are in one adapter only (first: {alone[0]}): they stay with its unique part.")
+        notices.append(
+            f"{len(alone)} modules are in one adapter only (first: {alone[0]}): they stay with its unique part."
+        )
     gaps = [r for r in rows if len(r.adapters) < len(pool.names)]
     if gaps:
-        notices.append(f"{len(gaps)} modules are missing in some adapters (first: {gaps[0].module}): decomposed among the rest.")
+        notices.append(
+            f"{len(gaps)} modules are missing in some adapters (first: {gaps[0].module}): decomposed among the rest."
+        )
     zero = [r for r in rows if 0 in r.directions]
     if zero:
         notices.append(
-            f"{len(zero)} modules hold a zero update (first: {zero[0].module}): a product or palindrome chain shares nothing there."
+            f"{len(zero)} modules hold a zero update (first: {zero[0].module}): a product or palindrome chain "
+            "shares nothing there."
         )
     dropped = sum(1 for r in components.results.values() for i, k in enumerate(r.kept) if k < r.ranks[i])
     if dropped:
         notices.append(
-            f"{dropped} factors have directions below the noise floor or cut by rank or energy; they took no part in the chain "
+            f"{dropped} factors have directions below the noise floor or cut by rank or energy; they took no part "
+            "in the chain "
             "and stay with the unique part."
         )
     for name in pool.names:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from fastlora.adapter import Adapter
@@ -25,8 +26,15 @@ ROWS = 20  # modules printed unless all are asked for
 WIDTH = 140  # columns where the output is no terminal
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # the command line knows what to do; rich would exit with 1
+
+
 def _console() -> Console:
-    return Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=WIDTH)
+    # Names come from files and may look like markup.
+    width = None if sys.stdout.isatty() else WIDTH
+    return _Console(soft_wrap=True, width=width, markup=False, emoji=False, highlight=False)
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
@@ -53,28 +61,43 @@ def show_decomposition(parts: Decomposition, out: Path, every: bool) -> None:
         _show_report(console, reports[0], every)
     else:
         _show_reports(console, reports)
-    console.print(f"written: {out} ({len(parts.adapters())} adapters, report.json)", highlight=False)
+    console.print(f"written: {out} ({len(parts.adapters())} adapters, report.json)")
 
 
 def _show_report(console: Console, report: Report, every: bool) -> None:
     s = report.settings
-    console.print(f"[bold]{report.title}[/bold]: {s['chain']} chain, {s['side']} side, τ = {s['threshold']:g}", highlight=False)
+    console.print(
+        Text.assemble((report.title, "bold"), f": {s['chain']} chain, {s['side']} side, τ = {s['threshold']:g}")
+    )
     names = s["adapters"]
-    table = _table("module", "rank", "shared", "by chance", "largest eigenvalues", "chance edge", *[f"{n} %" for n in names])
-    rows = report.rows if every else sorted(report.rows, key=lambda r: (-r.shared, -max(r.eigenvalues, default=0)))[:ROWS]
+    table = _table(
+        "module", "rank", "shared", "by chance", "largest eigenvalues", "chance edge", *[f"{n} %" for n in names]
+    )
+    rows = (
+        report.rows if every else sorted(report.rows, key=lambda r: (-r.shared, -max(r.eigenvalues, default=0)))[:ROWS]
+    )
     short = _without_common([r.module for r in report.rows])
     for row in rows:
         energy = [f"{100 * row.energy_shared[n]:.1f}" if n in row.energy_shared else "–" for n in names]
         ranks = "/".join(map(str, row.directions))
         values = " ".join(f"{v:.3f}" for v in row.eigenvalues[:4])
-        table.add_row(short[row.module], ranks, str(row.shared), f"{row.expected_by_chance:.2g}", values, f"{row.chance_edge:.3f}", *energy)
+        table.add_row(
+            short[row.module],
+            ranks,
+            str(row.shared),
+            f"{row.expected_by_chance:.2g}",
+            values,
+            f"{row.chance_edge:.3f}",
+            *energy,
+        )
     console.print(table)
     if len(rows) < len(report.rows):
-        console.print(f"{len(report.rows) - len(rows)} more modules: --all, or report.json", highlight=False)
+        console.print(f"{len(report.rows) - len(rows)} more modules: --all, or report.json")
     console.print(
-        f"{report.shared_directions} directions shared in {sum(1 for r in report.rows if r.shared)} of {len(report.rows)} "
-        f"modules; {report.expected_by_chance:.2g} expected by chance. Columns in %: share of ‖ΔW‖² in the shared directions.",
-        highlight=False,
+        f"{report.shared_directions} directions shared in {sum(1 for r in report.rows if r.shared)} of "
+        f"{len(report.rows)} "
+        f"modules; {report.expected_by_chance:.2g} expected by chance. Columns in %: share of ‖ΔW‖² in the shared "
+        "directions.",
     )
     _show_lines(console, report)
 
@@ -86,18 +109,21 @@ def _show_reports(console: Console, reports: list[Report]) -> None:
         modules = f"{sum(1 for r in report.rows if r.shared)} of {len(report.rows)}"
         warnings = str(len(report.warnings))
         table.add_row(
-            report.title, str(report.shared_directions), modules, f"{report.expected_by_chance:.2g}", f"{largest:.3f}", warnings
+            report.title,
+            str(report.shared_directions),
+            modules,
+            f"{report.expected_by_chance:.2g}",
+            f"{largest:.3f}",
+            warnings,
         )
     console.print(table)
     for warning in dict.fromkeys(w for r in reports for w in r.warnings):
-        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
 
 
 def _show_lines(console: Console, report: Report) -> None:
     for warning in report.warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
-    for notice in report.notices:
-        console.print(f"note: {notice}", highlight=False)
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
 
 
 def adapter_data(adapter: Adapter, forms: Mapping[str, SingularForm]) -> dict[str, Any]:
@@ -130,11 +156,11 @@ def adapter_data(adapter: Adapter, forms: Mapping[str, SingularForm]) -> dict[st
 
 def show_adapter(data: dict[str, Any], every: bool) -> None:
     console = _console()
-    console.print(
-        f"[bold]{data['name']}[/bold]: {len(data['modules'])} modules, {data['dtype']}, base model "
-        f"{data['base_model'] or 'not named'}, ‖ΔW‖ = {data['norm']:.4g}",
-        highlight=False,
+    heading = (
+        f": {len(data['modules'])} modules, {data['dtype']}, base model {data['base_model'] or 'not named'}, "
+        f"‖ΔW‖ = {data['norm']:.4g}"
     )
+    console.print(Text.assemble((data["name"], "bold"), heading))
     table = _table("module", "out×in", "kind", "rank", "scaling", "‖ΔW‖", "σ largest … smallest kept")
     items = list(data["modules"].items())
     short = _without_common([m for m, _ in items])
@@ -146,12 +172,12 @@ def show_adapter(data: dict[str, Any], every: bool) -> None:
         table.add_row(short[module], f"{n}×{m}", row["kind"], rank, f"{row['scaling']:g}", f"{row['norm']:.4g}", sigma)
     console.print(table)
     if not every and len(items) > ROWS:
-        console.print(f"{len(items) - ROWS} more modules: --all or --json", highlight=False)
+        console.print(f"{len(items) - ROWS} more modules: --all or --json")
     for name, extra in data["extras"].items():
         what = "added to the base model's" if extra["kind"] == "delta" else "replaces the base model's"
-        console.print(f"also holds {name} {extra['shape']} ({what})", highlight=False)
+        console.print(f"also holds {name} {extra['shape']} ({what})")
     for note in data["notes"]:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}")
 
 
 def show_overlap(found: Overlap) -> None:
@@ -186,7 +212,10 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             data[package] = "not installed"
     if cpu.unavailable() is None:
-        data["instruction set"] = cpu.isa()
+        try:
+            data["instruction set"] = cpu.isa()
+        except RuntimeError as error:  # FASTLORA_ISA names what does not exist or does not run here
+            data["instruction set"] = backends["cpu"] = str(error)
         data["CUDA build"] = cpu.cuda_build()
     return data
 

@@ -69,9 +69,7 @@ def test_names_must_differ_and_be_folders(tmp_path: Path) -> None:
 def test_shapes_must_agree(tmp_path: Path, shape: tuple[int, int]) -> None:
     one = make_adapter(tmp_path / "one")
     two = make_adapter(tmp_path / "two", {**MODULES, Q1: shape})
-    with pytest.raises(
-        InputError, match=rf"{Q1}' is \[24, 16\] in adapter 'one' and \[.*\] in adapter 'two'"
-    ):
+    with pytest.raises(InputError, match=rf"{Q1}' is \[24, 16\] in adapter 'one' and \[.*\] in adapter 'two'"):
         Pool.load([one, two])
 
 
@@ -107,9 +105,7 @@ def test_differing_bases_are_noticed(tmp_path: Path, fields: dict[str, Any], wor
 
 
 def test_differing_revisions_are_noticed(tmp_path: Path) -> None:
-    pool = Pool.load(
-        [make_adapter(tmp_path / "a", revision="v1"), make_adapter(tmp_path / "b", revision="v2")]
-    )
+    pool = Pool.load([make_adapter(tmp_path / "a", revision="v1"), make_adapter(tmp_path / "b", revision="v2")])
     assert len(pool.notices) == 1 and "v1" in pool.notices[0] and "v2" in pool.notices[0]
 
 
@@ -176,9 +172,7 @@ def test_two_possible_prefixes_are_refused(tmp_path: Path) -> None:
 def test_another_base_model_is_refused(tmp_path: Path) -> None:
     other = {"transformer.h.0.attn.c_attn": (48, 16), "transformer.h.0.mlp.c_fc": (64, 16)}
     paths = [make_adapter(tmp_path / "a"), make_adapter(tmp_path / "b", other)]
-    with pytest.raises(
-        InputError, match=r"'b' has no module in common with 'a'.*another base model.*c_attn.*q_proj"
-    ):
+    with pytest.raises(InputError, match=r"'b' has no module in common with 'a'.*another base model.*c_attn.*q_proj"):
         Pool.load(paths)
 
 

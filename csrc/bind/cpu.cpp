@@ -9,7 +9,10 @@ namespace py = pybind11;
 namespace fastlora {
 namespace {
 
-template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
 
 void check(int status) {
     if (status == kOutOfMemory) throw std::bad_alloc();
@@ -46,10 +49,25 @@ void bind_cpu(py::module_& m) {
         [](uintptr_t left, uintptr_t right, uintptr_t floor, uintptr_t basis, uintptr_t values, uintptr_t shared,
            uintptr_t kept, uintptr_t sigma, uintptr_t info, int64_t groups, int64_t k, int64_t r, int64_t width,
            int64_t kind, double threshold, double rtol, int64_t rank, double energy, int threads) {
-            const ChainArgs args{at<const double>(left), at<const double>(right), at<const double>(floor),
-                                 at<double>(basis),      at<double>(values),      at<int64_t>(shared),
-                                 at<int64_t>(kept),      at<double>(sigma),       at<int32_t>(info),
-                                 groups, k, r, width, kind, threshold, rtol, rank, energy, threads};
+            const ChainArgs args{at<const double>(left),
+                                 at<const double>(right),
+                                 at<const double>(floor),
+                                 at<double>(basis),
+                                 at<double>(values),
+                                 at<int64_t>(shared),
+                                 at<int64_t>(kept),
+                                 at<double>(sigma),
+                                 at<int32_t>(info),
+                                 groups,
+                                 k,
+                                 r,
+                                 width,
+                                 kind,
+                                 threshold,
+                                 rtol,
+                                 rank,
+                                 energy,
+                                 threads};
             py::gil_scoped_release release;
             check(kernels().chain(args));
         },

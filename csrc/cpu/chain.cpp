@@ -41,11 +41,11 @@ void multiply_by_transpose(int m, int n, int k, const double* a, int64_t a_strid
 }
 
 struct Buffers {
-    double *values, *vectors;  // [N, r], [N, r, r] of the eigendecompositions; N = groups · k
-    double *root, *core;       // L and LᵀGᴮL, then T in `root`: [N, r, r]
+    double *values, *vectors;                 // [N, r], [N, r, r] of the eigendecompositions; N = groups · k
+    double *root, *core;                      // L and LᵀGᴮL, then T in `root`: [N, r, r]
     double *chain, *left, *singular, *right;  // [groups, ·]: chain matrix, its left vectors, values, right vectors
-    int32_t *info_a, *info_b;  // [N]
-    int32_t* info_chain;       // [groups]
+    int32_t *info_a, *info_b;                 // [N]
+    int32_t* info_chain;                      // [groups]
 };
 
 size_t lay_out(char* base, const ChainArgs& a, Buffers& b) {
@@ -311,7 +311,8 @@ int chain(const ChainArgs& a) {
     if (a.kind == kMean)
         status = eigh<double>(b.chain, b.singular, b.left, b.info_chain, a.groups, int(a.width), a.threads);
     else if (symmetric)
-        status = svd<double>(b.chain, b.left, b.singular, b.right, b.info_chain, a.groups, int(a.r), int(a.r), a.threads);
+        status =
+            svd<double>(b.chain, b.left, b.singular, b.right, b.info_chain, a.groups, int(a.r), int(a.r), a.threads);
     if (status != kDone || (a.kind == kProduct && !symmetric)) return status;
 
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)

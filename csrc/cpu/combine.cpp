@@ -11,8 +11,8 @@
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-constexpr int kTile = 64;       // positions along the long dimension held in cache
-constexpr int64_t kChunk = 512; // positions along the long dimension given to one thread at a time
+constexpr int kTile = 64;        // positions along the long dimension held in cache
+constexpr int64_t kChunk = 512;  // positions along the long dimension given to one thread at a time
 
 struct Layout {
     double** tiles;         // per factor: B side [kTile, padded(r)], A side [r, kTile]
@@ -52,7 +52,8 @@ size_t lay_out(char* base, const Job& job, Layout& layout) {
         for (int64_t t = 0; t < job.outputs[o].terms; ++t, ++index) {
             const Term& term = job.terms[job.outputs[o].first_term + t];
             const int64_t r = rank(job.factors[term.factor], rows);
-            double* c = term.coefficient ? arena.take<double>(size_t(r) * (rows ? term.columns : padded(term.columns))) : nullptr;
+            double* c = term.coefficient ? arena.take<double>(size_t(r) * (rows ? term.columns : padded(term.columns)))
+                                         : nullptr;
             if (base) layout.coefficients[index] = c;
         }
     layout.sum = arena.take<double>(size_t(kTile) * (rows ? widest : sum_stride(widest)));

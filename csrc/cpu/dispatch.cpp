@@ -8,11 +8,19 @@
 
 namespace fastlora {
 
-namespace baseline { extern const Kernels table; }
+namespace baseline {
+extern const Kernels table;
+}
 #if defined(FASTLORA_X86)
-namespace avx2 { extern const Kernels table; }
-namespace avx512 { extern const Kernels table; }
-namespace avx512_bf16 { extern const Kernels table; }
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+namespace avx512_bf16 {
+extern const Kernels table;
+}
 #endif
 
 namespace {
@@ -29,8 +37,10 @@ const Kernels& choose() {
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-    const Candidate candidates[] = {{&avx512_bf16::table, has_bf16}, {&avx512::table, has_avx512},
-                                    {&avx2::table, has_avx2}, {&baseline::table, true}};
+    const Candidate candidates[] = {{&avx512_bf16::table, has_bf16},
+                                    {&avx512::table, has_avx512},
+                                    {&avx2::table, has_avx2},
+                                    {&baseline::table, true}};
 #else
     const Candidate candidates[] = {{&baseline::table, true}};
 #endif
@@ -43,7 +53,8 @@ const Kernels& choose() {
         } else if (std::strcmp(wanted, c.table->name) == 0) {
             if (c.runs) return *c.table;
             throw std::runtime_error("FASTLORA_ISA=" + std::string(wanted) +
-                                     ": this processor does not run it; unset the variable or name a lower one of " + names);
+                                     ": this processor does not run it; unset the variable or name a lower one of " +
+                                     names);
         }
     }
     throw std::runtime_error("FASTLORA_ISA=" + std::string(wanted) + ": no such instruction set; use one of " + names);

@@ -14,7 +14,8 @@
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-template <class T> struct EighWork {
+template <class T>
+struct EighWork {
     size_t ld;     // odd: even strides of whole cache lines collide in few cache sets
     Vec<T>* a;     // [n, ld]
     Vec<T>* q;     // [n, ld]
@@ -43,7 +44,8 @@ template <class T> struct EighWork {
 };
 
 // sign[j] = sign of the entry of largest magnitude of column j of q.
-template <class T> void choose_signs(const Vec<T>* q, size_t ld, int n, Vec<T>* largest, Vec<T>* sign) {
+template <class T>
+void choose_signs(const Vec<T>* q, size_t ld, int n, Vec<T>* largest, Vec<T>* sign) {
     for (int j = 0; j < n; ++j) largest[j] = Vec<T>{}, sign[j] = splat<T>(1);
     for (int i = 0; i < n; ++i) {
         for (int j = 0; j < n; ++j) {

@@ -21,9 +21,9 @@ int tile_rows(int64_t total_rank) {
 }
 
 struct Layout {
-    double** tiles;    // per factor [rows, padded(r)]
-    double** sums;     // per block [r_left, padded(r_right)]
-    double* scratch;   // for the transposition
+    double** tiles;   // per factor [rows, padded(r)]
+    double** sums;    // per block [r_left, padded(r_right)]
+    double* scratch;  // for the transposition
     int rows;
 };
 
@@ -69,13 +69,15 @@ void write_block(const GramBlock& block, int r_left, int r_right, int stride, co
     const bool symmetric = block.left == block.right;
     for (int i = 0; i < r_left; ++i)
         for (int j = 0; j < r_right; ++j)
-            out[i * block.stride + j] = symmetric && j < i ? sum[int64_t(j) * stride + i] : sum[int64_t(i) * stride + j];
+            out[i * block.stride + j] =
+                symmetric && j < i ? sum[int64_t(j) * stride + i] : sum[int64_t(i) * stride + j];
 }
 
 void run_task(const GramTask& task, const Matrix* factors, const GramBlock* blocks, const Layout& layout) {
     for (int64_t b = 0; b < task.blocks; ++b) {
         const Matrix &left = factors[blocks[b].left], &right = factors[blocks[b].right];
-        __builtin_memset(layout.sums[b], 0, size_t(rank(left, task.rows)) * padded(rank(right, task.rows)) * sizeof(double));
+        __builtin_memset(layout.sums[b], 0,
+                         size_t(rank(left, task.rows)) * padded(rank(right, task.rows)) * sizeof(double));
     }
     const int64_t n = task.factors ? length(factors[0], task.rows) : 0;
     for (int64_t first = 0; first < n; first += layout.rows) {
@@ -89,8 +91,8 @@ void run_task(const GramTask& task, const Matrix* factors, const GramBlock* bloc
         }
         for (int64_t b = 0; b < task.blocks; ++b) {
             const Matrix &left = factors[blocks[b].left], &right = factors[blocks[b].right];
-            add_tile(blocks[b], int(rank(left, task.rows)), padded(rank(left, task.rows)), padded(rank(right, task.rows)),
-                     layout, count, layout.sums[b]);
+            add_tile(blocks[b], int(rank(left, task.rows)), padded(rank(left, task.rows)),
+                     padded(rank(right, task.rows)), layout, count, layout.sums[b]);
         }
     }
     for (int64_t b = 0; b < task.blocks; ++b) {

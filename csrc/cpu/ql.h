@@ -10,7 +10,8 @@
 
 namespace fastlora::FASTLORA_ISA {
 
-template <class T> struct Rotation {
+template <class T>
+struct Rotation {
     Vec<T> sine;
     Vec<T> shear;  // sine / (1 + cosine)
 };
@@ -19,7 +20,8 @@ constexpr int kMaxSweeps = 64;
 constexpr int kMaxSweepsPerValue = 40;
 
 // Sweeps not yet applied. Sweep k rotates columns (i, i+1) by rotations[k * stride + i], i = high-1 .. low.
-template <class T> struct SweepQueue {
+template <class T>
+struct SweepQueue {
     Rotation<T>* rotations;
     int stride;
     int capacity;
@@ -35,7 +37,8 @@ inline int sweep_capacity(int n, int vector_bytes) {
 }
 
 // One row step: columns (i, i+1), where `carried` enters as column i+1; returns the finished column i+1.
-template <class T> inline Vec<T> rotate(Vec<T> left, Vec<T>& carried, Rotation<T> r) {
+template <class T>
+inline Vec<T> rotate(Vec<T> left, Vec<T>& carried, Rotation<T> r) {
     const Vec<T> x = left - r.shear * carried;
     const Vec<T> y = carried + r.sine * x;
     carried = x - r.shear * y;
@@ -44,8 +47,7 @@ template <class T> inline Vec<T> rotate(Vec<T> left, Vec<T>& carried, Rotation<T
 
 // Two sweeps of the same range over kRows rows of q; the second follows one column behind the first.
 template <int kRows, class T>
-inline void apply_two(Vec<T>* q, size_t ld, const Rotation<T>* first, const Rotation<T>* second, int low,
-                      int high) {
+inline void apply_two(Vec<T>* q, size_t ld, const Rotation<T>* first, const Rotation<T>* second, int low, int high) {
     Vec<T> a[kRows], b[kRows];
     for (int r = 0; r < kRows; ++r) {
         Vec<T>* row = q + r * ld;
@@ -77,7 +79,8 @@ inline void apply_one(Vec<T>* q, size_t ld, const Rotation<T>* sweep, int low, i
     }
 }
 
-template <int kRows, class T> inline void apply_queue(Vec<T>* q, size_t ld, const SweepQueue<T>& queue) {
+template <int kRows, class T>
+inline void apply_queue(Vec<T>* q, size_t ld, const SweepQueue<T>& queue) {
     int k = 0;
     for (; k + 1 < queue.count; k += 2)
         apply_two<kRows, T>(q, ld, queue.sweep(k), queue.sweep(k + 1), queue.low[k], queue.high[k]);
@@ -85,7 +88,8 @@ template <int kRows, class T> inline void apply_queue(Vec<T>* q, size_t ld, cons
 }
 
 // Widens two sweeps to a common range.
-template <class T> inline void align_pair(SweepQueue<T>& queue, int k) {
+template <class T>
+inline void align_pair(SweepQueue<T>& queue, int k) {
     const int low = min_(queue.low[k], queue.low[k + 1]), high = max_(queue.high[k], queue.high[k + 1]);
     for (int s = k; s < k + 2; ++s) {
         Rotation<T>* sweep = queue.sweep(s);
@@ -96,7 +100,8 @@ template <class T> inline void align_pair(SweepQueue<T>& queue, int k) {
     }
 }
 
-template <class T> void flush(SweepQueue<T>& queue, Vec<T>* q, size_t ld, int rows) {
+template <class T>
+void flush(SweepQueue<T>& queue, Vec<T>* q, size_t ld, int rows) {
     constexpr int kRows = 4;
     for (int k = 0; k + 1 < queue.count; k += 2) align_pair(queue, k);
     int row = 0;
@@ -105,25 +110,29 @@ template <class T> void flush(SweepQueue<T>& queue, Vec<T>* q, size_t ld, int ro
     queue.count = 0;
 }
 
-template <class T> inline int smallest_lane(Mask<T> x) {
+template <class T>
+inline int smallest_lane(Mask<T> x) {
     int r = int(x[0]);
     for (int b = 1; b < kLanes<T>; ++b) r = min_(r, int(x[b]));
     return r;
 }
-template <class T> inline int largest_lane(Mask<T> x) {
+template <class T>
+inline int largest_lane(Mask<T> x) {
     int r = int(x[0]);
     for (int b = 1; b < kLanes<T>; ++b) r = max_(r, int(x[b]));
     return r;
 }
 
 // The unreduced block each lane works on, with Wilkinson's shift for it.
-template <class T> struct Blocks {
+template <class T>
+struct Blocks {
     Mask<T> first{}, last{}, active{};
     Vec<T> start{};  // d[last] - shift, the first bulge
 };
 
 // Cuts negligible off-diagonals from `from` on, moves finished lanes to their next block and sets its shift.
-template <class T> inline void find_blocks(const Vec<T>* d, Vec<T>* e, int n, int from, Blocks<T>& blocks) {
+template <class T>
+inline void find_blocks(const Vec<T>* d, Vec<T>* e, int n, int from, Blocks<T>& blocks) {
     const Vec<T> zero{}, one = splat<T>(1);
     const Vec<T> epsilon = splat<T>(kEpsilon<T>), floor = splat<T>(kEpsilon<T> * T(1e-3));
     Mask<T> first = blocks.first, last = Mask<T>{} + (n - 1), found{};
@@ -152,8 +161,7 @@ template <class T> inline void find_blocks(const Vec<T>* d, Vec<T>* e, int n, in
 
 // One QL sweep of every active lane over its block; rotations [low, high) of `sweep` are written.
 template <class T>
-inline void sweep_blocks(Vec<T>* d, Vec<T>* e, const Blocks<T>& blocks, int low, int high,
-                         Rotation<T>* sweep) {
+inline void sweep_blocks(Vec<T>* d, Vec<T>* e, const Blocks<T>& blocks, int low, int high, Rotation<T>* sweep) {
     const Vec<T> zero{}, one = splat<T>(1);
     Vec<T> g = zero, s = one, c = one, p = zero;
     for (int i = high - 1; i >= low; --i) {
@@ -165,7 +173,7 @@ inline void sweep_blocks(Vec<T>* d, Vec<T>* e, const Blocks<T>& blocks, int low,
         p = starts ? zero : p;
         const Vec<T> f = s * e[i], b = c * e[i];
         const Vec<T> square = f * f + g * g;
-        const Mask<T> turns = (Mask<T>)(square > kTiny<T>) & on;
+        const Mask<T> turns = (Mask<T>)(square > kTiny<T>)&on;
         const Vec<T> inverse = inverse_sqrt(turns ? square : one);
         const Vec<T> signed_inverse = g < zero ? -inverse : inverse;  // keeps the cosine >= 0
         s = turns ? f * signed_inverse : (on ? zero : s);

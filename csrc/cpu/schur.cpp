@@ -188,8 +188,7 @@ void bulge_column(Schur s, int m, const Shifts& shift, double* v) {
     const double h11 = s.at(m, m), h22 = s.at(m + 1, m + 1);
     const double scale = abs_(h11 - shift.re2) + abs_(shift.im2) + abs_(s.at(m + 1, m));
     const double h21 = s.at(m + 1, m) / scale;
-    v[0] = h21 * s.at(m, m + 1) + (h11 - shift.re1) * ((h11 - shift.re2) / scale) -
-           shift.im1 * (shift.im2 / scale);
+    v[0] = h21 * s.at(m, m + 1) + (h11 - shift.re1) * ((h11 - shift.re2) / scale) - shift.im1 * (shift.im2 / scale);
     v[1] = h21 * (h11 + h22 - shift.re1 - shift.re2);
     v[2] = h21 * s.at(m + 2, m + 1);
     const double size = abs_(v[0]) + abs_(v[1]) + abs_(v[2]);

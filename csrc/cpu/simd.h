@@ -26,30 +26,54 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-template <class T> struct IntegerOf;
-template <> struct IntegerOf<float> { using type = int32_t; };
-template <> struct IntegerOf<double> { using type = int64_t; };
+template <class T>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+    using type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+    using type = int64_t;
+};
 
-template <class T> struct Simd {
+template <class T>
+struct Simd {
     typedef T Vec __attribute__((vector_size(kVectorBytes)));
     typedef typename IntegerOf<T>::type Mask __attribute__((vector_size(kVectorBytes)));  // lanes 0 or -1
     static constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 };
-template <class T> using Vec = typename Simd<T>::Vec;
-template <class T> using Mask = typename Simd<T>::Mask;
-template <class T> constexpr int kLanes = Simd<T>::kLanes;
+template <class T>
+using Vec = typename Simd<T>::Vec;
+template <class T>
+using Mask = typename Simd<T>::Mask;
+template <class T>
+constexpr int kLanes = Simd<T>::kLanes;
 
-template <class T> constexpr T kEpsilon = sizeof(T) == 4 ? T(5.9604644775390625e-8) : T(1.1102230246251565e-16);
+template <class T>
+constexpr T kEpsilon = sizeof(T) == 4 ? T(5.9604644775390625e-8) : T(1.1102230246251565e-16);
 
 inline float abs_(float x) { return __builtin_fabsf(x); }
 inline double abs_(double x) { return __builtin_fabs(x); }
 inline float sqrt_(float x) { return __builtin_sqrtf(x); }
 inline double sqrt_(double x) { return __builtin_sqrt(x); }
-template <class T> inline T max_(T a, T b) { return a > b ? a : b; }
-template <class T> inline T min_(T a, T b) { return a < b ? a : b; }
-template <class T> inline bool finite_(T x) { return x - x == T(0); }
+template <class T>
+inline T max_(T a, T b) {
+    return a > b ? a : b;
+}
+template <class T>
+inline T min_(T a, T b) {
+    return a < b ? a : b;
+}
+template <class T>
+inline bool finite_(T x) {
+    return x - x == T(0);
+}
 
-template <class T> inline Vec<T> splat(T x) { return Vec<T>{} + x; }
+template <class T>
+inline Vec<T> splat(T x) {
+    return Vec<T>{} + x;
+}
 
 inline Vec<float> sqrt(Vec<float> x) {
 #if defined(__AVX512F__)
@@ -87,14 +111,19 @@ inline Vec<float> inverse_sqrt(Vec<float> x) {
 }
 inline Vec<double> inverse_sqrt(Vec<double> x) { return splat<double>(1) / sqrt(x); }
 
-template <class T> inline Vec<T> abs(Vec<T> x) {
+template <class T>
+inline Vec<T> abs(Vec<T> x) {
     using I = typename IntegerOf<T>::type;
     const I magnitude = I(~(I(1) << (8 * sizeof(T) - 1)));
     return (Vec<T>)((Mask<T>)x & (Mask<T>{} + magnitude));
 }
-template <class T> inline Vec<T> max(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
+template <class T>
+inline Vec<T> max(Vec<T> a, Vec<T> b) {
+    return a > b ? a : b;
+}
 
-template <class M> inline bool any_mask(M m) {
+template <class M>
+inline bool any_mask(M m) {
 #if defined(__AVX512F__)
     return _mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0;
 #elif defined(__AVX2__)
@@ -109,15 +138,20 @@ template <class M> inline bool any_mask(M m) {
 }
 
 // Vectors over memory at any address.
-template <class T> inline Vec<T> load(const T* p) {
+template <class T>
+inline Vec<T> load(const T* p) {
     Vec<T> v;
     __builtin_memcpy(&v, p, sizeof v);
     return v;
 }
-template <class T> inline void store(T* p, Vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class T>
+inline void store(T* p, Vec<T> v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
 
 // The first `count` lanes (0 <= count <= lanes); the others are zero, and their memory is not touched.
-template <class T> inline Vec<T> load_first(const T* p, int count) {
+template <class T>
+inline Vec<T> load_first(const T* p, int count) {
     if (count == kLanes<T>) return load<T>(p);
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4)
@@ -130,7 +164,8 @@ template <class T> inline Vec<T> load_first(const T* p, int count) {
     return v;
 #endif
 }
-template <class T> inline void store_first(T* p, Vec<T> v, int count) {
+template <class T>
+inline void store_first(T* p, Vec<T> v, int count) {
     if (count == kLanes<T>) return store<T>(p, v);
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4)
@@ -142,20 +177,28 @@ template <class T> inline void store_first(T* p, Vec<T> v, int count) {
 #endif
 }
 
-template <int... I> struct Indices {};
-template <int N, int... I> struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
-template <int... I> struct MakeIndices<0, I...> { using type = Indices<I...>; };
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeIndices<0, I...> {
+    using type = Indices<I...>;
+};
 
-template <class T, int... I> inline Vec<T> zip_low(Vec<T> a, Vec<T> b, Indices<I...>) {
+template <class T, int... I>
+inline Vec<T> zip_low(Vec<T> a, Vec<T> b, Indices<I...>) {
     return __builtin_shufflevector(a, b, ((I % 2) * int(sizeof...(I)) + I / 2)...);
 }
-template <class T, int... I> inline Vec<T> zip_high(Vec<T> a, Vec<T> b, Indices<I...>) {
+template <class T, int... I>
+inline Vec<T> zip_high(Vec<T> a, Vec<T> b, Indices<I...>) {
     constexpr int n = int(sizeof...(I));
     return __builtin_shufflevector(a, b, ((I % 2) * n + n / 2 + I / 2)...);
 }
 
 // Transposes a square of kLanes x kLanes values in place: log2(lanes) perfect shuffles.
-template <class T> inline void transpose(Vec<T>* r) {
+template <class T>
+inline void transpose(Vec<T>* r) {
     constexpr int n = kLanes<T>;
     using Lanes = typename MakeIndices<n>::type;
     Vec<T> t[n];
@@ -195,7 +238,8 @@ class Workspace {
 class Arena {
   public:
     explicit Arena(char* base) : base_(base) {}
-    template <class T> T* take(size_t count) {
+    template <class T>
+    T* take(size_t count) {
         used_ = (used_ + 63) / 64 * 64;
         T* p = reinterpret_cast<T*>(base_ + used_);
         used_ += count * sizeof(T);

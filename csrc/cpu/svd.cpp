@@ -20,25 +20,29 @@ constexpr int kMaxJacobiSweeps = 40;
 // Entries are scaled to below 2^e so that products of two squared norms neither overflow (squares of singular
 // values stay below 2^62 in float32) nor, for columns of squared norm above kSmallSquare, underflow. kBoost
 // lifts the columns below it.
-template <class T> inline int largest_exponent(int64_t entries) {
+template <class T>
+inline int largest_exponent(int64_t entries) {
     if (sizeof(T) == 8) return 0;
     int bits = 0;
     while (entries > int64_t(1) << bits) ++bits;
     return (62 - bits) / 2;
 }
-template <class T> constexpr T kSmallSquare = sizeof(T) == 4 ? T(0x1p-40) : T(0x1p-400);
-template <class T> constexpr T kBoost = sizeof(T) == 4 ? T(0x1p80) : T(0x1p600);
+template <class T>
+constexpr T kSmallSquare = sizeof(T) == 4 ? T(0x1p-40) : T(0x1p-400);
+template <class T>
+constexpr T kBoost = sizeof(T) == 4 ? T(0x1p80) : T(0x1p600);
 
-template <class T> struct SvdWork {
-    int rows, columns;        // long and short side
-    size_t x_step, v_step;    // odd: see eigh.cpp
-    Vec<T>* x;                // [columns][x_step]: the matrix, column by column
-    Vec<T>* v;                // [columns][v_step]: the rotations, column by column
-    Vec<T>* square;           // [columns]: squared norms, then minus the singular values
-    Vec<T>* sign;             // [columns]
-    Mask<T>* weak;            // [columns]: columns whose direction Gram-Schmidt must check
-    Mask<T>* rank;            // [columns]
-    T* coverage;              // [rows]
+template <class T>
+struct SvdWork {
+    int rows, columns;      // long and short side
+    size_t x_step, v_step;  // odd: see eigh.cpp
+    Vec<T>* x;              // [columns][x_step]: the matrix, column by column
+    Vec<T>* v;              // [columns][v_step]: the rotations, column by column
+    Vec<T>* square;         // [columns]: squared norms, then minus the singular values
+    Vec<T>* sign;           // [columns]
+    Mask<T>* weak;          // [columns]: columns whose direction Gram-Schmidt must check
+    Mask<T>* rank;          // [columns]
+    T* coverage;            // [rows]
 
     size_t carve(char* base, int p, int q) {
         Arena arena(base);
@@ -57,12 +61,14 @@ template <class T> struct SvdWork {
     }
 };
 
-template <class T> struct Givens {
+template <class T>
+struct Givens {
     Vec<T> cosine, sine;
 };
 
 // Both dot products below sum in the same order: which of them a lane gets depends on its neighbours.
-template <class T> inline Vec<T> column_dot(const Vec<T>* a, const Vec<T>* b, int n) {
+template <class T>
+inline Vec<T> column_dot(const Vec<T>* a, const Vec<T>* b, int n) {
     Vec<T> s0{}, s1{}, s2{}, s3{};
     int i = 0;
     for (; i + 3 < n; i += 4) {
@@ -75,14 +81,16 @@ template <class T> inline Vec<T> column_dot(const Vec<T>* a, const Vec<T>* b, in
     return (s0 + s1) + (s2 + s3);
 }
 
-template <class T> inline Vec<T> rotate_entry(Vec<T>& a, Vec<T>& b, Givens<T> r) {
+template <class T>
+inline Vec<T> rotate_entry(Vec<T>& a, Vec<T>& b, Givens<T> r) {
     const Vec<T> x = a, y = b;
     a = r.cosine * x - r.sine * y;
     b = r.sine * x + r.cosine * y;
     return a;
 }
 
-template <class T> inline void rotate_columns(Vec<T>* a, Vec<T>* b, Givens<T> r, int n) {
+template <class T>
+inline void rotate_columns(Vec<T>* a, Vec<T>* b, Givens<T> r, int n) {
     for (int i = 0; i < n; ++i) rotate_entry<T>(a[i], b[i], r);
 }
 
@@ -103,7 +111,8 @@ inline Vec<T> rotate_and_dot(Vec<T>* a, Vec<T>* b, const Vec<T>* next, Givens<T>
 
 // The rotation that makes two columns with squared norms a, b and dot product d orthogonal, the larger
 // first, in the lanes of `turns`; updates the norms.
-template <class T> inline Givens<T> orthogonalising(Vec<T>& a, Vec<T>& b, Vec<T> d, Mask<T> turns) {
+template <class T>
+inline Givens<T> orthogonalising(Vec<T>& a, Vec<T>& b, Vec<T> d, Mask<T> turns) {
     const Vec<T> zero{}, one = splat<T>(1);
     const Vec<T> difference = b - a, twice = turns ? d * T(2) : one;
     const Vec<T> root = sqrt(difference * difference + twice * twice);
@@ -118,7 +127,8 @@ template <class T> inline Givens<T> orthogonalising(Vec<T>& a, Vec<T>& b, Vec<T>
 
 // One sweep over all pairs. Returns the lanes that turned. v follows one pair behind x: that work hides the
 // latency of the next rotation's roots and quotients.
-template <class T> Mask<T> jacobi_sweep(SvdWork<T>& w, Vec<T> tolerance) {
+template <class T>
+Mask<T> jacobi_sweep(SvdWork<T>& w, Vec<T> tolerance) {
     const int rows = w.rows, columns = w.columns;
     const Vec<T> small = splat<T>(kSmallSquare<T>);
     Mask<T> turned{};
@@ -155,7 +165,8 @@ template <class T> Mask<T> jacobi_sweep(SvdWork<T>& w, Vec<T> tolerance) {
 
 // Turns columns into directions and singular values (in w.square, negated for ranking). The norms of v have
 // drifted by rounding, and x = A v with them.
-template <class T> void normalise(SvdWork<T>& w) {
+template <class T>
+void normalise(SvdWork<T>& w) {
     const Vec<T> zero{}, one = splat<T>(1), boost = splat<T>(kBoost<T>);
     for (int c = 0; c < w.columns; ++c) {
         Vec<T>*x = w.x + c * w.x_step, *v = w.v + c * w.v_step;
@@ -177,7 +188,8 @@ template <class T> void normalise(SvdWork<T>& w) {
 }
 
 // sign[c] = sign of the entry of largest magnitude of column c.
-template <class T> void choose_signs(const Vec<T>* x, size_t step, int rows, int columns, Vec<T>* sign) {
+template <class T>
+void choose_signs(const Vec<T>* x, size_t step, int rows, int columns, Vec<T>* sign) {
     for (int c = 0; c < columns; ++c) {
         Vec<T> largest{}, chosen{};
         for (int i = 0; i < rows; ++i) {
@@ -190,7 +202,8 @@ template <class T> void choose_signs(const Vec<T>* x, size_t step, int rows, int
     }
 }
 
-template <class T> inline T row_dot(const T* a, const T* b, int n) {
+template <class T>
+inline T row_dot(const T* a, const T* b, int n) {
     Vec<T> sum{};
     for (int i = 0; i < n; i += kLanes<T>) {
         const int width = min_(kLanes<T>, n - i);
@@ -202,7 +215,8 @@ template <class T> inline T row_dot(const T* a, const T* b, int n) {
 }
 
 // to += factor * from
-template <class T> inline void add_row(T* to, const T* from, T factor, int n) {
+template <class T>
+inline void add_row(T* to, const T* from, T factor, int n) {
     for (int i = 0; i < n; i += kLanes<T>) {
         const int width = min_(kLanes<T>, n - i);
         store_first(to + i, load_first(to + i, width) + load_first(from + i, width) * splat(factor), width);
@@ -210,7 +224,8 @@ template <class T> inline void add_row(T* to, const T* from, T factor, int n) {
 }
 
 // Makes row `at` orthogonal to the rows before it, by Gram-Schmidt twice. Returns the squared norm left.
-template <class T> inline T orthogonalise_row(T* rows, int at, int n) {
+template <class T>
+inline T orthogonalise_row(T* rows, int at, int n) {
     T* row = rows + size_t(at) * n;
     for (int pass = 0; pass < 2; ++pass) {
         for (int i = 0; i < at; ++i) {
@@ -224,7 +239,8 @@ template <class T> inline T orthogonalise_row(T* rows, int at, int n) {
 // Rows 0 .. first-1 of `rows` [count, n] are orthonormal; makes all of them so. A later row that holds a
 // direction keeps it, less its part along the rows before; one that has none takes the unit vector least
 // covered by them.
-template <class T> void complete_rows(T* rows, int first, int count, int n, T* coverage) {
+template <class T>
+void complete_rows(T* rows, int first, int count, int n, T* coverage) {
     for (int k = 0; k < n; ++k) coverage[k] = 0;
     for (int i = 0; i < first; ++i)
         for (int k = 0; k < n; ++k) coverage[k] += rows[size_t(i) * n + k] * rows[size_t(i) * n + k];
@@ -245,13 +261,15 @@ template <class T> void complete_rows(T* rows, int first, int count, int n, T* c
     }
 }
 
-template <class T> inline bool largest_is_negative(const T* row, int n) {
+template <class T>
+inline bool largest_is_negative(const T* row, int n) {
     int at = 0;
     for (int k = 1; k < n; ++k) at = abs_(row[k]) > abs_(row[at]) ? k : at;
     return row[at] < 0;
 }
 
-template <class T> inline void negate(T* row, int n) {
+template <class T>
+inline void negate(T* row, int n) {
     for (int k = 0; k < n; ++k) row[k] = T(0) - row[k];
 }
 
@@ -270,8 +288,7 @@ void solve_group(const T* a, T* ut, T* s, T* vt, int32_t* info, int count, int p
 
     const Vec<T> tolerance = splat<T>(4 * T(rows) * kEpsilon<T> * kEpsilon<T>);
     Mask<T> turned = ~Mask<T>{};
-    for (int sweep = 0; sweep < kMaxJacobiSweeps && any_mask(turned); ++sweep)
-        turned = jacobi_sweep<T>(w, tolerance);
+    for (int sweep = 0; sweep < kMaxJacobiSweeps && any_mask(turned); ++sweep) turned = jacobi_sweep<T>(w, tolerance);
     normalise<T>(w);
 
     rank_ascending<T>(w.square, w.rank, columns);
@@ -330,8 +347,7 @@ int svd(const T* a, T* ut, T* s, T* vt, int32_t* info, int64_t batch, int p, int
             }
             const int64_t at = g * kLanes<T>;
             const int count = int(min_<int64_t>(kLanes<T>, batch - at));
-            solve_group<T>(a + at * p * q, ut + at * m * p, s + at * m, vt + at * m * q, info + at, count,
-                           p, q, work);
+            solve_group<T>(a + at * p * q, ut + at * m * p, s + at * m, vt + at * m * q, info + at, count, p, q, work);
         }
     }
     return status;

@@ -5,9 +5,15 @@
 namespace fastlora::FASTLORA_ISA {
 
 // Loads and stores through these may be misaligned: tensors lie at any address of a file.
-struct __attribute__((packed)) F32 { float value; };
-struct __attribute__((packed)) F64 { double value; };
-struct __attribute__((packed)) U16 { uint16_t value; };
+struct __attribute__((packed)) F32 {
+    float value;
+};
+struct __attribute__((packed)) F64 {
+    double value;
+};
+struct __attribute__((packed)) U16 {
+    uint16_t value;
+};
 
 inline double from_bf16(uint16_t bits) { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
 
@@ -126,8 +132,8 @@ inline void read_tile_transposed(const Matrix& m, int64_t first, int count, doub
 }
 
 template <int kRows, int kVectors>
-inline void product_block(int k, const double* a, ptrdiff_t a_p, ptrdiff_t a_i, const double* b, ptrdiff_t b_p, double* c,
-                          ptrdiff_t c_i) {
+inline void product_block(int k, const double* a, ptrdiff_t a_p, ptrdiff_t a_i, const double* b, ptrdiff_t b_p,
+                          double* c, ptrdiff_t c_i) {
     constexpr int lanes = kLanes<double>;
     Vec<double> sum[kRows][kVectors];
     for (int i = 0; i < kRows; ++i)
@@ -149,8 +155,7 @@ inline void product_columns(int m, int k, const double* a, ptrdiff_t a_p, ptrdif
                             double* c, ptrdiff_t c_i) {
     constexpr int rows = kVectorBytes == 64 ? 8 : 4;  // sums stay in 32 or 16 registers
     int i = 0;
-    for (; i + rows <= m; i += rows)
-        product_block<rows, kVectors>(k, a + i * a_i, a_p, a_i, b, b_p, c + i * c_i, c_i);
+    for (; i + rows <= m; i += rows) product_block<rows, kVectors>(k, a + i * a_i, a_p, a_i, b, b_p, c + i * c_i, c_i);
     for (; i + 4 <= m; i += 4) product_block<4, kVectors>(k, a + i * a_i, a_p, a_i, b, b_p, c + i * c_i, c_i);
     for (; i < m; ++i) product_block<1, kVectors>(k, a + i * a_i, a_p, a_i, b, b_p, c + i * c_i, c_i);
 }

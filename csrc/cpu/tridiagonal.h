@@ -10,26 +10,30 @@
 
 namespace fastlora::FASTLORA_ISA {
 
-template <class T> struct Tridiagonal {
+template <class T>
+struct Tridiagonal {
     Vec<T>* diagonal;
     Vec<T>* off;
     Vec<T>* tau;
 };
 
 // One symmetric rank-2 update A -= v w' + w v', pending until the next product needs the values.
-template <class T> struct PendingUpdate {
+template <class T>
+struct PendingUpdate {
     const Vec<T>* v;
     const Vec<T>* w;
 };
 
-template <class T> inline void update_column(Vec<T>* column, PendingUpdate<T> old, int c, int from, int to) {
+template <class T>
+inline void update_column(Vec<T>* column, PendingUpdate<T> old, int c, int from, int to) {
     const Vec<T> vc = old.v[c], wc = old.w[c];
     for (int i = from; i < to; ++i) column[i] -= old.v[i] * wc + old.w[i] * vc;
 }
 
 // Turns rows j+1.. of the column into a reflector. Norms below sqrt(kTiny) count as zero: their squares
 // could underflow, and the matrix is scaled to norm one or more.
-template <class T> inline void make_reflector(Vec<T>* column, int j, int n, Tridiagonal<T> tri) {
+template <class T>
+inline void make_reflector(Vec<T>* column, int j, int n, Tridiagonal<T> tri) {
     const Vec<T> zero{}, one = splat<T>(1);
     Vec<T> tail = zero;
     for (int i = j + 2; i < n; ++i) tail += column[i] * column[i];
@@ -45,8 +49,7 @@ template <class T> inline void make_reflector(Vec<T>* column, int j, int n, Trid
 
 // y += (columns c .. c+3 of A, mirrored) u, after the pending update of those columns.
 template <bool kPending, class T>
-inline void multiply_four(Vec<T>* a, size_t ld, int c, int n, PendingUpdate<T> old, const Vec<T>* u,
-                          Vec<T>* y) {
+inline void multiply_four(Vec<T>* a, size_t ld, int c, int n, PendingUpdate<T> old, const Vec<T>* u, Vec<T>* y) {
     Vec<T>*a0 = a + c * ld, *a1 = a0 + ld, *a2 = a1 + ld, *a3 = a2 + ld;
     if constexpr (kPending)
         for (int k = 0; k < 4; ++k) update_column<T>(a + (c + k) * ld, old, c + k, c + k, c + 4);
@@ -98,7 +101,8 @@ inline void update_and_multiply(Vec<T>* a, size_t ld, int first, int n, PendingU
 }
 
 // `work` holds 2 n vectors.
-template <class T> void tridiagonalise(Vec<T>* a, size_t ld, int n, Tridiagonal<T> tri, Vec<T>* work) {
+template <class T>
+void tridiagonalise(Vec<T>* a, size_t ld, int n, Tridiagonal<T> tri, Vec<T>* work) {
     Vec<T>*w = work, *y = work + n;
     for (int j = 0; j < n; ++j) {
         Vec<T>* column = a + j * ld;
@@ -153,7 +157,8 @@ inline void apply_reflectors(const Vec<T>* a, size_t ld, const Vec<T>* tau, int 
 }
 
 // q (row-major, q[i * ld + c]) = H_0 H_1 ... H_(n-3).
-template <class T> void form_q(const Vec<T>* a, size_t ld, const Vec<T>* tau, int n, Vec<T>* q) {
+template <class T>
+void form_q(const Vec<T>* a, size_t ld, const Vec<T>* tau, int n, Vec<T>* q) {
     for (int i = 0; i < n; ++i)
         for (int c = 0; c < n; ++c) q[i * ld + c] = splat<T>(i == c);
     int c = 0;

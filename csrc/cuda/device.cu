@@ -1,7 +1,7 @@
 // Whether this build's device code runs on the machine at hand.
-#include "fastlora/cuda.h"
-
 #include <cuda_runtime.h>
+
+#include "fastlora/cuda.h"
 
 namespace fastlora::cuda {
 

@@ -27,7 +27,8 @@ def unavailable() -> str | None:
     if _core is not None:
         return None
     return (
-        f"the compiled module fastlora._core cannot be imported ({_import_error}). A source folder on the path hides an "
+        f"the compiled module fastlora._core cannot be imported ({_import_error}). A source folder on the path "
+        "hides an "
         "installed package: run from another folder, or `pip install -e .` here"
     )
 
@@ -43,6 +44,7 @@ def cuda_build() -> str:
         return "no (built without nvcc, or with FASTLORA_CUDA=OFF)"
     count, reason = _core.cuda_device_count()
     return f"{_core.cuda_archs}; {count} devices" + (f" ({reason})" if reason else "")
+
 
 def _on_cpu(*tensors: object) -> str | None:
     for tensor in tensors:
@@ -87,7 +89,7 @@ def _gram_pass(jobs: list[GramJob]) -> None:
         factors += [_matrix(x) for x in job.factors]
         blocks += [(i, j, out.data_ptr(), out.stride(0)) for i, j, out in job.blocks]
     tables = _table(factors, 5), _table(tasks, 5), _table(blocks, 4)
-    _core.gram(*map(_address, tables), n_tasks=len(tasks), threads=torch.get_num_threads())
+    _core.gram(*map(_address, tables), len(tasks), torch.get_num_threads())
 
 
 def _combine_pass(jobs: list[CombineJob]) -> None:
@@ -109,14 +111,16 @@ def _combine_pass(jobs: list[CombineJob]) -> None:
                     terms.append((term.factor, 0, 0, 0, term.at, 0))
                 else:
                     if c.dtype != torch.float64 or (c.shape[1] > 1 and c.stride(1) != 1):
-                        raise ValueError(f"a coefficient must be float64 with contiguous rows, got {c.dtype} {c.stride()}")
+                        raise ValueError(
+                            f"a coefficient must be float64 with contiguous rows, got {c.dtype} {c.stride()}"
+                        )
                     columns = c.shape[0] if job.rows else c.shape[1]
                     terms.append((term.factor, c.data_ptr(), c.stride(0), columns, term.at, 0))
                 scales.append(term.scale)
     term_table = _table(terms, 6)
     term_table[:, 5] = np.array(scales, dtype=np.float64).view(np.int64)
     tables = _table(factors, 5), _table(tasks, 5), _table(outputs, 3), _table(matrices, 5), term_table
-    _core.combine(*map(_address, tables), n_tasks=len(tasks), threads=torch.get_num_threads())
+    _core.combine(*map(_address, tables), len(tasks), torch.get_num_threads())
 
 
 def _unpadded(x: Tensor, ranks: Tensor | None, rows: bool) -> list[Tensor]:
@@ -211,10 +215,8 @@ def _chain(
     sigma, info = torch.zeros((*batch, k, r), dtype=torch.float64), torch.zeros(batch, dtype=torch.int32)
     tensors = (left, right, floor, basis, values, shared, kept, sigma, info)
     if r > 0:
-        _core.chain(
-            *(t.data_ptr() for t in tensors), groups=info.numel(), k=k, r=r, width=w, kind=CHAINS.index(kind),
-            threshold=threshold, rtol=rtol, rank=rank, energy=energy, threads=torch.get_num_threads(),
-        )  # fmt: skip
+        sizes = info.numel(), k, r, w, CHAINS.index(kind)
+        _core.chain(*(t.data_ptr() for t in tensors), *sizes, threshold, rtol, rank, energy, torch.get_num_threads())
     return basis, values, shared, kept, sigma, info
 
 

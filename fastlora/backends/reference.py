@@ -39,7 +39,11 @@ def _combine_pass(jobs: list[CombineJob]) -> None:
             for term in terms:
                 x = job.factors[term.factor].double()
                 part = x if term.coefficient is None else term.coefficient @ x if job.rows else x @ term.coefficient
-                place = total[term.at : term.at + part.shape[0]] if job.rows else total[:, term.at : term.at + part.shape[1]]
+                place = (
+                    total[term.at : term.at + part.shape[0]]
+                    if job.rows
+                    else total[:, term.at : term.at + part.shape[1]]
+                )
                 place += term.scale * part
             out.copy_(total)
 

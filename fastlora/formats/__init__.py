@@ -32,8 +32,7 @@ def load(path: str | Path, name: str | None = None) -> Adapter:
     unfinished = partial_of(directory)
     if unfinished is not None:
         raise InputError(
-            f"{directory} lies in {unfinished.name}, an output that was never finished; run that command "
-            "again"
+            f"{directory} lies in {unfinished.name}, an output that was never finished; run that command again"
         )
     if not (directory / CONFIG_NAME).exists():
         _refuse_directory(directory)
@@ -61,8 +60,7 @@ def _refuse_directory(directory: Path) -> None:
         )
     if (directory / "config.json").exists():
         raise InputError(
-            f"{directory} looks like a whole model (config.json, no {CONFIG_NAME}); needed is a PEFT "
-            "adapter directory"
+            f"{directory} looks like a whole model (config.json, no {CONFIG_NAME}); needed is a PEFT adapter directory"
         )
     found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
     raise InputError(

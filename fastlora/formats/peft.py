@@ -41,9 +41,7 @@ MARKS = {
 }
 """Tensors that only adapters have that are no ``s·B·A``, whatever their configuration says."""
 
-EMBEDDINGS = frozenset(
-    "embed_tokens lm_head wte wpe word_embeddings embed_in embed_out shared tok_embeddings".split()
-)
+EMBEDDINGS = frozenset("embed_tokens lm_head wte wpe word_embeddings embed_in embed_out shared tok_embeddings".split())
 """Modules that PEFT saves whole, unasked, when they are adapted or the vocabulary was resized."""
 
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
@@ -63,9 +61,7 @@ class _Module:
 
     def add(self, part: str, key: str, tensor: Tensor, file: Path) -> None:
         if part in self.tensors:
-            raise InputError(
-                f"{file}: tensors {self.keys[part]!r} and {key!r} are the same factor; remove one"
-            )
+            raise InputError(f"{file}: tensors {self.keys[part]!r} and {key!r} are the same factor; remove one")
         self.tensors[part], self.keys[part] = tensor, key
 
 
@@ -92,9 +88,7 @@ def read(directory: Path, name: str) -> Adapter:
                 updates[path] = _update(path, module, config, file)
                 if "bias" in module.tensors:
                     shift = module.tensors["bias"].double() * updates[path].scaling
-                    extras[f"{path}.bias"] = Extra(
-                        "delta", shift.to(_at_least_float32(module.tensors["bias"]))
-                    )
+                    extras[f"{path}.bias"] = Extra("delta", shift.to(_at_least_float32(module.tensors["bias"])))
             else:
                 updates.update(_experts(path, module, config, file))
     _add_values(extras, others, modules, config, file)
@@ -141,8 +135,7 @@ def _sort(
             mark = next((what for sign, what in MARKS.items() if sign in plain), None)
             if mark is not None:
                 raise UnsupportedAdapter(
-                    f"adapter {name!r}: tensor {key!r} in {file} is {mark}, so its change is not s·B·A; "
-                    f"{MERGE_FIRST}"
+                    f"adapter {name!r}: tensor {key!r} in {file} is {mark}, so its change is not s·B·A; {MERGE_FIRST}"
                 )
             others[plain] = tensor
     return (
@@ -246,8 +239,7 @@ def _check_factors(path: str, module: _Module, file: Path) -> None:
     shift = module.tensors.get("bias")
     if shift is not None and shift.shape != b.shape[:1]:
         raise InputError(
-            f"{file}: tensor {module.keys['bias']!r} is {list(shift.shape)}, needed is [{b.shape[0]}] as "
-            "lora_B has it"
+            f"{file}: tensor {module.keys['bias']!r} is {list(shift.shape)}, needed is [{b.shape[0]}] as lora_B has it"
         )
 
 

@@ -40,22 +40,15 @@ TRAINING_ONLY = {
 }
 """Variants whose update after training is the plain ``s·B·A``."""
 
-MERGE_FIRST = (
-    "load it with peft on its base model, merge it (`merge_and_unload`) and work with the merged checkpoint"
-)
+MERGE_FIRST = "load it with peft on its base model, merge it (`merge_and_unload`) and work with the merged checkpoint"
 
 VARIANTS = {
-    "use_dora": (
-        "a DoRA adapter: its magnitudes rescale the rows of the base weight, so its change is not s·B·A"
-    ),
+    "use_dora": ("a DoRA adapter: its magnitudes rescale the rows of the base weight, so its change is not s·B·A"),
     "alora_invocation_tokens": (
-        "an aLoRA adapter: it acts on the tokens after its invocation sequence only, so it is no change of "
-        "the weights"
+        "an aLoRA adapter: it acts on the tokens after its invocation sequence only, so it is no change of the weights"
     ),
     "use_qalora": "a QALoRA adapter: its lora_A acts on pooled inputs, so its change is not s·B·A",
-    "kasa_config": (
-        "a KaSA adapter: it belongs to a truncated base model and has a diagonal between its factors"
-    ),
+    "kasa_config": ("a KaSA adapter: it belongs to a truncated base model and has a diagonal between its factors"),
     "use_bdlora": "a BD-LoRA adapter: its factors are block-diagonal and stored in a packed form",
     "arrow_config": "an Arrow router: it mixes other adapters per token and is no change of the weights",
     "trainable_token_indices": (
@@ -187,9 +180,7 @@ def _refuse_other_kinds(reader: _Fields, name: str) -> None:
             f"adapter {name!r} ties trained modules to each other (ensure_weight_tying with "
             f"modules_to_save, {path}), which a saved adapter cannot express by tensors; {MERGE_FIRST}"
         )
-    known = (
-        USED | NEUTRAL | TRAINING_ONLY.keys() | VARIANTS.keys() | {"init_lora_weights", "ensure_weight_tying"}
-    )
+    known = USED | NEUTRAL | TRAINING_ONLY.keys() | VARIANTS.keys() | {"init_lora_weights", "ensure_weight_tying"}
     for key, value in values.items():
         if key not in known and value not in (None, False, "", [], {}):
             raise UnsupportedAdapter(

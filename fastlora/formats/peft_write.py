@@ -87,9 +87,7 @@ def write(
         (directory / CONFIG_NAME).write_text(config, encoding="utf-8")
 
 
-def _zeros_for(
-    modules: Iterable[str], adapter: Adapter, dtype: torch.dtype
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _zeros_for(modules: Iterable[str], adapter: Adapter, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     """Rank-1 zeros for modules whose bias alone changes: PEFT stores that change beside ``lora_B``."""
     zeros = {}
     for module in sorted(modules):
@@ -306,8 +304,6 @@ def _order_metadata(path: Path, metadata: Mapping[str, str]) -> None:
         ordered = json.dumps(metadata, separators=(",", ":")).encode()
         end = start + len(ordered)
         if json.loads(header[start:end]) != metadata:
-            raise OutputError(
-                f"{path}: the metadata of the file is not what was written; report this as a bug"
-            )
+            raise OutputError(f"{path}: the metadata of the file is not what was written; report this as a bug")
         file.seek(8 + start)
         file.write(ordered)

@@ -48,9 +48,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     if not isinstance(values, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in values.items()
     ):
-        raise InputError(
-            f"{path} holds no mapping from names to tensors; save the adapter again as safetensors"
-        )
+        raise InputError(f"{path} holds no mapping from names to tensors; save the adapter again as safetensors")
     return {key: value.detach() for key, value in values.items()}
 
 
@@ -63,8 +61,6 @@ def _refuse_pointer(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}); check the path and its permissions"
-        ) from None
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from None
     if start == LFS_POINTER:
         raise InputError(f"{path} is a Git LFS pointer and not the file itself; run `git lfs pull` beside it")

@@ -20,7 +20,7 @@ Merge = Callable[..., "Adapter"]
 
 # Modules that register merge methods.
 _FILES = ("cat", "svd")
-_registry: dict[str, "Method"] = {}
+_registry: dict[str, Method] = {}
 
 
 @dataclass(frozen=True, slots=True)

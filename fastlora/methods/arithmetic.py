@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from fastlora.adapter import Adapter, BaseInfo, Extra, Update, concatenate
@@ -53,7 +54,7 @@ def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Updat
 
 
 def combine_extras(terms: Weighted) -> dict[str, Extra]:
-    """Extras of a sum: known deltas add up; replaced values can only be kept, by a sum that is one adapter at 1.0."""
+    """Extras of a sum: known deltas add up; a replaced value is kept where the sum leaves it as it is, else refused."""
     alone = len(terms) == 1 and terms[0][0] == 1.0
     total: dict[str, Tensor] = {}
     values: dict[str, Extra] = {}
@@ -62,15 +63,27 @@ def combine_extras(terms: Weighted) -> dict[str, Extra]:
             if extra.kind == "delta":
                 part = weight * extra.tensor.double()
                 total[name] = total[name] + part if name in total else part
-            elif alone:
+            elif alone or _is_base_copy(name, extra, terms):
                 values[name] = extra
             elif weight != 0.0:
                 raise InputError(
-                    f"adapter {adapter.name!r} replaces {name} of its base model (modules_to_save or trained biases), and "
+                    f"adapter {adapter.name!r} replaces {name} of its base model (modules_to_save or trained "
+                    "biases), and "
                     "its change cannot be computed without the base model, so it cannot be scaled or added. Use "
                     "`adapter.without_extras()` (`--drop-extras`) to leave such parameters out"
                 )
     return values | {name: Extra("delta", t.float()) for name, t in total.items()}
+
+
+def _is_base_copy(name: str, extra: Extra, terms: Weighted) -> bool:
+    """Whether a value is the base model's own: PEFT saves the weight of an embedding along with its LoRA update.
+
+    Such a copy belongs to a module that has an update, and is the same in every adapter that holds it.
+    """
+    module = name.removesuffix(".weight")
+    if module == name or not all(module in a.updates for _, a in terms if name in a.extras):
+        return False
+    return all(torch.equal(a.extras[name].tensor, extra.tensor) for _, a in terms if name in a.extras)
 
 
 def common_base(adapters: Sequence[Adapter]) -> BaseInfo:
@@ -79,7 +92,8 @@ def common_base(adapters: Sequence[Adapter]) -> BaseInfo:
     for adapter in adapters[1:]:
         if adapter.base.layer_replication != first.layer_replication:
             raise InputError(
-                f"adapters {adapters[0].name!r} and {adapter.name!r} replicate layers differently, so equal module names "
+                f"adapters {adapters[0].name!r} and {adapter.name!r} replicate layers differently, so equal "
+                "module names "
                 "mean different layers; they cannot be combined"
             )
     saved = tuple(dict.fromkeys(m for a in adapters for m in a.base.modules_to_save))

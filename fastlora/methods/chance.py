@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ GRID = 512  # points of the quadrature of Wachter's law
 
 
 def wachter_edge(n: int, p: int, q: int) -> float:
-    """Largest eigenvalue of ``P_1 P_2`` for independent random subspaces of dimensions ``p``, ``q`` in ``n``, MATH (10a)."""
+    """Largest eigenvalue of ``P_1 P_2`` for random subspaces of dimensions ``p``, ``q`` in ``n``, MATH (10a)."""
     a, b = min(p / n, 1.0), min(q / n, 1.0)
     if a == 0 or b == 0:
         return 0.0
@@ -61,20 +62,26 @@ def expected_by_sampling(n: int, dimensions: tuple[int, ...], chain: str, thresh
 
 def random_frame(n: int, d: int, generator: torch.Generator) -> Tensor:
     """An orthonormal basis ``[n, min(d, n)]`` of a random subspace."""
-    return torch.linalg.qr(torch.randn(n, min(d, n), generator=generator, dtype=torch.float64))[0]
+    frame: Tensor
+    frame, _ = torch.linalg.qr(torch.randn(n, min(d, n), generator=generator, dtype=torch.float64))
+    return frame
 
 
 def chain_values(frames: list[Tensor], chain: str) -> Tensor:
     """Real parts of the eigenvalues of the chain of projections on some frames ``[n, d_i]``."""
+    values: Tensor
     if chain == "mean":
         stacked = torch.cat(frames, 1)
-        return torch.linalg.eigvalsh(stacked.mT @ stacked) / len(frames)
+        values = torch.linalg.eigvalsh(stacked.mT @ stacked)
+        return values / len(frames)
     c = frames[0].mT @ frames[1]
-    for left, right in zip(frames[1:], frames[2:], strict=False):
+    for left, right in pairwise(frames[1:]):
         c = c @ (left.mT @ right)
     if chain == "palindrome":
-        return torch.linalg.svdvals(c).square()
-    return torch.linalg.eigvals(c @ (frames[-1].mT @ frames[0])).real
+        values = torch.linalg.svdvals(c)
+        return values.square()
+    values = torch.linalg.eigvals(c @ (frames[-1].mT @ frames[0]))
+    return values.real
 
 
 def expected_by_chance(n: int, dimensions: tuple[int, ...], chain: str, threshold: float) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.adapter import Adapter, BaseInfo, Factor, Side, Update, add
+from fastlora.adapter import Adapter, BaseInfo, Factor, Update, add
 from fastlora.engine import check_diagonal, chunks, gram_blocks, widest, with_rank_zero
 from fastlora.methods.arithmetic import common_base
 from fastlora.methods.spectrum import default_rtol, factor, raise_for_info, sides
@@ -34,9 +34,18 @@ class Settings:
     energy: float | None
     rtol: float | None
 
-    def cuts(self, rtol: float) -> dict[str, float | int | str]:
-        energy = 1.0 if self.energy is None else self.energy
-        return {"threshold": self.threshold, "kind": self.chain, "rtol": rtol, "rank": self.rank or 0, "energy": energy}
+    def run(self, left: Tensor, right: Tensor, floor: Tensor, rtol: float) -> ops.Chain:
+        """The chain of these settings on Gram blocks."""
+        return ops.chain(
+            left,
+            right,
+            threshold=self.threshold,
+            kind=self.chain,
+            rtol=rtol,
+            rank=self.rank or 0,
+            energy=1.0 if self.energy is None else self.energy,
+            floor=floor,
+        )
 
 
 class Group(NamedTuple):
@@ -122,12 +131,15 @@ def read_blocks(pool: Pool, group: Group, modules: list[str], side: str, kind: s
     floor = torch.tensor(
         [[u.floor / abs(u.scaling) if u.scaling else 0.0 for u in row] for row in updates], dtype=torch.float64
     )
-    return Blocks(modules, names, updates, projected, torch.diagonal(other, dim1=1, dim2=2).movedim(-1, 1), floor, group)
+    return Blocks(
+        modules, names, updates, projected, torch.diagonal(other, dim1=1, dim2=2).movedim(-1, 1), floor, group
+    )
 
 
 def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
     """Chain and threshold for every module of the blocks, then MATH (7)–(10) in coefficients."""
-    found = ops.chain(blocks.projected, blocks.other.contiguous(), floor=blocks.floor, **settings.cuts(blocks.group.rtol))  # type: ignore[arg-type]
+    found = settings.run(blocks.projected, blocks.other.contiguous(), blocks.floor, blocks.group.rtol)
+
     raise_for_info(blocks.modules, found.info)
     k = len(blocks.names)
     upper = torch.ones(k, k, dtype=torch.bool).triu()
@@ -325,9 +337,7 @@ def decompose_iteratively(pool: Pool, settings: Settings, target: str, order: Se
     return steps
 
 
-def module_parts(
-    pool: Pool, rtol: float | None, label: str
-) -> Iterator[tuple[Group, list[str]]]:
+def module_parts(pool: Pool, rtol: float | None, label: str) -> Iterator[tuple[Group, list[str]]]:
     work = []
     for group, members in group_modules(pool, pool.modules, rtol).items():
         k, r = len(group.members), max(1, *group.ranks)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.methods.devec import Blocks, Settings, module_parts, read_blocks
+from fastlora.engine import gram_blocks
+from fastlora.methods.devec import Blocks, module_parts, read_blocks
 from fastlora.methods.spectrum import raise_for_info
 from fastlora.ops.gram import blocks_of
-from fastlora.engine import gram_blocks
 from fastlora.pool import Pool
 
 
@@ -19,8 +19,8 @@ from fastlora.pool import Pool
 class Overlap:
     """Similarity matrices in the order of ``names``; NaN where a pair has no module in common or a zero update.
 
-    ``cosine [k, k]``: ``⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖·‖ΔW_j‖)`` over the modules that both have. ``subspace [k, k]``: mean over
-    those modules of ``‖U_iᵀU_j‖_F² / min(q_i, q_j)``. ``modules``: the same two matrices for every module.
+    ``cosine [k, k]``: ``⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖·‖ΔW_j‖)`` over the modules that both have. ``subspace [k, k]``: mean
+    over those modules of ``‖U_iᵀU_j‖_F² / min(q_i, q_j)``. ``modules``: the same two matrices for every module.
     """
 
     names: list[str]

@@ -102,7 +102,13 @@ def _one_chunk(
         check_diagonal([name], module, right[i], "A")
     floor = torch.tensor([[u.floor / abs(u.scaling) if u.scaling else 0.0] for u in updates], dtype=torch.float64)
     chain = ops.chain(
-        left, right[:, 0], threshold=0.0, rtol=rtol, rank=rank or 0, energy=1.0 if energy is None else energy, floor=floor
+        left,
+        right[:, 0],
+        threshold=0.0,
+        rtol=rtol,
+        rank=rank or 0,
+        energy=1.0 if energy is None else energy,
+        floor=floor,
     )
     raise_for_info(modules, chain.info)
     forms = {}
@@ -118,5 +124,9 @@ def raise_for_info(modules: Sequence[str], info: Tensor) -> None:
     """A decomposition that did not converge is an error with the module's name, never a wrong result."""
     bad = info.nonzero().flatten().tolist()
     if bad:
-        what = "its Gram matrix is not finite" if int(info[bad[0]]) == 1 else "the eigenvalue iteration did not converge"
-        raise InputError(f"{modules[bad[0]]}: {what}; check the adapters with `fastlora inspect`, or leave the module out")
+        what = (
+            "its Gram matrix is not finite" if int(info[bad[0]]) == 1 else "the eigenvalue iteration did not converge"
+        )
+        raise InputError(
+            f"{modules[bad[0]]}: {what}; check the adapters with `fastlora inspect`, or leave the module out"
+        )

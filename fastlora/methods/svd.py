@@ -56,7 +56,7 @@ def compress(adapter: Adapter, *, rank: int | None = None, energy: float | None 
     source="truncated SVD (Eckart–Young) in factor space; MATH section 6",
 )
 def svd(pool: Pool, weights: Mapping[str, float], *, rank: int | None = None, energy: float | None = None) -> Adapter:
-    """``ΔW`` = the best approximation of ``Σ w_i ΔW_i``; without ``rank`` and ``energy``, the largest rank of the pool."""
+    """The best approximation of ``Σ w_i ΔW_i``; without ``rank`` and ``energy``, at the largest rank of the pool."""
     total = combination([(weights[name], pool[name]) for name in pool.names], name="svd")
     if rank is None and energy is None:
         rank = max((u.rank for a in pool.adapters for u in a.updates.values()), default=1)

@@ -1,4 +1,4 @@
-"""The ops: torch operators on batched tensors (``torch.ops.fastlora.*``), each a contract that several backends fill."""
+"""The ops: torch operators on batched tensors (``torch.ops.fastlora.*``), each a contract for several backends."""
 
 from fastlora.ops.chain import Chain, chain
 from fastlora.ops.combine import combine

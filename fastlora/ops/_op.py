@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlora.backends import resolve
 
-_library = torch.library.Library("fastlora", "DEF")
+_library: Any = torch.library.Library("fastlora", "DEF")  # type: ignore[no-untyped-call]
 
 
 class Op:

@@ -113,7 +113,7 @@ def chain(
         right: float64 ``[..., k, r, r]``: diagonal Gram blocks of the other side.
         threshold: ``τ``, in ``[0, 1)``.
         rtol: directions with ``σ <= rtol·σ_max`` are noise and do not take part; likewise ``σ <= floor [..., k]``.
-        rank, energy: keep at most ``rank`` directions (0: all), or the fewest that hold the share ``energy`` of ``Σσ²``.
+        rank, energy: keep at most ``rank`` directions (0: all), or the fewest with the share ``energy`` of ``Σσ²``.
 
     Returns:
         :class:`Chain`. A module whose blocks are not finite has ``info = 1`` and shares nothing.

@@ -31,9 +31,7 @@ def _fake(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: boo
 _combine = Op("combine(Tensor factors, Tensor coefficients, Tensor? ranks, bool rows) -> Tensor", _fake)
 
 
-def combine(
-    factors: Tensor, coefficients: Tensor, ranks: Tensor | None = None, *, rows: bool = False
-) -> Tensor:
+def combine(factors: Tensor, coefficients: Tensor, ranks: Tensor | None = None, *, rows: bool = False) -> Tensor:
     r"""``Σ_i X_i C_i``, or ``Σ_i D_i A_i`` with ``rows=True``: the "apply" step of MATH section 1.
 
     Args:

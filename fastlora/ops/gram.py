@@ -45,20 +45,18 @@ def check_ranks(op: str, ranks: Tensor | None, shape: tuple[int, ...]) -> None:
 _gram = Op("gram(Tensor factors, Tensor? ranks, str blocks, bool rows) -> Tensor", _fake)
 
 
-def gram(
-    factors: Tensor, ranks: Tensor | None = None, *, blocks: str = "full", rows: bool = False
-) -> Tensor:
+def gram(factors: Tensor, ranks: Tensor | None = None, *, blocks: str = "full", rows: bool = False) -> Tensor:
     r"""Gram blocks ``G_ij = X_iᵀ X_j`` of tall factors, MATH section 1.
 
     Args:
         factors: ``[..., k, n, r]``, the ``k`` factors of each module (``B`` sides), or ``[..., k, r, n]`` with
             ``rows=True`` (``A`` sides, ``G_ij = A_i A_jᵀ``). float16, bfloat16, float32 or float64.
-        ranks: int64 ``[..., k]``: columns (rows) from ``ranks`` on are padding, whatever they hold. ``None``: no padding.
+        ranks: int64 ``[..., k]``: columns (rows) from ``ranks`` on are padding, whatever they hold. ``None``: none.
         blocks: ``"full"``, ``"pairs"`` (``i <= j``), ``"chain"`` (diagonal, neighbours, first row), ``"diagonal"``.
 
     Returns:
-        float64 ``[..., k, k, r, r]``; blocks that were not asked for, and padding, are zero. Diagonal blocks are exactly
-        symmetric. Products and sums are float64, so half-precision inputs are as good as exact.
+        float64 ``[..., k, k, r, r]``; blocks that were not asked for, and padding, are zero. Diagonal blocks are
+        exactly symmetric. Products and sums are float64, so half-precision inputs are as good as exact.
 
     Raises:
         TypeError, ValueError: dtype or shape, before anything is computed.

@@ -22,7 +22,7 @@ _svd = Op("svd(Tensor a) -> (Tensor u, Tensor s, Tensor vh, Tensor info)", _fake
 
 
 def svd_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`svd` that never looks at its results: ``(U, S, Vh, info)``; ``info`` as in :func:`fastlora.ops.eigh_ex`."""
+    """``(U, S, Vh, info)`` of :func:`svd`, which never raises; ``info`` as in :func:`fastlora.ops.eigh_ex`."""
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _svd(a)
     return result
 
@@ -35,8 +35,8 @@ def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a: ``[..., p, q]``, float32 or float64, ``p, q`` up to a few hundred.
 
     Returns:
-        ``U [..., p, m]``, ``σ [..., m]`` descending, ``Vᵀ [..., m, q]``, ``m = min(p, q)``, in the dtype of ``a``. ``U``
-        and ``V`` have orthonormal columns also where ``A`` is rank-deficient or zero. Small singular values of graded
+        ``U [..., p, m]``, ``σ [..., m]`` descending, ``Vᵀ [..., m, q]``, ``m = min(p, q)``, in the dtype of ``a``.
+        ``U`` and ``V`` have orthonormal columns also where ``A`` is rank-deficient or zero. Small singular values of graded
         matrices are accurate relative to themselves (one-sided Jacobi). Same bits alone and in any batch.
 
     Raises:

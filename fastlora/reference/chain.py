@@ -45,6 +45,7 @@ def whiten(g: Tensor, a: Tensor, floor: float, rtol: float, rank: int, energy: f
 
 def semidefinite_root(a: Tensor) -> Tensor:
     """``L`` with ``L Lᵀ = A`` for a positive semidefinite ``A [r, r]``; columns at rounding level are zero."""
+    vectors: Tensor
     values, vectors = torch.linalg.eigh(a)
     least = values[-1] * a.shape[-1] * 2 * torch.finfo(a.dtype).eps
     return vectors * torch.where(values > least, values, 0.0).sqrt()

@@ -107,19 +107,20 @@ def invariant_subspace(m: Tensor, threshold: float, symmetric: bool) -> Tensor:
 
     A nonsymmetric matrix: the range of the spectral projector ``½(I + sign(M − τI))``, whose trace is the dimension.
     """
+    vectors: Tensor
     if symmetric:
         values, vectors = torch.linalg.eigh(m)
         return vectors[:, values > threshold]
     eye = torch.eye(m.shape[0], dtype=m.dtype)
     projector = (eye + matrix_sign(m - threshold * eye)) / 2
-    u, _, _ = torch.linalg.svd(projector)
-    return u[:, : round(float(projector.trace()))]
+    vectors, _, _ = torch.linalg.svd(projector)
+    return vectors[:, : round(float(projector.trace()))]
 
 
 def matrix_sign(x: Tensor) -> Tensor:
     """``sign(X)`` by Newton's iteration ``X ← ½(X + X⁻¹)``, scaled by the determinant while it is far from done."""
     for _ in range(100):
-        inverse = torch.linalg.inv(x)
+        inverse: Tensor = torch.linalg.inv(x)
         scale = float(torch.exp(-torch.linalg.slogdet(x)[1] / x.shape[0]))
         scale = scale if float((x - inverse).norm()) > 0.1 * float(x.norm()) else 1.0
         following = (scale * x + inverse / scale) / 2

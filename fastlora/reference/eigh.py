@@ -9,7 +9,9 @@ from torch import Tensor
 def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     lower = a.double().tril()
     bad = ~lower.isfinite().all(-1).all(-1)  # [...]
-    values, vectors = torch.linalg.eigh(torch.where(bad[..., None, None], torch.eye(a.shape[-1], dtype=lower.dtype), lower))
+    values, vectors = torch.linalg.eigh(
+        torch.where(bad[..., None, None], torch.eye(a.shape[-1], dtype=lower.dtype), lower)
+    )
     vectors = vectors * largest_entry_sign(vectors, -2)
     nan = torch.full((), torch.nan, dtype=a.dtype)
     values = torch.where(bad[..., None], nan, values.to(a.dtype))

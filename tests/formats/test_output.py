@@ -151,9 +151,7 @@ def test_errors_about_other_files_stay_what_they_are(tmp_path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/else")
 
 
-def test_a_directory_that_cannot_be_written_is_refused_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OutputError, match="not writable"):
         OutputDirectory(tmp_path / "out")

@@ -139,9 +139,7 @@ CASES = {
     "llama layer_replication": Case(
         llama, {"r": 4, "target_modules": ["q_proj"], "layer_replication": [[0, 8], [4, 12]]}, modules=16
     ),
-    "gpt2": Case(
-        gpt2, {"r": 4, "fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj", "wte"]}, modules=4
-    ),
+    "gpt2": Case(gpt2, {"r": 4, "fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj", "wte"]}, modules=4),
     "convolutions": Case(
         Mixed,
         {"r": 4, "lora_alpha": 10, "target_modules": ["conv1", "conv2", "conv3", "point", "embed"]},
@@ -255,9 +253,7 @@ def our_deltas(adapter: Adapter, base: nn.Module) -> dict[str, Tensor]:
             if len(shape) == 2:
                 deltas[layout.container] = delta
             else:
-                deltas.setdefault(layout.container, torch.full(shape, torch.nan).double())[layout.expert] = (
-                    delta
-                )
+                deltas.setdefault(layout.container, torch.full(shape, torch.nan).double())[layout.expert] = delta
         elif layout.kind == "embedding":
             deltas[path] = delta.mT
         elif layout.kind == "conv":
@@ -312,9 +308,7 @@ def test_written_adapters_load_as_the_same(tmp_path: Path, case: Case) -> None:
 def from_pretrained(base: nn.Module, directory: Path) -> tuple[nn.Module, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded = peft.PeftModel.from_pretrained(
-            copy.deepcopy(base), str(directory), autocast_adapter_dtype=False
-        )
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(directory), autocast_adapter_dtype=False)
     return loaded, [str(w.message) for w in caught]
 
 
@@ -395,8 +389,6 @@ def adapter_of_experts(container: str, factors: dict[str, tuple[Tensor, Tensor]]
 
     updates = {}
     for module, (left, right) in factors.items():
-        layout = Layout(
-            "expert", container=container, expert=int(module[:-1].rpartition("[")[2]), experts=experts
-        )
+        layout = Layout("expert", container=container, expert=int(module[:-1].rpartition("[")[2]), experts=experts)
         updates[module] = Update(Factor.of("B", left), Factor.of("A", right), layout=layout)
     return Adapter("a", updates)

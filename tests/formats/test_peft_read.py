@@ -112,9 +112,7 @@ def test_mixed_dtypes_give_the_widest(tmp_path: Path) -> None:
 def test_torch_file(tmp_path: Path, zipped: bool) -> None:
     directory = make_adapter(tmp_path / "a")
     (directory / "adapter_model.safetensors").unlink()
-    torch.save(
-        peft_tensors(make_factors()), directory / "adapter_model.bin", _use_new_zipfile_serialization=zipped
-    )
+    torch.save(peft_tensors(make_factors()), directory / "adapter_model.bin", _use_new_zipfile_serialization=zipped)
     stored = load(directory).updates[Q].B.stored
     assert stored is not None and torch.equal(stored, make_factors()[Q][0])
 

@@ -86,11 +86,7 @@ def test_layouts_come_back(tmp_path: Path) -> None:
         "embed": Layout("embedding"),
         "conv": Layout("conv", kernel=(3, 5)),
         "point": Layout("conv", kernel=(1,)),
-        **{
-            m: Layout("expert", container=m[:-3], expert=int(m[-2]), experts=4)
-            for m in factors
-            if m.endswith("]")
-        },
+        **{m: Layout("expert", container=m[:-3], expert=int(m[-2]), experts=4) for m in factors if m.endswith("]")},
     }
     write(tmp_path / "a", adapter_of(factors, layouts=layouts), factors, torch.float32)
     again = load(tmp_path / "a")

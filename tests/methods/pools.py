@@ -74,7 +74,9 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def planted(k: int, *, shared: int = 2, own: int = 4, noise: float = 0.06, seed: int = 0, condition: float = 30.0) -> list[Part]:
+def planted(
+    k: int, *, shared: int = 2, own: int = 4, noise: float = 0.06, seed: int = 0, condition: float = 30.0
+) -> list[Part]:
     """Column spaces with ``shared`` directions that nearly agree and ``own`` random ones."""
     common = gaussian(N, shared, seed=seed + 1, dtype=torch.float64)
     parts = []

@@ -162,9 +162,7 @@ def svd_ratios(a: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> dict[str, float]:
     }
 
 
-def call_variants(
-    op: Callable[[Tensor], tuple[Tensor, ...]], a: Tensor
-) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+def call_variants(op: Callable[[Tensor], tuple[Tensor, ...]], a: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
     """Other ways to compute ``op(a)`` that must give the same bits."""
     order = torch.randperm(len(a), generator=torch.Generator().manual_seed(0))
     yield "again", op(a)

@@ -15,7 +15,7 @@ enum Status : int { kDone = 0, kOutOfMemory = 1 };
 
 // A stored matrix, row-major, at any address (files place tensors at odd offsets).
 struct Matrix {
-    int64_t data;    // address of element (0, 0)
+    int64_t data;  // address of element (0, 0)
     int64_t rows;
     int64_t cols;
     int64_t stride;  // elements between rows
@@ -61,41 +61,38 @@ struct CombineTask {
 
 // Arguments of the chain kernel: see csrc/cpu/chain.cpp.
 struct ChainArgs {
-    const double* left;       // [g, k, k, r, r]: Gram blocks of the projected side, zero-padded
-    const double* right;      // [g, k, r, r]: Gram blocks of the other side
-    const double* floor;      // [g, k]: singular values at or below this are cut
-    double* basis;            // [g, k, r, width]: Z = sum_i U-side factor_i @ basis_i
-    double* values;           // [g, width, 2]: eigenvalues (re, im), descending by real part
-    int64_t* shared;          // [g]: eigenvalues above the threshold
-    int64_t* kept;            // [g, k]: directions kept per adapter
-    double* sigma;            // [g, k, r]: singular values of the unscaled products, descending
-    int32_t* info;            // [g]: Info
+    const double* left;   // [g, k, k, r, r]: Gram blocks of the projected side, zero-padded
+    const double* right;  // [g, k, r, r]: Gram blocks of the other side
+    const double* floor;  // [g, k]: singular values at or below this are cut
+    double* basis;        // [g, k, r, width]: Z = sum_i U-side factor_i @ basis_i
+    double* values;       // [g, width, 2]: eigenvalues (re, im), descending by real part
+    int64_t* shared;      // [g]: eigenvalues above the threshold
+    int64_t* kept;        // [g, k]: directions kept per adapter
+    double* sigma;        // [g, k, r]: singular values of the unscaled products, descending
+    int32_t* info;        // [g]: Info
     int64_t groups, k, r, width;
-    int64_t kind;             // 0 product, 1 palindrome, 2 mean
+    int64_t kind;  // 0 product, 1 palindrome, 2 mean
     double threshold, rtol;
-    int64_t rank;             // keep at most this many directions per adapter; 0: no cut
-    double energy;            // keep this share of the energy per adapter; >= 1: no cut
+    int64_t rank;   // keep at most this many directions per adapter; 0: no cut
+    double energy;  // keep this share of the energy per adapter; >= 1: no cut
     int threads;
 };
 
 struct Kernels {
     const char* name;
-    int (*gram)(const Matrix* factors, const GramTask* tasks, const GramBlock* blocks, int64_t n_tasks,
-                int threads);
+    int (*gram)(const Matrix* factors, const GramTask* tasks, const GramBlock* blocks, int64_t n_tasks, int threads);
     int (*combine)(const Matrix* factors, const CombineTask* tasks, const CombineOutput* outputs,
                    const Matrix* matrices, const Term* terms, int64_t n_tasks, int threads);
     int (*chain)(const ChainArgs& args);
     // a [batch, n, n] row-major; values [batch, n] ascending; vectors [batch, n, n]: row j is eigenvector j.
-    int (*eigh_f32)(const float* a, float* values, float* vectors, int32_t* info, int64_t batch, int n,
-                    int threads);
-    int (*eigh_f64)(const double* a, double* values, double* vectors, int32_t* info, int64_t batch, int n,
-                    int threads);
+    int (*eigh_f32)(const float* a, float* values, float* vectors, int32_t* info, int64_t batch, int n, int threads);
+    int (*eigh_f64)(const double* a, double* values, double* vectors, int32_t* info, int64_t batch, int n, int threads);
     // a [batch, p, q] row-major, m = min(p, q); ut [batch, m, p]: row j is left vector j; s [batch, m]
     // descending; vt [batch, m, q].
     int (*svd_f32)(const float* a, float* ut, float* s, float* vt, int32_t* info, int64_t batch, int p, int q,
                    int threads);
-    int (*svd_f64)(const double* a, double* ut, double* s, double* vt, int32_t* info, int64_t batch, int p,
-                   int q, int threads);
+    int (*svd_f64)(const double* a, double* ut, double* s, double* vt, int32_t* info, int64_t batch, int p, int q,
+                   int threads);
 };
 
 // The table in use: the best that this processor runs, or the one named by FASTLORA_ISA.

@@ -1,0 +1,47 @@
+"""DeVec's product chain in factor space as a careful torch program: the opponent that needs no package."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shared_directions(B: list[Tensor], A: list[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
+    """``Z [n, q]`` and the eigenvalues of the chain for one module; float32 Gram blocks, float64 coefficients."""
+    B, A = [b.float() for b in B], [a.float() for a in A]
+    whitening = []
+    for b, a in zip(B, A, strict=True):
+        values, vectors = torch.linalg.eigh((a @ a.mT).double())
+        root = vectors * values.clamp(min=0).sqrt()
+        sigma2, v = torch.linalg.eigh(root.mT @ (b.mT @ b).double() @ root)
+        keep = sigma2 > 1e-12 * sigma2[-1]
+        whitening.append(root @ v[:, keep] / sigma2[keep].sqrt())
+    M = torch.eye(whitening[0].shape[1], dtype=torch.float64)
+    k = len(B)
+    for i in range(k):
+        j = (i + 1) % k
+        M = M @ (whitening[i].mT @ (B[i].mT @ B[j]).double() @ whitening[j])
+    values, vectors = torch.linalg.eig(M)
+    span = vectors[:, values.real > threshold]
+    q = span.shape[1]
+    Y = torch.linalg.svd(torch.cat([span.real, span.imag], 1), full_matrices=False)[0][:, :q]
+    return B[0] @ (whitening[0] @ Y).float(), values
+
+
+def unique_parts(B: list[Tensor], Z: Tensor) -> list[Tensor]:
+    """``B_i − Z (Zᵀ B_i)``, in the dtype of ``B_i``."""
+    return [(b.float() - Z @ (Z.mT @ b.float())).to(b.dtype) for b in B]
+
+
+def dense_unique(deltas: list[Tensor], threshold: float) -> list[Tensor]:
+    """The paper's algorithm on dense ``ΔW_i [n, m]``: SVD projections, their product, eigenvectors, projection."""
+    product = torch.eye(deltas[0].shape[0], dtype=deltas[0].dtype)
+    for delta in deltas:
+        u, s, _ = torch.linalg.svd(delta, full_matrices=False)
+        u = u[:, s > 1e-6 * s[0]]
+        product = product @ (u @ u.mT)
+    values, vectors = torch.linalg.eig(product)
+    span = vectors[:, values.real > threshold]
+    q = span.shape[1]
+    Z = torch.linalg.svd(torch.cat([span.real, span.imag], 1), full_matrices=False)[0][:, :q]
+    return [delta - Z @ (Z.mT @ delta) for delta in deltas]
