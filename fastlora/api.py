@@ -8,7 +8,6 @@ from pathlib import Path
 from fastlora import formats
 from fastlora.adapter import Adapter
 from fastlora.decomposition import Decomposition
-from fastlora.engine import require_finite
 from fastlora.errors import InputError
 from fastlora.methods import Method, all_methods, devec, find_method, svd
 from fastlora.methods.overlap import Overlap, pool_overlap
@@ -54,8 +53,8 @@ def decompose(
         mode: ``"pool"``: all at once. ``"pairs"``: every pair. ``"iterative"``: take from ``target`` what it shares
             with each other adapter in turn, in ``order`` (default: pool order).
         side: ``"left"``: column spaces (the paper). ``"right"``: row spaces.
-        rank, energy: cut every ``ΔW_i`` to its ``rank`` largest directions, or the fewest with this share of ``Σσ²``, before
-            projecting.
+        rank, energy: cut every ``ΔW_i`` to its ``rank`` largest directions, or the fewest with this share of ``Σσ²``,
+            before projecting.
         rtol: directions with ``σ <= rtol·σ_max`` are noise. Default: rounding of the stored dtype, 1e-6 at the least.
 
     Returns:
@@ -107,7 +106,6 @@ def merge(
     """
     chosen = find_method(method)
     counted, notes = full_weights(pool, weights)
-    require_finite(pool.adapters)
     merged = chosen(pool, counted, rank=rank, energy=energy)
     merged.notes += notes
     return merged

@@ -79,7 +79,7 @@ def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Te
             pending.append((m, factors, coefficients, block))
     _run("gram_pass", jobs)
     for m, factors, coefficients, block in pending:
-        full = block + block.triu(1).mT if block.numel() else block
+        full = block.triu() + block.triu(1).mT
         for i, j in pairs:
             out[m, i, j, : factors[i].rank, : factors[j].rank] = coefficients[i].mT @ full @ coefficients[j]
     return out

@@ -83,7 +83,7 @@ def plot_spectrum(report: Report, path: Path) -> Path:
     axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel="eigenvalue of the projection chain")
     axes.set_yticks(range(len(rows)), [_short(r.module) for r in rows], fontsize=7)
     axes.set_title(f"{report.title}: {report.settings['chain']} chain, {report.settings['side']} side", fontsize=10)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.06), ncols=3, fontsize=8, frameon=False)
     return _save(figure, path)
 
 
@@ -123,7 +123,10 @@ def plot_overlap(overlap: Overlap, path: Path) -> Path:
         image = axes.imshow(values, vmin=low, vmax=1, cmap=colours)
         for i in range(k):
             for j in range(k):
-                axes.text(j, i, f"{float(values[i, j]):.2f}", ha="center", va="center", fontsize=7)
+                value = float(values[i, j])
+                dark = value < 0.6 if colours == "viridis" else abs(value) > 0.8
+                colour = "white" if dark else "black"
+                axes.text(j, i, f"{value + 0.0:.2f}", ha="center", va="center", fontsize=7, color=colour)
         axes.set_xticks(range(k), overlap.names, rotation=45, ha="right", fontsize=8)
         axes.set_yticks(range(k), overlap.names, fontsize=8)
         axes.set_title(title, fontsize=10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fastlora.adapter import Adapter
+from fastlora.engine import require_finite
 from fastlora.methods import method
 from fastlora.methods.arithmetic import combination
 from fastlora.pool import Pool
@@ -13,4 +14,5 @@ from fastlora.pool import Pool
 @method("cat", summary="exact Σ wᵢΔWᵢ, rank Σrᵢ", parameters={}, source="LoRA by concatenation; MATH section 6")
 def cat(pool: Pool, weights: Mapping[str, float]) -> Adapter:
     """``ΔW = Σ w_i ΔW_i`` exactly."""
+    require_finite(pool.adapters)  # no Gram pass here would find NaN
     return combination([(weights[name], pool[name]) for name in pool.names], name="cat")

@@ -36,8 +36,8 @@ def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         ``U [..., p, m]``, ``σ [..., m]`` descending, ``Vᵀ [..., m, q]``, ``m = min(p, q)``, in the dtype of ``a``.
-        ``U`` and ``V`` have orthonormal columns also where ``A`` is rank-deficient or zero. Small singular values of graded
-        matrices are accurate relative to themselves (one-sided Jacobi). Same bits alone and in any batch.
+        ``U`` and ``V`` have orthonormal columns also where ``A`` is rank-deficient or zero. Small singular values of
+        graded matrices are accurate relative to themselves (one-sided Jacobi). Same bits alone and in any batch.
 
     Raises:
         ValueError: matrices that hold NaN or Inf, or did not converge, by index (not inside ``torch.compile``).
