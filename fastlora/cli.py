@@ -8,10 +8,11 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -63,14 +64,14 @@ def _running(device: str, backend: str | None, quiet: bool) -> Iterator[None]:
     from fastlora.progress import show_progress
 
     with use_backend(backend or current_backend()), show_progress(not quiet):
-        _require_backend(current_backend())
         yield
 
 
-def _require_backend(name: str) -> None:
+def _require_backend() -> None:
     """Says before any work what the first op would stumble over."""
-    from fastlora.backends import kernels
+    from fastlora.backends import current_backend, kernels
 
+    name = current_backend()
     reason = None if name == "auto" else kernels(name)
     if isinstance(reason, str):
         raise InputError(f"backend {name!r} cannot be used: {reason}")
@@ -85,15 +86,17 @@ def _require_backend(name: str) -> None:
 
 
 def _load_pool(texts: list[str], weighted: bool) -> tuple[Pool, list[AdapterSpec]]:
-    from fastlora.formats import load
     from fastlora.locate import parse_all
-    from fastlora.pool import Pool
     from fastlora.progress import track
 
-    specs = parse_all(texts)
+    specs = parse_all(texts)  # before the imports that take a second: a wrong path is told at once
     heavy = [s for s in specs if s.weight is not None]
     if heavy and not weighted:
         raise InputError(f"{heavy[0].name}: weights have no meaning for this command; leave out `:{heavy[0].weight:g}`")
+    from fastlora.formats import load
+    from fastlora.pool import Pool
+
+    _require_backend()
     return Pool([load(s.path, s.name) for s in track(specs, "loading")]), specs
 
 
@@ -167,14 +170,14 @@ def decompose(
 ) -> None:
     """Split a pool into shared and unique adapters (DeVec, arXiv 2512.22511)."""
     with _running(device, backend, quiet):
-        from fastlora.api import decompose as run
-        from fastlora.engine import parse_dtype
-
+        target_directory = _output(out, overwrite, _paths(adapters))
         if plots:
             from fastlora.plots import require_matplotlib
 
             require_matplotlib()
-        target_directory = _output(out, overwrite, _paths(adapters))
+        from fastlora.api import decompose as run
+        from fastlora.engine import parse_dtype
+
         pool, _ = _load_pool(adapters, weighted=False)
         if dtype is not None:
             parse_dtype(dtype, pool.adapters[0].dtype)
@@ -234,10 +237,10 @@ def merge(
 ) -> None:
     """Merge adapters into one: Σ wᵢΔWᵢ."""
     with _running(device, backend, quiet):
+        target = _output(out, overwrite, _paths(adapters))
         from fastlora.api import merge as run
         from fastlora.pool import Pool
 
-        target = _output(out, overwrite, _paths(adapters))
         pool, specs = _load_pool(adapters, weighted=True)
         if drop_extras:
             notices, pool = pool.notices, Pool(a.without_extras() for a in pool.adapters)
@@ -262,9 +265,9 @@ def compress(
 ) -> None:
     """Resize an adapter to a lower rank, keeping as much of it as that rank can."""
     with _running(device, backend, quiet):
+        target = _output(out, overwrite, _paths([adapter]))
         from fastlora.api import compress as run
 
-        target = _output(out, overwrite, _paths([adapter]))
         pool, _ = _load_pool([adapter], weighted=False)
         smaller = run(pool.adapters[0], rank, energy=energy)
         _write_one(smaller, target, out, dtype, as_json, quiet, smaller.notes)
@@ -300,10 +303,10 @@ def inspect(
 ) -> None:
     """What an adapter holds: modules, ranks, scaling, norms, spectrum."""
     with _running(device, backend, quiet):
+        pool, _ = _load_pool([adapter], weighted=False)
         from fastlora.methods.spectrum import singular_forms
         from fastlora.show import adapter_data, show_adapter
 
-        pool, _ = _load_pool([adapter], weighted=False)
         forms = singular_forms(pool.names[0], pool.adapters[0].updates)
         data = adapter_data(pool.adapters[0], forms)
         if as_json:
@@ -324,13 +327,13 @@ def overlap(
 ) -> None:
     """How similar adapters are: cosine of ΔW and overlap of their column spaces, for every pair."""
     with _running(device, backend, quiet):
-        from fastlora.api import overlap as run
-
         if plot is not None:
             from fastlora.plots import check_picture
 
             check_picture(plot, overwrite)
         pool, _ = _load_pool(adapters, weighted=False)
+        from fastlora.api import overlap as run
+
         if len(pool) < 2:
             raise InputError("overlap: a pool of one adapter has nothing to compare; give two adapters or more")
         found = run(pool)
@@ -383,15 +386,21 @@ UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 UNPRINTABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
-class _Signal(BaseException):
-    """A request to stop, which no ``except Exception`` on the way takes for an error."""
+class _Stopped(BaseException):
+    """A signal asked to stop; no ``except Exception`` on the way takes this for an error."""
 
 
-def _stop(number: int, _: object) -> NoReturn:
-    # Cleaning up is quick, and senders like timeout(1) signal twice.
-    for stopping in _stopping_signals():
-        signal.signal(stopping, signal.SIG_IGN)
-    raise _Signal(number)
+_signals: list[tuple[int, float]] = []
+"""What was received, and when."""
+
+
+def _stop(number: int, _: object) -> None:
+    # Senders like timeout(1) signal twice, and cleaning up takes less than a second. One later than that is
+    # heard again: compiled code can lose an exception that is raised inside it.
+    now = time.monotonic()
+    if not _signals or now - _signals[-1][1] > 1.0:
+        _signals.append((number, now))
+        raise _Stopped
 
 
 def _stopping_signals() -> list[signal.Signals]:
@@ -413,28 +422,34 @@ def _guarded(run: Callable[[], object]) -> int:
         code = run()
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except (BrokenPipeError, SystemExit) as ended:
+    except BaseException as error:
+        if _signals:  # also where compiled code made another error of it
+            _complain("interrupted: no output is left half-written; run the same command again")
+            return 128 + _signals[0][0]
         # typer makes SystemExit(1) of a broken pipe.
-        if isinstance(ended, SystemExit) and not isinstance(ended.__context__, BrokenPipeError):
+        cause = error.__context__ if isinstance(error, SystemExit) else error
+        if isinstance(cause, BrokenPipeError):
+            _leave_stdout()  # the reader went away: not an error of ours, and nothing more to say
+            return 0
+        message = _message(error)
+        if message is None:
             raise
-        _leave_stdout()  # the reader went away: not an error of ours, and nothing more to say
-        return 0
-    except _Signal as stopped:
-        number: int = stopped.args[0]
-        _complain("interrupted: no output is left half-written; run the same command again")
-        return 128 + number
-    except FastloraError as error:
-        _complain(f"error: {error}")
-    except UsageError as error:
-        _complain(f"error: {_usage(error)}")
-    except MemoryError:
-        _complain("error: out of memory; close other programs or use fewer adapters at once")
-    except OSError as error:
-        if error.errno not in UNPRINTABLE:
-            raise
+        _complain(f"error: {message}")
+        return 2
+
+
+def _message(error: BaseException) -> str | None:
+    """What to tell about an error that is none of the program; ``None`` for those that are."""
+    if isinstance(error, FastloraError):
+        return str(error)
+    if isinstance(error, UsageError):
+        return _usage(error)
+    if isinstance(error, MemoryError):
+        return "out of memory; close other programs or use fewer adapters at once"
+    if isinstance(error, OSError) and error.errno in UNPRINTABLE:
         _leave_stdout()
-        _complain(f"error: the result could not be printed: {error.strerror}")
-    return 2
+        return f"the result could not be printed: {error.strerror}"
+    return None
 
 
 def _usage(error: Any) -> str:

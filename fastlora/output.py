@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
@@ -60,6 +60,7 @@ class OutputDirectory:
         self.notices: list[str] = []
         self._files = (*OUTPUT_FILES, *files)
         self._staging: Path | None = None
+        self._made: list[Path] = []
         if not self.path.name:
             raise OutputError(f"{path} is no name for an output; give a directory that can be made, such as out/merged")
         self._check_target()
@@ -76,10 +77,15 @@ class OutputDirectory:
                 )
 
     def __enter__(self) -> Path:
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._report_leftovers()
-            self._staging = _make_beside(self.path, "partial")
+        try:
+            with writing(self.path):
+                self._made = [p for p in self.path.parents if not os.path.lexists(p)]
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._report_leftovers()
+                self._staging = _make_beside(self.path, "partial")
+        except BaseException:
+            self._remove_parents()
+            raise
         return self._staging
 
     def __exit__(
@@ -95,6 +101,8 @@ class OutputDirectory:
                     self._put_in_place(staging)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            if not os.path.lexists(self.path):
+                self._remove_parents()
         translated = None if error is None else _translated(error, self.path)
         if translated is not None:
             raise translated from error
@@ -121,6 +129,12 @@ class OutputDirectory:
             raise OutputError(f"the output {self.path} cannot be made: {parent} is a file")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(f"the output {self.path} cannot be made: {parent} is not writable; write elsewhere")
+
+    def _remove_parents(self) -> None:
+        """Removes the folders that were made to hold the target, unless something else has come to lie in them."""
+        with suppress(OSError):
+            for parent in self._made:
+                parent.rmdir()
 
     def _report_leftovers(self) -> None:
         start = f".{self.path.name}."
@@ -171,7 +185,15 @@ def partial_of(path: Path) -> Path | None:
 def _output_error(error: OSError | SafetensorError, path: Path) -> OutputError:
     number = _errno(error)
     reason = REASONS.get(number) if number is not None else None
-    return OutputError(f"{path} could not be written: {reason or error}")
+    return OutputError(f"{_finished(path)} could not be written: {reason or error}")
+
+
+def _finished(path: Path) -> Path:
+    """The place that a path inside an unfinished output would have had in the finished one."""
+    unfinished = partial_of(path)
+    if unfinished is None:
+        return path
+    return unfinished.with_name(unfinished.name[1:].rpartition(".partial-")[0]) / path.relative_to(unfinished)
 
 
 def _errno(error: BaseException) -> int | None:

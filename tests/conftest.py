@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Tests of the ops use the pools of the methods' tests.
+sys.path.append(str(Path(__file__).parent / "methods"))
 
 
 @pytest.fixture

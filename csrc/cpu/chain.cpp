@@ -203,14 +203,17 @@ void fill_mean(const ChainArgs& a, const Buffers& b, int64_t group, double* scra
     }
 }
 
-// z = Σ_i U_i y_i / √(kλ) is the unit eigenvector of (1/k)ΣP_i for M y = λ y.
+// z = Σ_i U_i y_i / √(kλ) is the unit eigenvector of (1/k)ΣP_i for M y = λ y. Where λ is at the rounding level, z is
+// the difference of nearly equal vectors and no direction, whatever the threshold.
+constexpr double kLeastMean = 1e-10;
+
 void finish_mean(const ChainArgs& a, const Buffers& b, int64_t group) {
     const int64_t r = a.r, w = a.width;
     const double *values = b.singular + group * w, *vectors = b.left + group * w * w;
     int64_t count = 0;
     for (int64_t j = 0; j < w; ++j) {
         set_value(a, group, j, values[w - 1 - j], 0.0);
-        if (values[w - 1 - j] > a.threshold) count = j + 1;
+        if (values[w - 1 - j] > max_(a.threshold, kLeastMean)) count = j + 1;
     }
     a.shared[group] = count;
     for (int64_t adapter = 0; adapter < a.k; ++adapter) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -125,28 +126,30 @@ def _combine_pass(jobs: list[CombineJob]) -> None:
 
 def _unpadded(x: Tensor, ranks: Tensor | None, rows: bool) -> list[Tensor]:
     """The ``k`` factors of one module without padding: ``x [k, n, r]`` or ``[k, r, n]``."""
-    counts = [x.shape[1 if rows else 2]] * x.shape[0] if ranks is None else ranks.tolist()
+    counts = [x.shape[1 if rows else 2]] * x.shape[0] if ranks is None else ranks.clamp(min=0).tolist()
     return [factor[:c] if rows else factor[:, :c] for factor, c in zip(x, counts, strict=True)]
 
 
-def _flat(ranks: Tensor | None, k: int) -> list[Tensor | None] | Tensor:
-    return [] if ranks is None else ranks.reshape(-1, k)
+def _flat(x: Tensor, batch: list[int]) -> Tensor:
+    """``x`` with one batch dimension; ``-1`` would not do where a tensor has no elements."""
+    return x.contiguous().reshape(math.prod(batch), *x.shape[len(batch) :])
 
 
 def _gram(factors: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> Tensor:
     *batch, k, first, second = factors.shape
     r = first if rows else second
     out = torch.zeros((*batch, k, k, r, r), dtype=torch.float64)
-    flat, counts, x = out.reshape(-1, k, k, r, r), _flat(ranks, k), factors.contiguous().reshape(-1, k, first, second)
+    flat, x = _flat(out, batch), _flat(factors, batch)
+    counts = None if ranks is None else _flat(ranks, batch)
     wanted = blocks_of(blocks, k)
     jobs = []
     for m in range(x.shape[0]):
-        own = _unpadded(x[m], counts[m] if len(counts) else None, rows)
+        own = _unpadded(x[m], None if counts is None else counts[m], rows)
         jobs.append(GramJob(own, [(i, j, flat[m, i, j]) for i, j in wanted], rows))
     _gram_pass(jobs)
     if blocks == "full":
         lower = torch.ones(k, k, dtype=torch.bool).tril(-1)
-        out = torch.where(lower[:, :, None, None], out.transpose(-3, -4).mT, out)
+        out = torch.where(lower[:, :, None, None], out.transpose(-3, -4).mT, out).contiguous()
     return out
 
 
@@ -155,12 +158,11 @@ def _combine(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: 
     n, q = (second, coefficients.shape[-2]) if rows else (first, coefficients.shape[-1])
     dtype = torch.float64 if factors.dtype == torch.float64 else torch.float32
     out = torch.zeros((*batch, q, n) if rows else (*batch, n, q), dtype=dtype)
-    x, counts = factors.contiguous().reshape(-1, k, first, second), _flat(ranks, k)
-    c = coefficients.double().contiguous().reshape(-1, k, *coefficients.shape[-2:])
-    flat = out.reshape(-1, *out.shape[-2:])
+    x, c, flat = _flat(factors, batch), _flat(coefficients.double(), batch), _flat(out, batch)
+    counts = None if ranks is None else _flat(ranks, batch)
     jobs = []
     for m in range(x.shape[0]):
-        own = _unpadded(x[m], counts[m] if len(counts) else None, rows)
+        own = _unpadded(x[m], None if counts is None else counts[m], rows)
         terms = [
             CombineTerm(i, c[m, i, :, : f.shape[0]] if rows else c[m, i, : f.shape[1]], 0, 1.0)
             for i, f in enumerate(own)

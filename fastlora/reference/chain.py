@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+# Below it, z = Σ U_i y_i/√(kλ) is the difference of nearly equal vectors: no direction, only rounding.
+LEAST_MEAN = 1e-10
 
 
 def chain(
@@ -17,15 +22,16 @@ def chain(
     energy: float,
 ) -> tuple[Tensor, ...]:
     *batch, k, _, r, _ = left.shape
-    flat = left.reshape(-1, k, k, r, r), right.reshape(-1, k, r, r)
-    floors = torch.zeros(flat[0].shape[0], k, dtype=torch.float64) if floor is None else floor.reshape(-1, k)
-    rows = [one_module(g, a, f, threshold, kind, rtol, rank, energy) for g, a, f in zip(*flat, floors, strict=True)]
-    if not rows:
+    count = math.prod(batch)
+    flat = left.reshape(count, k, k, r, r), right.reshape(count, k, r, r)
+    floors = torch.zeros(count, k, dtype=torch.float64) if floor is None else floor.reshape(count, k)
+    if count == 0 or r == 0:
         w = k * r if kind == "mean" else r
         shapes = [(k, r, w), (w,), (), (k,), (k, r), ()]
         dtypes = [torch.float64, torch.complex128, torch.int64, torch.int64, torch.float64, torch.int32]
         return tuple(torch.zeros((*batch, *s), dtype=d) for s, d in zip(shapes, dtypes, strict=True))
-    return tuple(torch.stack(column).reshape(*batch, *column[0].shape) for column in zip(*rows, strict=True))
+    rows = [one_module(g, a, f, threshold, kind, rtol, rank, energy) for g, a, f in zip(*flat, floors, strict=True)]
+    return tuple(torch.stack(column).reshape((*batch, *column[0].shape)) for column in zip(*rows, strict=True))
 
 
 def whiten(g: Tensor, a: Tensor, floor: float, rtol: float, rank: int, energy: float) -> tuple[Tensor, Tensor]:
@@ -72,7 +78,7 @@ def one_module(
         m = torch.cat([torch.cat([overlap(i, j) for j in range(k)], 1) for i in range(k)]) / k
         lam, y = torch.linalg.eigh(m)
         lam, y = lam.flip(0), y.flip(1)
-        q = int((lam > threshold).sum())
+        q = int((lam > max(threshold, LEAST_MEAN)).sum())
         values[: len(lam)] = lam.to(values.dtype)
         rows = torch.split(y[:, :q] / (k * lam[:q]).sqrt(), [x.shape[1] for x in t])
         for i in range(k):

