@@ -154,7 +154,7 @@ def _gram(factors: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> Ten
 
 
 def _combine(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: bool) -> Tensor:
-    *batch, k, first, second = factors.shape
+    *batch, _, first, second = factors.shape
     n, q = (second, coefficients.shape[-2]) if rows else (first, coefficients.shape[-1])
     dtype = torch.float64 if factors.dtype == torch.float64 else torch.float32
     out = torch.zeros((*batch, q, n) if rows else (*batch, n, q), dtype=dtype)
