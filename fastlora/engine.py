@@ -89,17 +89,22 @@ def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Te
         else:
             job, coefficients, block = _source_gram(factors, rows)
             jobs.append(job)
-            pending.append((m, factors, coefficients, block))
+            pending.append((m, coefficients, block))
     _run("gram_pass", jobs)
-    for m, factors, coefficients, block in pending:
+    for m, coefficients, block in pending:
         full = block.triu() + block.triu(1).mT
         for i, j in pairs:
-            out[m, i, j, : factors[i].rank, : factors[j].rank] = coefficients[i].mT @ full @ coefficients[j]
+            (at, left), (to, right) = coefficients[i], coefficients[j]
+            out[m, i, j, : left.shape[1], : right.shape[1]] = left.mT @ full[at][:, to] @ right
     return out
 
 
-def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[Tensor], Tensor]:
-    """The Gram matrix of the distinct stored matrices behind some factors, and each factor's coefficients on them."""
+def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[tuple[Tensor, Tensor]], Tensor]:
+    """The Gram matrix of the distinct stored matrices behind some factors, and each factor's coefficients on them.
+
+    The coefficients are ``(index, C)``: ``C`` belongs to the rows ``index`` of the Gram matrix. The others are left out
+    and not multiplied by zero, so that NaN or Inf in one adapter is not found in another.
+    """
     places: dict[object, int] = {}
     sources: list[Tensor] = []
     total = 0
@@ -111,11 +116,14 @@ def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[T
                 total += term.source.shape[0 if rows else 1]
     coefficients = []
     for factor in factors:
-        stacked = torch.zeros(total, factor.rank, dtype=torch.float64)
-        for source, c in factor.coefficients():
-            start = places[source_key(source)]
-            stacked[start : start + c.shape[0]] = c
-        coefficients.append(stacked)
+        own = factor.coefficients()
+        index = [torch.arange(c.shape[0]) + places[source_key(source)] for source, c in own]
+        stacked = [c for _, c in own]
+        coefficients.append(
+            (torch.cat(index), torch.cat(stacked))
+            if own
+            else (torch.zeros(0, dtype=torch.int64), torch.zeros(0, factor.rank, dtype=torch.float64))
+        )
     block = torch.zeros(total, total, dtype=torch.float64)
     starts = [places[source_key(s)] for s in sources]
     ranks = [s.shape[0 if rows else 1] for s in sources]

@@ -18,7 +18,7 @@ from fastlora.adapter import Adapter, BaseInfo, Factor, Update, add
 from fastlora.engine import check_diagonal, chunks, gram_blocks, sources, widest, with_rank_zero
 from fastlora.memory import is_bounded, release
 from fastlora.methods.arithmetic import common_base
-from fastlora.methods.spectrum import default_rtol, factor, raise_for_info, sides
+from fastlora.methods.spectrum import default_rtol, factor, raise_for_info, sides, unscaled_floor
 from fastlora.ops.gram import blocks_of
 from fastlora.pool import Pool
 from fastlora.progress import track
@@ -131,7 +131,7 @@ def read_blocks(pool: Pool, group: Group, modules: list[str], side: str, kind: s
         check_diagonal(names, module, other[i], other_side)
     release(sources(u for row in updates for u in row))
     floor = torch.tensor(
-        [[u.floor / abs(u.scaling) if u.scaling else 0.0 for u in row] for row in updates], dtype=torch.float64
+        [[unscaled_floor(u) for u in row] for row in updates], dtype=torch.float64
     )
     return Blocks(
         modules, names, updates, projected, torch.diagonal(other, dim1=1, dim2=2).movedim(-1, 1), floor, group

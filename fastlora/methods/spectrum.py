@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,11 @@ def sides(side: str) -> tuple[Side, Side]:
 
 def factor(update: Update, side: Side) -> Factor:
     return update.B if side == "B" else update.A
+
+
+def unscaled_floor(update: Update) -> float:
+    """The noise floor in units of the singular values of ``BA``; above all of them for a scaling of 0."""
+    return update.floor / abs(update.scaling) if update.scaling else math.inf
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,7 +106,7 @@ def _one_chunk(
     for i, module in enumerate(modules):
         check_diagonal([name], module, left[i], "B")
         check_diagonal([name], module, right[i], "A")
-    floor = torch.tensor([[u.floor / abs(u.scaling) if u.scaling else 0.0] for u in updates], dtype=torch.float64)
+    floor = torch.tensor([[unscaled_floor(u)] for u in updates], dtype=torch.float64)
     chain = ops.chain(
         left,
         right[:, 0],

@@ -50,6 +50,11 @@ def cast(parts: Sequence[Part], dtype: torch.dtype) -> list[Part]:
     return [(b.to(dtype), a.to(dtype), s) for b, a, s in parts]
 
 
+def transposed(parts: Sequence[Part]) -> list[Part]:
+    """The updates ``ΔWᵀ``: what was planted in column spaces is now in row spaces."""
+    return [(a.mT.contiguous(), b.mT.contiguous(), s) for b, a, s in parts]
+
+
 def orthonormal(n: int, r: int, seed: int) -> Tensor:
     return torch.linalg.qr(gaussian(n, r, seed=seed, dtype=torch.float64)).Q
 
