@@ -8,7 +8,8 @@ from pathlib import Path
 from fastlora import formats
 from fastlora.adapter import Adapter
 from fastlora.decomposition import Decomposition
-from fastlora.errors import InputError
+from fastlora.engine import require_finite
+from fastlora.errors import InputError, NonFiniteError
 from fastlora.memory import bounded
 from fastlora.memory import parse as parse_memory
 from fastlora.methods import Method, all_methods, devec, find_method, svd
@@ -113,7 +114,11 @@ def merge(
     """
     chosen = find_method(method)
     counted, notes = full_weights(pool, weights)
-    merged = chosen(pool, counted, rank=rank, energy=energy)
+    try:
+        merged = chosen(pool, counted, rank=rank, energy=energy)
+    except NonFiniteError:
+        require_finite(pool.adapters)  # names the adapter of the pool; the method only knows their sum
+        raise InputError(f"the weighted sum overflows: lower the weights {counted}") from None
     merged.notes += notes
     return merged
 

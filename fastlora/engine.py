@@ -18,7 +18,7 @@ from torch import Tensor
 from fastlora.adapter import Adapter, Factor, Update, source_key
 from fastlora.backends import resolve
 from fastlora.backends.passes import CombineJob, CombineTerm, GramJob
-from fastlora.errors import InputError
+from fastlora.errors import InputError, NonFiniteError
 from fastlora.memory import batch_bytes, release
 from fastlora.progress import track
 
@@ -192,23 +192,29 @@ def require_finite(adapters: Iterable[Adapter]) -> None:
         for module in track(adapter.modules, f"checking {adapter.name}"):
             for factor in (adapter.updates[module].B, adapter.updates[module].A):
                 for term in factor.terms:
-                    if not bool(term.source.isfinite().all()):
+                    if not is_finite(term.source):
                         raise not_finite(adapter.name, module, factor.side)
 
 
-def not_finite(adapter: str, module: str, side: str) -> InputError:
-    return InputError(
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a matrix holds neither NaN nor Inf."""
+    return bool(resolve("finite", tensor).launch(tensor))
+
+
+def not_finite(adapter: str, module: str, side: str) -> NonFiniteError:
+    return NonFiniteError(
         f"adapter {adapter!r}: lora_{side} of {module} holds NaN or Inf, so nothing computed from it would mean "
         "anything. Leave this adapter out, or save it again from a training step that did not diverge"
     )
 
 
-def check_diagonal(names: Sequence[str], module: str, gram: Tensor, side: str) -> None:
-    """Raises when a factor of the module holds NaN or Inf, as its diagonal Gram block shows: ``gram [k, k, r, r]``."""
-    diagonal = torch.diagonal(torch.diagonal(gram, dim1=0, dim2=1), dim1=0, dim2=1)  # [k, r]
-    bad = (~diagonal.isfinite()).any(-1).nonzero().flatten().tolist()
+def check_diagonal(names: Sequence[str], modules: Sequence[str], gram: Tensor, side: str) -> None:
+    """Raises when a factor holds NaN or Inf, as its diagonal Gram block shows: ``gram [len(modules), k, k, r, r]``."""
+    diagonal = gram.diagonal(dim1=1, dim2=2).diagonal(dim1=1, dim2=2)  # [g, k, r]
+    bad = (~diagonal.isfinite()).any(-1).nonzero().tolist()
     if bad:
-        raise not_finite(names[bad[0]], module, side)
+        module, adapter = bad[0]
+        raise not_finite(names[adapter], modules[module], side)
 
 
 def save_adapter(
@@ -321,7 +327,7 @@ def zero_factors(adapter: Adapter, dtype: torch.dtype) -> dict[str, tuple[Tensor
 
 
 def _require_representable(adapter: str, module: str, side: str, tensor: Tensor) -> None:
-    if bool(tensor.isfinite().all()):
+    if is_finite(tensor):
         return
     raise InputError(
         f"adapter {adapter!r}: lora_{side} of {module} does not fit {str(tensor.dtype)[6:]} (NaN or Inf after "

@@ -126,13 +126,10 @@ def read_blocks(pool: Pool, group: Group, modules: list[str], side: str, kind: s
     k, r = len(names), max(1, *group.ranks)
     projected = gram_blocks([[factor(u, projected_side) for u in row] for row in updates], r, blocks_of(kind, k))
     other = gram_blocks([[factor(u, other_side) for u in row] for row in updates], r, blocks_of("diagonal", k))
-    for i, module in enumerate(modules):
-        check_diagonal(names, module, projected[i], projected_side)
-        check_diagonal(names, module, other[i], other_side)
+    check_diagonal(names, modules, projected, projected_side)
+    check_diagonal(names, modules, other, other_side)
     release(sources(u for row in updates for u in row))
-    floor = torch.tensor(
-        [[unscaled_floor(u) for u in row] for row in updates], dtype=torch.float64
-    )
+    floor = torch.tensor([[unscaled_floor(u) for u in row] for row in updates], dtype=torch.float64)
     return Blocks(
         modules, names, updates, projected, torch.diagonal(other, dim1=1, dim2=2).movedim(-1, 1), floor, group
     )
