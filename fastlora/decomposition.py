@@ -151,7 +151,7 @@ class Decomposition:
             write_adapters({staging / place: a for place, a in adapters.items()}, dtype)
         empty = [p for p, a in adapters.items() if not any(u.rank for u in a.updates.values())]
         data = {"mode": self.mode, "empty_adapters": empty, "reports": [r.as_dict() for r in self.reports]}
-        (staging / "report.json").write_text(json.dumps(data, indent=1) + "\n")
+        (staging / "report.json").write_text(json.dumps(data, allow_nan=False) + "\n")
 
     def _pool_mode(self, what: str) -> Components:
         if self._whole is None:
