@@ -8,7 +8,10 @@ from pathlib import Path
 from fastlora import formats
 from fastlora.adapter import Adapter
 from fastlora.decomposition import Decomposition
-from fastlora.errors import InputError
+from fastlora.engine import require_finite
+from fastlora.errors import InputError, NonFiniteError
+from fastlora.memory import bounded
+from fastlora.memory import parse as parse_memory
 from fastlora.methods import Method, all_methods, devec, find_method, svd
 from fastlora.methods.overlap import Overlap, pool_overlap
 from fastlora.ops.chain import check_cuts
@@ -39,6 +42,7 @@ def decompose(
     rtol: float | None = None,
     target: str | None = None,
     order: Sequence[str] | None = None,
+    memory: int | str | None = None,
 ) -> Decomposition:
     r"""Shared and unique components of a pool: DeVec (arXiv 2512.22511), MATH section 3, in factor space.
 
@@ -56,6 +60,8 @@ def decompose(
         rank, energy: cut every ``ΔW_i`` to its ``rank`` largest directions, or the fewest with this share of ``Σσ²``,
             before projecting.
         rtol: directions with ``σ <= rtol·σ_max`` are noise. Default: rounding of the stored dtype, 1e-6 at the least.
+        memory: bound on the peak resident memory of computing and saving, as bytes or ``"1GiB"``; factors that were
+            loaded from files are given back to the system after use. The result has the same bits.
 
     Returns:
         :class:`fastlora.Decomposition`.
@@ -75,20 +81,22 @@ def decompose(
     if len(pool) < 2:
         raise InputError("decompose: a pool of one adapter has nothing to share; give two adapters or more")
     settings = devec.Settings(float(threshold), chain, side, rank, energy, rtol)
+    bound = parse_memory(memory)
     if mode == "iterative":
         if target is None:
             raise InputError("mode='iterative' needs target=NAME (`--target NAME`), the adapter to clean")
         others = [n for n in pool.names if n != pool[target].name] if order is None else list(order)
         if target in others or len(set(others)) != len(others) or not others:
             raise InputError(f"order={others}: name each other adapter once, without the target {target!r}")
-        return Decomposition(
-            pool, mode, steps=devec.decompose_iteratively(pool, settings, target, others), target=target
-        )
+        with bounded(bound):
+            steps = devec.decompose_iteratively(pool, settings, target, others)
+        return Decomposition(pool, mode, steps=steps, target=target, memory=bound)
     if target is not None or order is not None:
         raise InputError(f"target and order belong to mode='iterative', not to mode={mode!r}")
-    if mode == "pairs":
-        return Decomposition(pool, mode, pairs=devec.decompose_pairs(pool, settings))
-    return Decomposition(pool, mode, whole=devec.decompose_pool(pool, settings))
+    with bounded(bound):
+        if mode == "pairs":
+            return Decomposition(pool, mode, pairs=devec.decompose_pairs(pool, settings), memory=bound)
+        return Decomposition(pool, mode, whole=devec.decompose_pool(pool, settings), memory=bound)
 
 
 def merge(
@@ -106,7 +114,11 @@ def merge(
     """
     chosen = find_method(method)
     counted, notes = full_weights(pool, weights)
-    merged = chosen(pool, counted, rank=rank, energy=energy)
+    try:
+        merged = chosen(pool, counted, rank=rank, energy=energy)
+    except NonFiniteError:
+        require_finite(pool.adapters)  # names the adapter of the pool; the method only knows their sum
+        raise InputError(f"the weighted sum overflows: lower the weights {counted}") from None
     merged.notes += notes
     return merged
 

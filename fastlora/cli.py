@@ -157,6 +157,7 @@ def decompose(
         float | None,
         typer.Option(help="Noise floor relative to σ_max; default: the stored dtype's.", show_default=False),
     ] = None,
+    memory: Annotated[str | None, typer.Option(help="Bound on resident memory, e.g. 1GiB.", show_default=False)] = None,
     plots: Annotated[
         bool, typer.Option("--plots", help="Also write spectrum.png, energy.png and overlap.png.")
     ] = False,
@@ -193,6 +194,7 @@ def decompose(
             rtol=rtol,
             target=target,
             order=names,
+            memory=memory,
         )
         with target_directory as staging:
             parts.write(staging, dtype)

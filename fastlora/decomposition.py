@@ -13,6 +13,7 @@ from torch import Tensor
 from fastlora.adapter import Adapter
 from fastlora.engine import write_adapters
 from fastlora.errors import InputError
+from fastlora.memory import bounded
 from fastlora.methods.devec import Components
 from fastlora.output import OutputDirectory
 from fastlora.pool import Pool
@@ -52,10 +53,12 @@ class Decomposition:
         pairs: Mapping[tuple[str, str], Components] | None = None,
         steps: list[Components] | None = None,
         target: str | None = None,
+        memory: int | None = None,
     ) -> None:
         self.pool = pool
         self.mode = mode
         self.target = target
+        self.memory = memory
         self._whole = whole
         self._pairs = dict(pairs or {})
         self._steps = list(steps or [])
@@ -144,10 +147,11 @@ class Decomposition:
         adapters = self.adapters()
         for place in adapters:
             (staging / place).mkdir(parents=True)
-        write_adapters({staging / place: a for place, a in adapters.items()}, dtype)
+        with bounded(self.memory):
+            write_adapters({staging / place: a for place, a in adapters.items()}, dtype)
         empty = [p for p, a in adapters.items() if not any(u.rank for u in a.updates.values())]
         data = {"mode": self.mode, "empty_adapters": empty, "reports": [r.as_dict() for r in self.reports]}
-        (staging / "report.json").write_text(json.dumps(data, indent=1) + "\n")
+        (staging / "report.json").write_text(json.dumps(data, allow_nan=False) + "\n")
 
     def _pool_mode(self, what: str) -> Components:
         if self._whole is None:

@@ -7,8 +7,10 @@ write) over the matrices where they lie.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,8 +18,12 @@ from torch import Tensor
 from fastlora.adapter import Adapter, Factor, Update, source_key
 from fastlora.backends import resolve
 from fastlora.backends.passes import CombineJob, CombineTerm, GramJob
-from fastlora.errors import InputError
+from fastlora.errors import InputError, NonFiniteError
+from fastlora.memory import batch_bytes, release
 from fastlora.progress import track
+
+if TYPE_CHECKING:
+    from fastlora.formats.peft_write import AdapterFile
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -33,6 +39,8 @@ DTYPE_NAMES = {
 
 # Modules computed at once: their Gram blocks and coefficients are what is in memory besides the factors.
 CHUNK_BYTES = 256 * 2**20
+# Results that are computed while as many are being written.
+WRITE_BYTES = 64 * 2**20
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -54,9 +62,14 @@ def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype) -> torch.
 
 
 def chunks(count: int, bytes_each: int) -> Iterable[range]:
-    """Ranges of modules whose small matrices fit in memory together. Results do not depend on the split."""
-    size = max(1, CHUNK_BYTES // max(bytes_each, 1))
+    """Ranges of modules that fit in memory together. Results do not depend on the split."""
+    size = max(1, batch_bytes(CHUNK_BYTES) // max(bytes_each, 1))
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def sources(updates: Iterable[Update]) -> list[Tensor]:
+    """Every stored matrix behind some updates."""
+    return [t.source for u in updates for f in (u.B, u.A) for t in f.terms]
 
 
 def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Tensor:
@@ -179,23 +192,29 @@ def require_finite(adapters: Iterable[Adapter]) -> None:
         for module in track(adapter.modules, f"checking {adapter.name}"):
             for factor in (adapter.updates[module].B, adapter.updates[module].A):
                 for term in factor.terms:
-                    if not bool(term.source.isfinite().all()):
+                    if not is_finite(term.source):
                         raise not_finite(adapter.name, module, factor.side)
 
 
-def not_finite(adapter: str, module: str, side: str) -> InputError:
-    return InputError(
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a matrix holds neither NaN nor Inf."""
+    return bool(resolve("finite", tensor).launch(tensor))
+
+
+def not_finite(adapter: str, module: str, side: str) -> NonFiniteError:
+    return NonFiniteError(
         f"adapter {adapter!r}: lora_{side} of {module} holds NaN or Inf, so nothing computed from it would mean "
         "anything. Leave this adapter out, or save it again from a training step that did not diverge"
     )
 
 
-def check_diagonal(names: Sequence[str], module: str, gram: Tensor, side: str) -> None:
-    """Raises when a factor of the module holds NaN or Inf, as its diagonal Gram block shows: ``gram [k, k, r, r]``."""
-    diagonal = torch.diagonal(torch.diagonal(gram, dim1=0, dim2=1), dim1=0, dim2=1)  # [k, r]
-    bad = (~diagonal.isfinite()).any(-1).nonzero().flatten().tolist()
+def check_diagonal(names: Sequence[str], modules: Sequence[str], gram: Tensor, side: str) -> None:
+    """Raises when a factor holds NaN or Inf, as its diagonal Gram block shows: ``gram [len(modules), k, k, r, r]``."""
+    diagonal = gram.diagonal(dim1=1, dim2=2).diagonal(dim1=1, dim2=2)  # [g, k, r]
+    bad = (~diagonal.isfinite()).any(-1).nonzero().tolist()
     if bad:
-        raise not_finite(names[bad[0]], module, side)
+        module, adapter = bad[0]
+        raise not_finite(names[adapter], modules[module], side)
 
 
 def save_adapter(
@@ -218,26 +237,85 @@ def write_adapters(adapters: Mapping[Path, Adapter], dtype: torch.dtype | str | 
     """Writes adapters that share stored matrices, reading each of those once.
 
     Modules of rank 0 are left out; an adapter with nothing in it is written as zeros of rank 1, which PEFT can load.
+    Modules are computed and written some at a time, one thread writing while the next are computed, so memory does
+    not grow with the model.
     """
-    from fastlora.formats import peft_write
+    from fastlora.formats.peft_write import AdapterFile
 
     targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
-    written: dict[Path, dict[str, tuple[Tensor, Tensor]]] = {d: {} for d in adapters}
-    modules = list(dict.fromkeys(m for a in adapters.values() for m in a.updates))
-    for module in track(modules, "computing"):
-        for target in dict.fromkeys(targets.values()):
-            owners = [d for d, a in adapters.items() if module in a.updates and targets[d] == target]
-            updates = [adapters[d].updates[module].baked() for d in owners]
-            for directory, pair in zip(owners, materialise(updates, target), strict=True):
-                if pair[0].shape[1]:
-                    written[directory][module] = pair
-    for directory in track(list(adapters), "writing"):
-        adapter = adapters[directory]
-        factors = written[directory] or zero_factors(adapter, targets[directory])
+    empty = {d: zero_factors(a, targets[d]) for d, a in adapters.items() if not any(u.rank for u in a.updates.values())}
+    files: dict[Path, AdapterFile] = {}
+    for directory, adapter in adapters.items():
+        outlines = {m: _outline(u) for m, u in adapter.updates.items() if u.rank} or empty[directory]
+        files[directory] = AdapterFile(directory, adapter, outlines, targets[directory])
+    with ThreadPoolExecutor(1) as writer:
+        pending: Future[None] | None = None
+        for modules in track(_module_batches(list(adapters.values())), "writing"):
+            computed = _compute(adapters, targets, modules)
+            if pending is not None:
+                pending.result()
+            pending = writer.submit(_put, files, adapters, computed)
+            del computed
+        if pending is not None:
+            pending.result()
+    for directory, file in files.items():
+        file.put(empty.get(directory, {}))
+        file.close()
+
+
+Computed = dict[Path, dict[str, tuple[Tensor, Tensor]]]
+
+
+def _outline(update: Update) -> tuple[Tensor, Tensor]:
+    """Factors of the right shape without memory."""
+    n, m = update.shape
+    return torch.empty(n, update.rank, device="meta"), torch.empty(update.rank, m, device="meta")
+
+
+def _module_batches(adapters: Sequence[Adapter]) -> list[list[str]]:
+    """Module names in batches whose results fit in memory; the experts of one parameter stay together."""
+    sizes: dict[str, int] = {}
+    units: dict[str, list[str]] = {}
+    for adapter in adapters:
+        for module, update in adapter.updates.items():
+            unit = update.layout.container or module
+            names = units.setdefault(unit, [])
+            if module not in names:
+                names.append(module)
+            sizes[unit] = sizes.get(unit, 0) + 4 * update.rank * sum(update.shape)
+    batches: list[list[str]] = []
+    room = 0
+    for unit, names in units.items():
+        if room < sizes[unit]:
+            batches.append([])
+            room = batch_bytes(WRITE_BYTES)
+        batches[-1] += names
+        room -= sizes[unit]
+    return batches
+
+
+def _compute(adapters: Mapping[Path, Adapter], targets: Mapping[Path, torch.dtype], modules: Sequence[str]) -> Computed:
+    """The factors of some modules of every adapter, each in its own dtype."""
+    computed: Computed = {d: {} for d in adapters}
+    for target in dict.fromkeys(targets.values()):
+        owners = [
+            [d for d, a in adapters.items() if targets[d] == target and m in a.updates and a.updates[m].rank]
+            for m in modules
+        ]
+        groups = [[adapters[d].updates[m].baked() for d in own] for m, own in zip(modules, owners, strict=True)]
+        for module, own, pairs in zip(modules, owners, materialise_groups(groups, target), strict=True):
+            for directory, pair in zip(own, pairs, strict=True):
+                computed[directory][module] = pair
+    return computed
+
+
+def _put(files: Mapping[Path, AdapterFile], adapters: Mapping[Path, Adapter], computed: Computed) -> None:
+    for directory, factors in computed.items():
         for module, pair in factors.items():
             for side, tensor in zip("BA", pair, strict=True):
-                _require_representable(adapter.name, module, side, tensor)
-        peft_write.write(directory, adapter, factors, targets[directory])
+                _require_representable(adapters[directory].name, module, side, tensor)
+        files[directory].put(factors)
+    release(sources(a.updates[m] for d, a in adapters.items() for m in computed[d]))
 
 
 def zero_factors(adapter: Adapter, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
@@ -249,7 +327,7 @@ def zero_factors(adapter: Adapter, dtype: torch.dtype) -> dict[str, tuple[Tensor
 
 
 def _require_representable(adapter: str, module: str, side: str, tensor: Tensor) -> None:
-    if bool(tensor.isfinite().all()):
+    if is_finite(tensor):
         return
     raise InputError(
         f"adapter {adapter!r}: lora_{side} of {module} does not fit {str(tensor.dtype)[6:]} (NaN or Inf after "

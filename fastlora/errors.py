@@ -11,6 +11,10 @@ class InputError(FastloraError, ValueError):
     """A file, tensor, name or argument that cannot be used as it is."""
 
 
+class NonFiniteError(InputError):
+    """A factor that holds NaN or Inf."""
+
+
 class UnsupportedAdapter(InputError):
     """An adapter of a kind whose numbers fastlora would get wrong, refused by name."""
 

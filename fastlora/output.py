@@ -44,7 +44,7 @@ class OutputDirectory:
     """``with OutputDirectory(path) as staging:`` — what is written to ``staging`` becomes ``path`` at the
     end.
 
-    The staging directory ``.<name>.partial-<pid>`` lies beside the target. It is synced to disk and renamed
+    The staging directory ``.<name>.partial-<pid>`` lies beside the target. It is renamed
     when the block ends, and removed when the block raises; until the rename the target is as it was. With
     ``overwrite`` an earlier output is moved aside and deleted only after the new one is in place.
 
@@ -96,7 +96,6 @@ class OutputDirectory:
         try:
             if error is None:
                 with writing(self.path):
-                    _sync_tree(staging)
                     self._check_target()
                     self._put_in_place(staging)
         finally:
@@ -147,7 +146,6 @@ class OutputDirectory:
     def _put_in_place(self, staging: Path) -> None:
         if not os.path.lexists(self.path):
             os.rename(staging, self.path)
-            _sync(self.path.parent)
             return
         old = _make_beside(self.path, "replaced")
         try:
@@ -159,7 +157,6 @@ class OutputDirectory:
             else:
                 os.rename(old, self.path)
             raise
-        _sync(self.path.parent)
         shutil.rmtree(old, ignore_errors=True)
         if old.exists():
             self.notices.append(f"the earlier output could not be deleted and is now {old}")
@@ -246,18 +243,3 @@ def _is_running(pid: int) -> bool:
     except (OSError, OverflowError):
         return True
     return True
-
-
-def _sync_tree(directory: Path) -> None:
-    for folder, _, files in os.walk(directory):
-        for name in files:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

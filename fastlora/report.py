@@ -22,7 +22,8 @@ UNDECIDABLE = 1e-6  # distance of an eigenvalue to τ
 
 @dataclass(frozen=True, slots=True)
 class ModuleRow:
-    """One module. Energies are shares of ``‖ΔW_i‖_F²``; ``norm_kept`` is ``‖unique_i‖ / ‖ΔW_i‖``."""
+    """One module. ``eigenvalues``: a threshold just below the j-th would share j directions. Energies are shares of
+    ``‖ΔW_i‖_F²``; ``norm_kept`` is ``‖unique_i‖ / ‖ΔW_i‖``; ``gap`` the distance of τ to the nearest eigenvalue."""
 
     module: str
     shape: tuple[int, int]
@@ -33,7 +34,6 @@ class ModuleRow:
     eigenvalues: tuple[float, ...]
     chance_edge: float
     expected_by_chance: float
-    thresholds: tuple[float, ...]
     gap: float
     energy_shared: dict[str, float]
     energy_in_cut: dict[str, float]
@@ -60,8 +60,14 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        totals = {"shared_directions": self.shared_directions, "expected_by_chance": self.expected_by_chance}
-        return {**asdict(self), "totals": totals}
+        return {
+            "title": self.title,
+            "settings": self.settings,
+            "warnings": self.warnings,
+            "notices": self.notices,
+            "totals": {"shared_directions": self.shared_directions, "expected_by_chance": self.expected_by_chance},
+            "rows": [{name: getattr(row, name) for name in ModuleRow.__slots__} for row in self.rows],
+        }
 
 
 def build_report(components: Components, title: str, notices: Sequence[str] = ()) -> Report:
@@ -89,7 +95,6 @@ def module_row(components: Components, result: ModuleResult) -> ModuleRow:
         eigenvalues=listed,
         chance_edge=chance_edge(n, dimensions),
         expected_by_chance=expected_by_chance(n, dimensions, settings.chain, settings.threshold),
-        thresholds=listed,
         gap=min((abs(v - settings.threshold) for v in real), default=1.0),
         energy_shared={
             m: _share(s, t) for m, s, t in zip(result.names, result.shared_norms, result.norms, strict=True)

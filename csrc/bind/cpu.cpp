@@ -45,6 +45,14 @@ void bind_cpu(py::module_& m) {
         py::arg("factors"), py::arg("tasks"), py::arg("outputs"), py::arg("matrices"), py::arg("terms"),
         py::arg("n_tasks"), py::arg("threads"));
     m.def(
+        "finite",
+        [](uintptr_t data, int64_t rows, int64_t cols, int64_t stride, int64_t dtype) {
+            const Matrix matrix{int64_t(data), rows, cols, stride, dtype};
+            py::gil_scoped_release release;
+            return kernels().finite(matrix);
+        },
+        py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("stride"), py::arg("dtype"));
+    m.def(
         "chain",
         [](uintptr_t left, uintptr_t right, uintptr_t floor, uintptr_t basis, uintptr_t values, uintptr_t shared,
            uintptr_t kept, uintptr_t sigma, uintptr_t info, int64_t groups, int64_t k, int64_t r, int64_t width,

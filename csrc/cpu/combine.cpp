@@ -1,24 +1,30 @@
 // combine: factors that are linear combinations of stored ones (MATH section 1, "apply").
-//   B side: out[:, at:at+q] += scale · X [n, r] · C [r, q]
-//   A side: out[at:at+q, :] += scale · C [q, r] · X [r, n]
+//   B side: out[:, at:at+q] += scale * X [n, r] * C [r, q]
+//   A side: out[at:at+q, :] += scale * C [q, r] * X [r, n]
 // All outputs of a task share the tiles of its factors, so a factor is read once however many results it goes into.
-// Sums are in float64 and rounded once, to the output's dtype; a result's row (B) or column (A) is computed by one
-// thread from its own inputs, so bits do not depend on threads or chunking.
-// Floor: reads each factor once and writes each output once; 2·n·r·q operations a term.
+// Terms are gathered into strips, each one product: all coefficients of one factor (it goes into many outputs, as the
+// first adapter of a decomposition does), or all coefficients of one output (it comes from many factors, as a sum
+// does), whichever makes fewer products. Identity terms are added without a product.
+// Half-precision outputs of half-precision factors are summed in float32 where no coefficient is extreme, everything
+// else in float64; a result is rounded once more, to the output's dtype. A result's row (B) or column (A) is computed
+// by one thread from its own inputs, so bits do not depend on threads or chunking.
+// Floor: reads each factor once and writes each output once; 2 * n * r * q operations a term.
 #include "passes.h"
 #include "tile.h"
 
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-constexpr int kTile = 64;        // positions along the long dimension held in cache
 constexpr int64_t kChunk = 512;  // positions along the long dimension given to one thread at a time
+constexpr double kSmallest = 1e-20, kLargest = 1e20;  // coefficients that float32 sums are trusted with
 
-struct Layout {
-    double** tiles;         // per factor: B side [kTile, padded(r)], A side [r, kTile]
-    double** coefficients;  // per term of the task: B side [r, padded(q)], A side [q, r]; null for the identity
-    double* sum;            // B side [kTile, padded(rank) + lanes], A side [rank, kTile]
-};
+template <class T>
+constexpr int kTileB = 32;  // rows of a tile on the B side
+template <class T>
+constexpr int kTileA = 6 * kLanes<T>;  // columns of a tile on the A side
+
+int64_t rank(const Matrix& m, bool rows) { return rows ? m.rows : m.cols; }
+int64_t length(const Matrix& m, bool rows) { return rows ? m.cols : m.rows; }
 
 struct Job {
     const CombineTask* task;
@@ -28,119 +34,269 @@ struct Job {
     const Term* terms;
 };
 
-int64_t rank(const Matrix& m, bool rows) { return rows ? m.rows : m.cols; }
-int64_t length(const Matrix& m, bool rows) { return rows ? m.cols : m.rows; }
-int sum_stride(int64_t out_rank) { return padded(out_rank) + kLanes<double>; }
+// out columns [out, out + width) (B side; rows on the A side) += source columns [source, source + depth) times
+// values [depth, stride]
+template <class T>
+struct Strip {
+    int64_t source, depth, out, width, stride;
+    T* values;
+};
 
-size_t lay_out(char* base, const Job& job, Layout& layout) {
+template <class T>
+struct Identity {
+    int64_t source, depth, out;
+    T scale;
+};
+
+template <class T>
+struct Work {
+    int64_t* source;  // first column (B) or row (A) of each factor in the factor tile
+    int64_t* out;     // the same of each output in the result tile
+    Strip<T>* strips;
+    Identity<T>* identities;
+    int64_t n_strips, n_identities;
+    T* factor_tile;  // B side [kTileB, source_stride]; A side [sum of ranks, kTileA]
+    T* result_tile;  // B side [kTileB, out_stride]; A side [sum of output ranks, kTileA]
+    int64_t source_stride, out_stride, outs;
+};
+
+int64_t count_terms(const Job& job) {
+    int64_t count = 0;
+    for (int64_t o = 0; o < job.task->outputs; ++o) count += job.outputs[o].terms;
+    return count;
+}
+
+// Strips by factor or by output: how many products each way takes.
+bool strips_by_factor(const Job& job) {
+    int64_t by_factor = 0, by_output = 0;
+    for (int64_t f = 0; f < job.task->factors; ++f) {
+        bool used = false;
+        for (int64_t o = 0; o < job.task->outputs; ++o)
+            for (int64_t t = 0; t < job.outputs[o].terms; ++t) {
+                const Term& term = job.terms[job.outputs[o].first_term + t];
+                used |= term.coefficient != 0 && term.factor == f;
+            }
+        by_factor += used;
+    }
+    for (int64_t o = 0; o < job.task->outputs; ++o) {
+        bool used = false;
+        for (int64_t t = 0; t < job.outputs[o].terms; ++t) used |= job.terms[job.outputs[o].first_term + t].coefficient != 0;
+        by_output += used;
+    }
+    return by_factor <= by_output;
+}
+
+struct Span {
+    int64_t first, last;
+    void cover(int64_t from, int64_t to) {
+        first = first < 0 ? from : min_(first, from);
+        last = max_(last, to);
+    }
+};
+
+// Writes scale * C, transposed to [source, out] on the A side, into a strip.
+template <class T>
+void add_coefficients(const Job& job, const Work<T>& w, const Term& term, int64_t output, const Strip<T>& strip) {
+    const double* c = reinterpret_cast<const double*>(term.coefficient);
+    const int64_t r = rank(job.factors[term.factor], job.task->rows);
+    T* to = strip.values + (w.source[term.factor] - strip.source) * strip.stride + w.out[output] + term.at - strip.out;
+    for (int64_t p = 0; p < r; ++p)
+        for (int64_t q = 0; q < term.columns; ++q) {
+            const double value = job.task->rows ? c[q * term.stride + p] : c[p * term.stride + q];
+            to[p * strip.stride + q] += T(term.scale * value);
+        }
+}
+
+// The strip of one factor (or one output): its place, and room for its values.
+template <class T>
+void make_strip(Arena& arena, char* base, const Job& job, Work<T>& w, bool by_factor, int64_t index) {
+    Span source{-1, 0}, out{-1, 0};
+    for (int pass = 0; pass < 2; ++pass) {
+        Strip<T> strip{};
+        if (pass == 1) {
+            if (source.first < 0) return;
+            strip = {source.first, source.last - source.first, out.first, out.last - out.first, 0, nullptr};
+            strip.stride = padded<T>(strip.width) + 2 * kLanes<T>;
+            strip.values = arena.take<T>(size_t(strip.depth) * strip.stride);
+            ++w.n_strips;
+            if (!base) return;
+            __builtin_memset(strip.values, 0, sizeof(T) * strip.depth * strip.stride);
+            w.strips[w.n_strips - 1] = strip;
+        }
+        for (int64_t o = by_factor ? 0 : index; o < (by_factor ? job.task->outputs : index + 1); ++o)
+            for (int64_t t = 0; t < job.outputs[o].terms; ++t) {
+                const Term& term = job.terms[job.outputs[o].first_term + t];
+                if (!term.coefficient || (by_factor && term.factor != index)) continue;
+                if (pass == 1) {
+                    add_coefficients<T>(job, w, term, o, strip);
+                    continue;
+                }
+                const int64_t s = w.source[term.factor], at = w.out[o] + term.at;
+                source.cover(s, s + rank(job.factors[term.factor], job.task->rows));
+                out.cover(at, at + term.columns);
+            }
+    }
+}
+
+template <class T>
+size_t lay_out(char* base, const Job& job, int64_t* places, Work<T>& w) {
     Arena arena(base);
     const bool rows = job.task->rows;
-    int64_t n_terms = 0, widest = 0;
-    for (int64_t o = 0; o < job.task->outputs; ++o) {
-        n_terms += job.outputs[o].terms;
-        widest = max_(widest, rank(job.matrices[job.outputs[o].matrix], rows));
-    }
-    layout.tiles = arena.take<double*>(job.task->factors);
-    layout.coefficients = arena.take<double*>(n_terms);
+    w.source = places;
+    w.out = places + job.task->factors;
+    int64_t sources = 0, outs = 0;
     for (int64_t f = 0; f < job.task->factors; ++f) {
-        const int64_t r = rank(job.factors[f], rows);
-        double* tile = arena.take<double>(size_t(kTile) * (rows ? r : padded(r)));
-        if (base) layout.tiles[f] = tile;
+        w.source[f] = sources;
+        sources += rank(job.factors[f], rows);
     }
-    int64_t index = 0;
+    for (int64_t o = 0; o < job.task->outputs; ++o) {
+        w.out[o] = outs;
+        outs += rank(job.matrices[job.outputs[o].matrix], rows);
+    }
+    w.outs = outs;
+    w.source_stride = sources;
+    w.out_stride = padded<T>(outs) + 3 * kLanes<T>;  // vectors of the last strip may reach past the last column
+    w.strips = arena.take<Strip<T>>(max_(job.task->factors, job.task->outputs));
+    w.identities = arena.take<Identity<T>>(count_terms(job));
+    w.factor_tile = arena.take<T>(size_t(sources) * (rows ? kTileA<T> : kTileB<T>));
+    w.result_tile = arena.take<T>(rows ? size_t(outs) * kTileA<T> : size_t(w.out_stride) * kTileB<T>);
+    w.n_strips = w.n_identities = 0;
+    const bool by_factor = strips_by_factor(job);
+    for (int64_t i = 0; i < (by_factor ? job.task->factors : job.task->outputs); ++i)
+        make_strip<T>(arena, base, job, w, by_factor, i);
     for (int64_t o = 0; o < job.task->outputs; ++o)
-        for (int64_t t = 0; t < job.outputs[o].terms; ++t, ++index) {
+        for (int64_t t = 0; t < job.outputs[o].terms; ++t) {
             const Term& term = job.terms[job.outputs[o].first_term + t];
-            const int64_t r = rank(job.factors[term.factor], rows);
-            double* c = term.coefficient ? arena.take<double>(size_t(r) * (rows ? term.columns : padded(term.columns)))
-                                         : nullptr;
-            if (base) layout.coefficients[index] = c;
+            if (term.coefficient) continue;
+            if (base)
+                w.identities[w.n_identities] = {w.source[term.factor], rank(job.factors[term.factor], rows),
+                                                w.out[o] + term.at, T(term.scale)};
+            ++w.n_identities;
         }
-    layout.sum = arena.take<double>(size_t(kTile) * (rows ? widest : sum_stride(widest)));
     return arena.used();
 }
 
-// Copies the coefficients with their scale, so that the inner loops see dense padded float64.
-void read_coefficients(const Job& job, const Layout& layout) {
-    int64_t index = 0;
-    for (int64_t o = 0; o < job.task->outputs; ++o)
-        for (int64_t t = 0; t < job.outputs[o].terms; ++t, ++index) {
-            const Term& term = job.terms[job.outputs[o].first_term + t];
-            if (!term.coefficient) continue;
-            const double* from = reinterpret_cast<const double*>(term.coefficient);
-            const int64_t r = rank(job.factors[term.factor], job.task->rows);
-            const int64_t lines = job.task->rows ? term.columns : r, used = job.task->rows ? r : term.columns;
-            const int64_t stride = job.task->rows ? r : padded(term.columns);
-            double* to = layout.coefficients[index];
-            for (int64_t i = 0; i < lines; ++i)
-                for (int64_t j = 0; j < stride; ++j)
-                    to[i * stride + j] = j < used ? term.scale * from[i * term.stride + j] : 0.0;
-        }
-}
-
-void add_term(const Job& job, const Layout& layout, const Term& term, const double* c, int count, int64_t out_rank) {
-    const int r = int(rank(job.factors[term.factor], job.task->rows));
-    const double* tile = layout.tiles[term.factor];
-    if (job.task->rows) {
-        double* sum = layout.sum + term.at * kTile;
-        if (c) {
-            product(int(term.columns), kTile, r, c, 1, r, tile, kTile, sum, kTile);
-        } else {
-            for (int i = 0; i < r * kTile; ++i) sum[i] += term.scale * tile[i];
-        }
-        return;
-    }
-    const int stride = sum_stride(out_rank), tile_stride = padded(r);
-    double* sum = layout.sum + term.at;
-    if (c) {
-        product(count, padded(term.columns), r, tile, 1, tile_stride, c, padded(term.columns), sum, stride);
-    } else {
-        for (int p = 0; p < count; ++p)
-            for (int j = 0; j < r; ++j) sum[int64_t(p) * stride + j] += term.scale * tile[int64_t(p) * tile_stride + j];
-    }
-}
-
-void write_output(const Matrix& out, bool rows, const double* sum, int64_t first, int count) {
-    if (rows) {
-        for (int64_t i = 0; i < out.rows; ++i) write_row(out, i, first, count, sum + i * kTile);
-    } else {
-        const int stride = sum_stride(out.cols);
-        for (int p = 0; p < count; ++p) write_row(out, first + p, 0, int(out.cols), sum + int64_t(p) * stride);
-    }
-}
-
-void read_factors(const Job& job, const Layout& layout, int64_t first, int count) {
+template <class T>
+void read_factors(const Job& job, const Work<T>& w, int64_t first, int count) {
     for (int64_t f = 0; f < job.task->factors; ++f) {
-        const Matrix& factor = job.factors[f];
+        const Matrix& x = job.factors[f];
         if (!job.task->rows) {
-            read_tile(factor, first, count, layout.tiles[f], padded(factor.cols));
+            read_block<T>(x, first, 0, count, int(x.cols), w.factor_tile + w.source[f], w.source_stride);
             continue;
         }
-        for (int64_t i = 0; i < factor.rows; ++i) {
-            double* row = layout.tiles[f] + i * kTile;
-            read_row(factor, i, first, count, row);
-            for (int p = count; p < kTile; ++p) row[p] = 0.0;
+        T* rows = w.factor_tile + w.source[f] * kTileA<T>;
+        read_block<T>(x, 0, first, int(x.rows), count, rows, kTileA<T>);
+        for (int64_t i = 0; i < x.rows && count < kTileA<T>; ++i)
+            for (int p = count; p < kTileA<T>; ++p) rows[i * kTileA<T> + p] = T(0);
+    }
+}
+
+template <class T>
+void add_identities_b(const Work<T>& w, int count) {
+    for (int64_t i = 0; i < w.n_identities; ++i) {
+        const Identity<T>& term = w.identities[i];
+        for (int p = 0; p < count; ++p) {
+            const T* from = w.factor_tile + p * w.source_stride + term.source;
+            T* to = w.result_tile + p * w.out_stride + term.out;
+            for (int64_t j = 0; j < term.depth; ++j) to[j] += term.scale * from[j];
         }
     }
 }
 
-void run_chunk(const Job& job, const Layout& layout, int64_t begin, int64_t end) {
-    const bool rows = job.task->rows;
-    for (int64_t first = begin; first < end; first += kTile) {
-        const int count = int(min_<int64_t>(kTile, end - first));
-        read_factors(job, layout, first, count);
-        int64_t index = 0;
-        for (int64_t o = 0; o < job.task->outputs; ++o) {
-            const CombineOutput& output = job.outputs[o];
-            const Matrix& out = job.matrices[output.matrix];
-            const int64_t out_rank = rank(out, rows);
-            __builtin_memset(layout.sum, 0, sizeof(double) * kTile * (rows ? out_rank : sum_stride(out_rank)));
-            for (int64_t t = 0; t < output.terms; ++t, ++index)
-                add_term(job, layout, job.terms[output.first_term + t], layout.coefficients[index], count, out_rank);
-            write_output(out, rows, layout.sum, first, count);
-        }
+template <class T>
+void add_identities_a(const Work<T>& w) {
+    for (int64_t i = 0; i < w.n_identities; ++i) {
+        const Identity<T>& term = w.identities[i];
+        const T* from = w.factor_tile + term.source * kTileA<T>;
+        T* to = w.result_tile + term.out * kTileA<T>;
+        for (int64_t j = 0; j < term.depth * kTileA<T>; ++j) to[j] += term.scale * from[j];
     }
 }
+
+template <class T>
+void write_outputs(const Job& job, const Work<T>& w, int64_t first, int count) {
+    for (int64_t o = 0; o < job.task->outputs; ++o) {
+        const Matrix& out = job.matrices[job.outputs[o].matrix];
+        if (job.task->rows)
+            write_block<T>(out, 0, first, int(out.rows), count, w.result_tile + w.out[o] * kTileA<T>, kTileA<T>);
+        else
+            write_block<T>(out, first, 0, count, int(out.cols), w.result_tile + w.out[o], w.out_stride);
+    }
+}
+
+template <class T>
+void run_chunk(const Job& job, const Work<T>& w, int64_t begin, int64_t end) {
+    const bool rows = job.task->rows;
+    const int64_t step = rows ? kTileA<T> : kTileB<T>;
+    for (int64_t first = begin; first < end; first += step) {
+        const int count = int(min_(step, end - first));
+        read_factors<T>(job, w, first, count);
+        __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs * kTileA<T> : w.out_stride * count));
+        for (int64_t s = 0; s < w.n_strips; ++s) {
+            const Strip<T>& strip = w.strips[s];
+            if (rows)
+                product<T, false>(int(strip.width), kTileA<T>, int(strip.depth), strip.values, strip.stride, 1,
+                                  w.factor_tile + strip.source * kTileA<T>, kTileA<T>,
+                                  w.result_tile + strip.out * kTileA<T>, kTileA<T>);
+            else
+                product<T, false>(count, int(strip.width), int(strip.depth), w.factor_tile + strip.source, 1,
+                                  w.source_stride, strip.values, strip.stride, w.result_tile + strip.out, w.out_stride);
+        }
+        if (rows)
+            add_identities_a<T>(w);
+        else
+            add_identities_b<T>(w, count);
+        write_outputs<T>(job, w, first, count);
+    }
+}
+
+// Whether float32 sums are as good as the output's dtype: see the head of this file.
+bool float_is_enough(const Job& job) {
+    for (int64_t f = 0; f < job.task->factors; ++f)
+        if (!is_half(job.factors[f])) return false;
+    for (int64_t o = 0; o < job.task->outputs; ++o) {
+        if (!is_half(job.matrices[job.outputs[o].matrix])) return false;
+        for (int64_t t = 0; t < job.outputs[o].terms; ++t) {
+            const Term& term = job.terms[job.outputs[o].first_term + t];
+            const int64_t r = rank(job.factors[term.factor], job.task->rows);
+            const int64_t lines = !term.coefficient ? 0 : job.task->rows ? term.columns : r;
+            const int64_t used = job.task->rows ? r : term.columns;
+            double largest = term.coefficient ? 0.0 : abs_(term.scale);
+            for (int64_t i = 0; i < lines; ++i)
+                for (int64_t j = 0; j < used; ++j) {
+                    const double* c = reinterpret_cast<const double*>(term.coefficient);
+                    largest = max_(largest, abs_(term.scale * c[i * term.stride + j]));
+                }
+            if (largest != 0.0 && !(largest >= kSmallest && largest <= kLargest)) return false;
+        }
+    }
+    return true;
+}
+
+// One thread's work on one task: laid out when the task is new to the thread.
+struct Prepared {
+    Workspace workspace, places;
+    int64_t task = -1;
+    bool is_float = false;
+    Work<float> f32{};
+    Work<double> f64{};
+
+    bool prepare(const Job& job, int64_t index) {
+        if (task == index) return true;
+        task = -1;
+        is_float = float_is_enough(job);
+        return (is_float ? lay_out_as<float>(job, f32) : lay_out_as<double>(job, f64)) && (task = index, true);
+    }
+
+    template <class T>
+    bool lay_out_as(const Job& job, Work<T>& w) {
+        if (!places.reserve(sizeof(int64_t) * (job.task->factors + job.task->outputs))) return false;
+        int64_t* p = reinterpret_cast<int64_t*>(places.data());
+        if (!workspace.reserve(lay_out<T>(nullptr, job, p, w))) return false;
+        lay_out<T>(workspace.data(), job, p, w);
+        return true;
+    }
+};
 
 }  // namespace
 
@@ -157,10 +313,8 @@ int combine(const Matrix* factors, const CombineTask* tasks, const CombineOutput
     int status = kDone;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Workspace workspace;
-        int64_t prepared = -1;
-        Layout layout{};
-#pragma omp for schedule(dynamic, 1)
+        Prepared own;
+#pragma omp for schedule(dynamic, 4)
         for (int64_t chunk = 0; chunk < starts[n_tasks]; ++chunk) {
             int64_t low = 0, high = n_tasks;  // the task with starts[low] <= chunk < starts[low + 1]
             while (high - low > 1) {
@@ -169,19 +323,17 @@ int combine(const Matrix* factors, const CombineTask* tasks, const CombineOutput
             }
             const CombineTask& task = tasks[low];
             const Job job{&task, factors + task.first_factor, outputs + task.first_output, matrices, terms};
-            if (prepared != low) {
-                if (!workspace.reserve(lay_out(nullptr, job, layout))) {
+            if (!own.prepare(job, low)) {
 #pragma omp atomic write
-                    status = kOutOfMemory;
-                    continue;
-                }
-                lay_out(workspace.data(), job, layout);
-                read_coefficients(job, layout);
-                prepared = low;
+                status = kOutOfMemory;
+                continue;
             }
             const int64_t n = length(matrices[job.outputs[0].matrix], task.rows);
-            const int64_t begin = (chunk - starts[low]) * kChunk;
-            run_chunk(job, layout, begin, min_(begin + kChunk, n));
+            const int64_t begin = (chunk - starts[low]) * kChunk, end = min_(begin + kChunk, n);
+            if (own.is_float)
+                run_chunk<float>(job, own.f32, begin, end);
+            else
+                run_chunk<double>(job, own.f64, begin, end);
         }
     }
     return status;

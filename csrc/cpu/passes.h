@@ -11,4 +11,6 @@ int combine(const Matrix* factors, const CombineTask* tasks, const CombineOutput
 
 int chain(const ChainArgs& args);
 
+bool finite(const Matrix& matrix);
+
 }  // namespace fastlora::FASTLORA_ISA

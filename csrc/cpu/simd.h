@@ -70,9 +70,24 @@ inline bool finite_(T x) {
     return x - x == T(0);
 }
 
+// Every lane x. (Vec<T>{} + x would spend an addition on it, and lose the sign of -0.)
 template <class T>
 inline Vec<T> splat(T x) {
-    return Vec<T>{} + x;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+        return (Vec<T>)_mm512_set1_ps(x);
+    else
+        return (Vec<T>)_mm512_set1_pd(x);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4)
+        return (Vec<T>)_mm256_set1_ps(x);
+    else
+        return (Vec<T>)_mm256_set1_pd(x);
+#else
+    Vec<T> v;
+    for (int i = 0; i < kLanes<T>; ++i) v[i] = x;
+    return v;
+#endif
 }
 
 inline Vec<float> sqrt(Vec<float> x) {

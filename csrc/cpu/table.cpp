@@ -9,6 +9,6 @@ namespace fastlora::FASTLORA_ISA {
 
 extern const Kernels table;
 const Kernels table = {
-    FASTLORA_STRING(FASTLORA_ISA), gram, combine, chain, eigh<float>, eigh<double>, svd<float>, svd<double>};
+    FASTLORA_STRING(FASTLORA_ISA), gram, combine, chain, finite, eigh<float>, eigh<double>, svd<float>, svd<double>};
 
 }  // namespace fastlora::FASTLORA_ISA

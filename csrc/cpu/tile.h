@@ -15,10 +15,10 @@ struct __attribute__((packed)) U16 {
     uint16_t value;
 };
 
-inline double from_bf16(uint16_t bits) { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
+inline float from_bf16(uint16_t bits) { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
 
 // Exact; the exponent is rebased by a multiplication, which also handles subnormal halves.
-inline double from_f16(uint16_t bits) {
+inline float from_f16(uint16_t bits) {
     const uint32_t sign = uint32_t(bits & 0x8000u) << 16, rest = bits & 0x7fffu;
     const float magnitude = __builtin_bit_cast(float, rest << 13) * 0x1p112f;
     const float special = __builtin_bit_cast(float, (rest << 13) | 0x7f800000u);  // infinity or NaN
@@ -45,133 +45,217 @@ inline uint16_t to_f16(float x) {
     return uint16_t(sign | ((size + 0xfffu + ((size >> 13) & 1u) - 0x38000000u) >> 13));
 }
 
-// `count` values of row `row` from column `column`, as float64.
-inline void read_row(const Matrix& m, int64_t row, int64_t column, int count, double* __restrict out) {
-    const int64_t first = row * m.stride + column;
+// Whether the values of a dtype and their products are exact in float32.
+inline bool is_half(const Matrix& m) { return m.dtype == int64_t(DType::f16) || m.dtype == int64_t(DType::bf16); }
+
+// Vectors of as many half-precision bit patterns, or 32-bit ones, as there are lanes of T.
+template <class T>
+struct Bits {
+    typedef uint16_t Half __attribute__((vector_size(2 * kLanes<T>)));
+    typedef uint32_t Word __attribute__((vector_size(4 * kLanes<T>)));
+    typedef float Float __attribute__((vector_size(4 * kLanes<T>)));
+    typedef double Double __attribute__((vector_size(8 * kLanes<T>)));
+};
+
+// Element types of a file: a value, and kLanes<T> values at once, to T and back.
+struct BF16 {
+    using Stored = U16;
+    template <class T>
+    static Vec<T> load_vector(const U16* p) {
+        typename Bits<T>::Half bits;
+        __builtin_memcpy(&bits, p, sizeof bits);
+        const auto wide = __builtin_convertvector(bits, typename Bits<T>::Word) << 16;
+        return __builtin_convertvector((typename Bits<T>::Float)wide, Vec<T>);
+    }
+    template <class T>
+    static void store_vector(U16* p, Vec<T> x) {
+        using Word = typename Bits<T>::Word;
+        const Word bits = (Word)__builtin_convertvector(x, typename Bits<T>::Float);
+        const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
+        const Word chosen = (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+        const auto half = __builtin_convertvector(chosen, typename Bits<T>::Half);
+        __builtin_memcpy(p, &half, sizeof half);
+    }
+    template <class T>
+    static T load_one(const U16* p) { return T(from_bf16(p->value)); }
+    template <class T>
+    static void store_one(U16* p, T x) { p->value = to_bf16(float(x)); }
+};
+
+struct F16 {
+    using Stored = U16;
+    template <class T>
+    static Vec<T> load_vector(const U16* p) {
+        using Word = typename Bits<T>::Word;
+        using Float = typename Bits<T>::Float;
+        typename Bits<T>::Half half;
+        __builtin_memcpy(&half, p, sizeof half);
+        const Word bits = __builtin_convertvector(half, Word), sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
+        const Word magnitude = (Word)((Float)(rest << 13) * 0x1p112f), special = (rest << 13) | 0x7f800000u;
+        const Word size = rest >= 0x7c00u ? special : magnitude;
+        return __builtin_convertvector((Float)(size | sign), Vec<T>);
+    }
+    template <class T>
+    static void store_vector(U16* p, Vec<T> x) {
+        for (int i = 0; i < kLanes<T>; ++i) p[i].value = to_f16(float(x[i]));
+    }
+    template <class T>
+    static T load_one(const U16* p) { return T(from_f16(p->value)); }
+    template <class T>
+    static void store_one(U16* p, T x) { p->value = to_f16(float(x)); }
+};
+
+struct Single {
+    using Stored = F32;
+    template <class T>
+    static Vec<T> load_vector(const F32* p) {
+        typename Bits<T>::Float x;
+        __builtin_memcpy(&x, p, sizeof x);
+        return __builtin_convertvector(x, Vec<T>);
+    }
+    template <class T>
+    static void store_vector(F32* p, Vec<T> x) {
+        const auto single = __builtin_convertvector(x, typename Bits<T>::Float);
+        __builtin_memcpy(p, &single, sizeof single);
+    }
+    template <class T>
+    static T load_one(const F32* p) { return T(p->value); }
+    template <class T>
+    static void store_one(F32* p, T x) { p->value = float(x); }
+};
+
+struct Double {
+    using Stored = F64;
+    template <class T>
+    static Vec<T> load_vector(const F64* p) {
+        typename Bits<T>::Double x;
+        __builtin_memcpy(&x, p, sizeof x);
+        return __builtin_convertvector(x, Vec<T>);
+    }
+    template <class T>
+    static void store_vector(F64* p, Vec<T> x) {
+        const auto wide = __builtin_convertvector(x, typename Bits<T>::Double);
+        __builtin_memcpy(p, &wide, sizeof wide);
+    }
+    template <class T>
+    static T load_one(const F64* p) { return T(p->value); }
+    template <class T>
+    static void store_one(F64* p, T x) { p->value = double(x); }
+};
+
+// Asks for the `bytes` that lie `ahead` bytes behind p: what the next tile will read. Several factors are streamed at
+// once, in pieces too short for the processor to foresee.
+inline void prefetch(const void* p, size_t bytes, ptrdiff_t ahead) {
+    const char* from = static_cast<const char*>(p) + ahead;
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+template <class E, class T>
+inline void read_as(const Matrix& m, int64_t row, int64_t column, int rows, int columns, T* out, int64_t stride) {
+    // The next tile lies behind this one: below it if rows are whole, to the right of it otherwise.
+    const ptrdiff_t ahead = (columns == m.cols ? rows * m.stride : columns) * ptrdiff_t(sizeof(typename E::Stored));
+    const auto* base = reinterpret_cast<const typename E::Stored*>(m.data) + row * m.stride + column;
+    for (int i = 0; i < rows; ++i) {
+        const auto* p = base + i * m.stride;
+        T* to = out + i * stride;
+        int j = 0;
+        prefetch(p, columns * sizeof *p, ahead);
+        for (; j + kLanes<T> <= columns; j += kLanes<T>) store<T>(to + j, E::template load_vector<T>(p + j));
+        for (; j < columns; ++j) to[j] = E::template load_one<T>(p + j);
+    }
+}
+
+template <class E, class T>
+inline void write_as(const Matrix& m, int64_t row, int64_t column, int rows, int columns, const T* in, int64_t stride) {
+    auto* base = reinterpret_cast<typename E::Stored*>(m.data) + row * m.stride + column;
+    for (int i = 0; i < rows; ++i) {
+        auto* p = base + i * m.stride;
+        const T* from = in + i * stride;
+        int j = 0;
+        for (; j + kLanes<T> <= columns; j += kLanes<T>) E::template store_vector<T>(p + j, load<T>(from + j));
+        for (; j < columns; ++j) E::template store_one<T>(p + j, from[j]);
+    }
+}
+
+// The block [row, row + rows) x [column, column + columns) as T, to out [rows, stride].
+template <class T>
+inline void read_block(const Matrix& m, int64_t row, int64_t column, int rows, int columns, T* out, int64_t stride) {
     switch (static_cast<DType>(m.dtype)) {
-        case DType::f32: {
-            const F32* p = reinterpret_cast<const F32*>(m.data) + first;
-            for (int i = 0; i < count; ++i) out[i] = p[i].value;
-            break;
-        }
-        case DType::f64: {
-            const F64* p = reinterpret_cast<const F64*>(m.data) + first;
-            for (int i = 0; i < count; ++i) out[i] = p[i].value;
-            break;
-        }
-        case DType::bf16: {
-            const U16* p = reinterpret_cast<const U16*>(m.data) + first;
-            for (int i = 0; i < count; ++i) out[i] = from_bf16(p[i].value);
-            break;
-        }
-        case DType::f16: {
-            const U16* p = reinterpret_cast<const U16*>(m.data) + first;
-            for (int i = 0; i < count; ++i) out[i] = from_f16(p[i].value);
-            break;
-        }
+        case DType::f32: return read_as<Single, T>(m, row, column, rows, columns, out, stride);
+        case DType::f64: return read_as<Double, T>(m, row, column, rows, columns, out, stride);
+        case DType::bf16: return read_as<BF16, T>(m, row, column, rows, columns, out, stride);
+        case DType::f16: return read_as<F16, T>(m, row, column, rows, columns, out, stride);
     }
 }
 
-inline void write_row(const Matrix& m, int64_t row, int64_t column, int count, const double* __restrict in) {
-    const int64_t first = row * m.stride + column;
+template <class T>
+inline void write_block(const Matrix& m, int64_t row, int64_t column, int rows, int columns, const T* in,
+                        int64_t stride) {
     switch (static_cast<DType>(m.dtype)) {
-        case DType::f32: {
-            F32* p = reinterpret_cast<F32*>(m.data) + first;
-            for (int i = 0; i < count; ++i) p[i].value = float(in[i]);
-            break;
-        }
-        case DType::f64: {
-            F64* p = reinterpret_cast<F64*>(m.data) + first;
-            for (int i = 0; i < count; ++i) p[i].value = in[i];
-            break;
-        }
-        case DType::bf16: {
-            U16* p = reinterpret_cast<U16*>(m.data) + first;
-            for (int i = 0; i < count; ++i) p[i].value = to_bf16(float(in[i]));
-            break;
-        }
-        case DType::f16: {
-            U16* p = reinterpret_cast<U16*>(m.data) + first;
-            for (int i = 0; i < count; ++i) p[i].value = to_f16(float(in[i]));
-            break;
-        }
+        case DType::f32: return write_as<Single, T>(m, row, column, rows, columns, in, stride);
+        case DType::f64: return write_as<Double, T>(m, row, column, rows, columns, in, stride);
+        case DType::bf16: return write_as<BF16, T>(m, row, column, rows, columns, in, stride);
+        case DType::f16: return write_as<F16, T>(m, row, column, rows, columns, in, stride);
     }
 }
 
-inline int padded(int64_t n) { return int((n + kLanes<double> - 1) / kLanes<double> * kLanes<double>); }
-
-// tile [count, stride] = rows first .. first + count of a [n, r] matrix, columns r .. padded(r) zero.
-inline void read_tile(const Matrix& m, int64_t first, int count, double* tile, int stride) {
-    for (int p = 0; p < count; ++p) {
-        double* row = tile + int64_t(p) * stride;
-        read_row(m, first + p, 0, int(m.cols), row);
-        for (int c = int(m.cols); c < stride; ++c) row[c] = 0.0;
-    }
+template <class T>
+inline int padded(int64_t n) {
+    return int((n + kLanes<T> - 1) / kLanes<T> * kLanes<T>);
 }
 
-// The same tile of a [r, n] matrix, transposed: tile [count, stride] with stride = padded(r).
-// `scratch` holds kLanes rows of `count` rounded up to kLanes.
-inline void read_tile_transposed(const Matrix& m, int64_t first, int count, double* tile, int stride, double* scratch) {
-    constexpr int lanes = kLanes<double>;
-    const int width = padded(count);
-    for (int c0 = 0; c0 < stride; c0 += lanes) {
-        for (int c = 0; c < lanes; ++c) {
-            double* row = scratch + int64_t(c) * width;
-            const int filled = c0 + c < m.rows ? count : 0;
-            if (filled) read_row(m, c0 + c, first, count, row);
-            for (int p = filled; p < width; ++p) row[p] = 0.0;
-        }
-        for (int p0 = 0; p0 < count; p0 += lanes) {
-            Vec<double> block[lanes];
-            for (int c = 0; c < lanes; ++c) block[c] = load<double>(scratch + int64_t(c) * width + p0);
-            transpose<double>(block);
-            const int rows = min_(lanes, count - p0);
-            for (int p = 0; p < rows; ++p) store<double>(tile + int64_t(p0 + p) * stride + c0, block[p]);
-        }
-    }
-}
-
-template <int kRows, int kVectors>
-inline void product_block(int k, const double* a, ptrdiff_t a_p, ptrdiff_t a_i, const double* b, ptrdiff_t b_p,
-                          double* c, ptrdiff_t c_i) {
-    constexpr int lanes = kLanes<double>;
-    Vec<double> sum[kRows][kVectors];
+// The loops are unrolled in full, or the compiler keeps the sums in memory.
+template <class T, int kRows, int kVectors, bool kFresh>
+inline void product_block(int k, const T* a, ptrdiff_t a_p, ptrdiff_t a_i, const T* b, ptrdiff_t b_p, T* c,
+                          ptrdiff_t c_i) {
+    constexpr int lanes = kLanes<T>;
+    Vec<T> sum[kRows][kVectors];
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = load<double>(c + i * c_i + v * lanes);
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = kFresh ? Vec<T>{} : load<T>(c + i * c_i + v * lanes);
     for (int p = 0; p < k; ++p) {
-        Vec<double> right[kVectors];
-        for (int v = 0; v < kVectors; ++v) right[v] = load<double>(b + p * b_p + v * lanes);
+        Vec<T> right[kVectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) right[v] = load<T>(b + p * b_p + v * lanes);
+#pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-            const Vec<double> left = splat<double>(a[p * a_p + i * a_i]);
+            const Vec<T> left = splat<T>(a[p * a_p + i * a_i]);
+#pragma GCC unroll 3
             for (int v = 0; v < kVectors; ++v) sum[i][v] += left * right[v];
         }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
-        for (int v = 0; v < kVectors; ++v) store<double>(c + i * c_i + v * lanes, sum[i][v]);
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) store<T>(c + i * c_i + v * lanes, sum[i][v]);
 }
 
-template <int kVectors>
-inline void product_columns(int m, int k, const double* a, ptrdiff_t a_p, ptrdiff_t a_i, const double* b, ptrdiff_t b_p,
-                            double* c, ptrdiff_t c_i) {
-    constexpr int rows = kVectorBytes == 64 ? 8 : 4;  // sums stay in 32 or 16 registers
+template <class T, int kVectors, bool kFresh>
+inline void product_columns(int m, int k, const T* a, ptrdiff_t a_p, ptrdiff_t a_i, const T* b, ptrdiff_t b_p, T* c,
+                            ptrdiff_t c_i) {
+    constexpr int rows = kVectorBytes == 64 ? 8 : 4;  // the sums stay in 32 or 16 registers
     int i = 0;
-    for (; i + rows <= m; i += rows) product_block<rows, kVectors>(k, a + i * a_i, a_p, a_i, b, b_p, c + i * c_i, c_i);
-    for (; i + 4 <= m; i += 4) product_block<4, kVectors>(k, a + i * a_i, a_p, a_i, b, b_p, c + i * c_i, c_i);
-    for (; i < m; ++i) product_block<1, kVectors>(k, a + i * a_i, a_p, a_i, b, b_p, c + i * c_i, c_i);
+    for (; i + rows <= m; i += rows)
+        product_block<T, rows, kVectors, kFresh>(k, a + i * a_i, a_p, a_i, b, b_p, c + i * c_i, c_i);
+    for (; i + 4 <= m; i += 4)
+        product_block<T, 4, kVectors, kFresh>(k, a + i * a_i, a_p, a_i, b, b_p, c + i * c_i, c_i);
+    for (; i < m; ++i) product_block<T, 1, kVectors, kFresh>(k, a + i * a_i, a_p, a_i, b, b_p, c + i * c_i, c_i);
 }
 
-// c[i, j] += sum_p a[p * a_p + i * a_i] * b[p * b_p + j]   for i < m, j < n; n is a multiple of kLanes.
-// Every sum runs over p in order, so a value never depends on how m and n are blocked.
-inline void product(int m, int n, int k, const double* a, ptrdiff_t a_p, ptrdiff_t a_i, const double* b, ptrdiff_t b_p,
-                    double* c, ptrdiff_t c_i) {
-    constexpr int lanes = kLanes<double>;
+// c[i, j] (+)= sum_p a[p * a_p + i * a_i] * b[p * b_p + j]   for i < m, j < n rounded up to kLanes;
+// kFresh: c is overwritten. Every sum runs over p in order, so a value never depends on how m and n are blocked.
+template <class T, bool kFresh>
+inline void product(int m, int n, int k, const T* a, ptrdiff_t a_p, ptrdiff_t a_i, const T* b, ptrdiff_t b_p, T* c,
+                    ptrdiff_t c_i) {
+    constexpr int lanes = kLanes<T>;
     int j = 0;
-    for (; j + 3 * lanes <= n; j += 3 * lanes) product_columns<3>(m, k, a, a_p, a_i, b + j, b_p, c + j, c_i);
-    if (j + 2 * lanes <= n) {
-        product_columns<2>(m, k, a, a_p, a_i, b + j, b_p, c + j, c_i);
-        j += 2 * lanes;
-    }
-    if (j < n) product_columns<1>(m, k, a, a_p, a_i, b + j, b_p, c + j, c_i);
+    for (; n - j > 2 * lanes; j += 3 * lanes)
+        product_columns<T, 3, kFresh>(m, k, a, a_p, a_i, b + j, b_p, c + j, c_i);
+    if (n - j > lanes)
+        product_columns<T, 2, kFresh>(m, k, a, a_p, a_i, b + j, b_p, c + j, c_i);
+    else if (n - j > 0)
+        product_columns<T, 1, kFresh>(m, k, a, a_p, a_i, b + j, b_p, c + j, c_i);
 }
 
 }  // namespace fastlora::FASTLORA_ISA

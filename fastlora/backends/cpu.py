@@ -124,6 +124,10 @@ def _combine_pass(jobs: list[CombineJob]) -> None:
     _core.combine(*map(_address, tables), len(tasks), torch.get_num_threads())
 
 
+def _finite(x: Tensor) -> bool:
+    return _core.finite(*_matrix(x))
+
+
 def _unpadded(x: Tensor, ranks: Tensor | None, rows: bool) -> list[Tensor]:
     """The ``k`` factors of one module without padding: ``x [k, n, r]`` or ``[k, r, n]``."""
     counts = [x.shape[1 if rows else 2]] * x.shape[0] if ranks is None else ranks.clamp(min=0).tolist()
@@ -154,7 +158,7 @@ def _gram(factors: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> Ten
 
 
 def _combine(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: bool) -> Tensor:
-    *batch, k, first, second = factors.shape
+    *batch, _, first, second = factors.shape
     n, q = (second, coefficients.shape[-2]) if rows else (first, coefficients.shape[-1])
     dtype = torch.float64 if factors.dtype == torch.float64 else torch.float32
     out = torch.zeros((*batch, q, n) if rows else (*batch, n, q), dtype=dtype)
@@ -228,6 +232,7 @@ KERNELS: Mapping[str, Kernel] = {
     "svd": Kernel(_svd, _supports),
     "chain": Kernel(_chain, _supports),
     "combine": Kernel(_combine, _supports),
+    "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_jobs),
     "combine_pass": Kernel(_combine_pass, _supports_jobs),
 }

@@ -54,6 +54,7 @@ KERNELS: Mapping[str, Kernel] = {
     "svd": Kernel(svd, always),
     "chain": Kernel(chain, always),
     "combine": Kernel(combine, always),
+    "finite": Kernel(lambda x: bool(x.isfinite().all()), always),
     "gram_pass": Kernel(_gram_pass, always),
     "combine_pass": Kernel(_combine_pass, always),
 }

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import fastlora
@@ -23,6 +22,7 @@ from fastlora.adapter import Adapter, BaseInfo, Extra, Layout
 from fastlora.errors import OutputError
 from fastlora.formats.peft import EMBEDDINGS, PREFIX, REGISTRATION_ORDER, WEIGHTS_NAME, WRAPPED, saved_module
 from fastlora.formats.peft_config import CONFIG_NAME, HEADS, exact_pattern
+from fastlora.formats.tensors import TensorFile
 from fastlora.output import writing
 
 
@@ -39,6 +39,71 @@ class _Contents:
     lora_bias: bool = False
 
 
+class AdapterFile:
+    """A PEFT directory that is written piece by piece, each tensor where its place in the file will be.
+
+    The shapes of all factors must be known at the start (``outlines``: factors, best on the meta device), since the
+    header of a safetensors file comes first; the factors themselves are given to :meth:`put`, some modules at a time
+    and in any order (the experts of one parameter together), and :meth:`close` writes the configuration. Nothing of a
+    tensor is kept here.
+
+    Raises :class:`OutputError` for contents that no PEFT directory can express and when writing fails.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        adapter: Adapter,
+        outlines: Mapping[str, tuple[Tensor, Tensor]],
+        dtype: torch.dtype,
+        extras: Mapping[str, Extra] | None = None,
+    ) -> None:
+        extras = adapter.extras if extras is None else extras
+        self.directory = directory
+        self.adapter = adapter
+        self.dtype = dtype
+        self._shifts = {p.removesuffix(".bias"): e.tensor for p, e in extras.items() if e.kind == "delta"}
+        self._values = {p: e.tensor for p, e in extras.items() if e.kind == "value"}
+        self._zeros = _zeros_for(self._shifts.keys() - outlines.keys(), adapter, dtype)
+        outlines = {m: (b.to("meta"), a.to("meta")) for m, (b, a) in {**outlines, **self._zeros}.items()}
+        self._contents = self._collect(outlines)
+        _add_values(self._contents, self._values, adapter.base)
+        if not self._contents.ranks:
+            raise OutputError(
+                f"{directory} was not written: adapter {adapter.name!r} has no factors, and PEFT needs one "
+                "module of rank 1 at least; write one module with zeros"
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = TensorFile(directory / WEIGHTS_NAME, self._contents.tensors, self._metadata())
+
+    def put(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Writes some modules: ``{module: (B [out, r], A [r, in])}`` with the scaling inside."""
+        self._file.write(self._collect(factors).tensors)
+
+    def close(self) -> None:
+        """Writes what belongs to no module, then the configuration."""
+        self.put(self._zeros)
+        values = _Contents(modules=self._contents.modules)
+        _add_values(values, self._values, self.adapter.base)
+        self._file.write(values.tensors)
+        self._file.close()
+        config = json.dumps(_config(self._contents, self.adapter.base), indent=2) + "\n"
+        with writing(self.directory / CONFIG_NAME):
+            (self.directory / CONFIG_NAME).write_text(config, encoding="utf-8")
+
+    def _collect(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> _Contents:
+        """The named tensors that some factors make; of shapes alone when the factors are on the meta device."""
+        contents = _Contents()
+        _add_factors(contents, self.adapter, factors, self.dtype)
+        if self._shifts:
+            _add_shifts(contents, self._shifts, self.adapter, factors, self.dtype)
+        return contents
+
+    def _metadata(self) -> dict[str, str]:
+        data = {"version": fastlora.__version__, "provenance": self.adapter.provenance}
+        return {"format": "pt", "fastlora": json.dumps(data, default=str)}
+
+
 def write(
     directory: Path,
     adapter: Adapter,
@@ -46,45 +111,20 @@ def write(
     dtype: torch.dtype,
     extras: Mapping[str, Extra] | None = None,
 ) -> None:
-    """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into ``directory``.
+    """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into ``directory``, all at once.
 
     adapter: says what the factors belong to: layouts, base model, provenance.
     factors: ``{module: (B [out, r], A [r, in])}`` with the scaling inside and ``r ≥ 1``. Modules of
-    ``adapter`` that are not there are not written. Tensors that have ``dtype`` already are written from
+        ``adapter`` that are not there are not written. Tensors that have ``dtype`` already are written from
         where they lie.
     extras: what else to write; those of ``adapter`` by default. Values keep their dtype.
 
     Raises :class:`OutputError` for values that overflow ``dtype``, for contents that no PEFT directory can
     express and when writing fails.
     """
-    extras = adapter.extras if extras is None else extras
-    contents = _Contents()
-    shifts = {p.removesuffix(".bias"): e.tensor for p, e in extras.items() if e.kind == "delta"}
-    factors = {**factors, **_zeros_for(shifts.keys() - factors.keys(), adapter, dtype)}
-    _add_factors(contents, adapter, factors, dtype)
-    if shifts:
-        _add_shifts(contents, shifts, adapter, factors, dtype)
-    _add_values(contents, {p: e.tensor for p, e in extras.items() if e.kind == "value"}, adapter.base)
-    if not contents.ranks:
-        raise OutputError(
-            f"{directory} was not written: adapter {adapter.name!r} has no factors, and PEFT needs one "
-            "module of rank 1 at least; write one module with zeros"
-        )
-    metadata = {
-        "format": "pt",
-        "fastlora": json.dumps(
-            {"version": getattr(fastlora, "__version__", "unknown"), "provenance": adapter.provenance},
-            default=str,
-        ),
-    }
-    weights = directory / WEIGHTS_NAME
-    with writing(weights):
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(_unshared(contents.tensors), weights, metadata=metadata)
-        _order_metadata(weights, metadata)
-    config = json.dumps(_config(contents, adapter.base), indent=2) + "\n"
-    with writing(directory / CONFIG_NAME):
-        (directory / CONFIG_NAME).write_text(config, encoding="utf-8")
+    file = AdapterFile(directory, adapter, factors, dtype, extras)
+    file.put(factors)
+    file.close()
 
 
 def _zeros_for(modules: Iterable[str], adapter: Adapter, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
@@ -141,8 +181,9 @@ def _pack_experts(
     count = next(iter(experts.values())).experts
     rank = max(factors[m][1].shape[0] for m in experts)
     n, m = next((factors[x][0].shape[0], factors[x][1].shape[1]) for x in experts)
-    packed_b = torch.zeros(n, rank, count, dtype=dtype)
-    packed_a = torch.zeros(count, rank, m, dtype=dtype)
+    device = next(factors[x][0].device for x in experts)
+    packed_b = torch.zeros(n, rank, count, dtype=dtype, device=device)
+    packed_a = torch.zeros(count, rank, m, dtype=dtype, device=device)
     for module, layout in experts.items():
         left, right = factors[module]
         packed_b[:, : left.shape[1], layout.expert] = cast(left, dtype, module)
@@ -269,6 +310,8 @@ def cast(tensor: Tensor, dtype: torch.dtype, module: str) -> Tensor:
 
     Raises :class:`OutputError` when a value is beyond the range of ``dtype``.
     """
+    if tensor.is_meta:
+        return tensor.to(dtype)
     result = tensor.detach().to("cpu", dtype).contiguous()
     if tensor.dtype != dtype and not bool(torch.isfinite(result).all()):
         largest = float(tensor.abs().max())
@@ -280,30 +323,3 @@ def cast(tensor: Tensor, dtype: torch.dtype, module: str) -> Tensor:
         )
         raise OutputError(f"module {module!r} {problem}")
     return result
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, copied where they overlap in memory, which safetensors refuses."""
-    result = dict(tensors)
-    end = 0
-    for name in sorted(result, key=lambda n: result[n].data_ptr()):
-        tensor = result[name]
-        start = tensor.data_ptr()
-        if start < end:
-            result[name] = tensor.clone()
-        end = max(end, start + tensor.nbytes)
-    return result
-
-
-def _order_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Puts the metadata in the order given: safetensors picks a random one for each run."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length)
-        start = len(b'{"__metadata__":')
-        ordered = json.dumps(metadata, separators=(",", ":")).encode()
-        end = start + len(ordered)
-        if json.loads(header[start:end]) != metadata:
-            raise OutputError(f"{path}: the metadata of the file is not what was written; report this as a bug")
-        file.seek(8 + start)
-        file.write(ordered)

@@ -1,8 +1,11 @@
-"""Tensor files as mappings from name to tensor, read where they lie."""
+"""Tensor files: read where they lie, written in place."""
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +13,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastlora.errors import InputError
+from fastlora.output import writing
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+ALIGNMENT = 64  # of the first tensor: SIMD loads of aligned rows stay within cache lines
 
 LFS_POINTER = b"version https://git-lfs"
 
@@ -27,6 +45,63 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} is no readable safetensors file ({error}); it may be cut off: copy or download it again"
         ) from None
+
+
+class TensorFile:
+    """A safetensors file whose tensors are written one by one, in any order, each at its place.
+
+    The safetensors library writes a file from tensors that are all in memory; this one is given their shapes first
+    (``outlines``: tensors, on the meta device or not) and keeps nothing.
+    """
+
+    def __init__(self, path: Path, outlines: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        self.path = path
+        self._places: dict[str, tuple[int, int]] = {}
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        offset = 0
+        for name in sorted(outlines, key=lambda n: (-outlines[n].element_size(), n)):
+            tensor = outlines[name]
+            end = offset + tensor.numel() * tensor.element_size()
+            header[name] = {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, end],
+            }
+            self._places[name] = offset, end
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % ALIGNMENT)
+        self._start = 8 + len(text)
+        self._missing = set(outlines)
+        with writing(path), path.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(self._start + offset)
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Writes some tensors, which have the shapes and dtypes that were announced.
+
+        The file is open only meanwhile: a decomposition of many pairs has more files than a process may hold open.
+        """
+        with writing(self.path), self.path.open("r+b", buffering=0) as file:
+            for name, tensor in tensors.items():
+                start, end = self._places[name]
+                if tensor.nbytes != end - start:
+                    raise ValueError(f"{name}: {tensor.nbytes} bytes where {end - start} were announced")
+                if tensor.nbytes:
+                    _write_at(file.fileno(), tensor.contiguous().reshape(-1).view(torch.uint8), self._start + start)
+                self._missing.discard(name)
+
+    def close(self) -> None:
+        """Checks that every tensor was written."""
+        if self._missing:
+            raise ValueError(f"{self.path}: {min(self._missing)} was announced and not written")
+
+
+def _write_at(handle: int, data: Tensor, offset: int) -> None:
+    view = memoryview(data.numpy())  # type: ignore[arg-type]
+    while len(view):
+        written = os.pwrite(handle, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:

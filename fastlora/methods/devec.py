@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.adapter import Adapter, BaseInfo, Factor, Update, add
-from fastlora.engine import check_diagonal, chunks, gram_blocks, widest, with_rank_zero
+from fastlora.engine import check_diagonal, chunks, gram_blocks, sources, widest, with_rank_zero
+from fastlora.memory import is_bounded, release
 from fastlora.methods.arithmetic import common_base
 from fastlora.methods.spectrum import default_rtol, factor, raise_for_info, sides, unscaled_floor
 from fastlora.ops.gram import blocks_of
@@ -125,12 +126,10 @@ def read_blocks(pool: Pool, group: Group, modules: list[str], side: str, kind: s
     k, r = len(names), max(1, *group.ranks)
     projected = gram_blocks([[factor(u, projected_side) for u in row] for row in updates], r, blocks_of(kind, k))
     other = gram_blocks([[factor(u, other_side) for u in row] for row in updates], r, blocks_of("diagonal", k))
-    for i, module in enumerate(modules):
-        check_diagonal(names, module, projected[i], projected_side)
-        check_diagonal(names, module, other[i], other_side)
-    floor = torch.tensor(
-        [[unscaled_floor(u) for u in row] for row in updates], dtype=torch.float64
-    )
+    check_diagonal(names, modules, projected, projected_side)
+    check_diagonal(names, modules, other, other_side)
+    release(sources(u for row in updates for u in row))
+    floor = torch.tensor([[unscaled_floor(u) for u in row] for row in updates], dtype=torch.float64)
     return Blocks(
         modules, names, updates, projected, torch.diagonal(other, dim1=1, dim2=2).movedim(-1, 1), floor, group
     )
@@ -341,6 +340,10 @@ def module_parts(pool: Pool, rtol: float | None, label: str) -> Iterator[tuple[G
     work = []
     for group, members in group_modules(pool, pool.modules, rtol).items():
         k, r = len(group.members), max(1, *group.ranks)
-        for part in chunks(len(members), 8 * 4 * k * k * r * r):
+        size = 8 * 4 * k * k * r * r
+        if is_bounded():
+            updates = (pool.adapters[i].updates[m] for m in members for i in group.members)
+            size += sum(s.nbytes for s in sources(updates)) // len(members)
+        for part in chunks(len(members), size):
             work.append((group, [members[i] for i in part]))
     return track(work, label)

@@ -103,9 +103,8 @@ def _one_chunk(
 ) -> dict[str, SingularForm]:
     left = gram_blocks([[u.B] for u in updates], r, [(0, 0)])  # [g, 1, 1, r, r]
     right = gram_blocks([[u.A] for u in updates], r, [(0, 0)])
-    for i, module in enumerate(modules):
-        check_diagonal([name], module, left[i], "B")
-        check_diagonal([name], module, right[i], "A")
+    check_diagonal([name], modules, left, "B")
+    check_diagonal([name], modules, right, "A")
     floor = torch.tensor([[unscaled_floor(u)] for u in updates], dtype=torch.float64)
     chain = ops.chain(
         left,

@@ -24,6 +24,8 @@ def compress(adapter: Adapter, *, rank: int | None = None, energy: float | None 
     """
     if rank is None and energy is None:
         raise InputError("compress: give rank=N or energy=X (the share of Σσ² to keep, above 0 and at most 1)")
+    if rank is not None and energy is not None:
+        raise InputError("compress: give a rank or a share of the energy, not both")
     if rank is not None and rank < 1:
         raise InputError(f"compress: rank={rank} must be at least 1")
     if energy is not None and not 0.0 < energy <= 1.0:

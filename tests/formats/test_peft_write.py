@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from build import MODULES, gaussian, make_adapter, make_factors
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from fastlora.adapter import Adapter, BaseInfo, Extra, Factor, Layout, Update
 from fastlora.errors import OutputError
-from fastlora.formats import load, peft_write
+from fastlora.formats import load
 from fastlora.formats.peft_config import exact_pattern, pattern_key
 from fastlora.formats.peft_write import exclude_pattern, write
 
@@ -206,10 +208,10 @@ def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object, **kwargs: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(peft_write, "save_file", full)
+    monkeypatch.setattr(os, "pwrite", full)
     factors = make_factors()
     with pytest.raises(OutputError, match=r"safetensors could not be written: the disk is full"):
         write(tmp_path / "a", adapter_of(factors), factors, torch.float32)

@@ -41,7 +41,9 @@ def same_spectrum(values: Tensor, dense: Tensor, atol: float = 1e-9) -> None:
             assert float((large[:, None] - others).abs().amin(1).max()) <= atol
 
 
-def check(parts: Sequence[pools.Part], kind: str, threshold: float, cut: dict[str, float], dense: Dense) -> fl.ops.Chain:
+def check(
+    parts: Sequence[pools.Part], kind: str, threshold: float, cut: dict[str, float], dense: Dense
+) -> fl.ops.Chain:
     B, A = stack(parts)
     found = fl.ops.chain(*blocks_of(B, A, kind), threshold=threshold, kind=kind, **cut)  # type: ignore[arg-type]
     shared = int(found.shared)
@@ -156,7 +158,13 @@ def test_same_bits(kind: str) -> None:
              for s in range(5)]  # fmt: skip
     left, right = blocks_of(*(torch.stack(x) for x in zip(*pairs, strict=True)), kind)
     for i in range(6):
-        same_bits(lambda x, y, i=i: torch.view_as_real(z) if (z := fl.ops.chain(x, y, kind=kind, threshold=0.1)[i]).is_complex() else z, left, right)
+        same_bits(
+            lambda x, y, i=i: (
+                torch.view_as_real(z) if (z := fl.ops.chain(x, y, kind=kind, threshold=0.1)[i]).is_complex() else z
+            ),
+            left,
+            right,
+        )
     expected = fl.ops.chain(left, right, kind=kind)
     for name, same in strided(left):
         for x, y in zip(fl.ops.chain(same, right, kind=kind), expected, strict=True):

@@ -107,7 +107,9 @@ def test_same_bits(dtype: torch.dtype, rows: bool) -> None:
 ])  # fmt: skip
 def test_empty(backend: str, batch: int, k: int, n: int, r: int, q: int, rows: bool) -> None:
     with fl.use_backend(backend):
-        got = fl.ops.combine(tall(batch, k, n, r, dtype=torch.float32, rows=rows), small(batch, k, r, q, rows=rows), rows=rows)
+        got = fl.ops.combine(
+            tall(batch, k, n, r, dtype=torch.float32, rows=rows), small(batch, k, r, q, rows=rows), rows=rows
+        )
     assert got.shape == ((batch, q, n) if rows else (batch, n, q))
     assert k * r > 0 or (got == 0).all()
 

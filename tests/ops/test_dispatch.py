@@ -148,7 +148,9 @@ def test_backends_agree(call: Call, x: Tensor) -> None:
     with fl.use_backend("reference"):
         expected = call(x)
     found = call(x)
-    if isinstance(found, fl.ops.Chain):  # any orthonormal basis of the shared space will do; test_chain.py compares spaces
+    if isinstance(
+        found, fl.ops.Chain
+    ):  # any orthonormal basis of the shared space will do; test_chain.py compares spaces
         found, expected = found[1:], expected[1:]
     for got, wanted in zip(tensors(found), tensors(expected), strict=True):
         if got.shape[-1:] and got.dtype != torch.int64:

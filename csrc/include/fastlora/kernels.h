@@ -84,6 +84,7 @@ struct Kernels {
     int (*combine)(const Matrix* factors, const CombineTask* tasks, const CombineOutput* outputs,
                    const Matrix* matrices, const Term* terms, int64_t n_tasks, int threads);
     int (*chain)(const ChainArgs& args);
+    bool (*finite)(const Matrix& matrix);  // neither NaN nor infinity
     // a [batch, n, n] row-major; values [batch, n] ascending; vectors [batch, n, n]: row j is eigenvector j.
     int (*eigh_f32)(const float* a, float* values, float* vectors, int32_t* info, int64_t batch, int n, int threads);
     int (*eigh_f64)(const double* a, double* values, double* vectors, int32_t* info, int64_t batch, int n, int threads);
