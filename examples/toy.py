@@ -65,7 +65,7 @@ def plot(trials: dict[float, list[Trial]], path: Path) -> None:
     for axis, (noise, draws) in zip(axes, trials.items(), strict=False):
         axis.hist(draws[0].values.numpy(), bins=40, range=(0, 1))
         axis.axvline(THRESHOLD, color="black", linestyle="--", label=f"τ = {THRESHOLD}")
-        axis.set(title=f"σ = {noise}", xlabel="eigenvalue", ylim=(0, 60))
+        axis.set(title=f"σ = {noise}", xlabel="eigenvalue", ylim=(0, 90))
     axes[0].set_ylabel("directions")
     axes[0].legend()
     for noise, draws in trials.items():

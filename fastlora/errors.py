@@ -6,6 +6,11 @@ from __future__ import annotations
 class FastloraError(Exception):
     """Wrong use or bad input. The command line prints the message alone and exits with 2."""
 
+    def __str__(self) -> str:
+        # Names and fields come from files: what they hold must not steer a terminal or break a log.
+        text = super().__str__()
+        return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class InputError(FastloraError, ValueError):
     """A file, tensor, name or argument that cannot be used as it is."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+# Threads that spin while they wait make small matrices ten times slower on a machine that has other work. OpenMP reads
+# this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402
 
 # Tests of the ops use the pools of the methods' tests.
 sys.path.append(str(Path(__file__).parent / "methods"))

@@ -73,6 +73,11 @@ def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
     return x.data_ptr(), rows, columns, x.stride(0), DTYPES[x.dtype]
 
 
+def _readable(x: Tensor) -> Tensor:
+    """The matrix itself where its rows are contiguous, as loaded ones are; else a copy."""
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
 def _table(rows: list[tuple[Any, ...]], columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.array(rows, dtype=np.int64).reshape(-1, columns)
 
@@ -85,9 +90,10 @@ def _gram_pass(jobs: list[GramJob]) -> None:
     factors: list[tuple[Any, ...]] = []
     tasks: list[tuple[Any, ...]] = []
     blocks: list[tuple[Any, ...]] = []
-    for job in jobs:
+    read = [[_readable(x) for x in job.factors] for job in jobs]  # alive until the kernel is done
+    for job, own in zip(jobs, read, strict=True):
         tasks.append((len(factors), len(job.factors), len(blocks), len(job.blocks), int(job.rows)))
-        factors += [_matrix(x) for x in job.factors]
+        factors += [_matrix(x) for x in own]
         blocks += [(i, j, out.data_ptr(), out.stride(0)) for i, j, out in job.blocks]
     tables = _table(factors, 5), _table(tasks, 5), _table(blocks, 4)
     _core.gram(*map(_address, tables), len(tasks), torch.get_num_threads())
@@ -100,9 +106,10 @@ def _combine_pass(jobs: list[CombineJob]) -> None:
     matrices: list[tuple[Any, ...]] = []
     terms: list[tuple[Any, ...]] = []
     scales: list[float] = []
-    for job in jobs:
+    read = [[_readable(x) for x in job.factors] for job in jobs]  # alive until the kernel is done
+    for job, own in zip(jobs, read, strict=True):
         tasks.append((len(factors), len(job.factors), len(outputs), len(job.outputs), int(job.rows)))
-        factors += [_matrix(x) for x in job.factors]
+        factors += [_matrix(x) for x in own]
         for out, out_terms in job.outputs:
             outputs.append((len(matrices), len(terms), len(out_terms)))
             matrices.append(_matrix(out))

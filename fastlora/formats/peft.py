@@ -236,6 +236,11 @@ def _check_factors(path: str, module: _Module, file: Path) -> None:
             f"{file}: module {path!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}: their ranks "
             f"{a.shape[0]} and {b.shape[1]} must agree; save or download the adapter again"
         )
+    if a.shape[0] > b[:, 0].numel() + a[0].numel():
+        raise InputError(
+            f"{file}: module {path!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}: its rank is larger than "
+            "both sides of the module together, so the update can be stored in less; compress it first"
+        )
     shift = module.tensors.get("bias")
     if shift is not None and shift.shape != b.shape[:1]:
         raise InputError(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from fastlora.adapter import BaseInfo
 from fastlora.errors import InputError, UnsupportedAdapter
+from fastlora.formats.files import is_plain, parse_object, require_file, shown
+from fastlora.formats.patterns import Patterns
 
 CONFIG_NAME = "adapter_config.json"
+LARGEST_CONFIG = 64 << 20
+LARGEST_RANK = 1 << 24
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -77,30 +79,26 @@ class PeftConfig:
     path: Path
     rank: int
     alpha: float
+    rank_pattern: Patterns
+    alpha_pattern: Patterns
     rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     lora_bias: bool = False
     target_parameters: tuple[str, ...] = ()
     base: BaseInfo = field(default_factory=BaseInfo)
     notes: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
-        return self.rank_pattern.get(pattern_key(self.rank_pattern, module), self.rank)
+        rank = self.rank_pattern.value(module)
+        return self.rank if rank is None else int(rank)
 
     def scaling_of(self, module: str, rank: int) -> float:
         """``s = α/r``, or ``α/√r`` with rsLoRA, with this module's own ``α``."""
-        alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, module), self.alpha)
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
-
-
-def pattern_key(patterns: Iterable[str], module: str) -> str:
-    """The first pattern that matches the whole module path, or the part of it after some dot."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), module)
+        alpha = self.alpha_pattern.value(module)
+        return (self.alpha if alpha is None else alpha) / (math.sqrt(rank) if self.rslora else rank)
 
 
 def exact_pattern(module: str) -> str:
-    """A pattern that :func:`pattern_key` matches with this module and no other."""
+    """A pattern that PEFT matches with this module and no other."""
     return "^" + re.escape(module)
 
 
@@ -113,7 +111,7 @@ def read_config(directory: Path, name: str) -> PeftConfig:
     path = directory / CONFIG_NAME
     reader = _Fields(path, _read_json(path))
     _refuse_other_kinds(reader, name)
-    rank = reader.integer("r", minimum=1)
+    rank = reader.integer("r", minimum=1, maximum=LARGEST_RANK)
     bias = reader.text("bias", "none") or "none"
     if bias not in ("none", "all", "lora_only"):
         reader.fail("bias", 'one of "none", "all", "lora_only"')
@@ -131,7 +129,7 @@ def read_config(directory: Path, name: str) -> PeftConfig:
         rank=rank,
         alpha=reader.number("lora_alpha"),
         rslora=reader.flag("use_rslora"),
-        rank_pattern={k: int(v) for k, v in reader.pattern("rank_pattern", whole=True).items()},
+        rank_pattern=reader.pattern("rank_pattern", whole=True),
         alpha_pattern=reader.pattern("alpha_pattern", whole=False),
         lora_bias=reader.flag("lora_bias"),
         target_parameters=tuple(dict.fromkeys(reader.texts("target_parameters"))),
@@ -145,20 +143,17 @@ def read_config(directory: Path, name: str) -> PeftConfig:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         raise InputError(
             f"{path.parent} has no {CONFIG_NAME}, so it is no PEFT adapter directory; "
             "pass the directory that `model.save_pretrained(...)` of a PEFT model wrote"
-        ) from None
+        )
+    require_file(path, LARGEST_CONFIG)
+    try:
+        raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check the permissions") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); save or download the adapter again") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds a JSON {type(values).__name__}, an object with fields is needed")
-    return values
+    return parse_object(raw, str(path))
 
 
 def _refuse_other_kinds(reader: _Fields, name: str) -> None:
@@ -168,7 +163,7 @@ def _refuse_other_kinds(reader: _Fields, name: str) -> None:
         if not isinstance(kind, str):
             reader.fail("peft_type", 'the text "LORA"')
         raise UnsupportedAdapter(
-            f"adapter {name!r} is of PEFT type {kind} ({path}): only LoRA adapters are pairs of factors; "
+            f"adapter {name!r} is of PEFT type {kind[:40]!r} ({path}): only LoRA adapters are pairs of factors; "
             f"convert it with `peft.save_as_lora` where peft supports that, or {MERGE_FIRST}"
         )
     for key, what in VARIANTS.items():
@@ -184,7 +179,7 @@ def _refuse_other_kinds(reader: _Fields, name: str) -> None:
     for key, value in values.items():
         if key not in known and value not in (None, False, "", [], {}):
             raise UnsupportedAdapter(
-                f"adapter {name!r}: field {key!r} = {json.dumps(value)[:80]} in {path} is unknown, and it "
+                f"adapter {name!r}: field {key[:80]!r} = {shown(value)} in {path} is unknown, and it "
                 "may change what the factors mean; if it does not, remove the field or set it to null"
             )
 
@@ -205,12 +200,12 @@ def _refuse_residual_base(reader: _Fields, name: str) -> None:
             "which makes it a plain LoRA adapter"
         )
         raise UnsupportedAdapter(
-            f"adapter {name!r} was started with {method} (init_lora_weights = {value!r} in {reader.path}): "
+            f"adapter {name!r} was started with {method} (init_lora_weights = {value[:40]!r} in {reader.path}): "
             f"its factors belong to a residual of the base model, not to the base model; {convert}"
         )
     if start not in HARMLESS_INITIALISATIONS:
         raise UnsupportedAdapter(
-            f"adapter {name!r}: init_lora_weights = {value!r} in {reader.path} is an unknown "
+            f"adapter {name!r}: init_lora_weights = {value[:40]!r} in {reader.path} is an unknown "
             "initialisation, and some change the base model; set it to true if the factors belong to the "
             "unchanged base model"
         )
@@ -224,13 +219,13 @@ class _Fields:
     values: dict[str, Any]
 
     def fail(self, key: str, needed: str) -> NoReturn:
-        found = f"is {json.dumps(self.values[key])[:80]}" if key in self.values else "is missing"
+        found = f"is {shown(self.values[key])}" if key in self.values else "is missing"
         raise InputError(f"{self.path}: field {key!r} {found}, needed is {needed}; correct the file")
 
-    def integer(self, key: str, minimum: int) -> int:
+    def integer(self, key: str, minimum: int, maximum: int) -> int:
         value = self.values.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            self.fail(key, f"a whole number of at least {minimum}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            self.fail(key, f"a whole number of at least {minimum} and at most {maximum}")
         return value
 
     def number(self, key: str) -> float:
@@ -247,16 +242,18 @@ class _Fields:
 
     def text(self, key: str, default: str | None = None) -> str | None:
         value = self.values.get(key)
-        if value is not None and not isinstance(value, str):
-            self.fail(key, "a text or null")
+        if value is not None and not (isinstance(value, str) and is_plain(value)):
+            self.fail(key, "a text without control characters, or null")
         return value or default
 
     def texts(self, key: str) -> list[str]:
         value = self.values.get(key)
         if value is None:
             return []
-        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-            self.fail(key, "a list of texts or null")
+        if not isinstance(value, list) or not all(
+            isinstance(v, str) and v and is_plain(v) for v in value
+        ):
+            self.fail(key, "a list of texts without control characters, or null")
         return list(value)
 
     def ranges(self, key: str) -> tuple[tuple[int, int], ...] | None:
@@ -270,24 +267,15 @@ class _Fields:
             self.fail(key, "a list of [first, end) pairs of layer numbers or null")
         return tuple((first, end) for first, end in value)
 
-    def pattern(self, key: str, *, whole: bool) -> dict[str, float]:
+    def pattern(self, key: str, *, whole: bool) -> Patterns:
         value = self.values.get(key)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
+        if value is not None and not isinstance(value, dict):
             self.fail(key, "an object {module pattern: number} or null")
-        for pattern, number in value.items():
-            sound = type(number) is int and number >= 0 if whole else _is_number(number)
+        for number in (value or {}).values():
+            sound = type(number) is int and 0 <= number <= LARGEST_RANK if whole else _is_number(number)
             if not sound:
                 self.fail(key, f"a {'whole' if whole else 'finite'} number for each pattern")
-            try:
-                re.compile(rf"(.*\.)?({pattern})$")
-            except re.error as error:
-                raise InputError(
-                    f"{self.path}: field {key!r} has the pattern {pattern!r}, which is no regular "
-                    f"expression ({error}); correct the file"
-                ) from None
-        return dict(value)
+        return Patterns(value or {}, f"{self.path}: field {key!r}")
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastlora.errors import InputError
+from fastlora.formats.files import is_plain, parse_object, require_file, shown
 from fastlora.output import writing
 
 DTYPE_NAMES = {
@@ -29,6 +31,13 @@ DTYPE_NAMES = {
 }
 ALIGNMENT = 64  # of the first tensor: SIMD loads of aligned rows stay within cache lines
 
+LARGEST_HEADER = 100_000_000
+"""Bytes: the limit of safetensors."""
+LONGEST_NAME = 1000
+"""Characters of a tensor's name."""
+MOST_VIEWS = 4
+"""How often the bytes of a file may be used: tied tensors share theirs."""
+
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -38,13 +47,49 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Nothing is copied, so addresses can be odd: they are where the file put the tensors.
     """
     _refuse_pointer(path)
+    _check_header(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
         raise InputError(
-            f"{path} is no readable safetensors file ({error}); it may be cut off: copy or download it again"
+            f"{path} is no readable safetensors file ({_first_line(error)}); it may be cut off: copy or download it again"
         ) from None
+
+
+def _check_header(path: Path) -> None:
+    """Refuses what safetensors accepts or has no name for: tensors named twice, names and shapes that nothing can use.
+
+    Offsets and sizes are left to safetensors, which checks every one of them.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        size = os.fstat(file.fileno()).st_size
+        if len(start) < 8 or length > min(size - 8, LARGEST_HEADER):
+            raise InputError(
+                f"{path} is no readable safetensors file (its header should have {length} bytes of {size}); "
+                "it may be cut off: copy or download it again"
+            )
+        header = parse_object(file.read(length), f"{path} is no readable safetensors file: its header")
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if not is_plain(name):
+            raise InputError(f"{path}: tensor {name[:300]!r} has control characters in its name; rename it")
+        if len(name) > LONGEST_NAME:
+            raise InputError(f"{path}: tensor {name[:60]!r}… has a name of {len(name)} characters; rename it")
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape) or len(shape) > 64:
+            raise InputError(f"{path}: tensor {name!r} has the shape {shown(shape)}; copy or download the file again")
+        offsets = entry.get("data_offsets")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
+            raise InputError(f"{path}: tensor {name!r} has the offsets {shown(offsets)}; copy or download the file again")
+        if not 0 <= offsets[0] <= offsets[1] <= size - 8 - length:
+            raise InputError(
+                f"{path} is no readable safetensors file (tensor {name!r} lies at {shown(offsets)}, but there are "
+                f"{size - 8 - length} bytes of tensors); it may be cut off: copy or download it again"
+            )
 
 
 class TensorFile:
@@ -107,15 +152,16 @@ def _write_at(handle: int, data: Tensor, offset: int) -> None:
 def read_torch(path: Path) -> dict[str, Tensor]:
     """Every tensor of a file written by ``torch.save``; only tensors and plain containers are unpickled."""
     _refuse_pointer(path)
+    size = path.stat().st_size
+    # Only mapped storages are held against the size of the file. Files older than torch 1.6 are no zip archives and
+    # cannot be mapped.
+    mapped = _is_archive(path, size)
     try:
-        try:
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            # Files older than torch 1.6 are no zip archives and cannot be mapped.
-            values = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        # What a damaged pickle raises has no common class: unpickling runs operations with arguments from the file.
         raise InputError(
             f"{path} is no readable file of tensors ({_first_line(error)}); "
             "save the adapter again as safetensors, or download it again"
@@ -124,7 +170,36 @@ def read_torch(path: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in values.items()
     ):
         raise InputError(f"{path} holds no mapping from names to tensors; save the adapter again as safetensors")
+    total = 0
+    for key, value in values.items():
+        if not is_plain(key) or len(key) > LONGEST_NAME:
+            raise InputError(f"{path}: tensor {key[:60]!r} has control characters in its name, or is too long; rename it")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise InputError(f"{path}: tensor {key!r} is no plain tensor; save the adapter again as safetensors")
+        total += value.nbytes
+        if value.nbytes > value.untyped_storage().nbytes() or total > MOST_VIEWS * size:
+            raise InputError(
+                f"{path}: tensor {key!r} is {list(value.shape)}, more than the file holds; "
+                "save the adapter again as safetensors"
+            )
     return {key: value.detach() for key, value in values.items()}
+
+
+def _is_archive(path: Path, size: int) -> bool:
+    """Whether a file of tensors is a zip archive, as all but the oldest are. Refuses archives that grow when unpacked."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except Exception as error:
+        raise InputError(
+            f"{path} is no readable file of tensors ({_first_line(error)}); "
+            "save the adapter again as safetensors, or download it again"
+        ) from None
+    if unpacked > size:
+        raise InputError(f"{path} has {size} bytes and unpacks to {unpacked}; save the adapter again as safetensors")
+    return True
 
 
 def _first_line(error: Exception) -> str:
@@ -132,6 +207,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _refuse_pointer(path: Path) -> None:
+    require_file(path)
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))

@@ -52,10 +52,10 @@ def method(name: str, *, summary: str, parameters: Mapping[str, str], source: st
 
 
 def all_methods() -> dict[str, Method]:
-    """Every registered merge method by name."""
+    """Every registered merge method, in the order of names."""
     for file in _FILES:
         importlib.import_module(f"fastlora.methods.{file}")
-    return dict(_registry)
+    return dict(sorted(_registry.items()))
 
 
 def find_method(name: str) -> Method:

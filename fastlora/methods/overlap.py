@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,7 @@ def pool_overlap(pool: Pool) -> Overlap:
     modules = {}
     for group, part in module_parts(pool, None, "comparing"):
         blocks = read_blocks(pool, group, part, "left", "pairs")
-        inner, subspace = _similarities(blocks, group.rtol)
+        inner, subspace = _similarities(blocks, group.rtols)
         index = torch.tensor(group.members)
         for g, module in enumerate(part):
             norms = inner[g].diagonal().sqrt()
@@ -57,7 +58,7 @@ def pool_overlap(pool: Pool) -> Overlap:
     return Overlap(list(pool.names), cosine, shares / counts, ordered)
 
 
-def _similarities(blocks: Blocks, rtol: float) -> tuple[Tensor, Tensor]:
+def _similarities(blocks: Blocks, rtols: Sequence[float]) -> tuple[Tensor, Tensor]:
     """``⟨ΔW_i, ΔW_j⟩`` and ``‖U_iᵀU_j‖²/min(q_i, q_j)`` of every module: ``[g, k, k]`` each."""
     k = len(blocks.names)
     upper = torch.ones(k, k, dtype=torch.bool).triu()
@@ -68,14 +69,18 @@ def _similarities(blocks: Blocks, rtol: float) -> tuple[Tensor, Tensor]:
     scaling = torch.tensor([[u.scaling for u in row] for row in blocks.updates], dtype=torch.float64)
     inner = (full * other).sum((-1, -2)) * scaling[:, :, None] * scaling[:, None]
 
-    # Each adapter alone: its whitening T_i [r, r], columns beyond the kept directions zero.
-    own = full.diagonal(dim1=1, dim2=2).movedim(-1, 1)  # [g, k, r, r]
-    alone = ops.chain(
-        own[:, :, None, None].contiguous(), blocks.other[:, :, None].contiguous(), threshold=0.0, rtol=rtol,
-        floor=blocks.floor[:, :, None].contiguous(),
-    )  # fmt: skip
-    raise_for_info([m for m in blocks.modules for _ in range(k)], alone.info.flatten())
-    T = alone.basis[:, :, 0]  # [g, k, r, r]
+    # Each adapter alone, with its own noise floor: its whitening T_i [r, r], columns beyond the kept directions zero.
+    alone = [
+        ops.chain(
+            full[:, i, i, None, None].contiguous(), blocks.other[:, i, None].contiguous(), threshold=0.0,
+            rtol=rtols[i], floor=blocks.floor[:, i, None].contiguous(),
+        )
+        for i in range(k)
+    ]  # fmt: skip
+    for found in alone:
+        raise_for_info(blocks.modules, found.info)
+    T = torch.stack([found.basis[:, 0] for found in alone], 1)  # [g, k, r, r]
+    kept = torch.cat([found.kept for found in alone], 1).double()  # [g, k]
     cosines = T[:, :, None].mT @ full @ T[:, None]  # U_iᵀU_j
-    smaller = torch.minimum(alone.kept[:, :, None, 0], alone.kept[:, None, :, 0]).double()
+    smaller = torch.minimum(kept[:, :, None], kept[:, None])
     return inner, cosines.square().sum((-1, -2)) / smaller

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from build import gaussian
@@ -66,7 +67,7 @@ def mixing(r: int, seed: int, condition: float = 4.0) -> Tensor:
 
 
 def split(frame: Tensor, m: int, seed: int, condition: float = 30.0, scaling: float = 2.0) -> Part:
-    """An update with the column space of ``frame`` and this condition number, in factors of which neither is orthogonal."""
+    """An update with the column space of ``frame`` and this condition number; neither factor is orthogonal."""
     r = frame.shape[1]
     sigma = torch.logspace(0, -1, r, base=condition, dtype=torch.float64)[torch.randperm(r, generator=_generator(seed))]
     x = mixing(r, seed + 10)
@@ -158,7 +159,8 @@ def scalings(k: int) -> list[Part]:
 POOLS: dict[str, Callable[[int], list[Part]]] = {
     f.__name__: f
     for f in (
-        planted, crowded, identical, orthogonal, deficient_left, deficient_right, with_zero, wide, ragged, duplicates, scalings,
+        planted, crowded, identical, orthogonal, deficient_left, deficient_right, with_zero, wide, ragged,
+        duplicates, scalings,
     )
 }  # fmt: skip
 
@@ -166,5 +168,5 @@ POOLS: dict[str, Callable[[int], list[Part]]] = {
 def thresholds(values: Tensor, most: int = 3) -> list[tuple[float, float]]:
     """``(τ, gap)`` in the middle of the widest gaps between eigenvalues in ``(0, 1)``: never undecidable."""
     inside = sorted({0.02, 0.98, *(float(v) for v in values.real if 0.02 < v < 0.98)})
-    gaps = sorted(((high - low, (high + low) / 2) for low, high in zip(inside, inside[1:], strict=False)), reverse=True)
+    gaps = sorted(((high - low, (high + low) / 2) for low, high in pairwise(inside)), reverse=True)
     return [(tau, width / 2) for width, tau in gaps[:most]]

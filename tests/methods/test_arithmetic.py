@@ -37,7 +37,8 @@ def close(got: Tensor, expected: Tensor, rtol: float = 1e-14) -> None:
 
 @pytest.mark.parametrize(("expression", "expected", "rank"), [
     (lambda a, b, c: a + b - c, A + B - C, 9), (lambda a, b, c: 0.7 * a - 0.3 * b, 0.7 * A - 0.3 * B, 8),
-    (lambda a, b, c: -a, -A, 3), (lambda a, b, c: a / 4, A / 4, 3), (lambda a, b, c: 2 * (a + 3 * (b - c)), 2 * (A + 3 * (B - C)), 9),
+    (lambda a, b, c: -a, -A, 3), (lambda a, b, c: a / 4, A / 4, 3),
+    (lambda a, b, c: 2 * (a + 3 * (b - c)), 2 * (A + 3 * (B - C)), 9),
     (lambda a, b, c: a + a, 2 * A, 6), (lambda a, b, c: a * 1e-9 + c * 1e9, 1e-9 * A + 1e9 * C, 4),
 ], ids=["a+b-c", "0.7a-0.3b", "-a", "a/4", "2(a+3(b-c))", "a+a", "scales"])  # fmt: skip
 def test_expressions(expression: object, expected: Tensor, rank: int) -> None:
@@ -134,7 +135,9 @@ def test_known_deltas_add_up() -> None:
     a, b = with_extras("a", extras("delta", 2.0)), with_extras("b", extras("delta", 10.0))
     total = (a - 0.5 * b).extras["head.weight"]
     assert total.kind == "delta" and total.tensor.tolist() == [-3.0, -3.0]
-    assert (3 * with_extras("a", extras("delta", 2.0)) + with_extras("c", {})).extras["head.weight"].tensor.tolist() == [6.0, 6.0]
+    assert (3 * with_extras("a", extras("delta", 2.0)) + with_extras("c", {})).extras[
+        "head.weight"
+    ].tensor.tolist() == [6.0, 6.0]
 
 
 def test_replaced_values_are_kept_alone_and_refused_in_sums() -> None:

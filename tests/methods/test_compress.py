@@ -119,14 +119,18 @@ def test_a_zero_update_has_no_direction(part: Part) -> None:
 def test_svd_merge_is_the_best_approximation_of_the_sum() -> None:
     parts = [random(), graded(6, 4.0, torch.float32), (gaussian(60, 2, seed=11), gaussian(2, 45, seed=12), 1.0)]
     weights = {"a0": 0.5, "a1": -2.0, "a2": 1.0}
-    total = sum((w * pools.dense(p) for w, p in zip(weights.values(), parts, strict=True)), torch.zeros(60, 45).double())
+    total = sum(
+        (w * pools.dense(p) for w, p in zip(weights.values(), parts, strict=True)), torch.zeros(60, 45).double()
+    )
     assert isinstance(total, Tensor)
     u, s, vh = torch.linalg.svd(total, full_matrices=False)
     for rank in (None, 2, 12):
         merged = fl.merge(pools.make_pool(parts), weights, method="svd", rank=rank)
         q = rank or 9
         assert merged.update(MODULE).rank == q
-        torch.testing.assert_close(pools.exact(merged.update(MODULE)), (u[:, :q] * s[:q]) @ vh[:q], rtol=0, atol=1e-8 * float(s[0]))
+        torch.testing.assert_close(
+            pools.exact(merged.update(MODULE)), (u[:, :q] * s[:q]) @ vh[:q], rtol=0, atol=1e-8 * float(s[0])
+        )
     whole = fl.merge(pools.make_pool(parts), weights, method="svd", energy=1.0)
     torch.testing.assert_close(pools.exact(whole.update(MODULE)), total, rtol=0, atol=1e-8 * float(s[0]))
 

@@ -200,7 +200,11 @@ def test_modules_that_some_adapters_lack(mode: str) -> None:
     if mode == "pool":
         unique, shared, present = found.unique_of, found.shared_of, {"x": [0, 1, 2], "y": [0, 1]}
     elif mode == "pairs":
-        unique, shared, present = found.pairs["a0", "a1"].unique_of, found.pairs["a0", "a1"].shared_of, {"x": [0, 1], "y": [0, 1]}
+        unique, shared, present = (
+            found.pairs["a0", "a1"].unique_of,
+            found.pairs["a0", "a1"].shared_of,
+            {"x": [0, 1], "y": [0, 1]},
+        )
     else:
         first = found._steps[0]
         unique, shared, present = first.unique_of, first.shared_of, {"x": [0, 1], "y": [0, 1]}
@@ -267,7 +271,9 @@ def test_non_finite_inputs_are_named(bad: float, where: str, side: str, mode: st
         broken["BA".index(where)][2, 3] = bad
         parts[culprit] = (broken[0], broken[1], 1.0)
         with pytest.raises(fl.InputError, match=rf"adapter 'a{culprit}': lora_{where} of {MODULE} holds NaN or Inf"):
-            fl.decompose(pools.make_pool(parts), 0.5, mode=mode, side=side, target="a0" if mode == "iterative" else None)
+            fl.decompose(
+                pools.make_pool(parts), 0.5, mode=mode, side=side, target="a0" if mode == "iterative" else None
+            )
 
 
 def test_non_finite_input_is_not_laid_on_an_adapter_that_is_computed() -> None:

@@ -242,6 +242,14 @@ def test_same_bits_whatever_the_threads_and_chunks(
             assert torch.equal(got, wanted), f"{count} threads, {size} bytes"
 
 
+@every_chain_and_side
+def test_every_element_of_a_result_is_written(chain: str, side: str, poisoned_empty: None, tmp_path: Path) -> None:
+    found = fl.decompose(pools.make_pool(near(3, side)), THRESHOLD[chain], chain=chain, side=side)
+    for adapter in found.adapters().values():
+        assert all(t.isfinite().all() for t in adapter.factors(MODULE))
+    found.save(tmp_path / "out", dtype="bfloat16")
+
+
 def test_backends_give_one_result() -> None:
     parts = near(3)
     for chain in CHAINS:
@@ -265,7 +273,8 @@ def test_cut_directions_stay_with_the_unique_part() -> None:
 def test_pool_of_many_modules_equals_its_modules_alone() -> None:
     shapes = {"tall": (70, 20), "wide": (20, 70), "small": (9, 9)}
     modules = [
-        {m: (gaussian(n, 4 + i, seed=i), gaussian(4 + i, c, seed=9 + i), 2.0) for m, (n, c) in shapes.items()} for i in range(3)
+        {m: (gaussian(n, 4 + i, seed=i), gaussian(4 + i, c, seed=9 + i), 2.0) for m, (n, c) in shapes.items()}
+        for i in range(3)
     ]
     pool = fl.Pool(pools.make_adapter(f"a{i}", m) for i, m in enumerate(modules))
     together = fl.decompose(pool, 0.05)
