@@ -130,7 +130,7 @@ inline Vec<T> sums_of_lanes(Vec<T>* r) {
 }
 
 template <class T, int kRows, int kColumns>
-inline void dot_block(const T* left, const T* right, int vectors, double* sums, int64_t width) {
+__attribute__((noinline)) void dot_block(const T* left, const T* right, int vectors, double* sums, int64_t width) {
     constexpr int lanes = kLanes<T>, count = kRows * kColumns;
     constexpr int groups = (count + lanes - 1) / lanes;
     Vec<T> sum[groups * lanes] = {};
