@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -128,6 +129,19 @@ def _finite(x: Tensor) -> bool:
     return _core.finite(*_matrix(x))
 
 
+def _write(file: int, tensors: list[Tensor], offsets: list[int], check: bool) -> int | None:
+    rows = [(*_flat_matrix(t), t.nbytes, o, int(check)) for t, o in zip(tensors, offsets, strict=True)]
+    table = _table(rows, 8)
+    problem, piece, error = _core.write(file, _address(table), len(rows))
+    if problem == 2:
+        raise OSError(error, os.strerror(error))
+    return piece if problem == 1 else None
+
+
+def _flat_matrix(x: Tensor) -> tuple[int, int, int, int, int]:
+    return x.data_ptr(), 1, x.numel(), x.numel(), DTYPES.get(x.dtype, 0)
+
+
 def _unpadded(x: Tensor, ranks: Tensor | None, rows: bool) -> list[Tensor]:
     """The ``k`` factors of one module without padding: ``x [k, n, r]`` or ``[k, r, n]``."""
     counts = [x.shape[1 if rows else 2]] * x.shape[0] if ranks is None else ranks.clamp(min=0).tolist()
@@ -232,6 +246,7 @@ KERNELS: Mapping[str, Kernel] = {
     "svd": Kernel(_svd, _supports),
     "chain": Kernel(_chain, _supports),
     "combine": Kernel(_combine, _supports),
+    "write": Kernel(_write, _supports),
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_jobs),
     "combine_pass": Kernel(_combine_pass, _supports_jobs),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastlora.errors import InputError
+from fastlora.backends import resolve
+from fastlora.errors import InputError, OutputError
 from fastlora.output import writing
 
 DTYPE_NAMES = {
@@ -101,31 +101,31 @@ class TensorFile:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(self._start + offset)
 
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Writes some tensors, which have the shapes and dtypes that were announced.
+    def write(self, tensors: Mapping[str, Tensor], *, check: bool = False) -> None:
+        """Writes some tensors, which have the shapes and dtypes that were announced; ``check`` refuses NaN and Inf.
 
         The file is open only meanwhile: a decomposition of many pairs has more files than a process may hold open.
         """
+        names = [n for n, t in tensors.items() if t.nbytes]
+        for name, tensor in tensors.items():
+            start, end = self._places[name]
+            if tensor.nbytes != end - start:
+                raise ValueError(f"{name}: {tensor.nbytes} bytes where {end - start} were announced")
+        flat = [tensors[n].contiguous() for n in names]
+        offsets = [self._start + self._places[n][0] for n in names]
         with writing(self.path), self.path.open("r+b", buffering=0) as file:
-            for name, tensor in tensors.items():
-                start, end = self._places[name]
-                if tensor.nbytes != end - start:
-                    raise ValueError(f"{name}: {tensor.nbytes} bytes where {end - start} were announced")
-                if tensor.nbytes:
-                    _write_at(file.fileno(), tensor.contiguous().reshape(-1).view(torch.uint8), self._start + start)
-                self._missing.discard(name)
+            bad = resolve("write", file.fileno(), flat, offsets, check).launch(file.fileno(), flat, offsets, check)
+        if bad is not None:
+            raise OutputError(
+                f"{names[bad]} does not fit {str(flat[bad].dtype)[6:]} (NaN or Inf after rounding); save with "
+                "dtype=float32 (`--dtype float32`), or look at the inputs with `fastlora inspect`"
+            )
+        self._missing -= tensors.keys()
 
     def close(self) -> None:
         """Checks that every tensor was written."""
         if self._missing:
             raise ValueError(f"{self.path}: {min(self._missing)} was announced and not written")
-
-
-def _write_at(handle: int, data: Tensor, offset: int) -> None:
-    view = memoryview(data.numpy())  # type: ignore[arg-type]
-    while len(view):
-        written = os.pwrite(handle, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:
