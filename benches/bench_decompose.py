@@ -7,34 +7,14 @@ from typing import Any
 import pytest
 import torch
 from common import require, threads, time_it
-from plain_torch import dense_unique, shared_directions, unique_parts
 
 import fastlora as fl
-from fastlora.adapter import Update
-from fastlora.engine import materialise_groups
-from fastlora.pool import Pool
+from fastlora.bench.cases import unique_factors
+from fastlora.bench.opponents import dense_unique, plain_decompose
+from fastlora.bench.workloads import find, make_pool
 from fastlora.reference.devec import devec
-from fastlora.workloads import find, make_pool
 
 THRESHOLD = 0.85
-
-
-def unique_factors(pool: Pool) -> list[list[torch.Tensor]]:
-    """Every unique ``B``, module by module: what a decomposition has to write."""
-    parts = fl.decompose(pool, threshold=THRESHOLD)
-    adapters = [parts.unique_of(n) for n in pool.names]
-    groups: list[list[Update]] = [[a.updates[m] for a in adapters] for m in pool.modules]
-    return [[B for B, _ in pairs] for pairs in materialise_groups(groups, pool.adapters[0].dtype)]
-
-
-def plain(pool: Pool) -> list[list[torch.Tensor]]:
-    out = []
-    for module in pool.modules:
-        updates = [a.updates[module] for a in pool.adapters]
-        B, A = ([getattr(u, side).stored for u in updates] for side in "BA")
-        Z, _ = shared_directions(B, A, THRESHOLD)
-        out.append(unique_parts(B, Z))
-    return out
 
 
 @pytest.mark.parametrize("who, count", [("torch", 1), ("torch", 2), ("fastlora", 1), ("fastlora", 2)])
@@ -43,11 +23,11 @@ def test_decompose(benchmark: Any, name: str, who: str, count: int) -> None:
     benchmark.group = f"decompose {name}, in memory"
     workload = find(name)
     small = make_pool(type(workload)(workload.modules, 1, workload.adapters, workload.rank, workload.dtype))
-    for ours, theirs in zip(unique_factors(small), plain(small), strict=True):
-        for a, b in zip(ours, theirs, strict=True):
+    for ours, theirs in zip(unique_factors(small), [B for B, _ in plain_decompose(small, THRESHOLD)], strict=True):
+        for a, b in zip(ours, theirs, strict=False):
             require("unique B", a, b, 2e-2 if workload.dtype == torch.bfloat16 else 1e-4)
     pool = make_pool(workload)
-    run = (lambda: plain(pool)) if who == "torch" else (lambda: unique_factors(pool))
+    run = (lambda: plain_decompose(pool, THRESHOLD)) if who == "torch" else (lambda: unique_factors(pool))
     time_it(benchmark, run, threads_used=count, bytes=workload.bytes)
 
 
@@ -65,7 +45,7 @@ def test_one_module(benchmark: Any, who: str) -> None:
         require("dense unique ΔW", paper, unique, 1e-5)
     runs = {
         "dense": lambda: dense_unique(deltas, THRESHOLD),
-        "torch": lambda: plain(pool),
+        "torch": lambda: plain_decompose(pool, THRESHOLD),
         "fastlora": lambda: unique_factors(pool),
     }
     if who == "dense":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,29 +10,12 @@ from common import require, threads, time_it
 from torch import Tensor
 
 import fastlora as fl
+from fastlora.bench.opponents import merge_by_dense_svd, merge_by_qr
+from fastlora.bench.workloads import Workload, make_pool
 from fastlora.engine import materialise
 from fastlora.pool import Pool
-from fastlora.workloads import Workload, make_pool
 
 RANK = 16
-
-
-def factors(pool: Pool, module: str) -> tuple[Tensor, Tensor]:
-    """``[s₁B₁ | s₂B₂]`` and ``[A₁; A₂]``."""
-    pairs = [a.factors(module) for a in pool.adapters]
-    return torch.cat([B for B, _ in pairs], 1), torch.cat([A for _, A in pairs])
-
-
-def by_dense_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    u, s, vh = torch.linalg.svd(B @ A, full_matrices=False)
-    return u[:, :RANK] * s[:RANK], vh[:RANK]
-
-
-def by_qr(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    qb, rb = torch.linalg.qr(B)
-    qa, ra = torch.linalg.qr(A.mT)
-    u, s, vh = torch.linalg.svd(rb @ ra.mT)
-    return qb @ (u[:, :RANK] * s[:RANK]), vh[:RANK] @ qa.mT
 
 
 def by_fastlora(pool: Pool) -> list[tuple[Tensor, Tensor]]:
@@ -41,17 +23,13 @@ def by_fastlora(pool: Pool) -> list[tuple[Tensor, Tensor]]:
     return materialise([u.baked() for u in merged.updates.values()], torch.float32)
 
 
-def run_all(pool: Pool, merge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    return [merge(*factors(pool, m)) for m in pool.modules]
-
-
 @pytest.mark.parametrize("who, count", [("qr", 1), ("fastlora", 1), ("fastlora", 2)])
 def test_merge_16_modules(benchmark: Any, who: str, count: int) -> None:
     benchmark.group = "svd merge of 2 adapters, r = 16, sixteen 4096×4096 modules"
     pool = make_pool(Workload({"dense": (4096, 4096)}, 16, 2, 16, torch.float32))
-    for (B, A), (Bq, Aq) in zip(by_fastlora(pool), run_all(pool, by_qr), strict=True):
+    for (B, A), (Bq, Aq) in zip(by_fastlora(pool), merge_by_qr(pool), strict=True):
         require("merged ΔW", B[:256] @ A, Bq[:256] @ Aq, 1e-4)
-    run = (lambda: run_all(pool, by_qr)) if who == "qr" else (lambda: by_fastlora(pool))
+    run = (lambda: merge_by_qr(pool)) if who == "qr" else (lambda: by_fastlora(pool))
     time_it(benchmark, run, threads_used=count)
 
 
@@ -60,10 +38,10 @@ def test_merge_one_module(benchmark: Any, who: str) -> None:
     benchmark.group = "svd merge of 2 adapters, r = 16, one 1024×1024 module"
     pool = make_pool(Workload({"dense": (1024, 1024)}, 1, 2, 16, torch.float32))
     ((B, A),) = by_fastlora(pool)
-    ((Bd, Ad),) = run_all(pool, by_dense_svd)
+    ((Bd, Ad),) = merge_by_dense_svd(pool)
     require("merged ΔW", B @ A, Bd @ Ad, 1e-4)
     if who == "dense":
         with threads(1):
-            benchmark.pedantic(lambda: run_all(pool, by_dense_svd), rounds=7, warmup_rounds=1)
+            benchmark.pedantic(lambda: merge_by_dense_svd(pool), rounds=7, warmup_rounds=1)
     else:
         time_it(benchmark, lambda: by_fastlora(pool), threads_used=1)

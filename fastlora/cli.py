@@ -356,6 +356,40 @@ def overlap(
 
 
 @app.command()
+def bench(
+    cases: Annotated[
+        list[str] | None, typer.Argument(help="What to time; default: everything.", metavar="CASE…")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write the table to this file.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The project's own numbers on this machine, beside plain torch. Takes minutes; close other programs."""
+    # Spinning threads would make two of them slower than one on small machines; read before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    with _running("auto", None, quiet):
+        from fastlora.bench.cases import CASES
+        from fastlora.bench.table import as_dict, as_markdown
+        from fastlora.bench.timing import measure_machine
+        from fastlora.progress import track
+        from fastlora.show import show_bench
+
+        unknown = [c for c in cases or () if c not in CASES]
+        if unknown:
+            raise InputError(f"bench has no case {', '.join(unknown)}: use {', '.join(CASES)}")
+        machine = measure_machine()
+        rows = [row for case in track(cases or list(CASES), "timing") for row in CASES[case](machine)]
+        if markdown is not None:
+            markdown.write_text(as_markdown(machine, rows), encoding="utf-8")
+        if as_json:
+            _print_json(as_dict(machine, rows))
+        elif not quiet:
+            show_bench(machine, rows)
+
+
+@app.command()
 def info(as_json: Json = False) -> None:
     """Versions, backends, and why each is or is not usable."""
     from fastlora.show import environment, show_environment

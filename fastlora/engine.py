@@ -311,9 +311,6 @@ def _compute(adapters: Mapping[Path, Adapter], targets: Mapping[Path, torch.dtyp
 
 def _put(files: Mapping[Path, AdapterFile], adapters: Mapping[Path, Adapter], computed: Computed) -> None:
     for directory, factors in computed.items():
-        for module, pair in factors.items():
-            for side, tensor in zip("BA", pair, strict=True):
-                _require_representable(adapters[directory].name, module, side, tensor)
         files[directory].put(factors)
     release(sources(a.updates[m] for d, a in adapters.items() for m in computed[d]))
 
@@ -324,16 +321,6 @@ def zero_factors(adapter: Adapter, dtype: torch.dtype) -> dict[str, tuple[Tensor
         n, m = update.shape
         return {module: (torch.zeros(n, 1, dtype=dtype), torch.zeros(1, m, dtype=dtype))}
     raise InputError(f"adapter {adapter.name!r} has no modules, so there is nothing to write")
-
-
-def _require_representable(adapter: str, module: str, side: str, tensor: Tensor) -> None:
-    if is_finite(tensor):
-        return
-    raise InputError(
-        f"adapter {adapter!r}: lora_{side} of {module} does not fit {str(tensor.dtype)[6:]} (NaN or Inf after "
-        "rounding); "
-        "save with dtype=float32 (`--dtype float32`), or check the input with `fastlora inspect`"
-    )
 
 
 def with_rank_zero(update: Update) -> Update:

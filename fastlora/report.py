@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from fastlora.methods.chance import chance_edge, expected_by_chance
 from fastlora.methods.devec import Components, ModuleResult
 
@@ -81,7 +79,7 @@ def build_report(components: Components, title: str, notices: Sequence[str] = ()
 def module_row(components: Components, result: ModuleResult) -> ModuleRow:
     settings = components.settings
     n = result.shape[0] if settings.side == "left" else result.shape[1]
-    real = sorted((float(v) for v in result.values.real), reverse=True)
+    real = sorted(result.values.real.tolist(), reverse=True)
     listed = tuple(real[: max(EIGENVALUES_LISTED, result.count)])
     dimensions = result.kept
     unique = {name: _unique_norm(result, i) for i, name in enumerate(result.names)}
@@ -108,9 +106,9 @@ def _share(part: float, whole: float) -> float:
     return (part / whole) ** 2 if whole > 0 else 0.0
 
 
-def energy_kept(sigma: Tensor, kept: int) -> float:
-    total = float(sigma.square().sum())
-    return float(sigma[:kept].square().sum()) / total if total > 0 else 1.0
+def energy_kept(sigma: Sequence[float], kept: int) -> float:
+    total = sum(x * x for x in sigma)
+    return sum(x * x for x in sigma[:kept]) / total if total > 0 else 1.0
 
 
 def _unique_norm(result: ModuleResult, i: int) -> float:

@@ -17,6 +17,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from fastlora.adapter import Adapter
+    from fastlora.bench.cases import Row
+    from fastlora.bench.timing import Machine
     from fastlora.decomposition import Decomposition
     from fastlora.methods.overlap import Overlap
     from fastlora.methods.spectrum import SingularForm
@@ -187,6 +189,17 @@ def show_overlap(found: Overlap) -> None:
         for i, name in enumerate(found.names):
             table.add_row(name, *["–" if v != v else f"{v:.3f}" for v in values[i].tolist()])
         console.print(table)
+
+
+def show_bench(machine: Machine, rows: list[Row]) -> None:
+    from fastlora.bench.table import HEADER, cells, machine_line
+
+    table = _table(*HEADER)
+    for row in rows:
+        table.add_row(*cells(row))
+    console = _console()
+    console.print(machine_line(machine))
+    console.print(table)
 
 
 def environment() -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 # this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 
 # Tests of the ops use the pools of the methods' tests.
 sys.path.append(str(Path(__file__).parent / "methods"))

@@ -2,6 +2,7 @@
 #include <new>
 
 #include "bind.h"
+#include "fastlora/io.h"
 #include "fastlora/kernels.h"
 
 namespace py = pybind11;
@@ -19,6 +20,7 @@ void check(int status) {
 }
 
 static_assert(sizeof(Matrix) == 5 * 8 && sizeof(GramBlock) == 4 * 8 && sizeof(GramTask) == 5 * 8);
+static_assert(sizeof(Piece) == 8 * 8);
 static_assert(sizeof(Term) == 6 * 8 && sizeof(CombineOutput) == 3 * 8 && sizeof(CombineTask) == 5 * 8);
 
 }  // namespace
@@ -52,6 +54,17 @@ void bind_cpu(py::module_& m) {
             return kernels().finite(matrix);
         },
         py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("stride"), py::arg("dtype"));
+    m.def(
+        "write",
+        [](int file, uintptr_t pieces, int64_t count) {
+            WriteResult result;
+            {
+                py::gil_scoped_release release;
+                result = write_pieces(file, at<const Piece>(pieces), count);
+            }
+            return py::make_tuple(int(result.problem), result.piece, result.error);
+        },
+        py::arg("file"), py::arg("pieces"), py::arg("count"), "(problem, piece, errno); see fastlora/io.h");
     m.def(
         "chain",
         [](uintptr_t left, uintptr_t right, uintptr_t floor, uintptr_t basis, uintptr_t values, uintptr_t shared,

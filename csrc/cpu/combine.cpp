@@ -21,7 +21,9 @@ constexpr double kSmallest = 1e-20, kLargest = 1e20;  // coefficients that float
 template <class T>
 constexpr int kTileB = 32;  // rows of a tile on the B side
 template <class T>
-constexpr int kTileA = 6 * kLanes<T>;  // columns of a tile on the A side
+constexpr int kTileA = 2048 / int(sizeof(T));  // columns of a tile on the A side: whole stretches of memory
+template <class T>
+constexpr int kStrideA = kTileA<T> + kLanes<T>;  // a power of two would put all its rows into a few cache sets
 
 int64_t rank(const Matrix& m, bool rows) { return rows ? m.rows : m.cols; }
 int64_t length(const Matrix& m, bool rows) { return rows ? m.cols : m.rows; }
@@ -158,8 +160,8 @@ size_t lay_out(char* base, const Job& job, int64_t* places, Work<T>& w) {
     w.out_stride = padded<T>(outs) + 3 * kLanes<T>;  // vectors of the last strip may reach past the last column
     w.strips = arena.take<Strip<T>>(max_(job.task->factors, job.task->outputs));
     w.identities = arena.take<Identity<T>>(count_terms(job));
-    w.factor_tile = arena.take<T>(size_t(sources) * (rows ? kTileA<T> : kTileB<T>));
-    w.result_tile = arena.take<T>(rows ? size_t(outs) * kTileA<T> : size_t(w.out_stride) * kTileB<T>);
+    w.factor_tile = arena.take<T>(size_t(sources) * (rows ? kStrideA<T> : kTileB<T>));
+    w.result_tile = arena.take<T>(rows ? size_t(outs) * kStrideA<T> : size_t(w.out_stride) * kTileB<T>);
     w.n_strips = w.n_identities = 0;
     const bool by_factor = strips_by_factor(job);
     for (int64_t i = 0; i < (by_factor ? job.task->factors : job.task->outputs); ++i)
@@ -184,32 +186,31 @@ void read_factors(const Job& job, const Work<T>& w, int64_t first, int count) {
             read_block<T>(x, first, 0, count, int(x.cols), w.factor_tile + w.source[f], w.source_stride);
             continue;
         }
-        T* rows = w.factor_tile + w.source[f] * kTileA<T>;
-        read_block<T>(x, 0, first, int(x.rows), count, rows, kTileA<T>);
+        T* rows = w.factor_tile + w.source[f] * kStrideA<T>;
+        read_block<T>(x, 0, first, int(x.rows), count, rows, kStrideA<T>);
         for (int64_t i = 0; i < x.rows && count < kTileA<T>; ++i)
-            for (int p = count; p < kTileA<T>; ++p) rows[i * kTileA<T> + p] = T(0);
+            for (int p = count; p < kTileA<T>; ++p) rows[i * kStrideA<T> + p] = T(0);
     }
 }
 
+// to [rows, width] += scale * from [rows, width]
 template <class T>
-void add_identities_b(const Work<T>& w, int count) {
-    for (int64_t i = 0; i < w.n_identities; ++i) {
-        const Identity<T>& term = w.identities[i];
-        for (int p = 0; p < count; ++p) {
-            const T* from = w.factor_tile + p * w.source_stride + term.source;
-            T* to = w.result_tile + p * w.out_stride + term.out;
-            for (int64_t j = 0; j < term.depth; ++j) to[j] += term.scale * from[j];
-        }
-    }
+__attribute__((noinline)) void add_scaled(int rows, int64_t width, const T* __restrict from, int64_t from_stride,
+                                          T* __restrict to, int64_t to_stride, T scale) {
+    for (int p = 0; p < rows; ++p, from += from_stride, to += to_stride)
+        for (int64_t j = 0; j < width; ++j) to[j] += scale * from[j];
 }
 
 template <class T>
-void add_identities_a(const Work<T>& w) {
+void add_identities(const Work<T>& w, bool rows, int count) {
     for (int64_t i = 0; i < w.n_identities; ++i) {
         const Identity<T>& term = w.identities[i];
-        const T* from = w.factor_tile + term.source * kTileA<T>;
-        T* to = w.result_tile + term.out * kTileA<T>;
-        for (int64_t j = 0; j < term.depth * kTileA<T>; ++j) to[j] += term.scale * from[j];
+        if (rows)
+            add_scaled<T>(int(term.depth), kTileA<T>, w.factor_tile + term.source * kStrideA<T>, kStrideA<T>,
+                          w.result_tile + term.out * kStrideA<T>, kStrideA<T>, term.scale);
+        else
+            add_scaled<T>(count, term.depth, w.factor_tile + term.source, w.source_stride, w.result_tile + term.out,
+                          w.out_stride, term.scale);
     }
 }
 
@@ -218,7 +219,7 @@ void write_outputs(const Job& job, const Work<T>& w, int64_t first, int count) {
     for (int64_t o = 0; o < job.task->outputs; ++o) {
         const Matrix& out = job.matrices[job.outputs[o].matrix];
         if (job.task->rows)
-            write_block<T>(out, 0, first, int(out.rows), count, w.result_tile + w.out[o] * kTileA<T>, kTileA<T>);
+            write_block<T>(out, 0, first, int(out.rows), count, w.result_tile + w.out[o] * kStrideA<T>, kStrideA<T>);
         else
             write_block<T>(out, first, 0, count, int(out.cols), w.result_tile + w.out[o], w.out_stride);
     }
@@ -231,21 +232,18 @@ void run_chunk(const Job& job, const Work<T>& w, int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += step) {
         const int count = int(min_(step, end - first));
         read_factors<T>(job, w, first, count);
-        __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs * kTileA<T> : w.out_stride * count));
+        __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs * kStrideA<T> : w.out_stride * count));
         for (int64_t s = 0; s < w.n_strips; ++s) {
             const Strip<T>& strip = w.strips[s];
             if (rows)
                 product<T, false>(int(strip.width), kTileA<T>, int(strip.depth), strip.values, strip.stride, 1,
-                                  w.factor_tile + strip.source * kTileA<T>, kTileA<T>,
-                                  w.result_tile + strip.out * kTileA<T>, kTileA<T>);
+                                  w.factor_tile + strip.source * kStrideA<T>, kStrideA<T>,
+                                  w.result_tile + strip.out * kStrideA<T>, kStrideA<T>);
             else
                 product<T, false>(count, int(strip.width), int(strip.depth), w.factor_tile + strip.source, 1,
                                   w.source_stride, strip.values, strip.stride, w.result_tile + strip.out, w.out_stride);
         }
-        if (rows)
-            add_identities_a<T>(w);
-        else
-            add_identities_b<T>(w, count);
+        add_identities<T>(w, rows, count);
         write_outputs<T>(job, w, first, count);
     }
 }

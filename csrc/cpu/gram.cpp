@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kTileB = 32;           // rows of a tile on the B side
 constexpr int kTilesInSum = 2;       // tiles of a float32 sum on the B side
-constexpr int kTileA = 256;          // columns of a tile on the A side: kTileA / kLanes terms in a float32 sum
+constexpr int kTileA = 512;          // columns of a tile on the A side: kTileA / kLanes terms in a float32 sum
 constexpr int64_t kShortest = 1024;  // long dimensions below this are summed in float64
 constexpr double kSmallest = 1e-20, kLargest = 1e30;
 
@@ -130,7 +130,7 @@ inline Vec<T> sums_of_lanes(Vec<T>* r) {
 }
 
 template <class T, int kRows, int kColumns>
-inline void dot_block(const T* left, const T* right, int vectors, double* sums, int64_t width) {
+__attribute__((noinline)) void dot_block(const T* left, const T* right, int vectors, double* sums, int64_t width) {
     constexpr int lanes = kLanes<T>, count = kRows * kColumns;
     constexpr int groups = (count + lanes - 1) / lanes;
     Vec<T> sum[groups * lanes] = {};
@@ -228,13 +228,24 @@ bool run_task(const GramTask& task, const Matrix* factors, const GramBlock* bloc
     return true;
 }
 
-// One block on its own, in float64.
+// One block on its own.
+template <class T>
 bool run_block(const GramTask& task, const Matrix* factors, const GramBlock& block, Workspace& workspace) {
     const Matrix own[2] = {factors[block.left], factors[block.right]};
     const bool symmetric = block.left == block.right;
     const GramBlock alone = {0, symmetric ? 0 : 1, block.out, block.stride};
     const GramTask single = {0, symmetric ? 1 : 2, 0, 1, task.rows};
-    return run_task<double>(single, own, &alone, workspace);
+    return run_task<T>(single, own, &alone, workspace);
+}
+
+// Diagonal blocks on their own read one factor after the other: fewer streams of memory at a time.
+bool run_blocks(const GramTask& task, const Matrix* factors, const GramBlock* blocks, Workspace& workspace) {
+    bool only_diagonal = task.factors > 1;
+    for (int64_t b = 0; b < task.blocks; ++b) only_diagonal &= blocks[b].left == blocks[b].right;
+    if (!only_diagonal) return run_task<float>(task, factors, blocks, workspace);
+    for (int64_t b = 0; b < task.blocks; ++b)
+        if (!run_block<float>(task, factors, blocks[b], workspace)) return false;
+    return true;
 }
 
 bool exact_in_float(const GramTask& task, const Matrix* factors) {
@@ -257,7 +268,7 @@ bool in_range(const Matrix& factor, const GramBlock* diagonal, bool rows) {
 // Half-precision factors in float32, then again in float64 whatever has a factor that float32 cannot hold.
 bool run_half_task(const GramTask& task, const Matrix* factors, const GramBlock* blocks, Workspace& workspace,
                    Workspace& flags_memory) {
-    if (!run_task<float>(task, factors, blocks, workspace)) return false;
+    if (!run_blocks(task, factors, blocks, workspace)) return false;
     if (!flags_memory.reserve(size_t(task.factors))) return false;
     bool* good = reinterpret_cast<bool*>(flags_memory.data());
     for (int64_t f = 0; f < task.factors; ++f) {
@@ -267,7 +278,7 @@ bool run_half_task(const GramTask& task, const Matrix* factors, const GramBlock*
         good[f] = in_range(factors[f], diagonal, task.rows);
     }
     for (int64_t b = 0; b < task.blocks; ++b)
-        if (!(good[blocks[b].left] && good[blocks[b].right]) && !run_block(task, factors, blocks[b], workspace))
+        if (!(good[blocks[b].left] && good[blocks[b].right]) && !run_block<double>(task, factors, blocks[b], workspace))
             return false;
     return true;
 }

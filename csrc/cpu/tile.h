@@ -57,6 +57,23 @@ struct Bits {
     typedef double Double __attribute__((vector_size(8 * kLanes<T>)));
 };
 
+// The compiler splits this conversion in two where one instruction does it. (Masked forms: the plain ones warn.)
+template <class T>
+inline typename Bits<T>::Word widen(typename Bits<T>::Half bits) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return (typename Bits<T>::Word)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);
+#endif
+    return __builtin_convertvector(bits, typename Bits<T>::Word);
+}
+
+template <class T>
+inline typename Bits<T>::Half narrow(typename Bits<T>::Word words) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return (typename Bits<T>::Half)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)words);
+#endif
+    return __builtin_convertvector(words, typename Bits<T>::Half);
+}
+
 // Element types of a file: a value, and kLanes<T> values at once, to T and back.
 struct BF16 {
     using Stored = U16;
@@ -64,7 +81,7 @@ struct BF16 {
     static Vec<T> load_vector(const U16* p) {
         typename Bits<T>::Half bits;
         __builtin_memcpy(&bits, p, sizeof bits);
-        const auto wide = __builtin_convertvector(bits, typename Bits<T>::Word) << 16;
+        const auto wide = widen<T>(bits) << 16;
         return __builtin_convertvector((typename Bits<T>::Float)wide, Vec<T>);
     }
     template <class T>
@@ -73,7 +90,7 @@ struct BF16 {
         const Word bits = (Word)__builtin_convertvector(x, typename Bits<T>::Float);
         const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
         const Word chosen = (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
-        const auto half = __builtin_convertvector(chosen, typename Bits<T>::Half);
+        const auto half = narrow<T>(chosen);
         __builtin_memcpy(p, &half, sizeof half);
     }
     template <class T>
@@ -90,7 +107,7 @@ struct F16 {
         using Float = typename Bits<T>::Float;
         typename Bits<T>::Half half;
         __builtin_memcpy(&half, p, sizeof half);
-        const Word bits = __builtin_convertvector(half, Word), sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
+        const Word bits = widen<T>(half), sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
         const Word magnitude = (Word)((Float)(rest << 13) * 0x1p112f), special = (rest << 13) | 0x7f800000u;
         const Word size = rest >= 0x7c00u ? special : magnitude;
         return __builtin_convertvector((Float)(size | sign), Vec<T>);
@@ -150,30 +167,46 @@ inline void prefetch(const void* p, size_t bytes, ptrdiff_t ahead) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
+// Not inlined: tiles are short and wide loops around them would keep their counters in memory.
 template <class E, class T>
-inline void read_as(const Matrix& m, int64_t row, int64_t column, int rows, int columns, T* out, int64_t stride) {
+__attribute__((noinline)) void read_as(const Matrix& m, int64_t row, int64_t column, int rows, int columns,
+                                       T* __restrict out, int64_t stride) {
+    constexpr int lanes = kLanes<T>;
+    using Stored = typename E::Stored;
     // The next tile lies behind this one: below it if rows are whole, to the right of it otherwise.
-    const ptrdiff_t ahead = (columns == m.cols ? rows * m.stride : columns) * ptrdiff_t(sizeof(typename E::Stored));
-    const auto* base = reinterpret_cast<const typename E::Stored*>(m.data) + row * m.stride + column;
-    for (int i = 0; i < rows; ++i) {
-        const auto* p = base + i * m.stride;
-        T* to = out + i * stride;
-        int j = 0;
+    const ptrdiff_t ahead = (columns == m.cols ? rows * m.stride : columns) * ptrdiff_t(sizeof(Stored));
+    const int64_t from = m.stride;
+    const Stored* __restrict p = reinterpret_cast<const Stored*>(m.data) + row * from + column;
+    if (columns == lanes) {
+        for (int i = 0; i < rows; ++i, p += from, out += stride) {
+            __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead);
+            store<T>(out, E::template load_vector<T>(p));
+        }
+        return;
+    }
+    for (int i = 0; i < rows; ++i, p += from, out += stride) {
         prefetch(p, columns * sizeof *p, ahead);
-        for (; j + kLanes<T> <= columns; j += kLanes<T>) store<T>(to + j, E::template load_vector<T>(p + j));
-        for (; j < columns; ++j) to[j] = E::template load_one<T>(p + j);
+        int j = 0;
+        for (; j + lanes <= columns; j += lanes) store<T>(out + j, E::template load_vector<T>(p + j));
+        for (; j < columns; ++j) out[j] = E::template load_one<T>(p + j);
     }
 }
 
 template <class E, class T>
-inline void write_as(const Matrix& m, int64_t row, int64_t column, int rows, int columns, const T* in, int64_t stride) {
-    auto* base = reinterpret_cast<typename E::Stored*>(m.data) + row * m.stride + column;
-    for (int i = 0; i < rows; ++i) {
-        auto* p = base + i * m.stride;
-        const T* from = in + i * stride;
+__attribute__((noinline)) void write_as(const Matrix& m, int64_t row, int64_t column, int rows, int columns,
+                                        const T* __restrict in, int64_t stride) {
+    constexpr int lanes = kLanes<T>;
+    using Stored = typename E::Stored;
+    const int64_t to = m.stride;
+    Stored* __restrict p = reinterpret_cast<Stored*>(m.data) + row * to + column;
+    if (columns == lanes) {
+        for (int i = 0; i < rows; ++i, p += to, in += stride) E::template store_vector<T>(p, load<T>(in));
+        return;
+    }
+    for (int i = 0; i < rows; ++i, p += to, in += stride) {
         int j = 0;
-        for (; j + kLanes<T> <= columns; j += kLanes<T>) E::template store_vector<T>(p + j, load<T>(from + j));
-        for (; j < columns; ++j) E::template store_one<T>(p + j, from[j]);
+        for (; j + lanes <= columns; j += lanes) E::template store_vector<T>(p + j, load<T>(in + j));
+        for (; j < columns; ++j) E::template store_one<T>(p + j, in[j]);
     }
 }
 
@@ -204,9 +237,9 @@ inline int padded(int64_t n) {
     return int((n + kLanes<T> - 1) / kLanes<T> * kLanes<T>);
 }
 
-// The loops are unrolled in full, or the compiler keeps the sums in memory.
+// The loops are unrolled in full and the function stands alone, or the compiler keeps the sums in memory.
 template <class T, int kRows, int kVectors, bool kFresh>
-inline void product_block(int k, const T* a, ptrdiff_t a_p, ptrdiff_t a_i, const T* b, ptrdiff_t b_p, T* c,
+__attribute__((noinline)) void product_block(int k, const T* a, ptrdiff_t a_p, ptrdiff_t a_i, const T* b, ptrdiff_t b_p, T* c,
                           ptrdiff_t c_i) {
     constexpr int lanes = kLanes<T>;
     Vec<T> sum[kRows][kVectors];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,6 +79,12 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """The tensor without gaps, at an address that its elements may have: the solvers read it by plain pointers."""
+    x = x.contiguous()
+    return x if x.data_ptr() % x.element_size() == 0 else x.clone()
+
+
 def _table(rows: list[tuple[Any, ...]], columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.array(rows, dtype=np.int64).reshape(-1, columns)
 
@@ -135,6 +142,19 @@ def _finite(x: Tensor) -> bool:
     return _core.finite(*_matrix(x))
 
 
+def _write(file: int, tensors: list[Tensor], offsets: list[int], check: bool) -> int | None:
+    rows = [(*_flat_matrix(t), t.nbytes, o, int(check)) for t, o in zip(tensors, offsets, strict=True)]
+    table = _table(rows, 8)
+    problem, piece, error = _core.write(file, _address(table), len(rows))
+    if problem == 2:
+        raise OSError(error, os.strerror(error))
+    return piece if problem == 1 else None
+
+
+def _flat_matrix(x: Tensor) -> tuple[int, int, int, int, int]:
+    return x.data_ptr(), 1, x.numel(), x.numel(), DTYPES.get(x.dtype, 0)
+
+
 def _unpadded(x: Tensor, ranks: Tensor | None, rows: bool) -> list[Tensor]:
     """The ``k`` factors of one module without padding: ``x [k, n, r]`` or ``[k, r, n]``."""
     counts = [x.shape[1 if rows else 2]] * x.shape[0] if ranks is None else ranks.clamp(min=0).tolist()
@@ -169,7 +189,7 @@ def _combine(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: 
     n, q = (second, coefficients.shape[-2]) if rows else (first, coefficients.shape[-1])
     dtype = torch.float64 if factors.dtype == torch.float64 else torch.float32
     out = torch.zeros((*batch, q, n) if rows else (*batch, n, q), dtype=dtype)
-    x, c, flat = _flat(factors, batch), _flat(coefficients.double(), batch), _flat(out, batch)
+    x, c, flat = _flat(factors, batch), _flat(_aligned(coefficients.double()), batch), _flat(out, batch)
     counts = None if ranks is None else _flat(ranks, batch)
     jobs = []
     for m in range(x.shape[0]):
@@ -184,7 +204,7 @@ def _combine(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: 
 
 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    a = a.contiguous()
+    a = _aligned(a)
     n = a.shape[-1]
     values, vectors = torch.empty(a.shape[:-1], dtype=a.dtype), torch.empty(a.shape, dtype=a.dtype)
     info = torch.zeros(a.shape[:-2], dtype=torch.int32)
@@ -196,7 +216,7 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a = a.contiguous()
+    a = _aligned(a)
     *batch, p, q = a.shape
     m = min(p, q)
     ut, s, vt = (torch.empty((*batch, *shape), dtype=a.dtype) for shape in ((m, p), (m,), (m, q)))
@@ -220,8 +240,8 @@ def _chain(
 ) -> tuple[Tensor, ...]:
     *batch, k, _, r, _ = left.shape
     w = width(kind, k, r)
-    left, right = left.contiguous(), right.contiguous()
-    floor = torch.zeros((*batch, k), dtype=torch.float64) if floor is None else floor.contiguous()
+    left, right = _aligned(left), _aligned(right)
+    floor = torch.zeros((*batch, k), dtype=torch.float64) if floor is None else _aligned(floor)
     basis = torch.zeros((*batch, k, r, w), dtype=torch.float64)
     values = torch.zeros((*batch, w), dtype=torch.complex128)
     shared, kept = torch.zeros(batch, dtype=torch.int64), torch.zeros((*batch, k), dtype=torch.int64)
@@ -239,6 +259,7 @@ KERNELS: Mapping[str, Kernel] = {
     "svd": Kernel(_svd, _supports),
     "chain": Kernel(_chain, _supports),
     "combine": Kernel(_combine, _supports),
+    "write": Kernel(_write, _supports),
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_jobs),
     "combine_pass": Kernel(_combine_pass, _supports_jobs),

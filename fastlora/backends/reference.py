@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
@@ -48,12 +49,24 @@ def _combine_pass(jobs: list[CombineJob]) -> None:
             out.copy_(total)
 
 
+def _write(file: int, tensors: list[Tensor], offsets: list[int], check: bool) -> int | None:
+    for i, (tensor, offset) in enumerate(zip(tensors, offsets, strict=True)):
+        if check and not bool(tensor.isfinite().all()):
+            return i
+        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while len(view):
+            written = os.pwrite(file, view, offset)
+            view, offset = view[written:], offset + written
+    return None
+
+
 KERNELS: Mapping[str, Kernel] = {
     "gram": Kernel(_gram, always),
     "eigh": Kernel(eigh, always),
     "svd": Kernel(svd, always),
     "chain": Kernel(chain, always),
     "combine": Kernel(combine, always),
+    "write": Kernel(_write, always),
     "finite": Kernel(lambda x: bool(x.isfinite().all()), always),
     "gram_pass": Kernel(_gram_pass, always),
     "combine_pass": Kernel(_combine_pass, always),

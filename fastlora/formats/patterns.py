@@ -161,7 +161,9 @@ class _Walk:
         if name == "at":
             return at & (1 if argument == parser.AT_BEGINNING else self._last())
         wanted = name == "assert"
-        return sum(1 << i for i in range(at.bit_length()) if at >> i & 1 and bool(self.ends(argument[1], 1 << i)) == wanted)
+        return sum(
+            1 << i for i in range(at.bit_length()) if at >> i & 1 and bool(self.ends(argument[1], 1 << i)) == wanted
+        )
 
     def _repeated(self, argument: tuple[int, int, Any], at: int) -> int:
         # Beyond one step a character, a repetition only adds empty ones, which change nothing.

@@ -81,7 +81,7 @@ def read(directory: Path, name: str) -> Adapter:
         )
     updates: dict[str, Update] = {}
     extras: dict[str, Extra] = {}
-    for container, wrappers in _group(modules).items():
+    for container, wrappers in _group(modules, file).items():
         for path, module in _name_wrappers(container, wrappers, config, file):
             _check_factors(path, module, file)
             if path in modules:
@@ -145,7 +145,7 @@ def _sort(
     )
 
 
-def _group(modules: Mapping[str, _Module]) -> dict[str, list[_Module]]:
+def _group(modules: Mapping[str, _Module], file: Path) -> dict[str, list[_Module]]:
     """Modules by path, each as a list from the outermost wrapper inwards."""
     groups: dict[str, dict[int, _Module]] = {}
     for path, module in modules.items():
@@ -155,7 +155,7 @@ def _group(modules: Mapping[str, _Module]) -> dict[str, list[_Module]]:
         if WRAPPED + "." in container:
             key = next(iter(module.keys.values()))
             raise UnsupportedAdapter(
-                f"tensor {key!r} adapts a part inside a wrapped module, as peft does for "
+                f"{file}: tensor {key!r} adapts a part inside a wrapped module, as peft does for "
                 f"nn.MultiheadAttention, whose fused projections are not supported; {MERGE_FIRST}"
             )
         groups.setdefault(container, {})[depth] = module

@@ -250,9 +250,7 @@ class _Fields:
         value = self.values.get(key)
         if value is None:
             return []
-        if not isinstance(value, list) or not all(
-            isinstance(v, str) and v and is_plain(v) for v in value
-        ):
+        if not isinstance(value, list) or not all(isinstance(v, str) and v and is_plain(v) for v in value):
             self.fail(key, "a list of texts without control characters, or null")
         return list(value)
 

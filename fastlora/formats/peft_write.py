@@ -78,7 +78,7 @@ class AdapterFile:
 
     def put(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Writes some modules: ``{module: (B [out, r], A [r, in])}`` with the scaling inside."""
-        self._file.write(self._collect(factors).tensors)
+        self._file.write(self._collect(factors).tensors, check=True)
 
     def close(self) -> None:
         """Writes what belongs to no module, then the configuration."""

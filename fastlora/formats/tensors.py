@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastlora.errors import InputError
+from fastlora.backends import resolve
+from fastlora.errors import InputError, OutputError
 from fastlora.formats.files import is_plain, parse_object, require_file, shown
 from fastlora.output import writing
 
@@ -29,6 +32,7 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+NAMED_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 ALIGNMENT = 64  # of the first tensor: SIMD loads of aligned rows stay within cache lines
 
 LARGEST_HEADER = 100_000_000
@@ -44,24 +48,37 @@ LFS_POINTER = b"version https://git-lfs"
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, as a view of a private mapping that lives as long as the tensor.
 
-    Nothing is copied, so addresses can be odd: they are where the file put the tensors.
+    The library checks the file; the views are made here, several times faster than it makes them, and there are
+    thousands in a pool. Nothing is copied, so addresses can be odd: they are where the file put the tensors.
     """
     _refuse_pointer(path)
-    _check_header(path)
+    start, header = _check_header(path)
     try:
+        with path.open("rb") as raw:
+            mapping = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
+            return {
+                name: _view(mapping, start, header[name]) if _is_usual(header[name]) else file.get_tensor(name)
+                for name in file.keys()
+            }
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        RuntimeError,
+        MemoryError,
+    ) as error:
         raise InputError(
             f"{path} is no readable safetensors file ({_first_line(error)}); it may be cut off: copy or download it again"
         ) from None
 
 
-def _check_header(path: Path) -> None:
-    """Refuses what safetensors accepts or has no name for: tensors named twice, names and shapes that nothing can use.
-
-    Offsets and sizes are left to safetensors, which checks every one of them.
-    """
+def _check_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors start, and the header. Refuses what safetensors accepts or has no name for: tensors named
+    twice, names and shapes that nothing can use. Offsets and sizes are left to safetensors, which checks every one."""
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
@@ -80,16 +97,36 @@ def _check_header(path: Path) -> None:
         if len(name) > LONGEST_NAME:
             raise InputError(f"{path}: tensor {name[:60]!r}… has a name of {len(name)} characters; rename it")
         shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape) or len(shape) > 64:
+        if (
+            not isinstance(shape, list)
+            or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
+            or len(shape) > 64
+        ):
             raise InputError(f"{path}: tensor {name!r} has the shape {shown(shape)}; copy or download the file again")
         offsets = entry.get("data_offsets")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
-            raise InputError(f"{path}: tensor {name!r} has the offsets {shown(offsets)}; copy or download the file again")
+            raise InputError(
+                f"{path}: tensor {name!r} has the offsets {shown(offsets)}; copy or download the file again"
+            )
         if not 0 <= offsets[0] <= offsets[1] <= size - 8 - length:
             raise InputError(
                 f"{path} is no readable safetensors file (tensor {name!r} lies at {shown(offsets)}, but there are "
                 f"{size - 8 - length} bytes of tensors); it may be cut off: copy or download it again"
             )
+    return 8 + length, header
+
+
+def _is_usual(entry: Mapping[str, Any]) -> bool:
+    """Whether a view is simple to make: a usual dtype, and something to view."""
+    first, last = entry["data_offsets"]
+    return entry["dtype"] in NAMED_DTYPES and first < last
+
+
+def _view(mapping: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor:
+    dtype = NAMED_DTYPES[entry["dtype"]]
+    first, last = entry["data_offsets"]
+    count = (last - first) // dtype.itemsize
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=start + first).view(entry["shape"])
 
 
 class TensorFile:
@@ -122,31 +159,31 @@ class TensorFile:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(self._start + offset)
 
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Writes some tensors, which have the shapes and dtypes that were announced.
+    def write(self, tensors: Mapping[str, Tensor], *, check: bool = False) -> None:
+        """Writes some tensors, which have the shapes and dtypes that were announced; ``check`` refuses NaN and Inf.
 
         The file is open only meanwhile: a decomposition of many pairs has more files than a process may hold open.
         """
+        names = [n for n, t in tensors.items() if t.nbytes]
+        for name, tensor in tensors.items():
+            start, end = self._places[name]
+            if tensor.nbytes != end - start:
+                raise ValueError(f"{name}: {tensor.nbytes} bytes where {end - start} were announced")
+        flat = [tensors[n].contiguous() for n in names]
+        offsets = [self._start + self._places[n][0] for n in names]
         with writing(self.path), self.path.open("r+b", buffering=0) as file:
-            for name, tensor in tensors.items():
-                start, end = self._places[name]
-                if tensor.nbytes != end - start:
-                    raise ValueError(f"{name}: {tensor.nbytes} bytes where {end - start} were announced")
-                if tensor.nbytes:
-                    _write_at(file.fileno(), tensor.contiguous().reshape(-1).view(torch.uint8), self._start + start)
-                self._missing.discard(name)
+            bad = resolve("write", file.fileno(), flat, offsets, check).launch(file.fileno(), flat, offsets, check)
+        if bad is not None:
+            raise OutputError(
+                f"{names[bad]} does not fit {str(flat[bad].dtype)[6:]} (NaN or Inf after rounding); save with "
+                "dtype=float32 (`--dtype float32`), or look at the inputs with `fastlora inspect`"
+            )
+        self._missing -= tensors.keys()
 
     def close(self) -> None:
         """Checks that every tensor was written."""
         if self._missing:
             raise ValueError(f"{self.path}: {min(self._missing)} was announced and not written")
-
-
-def _write_at(handle: int, data: Tensor, offset: int) -> None:
-    view = memoryview(data.numpy())  # type: ignore[arg-type]
-    while len(view):
-        written = os.pwrite(handle, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:
@@ -173,7 +210,9 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     total = 0
     for key, value in values.items():
         if not is_plain(key) or len(key) > LONGEST_NAME:
-            raise InputError(f"{path}: tensor {key[:60]!r} has control characters in its name, or is too long; rename it")
+            raise InputError(
+                f"{path}: tensor {key[:60]!r} has control characters in its name, or is too long; rename it"
+            )
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise InputError(f"{path}: tensor {key!r} is no plain tensor; save the adapter again as safetensors")
         total += value.nbytes
@@ -191,14 +230,14 @@ def _is_archive(path: Path, size: int) -> bool:
         return False
     try:
         with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
+            entries = archive.infolist()
     except Exception as error:
         raise InputError(
             f"{path} is no readable file of tensors ({_first_line(error)}); "
             "save the adapter again as safetensors, or download it again"
         ) from None
-    if unpacked > size:
-        raise InputError(f"{path} has {size} bytes and unpacks to {unpacked}; save the adapter again as safetensors")
+    if sum(e.file_size for e in entries) > size or any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+        raise InputError(f"{path} is compressed, which torch.save never does; save the adapter again as safetensors")
     return True
 
 

@@ -75,11 +75,11 @@ class ModuleResult:
     names: tuple[str, ...]
     ranks: tuple[int, ...]
     kept: tuple[int, ...]
-    sigma: tuple[Tensor, ...]  # of ΔW_i, scaling included, descending
+    sigma: tuple[tuple[float, ...], ...]  # of ΔW_i, scaling included, descending
     values: Tensor  # eigenvalues, descending by real part
     count: int  # directions shared
     basis: tuple[Tensor | None, ...]  # [r_j, count], None where zero
-    H: tuple[Tensor, ...]  # [count, r_i]
+    H: tuple[Tensor, ...]  # [count, r_i]; none where nothing is shared
     norms: tuple[float, ...]  # ‖ΔW_i‖
     shared_norms: tuple[float, ...]  # ‖ΔW_i^shared‖, MATH (9)
     rtol: float
@@ -149,11 +149,15 @@ def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
     assert isinstance(H, Tensor)
     norms = (full.diagonal(dim1=1, dim2=2).movedim(-1, 1) * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # [g, k]
     shared = ((H.mT @ H) * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # MATH (9)
+    scalings = torch.tensor([[abs(u.scaling) for u in row] for row in blocks.updates], dtype=torch.float64)  # [g, k]
+    sigma = found.sigma * scalings[..., None]
+    # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
+    numbers = [x.tolist() for x in (found.shared, found.kept, norms * scalings, shared * scalings, sigma)]
+    complex_pairs = found.values.imag.any(-1).tolist()
+    ranks = blocks.group.ranks
     results = []
     for g, module in enumerate(blocks.modules):
-        scalings = [abs(u.scaling) for u in blocks.updates[g]]
-        count, ranks = int(found.shared[g]), blocks.group.ranks
-        kept = tuple(int(x) for x in found.kept[g])
+        count, kept, own_norms, own_shared, own_sigma = (x[g] for x in numbers)
         length = sum(kept) if settings.chain == "mean" else kept[0]
         values = found.values[g, :length]
         results.append(
@@ -162,14 +166,14 @@ def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
                 shape=blocks.updates[g][0].shape,
                 names=blocks.names,
                 ranks=ranks,
-                kept=kept,
-                sigma=tuple(found.sigma[g, i, : ranks[i]] * scalings[i] for i in range(k)),
-                values=values if bool(values.imag.any()) else values.real,
+                kept=tuple(kept),
+                sigma=tuple(tuple(own_sigma[i][: ranks[i]]) for i in range(k)),
+                values=values if complex_pairs[g] else values.real,
                 count=count,
                 basis=tuple(found.basis[g, j, : ranks[j], :count] if j in movers else None for j in range(k)),
-                H=tuple(H[g, i, :count, : ranks[i]] for i in range(k)),
-                norms=tuple(float(norms[g, i]) * scalings[i] for i in range(k)),
-                shared_norms=tuple(float(shared[g, i]) * scalings[i] for i in range(k)),
+                H=tuple(H[g, i, :count, : ranks[i]] for i in range(k)) if count else (),
+                norms=tuple(own_norms),
+                shared_norms=tuple(own_shared),
                 rtol=blocks.group.rtol,
             )
         )
@@ -271,7 +275,7 @@ class Components:
         for j, basis in enumerate(result.basis):
             if basis is not None:
                 parts.append(self._factors(result, j)[0].times(-(basis @ result.H[i])))
-        floor = max(update.floor, result.rtol * max(result.sigma[i].tolist(), default=0.0))
+        floor = max(update.floor, result.rtol * max(result.sigma[i], default=0.0))
         return replace(self._assemble(update, add(parts), other), floor=floor)
 
 

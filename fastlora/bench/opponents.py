@@ -1,9 +1,11 @@
-"""DeVec's product chain in factor space as a careful torch program: the opponent that needs no package."""
+"""The opponents: what a careful user would write in plain torch, and what the papers and tools do on dense matrices."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fastlora.pool import Pool
 
 
 def shared_directions(B: list[Tensor], A: list[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
@@ -45,3 +47,48 @@ def dense_unique(deltas: list[Tensor], threshold: float) -> list[Tensor]:
     q = span.shape[1]
     Z = torch.linalg.svd(torch.cat([span.real, span.imag], 1), full_matrices=False)[0][:, :q]
     return [delta - Z @ (Z.mT @ delta) for delta in deltas]
+
+
+def plain_decompose(pool: Pool, threshold: float) -> list[tuple[list[Tensor], Tensor]]:
+    """Unique ``B`` factors and ``Z`` of every module of a pool."""
+    results = []
+    for module in pool.modules:
+        updates = [a.updates[module] for a in pool.adapters]
+        B = [x for u in updates if (x := u.B.stored) is not None]
+        A = [x for u in updates if (x := u.A.stored) is not None]
+        Z, _ = shared_directions(B, A, threshold)
+        results.append((unique_parts(B, Z), Z))
+    return results
+
+
+def _stacked(pool: Pool, module: str) -> tuple[Tensor, Tensor]:
+    """``[s₁B₁ | s₂B₂ | …]`` and ``[A₁; A₂; …]``."""
+    pairs = []
+    for adapter in pool.adapters:
+        update = adapter.updates[module]
+        B, A = update.B.stored, update.A.stored
+        assert B is not None and A is not None
+        pairs.append((update.scaling * B, A))
+    return torch.cat([B for B, _ in pairs], 1), torch.cat([A for _, A in pairs])
+
+
+def merge_by_qr(pool: Pool, rank: int = 16) -> list[tuple[Tensor, Tensor]]:
+    """Best rank-``rank`` approximation of the sum: QR of the stacked factors, SVD of the small core."""
+    results = []
+    for module in pool.modules:
+        B, A = _stacked(pool, module)
+        qb, rb = torch.linalg.qr(B)
+        qa, ra = torch.linalg.qr(A.mT)
+        u, s, vh = torch.linalg.svd(rb @ ra.mT)
+        results.append((qb @ (u[:, :rank] * s[:rank]), vh[:rank] @ qa.mT))
+    return results
+
+
+def merge_by_dense_svd(pool: Pool, rank: int = 16) -> list[tuple[Tensor, Tensor]]:
+    """The same by SVD of the dense sum, as adapter tools do."""
+    results = []
+    for module in pool.modules:
+        B, A = _stacked(pool, module)
+        u, s, vh = torch.linalg.svd(B @ A, full_matrices=False)
+        results.append((u[:, :rank] * s[:rank], vh[:rank]))
+    return results

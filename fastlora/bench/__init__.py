@@ -1,0 +1,1 @@
+"""The project's own numbers on this machine, beside plain torch: what ``fastlora bench`` prints."""
