@@ -182,10 +182,10 @@ def partial_of(path: Path) -> Path | None:
 def _output_error(error: OSError | SafetensorError, path: Path) -> OutputError:
     number = _errno(error)
     reason = REASONS.get(number) if number is not None else None
-    return OutputError(f"{_finished(path)} could not be written: {reason or error}")
+    return OutputError(f"{finished(path)} could not be written: {reason or error}")
 
 
-def _finished(path: Path) -> Path:
+def finished(path: Path) -> Path:
     """The place that a path inside an unfinished output would have had in the finished one."""
     unfinished = partial_of(path)
     if unfinished is None:

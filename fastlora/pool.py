@@ -18,12 +18,13 @@ class Pool:
     """Adapters of one base model, in a fixed order and by name.
 
     Ranks, dtypes and the modules that are adapted may differ. ``notices`` says what was noticed while the
-    adapters were put together: differing base models, aligned names, adapters that share no module.
+    adapters were put together: differing base models, aligned names, adapters that share no module. ``align=False``
+    takes module names as they are.
 
     Raises :class:`InputError` when names repeat, shapes of a module disagree or nothing overlaps.
     """
 
-    def __init__(self, adapters: Iterable[Adapter]) -> None:
+    def __init__(self, adapters: Iterable[Adapter], *, align: bool = True) -> None:
         given = list(adapters)
         if not given:
             raise InputError("a pool needs adapters, none was given")
@@ -34,7 +35,7 @@ class Pool:
         self._adapters: dict[str, Adapter] = {}
         self._owners: dict[str, list[int]] = {}
         for adapter in given:
-            self._add(adapter)
+            self._add(adapter, align)
         self._compare_bases()
 
     @classmethod
@@ -74,8 +75,8 @@ class Pool:
             raise InputError(f"the pool has no adapter {name!r}; it has {', '.join(self._adapters)}") from None
 
     def subset(self, names: Iterable[str]) -> Pool:
-        """A pool of some of the adapters, in the order given."""
-        return Pool(self[name] for name in names)
+        """A pool of some of the adapters, in the order given, under the module names that they have here."""
+        return Pool((self[name] for name in names), align=False)
 
     def __contains__(self, name: object) -> bool:
         return name in self._adapters
@@ -89,8 +90,8 @@ class Pool:
     def __repr__(self) -> str:
         return f"Pool({', '.join(self._adapters)}: {len(self._owners)} modules)"
 
-    def _add(self, adapter: Adapter) -> None:
-        if self._adapters:
+    def _add(self, adapter: Adapter, align: bool) -> None:
+        if self._adapters and align:
             adapter = self._aligned(adapter)
         position = len(self._adapters)
         for module in adapter.modules:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from build import MODULES, gaussian, make_adapter, make_config, write_peft
 
+from build import MODULES, gaussian, make_adapter, make_config, write_peft
+from fastlora.adapter import Adapter, Factor, Update
 from fastlora.errors import InputError
 from fastlora.formats import load
 from fastlora.pool import Pool
@@ -180,3 +181,15 @@ def test_disjoint_modules_of_one_model_are_a_notice(tmp_path: Path) -> None:
     pool = Pool.load([make_adapter(tmp_path / "a", some(Q1)), make_adapter(tmp_path / "b", some(UP1))])
     assert pool.modules == [Q1, UP1]
     assert pool.notices == ["adapter 'b' shares no module with the adapters before it"]
+
+
+def test_subset_keeps_module_names() -> None:
+    """Two adapters of a pool may have no module in common; on their own they would look like different models."""
+    pool = Pool([make_named("a", ["x", "y"]), make_named("b", ["x"]), make_named("c", ["y"])])
+    pair = pool.subset(["b", "c"])
+    assert pair.modules == ["x", "y"] and pair.notices == []
+
+
+def make_named(name: str, modules: list[str]) -> Adapter:
+    factors = Factor.of("B", torch.ones(3, 1)), Factor.of("A", torch.ones(1, 2))
+    return Adapter(name, {m: Update(*factors) for m in modules})

@@ -82,7 +82,8 @@ bool strips_by_factor(const Job& job) {
     }
     for (int64_t o = 0; o < job.task->outputs; ++o) {
         bool used = false;
-        for (int64_t t = 0; t < job.outputs[o].terms; ++t) used |= job.terms[job.outputs[o].first_term + t].coefficient != 0;
+        for (int64_t t = 0; t < job.outputs[o].terms; ++t)
+            used |= job.terms[job.outputs[o].first_term + t].coefficient != 0;
         by_output += used;
     }
     return by_factor <= by_output;

@@ -24,10 +24,14 @@ bool rows_are_finite(const Matrix& m, Word exponent) {
 
 bool finite(const Matrix& matrix) {
     switch (static_cast<DType>(matrix.dtype)) {
-        case DType::f32: return rows_are_finite<uint32_t>(matrix, 0x7f800000u);
-        case DType::f64: return rows_are_finite<uint64_t>(matrix, 0x7ff0000000000000u);
-        case DType::f16: return rows_are_finite<uint16_t>(matrix, 0x7c00u);
-        case DType::bf16: return rows_are_finite<uint16_t>(matrix, 0x7f80u);
+        case DType::f32:
+            return rows_are_finite<uint32_t>(matrix, 0x7f800000u);
+        case DType::f64:
+            return rows_are_finite<uint64_t>(matrix, 0x7ff0000000000000u);
+        case DType::f16:
+            return rows_are_finite<uint16_t>(matrix, 0x7c00u);
+        case DType::bf16:
+            return rows_are_finite<uint16_t>(matrix, 0x7f80u);
     }
     return false;
 }

@@ -65,7 +65,8 @@ size_t lay_out(char* base, const GramTask& task, const Matrix* factors, const Gr
     for (int64_t b = 0; b < task.blocks;) {
         int64_t end = b + 1;
         int64_t width = rank(factors[blocks[b].right], task.rows);
-        while (end < task.blocks && blocks[end].left == blocks[b].left && blocks[end].right == blocks[end - 1].right + 1)
+        while (end < task.blocks && blocks[end].left == blocks[b].left &&
+               blocks[end].right == blocks[end - 1].right + 1)
             width += rank(factors[blocks[end++].right], task.rows);
         const int64_t m = rank(factors[blocks[b].left], task.rows);
         double* sums = arena.take<double>(size_t(m) * width);

@@ -87,16 +87,20 @@ struct BF16 {
     template <class T>
     static void store_vector(U16* p, Vec<T> x) {
         using Word = typename Bits<T>::Word;
-        const Word bits = (Word)__builtin_convertvector(x, typename Bits<T>::Float);
+        const Word bits = (Word) __builtin_convertvector(x, typename Bits<T>::Float);
         const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
         const Word chosen = (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
         const auto half = narrow<T>(chosen);
         __builtin_memcpy(p, &half, sizeof half);
     }
     template <class T>
-    static T load_one(const U16* p) { return T(from_bf16(p->value)); }
+    static T load_one(const U16* p) {
+        return T(from_bf16(p->value));
+    }
     template <class T>
-    static void store_one(U16* p, T x) { p->value = to_bf16(float(x)); }
+    static void store_one(U16* p, T x) {
+        p->value = to_bf16(float(x));
+    }
 };
 
 struct F16 {
@@ -117,9 +121,13 @@ struct F16 {
         for (int i = 0; i < kLanes<T>; ++i) p[i].value = to_f16(float(x[i]));
     }
     template <class T>
-    static T load_one(const U16* p) { return T(from_f16(p->value)); }
+    static T load_one(const U16* p) {
+        return T(from_f16(p->value));
+    }
     template <class T>
-    static void store_one(U16* p, T x) { p->value = to_f16(float(x)); }
+    static void store_one(U16* p, T x) {
+        p->value = to_f16(float(x));
+    }
 };
 
 struct Single {
@@ -136,9 +144,13 @@ struct Single {
         __builtin_memcpy(p, &single, sizeof single);
     }
     template <class T>
-    static T load_one(const F32* p) { return T(p->value); }
+    static T load_one(const F32* p) {
+        return T(p->value);
+    }
     template <class T>
-    static void store_one(F32* p, T x) { p->value = float(x); }
+    static void store_one(F32* p, T x) {
+        p->value = float(x);
+    }
 };
 
 struct Double {
@@ -155,9 +167,13 @@ struct Double {
         __builtin_memcpy(p, &wide, sizeof wide);
     }
     template <class T>
-    static T load_one(const F64* p) { return T(p->value); }
+    static T load_one(const F64* p) {
+        return T(p->value);
+    }
     template <class T>
-    static void store_one(F64* p, T x) { p->value = double(x); }
+    static void store_one(F64* p, T x) {
+        p->value = double(x);
+    }
 };
 
 // Asks for the `bytes` that lie `ahead` bytes behind p: what the next tile will read. Several factors are streamed at
@@ -214,10 +230,14 @@ __attribute__((noinline)) void write_as(const Matrix& m, int64_t row, int64_t co
 template <class T>
 inline void read_block(const Matrix& m, int64_t row, int64_t column, int rows, int columns, T* out, int64_t stride) {
     switch (static_cast<DType>(m.dtype)) {
-        case DType::f32: return read_as<Single, T>(m, row, column, rows, columns, out, stride);
-        case DType::f64: return read_as<Double, T>(m, row, column, rows, columns, out, stride);
-        case DType::bf16: return read_as<BF16, T>(m, row, column, rows, columns, out, stride);
-        case DType::f16: return read_as<F16, T>(m, row, column, rows, columns, out, stride);
+        case DType::f32:
+            return read_as<Single, T>(m, row, column, rows, columns, out, stride);
+        case DType::f64:
+            return read_as<Double, T>(m, row, column, rows, columns, out, stride);
+        case DType::bf16:
+            return read_as<BF16, T>(m, row, column, rows, columns, out, stride);
+        case DType::f16:
+            return read_as<F16, T>(m, row, column, rows, columns, out, stride);
     }
 }
 
@@ -225,10 +245,14 @@ template <class T>
 inline void write_block(const Matrix& m, int64_t row, int64_t column, int rows, int columns, const T* in,
                         int64_t stride) {
     switch (static_cast<DType>(m.dtype)) {
-        case DType::f32: return write_as<Single, T>(m, row, column, rows, columns, in, stride);
-        case DType::f64: return write_as<Double, T>(m, row, column, rows, columns, in, stride);
-        case DType::bf16: return write_as<BF16, T>(m, row, column, rows, columns, in, stride);
-        case DType::f16: return write_as<F16, T>(m, row, column, rows, columns, in, stride);
+        case DType::f32:
+            return write_as<Single, T>(m, row, column, rows, columns, in, stride);
+        case DType::f64:
+            return write_as<Double, T>(m, row, column, rows, columns, in, stride);
+        case DType::bf16:
+            return write_as<BF16, T>(m, row, column, rows, columns, in, stride);
+        case DType::f16:
+            return write_as<F16, T>(m, row, column, rows, columns, in, stride);
     }
 }
 
@@ -239,8 +263,8 @@ inline int padded(int64_t n) {
 
 // The loops are unrolled in full and the function stands alone, or the compiler keeps the sums in memory.
 template <class T, int kRows, int kVectors, bool kFresh>
-__attribute__((noinline)) void product_block(int k, const T* a, ptrdiff_t a_p, ptrdiff_t a_i, const T* b, ptrdiff_t b_p, T* c,
-                          ptrdiff_t c_i) {
+__attribute__((noinline)) void product_block(int k, const T* a, ptrdiff_t a_p, ptrdiff_t a_i, const T* b, ptrdiff_t b_p,
+                                             T* c, ptrdiff_t c_i) {
     constexpr int lanes = kLanes<T>;
     Vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 8
@@ -283,8 +307,7 @@ inline void product(int m, int n, int k, const T* a, ptrdiff_t a_p, ptrdiff_t a_
                     ptrdiff_t c_i) {
     constexpr int lanes = kLanes<T>;
     int j = 0;
-    for (; n - j > 2 * lanes; j += 3 * lanes)
-        product_columns<T, 3, kFresh>(m, k, a, a_p, a_i, b + j, b_p, c + j, c_i);
+    for (; n - j > 2 * lanes; j += 3 * lanes) product_columns<T, 3, kFresh>(m, k, a, a_p, a_i, b + j, b_p, c + j, c_i);
     if (n - j > lanes)
         product_columns<T, 2, kFresh>(m, k, a, a_p, a_i, b + j, b_p, c + j, c_i);
     else if (n - j > 0)

@@ -1,7 +1,7 @@
 // One call for many tensors: a Python thread that writes them one by one would wait for the interpreter at each.
-#include <cerrno>
-
 #include <unistd.h>
+
+#include <cerrno>
 
 #include "fastlora/io.h"
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastlora.adapter import Adapter, BaseInfo, Extra, Factor, Layout, Update
-from fastlora.errors import InputError, UnsupportedAdapter
+from fastlora.errors import InputError, NonFiniteError, UnsupportedAdapter
 from fastlora.formats.peft_config import CONFIG_NAME, HEADS, MERGE_FIRST, PeftConfig, read_config
-from fastlora.formats.tensors import read_safetensors, read_torch
+from fastlora.formats.tensors import DTYPE_NAMES, read_safetensors, read_torch
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OLD_WEIGHTS_NAME = "adapter_model.bin"
@@ -45,6 +45,9 @@ EMBEDDINGS = frozenset("embed_tokens lm_head wte wpe word_embeddings embed_in em
 """Modules that PEFT saves whole, unasked, when they are adapted or the vocabulary was resized."""
 
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+
+MOST_EXPERTS = 8192
+"""Of one parameter; each becomes a module of its own."""
 
 REGISTRATION_ORDER = ("gate_up_proj", "gate_up_proj_bias", "w1", "v1", "w2", "down_proj", "down_proj_bias")
 """The order in which mixture-of-experts modules create their parameters: PEFT wraps the last one outermost,
@@ -88,6 +91,8 @@ def read(directory: Path, name: str) -> Adapter:
                 updates[path] = _update(path, module, config, file)
                 if "bias" in module.tensors:
                     shift = module.tensors["bias"].double() * updates[path].scaling
+                    if not bool(shift.isfinite().all()):
+                        raise NonFiniteError(f"{file}: tensor {module.keys['bias']!r} holds NaN or Inf; save it again")
                     extras[f"{path}.bias"] = Extra("delta", shift.to(_at_least_float32(module.tensors["bias"])))
             else:
                 updates.update(_experts(path, module, config, file))
@@ -275,6 +280,11 @@ def _experts(path: str, module: _Module, config: PeftConfig, file: Path) -> dict
             "it was saved with"
         )
     experts = a.shape[0] // rank
+    if experts > MOST_EXPERTS:
+        raise InputError(
+            f"parameter {path!r} has lora_A {list(a.shape)} in {file}, which at rank {rank} of {config.path} is "
+            f"{experts} experts, more than {MOST_EXPERTS}; restore the configuration it was saved with"
+        )
     scaling = config.scaling_of(path, rank)
     # The columns of one expert are strided on disk; kernels need rows that lie together.
     left = b.reshape(-1, rank, experts).permute(2, 0, 1).contiguous()
@@ -304,6 +314,15 @@ def _add_values(
         path = f"{wrapped}.{parameter}" if wrapped in modules else key
         if not _is_trained(path, wrapped in modules, config.base):
             unknown.append(key)
+        elif tensor.dtype not in DTYPE_NAMES:
+            raise InputError(
+                f"{file}: tensor {key!r} is {str(tensor.dtype)[6:]}, which cannot be written again; save it as float32"
+            )
+        elif path in extras and tensor.shape != extras[path].tensor.shape:
+            raise InputError(
+                f"{file}: tensor {key!r} is {list(tensor.shape)}, needed is {list(extras[path].tensor.shape)} as "
+                "lora_B.bias has it"
+            )
         elif path in extras:
             # lora_bias shifts a bias that is itself replaced: both are known, so their sum is the new value.
             extras[path] = Extra("value", tensor + extras[path].tensor.to(tensor.dtype))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 import os
+import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +21,7 @@ from torch import Tensor
 from fastlora.backends import resolve
 from fastlora.errors import InputError, OutputError
 from fastlora.formats.files import is_plain, parse_object, require_file, shown
-from fastlora.output import writing
+from fastlora.output import finished, writing
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -41,6 +44,11 @@ LONGEST_NAME = 1000
 """Characters of a tensor's name."""
 MOST_VIEWS = 4
 """How often the bytes of a file may be used: tied tensors share theirs."""
+
+CALLS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
+"""What a pickle of tensors names."""
+LEGACY_PICKLES = 5
+"""A file older than torch 1.6: magic number, version, system, tensors, keys; then the data."""
 
 LFS_POINTER = b"version https://git-lfs"
 
@@ -175,7 +183,7 @@ class TensorFile:
             bad = resolve("write", file.fileno(), flat, offsets, check).launch(file.fileno(), flat, offsets, check)
         if bad is not None:
             raise OutputError(
-                f"{names[bad]} does not fit {str(flat[bad].dtype)[6:]} (NaN or Inf after rounding); save with "
+                f"{finished(self.path)}: {names[bad]} does not fit {str(flat[bad].dtype)[6:]} (NaN or Inf after rounding); save with "
                 "dtype=float32 (`--dtype float32`), or look at the inputs with `fastlora inspect`"
             )
         self._missing -= tensors.keys()
@@ -192,17 +200,14 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     size = path.stat().st_size
     # Only mapped storages are held against the size of the file. Files older than torch 1.6 are no zip archives and
     # cannot be mapped.
-    mapped = _is_archive(path, size)
+    mapped = _is_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         # What a damaged pickle raises has no common class: unpickling runs operations with arguments from the file.
-        raise InputError(
-            f"{path} is no readable file of tensors ({_first_line(error)}); "
-            "save the adapter again as safetensors, or download it again"
-        ) from None
+        raise _unreadable(path, error) from None
     if not isinstance(values, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in values.items()
     ):
@@ -224,21 +229,47 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     return {key: value.detach() for key, value in values.items()}
 
 
-def _is_archive(path: Path, size: int) -> bool:
-    """Whether a file of tensors is a zip archive, as all but the oldest are. Refuses archives that grow when unpacked."""
-    if not zipfile.is_zipfile(path):
-        return False
+def _is_archive(path: Path) -> bool:
+    """Whether a file of tensors is a zip archive, as all but the oldest are. Refuses what only a hostile one holds:
+    entries that grow when unpacked, and calls of anything but what makes tensors."""
+    size = path.stat().st_size
     try:
+        archived = zipfile.is_zipfile(path)
+        if not archived:
+            with path.open("rb") as file:
+                for _ in range(LEGACY_PICKLES):
+                    _check_calls(path, file)
+            return False
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            if sum(e.file_size for e in entries) > size or any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+                raise InputError(
+                    f"{path} is compressed, which torch.save never does; save the adapter again as safetensors"
+                )
+            for entry in entries:
+                if entry.filename.endswith(".pkl"):
+                    _check_calls(path, io.BytesIO(archive.read(entry)))
+    except InputError:
+        raise
     except Exception as error:
-        raise InputError(
-            f"{path} is no readable file of tensors ({_first_line(error)}); "
-            "save the adapter again as safetensors, or download it again"
-        ) from None
-    if sum(e.file_size for e in entries) > size or any(e.compress_type != zipfile.ZIP_STORED for e in entries):
-        raise InputError(f"{path} is compressed, which torch.save never does; save the adapter again as safetensors")
+        raise _unreadable(path, error) from None
     return True
+
+
+def _check_calls(path: Path, file: IO[bytes]) -> None:
+    """Refuses a pickle that names anything but tensors: what torch allows beside them can take any memory."""
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name == "STACK_GLOBAL" or (operation.name in ("GLOBAL", "INST") and not CALLS.fullmatch(argument)):
+            raise InputError(
+                f"{path} calls {str(argument)[:80]!r}, which makes no tensor; have the adapter saved again as safetensors"
+            )
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} is no readable file of tensors ({_first_line(error)}); "
+        "save the adapter again as safetensors, or download it again"
+    )
 
 
 def _first_line(error: Exception) -> str:

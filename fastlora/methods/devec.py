@@ -331,7 +331,7 @@ def decompose_iteratively(pool: Pool, settings: Settings, target: str, order: Se
     steps: list[Components] = []
     current = pool[target]
     for other in order:
-        pair = Pool([current, pool[other]])
+        pair = Pool([current, pool[other]], align=False)
         found = decompose_pool(pair, settings)
         steps.append(Components(pair, found.results, settings, "iterative"))
         unique = steps[-1].unique_of(target)

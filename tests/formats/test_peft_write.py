@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from build import MODULES, gaussian, make_adapter, make_factors
 from safetensors import safe_open
 from torch import Tensor
 
+from build import MODULES, gaussian, make_adapter, make_factors
 from fastlora.adapter import Adapter, BaseInfo, Extra, Factor, Layout, Update
 from fastlora.backends import use_backend
 from fastlora.errors import OutputError
 from fastlora.formats import load
-from fastlora.formats.peft_config import exact_pattern, pattern_key
+from fastlora.formats.patterns import Patterns
+from fastlora.formats.peft_config import exact_pattern
 from fastlora.formats.peft_write import exclude_pattern, write
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -225,7 +226,8 @@ MODULE_NAMES = ["layers.1.x", "layers.11.x", "a.layers.1.x", "layers.1.xx", "lay
 @pytest.mark.parametrize("module", MODULE_NAMES)
 def test_exact_pattern_matches_one_module(module: str) -> None:
     pattern = exact_pattern(module)
-    assert [m for m in MODULE_NAMES if pattern_key([pattern], m) == pattern] == [module]
+    patterns = Patterns({pattern: 3}, "the test")
+    assert [m for m in MODULE_NAMES if patterns.value(m) == 3] == [module]
 
 
 @pytest.mark.parametrize(

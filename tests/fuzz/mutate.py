@@ -650,8 +650,8 @@ def mutation(seed: int) -> Case:
     for mutate in chosen[:1]:
         mutate(case, rng)
     if len(chosen) == 2 and chosen[0] in (odd_field, special_values, odd_address, valid_numbers):
-        case.about, case.must_refuse = None, False
         chosen[1](case, rng)
+        case.about = None
     else:
         chosen = chosen[:1]
     case.kind = " + ".join(m.__name__ for m in chosen)

@@ -7,7 +7,7 @@
 namespace fastlora {
 
 struct Piece {
-    Matrix matrix;   // contiguous
+    Matrix matrix;  // contiguous
     int64_t bytes;
     int64_t offset;  // in the file
     int64_t check;   // 1: refuse NaN and infinity
