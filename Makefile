@@ -1,12 +1,14 @@
 # make demo   decompose real adapters: report and plots in examples/out
 # make test   lint, types, tests, package build
 # make bench  timings on this machine
+# make fuzz   100,000 damaged adapter directories: tests/fuzz/result.json
+# make sanitize  the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 VENV ?= .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell git ls-files 'csrc/*' CMakeLists.txt setup.py pyproject.toml constraints.txt 2>/dev/null)
 ISAS := baseline avx2 avx512 avx512_bf16
 
-.PHONY: demo test lint types unit package bench clean
+.PHONY: demo test lint types unit package bench fuzz sanitize clean
 
 $(VENV)/ready: $(SOURCES)
 	python3 -m venv $(VENV)
@@ -36,6 +38,22 @@ package: $(VENV)/ready
 
 bench: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(PY) -m pytest benches --benchmark-only --benchmark-columns=median,iqr,rounds
+
+fuzz: $(VENV)/ready
+	$(PY) tests/fuzz/run.py --count 100000 --seed 1 --json tests/fuzz/result.json
+
+SANITIZED := build/sanitize/lib
+SANITIZERS = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)
+
+# Tests that start interpreters of their own for an instruction set are left out: the loop is over those.
+sanitize: $(VENV)/ready
+	CMAKE_ARGS=-DFASTLORA_SANITIZE=ON FASTLORA_CUDA=OFF $(PY) setup.py -q build_ext --build-lib $(SANITIZED) --build-temp build/sanitize/tmp
+	tar -C fastlora --exclude='*.so' --exclude=__pycache__ -cf - . | tar -C $(SANITIZED)/fastlora -xf -
+	for isa in baseline avx2 avx512; do \
+	  PYTHONPATH=$(SANITIZED) FASTLORA_ISA=$$isa FASTLORA_BACKEND=cpu LD_PRELOAD="$(SANITIZERS)" \
+	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(VENV)/bin/pytest -q -x -s -p no:cacheprovider -k "not reference and not isa and not instruction_set" tests/ops || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) examples/out fastlora/_core*.so

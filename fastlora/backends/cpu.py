@@ -118,9 +118,11 @@ def _combine_pass(jobs: list[CombineJob]) -> None:
         tasks.append((len(factors), len(job.factors), len(outputs), len(job.outputs), int(job.rows)))
         factors += [_matrix(x) for x in own]
         for out, out_terms in job.outputs:
-            outputs.append((len(matrices), len(terms), len(out_terms)))
+            # An empty coefficient has no address, which in the table means the identity.
+            counted = [t for t in out_terms if t.coefficient is None or t.coefficient.numel()]
+            outputs.append((len(matrices), len(terms), len(counted)))
             matrices.append(_matrix(out))
-            for term in out_terms:
+            for term in counted:
                 c = term.coefficient
                 if c is None:
                     terms.append((term.factor, 0, 0, 0, term.at, 0))

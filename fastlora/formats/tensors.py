@@ -80,7 +80,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         MemoryError,
     ) as error:
         raise InputError(
-            f"{path} is no readable safetensors file ({_first_line(error)}); it may be cut off: copy or download it again"
+            f"{path} is no readable safetensors file ({_first_line(error)}); it may be cut off: "
+            "copy or download it again"
         ) from None
 
 
@@ -183,8 +184,8 @@ class TensorFile:
             bad = resolve("write", file.fileno(), flat, offsets, check).launch(file.fileno(), flat, offsets, check)
         if bad is not None:
             raise OutputError(
-                f"{finished(self.path)}: {names[bad]} does not fit {str(flat[bad].dtype)[6:]} (NaN or Inf after rounding); save with "
-                "dtype=float32 (`--dtype float32`), or look at the inputs with `fastlora inspect`"
+                f"{finished(self.path)}: {names[bad]} does not fit {str(flat[bad].dtype)[6:]} "
+                "(NaN or Inf after rounding); save with dtype=float32 (`--dtype float32`), or look at the inputs with `fastlora inspect`"
             )
         self._missing -= tensors.keys()
 
@@ -259,9 +260,12 @@ def _is_archive(path: Path) -> bool:
 def _check_calls(path: Path, file: IO[bytes]) -> None:
     """Refuses a pickle that names anything but tensors: what torch allows beside them can take any memory."""
     for operation, argument, _ in pickletools.genops(file):
-        if operation.name == "STACK_GLOBAL" or (operation.name in ("GLOBAL", "INST") and not CALLS.fullmatch(argument)):
+        if operation.name == "STACK_GLOBAL" or (
+            operation.name in ("GLOBAL", "INST") and not CALLS.fullmatch(str(argument))
+        ):
             raise InputError(
-                f"{path} calls {str(argument)[:80]!r}, which makes no tensor; have the adapter saved again as safetensors"
+                f"{path} calls {str(argument)[:80]!r}, which makes no tensor; "
+                "have the adapter saved again as safetensors"
             )
 
 

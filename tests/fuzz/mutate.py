@@ -156,8 +156,8 @@ def healthy(template: str, seed: int, dtype: str = "F32") -> Case:
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 4, 2**31, 2**32 + 3, 2**53 + 1, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 3.0,
     1e308, 1e-308, 1e200, -1e39, math.nan, math.inf, -math.inf, "", "3", "LORA", "\ud800", "\x00", "a\nb\x1b[31m",
-    "ｆｕｌｌ", "é" * 500, [], [[]], [None], [1, 2], ["q_proj"], [[0, 1]], [[1, 2, 3]], {}, {"q_proj": 3}, {"q_proj": -1},
-    {"": 3}, {".*": 3}, {"(": 3}, {"[": 1}, {"a" * 3000: 3}, {"q_proj": 1e300}, {"q_proj": "3"}, {"x": {"y": {}}},
+    "ｆｕｌｌ", "é" * 500, [], [[]], [None], [1, 2], ["q_proj"], [[0, 1]], [[1, 2, 3]], {}, {"q_proj": 3},
+    {"q_proj": -1}, {"": 3}, {".*": 3}, {"(": 3}, {"[": 1}, {"a" * 3000: 3}, {"q_proj": 1e300}, {"q_proj": "3"}, {"x": {"y": {}}},
 ]  # fmt: skip
 KNOWN_FIELDS = [*PLAIN, "rank_pattern", "alpha_pattern", "r", "lora_alpha", "use_qalora", "kasa_config", "eva_config",
                 "exclude_modules", "trainable_token_indices", "ensure_weight_tying", "velora_config", "peft_version",
@@ -169,9 +169,11 @@ SLOW_PATTERNS = [
     "(?=(.*)*!).*", "(?!(.+)+!)zz", "(?i:(A+)+)$!", r"(?P<n>.*)(?P=n)*!", "(((((((((.?)?)?)?)?)?)?)?)?)*!", "(.*?)*?!",
 ]  # fmt: skip
 FAST_PATTERNS = {
-    "q_proj": 1, ".*q_proj": 1, r"layers\.\d+\..*": 1, "^model.*": 1, "(q|v)_proj": 1, "x": 1, "self_attn.(q_proj|k)": 1,
+    "q_proj": 1, ".*q_proj": 1, r"layers\.\d+\..*": 1, "^model.*": 1, "(q|v)_proj": 1, "x": 1,
+    "self_attn.(q_proj|k)": 1,
     r"model\.(layers)\.[0-9]+\.(self_attn|mlp)\.[qv]_proj": 1, r"layers\.(0|1).*_proj$": 1, "(?!model).*": 1, ".+": 1,
-    "(?:.*attn.*){1,2}": 1, "[^.]+_proj": 1, r"\w{2,9}": 1, "(a|b|)*q_proj": 1, r"(?<=\.)q_proj.*.*": 1, "conv|tokens": 1,
+    "(?:.*attn.*){1,2}": 1, "[^.]+_proj": 1, r"\w{2,9}": 1, "(a|b|)*q_proj": 1, r"(?<=\.)q_proj.*.*": 1,
+    "conv|tokens": 1,
 }  # fmt: skip
 
 
@@ -310,7 +312,8 @@ def header_text(case: Case, rng: random.Random) -> None:
     texts = [
         b"", b"{}", b"[]", b"null", b"3", b'{"a":1}', b'{"__metadata__":{"a":1}}', b"[" * depth, b'{"a":' * depth,
         b'{"a":{"dtype":"F32","shape":[' + b"1," * depth + b'1],"data_offsets":[0,4]}}', b"\xff\xfe{}", b" {}", b"{",
-        b'{"__metadata__":' + b"[" * depth + b"]" * depth + b"}", b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0]}}',
+        b'{"__metadata__":' + b"[" * depth + b"]" * depth + b"}",
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0]}}',
     ]  # fmt: skip
     text = rng.choice(texts)
     case.edit_weights = lambda raw: len(text).to_bytes(8, "little") + text + raw[data_start(raw) :]
@@ -454,11 +457,14 @@ def renamed(case: Case, rng: random.Random) -> None:
     name = entry.name
     entry.name = rng.choice([
         name.removeprefix(PREFIX), PREFIX + name, name.replace("lora_A", "lora_B"), name + ".x", "", ".", "..", PREFIX,
-        name.replace("lora_", "LORA_"), name.replace(".weight", ""), name.replace(".lora", ".default.lora"), "../../etc/x",
+        name.replace("lora_", "LORA_"), name.replace(".weight", ""), name.replace(".lora", ".default.lora"),
+        "../../etc/x",
         name.replace("lora_A", "lora_A.default"), "__metadata__", PREFIX + "lora_A.weight", PREFIX + ".lora_A.weight",
         name.replace("q_proj", "q_proj.base_layer"), name.replace("self_attn", "base_layer.x"), "é\u200b" + name,
-        name.replace("q_proj", "q\x00\x1b[2J\nproj"), name.replace("lora_A.weight", "lora_magnitude_vector"), "x" * 5000,
-        name.replace("lora_B", "lora_embedding_B"), PREFIX + "modules_to_save.bias", PREFIX + "lm_head.weight", "\ud800",
+        name.replace("q_proj", "q\x00\x1b[2J\nproj"), name.replace("lora_A.weight", "lora_magnitude_vector"),
+        "x" * 5000,
+        name.replace("lora_B", "lora_embedding_B"), PREFIX + "modules_to_save.bias", PREFIX + "lm_head.weight",
+        "\ud800",
     ])  # fmt: skip
 
 
@@ -493,7 +499,8 @@ def dependent(case: Case, rng: random.Random) -> None:
 
 
 def odd_metadata(case: Case, rng: random.Random) -> None:
-    case.metadata = rng.choice([None, {}, {"format": "tf"}, {"format": 3}, [], 3, "x", {"a": {"b": "c"}}, {"x": "y" * 10**5},
+    case.metadata = rng.choice([None, {}, {"format": "tf"}, {"format": 3}, [], 3, "x", {"a": {"b": "c"}},
+    {"x": "y" * 10**5},
                                 {"format": "\u0000"}, Object([("format", "pt"), ("format", "np")])])  # fmt: skip
 
 
@@ -580,7 +587,8 @@ def torch_file(case: Case, rng: random.Random) -> None:
         tensors[first] = Payload(marker)
     elif choice == "value":
         tensors[first] = rng.choice([
-            3, None, "x", [1], Call(bytearray, (1 << 40,)), Call(torch.empty, (1 << 40,)), Call(eval, ("1",)), b"x" * 10,
+            3, None, "x", [1], Call(bytearray, (1 << 40,)), Call(torch.empty, (1 << 40,)), Call(eval, ("1",)),
+            b"x" * 10,
             torch.zeros(3, 6).to_sparse(), torch.zeros(3, 6, dtype=torch.complex64), torch.empty(3, 6, device="meta"),
             torch.zeros(3, 6, dtype=torch.int32), torch.quantize_per_tensor(torch.zeros(3, 6), 0.1, 0, torch.qint8),
             torch.nn.Parameter(torch.zeros(3, 6)), torch.zeros(()), torch.zeros(3, 6, requires_grad=True),
@@ -602,9 +610,11 @@ def torch_file(case: Case, rng: random.Random) -> None:
     elif choice == "pickle":
         raw = rezipped(raw, pickle=rng.choice([
             b"", b"\x80\x02.", b"\x80\x02}.", b"N.", b"(" * 10**5, b"\x80\x02" + b"]" * 10**5 + b".", b"\x80\x02h\x09.",
-            b"\x80\x02cposix\nsystem\nX\x02\x00\x00\x00id\x85R.", b"\x80\x02ctorch\nload\n.", b"\x80\x02X\xff\xff\xff\x7fa.",
+            b"\x80\x02cposix\nsystem\nX\x02\x00\x00\x00id\x85R.", b"\x80\x02ctorch\nload\n.",
+            b"\x80\x02X\xff\xff\xff\x7fa.",
             b"\x80\x02}q\x00h\x00h\x00s.", b"\x80\x02K\x01Q.", b"\x80\x02\x8a\xff" + b"a" * 255 + b".", b"\x80\x02)R.",
-            pickle.dumps({"a": 1}, 2), pickle.dumps({"a": range(10**9)}, 2), b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+            pickle.dumps({"a": 1}, 2), pickle.dumps({"a": range(10**9)}, 2),
+            b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
         ]))  # fmt: skip
     case.numbers = choice in ("sound", "views")
     case.must_refuse = choice in ("payload", "container", "pickle", "bomb")
