@@ -75,7 +75,8 @@ class Factor:
         return term.source if whole else None
 
     def scaled(self, weight: float) -> Factor:
-        return replace(self, terms=tuple(replace(t, scale=t.scale * weight) for t in self.terms))
+        terms = tuple(Term(t.source, t.coefficient, t.at, t.scale * weight) for t in self.terms)
+        return Factor(self.side, self.length, self.rank, terms)
 
     def coefficients(self) -> list[tuple[Tensor, Tensor]]:
         """``(source, C)`` for every distinct source, with float64 ``C [r, rank]``: the factor is ``Σ source · C``
@@ -106,7 +107,8 @@ def source_key(source: Tensor) -> tuple[int, int, tuple[int, ...]]:
 def add(factors: Iterable[Factor]) -> Factor:
     """The sum of factors of one side, length and rank."""
     items = list(factors)
-    return replace(items[0], terms=tuple(t for f in items for t in f.terms))
+    first = items[0]
+    return Factor(first.side, first.length, first.rank, tuple(t for f in items for t in f.terms))
 
 
 def concatenate(factors: Iterable[Factor]) -> Factor:
@@ -115,7 +117,7 @@ def concatenate(factors: Iterable[Factor]) -> Factor:
     rank = 0
     side, length = "B", 0
     for factor in factors:
-        terms += [replace(t, at=t.at + rank) for t in factor.terms]
+        terms += [Term(t.source, t.coefficient, t.at + rank, t.scale) for t in factor.terms]
         rank += factor.rank
         side, length = factor.side, factor.length
     return Factor(side, length, rank, tuple(terms))  # type: ignore[arg-type]
@@ -161,7 +163,9 @@ class Update:
 
     def baked(self) -> Update:
         """The same update with scaling 1: the scaling moves into ``B``."""
-        return self if self.scaling == 1.0 else replace(self, B=self.B.scaled(self.scaling), scaling=1.0)
+        if self.scaling == 1.0:
+            return self
+        return Update(self.B.scaled(self.scaling), self.A, 1.0, self.layout, self.floor)
 
     def dtypes(self) -> set[torch.dtype]:
         return {t.source.dtype for f in (self.B, self.A) for t in f.terms}

@@ -19,7 +19,7 @@ from fastlora.adapter import Adapter, Factor, Update, source_key
 from fastlora.backends import resolve
 from fastlora.backends.passes import CombineJob, CombineTerm, GramJob
 from fastlora.errors import InputError, NonFiniteError
-from fastlora.memory import batch_bytes, release
+from fastlora.memory import Room, batch_bytes, padded, release
 from fastlora.progress import track
 
 if TYPE_CHECKING:
@@ -149,15 +149,34 @@ def materialise(updates: Sequence[Update], dtype: torch.dtype) -> list[tuple[Ten
     return materialise_groups([updates], dtype)[0]
 
 
-def materialise_groups(groups: Sequence[Sequence[Update]], dtype: torch.dtype) -> list[list[tuple[Tensor, Tensor]]]:
-    """:func:`materialise` for many groups of updates in one launch; the updates of a group share stored matrices."""
+def materialise_groups(
+    groups: Sequence[Sequence[Update]], dtype: torch.dtype, room: Room | None = None
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """:func:`materialise` for many groups of updates in one launch; the updates of a group share stored matrices.
+
+    ``room``: where results go, until it is reserved again; memory of their own by default.
+    """
+    room = room or Room()
+    room.reserve(sum(_bytes(f, dtype) for group in groups for u in group for f in (u.B, u.A)))
     jobs: list[CombineJob] = []
-    sides = [[_combine_side(jobs, [getattr(u, side) for u in group], dtype) for side in "BA"] for group in groups]
+    results = []
+    for group in groups:
+        left = _combine_side(jobs, [u.B for u in group], dtype, room)
+        right = _combine_side(jobs, [u.A for u in group], dtype, room)
+        results.append(list(zip(left, right, strict=True)))
     _run("combine_pass", jobs)
-    return [list(zip(left, right, strict=True)) for left, right in sides]
+    return results
 
 
-def _combine_side(jobs: list[CombineJob], factors: Sequence[Factor], dtype: torch.dtype) -> list[Tensor]:
+def _bytes(factor: Factor, dtype: torch.dtype) -> int:
+    """What a factor takes in a room: nothing if it is a stored matrix of that dtype."""
+    stored = factor.stored
+    if stored is not None and stored.dtype == dtype:
+        return 0
+    return padded(factor.length * factor.rank * dtype.itemsize)
+
+
+def _combine_side(jobs: list[CombineJob], factors: Sequence[Factor], dtype: torch.dtype, room: Room) -> list[Tensor]:
     """The tensors of some factors of one side; those that have to be computed are put on the job list."""
     results: list[Tensor] = []
     sources: list[Tensor] = []
@@ -169,7 +188,7 @@ def _combine_side(jobs: list[CombineJob], factors: Sequence[Factor], dtype: torc
             results.append(stored)
             continue
         shape = (factor.length, factor.rank) if factor.side == "B" else (factor.rank, factor.length)
-        out = torch.empty(shape, dtype=dtype)
+        out = room.take(shape, dtype)
         results.append(out)
         if not factor.rank:
             continue
@@ -248,10 +267,11 @@ def write_adapters(adapters: Mapping[Path, Adapter], dtype: torch.dtype | str | 
     for directory, adapter in adapters.items():
         outlines = {m: _outline(u) for m, u in adapter.updates.items() if u.rank} or empty[directory]
         files[directory] = AdapterFile(directory, adapter, outlines, targets[directory])
+    rooms = {target: (Room(), Room()) for target in targets.values()}  # one is filled while the other is written
     with ThreadPoolExecutor(1) as writer:
         pending: Future[None] | None = None
-        for modules in track(_module_batches(list(adapters.values())), "writing"):
-            computed = _compute(adapters, targets, modules)
+        for turn, modules in enumerate(track(_module_batches(list(adapters.values())), "writing")):
+            computed = _compute(adapters, targets, modules, {t: pair[turn % 2] for t, pair in rooms.items()})
             if pending is not None:
                 pending.result()
             pending = writer.submit(_put, files, adapters, computed)
@@ -294,7 +314,12 @@ def _module_batches(adapters: Sequence[Adapter]) -> list[list[str]]:
     return batches
 
 
-def _compute(adapters: Mapping[Path, Adapter], targets: Mapping[Path, torch.dtype], modules: Sequence[str]) -> Computed:
+def _compute(
+    adapters: Mapping[Path, Adapter],
+    targets: Mapping[Path, torch.dtype],
+    modules: Sequence[str],
+    rooms: Mapping[torch.dtype, Room],
+) -> Computed:
     """The factors of some modules of every adapter, each in its own dtype."""
     computed: Computed = {d: {} for d in adapters}
     for target in dict.fromkeys(targets.values()):
@@ -303,7 +328,7 @@ def _compute(adapters: Mapping[Path, Adapter], targets: Mapping[Path, torch.dtyp
             for m in modules
         ]
         groups = [[adapters[d].updates[m].baked() for d in own] for m, own in zip(modules, owners, strict=True)]
-        for module, own, pairs in zip(modules, owners, materialise_groups(groups, target), strict=True):
+        for module, own, pairs in zip(modules, owners, materialise_groups(groups, target, rooms[target]), strict=True):
             for directory, pair in zip(own, pairs, strict=True):
                 computed[directory][module] = pair
     return computed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import ctypes
+import math
 import mmap
 import re
 import resource
@@ -12,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fastlora.errors import InputError
@@ -74,7 +76,46 @@ def release(tensors: Iterable[Tensor]) -> None:
         last = (tensor.data_ptr() + tensor.nbytes) // page * page
         i = bisect_right(starts, first) - 1
         if first < last and i >= 0 and last <= ends[i]:
-            _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+            _advise(tensor, mmap.MADV_DONTNEED)
+
+
+class Room:
+    """Memory for results, handed out piece by piece and reused after :meth:`reserve`.
+
+    It is asked for in huge pages: touching new memory in small ones would take as long as computing what goes there.
+    """
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def reserve(self, size: int) -> None:
+        """Room for ``size`` bytes; what was handed out before is given up."""
+        self._used = 0
+        if self._block.nbytes < size:
+            self._block = torch.empty(size, dtype=torch.uint8)
+            _advise(self._block, getattr(mmap, "MADV_HUGEPAGE", 14))
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor in the room."""
+        size = math.prod(shape) * dtype.itemsize
+        piece = self._block[self._used : self._used + size].view(dtype).view(shape)
+        self._used += padded(size)
+        return piece
+
+
+def padded(size: int) -> int:
+    """Bytes rounded up to whole cache lines."""
+    return -(-size // 64) * 64
+
+
+def _advise(tensor: Tensor, advice: int) -> None:
+    """Tells the system how the whole pages of a tensor will be used; only advice, so failing changes nothing."""
+    page = mmap.PAGESIZE
+    first = -(-tensor.data_ptr() // page) * page
+    last = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if first < last:
+        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

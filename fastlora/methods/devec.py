@@ -243,9 +243,9 @@ class Components:
         parts = [self._factors(result, j)[0].times(b) for j, b in enumerate(result.basis) if b is not None]
         return add(parts)
 
-    def _assemble(self, like: Update, projected: Factor, other: Factor) -> Update:
+    def _assemble(self, like: Update, projected: Factor, other: Factor, scaling: float, floor: float) -> Update:
         left, right = (projected, other) if self.settings.side == "left" else (other, projected)
-        return replace(like, B=left, A=right)
+        return Update(left, right, scaling, like.layout, floor)
 
     def _shared_update(self, module: str, name: str | None) -> Update:
         result = self.results.get(module)
@@ -262,7 +262,7 @@ class Components:
                 others.append(other.times(result.H[i].mT * (weights[i] * scaling)))
         if not others:
             return with_rank_zero(like)
-        return replace(self._assemble(like, self._basis(result), add(others)), scaling=1.0, floor=0.0)
+        return self._assemble(like, self._basis(result), add(others), 1.0, 0.0)
 
     def _unique_update(self, module: str, name: str) -> Update:
         update = self.pool[name].updates[module]
@@ -276,7 +276,7 @@ class Components:
             if basis is not None:
                 parts.append(self._factors(result, j)[0].times(-(basis @ result.H[i])))
         floor = max(update.floor, result.rtol * max(result.sigma[i], default=0.0))
-        return replace(self._assemble(update, add(parts), other), floor=floor)
+        return self._assemble(update, add(parts), other, update.scaling, floor)
 
 
 def decompose_pool(pool: Pool, settings: Settings) -> Components:
