@@ -268,7 +268,7 @@ def main() -> int:
     outcomes: Counter[str] = Counter()
     kinds: dict[str, Counter[str]] = {}
     violations = []
-    start = time.monotonic()
+    versions, start = version(), time.monotonic()  # of the code that runs, whatever is committed meanwhile
     with tempfile.TemporaryDirectory(dir=options.root) as root:
         for seed, kind, outcome, violation in run(seeds, Path(root).resolve()):
             outcomes[outcome] += 1
@@ -288,7 +288,7 @@ def main() -> int:
             "kinds": {k: dict(v.most_common()) for k, v in sorted(kinds.items())},
             "violations": violations,
             "seconds": round(seconds),
-            **version(),
+            **versions,
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if violations else 0
