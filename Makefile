@@ -6,7 +6,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell git ls-files 'csrc/*' CMakeLists.txt setup.py pyproject.toml constraints.txt 2>/dev/null)
-ISAS := baseline avx2 avx512 avx512_bf16
+ISAS := baseline avx2 avx512
 
 .PHONY: demo test lint types unit package bench fuzz sanitize clean
 
@@ -19,7 +19,7 @@ $(VENV)/ready: $(SOURCES)
 demo: $(VENV)/ready
 	$(PY) examples/demo.py --out examples/out
 
-test: lint types unit package
+test: lint types unit isas package
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -31,6 +31,13 @@ types: $(VENV)/ready
 
 unit: $(VENV)/ready
 	$(PY) -m pytest -q -m "not package"
+
+# Every op under every instruction set that this processor has, at every size; `unit` does so for the best one.
+isas: $(VENV)/ready
+	for isa in $(ISAS); do \
+	  FASTLORA_ISA=$$isa $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null || { echo "$$isa: skipped, not on this processor"; continue; }; \
+	  echo "$$isa:"; FASTLORA_ISA=$$isa $(PY) -m pytest -q -k "not instruction_set and not reference" tests/ops || exit 1; \
+	done
 
 # sdist, wheel from the sdist, import of the wheel in an environment of its own.
 package: $(VENV)/ready

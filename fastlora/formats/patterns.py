@@ -124,7 +124,7 @@ def _check(tree: Any) -> None:
                 _check(branch)
         elif name == "subpattern" and not argument[1] and not argument[2]:
             _check(argument[3])
-        elif name in ("assert", "assert_not") and argument[0] > 0:
+        elif name in ("assert", "assert_not"):
             _check(argument[1])
         elif name not in SIMPLE and (name != "at" or argument not in (parser.AT_BEGINNING, parser.AT_END)):
             raise Unsupported(name)
@@ -161,9 +161,14 @@ class _Walk:
         if name == "at":
             return at & (1 if argument == parser.AT_BEGINNING else self._last())
         wanted = name == "assert"
-        return sum(
-            1 << i for i in range(at.bit_length()) if at >> i & 1 and bool(self.ends(argument[1], 1 << i)) == wanted
-        )
+        return sum(1 << i for i in range(at.bit_length()) if at >> i & 1 and self._seen(*argument, i) == wanted)
+
+    def _seen(self, direction: int, tree: Any, at: int) -> bool:
+        """Whether something is found after (1) or before (-1) a position."""
+        if direction > 0:
+            return self.ends(tree, 1 << at) != 0
+        start = at - tree.getwidth()[0]
+        return start >= 0 and bool(self.ends(tree, 1 << start) >> at & 1)
 
     def _repeated(self, argument: tuple[int, int, Any], at: int) -> int:
         # Beyond one step a character, a repetition only adds empty ones, which change nothing.

@@ -185,7 +185,8 @@ class TensorFile:
         if bad is not None:
             raise OutputError(
                 f"{finished(self.path)}: {names[bad]} does not fit {str(flat[bad].dtype)[6:]} "
-                "(NaN or Inf after rounding); save with dtype=float32 (`--dtype float32`), or look at the inputs with `fastlora inspect`"
+                "(NaN or Inf after rounding); save with dtype=float32 (`--dtype float32`), "
+                "or look at the inputs with `fastlora inspect`"
             )
         self._missing -= tensors.keys()
 

@@ -157,7 +157,8 @@ ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 4, 2**31, 2**32 + 3, 2**53 + 1, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 3.0,
     1e308, 1e-308, 1e200, -1e39, math.nan, math.inf, -math.inf, "", "3", "LORA", "\ud800", "\x00", "a\nb\x1b[31m",
     "ｆｕｌｌ", "é" * 500, [], [[]], [None], [1, 2], ["q_proj"], [[0, 1]], [[1, 2, 3]], {}, {"q_proj": 3},
-    {"q_proj": -1}, {"": 3}, {".*": 3}, {"(": 3}, {"[": 1}, {"a" * 3000: 3}, {"q_proj": 1e300}, {"q_proj": "3"}, {"x": {"y": {}}},
+    {"q_proj": -1}, {"": 3}, {".*": 3}, {"(": 3}, {"[": 1}, {"a" * 3000: 3}, {"q_proj": 1e300}, {"q_proj": "3"},
+    {"x": {"y": {}}},
 ]  # fmt: skip
 KNOWN_FIELDS = [*PLAIN, "rank_pattern", "alpha_pattern", "r", "lora_alpha", "use_qalora", "kasa_config", "eva_config",
                 "exclude_modules", "trainable_token_indices", "ensure_weight_tying", "velora_config", "peft_version",
