@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 SOURCES := $(shell git ls-files 'csrc/*' CMakeLists.txt setup.py pyproject.toml constraints.txt 2>/dev/null)
 ISAS := baseline avx2 avx512
 
-.PHONY: demo test lint types unit package bench fuzz sanitize clean
+.PHONY: demo test lint types unit isas package bench fuzz sanitize clean
 
 $(VENV)/ready: $(SOURCES)
 	python3 -m venv $(VENV)

@@ -160,8 +160,9 @@ class _Walk:
             return self._repeated(argument, at)
         if name == "at":
             return at & (1 if argument == parser.AT_BEGINNING else self._last())
+        direction, tree = argument
         wanted = name == "assert"
-        return sum(1 << i for i in range(at.bit_length()) if at >> i & 1 and self._seen(*argument, i) == wanted)
+        return sum(1 << i for i in range(at.bit_length()) if at >> i & 1 and self._seen(direction, tree, i) == wanted)
 
     def _seen(self, direction: int, tree: Any, at: int) -> bool:
         """Whether something is found after (1) or before (-1) a position."""
