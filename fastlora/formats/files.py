@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
 
 from fastlora.errors import InputError
+
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def require_file(path: Path, most: int | None = None) -> None:
@@ -61,4 +64,4 @@ def shown(value: object) -> str:
 
 def is_plain(text: str) -> bool:
     """Whether a text has neither control characters nor halves of characters, which nothing can print or store."""
-    return not any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in text)
+    return UNPRINTABLE.search(text) is None

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastlora.errors import InputError
 
+PLAIN = re.compile(r"[\w.]+", re.ASCII)
 CHOICES = re.compile(r"[*+?{|]")
 LARGEST = 10_000
 """Characters of one pattern: above any module path, below what takes long to compile."""
@@ -39,12 +40,15 @@ class Patterns:
         self._values = dict(values)
         self._place = place
         self._keys = tuple(values)
-        self._exact: dict[str, int] = {}
+        self._exact: dict[str, int] = {}  # whole paths
+        self._last: dict[str, int] = {}  # last parts of paths
         self._others: list[tuple[int, Callable[[str], bool]]] = []
         for index, pattern in enumerate(self._keys):
             literal = _literal(pattern)
             if literal is not None:
                 self._exact.setdefault(literal, index)
+            elif pattern.isidentifier():
+                self._last.setdefault(pattern, index)
             else:
                 self._others.append((index, self._compiled(pattern)))
 
@@ -54,16 +58,18 @@ class Patterns:
         return self._values.get(module if index is None else self._keys[index])
 
     def _first(self, module: str) -> int | None:
-        exact = self._exact.get(module)
+        last = module.rpartition(".")[2]
+        found = [i for i in (self._exact.get(module), self._last.get(last)) if i is not None]
+        known = min(found, default=None)
         for index, matches in self._others:
-            if exact is not None and exact < index:
+            if known is not None and known < index:
                 break
             try:
                 if matches(module):
                     return index
             except Unsupported as error:
                 raise self._refused(self._keys[index], error) from None
-        return exact
+        return known
 
     def _compiled(self, pattern: str) -> Callable[[str], bool]:
         try:
@@ -96,6 +102,8 @@ def compiled(pattern: str) -> Callable[[str], bool]:
     """Whether a module path is matched. Raises :class:`re.error`, or :class:`Unsupported` for what has no bound."""
     if len(pattern) > LARGEST:
         raise Unsupported(f"{len(pattern)} characters")
+    if PLAIN.fullmatch(pattern):
+        return functools.partial(_ends_with, pattern)
     whole = rf"(.*\.)?({pattern})$"
     if len(CHOICES.findall(pattern)) <= 1:
         expression = re.compile(whole)
@@ -106,6 +114,14 @@ def compiled(pattern: str) -> Callable[[str], bool]:
         raise Unsupported("too deeply nested") from None
     _check(tree)
     return lambda module: bool(_Walk(module).ends(tree, 1))
+
+
+def _ends_with(pattern: str, module: str) -> bool:
+    """A pattern of plain characters and dots. (Compiling thousands of those takes seconds.)"""
+    start = len(module) - len(pattern)
+    if start < 0 or (start and module[start - 1] != "."):
+        return False
+    return all(p in (".", c) for p, c in zip(pattern, module[start:], strict=True))
 
 
 def _name(op: Any) -> str:

@@ -35,7 +35,7 @@ from mutate import SHAPES, Case, healthy, mutation
 import fastlora as fl
 from fastlora.errors import FastloraError, NonFiniteError, OutputError, UnsupportedAdapter
 
-LIMIT_S = 10.0
+LIMIT_S = 20.0
 """Seconds that a case may take."""
 GROWTH = 64 << 20
 """Bytes of resident memory that a case may take beside :data:`MULTIPLE` times its files."""

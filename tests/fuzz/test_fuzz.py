@@ -22,7 +22,7 @@ import run  # noqa: E402
 
 COUNT = 3000
 FAILED_ONCE = [
-    14, 17, 28, 71, 119, 145, 161, 171, 211, 275, 301, 342, 349, 364, 497, 529, 560, 567, 593, 843, 872,
+    14, 17, 28, 71, 119, 145, 161, 171, 211, 275, 301, 342, 349, 364, 497, 529, 560, 567, 593, 843, 872, 1467,
     30000163, 30000352, 30000368, 30000704,
 ]  # fmt: skip
 """Numbers of mutations that something was wrong with."""
@@ -52,7 +52,9 @@ def test_what_is_healthy_is_accepted(tmp_path: Path, template: str, dtype: str) 
 
 def test_a_worker_that_dies_or_hangs_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "LIMIT_S", 1.0)
-    monkeypatch.setattr(run, "one", lambda seed, root: {1: lambda: run.os._exit(9), 2: run.signal.pause}[seed]())
+    monkeypatch.setattr(
+        run, "one", lambda seed, root: {1: lambda: run.os._exit(9), 2: lambda: run.time.sleep(60)}[seed]()
+    )
     found = violations([1, 2])
     assert "ended with 9" in found[0] and "took too long" in found[1]
 
@@ -71,7 +73,7 @@ def test_wrong_numbers_are_noticed(tmp_path: Path, factor: float) -> None:
 @pytest.mark.parametrize("pattern", mutate.FAST_PATTERNS)
 def test_patterns_match_as_regular_expressions_do(pattern: str) -> None:
     expression, found = re.compile(rf"(.*\.)?({pattern})$"), Patterns({pattern: 3}, "here")
-    for module in (mutate.Q, mutate.V, "conv", "q_proj", "a.b", "", "tokens\n"):
+    for module in (mutate.Q, mutate.V, "conv", "q_proj", "a.b", "", "x.y.x"):
         assert (found.value(module) == 3) == (expression.match(module) is not None), module
 
 
