@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders import MODULES, gaussian, make_adapter, make_config, write_peft
 
-from build import MODULES, gaussian, make_adapter, make_config, write_peft
 from fastlora.adapter import Adapter, Factor, Update
 from fastlora.errors import InputError
 from fastlora.formats import load

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import make_adapter
+from builders import make_adapter
 from command import ADAPTERS, COMMAND, ROOT, done, environment, places, run, tree
 
 import fastlora as fl

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from build import MODULES, make_adapter, make_factors, peft_tensors, write_peft
+from builders import MODULES, make_adapter, make_factors, peft_tensors, write_peft
 from command import ADAPTERS, COMMAND, DATA, environment, refused, run, tree
 
 SPAM, MOVIE = ADAPTERS / "spam", ADAPTERS / "movie_a"

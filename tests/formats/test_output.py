@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from build import make_adapter
+from builders import make_adapter
 from safetensors import SafetensorError
 
 from fastlora.errors import InputError, OutputError

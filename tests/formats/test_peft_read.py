@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import MODULES, PREFIX, gaussian, make_adapter, make_config, make_factors, peft_tensors, write_peft
+from builders import MODULES, PREFIX, gaussian, make_adapter, make_config, make_factors, peft_tensors, write_peft
 from safetensors.torch import save_file
 from torch import Tensor
 

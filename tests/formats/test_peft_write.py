@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from builders import MODULES, gaussian, make_adapter, make_factors
 from safetensors import safe_open
 from torch import Tensor
 
-from build import MODULES, gaussian, make_adapter, make_factors
 from fastlora.adapter import Adapter, BaseInfo, Extra, Factor, Layout, Update
 from fastlora.backends import use_backend
 from fastlora.errors import OutputError
@@ -190,7 +190,7 @@ def test_metadata_says_where_it_comes_from(tmp_path: Path) -> None:
 SAME_BYTES = """
 import hashlib, sys, torch
 from pathlib import Path
-from build import make_factors
+from builders import make_factors
 from test_peft_write import adapter_of
 from fastlora.formats.peft_write import write
 factors = make_factors()

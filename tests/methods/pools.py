@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
-from build import gaussian
+from builders import gaussian
 from torch import Tensor
 
 from fastlora.adapter import Adapter, Factor, Update

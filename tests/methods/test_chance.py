@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from build import generator
+from builders import generator
 
 from fastlora.methods.chance import (
     chain_values,

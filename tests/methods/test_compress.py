@@ -5,7 +5,7 @@ from __future__ import annotations
 import pools
 import pytest
 import torch
-from build import gaussian
+from builders import gaussian
 from pools import MODULE, Part
 from torch import Tensor
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pools
 import pytest
 import torch
-from build import gaussian
+from builders import gaussian
 from pools import MODULE, Part
 from test_devec import CHAINS, basis_of, close
 from torch import Tensor

@@ -8,7 +8,7 @@ from pathlib import Path
 import pools
 import pytest
 import torch
-from build import gaussian
+from builders import gaussian
 from pools import MODULE, Part
 
 import fastlora as fl

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pools
 import pytest
 import torch
-from build import gaussian
+from builders import gaussian
 from factors import BACKENDS, same_bits, strided
 from torch import Tensor
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from build import gaussian, generator
+from builders import gaussian, generator
 from factors import BACKENDS, DTYPES, SHAPES, columns, fill_padding, ragged_ranks, same_bits, special, strided, tall
 from torch import Tensor
 

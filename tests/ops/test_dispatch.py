@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import gaussian
+from builders import gaussian
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 

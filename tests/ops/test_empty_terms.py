@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders import gaussian
 
-from build import gaussian
 from fastlora.backends import resolve
 from fastlora.backends.passes import CombineJob, CombineTerm
 
