@@ -1,4 +1,4 @@
-"""Fixtures of all tests; importing it puts this folder, with ``build.py``, on the path."""
+"""Fixtures of all tests; importing it puts this folder, with ``builders.py``, on the path."""
 
 from __future__ import annotations
 
