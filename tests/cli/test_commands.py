@@ -225,6 +225,7 @@ OPTIONS = {
     "compress": WRITES,
     "inspect": (*COMMON, "--all"),
     "overlap": (*COMMON, "--plot", "--overwrite"),
+    "bench": ("--markdown", "--json", "--quiet"),
     "info": ("--json",),
 }
 
@@ -238,6 +239,13 @@ def test_every_option_is_there(command: str, tmp_path: Path) -> None:
 def test_every_command_is_in_this_file(tmp_path: Path) -> None:
     listed = done("--help", cwd=tmp_path).out.partition("Commands:")[2]
     assert [line.split()[0] for line in listed.splitlines() if line.strip()] == list(OPTIONS)
+
+
+def test_bench_names_its_cases(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [*COMMAND, "bench", "nothing"], env=environment(), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 2 and "bench has no case nothing: use eigh, svd, gram" in found.stderr
 
 
 HEAVY = ("torch", "numpy", "safetensors", "rich.progress", "matplotlib", "huggingface_hub")

@@ -246,7 +246,8 @@ def run(seeds: Iterable[int], root: Path) -> Iterator[tuple[int, str, str, str]]
 
 
 def version() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
         "fastlora": fl.__version__,
         "commit": commit.stdout.strip(),
