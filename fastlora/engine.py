@@ -6,6 +6,7 @@ write) over the matrices where they lie.
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -274,7 +275,8 @@ def write_adapters(adapters: Mapping[Path, Adapter], dtype: torch.dtype | str | 
             computed = _compute(adapters, targets, modules, {t: pair[turn % 2] for t, pair in rooms.items()})
             if pending is not None:
                 pending.result()
-            pending = writer.submit(_put, files, adapters, computed)
+            # The backend and the bound on memory are context variables, which new threads do not see.
+            pending = writer.submit(contextvars.copy_context().run, _put, files, adapters, computed)
             del computed
         if pending is not None:
             pending.result()
