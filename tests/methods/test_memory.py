@@ -72,5 +72,5 @@ def test_bounded_runs_give_the_same_bits_in_less_memory(adapters: list[Path], tm
     free, bits = growth_and_bits(adapters, tmp_path / "free", "")
     bounded, same_bits = growth_and_bits(adapters, tmp_path / "bounded", "300MiB")
     assert same_bits == bits
-    assert free > 150 * 2**20, "the unbounded run should show what the bound saves"
-    assert bounded < 100 * 2**20
+    assert free > 126 * 10**6, "the unbounded run holds at least all of its input"
+    assert bounded < 0.6 * free
