@@ -29,6 +29,8 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
             tensor = make(*args, **kwargs)
             if tensor.device.type == "meta":
                 return tensor
+            if tensor.dtype == torch.uint8:
+                return tensor.fill_(0xFF)  # bytes that will be viewed as something else: NaN in every floating dtype
             return tensor.fill_(torch.nan if tensor.is_floating_point() or tensor.is_complex() else -(2**31))
 
         return poisoned

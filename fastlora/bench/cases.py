@@ -20,6 +20,7 @@ from fastlora.bench.opponents import dense_unique, merge_by_dense_svd, merge_by_
 from fastlora.bench.timing import Machine, Run, alternate, thread_counts
 from fastlora.bench.workloads import Workload, find, make_pool
 from fastlora.engine import materialise, materialise_groups
+from fastlora.memory import Room
 from fastlora.ops.gram import blocks_of
 from fastlora.pool import Pool
 
@@ -193,12 +194,15 @@ def combine(machine: Machine) -> list[Row]:
     return rows
 
 
-def unique_factors(pool: Pool) -> list[list[Tensor]]:
-    """Every unique ``B`` and the shared factors, module by module: what a decomposition has to compute."""
+def unique_factors(pool: Pool, room: Room | None = None) -> list[list[Tensor]]:
+    """Every unique ``B`` and the shared factors, module by module: what a decomposition has to compute.
+
+    ``room``: where results go, as when they are saved; memory of their own by default.
+    """
     parts = fl.decompose(pool, threshold=TAU)
     adapters = [*(parts.unique_of(n) for n in pool.names), parts.shared]
     groups: list[list[Update]] = [[a.updates[m].baked() for a in adapters] for m in pool.modules]
-    return [[B for B, _ in pairs] for pairs in materialise_groups(groups, pool.adapters[0].dtype)]
+    return [[B for B, _ in pairs] for pairs in materialise_groups(groups, pool.adapters[0].dtype, room)]
 
 
 def decompose(machine: Machine) -> list[Row]:
@@ -213,7 +217,7 @@ def decompose(machine: Machine) -> list[Row]:
         pool = make_pool(workload)
         floor = 2 * workload.bytes / machine.copy[thread_counts()[-1]]
         what, opponent = f"decompose in memory, {name}", "plain torch in factor space"
-        ours_run, their_run = partial(unique_factors, pool), partial(plain_decompose, pool, TAU)
+        ours_run, their_run = partial(unique_factors, pool, Room()), partial(plain_decompose, pool, TAU)
         rows.append(compare(what, ours_run, opponent, their_run, their_threads=(1, 2), floor=floor))
         del ours_run, their_run
         del pool
