@@ -16,7 +16,7 @@ from fastlora.memory import parse
 
 MODULES, WIDTH, RANK, ADAPTERS = 60, 4096, 16, 4  # 31 MB an adapter in each direction: 126 MB in, 150 MB out
 
-ROOM = 100 * 2**20  # above what the process holds before it starts: less than inputs or results alone
+ROOM = 64 * 2**20  # above what the process holds before it starts: less than inputs or results alone
 
 SCRIPT = """
 import sys, resource
