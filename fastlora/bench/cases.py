@@ -201,7 +201,7 @@ def unique_factors(pool: Pool, room: Room | None = None) -> list[list[Tensor]]:
     """
     parts = fl.decompose(pool, threshold=TAU)
     adapters = [*(parts.unique_of(n) for n in pool.names), parts.shared]
-    groups: list[list[Update]] = [[a.updates[m].baked() for a in adapters] for m in pool.modules]
+    groups: list[list[Update]] = [[a.updates[m] for a in adapters] for m in pool.modules]
     return [[B for B, _ in pairs] for pairs in materialise_groups(groups, pool.adapters[0].dtype, room)]
 
 
