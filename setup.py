@@ -28,11 +28,11 @@ def tool(name: str) -> str:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         cuda = os.environ.get("FASTLORA_CUDA", "AUTO").upper()
         if cuda not in CUDA_CHOICES:
             raise SystemExit(f"fastlora: FASTLORA_CUDA={cuda}: use one of {', '.join(CUDA_CHOICES)}")
+        import pybind11
+
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
         arguments = [
