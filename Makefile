@@ -6,7 +6,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell git ls-files 'csrc/*' CMakeLists.txt setup.py pyproject.toml constraints.txt 2>/dev/null)
-ISAS := baseline avx2 avx512
+ISAS := baseline avx2 avx512 avx512_bf16
 
 .PHONY: demo test lint types unit isas package bench fuzz sanitize clean
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.package
 pytest.importorskip("build", reason="the build frontend is not installed (pip install 'fastlora[dev]')")
 
 ROOT = Path(__file__).parents[1]
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 LIBRARIES = {"libgomp.so.1", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
 LOADER = re.compile(r"ld-linux-.*")
 CUDA_LIBRARIES = {"libdl.so.2", "librt.so.1", "libpthread.so.0"}  # of the C library, for the static CUDA runtime

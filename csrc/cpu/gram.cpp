@@ -11,6 +11,7 @@
 // factor's blocks are summed in float64 throughout, as those of float32 and float64 factors are.
 // Sums run over the long dimension in order and in one thread: bits depend on the two factors of a block alone.
 // Floor: reads each factor once, n * sum(r_i) values; 2 * n * r_i * r_j operations a block.
+#include "gram_tiles.h"
 #include "passes.h"
 #include "tile.h"
 
@@ -221,6 +222,10 @@ void write_blocks(const GramTask& task, const Matrix* factors, const GramBlock* 
 
 template <class T>
 bool run_task(const GramTask& task, const Matrix* factors, const GramBlock* blocks, Workspace& workspace) {
+#if defined(__AMX_BF16__)
+    if constexpr (sizeof(T) == 4)
+        if (GramTiles::takes(task, factors)) return GramTiles(task, factors, blocks).run(workspace);
+#endif
     Work<T> w{};
     if (!workspace.reserve(lay_out<T>(nullptr, task, factors, blocks, w))) return false;
     lay_out<T>(workspace.data(), task, factors, blocks, w);

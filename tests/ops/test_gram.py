@@ -126,3 +126,66 @@ def test_empty_and_other_batch_dimensions(backend: str, shape: tuple[int, ...], 
     with fl.use_backend(backend):
         got = fl.ops.gram(torch.ones(shape))
     assert got.shape == expected and (got == shape[-2]).all()
+
+
+LONG = [(1024, 16), (1025, 5), (2087, 33)]
+"""``(n, r)`` of half-precision factors that are long enough for float32 sums: around the sizes of their tiles."""
+
+
+def check_long(x: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> Tensor:
+    """Products of halves are exact in float32, and the longest chain of float32 additions has 64 terms."""
+    got = fl.ops.gram(x, ranks, blocks=blocks, rows=rows)
+    batch, k = x.shape[:2]
+    r = x.shape[2 if rows else 3]
+    for b in range(batch):
+        for i in range(k):
+            for j in range(k):
+                if not BLOCKS[blocks](i, j):
+                    assert not got[b, i, j].any()
+                    continue
+                ri, rj = (r, r) if ranks is None else (int(ranks[b, i]), int(ranks[b, j]))
+                left, right = columns(x[b, i], ri, rows), columns(x[b, j], rj, rows)
+                bound = 64 * 2.0**-24 * (left.abs().mT @ right.abs())
+                assert ((got[b, i, j, :ri, :rj] - left.mT @ right).abs() <= bound).all(), (b, i, j)
+                assert not got[b, i, j, ri:].any() and not got[b, i, j, :, rj:].any()
+    diagonal = got.diagonal(dim1=1, dim2=2)
+    assert torch.equal(diagonal, diagonal.transpose(1, 2))
+    return got
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_long_halves(blocks: str, dtype: torch.dtype, rows: bool) -> None:
+    for n, r in LONG:
+        x = tall(2, 4, n, r, dtype=dtype, rows=rows, seed=n)
+        whole = check_long(x, None, blocks, rows)
+        ranks = ragged_ranks(2, 4, r)
+        clean, dirty = (fill_padding(x, ranks, value, rows) for value in (0.0, torch.nan))
+        assert torch.equal(check_long(clean, ranks, blocks, rows), fl.ops.gram(dirty, ranks, blocks=blocks, rows=rows))
+        for name, same in strided(x):
+            assert torch.equal(fl.ops.gram(same, blocks=blocks, rows=rows), whole), name
+        same_bits(lambda x, rows=rows: fl.ops.gram(x, blocks=blocks, rows=rows), x)
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+def test_a_block_of_long_halves_does_not_depend_on_the_others(rows: bool) -> None:
+    x = tall(2, 4, 1100, 20, dtype=torch.bfloat16, rows=rows)
+    full = fl.ops.gram(x, rows=rows)
+    for blocks, wanted in BLOCKS.items():
+        mask = torch.tensor([[wanted(i, j) for j in range(4)] for i in range(4)])
+        assert torch.equal(fl.ops.gram(x, blocks=blocks, rows=rows), torch.where(mask[:, :, None, None], full, 0.0))
+    assert torch.equal(fl.ops.gram(x[:, 1:3], rows=rows), full[:, 1:3, 1:3])
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+def test_long_halves_beyond_float32(rows: bool) -> None:
+    """Squares that float32 cannot hold are summed in float64; what is not finite stays in its own factor."""
+    x = tall(1, 4, 1056, 6, dtype=torch.bfloat16, rows=rows)
+    x[0, 1] *= 1e25
+    x[0, 2] *= 1e-25
+    check_long(x, None, "full", rows)
+    x[0, 3, 2, 4] = torch.nan
+    got = fl.ops.gram(x, rows=rows)
+    assert got[0, :3, :3].isfinite().all()
+    assert got[0, 3, 3].isnan().any()

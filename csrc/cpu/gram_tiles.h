@@ -1,0 +1,230 @@
+// The gram pass of bfloat16 factors on matrix tiles (AMX).
+// The long dimension is walked in stretches of a few tile depths, the factors one after the other: a factor's stretch
+// is packed into tiles of 16 of its columns, as tiles A, and as tiles B for the factors after it. Then come the
+// products of its tiles A with its own tiles B and with those of earlier factors, which are kept while a later block
+// needs them, so that the tiles at work stay in L1. A stretch is summed in float32 (a product of tiles sums its 32
+// terms in two short chains), stretches in float64.
+#pragma once
+#include "amx.h"
+#include "passes.h"
+
+#if defined(__AMX_BF16__)
+
+namespace fastlora::FASTLORA_ISA {
+
+class GramTiles {
+  public:
+    static bool takes(const GramTask& task, const Matrix* factors) {
+        for (int64_t f = 0; f < task.factors; ++f)
+            if (factors[f].dtype != int64_t(DType::bf16)) return false;
+        return task.factors > 0;
+    }
+
+    GramTiles(const GramTask& task, const Matrix* factors, const GramBlock* blocks)
+        : task_(task), factors_(factors), blocks_(blocks) {}
+
+    // False when there is no memory to be had.
+    bool run(Workspace& workspace) {
+        if (!workspace.reserve(lay_out(nullptr))) return false;
+        lay_out(workspace.data());
+        sort_products();
+        const int64_t n = task_.rows ? factors_[0].cols : factors_[0].rows, step = int64_t(kTileDepth) * kSteps;
+        {
+            const TileUnit unit;
+            for (int64_t first = 0; first < n; first += step) {
+                const int count = int(min_(step, n - first));
+                for (int64_t f = 0; f < task_.factors; ++f) {
+                    pack(f, first, count);
+                    for (int64_t t = 0; t < tiles(f); ++t) add_products(f, t, (count + kTileDepth - 1) / kTileDepth);
+                }
+            }
+        }
+        for (int64_t p = 0; p < n_products_; ++p) write(products_[p]);
+        return true;
+    }
+
+  private:
+    // A 16 x 16 piece of a block: tile A `row` of the later factor times tile B `column` of the earlier one.
+    struct Product {
+        int64_t block, row, column;
+        const Tile* right;  // [kSteps]
+        double* sums;
+    };
+
+    static constexpr int kSteps = 8;  // tile depths of a stretch
+    static constexpr int kMost = 6;   // products at a time; two of eight registers are for the factors
+    static constexpr int64_t kSums = kTileSide * kTileSide;
+
+    int64_t rank(int64_t f) const { return task_.rows ? factors_[f].rows : factors_[f].cols; }
+    int64_t tiles(int64_t f) const { return (rank(f) + kTileSide - 1) / kTileSide; }
+    int64_t later(const GramBlock& b) const { return max_(b.left, b.right); }
+    int64_t earlier(const GramBlock& b) const { return min_(b.left, b.right); }
+
+    // Visits the pieces of every block; of a symmetric one those on and above its diagonal.
+    template <class Visit>
+    void each_piece(Visit visit) const {
+        for (int64_t b = 0; b < task_.blocks; ++b) {
+            const int64_t f = later(blocks_[b]), g = earlier(blocks_[b]);
+            for (int64_t row = 0; row < tiles(f); ++row)
+                for (int64_t column = f == g ? row : 0; column < tiles(g); ++column) visit(b, f, g, row, column);
+        }
+    }
+
+    size_t lay_out(char* base) {
+        Arena arena(base);
+        first_tile_ = arena.take<int64_t>(task_.factors + 1);
+        int64_t* last_use = arena.take<int64_t>(task_.factors);
+        int64_t* slot = arena.take<int64_t>(task_.factors);
+        int64_t* taken_until = arena.take<int64_t>(task_.factors);
+        kept_ = arena.take<Tile*>(task_.factors);
+        int64_t total = 0, widest = 0;
+        n_products_ = 0;
+        for (int64_t f = 0; f < task_.factors; ++f) {
+            total += tiles(f);
+            widest = max_(widest, tiles(f));
+        }
+        each_piece([&](int64_t, int64_t, int64_t, int64_t, int64_t) { ++n_products_; });
+        first_product_ = arena.take<int64_t>(total + 2);
+        products_ = arena.take<Product>(n_products_);
+        sums_ = arena.take<double>(n_products_ * kSums);
+        left_ = arena.take<Tile>(widest * kSteps);
+        // Every factor may need a slot of its own; how many there are is known when there is memory to count them in.
+        slots_ = arena.take<Tile>(task_.factors * widest * kSteps);
+        if (!base) return arena.used();
+
+        first_tile_[0] = 0;
+        for (int64_t f = 0; f < task_.factors; ++f) {
+            first_tile_[f + 1] = first_tile_[f] + tiles(f);
+            last_use[f] = taken_until[f] = -1;
+        }
+        for (int64_t b = 0; b < task_.blocks; ++b) {
+            int64_t& last = last_use[earlier(blocks_[b])];
+            last = max_(last, later(blocks_[b]));
+        }
+        for (int64_t f = 0; f < task_.factors; ++f) {
+            kept_[f] = nullptr;
+            if (last_use[f] < 0) continue;
+            slot[f] = 0;
+            while (taken_until[slot[f]] >= f) ++slot[f];
+            taken_until[slot[f]] = last_use[f];
+            kept_[f] = slots_ + slot[f] * widest * kSteps;
+        }
+        __builtin_memset(sums_, 0, sizeof(double) * n_products_ * kSums);
+        return arena.used();
+    }
+
+    // Products by their tile A.
+    void sort_products() {
+        const int64_t total = first_tile_[task_.factors];
+        for (int64_t t = 0; t < total + 2; ++t) first_product_[t] = 0;
+        each_piece(
+            [&](int64_t, int64_t f, int64_t, int64_t row, int64_t) { ++first_product_[first_tile_[f] + row + 2]; });
+        for (int64_t t = 2; t < total + 2; ++t) first_product_[t] += first_product_[t - 1];
+        each_piece([&](int64_t b, int64_t f, int64_t g, int64_t row, int64_t column) {
+            const int64_t p = first_product_[first_tile_[f] + row + 1]++;
+            products_[p] = {b, row, column, kept_[g] + column * kSteps, sums_ + p * kSums};
+        });
+    }
+
+    // The stretch [first, first + count) of one factor.
+    void pack(int64_t f, int64_t first, int count) {
+        const Matrix& m = factors_[f];
+        const uint16_t* data = reinterpret_cast<const uint16_t*>(m.data);
+        Tile spare;
+        for (int64_t t = 0; t < tiles(f); ++t) {
+            const int64_t at = t * kTileSide;
+            const int width = int(min_<int64_t>(kTileSide, rank(f) - at));
+            for (int s = 0; s * kTileDepth < count; ++s) {
+                const int64_t position = first + s * kTileDepth;
+                const int depth = min_(kTileDepth, count - s * kTileDepth);
+                Tile &left = left_[t * kSteps + s], &right = kept_[f] ? kept_[f][t * kSteps + s] : spare;
+                if (task_.rows) {
+                    pack_rows(data + at * m.stride + position, m.stride, width, depth, left);
+                    if (kept_[f]) transpose_pairs(left, right);
+                } else {
+                    pack_pairs(data + position * m.stride + at, m.stride, depth, width, right);
+                    transpose_pairs(right, left);
+                }
+            }
+        }
+    }
+
+    void add_products(int64_t f, int64_t tile, int steps) {
+        const int64_t at = first_tile_[f] + tile, end = first_product_[at + 1];
+        const Tile* left = left_ + tile * kSteps;
+        for (int64_t p = first_product_[at]; p < end; p += kMost) {
+            const Product* first = products_ + p;
+            switch (min_<int64_t>(kMost, end - p)) {
+                case 1:
+                    sum_products<1>(left, first, steps);
+                    break;
+                case 2:
+                    sum_products<2>(left, first, steps);
+                    break;
+                case 3:
+                    sum_products<3>(left, first, steps);
+                    break;
+                case 4:
+                    sum_products<4>(left, first, steps);
+                    break;
+                case 5:
+                    sum_products<5>(left, first, steps);
+                    break;
+                default:
+                    sum_products<6>(left, first, steps);
+            }
+        }
+    }
+
+    // The sums of `kCount` products stay in tile registers 0 to kCount - 1.
+    template <int kCount>
+    __attribute__((noinline)) void sum_products(const Tile* left, const Product* p, int steps) {
+        for_each<kCount>([](auto i) { tile_zero<i>(); });
+        for (int s = 0; s < steps; ++s) {
+            tile_load<6>(left + s, 64);
+            for_each<kCount>([&](auto i) {
+                tile_load<7>(p[i].right + s, 64);
+                tile_product<i, 6, 7>();
+            });
+        }
+        for_each<kCount>([&](auto i) {
+            alignas(64) float part[kSums];
+            tile_store<i>(part, 64);
+            for (int j = 0; j < kSums; j += 8) {
+                const __m512d wide = _mm512_maskz_cvtps_pd(0xff, _mm256_load_ps(part + j));
+                _mm512_store_pd(p[i].sums + j, _mm512_add_pd(_mm512_load_pd(p[i].sums + j), wide));
+            }
+        });
+    }
+
+    // The sums are those of the later factor's columns (rows) by the earlier one's.
+    void write(const Product& p) const {
+        const GramBlock& block = blocks_[p.block];
+        double* out = reinterpret_cast<double*>(block.out);
+        const int64_t row = p.row * kTileSide, column = p.column * kTileSide;
+        const int64_t m = min_<int64_t>(kTileSide, rank(later(block)) - row);
+        const int64_t n = min_<int64_t>(kTileSide, rank(earlier(block)) - column);
+        for (int64_t i = 0; i < m; ++i)
+            for (int64_t j = 0; j < n; ++j) {
+                const double value = p.sums[i * kTileSide + j];
+                if (block.left >= block.right) out[(row + i) * block.stride + column + j] = value;
+                if (block.left <= block.right) out[(column + j) * block.stride + row + i] = value;
+            }
+    }
+
+    const GramTask& task_;
+    const Matrix* factors_;
+    const GramBlock* blocks_;
+    int64_t* first_tile_ = nullptr;     // [factors + 1]
+    int64_t* first_product_ = nullptr;  // [tiles + 1]
+    Product* products_ = nullptr;
+    double* sums_ = nullptr;  // [products, 16, 16]
+    int64_t n_products_ = 0;
+    Tile* left_ = nullptr;   // tiles A of the factor at work, [tile, kSteps]
+    Tile* slots_ = nullptr;  // tiles B of factors that later ones need
+    Tile** kept_ = nullptr;  // [factors]: a factor's tiles B, [tile, kSteps], or null
+};
+
+}  // namespace fastlora::FASTLORA_ISA
+
+#endif
