@@ -66,6 +66,10 @@ class Factor:
         return Factor(side, n, r, (Term(stored),))
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return (self.length, self.rank) if self.side == "B" else (self.rank, self.length)
+
+    @property
     def stored(self) -> Tensor | None:
         """The stored matrix that this factor is, bit for bit, or ``None`` when it has to be computed."""
         if len(self.terms) != 1:

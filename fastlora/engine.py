@@ -6,19 +6,20 @@ write) over the matrices where they lie.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from fastlora.adapter import Adapter, Factor, Update, source_key
+from fastlora.adapter import Adapter, Factor, Side, Update, source_key
 from fastlora.backends import resolve
-from fastlora.backends.passes import CombineJob, CombineTerm, GramJob
+from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramJob, WriteProblem
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.memory import Room, batch_bytes, padded, release
 from fastlora.progress import track
@@ -40,8 +41,11 @@ DTYPE_NAMES = {
 
 # Modules computed at once: their Gram blocks and coefficients are what is in memory besides the factors.
 CHUNK_BYTES = 256 * 2**20
-# Results that are computed while as many are being written.
-WRITE_BYTES = 64 * 2**20
+# Results whose computing and writing is prepared while as many are computed and written.
+WRITE_BYTES = 128 * 2**20
+# Files that are written at once: a decomposition of many pairs has more of them than a process may hold open.
+OPEN_FILES = 128
+SIDES: tuple[Side, Side] = ("B", "A")
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -80,17 +84,17 @@ def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Te
     """
     k = len(modules[0])
     out = torch.zeros(len(modules), k, k, r, r, dtype=torch.float64)
+    places = [(i, j, (i * k + j) * r * r) for i, j in pairs]
     jobs, pending = [], []
     for m, factors in enumerate(modules):
         rows = factors[0].side == "A"
         stored = [f.stored for f in factors]
-        if all(s is not None for s in stored):
-            blocks = [(i, j, out[m, i, j, : factors[i].rank, : factors[j].rank]) for i, j in pairs]
-            jobs.append(GramJob([s for s in stored if s is not None], blocks, rows))
+        if None not in stored:
+            jobs.append(GramJob(cast(list[Tensor], stored), places, rows, out, r, m * k * k * r * r))
         else:
-            job, coefficients, block = _source_gram(factors, rows)
+            job, coefficients = _source_gram(factors, rows)
             jobs.append(job)
-            pending.append((m, coefficients, block))
+            pending.append((m, coefficients, job.out))
     _run("gram_pass", jobs)
     for m, coefficients, block in pending:
         full = block.triu() + block.triu(1).mT
@@ -100,7 +104,7 @@ def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Te
     return out
 
 
-def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[tuple[Tensor, Tensor]], Tensor]:
+def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[tuple[Tensor, Tensor]]]:
     """The Gram matrix of the distinct stored matrices behind some factors, and each factor's coefficients on them.
 
     The coefficients are ``(index, C)``: ``C`` belongs to the rows ``index`` of the Gram matrix. The others are left out
@@ -125,20 +129,14 @@ def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[t
             if own
             else (torch.zeros(0, dtype=torch.int64), torch.zeros(0, factor.rank, dtype=torch.float64))
         )
-    block = torch.zeros(total, total, dtype=torch.float64)
     starts = [places[source_key(s)] for s in sources]
-    ranks = [s.shape[0 if rows else 1] for s in sources]
-    blocks = [
-        (i, j, block[starts[i] : starts[i] + ranks[i], starts[j] : starts[j] + ranks[j]])
-        for i in range(len(sources))
-        for j in range(i, len(sources))
-    ]
-    return GramJob(sources, blocks, rows), coefficients, block
+    blocks = [(i, j, starts[i] * total + starts[j]) for i in range(len(sources)) for j in range(i, len(sources))]
+    return GramJob(sources, blocks, rows, torch.zeros(total, total, dtype=torch.float64), total), coefficients
 
 
-def _run(op: str, jobs: Sequence[GramJob] | Sequence[CombineJob]) -> None:
-    if jobs:
-        resolve(op, jobs).launch(jobs)
+def _run(op: str, jobs: Sequence[GramJob] | Sequence[CombineJob]) -> WriteProblem | None:
+    problem: WriteProblem | None = resolve(op, jobs).launch(jobs) if jobs else None
+    return problem
 
 
 def materialise(updates: Sequence[Update], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -162,8 +160,8 @@ def materialise_groups(
     jobs: list[CombineJob] = []
     results = []
     for group in groups:
-        left = _combine_side(jobs, [u.B for u in group], dtype, room)
-        right = _combine_side(jobs, [u.A for u in group], dtype, room)
+        left = _materialise_side(jobs, [u.B for u in group], dtype, room)
+        right = _materialise_side(jobs, [u.A for u in group], dtype, room)
         results.append(list(zip(left, right, strict=True)))
     _run("combine_pass", jobs)
     return results
@@ -177,33 +175,48 @@ def _bytes(factor: Factor, dtype: torch.dtype) -> int:
     return padded(factor.length * factor.rank * dtype.itemsize)
 
 
-def _combine_side(jobs: list[CombineJob], factors: Sequence[Factor], dtype: torch.dtype, room: Room) -> list[Tensor]:
+def _materialise_side(
+    jobs: list[CombineJob], factors: Sequence[Factor], dtype: torch.dtype, room: Room
+) -> list[Tensor]:
     """The tensors of some factors of one side; those that have to be computed are put on the job list."""
     results: list[Tensor] = []
-    sources: list[Tensor] = []
-    index: dict[object, int] = {}
+    sources = Sources()
     outputs = []
     for factor in factors:
         stored = factor.stored
         if stored is not None and stored.dtype == dtype:
             results.append(stored)
             continue
-        shape = (factor.length, factor.rank) if factor.side == "B" else (factor.rank, factor.length)
-        out = room.take(shape, dtype)
+        out = room.take(factor.shape, dtype)
         results.append(out)
-        if not factor.rank:
-            continue
-        terms = []
-        for term in factor.terms:
-            key = source_key(term.source)
-            if key not in index:
-                index[key] = len(sources)
-                sources.append(term.source)
-            terms.append(CombineTerm(index[key], term.coefficient, term.at, term.scale))
-        outputs.append((out, terms))
+        if factor.rank:
+            outputs.append(CombineOutput(factor.shape, dtype, sources.terms(factor), out))
     if outputs:
-        jobs.append(CombineJob(sources, outputs, factors[0].side == "A"))
+        jobs.append(CombineJob(sources.tensors, outputs, factors[0].side == "A"))
     return results
+
+
+class Sources:
+    """The distinct stored matrices of a combine job, in order of first use."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._index: dict[int, int] = {}
+        self._keys: dict[object, int] = {}
+
+    def terms(self, factor: Factor) -> list[CombineTerm]:
+        """The terms of a factor on these matrices."""
+        found = []
+        for term in factor.terms:
+            index = self._index.get(id(term.source))
+            if index is None:
+                key = source_key(term.source)
+                index = self._keys.setdefault(key, len(self.tensors))
+                if index == len(self.tensors):
+                    self.tensors.append(term.source)
+                self._index[id(term.source)] = index
+            found.append((index, term.coefficient, term.at, term.scale))
+        return found
 
 
 def require_finite(adapters: Iterable[Adapter]) -> None:
@@ -257,8 +270,8 @@ def write_adapters(adapters: Mapping[Path, Adapter], dtype: torch.dtype | str | 
     """Writes adapters that share stored matrices, reading each of those once.
 
     Modules of rank 0 are left out; an adapter with nothing in it is written as zeros of rank 1, which PEFT can load.
-    Modules are computed and written some at a time, one thread writing while the next are computed, so memory does
-    not grow with the model.
+    Factors are computed where they are written from, a module at a time in every thread, so memory does not grow with
+    the model; one thread prepares the next modules meanwhile.
     """
     from fastlora.formats.peft_write import AdapterFile
 
@@ -268,24 +281,21 @@ def write_adapters(adapters: Mapping[Path, Adapter], dtype: torch.dtype | str | 
     for directory, adapter in adapters.items():
         outlines = {m: _outline(u) for m, u in adapter.updates.items() if u.rank} or empty[directory]
         files[directory] = AdapterFile(directory, adapter, outlines, targets[directory])
-    rooms = {target: (Room(), Room()) for target in targets.values()}  # one is filled while the other is written
-    with ThreadPoolExecutor(1) as writer:
+    shares = [list(files.items())[i : i + OPEN_FILES] for i in range(0, len(files), OPEN_FILES)]
+    with ThreadPoolExecutor(1) as worker:
         pending: Future[None] | None = None
-        for turn, modules in enumerate(track(_module_batches(list(adapters.values())), "writing")):
-            computed = _compute(adapters, targets, modules, {t: pair[turn % 2] for t, pair in rooms.items()})
-            if pending is not None:
-                pending.result()
-            # The backend and the bound on memory are context variables, which new threads do not see.
-            pending = writer.submit(contextvars.copy_context().run, _put, files, adapters, computed)
-            del computed
+        for modules in track(_module_batches(list(adapters.values())), "writing"):
+            for share in shares:
+                prepared = _prepare(dict(share), adapters, modules, [d for d, _ in share if d not in empty])
+                if pending is not None:
+                    pending.result()
+                # The backend and the bound on memory are context variables, which new threads do not see.
+                pending = worker.submit(contextvars.copy_context().run, prepared.write)
         if pending is not None:
             pending.result()
     for directory, file in files.items():
         file.put(empty.get(directory, {}))
         file.close()
-
-
-Computed = dict[Path, dict[str, tuple[Tensor, Tensor]]]
 
 
 def _outline(update: Update) -> tuple[Tensor, Tensor]:
@@ -295,7 +305,7 @@ def _outline(update: Update) -> tuple[Tensor, Tensor]:
 
 
 def _module_batches(adapters: Sequence[Adapter]) -> list[list[str]]:
-    """Module names in batches whose results fit in memory; the experts of one parameter stay together."""
+    """Module names in batches that are prepared together; the experts of one parameter stay together."""
     sizes: dict[str, int] = {}
     units: dict[str, list[str]] = {}
     for adapter in adapters:
@@ -316,30 +326,83 @@ def _module_batches(adapters: Sequence[Adapter]) -> list[list[str]]:
     return batches
 
 
-def _compute(
-    adapters: Mapping[Path, Adapter],
-    targets: Mapping[Path, torch.dtype],
-    modules: Sequence[str],
-    rooms: Mapping[torch.dtype, Room],
-) -> Computed:
-    """The factors of some modules of every adapter, each in its own dtype."""
-    computed: Computed = {d: {} for d in adapters}
-    for target in dict.fromkeys(targets.values()):
-        owners = [
-            [d for d, a in adapters.items() if targets[d] == target and m in a.updates and a.updates[m].rank]
-            for m in modules
-        ]
-        groups = [[adapters[d].updates[m].baked() for d in own] for m, own in zip(modules, owners, strict=True)]
-        for module, own, pairs in zip(modules, owners, materialise_groups(groups, target, rooms[target]), strict=True):
-            for directory, pair in zip(own, pairs, strict=True):
-                computed[directory][module] = pair
-    return computed
+@dataclass(slots=True, eq=False)
+class _Prepared:
+    """Some modules of some adapters, ready to be computed and written."""
+
+    files: dict[Path, AdapterFile]
+    jobs: list[CombineJob]
+    places: list[list[tuple[Path, str]]]  # (directory, tensor) of every output
+    packed: dict[str, list[tuple[Path, Update]]]  # modules whose tensors hold more than one factor
+    used: list[Tensor]
+
+    def write(self) -> None:
+        with contextlib.ExitStack() as stack:
+            descriptors = {d: stack.enter_context(f.open()) for d, f in self.files.items()}
+            for job, places in zip(self.jobs, self.places, strict=True):
+                for output, (directory, _) in zip(job.outputs, places, strict=True):
+                    output.file = descriptors[directory]
+            problem = _run("combine_pass", self.jobs)
+        if problem is not None:
+            directory, name = self.places[problem.job][problem.output]
+            raise self.files[directory].error(name, problem.errno)
+        for places in self.places:
+            for directory, name in places:
+                self.files[directory].written((name,))
+        self._write_packed()
+        release(self.used)
+
+    def _write_packed(self) -> None:
+        made: dict[Path, dict[str, tuple[Tensor, Tensor]]] = {}
+        for dtype in {self.files[d].dtype for own in self.packed.values() for d, _ in own}:
+            owners = {m: [(d, u) for d, u in own if self.files[d].dtype == dtype] for m, own in self.packed.items()}
+            groups = materialise_groups([[u for _, u in own] for own in owners.values()], dtype)
+            for (module, own), pairs in zip(owners.items(), groups, strict=True):
+                for (directory, _), pair in zip(own, pairs, strict=True):
+                    made.setdefault(directory, {})[module] = pair
+        for directory, factors in made.items():
+            self.files[directory].put(factors)
 
 
-def _put(files: Mapping[Path, AdapterFile], adapters: Mapping[Path, Adapter], computed: Computed) -> None:
-    for directory, factors in computed.items():
-        files[directory].put(factors)
-    release(sources(a.updates[m] for d, a in adapters.items() for m in computed[d]))
+def _prepare(
+    files: dict[Path, AdapterFile], adapters: Mapping[Path, Adapter], modules: Sequence[str], owners: Sequence[Path]
+) -> _Prepared:
+    prepared = _Prepared(files, [], [], {}, [])
+    for module in modules:
+        updates: list[tuple[Path, Update]] = []
+        for directory in owners:
+            update = adapters[directory].updates.get(module)
+            if update is None or not update.rank:
+                continue
+            if files[directory].is_packed(module):
+                prepared.packed.setdefault(module, []).append((directory, update.baked()))
+            else:
+                updates.append((directory, update.baked()))
+        for side in SIDES:
+            _write_side(prepared, module, side, [(d, u.B if side == "B" else u.A) for d, u in updates])
+    prepared.used += sources(u for own in prepared.packed.values() for _, u in own)
+    return prepared
+
+
+def _write_side(prepared: _Prepared, module: str, side: Side, factors: Sequence[tuple[Path, Factor]]) -> None:
+    """The job that computes and writes one side of a module of some adapters."""
+    found = Sources()
+    outputs, places = [], []
+    for directory, factor in factors:
+        file = prepared.files[directory]
+        stored = factor.stored
+        name, offset = file.place(module, side)
+        if stored is not None and stored.dtype == file.dtype and stored.is_contiguous():
+            outputs.append(CombineOutput.copy(stored, -1, offset, True))
+            prepared.used.append(stored)
+        else:
+            terms = found.terms(factor)
+            outputs.append(CombineOutput(factor.shape, file.dtype, terms, None, -1, offset, True))
+        places.append((directory, name))
+    if outputs:
+        prepared.jobs.append(CombineJob(found.tensors, outputs, side == "A"))
+        prepared.places.append(places)
+        prepared.used += found.tensors
 
 
 def zero_factors(adapter: Adapter, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:

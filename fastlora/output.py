@@ -170,7 +170,7 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, FastloraError):
             raise
-        raise _output_error(error, path) from error
+        raise output_error(error, path) from error
 
 
 def partial_of(path: Path) -> Path | None:
@@ -179,7 +179,8 @@ def partial_of(path: Path) -> Path | None:
     return next((p for p in (absolute, *absolute.parents) if PARTIAL.fullmatch(p.name)), None)
 
 
-def _output_error(error: OSError | SafetensorError, path: Path) -> OutputError:
+def output_error(error: OSError | SafetensorError, path: Path) -> OutputError:
+    """What went wrong while ``path`` was written, in terms of the finished output."""
     number = _errno(error)
     reason = REASONS.get(number) if number is not None else None
     return OutputError(f"{finished(path)} could not be written: {reason or error}")
@@ -208,7 +209,7 @@ def _translated(error: BaseException, path: Path) -> OutputError | None:
         return None
     about = getattr(error, "filename", None)
     here = about is None or path.parent in Path(os.path.abspath(os.fsdecode(about))).parents
-    return _output_error(error, path) if here and _errno(error) in REASONS else None
+    return output_error(error, path) if here and _errno(error) in REASONS else None
 
 
 def _foreign_files(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]:

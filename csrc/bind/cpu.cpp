@@ -2,7 +2,6 @@
 #include <new>
 
 #include "bind.h"
-#include "fastlora/io.h"
 #include "fastlora/kernels.h"
 
 namespace py = pybind11;
@@ -20,8 +19,7 @@ void check(int status) {
 }
 
 static_assert(sizeof(Matrix) == 5 * 8 && sizeof(GramBlock) == 4 * 8 && sizeof(GramTask) == 5 * 8);
-static_assert(sizeof(Piece) == 8 * 8);
-static_assert(sizeof(Term) == 6 * 8 && sizeof(CombineOutput) == 3 * 8 && sizeof(CombineTask) == 5 * 8);
+static_assert(sizeof(Term) == 6 * 8 && sizeof(CombineOutput) == 6 * 8 && sizeof(CombineTask) == 5 * 8);
 
 }  // namespace
 
@@ -38,14 +36,24 @@ void bind_cpu(py::module_& m) {
     m.def(
         "combine",
         [](uintptr_t factors, uintptr_t tasks, uintptr_t outputs, uintptr_t matrices, uintptr_t terms, int64_t n_tasks,
-           int threads) {
-            py::gil_scoped_release release;
-            check(kernels().combine(at<const Matrix>(factors), at<const CombineTask>(tasks),
-                                    at<const CombineOutput>(outputs), at<const Matrix>(matrices), at<const Term>(terms),
-                                    n_tasks, threads));
+           bool to_files, int threads) {
+            const CombineTables tables{at<const Matrix>(factors),
+                                       at<const CombineTask>(tasks),
+                                       at<const CombineOutput>(outputs),
+                                       at<const Matrix>(matrices),
+                                       at<const Term>(terms),
+                                       n_tasks,
+                                       to_files};
+            CombineProblem problem;
+            {
+                py::gil_scoped_release release;
+                problem = kernels().combine(tables, threads);
+            }
+            if (problem.kind == kNoMemory) throw std::bad_alloc();
+            return py::make_tuple(int(problem.kind), problem.output, problem.error);
         },
         py::arg("factors"), py::arg("tasks"), py::arg("outputs"), py::arg("matrices"), py::arg("terms"),
-        py::arg("n_tasks"), py::arg("threads"));
+        py::arg("n_tasks"), py::arg("to_files"), py::arg("threads"), "(kind, output, errno) of CombineProblem");
     m.def(
         "finite",
         [](uintptr_t data, int64_t rows, int64_t cols, int64_t stride, int64_t dtype) {
@@ -54,17 +62,6 @@ void bind_cpu(py::module_& m) {
             return kernels().finite(matrix);
         },
         py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("stride"), py::arg("dtype"));
-    m.def(
-        "write",
-        [](int file, uintptr_t pieces, int64_t count) {
-            WriteResult result;
-            {
-                py::gil_scoped_release release;
-                result = write_pieces(file, at<const Piece>(pieces), count);
-            }
-            return py::make_tuple(int(result.problem), result.piece, result.error);
-        },
-        py::arg("file"), py::arg("pieces"), py::arg("count"), "(problem, piece, errno); see fastlora/io.h");
     m.def(
         "chain",
         [](uintptr_t left, uintptr_t right, uintptr_t floor, uintptr_t basis, uintptr_t values, uintptr_t shared,

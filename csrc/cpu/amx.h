@@ -17,10 +17,11 @@ struct alignas(64) Tile {
     uint32_t pair[kTileSide][kTileSide];
 };
 
-// The tile registers of a thread: all eight 16 x 64 bytes while this lives.
+// The tile registers of a thread: all eight 16 x 64 bytes while this lives, if they are needed.
 class TileUnit {
   public:
-    TileUnit() {
+    explicit TileUnit(bool needed = true) : needed_(needed) {
+        if (!needed) return;
         struct alignas(64) {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {};
@@ -31,7 +32,12 @@ class TileUnit {
     }
     TileUnit(const TileUnit&) = delete;
     TileUnit& operator=(const TileUnit&) = delete;
-    ~TileUnit() { __asm__ volatile("tilerelease"); }
+    ~TileUnit() {
+        if (needed_) __asm__ volatile("tilerelease");
+    }
+
+  private:
+    bool needed_;
 };
 
 template <int kRegister>

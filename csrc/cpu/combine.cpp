@@ -2,14 +2,18 @@
 //   B side: out[:, at:at+q] += scale * X [n, r] * C [r, q]
 //   A side: out[at:at+q, :] += scale * C [q, r] * X [r, n]
 // All outputs of a task share the tiles of its factors, so a factor is read once however many results it goes into.
-// Terms are gathered into strips, each one product: all coefficients of one factor (it goes into many outputs, as the
-// first adapter of a decomposition does), or all coefficients of one output (it comes from many factors, as a sum
-// does), whichever makes fewer products. Identity terms are added without a product.
+// The coefficients of one factor are gathered into a strip, one product with all results it goes into; identity terms
+// are added without a product, as the result is rounded and written.
 // Half-precision outputs of half-precision factors are summed in float32 where no coefficient is extreme, everything
 // else in float64; a result is rounded once more, to the output's dtype. A result's row (B) or column (A) is computed
 // by one thread from its own inputs, so bits do not depend on threads or chunking.
+// Outputs with a file are computed in memory of the thread's own, one task after the other, and written from there
+// while they are in cache: what is saved needs no memory and is not read back.
 // Floor: reads each factor once and writes each output once; 2 * n * r * q operations a term.
+#include "combine_tiles.h"
+#include "fastlora/io.h"
 #include "passes.h"
+#include "strips.h"
 #include "tile.h"
 
 namespace fastlora::FASTLORA_ISA {
@@ -18,254 +22,204 @@ namespace {
 constexpr int64_t kChunk = 512;  // positions along the long dimension given to one thread at a time
 constexpr double kSmallest = 1e-20, kLargest = 1e20;  // coefficients that float32 sums are trusted with
 
-template <class T>
-constexpr int kTileB = 32;  // rows of a tile on the B side
-template <class T>
-constexpr int kTileA = 2048 / int(sizeof(T));  // columns of a tile on the A side: whole stretches of memory
-template <class T>
-constexpr int kStrideA = kTileA<T> + kLanes<T>;  // a power of two would put all its rows into a few cache sets
-
-int64_t rank(const Matrix& m, bool rows) { return rows ? m.rows : m.cols; }
-int64_t length(const Matrix& m, bool rows) { return rows ? m.cols : m.rows; }
-
-struct Job {
-    const CombineTask* task;
-    const Matrix* factors;
-    const CombineOutput* outputs;
-    const Matrix* matrices;
-    const Term* terms;
-};
-
-// out columns [out, out + width) (B side; rows on the A side) += source columns [source, source + depth) times
-// values [depth, stride]
-template <class T>
-struct Strip {
-    int64_t source, depth, out, width, stride;
-    T* values;
-};
+// What is written of an output besides its strips: nothing, one whole factor, or terms that have to be added first.
+enum class Rest { none, factor, terms };
 
 template <class T>
-struct Identity {
-    int64_t source, depth, out;
+struct Output {
+    int64_t first;  // column (B) or row (A) in the result tile
+    bool in_strip;
+    Rest rest;
+    int64_t factor;  // of Rest::factor
     T scale;
 };
 
 template <class T>
 struct Work {
-    int64_t* source;  // first column (B) or row (A) of each factor in the factor tile
-    int64_t* out;     // the same of each output in the result tile
-    Strip<T>* strips;
-    Identity<T>* identities;
-    int64_t n_strips, n_identities;
-    T* factor_tile;  // B side [kTileB, source_stride]; A side [sum of ranks, kTileA]
-    T* result_tile;  // B side [kTileB, out_stride]; A side [sum of output ranks, kTileA]
-    int64_t source_stride, out_stride, outs;
+    Strips<T> strips;
+    Output<T>* outputs;
+    T* factor_tile;  // B side [kTileB, widest factor]; A side [widest factor, kStrideA]
+    T* result_tile;  // B side [kTileB, out_stride]; A side [outs + kTileSide, kStrideA]
+    int64_t outs, out_stride, factor_stride;
+    CombineTiles tiles;
+    bool on_tiles;
 };
 
-int64_t count_terms(const Job& job) {
-    int64_t count = 0;
-    for (int64_t o = 0; o < job.task->outputs; ++o) count += job.outputs[o].terms;
-    return count;
-}
-
-// Strips by factor or by output: how many products each way takes.
-bool strips_by_factor(const Job& job) {
-    int64_t by_factor = 0, by_output = 0;
-    for (int64_t f = 0; f < job.task->factors; ++f) {
-        bool used = false;
-        for (int64_t o = 0; o < job.task->outputs; ++o)
-            for (int64_t t = 0; t < job.outputs[o].terms; ++t) {
-                const Term& term = job.terms[job.outputs[o].first_term + t];
-                used |= term.coefficient != 0 && term.factor == f;
-            }
-        by_factor += used;
-    }
-    for (int64_t o = 0; o < job.task->outputs; ++o) {
-        bool used = false;
-        for (int64_t t = 0; t < job.outputs[o].terms; ++t)
-            used |= job.terms[job.outputs[o].first_term + t].coefficient != 0;
-        by_output += used;
-    }
-    return by_factor <= by_output;
-}
-
-struct Span {
-    int64_t first, last;
-    void cover(int64_t from, int64_t to) {
-        first = first < 0 ? from : min_(first, from);
-        last = max_(last, to);
-    }
-};
-
-// Writes scale * C, transposed to [source, out] on the A side, into a strip.
 template <class T>
-void add_coefficients(const Job& job, const Work<T>& w, const Term& term, int64_t output, const Strip<T>& strip) {
-    const double* c = reinterpret_cast<const double*>(term.coefficient);
-    const int64_t r = rank(job.factors[term.factor], job.task->rows);
-    T* to = strip.values + (w.source[term.factor] - strip.source) * strip.stride + w.out[output] + term.at - strip.out;
-    for (int64_t p = 0; p < r; ++p)
-        for (int64_t q = 0; q < term.columns; ++q) {
-            const double value = job.task->rows ? c[q * term.stride + p] : c[p * term.stride + q];
-            to[p * strip.stride + q] += T(term.scale * value);
-        }
-}
-
-// The strip of one factor (or one output): its place, and room for its values.
-template <class T>
-void make_strip(Arena& arena, char* base, const Job& job, Work<T>& w, bool by_factor, int64_t index) {
-    Span source{-1, 0}, out{-1, 0};
-    for (int pass = 0; pass < 2; ++pass) {
-        Strip<T> strip{};
-        if (pass == 1) {
-            if (source.first < 0) return;
-            strip = {source.first, source.last - source.first, out.first, out.last - out.first, 0, nullptr};
-            strip.stride = padded<T>(strip.width) + 2 * kLanes<T>;
-            strip.values = arena.take<T>(size_t(strip.depth) * strip.stride);
-            ++w.n_strips;
-            if (!base) return;
-            __builtin_memset(strip.values, 0, sizeof(T) * strip.depth * strip.stride);
-            w.strips[w.n_strips - 1] = strip;
-        }
-        for (int64_t o = by_factor ? 0 : index; o < (by_factor ? job.task->outputs : index + 1); ++o)
-            for (int64_t t = 0; t < job.outputs[o].terms; ++t) {
-                const Term& term = job.terms[job.outputs[o].first_term + t];
-                if (!term.coefficient || (by_factor && term.factor != index)) continue;
-                if (pass == 1) {
-                    add_coefficients<T>(job, w, term, o, strip);
-                    continue;
-                }
-                const int64_t s = w.source[term.factor], at = w.out[o] + term.at;
-                source.cover(s, s + rank(job.factors[term.factor], job.task->rows));
-                out.cover(at, at + term.columns);
-            }
-    }
-}
-
-template <class T>
-size_t lay_out(char* base, const Job& job, int64_t* places, Work<T>& w) {
+size_t lay_out(char* base, const CombineJob& job, Work<T>& w) {
     Arena arena(base);
     const bool rows = job.task->rows;
-    w.source = places;
-    w.out = places + job.task->factors;
-    int64_t sources = 0, outs = 0;
-    for (int64_t f = 0; f < job.task->factors; ++f) {
-        w.source[f] = sources;
-        sources += rank(job.factors[f], rows);
-    }
+    w.outputs = arena.take<Output<T>>(job.task->outputs);
+    int64_t widest = 0;
+    w.outs = 0;
+    for (int64_t f = 0; f < job.task->factors; ++f) widest = max_(widest, job.rank(f));
     for (int64_t o = 0; o < job.task->outputs; ++o) {
-        w.out[o] = outs;
-        outs += rank(job.matrices[job.outputs[o].matrix], rows);
+        if (base) w.outputs[o].first = w.outs;
+        w.outs += job.width(o);
     }
-    w.outs = outs;
-    w.source_stride = sources;
-    w.out_stride = padded<T>(outs) + 3 * kLanes<T>;  // vectors of the last strip may reach past the last column
-    w.strips = arena.take<Strip<T>>(max_(job.task->factors, job.task->outputs));
-    w.identities = arena.take<Identity<T>>(count_terms(job));
-    w.factor_tile = arena.take<T>(size_t(sources) * (rows ? kStrideA<T> : kTileB<T>));
-    w.result_tile = arena.take<T>(rows ? size_t(outs) * kStrideA<T> : size_t(w.out_stride) * kTileB<T>);
-    w.n_strips = w.n_identities = 0;
-    const bool by_factor = strips_by_factor(job);
-    for (int64_t i = 0; i < (by_factor ? job.task->factors : job.task->outputs); ++i)
-        make_strip<T>(arena, base, job, w, by_factor, i);
-    for (int64_t o = 0; o < job.task->outputs; ++o)
-        for (int64_t t = 0; t < job.outputs[o].terms; ++t) {
-            const Term& term = job.terms[job.outputs[o].first_term + t];
-            if (term.coefficient) continue;
-            if (base)
-                w.identities[w.n_identities] = {w.source[term.factor], rank(job.factors[term.factor], rows),
-                                                w.out[o] + term.at, T(term.scale)};
-            ++w.n_identities;
+    w.factor_stride = widest;
+    w.out_stride = padded<T>(w.outs) + 3 * kLanes<T>;  // vectors of the last strip may reach past the last column
+    lay_out_strips<T>(arena, base != nullptr, job, w.strips);
+    w.factor_tile = arena.take<T>(size_t(widest) * (rows ? kStrideA<T> : kTileB));
+    w.result_tile = arena.take<T>(rows ? size_t(w.outs + kResultMargin) * kStrideA<T> : size_t(w.out_stride) * kTileB);
+    w.on_tiles = false;
+    if constexpr (sizeof(T) == 4) w.on_tiles = CombineTiles::takes(job) && w.tiles.lay_out(arena, base, job, w.strips);
+    if (!base) return arena.used();
+    for (int64_t o = 0; o < job.task->outputs; ++o) {
+        Output<T>& out = w.outputs[o];
+        const CombineOutput& wanted = job.outputs[o];
+        int64_t identities = 0;
+        out.in_strip = false;
+        out.rest = Rest::none;
+        for (int64_t t = 0; t < wanted.terms; ++t) {
+            const Term& term = job.terms[wanted.first_term + t];
+            if (term.coefficient) {
+                out.in_strip = true;
+                continue;
+            }
+            const bool whole = term.at == 0 && job.rank(term.factor) == job.width(o) &&
+                               job.factors[term.factor].dtype == job.matrix(o).dtype;
+            out.rest = whole && ++identities == 1 ? Rest::factor : Rest::terms;
+            out.factor = term.factor;
+            out.scale = T(term.scale);
         }
+        // A result that is neither a product nor one whole factor starts as zeros in the result tile.
+        out.in_strip |= out.rest != Rest::factor;
+    }
     return arena.used();
 }
 
+// to [rows, width] += scale * the block of a stored matrix
+template <class E, class T>
+__attribute__((noinline)) void add_as(const Matrix& m, int64_t row, int64_t column, int rows, int columns, T scale,
+                                      T* __restrict to, int64_t stride) {
+    constexpr int lanes = kLanes<T>;
+    using Stored = typename E::Stored;
+    const Stored* __restrict p = reinterpret_cast<const Stored*>(m.data) + row * m.stride + column;
+    const Vec<T> factor = splat<T>(scale);
+    for (int i = 0; i < rows; ++i, p += m.stride, to += stride) {
+        int j = 0;
+        for (; j + lanes <= columns; j += lanes)
+            store<T>(to + j, load<T>(to + j) + factor * E::template load_vector<T>(p + j));
+        for (; j < columns; ++j) to[j] += scale * E::template load_one<T>(p + j);
+    }
+}
+
+// The block of out = scale * the block of x, + sums [rows, stride] if there are any.
+template <class E, class T, bool kSums>
+__attribute__((noinline)) void write_sum_as(const Matrix& out, const Matrix& x, int64_t row, int64_t column, int rows,
+                                            int columns, T scale, const T* __restrict sums, int64_t stride) {
+    constexpr int lanes = kLanes<T>;
+    using Stored = typename E::Stored;
+    const Stored* __restrict from = reinterpret_cast<const Stored*>(x.data) + row * x.stride + column;
+    Stored* __restrict to = reinterpret_cast<Stored*>(out.data) + row * out.stride + column;
+    const Vec<T> factor = splat<T>(scale);
+    for (int i = 0; i < rows; ++i, from += x.stride, to += out.stride, sums += kSums ? stride : 0) {
+        int j = 0;
+        for (; j + lanes <= columns; j += lanes) {
+            Vec<T> value = factor * E::template load_vector<T>(from + j);
+            if constexpr (kSums) value += load<T>(sums + j);
+            E::template store_vector<T>(to + j, value);
+        }
+        for (; j < columns; ++j) {
+            T value = scale * E::template load_one<T>(from + j);
+            if constexpr (kSums) value += sums[j];
+            E::template store_one<T>(to + j, value);
+        }
+    }
+}
+
+template <class E, class T>
+void write_sum(const Matrix& out, const Matrix& x, int64_t row, int64_t column, int rows, int columns, T scale,
+               const T* sums, int64_t stride) {
+    if (sums)
+        write_sum_as<E, T, true>(out, x, row, column, rows, columns, scale, sums, stride);
+    else
+        write_sum_as<E, T, false>(out, x, row, column, rows, columns, scale, sums, stride);
+}
+
+// The results of one tile: what the strips gave, the identity terms, rounded.
 template <class T>
-void read_factors(const Job& job, const Work<T>& w, int64_t first, int count) {
-    for (int64_t f = 0; f < job.task->factors; ++f) {
-        const Matrix& x = job.factors[f];
-        if (!job.task->rows) {
-            read_block<T>(x, first, 0, count, int(x.cols), w.factor_tile + w.source[f], w.source_stride);
+void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, int64_t first, int count) {
+    const bool rows = job.task->rows;
+    const int64_t stride = rows ? kStrideA<T> : w.out_stride;
+    for (int64_t o = 0; o < job.task->outputs; ++o) {
+        if (job.is_stored(o)) continue;
+        const Output<T>& output = w.outputs[o];
+        const Matrix& out = outs[o];
+        T* sums = w.result_tile + output.first * (rows ? kStrideA<T> : 1);
+        const int64_t row = rows ? 0 : first, column = rows ? first : 0;
+        const int height = rows ? int(out.rows) : count, width = rows ? count : int(out.cols);
+        if (output.rest == Rest::factor) {
+            const Matrix& x = job.factors[output.factor];
+            with_type(x, [&](auto e) {
+                write_sum<decltype(e), T>(out, x, row, column, height, width, output.scale,
+                                          output.in_strip ? sums : nullptr, stride);
+            });
             continue;
         }
-        T* rows = w.factor_tile + w.source[f] * kStrideA<T>;
-        read_block<T>(x, 0, first, int(x.rows), count, rows, kStrideA<T>);
-        for (int64_t i = 0; i < x.rows && count < kTileA<T>; ++i)
-            for (int p = count; p < kTileA<T>; ++p) rows[i * kStrideA<T> + p] = T(0);
-    }
-}
-
-// to [rows, width] += scale * from [rows, width]
-template <class T>
-__attribute__((noinline)) void add_scaled(int rows, int64_t width, const T* __restrict from, int64_t from_stride,
-                                          T* __restrict to, int64_t to_stride, T scale) {
-    for (int p = 0; p < rows; ++p, from += from_stride, to += to_stride)
-        for (int64_t j = 0; j < width; ++j) to[j] += scale * from[j];
-}
-
-template <class T>
-void add_identities(const Work<T>& w, bool rows, int count) {
-    for (int64_t i = 0; i < w.n_identities; ++i) {
-        const Identity<T>& term = w.identities[i];
-        if (rows)
-            add_scaled<T>(int(term.depth), kTileA<T>, w.factor_tile + term.source * kStrideA<T>, kStrideA<T>,
-                          w.result_tile + term.out * kStrideA<T>, kStrideA<T>, term.scale);
-        else
-            add_scaled<T>(count, term.depth, w.factor_tile + term.source, w.source_stride, w.result_tile + term.out,
-                          w.out_stride, term.scale);
+        if (output.rest == Rest::terms)
+            for (int64_t t = 0; t < job.outputs[o].terms; ++t) {
+                const Term& term = job.terms[job.outputs[o].first_term + t];
+                if (term.coefficient) continue;
+                const Matrix& x = job.factors[term.factor];
+                T* to = sums + term.at * (rows ? kStrideA<T> : 1);
+                with_type(x, [&](auto e) {
+                    add_as<decltype(e), T>(x, row, column, rows ? int(x.rows) : count, rows ? count : int(x.cols),
+                                           T(term.scale), to, stride);
+                });
+            }
+        write_block<T>(out, row, column, height, width, sums, stride);
     }
 }
 
 template <class T>
-void write_outputs(const Job& job, const Work<T>& w, int64_t first, int count) {
-    for (int64_t o = 0; o < job.task->outputs; ++o) {
-        const Matrix& out = job.matrices[job.outputs[o].matrix];
-        if (job.task->rows)
-            write_block<T>(out, 0, first, int(out.rows), count, w.result_tile + w.out[o] * kStrideA<T>, kStrideA<T>);
-        else
-            write_block<T>(out, first, 0, count, int(out.cols), w.result_tile + w.out[o], w.out_stride);
+void add_strip(const CombineJob& job, const Work<T>& w, const Strip<T>& strip, int64_t first, int count) {
+    const Matrix& x = job.factors[strip.factor];
+    if (!job.task->rows) {
+        read_block<T>(x, first, 0, count, int(x.cols), w.factor_tile, w.factor_stride);
+        product<T, false>(count, int(strip.width), int(strip.depth), w.factor_tile, 1, w.factor_stride, strip.values,
+                          strip.stride, w.result_tile + strip.out, w.out_stride);
+        return;
     }
+    read_block<T>(x, 0, first, int(x.rows), count, w.factor_tile, kStrideA<T>);
+    for (int64_t i = 0; i < x.rows && count < kTileA<T>; ++i)
+        for (int p = count; p < kTileA<T>; ++p) w.factor_tile[i * kStrideA<T> + p] = T(0);
+    product<T, false>(int(strip.width), kTileA<T>, int(strip.depth), strip.values, strip.stride, 1, w.factor_tile,
+                      kStrideA<T>, w.result_tile + strip.out * kStrideA<T>, kStrideA<T>);
 }
 
 template <class T>
-void run_chunk(const Job& job, const Work<T>& w, int64_t begin, int64_t end) {
+void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t begin, int64_t end) {
     const bool rows = job.task->rows;
-    const int64_t step = rows ? kTileA<T> : kTileB<T>;
+    const int64_t step = rows ? kTileA<T> : kTileB;
+    const TileUnit unit(w.on_tiles);
     for (int64_t first = begin; first < end; first += step) {
         const int count = int(min_(step, end - first));
-        read_factors<T>(job, w, first, count);
-        __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs * kStrideA<T> : w.out_stride * count));
-        for (int64_t s = 0; s < w.n_strips; ++s) {
-            const Strip<T>& strip = w.strips[s];
-            if (rows)
-                product<T, false>(int(strip.width), kTileA<T>, int(strip.depth), strip.values, strip.stride, 1,
-                                  w.factor_tile + strip.source * kStrideA<T>, kStrideA<T>,
-                                  w.result_tile + strip.out * kStrideA<T>, kStrideA<T>);
-            else
-                product<T, false>(count, int(strip.width), int(strip.depth), w.factor_tile + strip.source, 1,
-                                  w.source_stride, strip.values, strip.stride, w.result_tile + strip.out, w.out_stride);
+        __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs * kStrideA<T> : w.out_stride * kTileB));
+        for (int64_t s = 0; s < w.strips.count; ++s) {
+            if constexpr (sizeof(T) == 4)
+                if (w.on_tiles) {
+                    w.tiles.add_strip(job, w.strips, s, first, count, w.result_tile,
+                                      rows ? kStrideA<float> : w.out_stride);
+                    continue;
+                }
+            add_strip<T>(job, w, w.strips.strip[s], first, count);
         }
-        add_identities<T>(w, rows, count);
-        write_outputs<T>(job, w, first, count);
+        write_outputs<T>(job, w, outs, first, count);
     }
 }
 
 // Whether float32 sums are as good as the output's dtype: see the head of this file.
-bool float_is_enough(const Job& job) {
+bool float_is_enough(const CombineJob& job) {
     for (int64_t f = 0; f < job.task->factors; ++f)
         if (!is_half(job.factors[f])) return false;
     for (int64_t o = 0; o < job.task->outputs; ++o) {
-        if (!is_half(job.matrices[job.outputs[o].matrix])) return false;
+        if (job.is_stored(o)) continue;
+        if (!is_half(job.matrix(o))) return false;
         for (int64_t t = 0; t < job.outputs[o].terms; ++t) {
             const Term& term = job.terms[job.outputs[o].first_term + t];
-            const int64_t r = rank(job.factors[term.factor], job.task->rows);
-            const int64_t lines = !term.coefficient ? 0 : job.task->rows ? term.columns : r;
-            const int64_t used = job.task->rows ? r : term.columns;
-            double largest = term.coefficient ? 0.0 : abs_(term.scale);
-            for (int64_t i = 0; i < lines; ++i)
-                for (int64_t j = 0; j < used; ++j) {
-                    const double* c = reinterpret_cast<const double*>(term.coefficient);
-                    largest = max_(largest, abs_(term.scale * c[i * term.stride + j]));
-                }
+            const double largest = term.coefficient ? largest_coefficient(job, term) : abs_(term.scale);
             if (largest != 0.0 && !(largest >= kSmallest && largest <= kLargest)) return false;
         }
     }
@@ -273,46 +227,123 @@ bool float_is_enough(const Job& job) {
 }
 
 // One thread's work on one task: laid out when the task is new to the thread.
-struct Prepared {
-    Workspace workspace, places;
-    int64_t task = -1;
-    bool is_float = false;
-    Work<float> f32{};
-    Work<double> f64{};
-
-    bool prepare(const Job& job, int64_t index) {
-        if (task == index) return true;
-        task = -1;
-        is_float = float_is_enough(job);
-        return (is_float ? lay_out_as<float>(job, f32) : lay_out_as<double>(job, f64)) && (task = index, true);
+class Prepared {
+  public:
+    bool prepare(const CombineJob& job, int64_t index) {
+        if (task_ == index) return true;
+        task_ = -1;
+        is_float_ = float_is_enough(job);
+        return (is_float_ ? lay_out_as<float>(job, f32_) : lay_out_as<double>(job, f64_)) && (task_ = index, true);
     }
 
+    void run(const CombineJob& job, const Matrix* outs, int64_t begin, int64_t end) {
+        if (is_float_)
+            run_chunk<float>(job, f32_, outs, begin, end);
+        else
+            run_chunk<double>(job, f64_, outs, begin, end);
+    }
+
+  private:
     template <class T>
-    bool lay_out_as(const Job& job, Work<T>& w) {
-        if (!places.reserve(sizeof(int64_t) * (job.task->factors + job.task->outputs))) return false;
-        int64_t* p = reinterpret_cast<int64_t*>(places.data());
-        if (!workspace.reserve(lay_out<T>(nullptr, job, p, w))) return false;
-        lay_out<T>(workspace.data(), job, p, w);
+    bool lay_out_as(const CombineJob& job, Work<T>& w) {
+        if (!workspace_.reserve(lay_out<T>(nullptr, job, w))) return false;
+        lay_out<T>(workspace_.data(), job, w);
         return true;
     }
+
+    Workspace workspace_;
+    int64_t task_ = -1;
+    bool is_float_ = false;
+    Work<float> f32_{};
+    Work<double> f64_{};
 };
+
+// Of the long dimension of what has to be computed.
+int64_t length(const CombineJob& job) {
+    for (int64_t o = 0; o < job.task->outputs; ++o)
+        if (!job.is_stored(o)) return job.task->rows ? job.matrix(o).cols : job.matrix(o).rows;
+    return 0;
+}
+
+// The matrices of a task's outputs, those without an address in `memory`; its size when that is null.
+size_t place_outputs(const CombineJob& job, char* memory, Matrix* outs) {
+    Arena arena(memory);
+    for (int64_t o = 0; o < job.task->outputs; ++o) {
+        Matrix out = job.matrix(o);
+        if (!out.data) out.data = int64_t(arena.take<char>(size_t(out.rows) * out.stride * element_size(out)));
+        if (outs) outs[o] = out;
+    }
+    return arena.used();
+}
+
+void note(CombineProblem& problem, const CombineProblem& found) {
+#pragma omp critical(fastlora_combine_problem)
+    if (problem.kind == kNoProblem) problem = found;
+}
+
+// A task whose outputs go to files, whole.
+CombineProblem run_and_write(const CombineJob& job, int64_t index, Prepared& own, Workspace& results,
+                             Workspace& places) {
+    if (!places.reserve(sizeof(Matrix) * job.task->outputs) || !results.reserve(place_outputs(job, nullptr, nullptr)))
+        return {kNoMemory, 0, 0};
+    Matrix* outs = reinterpret_cast<Matrix*>(places.data());
+    place_outputs(job, results.data(), outs);
+    if (length(job)) {
+        if (!own.prepare(job, index)) return {kNoMemory, 0, 0};
+        own.run(job, outs, 0, length(job));
+    }
+    for (int64_t o = 0; o < job.task->outputs; ++o) {
+        const CombineOutput& output = job.outputs[o];
+        if (output.file < 0) continue;
+        if (output.check && !finite(outs[o])) return {kNotFinite, job.task->first_output + o, 0};
+        const int64_t bytes = outs[o].rows * outs[o].stride * element_size(outs[o]);
+        if (const int error =
+                write_all(int(output.file), reinterpret_cast<const char*>(outs[o].data), bytes, output.offset))
+            return {kSystemError, job.task->first_output + o, error};
+    }
+    return {kNoProblem, 0, 0};
+}
 
 }  // namespace
 
-int combine(const Matrix* factors, const CombineTask* tasks, const CombineOutput* outputs, const Matrix* matrices,
-            const Term* terms, int64_t n_tasks, int threads) {
+CombineProblem combine(const CombineTables& tables, int threads) {
+    const int64_t n_tasks = tables.n_tasks;
+    const auto job_of = [&](int64_t t) {
+        const CombineTask& task = tables.tasks[t];
+        return CombineJob{&task, tables.factors + task.first_factor, tables.outputs + task.first_output,
+                          tables.matrices, tables.terms};
+    };
+    CombineProblem problem{kNoProblem, 0, 0};
+    if (tables.to_files) {
+        int stopped = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            Prepared own;
+            Workspace results, places;
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t t = 0; t < n_tasks; ++t) {
+                int stop;
+#pragma omp atomic read
+                stop = stopped;
+                if (stop) continue;
+                const CombineProblem found = run_and_write(job_of(t), t, own, results, places);
+                if (found.kind == kNoProblem) continue;
+                note(problem, found);
+#pragma omp atomic write
+                stopped = 1;
+            }
+        }
+        return problem;
+    }
     Workspace starts_memory;  // chunk numbers at which each task begins
-    if (!starts_memory.reserve(sizeof(int64_t) * (n_tasks + 1))) return kOutOfMemory;
+    if (!starts_memory.reserve(sizeof(int64_t) * (n_tasks + 1))) return {kNoMemory, 0, 0};
     int64_t* starts = reinterpret_cast<int64_t*>(starts_memory.data());
     starts[0] = 0;
-    for (int64_t t = 0; t < n_tasks; ++t) {
-        const int64_t n = tasks[t].outputs ? length(matrices[outputs[tasks[t].first_output].matrix], tasks[t].rows) : 0;
-        starts[t + 1] = starts[t] + (n + kChunk - 1) / kChunk;
-    }
-    int status = kDone;
+    for (int64_t t = 0; t < n_tasks; ++t) starts[t + 1] = starts[t] + (length(job_of(t)) + kChunk - 1) / kChunk;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Prepared own;
+        Workspace places;
 #pragma omp for schedule(dynamic, 4)
         for (int64_t chunk = 0; chunk < starts[n_tasks]; ++chunk) {
             int64_t low = 0, high = n_tasks;  // the task with starts[low] <= chunk < starts[low + 1]
@@ -320,22 +351,18 @@ int combine(const Matrix* factors, const CombineTask* tasks, const CombineOutput
                 const int64_t middle = (low + high) / 2;
                 (starts[middle] <= chunk ? low : high) = middle;
             }
-            const CombineTask& task = tasks[low];
-            const Job job{&task, factors + task.first_factor, outputs + task.first_output, matrices, terms};
-            if (!own.prepare(job, low)) {
-#pragma omp atomic write
-                status = kOutOfMemory;
+            const CombineJob job = job_of(low);
+            if (!own.prepare(job, low) || !places.reserve(sizeof(Matrix) * job.task->outputs)) {
+                note(problem, {kNoMemory, 0, 0});
                 continue;
             }
-            const int64_t n = length(matrices[job.outputs[0].matrix], task.rows);
-            const int64_t begin = (chunk - starts[low]) * kChunk, end = min_(begin + kChunk, n);
-            if (own.is_float)
-                run_chunk<float>(job, own.f32, begin, end);
-            else
-                run_chunk<double>(job, own.f64, begin, end);
+            Matrix* outs = reinterpret_cast<Matrix*>(places.data());
+            place_outputs(job, nullptr, outs);
+            const int64_t begin = (chunk - starts[low]) * kChunk, end = min_(begin + kChunk, length(job));
+            own.run(job, outs, begin, end);
         }
     }
-    return status;
+    return problem;
 }
 
 }  // namespace fastlora::FASTLORA_ISA

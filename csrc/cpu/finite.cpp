@@ -32,6 +32,8 @@ bool finite(const Matrix& matrix) {
             return rows_are_finite<uint16_t>(matrix, 0x7c00u);
         case DType::bf16:
             return rows_are_finite<uint16_t>(matrix, 0x7f80u);
+        case DType::bytes:
+            return true;
     }
     return false;
 }

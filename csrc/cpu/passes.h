@@ -6,8 +6,7 @@ namespace fastlora::FASTLORA_ISA {
 
 int gram(const Matrix* factors, const GramTask* tasks, const GramBlock* blocks, int64_t n_tasks, int threads);
 
-int combine(const Matrix* factors, const CombineTask* tasks, const CombineOutput* outputs, const Matrix* matrices,
-            const Term* terms, int64_t n_tasks, int threads);
+CombineProblem combine(const CombineTables& tables, int threads);
 
 int chain(const ChainArgs& args);
 

@@ -48,6 +48,11 @@ inline uint16_t to_f16(float x) {
 // Whether the values of a dtype and their products are exact in float32.
 inline bool is_half(const Matrix& m) { return m.dtype == int64_t(DType::f16) || m.dtype == int64_t(DType::bf16); }
 
+inline int64_t element_size(const Matrix& m) {
+    constexpr int64_t sizes[] = {4, 8, 2, 2, 1};  // by DType
+    return sizes[m.dtype];
+}
+
 // Vectors of as many half-precision bit patterns, or 32-bit ones, as there are lanes of T.
 template <class T>
 struct Bits {
@@ -87,6 +92,17 @@ struct BF16 {
     template <class T>
     static void store_vector(U16* p, Vec<T> x) {
         using Word = typename Bits<T>::Word;
+#if defined(__AVX512BF16__)
+        // One instruction, which takes subnormal numbers for zero.
+        if constexpr (sizeof(T) == 4) {
+            constexpr int kSubnormal = 0x20;
+            if (_mm512_fpclass_ps_mask((__m512)x, kSubnormal) == 0) {
+                const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+                __builtin_memcpy(p, &half, sizeof half);
+                return;
+            }
+        }
+#endif
         const Word bits = (Word) __builtin_convertvector(x, typename Bits<T>::Float);
         const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
         const Word chosen = (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
@@ -226,34 +242,33 @@ __attribute__((noinline)) void write_as(const Matrix& m, int64_t row, int64_t co
     }
 }
 
+// Calls f with the element type of a matrix.
+template <class F>
+inline void with_type(const Matrix& m, F f) {
+    switch (static_cast<DType>(m.dtype)) {
+        case DType::f32:
+            return f(Single{});
+        case DType::f64:
+            return f(Double{});
+        case DType::bf16:
+            return f(BF16{});
+        case DType::f16:
+            return f(F16{});
+        case DType::bytes:
+            return;
+    }
+}
+
 // The block [row, row + rows) x [column, column + columns) as T, to out [rows, stride].
 template <class T>
 inline void read_block(const Matrix& m, int64_t row, int64_t column, int rows, int columns, T* out, int64_t stride) {
-    switch (static_cast<DType>(m.dtype)) {
-        case DType::f32:
-            return read_as<Single, T>(m, row, column, rows, columns, out, stride);
-        case DType::f64:
-            return read_as<Double, T>(m, row, column, rows, columns, out, stride);
-        case DType::bf16:
-            return read_as<BF16, T>(m, row, column, rows, columns, out, stride);
-        case DType::f16:
-            return read_as<F16, T>(m, row, column, rows, columns, out, stride);
-    }
+    with_type(m, [&](auto e) { read_as<decltype(e), T>(m, row, column, rows, columns, out, stride); });
 }
 
 template <class T>
 inline void write_block(const Matrix& m, int64_t row, int64_t column, int rows, int columns, const T* in,
                         int64_t stride) {
-    switch (static_cast<DType>(m.dtype)) {
-        case DType::f32:
-            return write_as<Single, T>(m, row, column, rows, columns, in, stride);
-        case DType::f64:
-            return write_as<Double, T>(m, row, column, rows, columns, in, stride);
-        case DType::bf16:
-            return write_as<BF16, T>(m, row, column, rows, columns, in, stride);
-        case DType::f16:
-            return write_as<F16, T>(m, row, column, rows, columns, in, stride);
-    }
+    with_type(m, [&](auto e) { write_as<decltype(e), T>(m, row, column, rows, columns, in, stride); });
 }
 
 template <class T>

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import Kernel
-from fastlora.backends.passes import CombineJob, CombineTerm, GramJob
+from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramJob, WriteProblem
 from fastlora.ops.chain import CHAINS, width
 from fastlora.ops.gram import blocks_of
 
@@ -22,7 +22,9 @@ except ImportError as error:
     _core = None  # type: ignore[assignment]
     _import_error = str(error)
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/include/fastlora/kernels.h
+# As in csrc/include/fastlora/kernels.h.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
+SYSTEM_ERROR = 3
 
 
 def unavailable() -> str | None:
@@ -85,7 +87,7 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % x.element_size() == 0 else x.clone()
 
 
-def _table(rows: list[tuple[Any, ...]], columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _table(rows: list[Any], columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.array(rows, dtype=np.int64).reshape(-1, columns)
 
 
@@ -93,68 +95,84 @@ def _address(table: np.ndarray[Any, Any]) -> int:
     return int(table.ctypes.data)
 
 
-def _gram_pass(jobs: list[GramJob]) -> None:
-    factors: list[tuple[Any, ...]] = []
-    tasks: list[tuple[Any, ...]] = []
-    blocks: list[tuple[Any, ...]] = []
-    read = [[_readable(x) for x in job.factors] for job in jobs]  # alive until the kernel is done
-    for job, own in zip(jobs, read, strict=True):
-        tasks.append((len(factors), len(job.factors), len(blocks), len(job.blocks), int(job.rows)))
-        factors += [_matrix(x) for x in own]
-        blocks += [(i, j, out.data_ptr(), out.stride(0)) for i, j, out in job.blocks]
-    tables = _table(factors, 5), _table(tasks, 5), _table(blocks, 4)
+def _gram_pass(jobs: Sequence[GramJob]) -> None:
+    factors: list[tuple[int, ...]] = []
+    tasks: list[tuple[int, ...]] = []
+    blocks: list[np.ndarray[Any, Any]] = []
+    alive: list[Tensor] = []  # until the kernel is done
+    first_block = 0
+    # Neighbouring jobs mostly share their list of blocks.
+    for _, run in itertools.groupby(jobs, key=lambda job: (id(job.blocks), job.stride)):
+        same = list(run)
+        own = _table(list(same[0].blocks), 3)
+        starts = []
+        for job in same:
+            tasks.append((len(factors), len(job.factors), first_block, len(own), job.rows))
+            first_block += len(own)
+            for x in job.factors:
+                x = _readable(x)
+                alive.append(x)
+                factors.append(_matrix(x))
+            starts.append(job.out.data_ptr() + 8 * job.start)
+        table = np.empty((len(same), len(own), 4), dtype=np.int64)
+        table[:, :, :2] = own[:, :2]
+        table[:, :, 2] = np.array(starts, dtype=np.int64)[:, None] + 8 * own[:, 2]
+        table[:, :, 3] = same[0].stride
+        blocks.append(table.reshape(-1, 4))
+    tables = _table(factors, 5), _table(tasks, 5), np.concatenate(blocks) if blocks else _table([], 4)
     _core.gram(*map(_address, tables), len(tasks), torch.get_num_threads())
 
 
-def _combine_pass(jobs: list[CombineJob]) -> None:
-    factors: list[tuple[Any, ...]] = []
-    tasks: list[tuple[Any, ...]] = []
-    outputs: list[tuple[Any, ...]] = []
-    matrices: list[tuple[Any, ...]] = []
-    terms: list[tuple[Any, ...]] = []
+def _combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:
+    factors: list[tuple[int, ...]] = []
+    tasks: list[tuple[int, ...]] = []
+    outputs: list[tuple[int, ...]] = []
+    matrices: list[tuple[int, ...]] = []
+    terms: list[tuple[int, ...]] = []
     scales: list[float] = []
-    read = [[_readable(x) for x in job.factors] for job in jobs]  # alive until the kernel is done
-    for job, own in zip(jobs, read, strict=True):
-        tasks.append((len(factors), len(job.factors), len(outputs), len(job.outputs), int(job.rows)))
-        factors += [_matrix(x) for x in own]
-        for out, out_terms in job.outputs:
-            # An empty coefficient has no address, which in the table means the identity.
-            counted = [t for t in out_terms if t.coefficient is None or t.coefficient.numel()]
-            outputs.append((len(matrices), len(terms), len(counted)))
-            matrices.append(_matrix(out))
-            for term in counted:
-                c = term.coefficient
+    alive: list[Tensor] = []  # until the kernel is done
+    to_files = False
+    for job in jobs:
+        rows = job.rows
+        tasks.append((len(factors), len(job.factors), len(outputs), len(job.outputs), rows))
+        for x in job.factors:
+            x = _readable(x)
+            alive.append(x)
+            factors.append(_matrix(x))
+        for output in job.outputs:
+            first = len(terms)
+            for factor, c, at, scale in output.terms:
                 if c is None:
-                    terms.append((term.factor, 0, 0, 0, term.at, 0))
+                    terms.append((factor, 0, 0, 0, at, 0))
                 else:
-                    if c.dtype != torch.float64 or (c.shape[1] > 1 and c.stride(1) != 1):
-                        raise ValueError(
-                            f"a coefficient must be float64 with contiguous rows, got {c.dtype} {c.stride()}"
-                        )
-                    columns = c.shape[0] if job.rows else c.shape[1]
-                    terms.append((term.factor, c.data_ptr(), c.stride(0), columns, term.at, 0))
-                scales.append(term.scale)
+                    r, q = c.shape
+                    if not r or not q:  # an empty coefficient has no address, which in the table means the identity
+                        continue
+                    stride, step = c.stride()
+                    if c.dtype != torch.float64 or (q > 1 and step != 1):
+                        raise ValueError(f"a coefficient must be float64 with contiguous rows: {c.dtype} {c.stride()}")
+                    terms.append((factor, c.data_ptr(), stride, r if rows else q, at, 0))
+                scales.append(scale)
+            if output.file >= 0:
+                to_files = True
+            outputs.append((len(matrices), first, len(terms) - first, output.file, output.offset, output.check))
+            if output.out is None:
+                height, width = output.shape
+                matrices.append((0, height, width, width, DTYPES[output.dtype]))
+            else:
+                matrices.append(_matrix(output.out))
     term_table = _table(terms, 6)
     term_table[:, 5] = np.array(scales, dtype=np.float64).view(np.int64)
-    tables = _table(factors, 5), _table(tasks, 5), _table(outputs, 3), _table(matrices, 5), term_table
-    _core.combine(*map(_address, tables), len(tasks), torch.get_num_threads())
+    tables = _table(factors, 5), _table(tasks, 5), _table(outputs, 6), _table(matrices, 5), term_table
+    kind, place, errno = _core.combine(*map(_address, tables), len(tasks), to_files, torch.get_num_threads())
+    if not kind:
+        return None
+    job_index = next(i for i, (_, _, first, count, _) in enumerate(tasks) if first <= place < first + count)
+    return WriteProblem(job_index, place - tasks[job_index][2], errno if kind == SYSTEM_ERROR else None)
 
 
 def _finite(x: Tensor) -> bool:
     return _core.finite(*_matrix(x))
-
-
-def _write(file: int, tensors: list[Tensor], offsets: list[int], check: bool) -> int | None:
-    rows = [(*_flat_matrix(t), t.nbytes, o, int(check)) for t, o in zip(tensors, offsets, strict=True)]
-    table = _table(rows, 8)
-    problem, piece, error = _core.write(file, _address(table), len(rows))
-    if problem == 2:
-        raise OSError(error, os.strerror(error))
-    return piece if problem == 1 else None
-
-
-def _flat_matrix(x: Tensor) -> tuple[int, int, int, int, int]:
-    return x.data_ptr(), 1, x.numel(), x.numel(), DTYPES.get(x.dtype, 0)
 
 
 def _unpadded(x: Tensor, ranks: Tensor | None, rows: bool) -> list[Tensor]:
@@ -172,13 +190,13 @@ def _gram(factors: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> Ten
     *batch, k, first, second = factors.shape
     r = first if rows else second
     out = torch.zeros((*batch, k, k, r, r), dtype=torch.float64)
-    flat, x = _flat(out, batch), _flat(factors, batch)
+    x = _flat(factors, batch)
     counts = None if ranks is None else _flat(ranks, batch)
-    wanted = blocks_of(blocks, k)
+    places = [(i, j, (i * k + j) * r * r) for i, j in blocks_of(blocks, k)]
     jobs = []
     for m in range(x.shape[0]):
         own = _unpadded(x[m], None if counts is None else counts[m], rows)
-        jobs.append(GramJob(own, [(i, j, flat[m, i, j]) for i, j in wanted], rows))
+        jobs.append(GramJob(own, places, rows, out, r, m * k * k * r * r))
     _gram_pass(jobs)
     if blocks == "full":
         lower = torch.ones(k, k, dtype=torch.bool).tril(-1)
@@ -196,11 +214,10 @@ def _combine(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: 
     jobs = []
     for m in range(x.shape[0]):
         own = _unpadded(x[m], None if counts is None else counts[m], rows)
-        terms = [
-            CombineTerm(i, c[m, i, :, : f.shape[0]] if rows else c[m, i, : f.shape[1]], 0, 1.0)
-            for i, f in enumerate(own)
+        terms: list[CombineTerm] = [
+            (i, c[m, i, :, : f.shape[0]] if rows else c[m, i, : f.shape[1]], 0, 1.0) for i, f in enumerate(own)
         ]
-        jobs.append(CombineJob(own, [(flat[m], terms)], rows))
+        jobs.append(CombineJob(own, [CombineOutput.into(flat[m], terms)], rows))
     _combine_pass(jobs)
     return out
 
@@ -261,7 +278,6 @@ KERNELS: Mapping[str, Kernel] = {
     "svd": Kernel(_svd, _supports),
     "chain": Kernel(_chain, _supports),
     "combine": Kernel(_combine, _supports),
-    "write": Kernel(_write, _supports),
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_jobs),
     "combine_pass": Kernel(_combine_pass, _supports_jobs),

@@ -1,45 +1,84 @@
 """What the engine asks of a backend: streaming passes over ragged lists of factors, used where they lie.
 
 These are the ops ``gram`` and ``combine`` without padding or copying; they are private to the engine and no torch
-operators.
+operators. There are thousands of entries in a pass over a model, so they are plain and light.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+GramBlock = tuple[int, int, int]
+"""``(i, j, offset)``: the block ``X_iᵀX_j`` and where it starts in :attr:`GramJob.out`, in elements."""
 
-@dataclass(frozen=True, slots=True, eq=False)
+CombineTerm = tuple[int, Tensor | None, int, float]
+"""``(factor, C, at, scale)``: ``out[:, at:at+q] += scale · X C`` (B side) or ``out[at:at+q] += scale · C X`` (A side).
+
+``X = factors[factor]``; ``C`` is float64 with contiguous rows, ``[r, q]`` (B side) or ``[q, r]`` (A side), or ``None``
+for the identity.
+"""
+
+
+@dataclass(slots=True, eq=False)
 class GramJob:
     """Gram blocks of one module and side. ``factors``: B sides ``[n, r_i]``, or A sides ``[r_i, n]`` with ``rows``.
 
-    ``blocks``: ``(i, j, out)`` with a float64 ``out [r_i, r_j]`` whose last stride is 1.
+    Blocks ``[r_i, r_j]`` are put into the contiguous float64 ``out`` from element ``start`` on, with ``stride``
+    elements between their rows. Jobs that share one ``blocks`` list are cheaper to hand over.
     """
 
-    factors: list[Tensor]
-    blocks: list[tuple[int, int, Tensor]]
+    factors: Sequence[Tensor]
+    blocks: Sequence[GramBlock]
     rows: bool
+    out: Tensor
+    stride: int
+    start: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CombineTerm:
-    """``out[:, at:at+q] += scale · X C`` (B side) or ``out[at:at+q] += scale · C X`` (A side), ``X = factors[factor]``.
+@dataclass(slots=True, eq=False)
+class CombineOutput:
+    """A result of a combine pass, in memory (``out``) or in an open file, or a stored matrix that goes to a file.
 
-    ``coefficient``: contiguous float64 ``[r, q]`` (B side) or ``[q, r]`` (A side), or ``None`` for the identity.
+    ``file``: descriptor, written at ``offset``; ``check`` refuses NaN and Inf. ``out`` with a file is what is written,
+    as it is and without terms; ``None`` with a file is computed and kept nowhere else.
     """
 
-    factor: int
-    coefficient: Tensor | None
-    at: int
-    scale: float
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    terms: Sequence[CombineTerm]
+    out: Tensor | None = None
+    file: int = -1
+    offset: int = 0
+    check: bool = False
+
+    @staticmethod
+    def into(out: Tensor, terms: Sequence[CombineTerm]) -> CombineOutput:
+        """A result in memory."""
+        return CombineOutput((out.shape[0], out.shape[1]), out.dtype, terms, out)
+
+    @staticmethod
+    def copy(stored: Tensor, file: int, offset: int, check: bool) -> CombineOutput:
+        """A stored matrix, written as it is."""
+        return CombineOutput((stored.shape[0], stored.shape[1]), stored.dtype, (), stored, file, offset, check)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CombineJob:
-    """Results of one module and side that share factors: ``outputs`` are ``(out, terms)``; rows as in GramJob."""
+    """Results of one module and side that share factors; rows as in :class:`GramJob`."""
 
-    factors: list[Tensor]
-    outputs: list[tuple[Tensor, list[CombineTerm]]]
+    factors: Sequence[Tensor]
+    outputs: Sequence[CombineOutput]
     rows: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WriteProblem:
+    """What stopped a combine pass that writes: the output (of ``job``), and the errno, or ``None`` for NaN or Inf."""
+
+    job: int
+    output: int
+    errno: int | None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fastlora.backends import Kernel, always
-from fastlora.backends.passes import CombineJob, GramJob
+from fastlora.backends.passes import CombineJob, CombineOutput, GramJob, WriteProblem
 from fastlora.ops.gram import blocks_of
 from fastlora.reference.chain import chain
 from fastlora.reference.combine import combine
@@ -26,37 +26,50 @@ def _gram(factors: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> Ten
     return gram(factors, ranks, blocks_of(blocks, factors.shape[-3]), blocks == "full", rows)
 
 
-def _gram_pass(jobs: list[GramJob]) -> None:
+def _gram_pass(jobs: Sequence[GramJob]) -> None:
     for job in jobs:
         columns = [(x.mT if job.rows else x).double() for x in job.factors]
-        for i, j, out in job.blocks:
-            out.copy_(columns[i].mT @ columns[j])
+        flat = job.out.view(-1)
+        for i, j, offset in job.blocks:
+            size = columns[i].shape[1], columns[j].shape[1]
+            flat.as_strided(size, (job.stride, 1), job.start + offset).copy_(columns[i].mT @ columns[j])
 
 
-def _combine_pass(jobs: list[CombineJob]) -> None:
-    for job in jobs:
-        for out, terms in job.outputs:
-            total = torch.zeros(out.shape, dtype=torch.float64)
-            for term in terms:
-                x = job.factors[term.factor].double()
-                part = x if term.coefficient is None else term.coefficient @ x if job.rows else x @ term.coefficient
-                place = (
-                    total[term.at : term.at + part.shape[0]]
-                    if job.rows
-                    else total[:, term.at : term.at + part.shape[1]]
-                )
-                place += term.scale * part
-            out.copy_(total)
+def _combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:
+    for j, job in enumerate(jobs):
+        for o, output in enumerate(job.outputs):
+            stored = output.file >= 0 and output.out is not None
+            result = output.out if stored else _combined(job, output).to(output.dtype)
+            assert result is not None
+            if output.file < 0:
+                assert output.out is not None
+                output.out.copy_(result)
+            elif output.check and not bool(result.isfinite().all()):
+                return WriteProblem(j, o, None)
+            elif (errno := _write(output.file, result, output.offset)) is not None:
+                return WriteProblem(j, o, errno)
+    return None
 
 
-def _write(file: int, tensors: list[Tensor], offsets: list[int], check: bool) -> int | None:
-    for i, (tensor, offset) in enumerate(zip(tensors, offsets, strict=True)):
-        if check and not bool(tensor.isfinite().all()):
-            return i
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+def _combined(job: CombineJob, output: CombineOutput) -> Tensor:
+    total = torch.zeros(output.shape, dtype=torch.float64)
+    for factor, coefficient, at, scale in output.terms:
+        x = job.factors[factor].double()
+        part = x if coefficient is None else coefficient @ x if job.rows else x @ coefficient
+        place = total[at : at + part.shape[0]] if job.rows else total[:, at : at + part.shape[1]]
+        place += scale * part
+    return total
+
+
+def _write(file: int, tensor: Tensor, offset: int) -> int | None:
+    """The errno of what went wrong, or ``None``."""
+    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    try:
         while len(view):
             written = os.pwrite(file, view, offset)
             view, offset = view[written:], offset + written
+    except OSError as error:
+        return error.errno
     return None
 
 
@@ -66,7 +79,6 @@ KERNELS: Mapping[str, Kernel] = {
     "svd": Kernel(svd, always),
     "chain": Kernel(chain, always),
     "combine": Kernel(combine, always),
-    "write": Kernel(_write, always),
     "finite": Kernel(lambda x: bool(x.isfinite().all()), always),
     "gram_pass": Kernel(_gram_pass, always),
     "combine_pass": Kernel(_combine_pass, always),

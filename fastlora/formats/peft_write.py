@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ import torch
 from torch import Tensor
 
 import fastlora
-from fastlora.adapter import Adapter, BaseInfo, Extra, Layout
+from fastlora.adapter import Adapter, BaseInfo, Extra, Layout, Side
 from fastlora.errors import OutputError
 from fastlora.formats.peft import EMBEDDINGS, PREFIX, REGISTRATION_ORDER, WEIGHTS_NAME, WRAPPED, saved_module
 from fastlora.formats.peft_config import CONFIG_NAME, HEADS, exact_pattern
 from fastlora.formats.tensors import TensorFile
 from fastlora.output import writing
+
+NAMES: Mapping[Side, str] = {"A": "lora_A.weight", "B": "lora_B.weight"}
+EMBEDDING_NAMES: Mapping[Side, str] = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 
 
 @dataclass(slots=True)
@@ -65,8 +69,10 @@ class AdapterFile:
         self._shifts = {p.removesuffix(".bias"): e.tensor for p, e in extras.items() if e.kind == "delta"}
         self._values = {p: e.tensor for p, e in extras.items() if e.kind == "value"}
         self._zeros = _zeros_for(self._shifts.keys() - outlines.keys(), adapter, dtype)
-        outlines = {m: (b.to("meta"), a.to("meta")) for m, (b, a) in {**outlines, **self._zeros}.items()}
-        self._contents = self._collect(outlines)
+        self._outlines = {m: (b.to("meta"), a.to("meta")) for m, (b, a) in {**outlines, **self._zeros}.items()}
+        self._contents = _Contents()
+        _add_factors(self._contents, adapter, self._outlines, dtype)
+        _add_shifts(self._contents, self._shifts, adapter, self._outlines, dtype)
         _add_values(self._contents, self._values, adapter.base)
         if not self._contents.ranks:
             raise OutputError(
@@ -76,28 +82,45 @@ class AdapterFile:
         directory.mkdir(parents=True, exist_ok=True)
         self._file = TensorFile(directory / WEIGHTS_NAME, self._contents.tensors, self._metadata())
 
+    def is_packed(self, module: str) -> bool:
+        """Whether a module's factors lie in tensors that hold more than them, so that they go through :meth:`put`."""
+        return self.adapter.updates[module].layout.kind == "expert"
+
+    def place(self, module: str, side: Side) -> tuple[str, int]:
+        """The name of a factor of a module that is not packed, and where in the file it starts."""
+        parts = EMBEDDING_NAMES if self.adapter.updates[module].layout.kind == "embedding" else NAMES
+        name = f"{PREFIX}{module}.{parts[side]}"
+        return name, self._file.offset(name)
+
+    def open(self) -> AbstractContextManager[int]:
+        """The descriptor of the file, open for writing factors at their places."""
+        return self._file.open()
+
+    def written(self, names: Iterable[str]) -> None:
+        """Notes that factors were written at their places."""
+        self._file.written(names)
+
+    def error(self, name: str, errno: int | None) -> OutputError:
+        """The error of a factor that could not be written: it holds NaN or Inf, or the system's ``errno``."""
+        return self._file.error(name, self.dtype, errno)
+
     def put(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Writes some modules: ``{module: (B [out, r], A [r, in])}`` with the scaling inside."""
-        self._file.write(self._collect(factors).tensors, check=True)
+        contents = _Contents()
+        _add_factors(contents, self.adapter, factors, self.dtype)
+        self._file.write(contents.tensors, check=True)
 
     def close(self) -> None:
         """Writes what belongs to no module, then the configuration."""
         self.put(self._zeros)
-        values = _Contents(modules=self._contents.modules)
-        _add_values(values, self._values, self.adapter.base)
-        self._file.write(values.tensors)
+        others = _Contents(modules=self._contents.modules)
+        _add_values(others, self._values, self.adapter.base)
+        _add_shifts(others, self._shifts, self.adapter, self._outlines, self.dtype)
+        self._file.write(others.tensors)
         self._file.close()
         config = json.dumps(_config(self._contents, self.adapter.base), indent=2) + "\n"
         with writing(self.directory / CONFIG_NAME):
             (self.directory / CONFIG_NAME).write_text(config, encoding="utf-8")
-
-    def _collect(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> _Contents:
-        """The named tensors that some factors make; of shapes alone when the factors are on the meta device."""
-        contents = _Contents()
-        _add_factors(contents, self.adapter, factors, self.dtype)
-        if self._shifts:
-            _add_shifts(contents, self._shifts, self.adapter, factors, self.dtype)
-        return contents
 
     def _metadata(self) -> dict[str, str]:
         data = {"version": fastlora.__version__, "provenance": self.adapter.provenance}
@@ -152,16 +175,14 @@ def _add_factors(
             continue
         b, a = cast(left, dtype, module), cast(right, dtype, module)
         rank = a.shape[0]
-        names = ("lora_A.weight", "lora_B.weight")
-        if layout.kind == "embedding":
-            names = ("lora_embedding_A", "lora_embedding_B")
-        elif layout.kind == "conv":
+        names = EMBEDDING_NAMES if layout.kind == "embedding" else NAMES
+        if layout.kind == "conv":
             a = a.reshape(rank, a.shape[1] // math.prod(layout.kernel), *layout.kernel)
             b = b.reshape(*b.shape, *(1 for _ in layout.kernel))
         contents.modules.append(module)
         contents.ranks[module] = rank
-        contents.tensors[f"{PREFIX}{module}.{names[0]}"] = a
-        contents.tensors[f"{PREFIX}{module}.{names[1]}"] = b
+        contents.tensors[f"{PREFIX}{module}.{names['A']}"] = a
+        contents.tensors[f"{PREFIX}{module}.{names['B']}"] = b
     for container, experts in containers.items():
         packed_b, packed_a, rank = _pack_experts(container, experts, factors, dtype)
         key = PREFIX + _wrapper(container, containers)
@@ -215,6 +236,8 @@ def _add_shifts(
     dtype: torch.dtype,
 ) -> None:
     """``lora_B.bias`` of every module: PEFT has all of them or none."""
+    if not shifts:
+        return
     for module, (left, _) in factors.items():
         kind = adapter.updates[module].layout.kind if module in adapter else "linear"
         if kind in ("embedding", "expert"):

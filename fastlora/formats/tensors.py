@@ -10,7 +10,8 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastlora.backends import resolve
+from fastlora.backends.passes import CombineJob, CombineOutput
 from fastlora.errors import InputError, OutputError
 from fastlora.formats.files import is_plain, parse_object, require_file, shown
-from fastlora.output import finished, writing
+from fastlora.output import finished, output_error, writing
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -169,31 +171,55 @@ class TensorFile:
             file.truncate(self._start + offset)
 
     def write(self, tensors: Mapping[str, Tensor], *, check: bool = False) -> None:
-        """Writes some tensors, which have the shapes and dtypes that were announced; ``check`` refuses NaN and Inf.
-
-        The file is open only meanwhile: a decomposition of many pairs has more files than a process may hold open.
-        """
+        """Writes some tensors, which have the shapes and dtypes that were announced; ``check`` refuses NaN and Inf."""
         names = [n for n, t in tensors.items() if t.nbytes]
         for name, tensor in tensors.items():
             start, end = self._places[name]
             if tensor.nbytes != end - start:
                 raise ValueError(f"{name}: {tensor.nbytes} bytes where {end - start} were announced")
-        flat = [tensors[n].contiguous() for n in names]
-        offsets = [self._start + self._places[n][0] for n in names]
+        with self.open() as file:
+            outputs = [CombineOutput.copy(_as_row(tensors[n]), file, self.offset(n), check) for n in names]
+            jobs = [CombineJob([], outputs, False)]
+            problem = resolve("combine_pass", jobs).launch(jobs)
+        if problem is not None:
+            name = names[problem.output]
+            raise self.error(name, tensors[name].dtype, problem.errno)
+        self.written(tensors)
+
+    def offset(self, name: str) -> int:
+        """Where in the file a tensor starts."""
+        return self._start + self._places[name][0]
+
+    @contextmanager
+    def open(self) -> Iterator[int]:
+        """The file's descriptor; it is open only meanwhile."""
         with writing(self.path), self.path.open("r+b", buffering=0) as file:
-            bad = resolve("write", file.fileno(), flat, offsets, check).launch(file.fileno(), flat, offsets, check)
-        if bad is not None:
-            raise OutputError(
-                f"{finished(self.path)}: {names[bad]} does not fit {str(flat[bad].dtype)[6:]} "
-                "(NaN or Inf after rounding); save with dtype=float32 (`--dtype float32`), "
-                "or look at the inputs with `fastlora inspect`"
-            )
-        self._missing -= tensors.keys()
+            yield file.fileno()
+
+    def written(self, names: Iterable[str]) -> None:
+        """Notes that tensors were written to their places through :meth:`open`."""
+        self._missing.difference_update(names)
+
+    def error(self, name: str, dtype: torch.dtype, errno: int | None) -> OutputError:
+        """The error of a tensor that was not written: it holds NaN or Inf, or the system's ``errno``."""
+        if errno is not None:
+            return output_error(OSError(errno, os.strerror(errno)), self.path)
+        return OutputError(
+            f"{finished(self.path)}: {name} does not fit {str(dtype)[6:]} "
+            "(NaN or Inf after rounding); save with dtype=float32 (`--dtype float32`), "
+            "or look at the inputs with `fastlora inspect`"
+        )
 
     def close(self) -> None:
         """Checks that every tensor was written."""
         if self._missing:
             raise ValueError(f"{self.path}: {min(self._missing)} was announced and not written")
+
+
+def _as_row(tensor: Tensor) -> Tensor:
+    """The tensor's values as one row; of a dtype that is only copied, as bytes."""
+    flat = tensor.contiguous().reshape(1, -1)
+    return flat if flat.dtype.is_floating_point else flat.view(torch.uint8)
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from builders import gaussian
 
 from fastlora.backends import resolve
-from fastlora.backends.passes import CombineJob, CombineTerm
+from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
@@ -16,8 +16,8 @@ def test_an_empty_coefficient_adds_nothing(rows: bool) -> None:
     own = gaussian(2, 4, seed=2).double() if rows else gaussian(4, 2, seed=2).double()
     empty = torch.zeros((0, 4) if rows else (4, 0), dtype=torch.float64)
     out = torch.full((2, 9) if rows else (9, 2), torch.nan)
-    terms = [CombineTerm(0, own, 0, 1.0), CombineTerm(0, empty, 0, 1.0)]
-    jobs = [CombineJob([factor], [(out, terms)], rows)]
+    terms: list[CombineTerm] = [(0, own, 0, 1.0), (0, empty, 0, 1.0)]
+    jobs = [CombineJob([factor], [CombineOutput.into(out, terms)], rows)]
     resolve("combine_pass", jobs).launch(jobs)
     expected = own @ factor.double() if rows else factor.double() @ own
     torch.testing.assert_close(out, expected.float())

@@ -5,7 +5,7 @@
 
 namespace fastlora {
 
-enum class DType : int64_t { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+enum class DType : int64_t { f32 = 0, f64 = 1, f16 = 2, bf16 = 3, bytes = 4 };  // bytes are only copied
 
 // What a batched solver reports for each matrix.
 enum Info : int32_t { kOk = 0, kNonFinite = 1, kNotConverged = 2 };
@@ -49,14 +49,35 @@ struct Term {
 };
 
 struct CombineOutput {
-    int64_t matrix;             // index in the output table
+    int64_t matrix;             // index in the output table; without an address there if it only goes to a file
     int64_t first_term, terms;  // range in the term table
+    int64_t file;               // descriptor of an open file that it is written to, or -1
+    int64_t offset;             // where in that file
+    int64_t check;              // 1: NaN and infinity are not written
 };
 
 struct CombineTask {
     int64_t first_factor, factors;
     int64_t first_output, outputs;
     int64_t rows;  // as in GramTask
+};
+
+struct CombineTables {
+    const Matrix* factors;
+    const CombineTask* tasks;
+    const CombineOutput* outputs;
+    const Matrix* matrices;
+    const Term* terms;
+    int64_t n_tasks;
+    bool to_files;  // some output has a file; those with an address and a file are written as they are
+};
+
+enum ProblemKind : int { kNoProblem = 0, kNoMemory = 1, kNotFinite = 2, kSystemError = 3 };
+
+struct CombineProblem {
+    ProblemKind kind;
+    int64_t output;  // index in the output table, of the last two
+    int error;       // errno of a system error
 };
 
 // Arguments of the chain kernel: see csrc/cpu/chain.cpp.
@@ -81,8 +102,7 @@ struct ChainArgs {
 struct Kernels {
     const char* name;
     int (*gram)(const Matrix* factors, const GramTask* tasks, const GramBlock* blocks, int64_t n_tasks, int threads);
-    int (*combine)(const Matrix* factors, const CombineTask* tasks, const CombineOutput* outputs,
-                   const Matrix* matrices, const Term* terms, int64_t n_tasks, int threads);
+    CombineProblem (*combine)(const CombineTables& tables, int threads);
     int (*chain)(const ChainArgs& args);
     bool (*finite)(const Matrix& matrix);  // neither NaN nor infinity
     // a [batch, n, n] row-major; values [batch, n] ascending; vectors [batch, n, n]: row j is eigenvector j.

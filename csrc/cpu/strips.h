@@ -1,0 +1,96 @@
+// The coefficients of a combine task as strips: all that one factor gives to the results, as one matrix.
+#pragma once
+#include "passes.h"
+#include "tile.h"
+
+namespace fastlora::FASTLORA_ISA {
+
+constexpr int kTileB = 32;  // rows of a tile on the B side
+template <class T>
+constexpr int kTileA = 1024 / int(sizeof(T));  // columns of a tile on the A side: a factor's rows of it stay in L1
+template <class T>
+constexpr int kStrideA = kTileA<T> + kLanes<T>;  // a power of two would put all its rows into a few cache sets
+
+// One task with the tables that it indexes.
+struct CombineJob {
+    const CombineTask* task;
+    const Matrix* factors;         // of the task
+    const CombineOutput* outputs;  // of the task
+    const Matrix* matrices;
+    const Term* terms;
+
+    const Matrix& matrix(int64_t output) const { return matrices[outputs[output].matrix]; }
+    int64_t rank(int64_t factor) const { return task->rows ? factors[factor].rows : factors[factor].cols; }
+    // Columns (B side) or rows (A side) that an output takes of the results; none if it is written as it is stored.
+    int64_t width(int64_t output) const {
+        if (is_stored(output)) return 0;
+        return task->rows ? matrix(output).rows : matrix(output).cols;
+    }
+    bool is_stored(int64_t output) const { return outputs[output].file >= 0 && matrix(output).data != 0; }
+};
+
+// results [.., out : out + width] += factor [.., depth] * values [depth, stride]   (B side; transposed on the A side)
+template <class T>
+struct Strip {
+    int64_t factor, depth, out, width, stride;
+    T* values;
+};
+
+template <class T>
+struct Strips {
+    Strip<T>* strip;
+    int64_t count;
+};
+
+// scale * C of a term as stored: [r, q] on the B side, [q, r] on the A side.
+inline double coefficient(const CombineJob& job, const Term& term, int64_t p, int64_t q) {
+    const double* c = reinterpret_cast<const double*>(term.coefficient);
+    return term.scale * (job.task->rows ? c[q * term.stride + p] : c[p * term.stride + q]);
+}
+
+inline double largest_coefficient(const CombineJob& job, const Term& term) {
+    double largest = 0;
+    for (int64_t p = 0; p < job.rank(term.factor); ++p)
+        for (int64_t q = 0; q < term.columns; ++q) largest = max_(largest, abs_(coefficient(job, term, p, q)));
+    return largest;
+}
+
+// Visits (term, first column of its output) of every coefficient of a factor.
+template <class Visit>
+inline void each_term(const CombineJob& job, int64_t factor, Visit visit) {
+    int64_t first = 0;
+    for (int64_t o = 0; o < job.task->outputs; first += job.width(o++))
+        for (int64_t t = 0; t < job.outputs[o].terms; ++t) {
+            const Term& term = job.terms[job.outputs[o].first_term + t];
+            if (term.coefficient && term.factor == factor) visit(term, first + term.at);
+        }
+}
+
+// Takes memory for the strips and, where there is some, fills them.
+template <class T>
+void lay_out_strips(Arena& arena, bool fill, const CombineJob& job, Strips<T>& strips) {
+    strips.strip = arena.take<Strip<T>>(job.task->factors);
+    strips.count = 0;
+    for (int64_t f = 0; f < job.task->factors; ++f) {
+        int64_t first = -1, last = 0;
+        each_term(job, f, [&](const Term& term, int64_t out) {
+            first = first < 0 ? out : min_(first, out);
+            last = max_(last, out + term.columns);
+        });
+        if (first < 0) continue;
+        Strip<T> strip = {f, job.rank(f), first, last - first, 0, nullptr};
+        strip.stride = padded<T>(strip.width) + 2 * kLanes<T>;
+        strip.values = arena.take<T>(size_t(strip.depth) * strip.stride);
+        ++strips.count;
+        if (!fill) continue;
+        __builtin_memset(strip.values, 0, sizeof(T) * strip.depth * strip.stride);
+        each_term(job, f, [&](const Term& term, int64_t out) {
+            for (int64_t p = 0; p < strip.depth; ++p)
+                for (int64_t q = 0; q < term.columns; ++q)
+                    strip.values[p * strip.stride + out - strip.out + q] += T(coefficient(job, term, p, q));
+        });
+        strips.strip[strips.count - 1] = strip;
+    }
+}
+
+}  // namespace fastlora::FASTLORA_ISA
