@@ -75,8 +75,9 @@ class Factor:
         if len(self.terms) != 1:
             return None
         term = self.terms[0]
-        whole = term.coefficient is None and term.scale == 1.0 and term.width(self.side) == self.rank
-        return term.source if whole else None
+        if term.coefficient is not None or term.scale != 1.0 or term.width(self.side) != self.rank:
+            return None
+        return term.source
 
     def scaled(self, weight: float) -> Factor:
         terms = tuple(Term(t.source, t.coefficient, t.at, t.scale * weight) for t in self.terms)
@@ -94,13 +95,17 @@ class Factor:
 
     def times(self, small: Tensor) -> Factor:
         """``B · small`` or ``smallᵀ · A`` for a float64 ``small [rank, q]``."""
-        terms = []
         stored = self.stored
         pieces = [(stored, None)] if stored is not None else self.coefficients()
+        terms = []
         for source, coefficient in pieces:
             product = small if coefficient is None else coefficient @ small
-            terms.append(Term(source, (product if self.side == "B" else product.mT).contiguous()))
+            terms.append(Term(source, _with_contiguous_rows(product if self.side == "B" else product.mT)))
         return Factor(self.side, self.length, small.shape[1], tuple(terms))
+
+
+def _with_contiguous_rows(small: Tensor) -> Tensor:
+    return small if small.stride(1) == 1 else small.contiguous()
 
 
 def source_key(source: Tensor) -> tuple[int, int, tuple[int, ...]]:

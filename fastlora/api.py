@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastlora import formats
 from fastlora.adapter import Adapter
+from fastlora.collector import paused_collector
 from fastlora.decomposition import Decomposition
 from fastlora.engine import require_finite
 from fastlora.errors import InputError, NonFiniteError
@@ -27,7 +28,8 @@ def load(path: str | Path, name: str | None = None) -> Adapter:
         InputError: a path, file, field or tensor that cannot be used. UnsupportedAdapter: a kind whose numbers would
             come out wrong (DoRA, (IA)³, …). Both say what was found and what to do.
     """
-    return formats.load(Path(path), name)
+    with paused_collector():
+        return formats.load(Path(path), name)
 
 
 def decompose(
@@ -88,12 +90,12 @@ def decompose(
         others = [n for n in pool.names if n != pool[target].name] if order is None else list(order)
         if target in others or len(set(others)) != len(others) or not others:
             raise InputError(f"order={others}: name each other adapter once, without the target {target!r}")
-        with bounded(bound):
+        with bounded(bound), paused_collector():
             steps = devec.decompose_iteratively(pool, settings, target, others)
         return Decomposition(pool, mode, steps=steps, target=target, memory=bound)
     if target is not None or order is not None:
         raise InputError(f"target and order belong to mode='iterative', not to mode={mode!r}")
-    with bounded(bound):
+    with bounded(bound), paused_collector():
         if mode == "pairs":
             return Decomposition(pool, mode, pairs=devec.decompose_pairs(pool, settings), memory=bound)
         return Decomposition(pool, mode, whole=devec.decompose_pool(pool, settings), memory=bound)
@@ -115,7 +117,8 @@ def merge(
     chosen = find_method(method)
     counted, notes = full_weights(pool, weights)
     try:
-        merged = chosen(pool, counted, rank=rank, energy=energy)
+        with paused_collector():
+            merged = chosen(pool, counted, rank=rank, energy=energy)
     except NonFiniteError:
         require_finite(pool.adapters)  # names the adapter of the pool; the method only knows their sum
         raise InputError(f"the weighted sum overflows: lower the weights {counted}") from None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlora.adapter import Adapter
+from fastlora.collector import paused_collector
 from fastlora.engine import write_adapters
 from fastlora.errors import InputError
 from fastlora.memory import bounded
@@ -138,7 +139,7 @@ class Decomposition:
 
     def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
         """Writes every adapter and ``report.json`` below ``path``, atomically: nothing appears until all is there."""
-        with OutputDirectory(Path(path), overwrite=overwrite) as staging:
+        with OutputDirectory(Path(path), overwrite=overwrite) as staging, paused_collector():
             self.write(staging, dtype)
         return Path(path)
 

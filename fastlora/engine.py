@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fastlora.adapter import Adapter, Factor, Side, Update, source_key
 from fastlora.backends import resolve
-from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramJob, WriteProblem
+from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramBlock, GramJob, WriteProblem
+from fastlora.collector import paused_collector
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.memory import Room, batch_bytes, padded, release
 from fastlora.progress import track
@@ -84,13 +85,28 @@ def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Te
     """
     k = len(modules[0])
     out = torch.zeros(len(modules), k, k, r, r, dtype=torch.float64)
-    places = [(i, j, (i * k + j) * r * r) for i, j in pairs]
+    _put_gram_blocks(modules, out, k * k * r * r, r, [(i, j, (i * k + j) * r * r) for i, j in pairs])
+    return out
+
+
+def gram_diagonal(modules: Sequence[Sequence[Factor]], r: int) -> Tensor:
+    """The diagonal blocks of :func:`gram_blocks` alone: ``[len(modules), k, r, r]``."""
+    k = len(modules[0])
+    out = torch.zeros(len(modules), k, r, r, dtype=torch.float64)
+    _put_gram_blocks(modules, out, k * r * r, r, [(i, i, i * r * r) for i in range(k)])
+    return out
+
+
+def _put_gram_blocks(
+    modules: Sequence[Sequence[Factor]], out: Tensor, size: int, r: int, places: Sequence[GramBlock]
+) -> None:
+    """Blocks ``(i, j)`` of every module into ``out``: ``size`` elements a module, rows of ``r``, at their offsets."""
     jobs, pending = [], []
     for m, factors in enumerate(modules):
         rows = factors[0].side == "A"
         stored = [f.stored for f in factors]
         if None not in stored:
-            jobs.append(GramJob(cast(list[Tensor], stored), places, rows, out, r, m * k * k * r * r))
+            jobs.append(GramJob(cast(list[Tensor], stored), places, rows, out, r, m * size))
         else:
             job, coefficients = _source_gram(factors, rows)
             jobs.append(job)
@@ -98,10 +114,10 @@ def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Te
     _run("gram_pass", jobs)
     for m, coefficients, block in pending:
         full = block.triu() + block.triu(1).mT
-        for i, j in pairs:
+        for i, j, offset in places:
             (at, left), (to, right) = coefficients[i], coefficients[j]
-            out[m, i, j, : left.shape[1], : right.shape[1]] = left.mT @ full[at][:, to] @ right
-    return out
+            shape = left.shape[1], right.shape[1]
+            out.view(-1).as_strided(shape, (r, 1), m * size + offset).copy_(left.mT @ full[at][:, to] @ right)
 
 
 def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[tuple[Tensor, Tensor]]]:
@@ -242,9 +258,10 @@ def not_finite(adapter: str, module: str, side: str) -> NonFiniteError:
 
 
 def check_diagonal(names: Sequence[str], modules: Sequence[str], gram: Tensor, side: str) -> None:
-    """Raises when a factor holds NaN or Inf, as its diagonal Gram block shows: ``gram [len(modules), k, k, r, r]``."""
-    diagonal = gram.diagonal(dim1=1, dim2=2).diagonal(dim1=1, dim2=2)  # [g, k, r]
-    bad = (~diagonal.isfinite()).any(-1).nonzero().tolist()
+    """Raises when a factor holds NaN or Inf, as its diagonal Gram block shows: ``gram [len(modules), k, k, r, r]`` or
+    its diagonal blocks ``[len(modules), k, r, r]``."""
+    blocks = gram.diagonal(dim1=1, dim2=2).movedim(-1, 1) if gram.dim() == 5 else gram
+    bad = (~blocks.diagonal(dim1=2, dim2=3).isfinite()).any(-1).nonzero().tolist()
     if bad:
         module, adapter = bad[0]
         raise not_finite(names[adapter], modules[module], side)
@@ -273,9 +290,13 @@ def write_adapters(adapters: Mapping[Path, Adapter], dtype: torch.dtype | str | 
     Factors are computed where they are written from, a module at a time in every thread, so memory does not grow with
     the model; one thread prepares the next modules meanwhile.
     """
+    with paused_collector():
+        _write_adapters(adapters, {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()})
+
+
+def _write_adapters(adapters: Mapping[Path, Adapter], targets: Mapping[Path, torch.dtype]) -> None:
     from fastlora.formats.peft_write import AdapterFile
 
-    targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
     empty = {d: zero_factors(a, targets[d]) for d, a in adapters.items() if not any(u.rank for u in a.updates.values())}
     files: dict[Path, AdapterFile] = {}
     for directory, adapter in adapters.items():

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from fastlora.adapter import Adapter, Layout
+from fastlora.collector import paused_collector
 from fastlora.errors import InputError
 from fastlora.formats import load
 from fastlora.locate import check_name, check_names_differ, find
@@ -45,11 +46,12 @@ class Pool:
             raise InputError(
                 f"a pool is loaded from a list of paths or {{name: path}}, not from the one path {sources}"
             )
-        if isinstance(sources, Mapping):
-            return cls(load(os.fspath(path), name) for name, path in sources.items())
-        given = [s if isinstance(s, Adapter) else os.fspath(s) for s in sources]
-        check_names_differ((find(s).name, s) for s in given if isinstance(s, str))
-        return cls(load(s) if isinstance(s, str) else s for s in given)
+        with paused_collector():
+            if isinstance(sources, Mapping):
+                return cls(load(os.fspath(path), name) for name, path in sources.items())
+            given = [s if isinstance(s, Adapter) else os.fspath(s) for s in sources]
+            check_names_differ((find(s).name, s) for s in given if isinstance(s, str))
+            return cls(load(s) if isinstance(s, str) else s for s in given)
 
     @property
     def adapters(self) -> list[Adapter]:

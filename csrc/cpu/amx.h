@@ -111,22 +111,25 @@ inline void transpose_pairs(const Tile& from, Tile& out) {
     }
 }
 
-// The tile B of `depth` <= 32 rows (stride apart) and `width` <= 16 columns of a stored matrix, zeros beyond.
+// The tile B of `depth` <= 32 rows (stride apart) and `width` <= 16 columns of a stored matrix, zeros beyond; with
+// kTwice of `depth` <= 16 rows, which fill both halves.
+template <bool kTwice = false>
 inline void pack_pairs(const uint16_t* p, int64_t stride, int depth, int width, Tile& out) {
-    if (depth == kTileDepth && width == kTileSide) {
-        for (int i = 0; i < kTileSide; ++i, p += 2 * stride)
-            _mm512_store_si512(out.pair[i], interleave_words(load_words(p), load_words(p + stride)));
-        return;
+    constexpr int rows = kTwice ? kTileSide / 2 : kTileSide;
+    const auto put = [&](int row, __m512i pairs) {
+        _mm512_store_si512(out.pair[row], pairs);
+        if constexpr (kTwice) _mm512_store_si512(out.pair[row + rows], pairs);
+    };
+    int i = 0;
+    if (width == kTileSide) {
+        for (; 2 * i + 2 <= depth; ++i, p += 2 * stride)
+            put(i, interleave_words(load_words(p), load_words(p + stride)));
     }
     const __mmask16 columns = first_lanes(width);
-    int i = 0;
-    for (; i + 2 <= depth; i += 2, p += 2 * stride)
-        _mm512_store_si512(out.pair[i / 2], interleave_words(load_words(p, columns), load_words(p + stride, columns)));
-    if (i < depth) {
-        _mm512_store_si512(out.pair[i / 2], interleave_words(load_words(p, columns), _mm256_setzero_si256()));
-        i += 2;
-    }
-    for (; i < kTileDepth; i += 2) _mm512_store_si512(out.pair[i / 2], _mm512_setzero_si512());
+    for (; 2 * i + 2 <= depth; ++i, p += 2 * stride)
+        put(i, interleave_words(load_words(p, columns), load_words(p + stride, columns)));
+    if (2 * i < depth) put(i++, interleave_words(load_words(p, columns), _mm256_setzero_si256()));
+    for (; i < rows; ++i) put(i, _mm512_setzero_si512());
 }
 
 // The tile A of up to 16 rows and `depth` <= 32 columns of a stored matrix, zeros beyond.

@@ -52,7 +52,8 @@ class CombineTiles {
             }
             ++s;
         }
-        source_ = arena.take<Tile>(deepest);
+        source_ = arena.take<Tile>(deepest * (rows_ ? kMost : 1));
+        copy_ = arena.take<uint16_t>(rows_ ? deepest * kTileDepth * kCopyStride : 0);
         return true;
     }
 
@@ -63,36 +64,10 @@ class CombineTiles {
         const Strip<float>& strip = strips.strip[s];
         const Own& own = own_[s];
         const Matrix& m = job.factors[strip.factor];
-        const uint16_t* data = reinterpret_cast<const uint16_t*>(m.data);
-        for (int at = 0; at < count; at += kTileSide) {
-            const int side = min_(kTileSide, count - at);
-            for (int64_t c = 0; c < own.chunks; ++c) {
-                const int64_t from = c * kTileDepth;
-                const int depth = int(min_<int64_t>(kTileDepth, own.depth - from));
-                if (rows_)
-                    pack_pairs(data + from * m.stride + first + at, m.stride, depth, side, source_[c]);
-                else
-                    pack_rows(data + (first + at) * m.stride + from, m.stride, side, depth, source_[c]);
-                if (own.twice) double_up(source_[c]);
-            }
-            float* to = rows_ ? results + strip.out * stride + at : results + at * stride + strip.out;
-            const int64_t next = rows_ ? kTileSide * stride : kTileSide;
-            for (int64_t w = 0; w < own.widths; w += kMost) {
-                switch (min_<int64_t>(kMost, own.widths - w)) {
-                    case 1:
-                        add_products<1>(own, w, to + w * next, next, stride);
-                        break;
-                    case 2:
-                        add_products<2>(own, w, to + w * next, next, stride);
-                        break;
-                    case 3:
-                        add_products<3>(own, w, to + w * next, next, stride);
-                        break;
-                    default:
-                        add_products<4>(own, w, to + w * next, next, stride);
-                }
-            }
-        }
+        if (rows_)
+            add_columns(own, m, first, count, results + strip.out * stride, stride);
+        else
+            add_rows(own, m, first, count, results + strip.out, stride);
     }
 
   private:
@@ -103,6 +78,7 @@ class CombineTiles {
     };
 
     static constexpr int kMost = 4;
+    static constexpr int kCopyStride = kTileA<float> + 32;
 
     static bool has_tiny_coefficient(const CombineJob& job, const Term& term) {
         if (!term.coefficient) return false;
@@ -114,61 +90,123 @@ class CombineTiles {
         return false;
     }
 
-    // part 0, 1 or 2 of x = part 0 + part 1 + part 2
-    static uint16_t part_of(double x, int part) {
-        for (int i = 0; i < part; ++i) x -= double(from_bf16(to_bf16(float(x))));
-        return to_bf16(float(x));
-    }
-
     void fill_tiles(const Strip<float>& strip, Own& own) const {
         __builtin_memset(own.tiles, 0, sizeof(Tile) * own.chunks * own.parts * own.widths);
         for (int64_t k = 0; k < own.depth; ++k)
-            for (int64_t j = 0; j < strip.width; ++j)
+            for (int64_t j = 0; j < strip.width; ++j) {
+                float left = strip.values[k * strip.stride + j];
                 for (int part = 0; part < 3; ++part) {
+                    const uint16_t bits = to_bf16(left);
+                    left -= from_bf16(bits);
                     const int64_t c = k / kTileDepth, place = own.twice ? part / 2 : part;
                     const int64_t depth = k % kTileDepth + (own.twice && part == 1 ? kTileSide : 0);
                     Tile& tile = own.tiles[(c * own.parts + place) * own.widths + j / kTileSide];
                     const int side = int(j % kTileSide);
                     uint16_t* words = reinterpret_cast<uint16_t*>(tile.pair);
                     // A tile A is [side, depth]; a tile B holds pairs along the depth.
-                    words[rows_ ? side * kTileDepth + depth : depth / 2 * kTileDepth + 2 * side + depth % 2] =
-                        part_of(strip.values[k * strip.stride + j], part);
+                    words[rows_ ? side * kTileDepth + depth : depth / 2 * kTileDepth + 2 * side + depth % 2] = bits;
                 }
-    }
-
-    // The first half of the depth again in the second.
-    void double_up(Tile& tile) const {
-        for (int i = 0; i < (rows_ ? kTileSide / 2 : kTileSide); ++i) {
-            if (rows_)
-                _mm512_store_si512(tile.pair[i + kTileSide / 2], _mm512_load_si512(tile.pair[i]));
-            else
-                _mm256_store_si256(reinterpret_cast<__m256i*>(&tile.pair[i][kTileSide / 2]),
-                                   _mm256_load_si256(reinterpret_cast<const __m256i*>(tile.pair[i])));
-        }
-    }
-
-    template <int kCount>
-    void add_products(const Own& own, int64_t width, float* to, int64_t next, int64_t stride) const {
-        for_each<kCount>([&](auto i) { tile_load<i>(to + i * next, stride * 4); });
-        for (int64_t c = 0; c < own.chunks; ++c) {
-            tile_load<4>(source_ + c, 64);
-            for (int64_t part = 0; part < own.parts; ++part) {
-                const Tile* tiles = own.tiles + (c * own.parts + part) * own.widths + width;
-                for_each<kCount>([&](auto i) {
-                    tile_load<5>(tiles + i, 64);
-                    if (rows_)
-                        tile_product<i, 5, 4>();
-                    else
-                        tile_product<i, 4, 5>();
-                });
             }
+    }
+
+    // B side: 16 rows of the factor at a time with all coefficients.
+    void add_rows(const Own& own, const Matrix& m, int64_t first, int count, float* results, int64_t stride) const {
+        const uint16_t* data = reinterpret_cast<const uint16_t*>(m.data);
+        for (int at = 0; at < count; at += kTileSide, results += kTileSide * stride) {
+            for (int64_t c = 0; c < own.chunks; ++c) {
+                const int64_t from = c * kTileDepth;
+                const int depth = int(min_<int64_t>(kTileDepth, own.depth - from));
+                pack_rows(data + (first + at) * m.stride + from, m.stride, min_(kTileSide, count - at), depth,
+                          source_[c]);
+                if (own.twice) repeat_columns(source_[c]);
+            }
+            for (int64_t w = 0; w < own.widths; w += kMost)
+                with_count(min_<int64_t>(kMost, own.widths - w), [&](auto n) {
+                    float* to = results + w * kTileSide;
+                    for_each<n>([&](auto i) { tile_load<i>(to + i * kTileSide, stride * 4); });
+                    for (int64_t c = 0; c < own.chunks; ++c) {
+                        tile_load<4>(source_ + c, 64);
+                        for (int64_t part = 0; part < own.parts; ++part) {
+                            const Tile* tiles = own.tiles + (c * own.parts + part) * own.widths + w;
+                            for_each<n>([&](auto i) {
+                                tile_load<5>(tiles + i, 64);
+                                tile_product<i, 4, 5>();
+                            });
+                        }
+                    }
+                    for_each<n>([&](auto i) { tile_store<i>(to + i * kTileSide, stride * 4); });
+                });
         }
-        for_each<kCount>([&](auto i) { tile_store<i>(to + i * next, stride * 4); });
+    }
+
+    // A side: 16 rows of coefficients at a time with some columns of the factor.
+    void add_columns(const Own& own, const Matrix& m, int64_t first, int count, float* results, int64_t stride) const {
+        copy_rows(m, own.depth, first, count);
+        for (int at = 0; at < count; at += kMost * kTileSide) {
+            const int blocks = min_(kMost, (count - at + kTileSide - 1) / kTileSide);
+            for (int b = 0; b < blocks; ++b) pack_columns(own, at + b * kTileSide, count, source_ + b * own.chunks);
+            for (int64_t w = 0; w < own.widths; ++w)
+                with_count(blocks, [&](auto n) {
+                    float* to = results + w * kTileSide * stride + at;
+                    for_each<n>([&](auto i) { tile_load<i>(to + i * kTileSide, stride * 4); });
+                    for (int64_t c = 0; c < own.chunks; ++c)
+                        for (int64_t part = 0; part < own.parts; ++part) {
+                            tile_load<4>(own.tiles + (c * own.parts + part) * own.widths + w, 64);
+                            for_each<n>([&](auto i) {
+                                tile_load<5>(source_ + i * own.chunks + c, 64);
+                                tile_product<i, 4, 5>();
+                            });
+                        }
+                    for_each<n>([&](auto i) { tile_store<i>(to + i * kTileSide, stride * 4); });
+                });
+        }
+    }
+
+    // Calls f with a count of 1 to kMost as a constant.
+    template <class F>
+    static void with_count(int64_t count, F f) {
+        switch (count) {
+            case 1:
+                return f(Constant<1>{});
+            case 2:
+                return f(Constant<2>{});
+            case 3:
+                return f(Constant<3>{});
+            default:
+                return f(Constant<kMost>{});
+        }
+    }
+
+    void pack_columns(const Own& own, int at, int count, Tile* out) const {
+        const int width = min_(kTileSide, count - at);
+        if (own.twice) return pack_pairs<true>(copy_ + at, kCopyStride, int(own.depth), width, *out);
+        for (int64_t c = 0; c < own.chunks; ++c) {
+            const int64_t from = c * kTileDepth;
+            pack_pairs(copy_ + from * kCopyStride + at, kCopyStride, int(min_<int64_t>(kTileDepth, own.depth - from)),
+                       width, out[c]);
+        }
+    }
+
+    // A stretch of a factor's rows, read whole: piece by piece their lines would leave L1 before they are used up.
+    void copy_rows(const Matrix& m, int64_t rows, int64_t first, int count) const {
+        const uint16_t* p = reinterpret_cast<const uint16_t*>(m.data) + first;
+        for (int64_t i = 0; i < rows; ++i, p += m.stride) {
+            prefetch(p, 2 * size_t(count), 2 * count);
+            __builtin_memcpy(copy_ + i * kCopyStride, p, 2 * size_t(count));
+        }
+    }
+
+    // The first 16 columns of a tile A again in the others.
+    static void repeat_columns(Tile& tile) {
+        for (int i = 0; i < kTileSide; ++i)
+            _mm256_store_si256(reinterpret_cast<__m256i*>(&tile.pair[i][kTileSide / 2]),
+                               _mm256_load_si256(reinterpret_cast<const __m256i*>(tile.pair[i])));
     }
 
     bool rows_ = false;
     Own* own_ = nullptr;  // [strips]
     Tile* source_ = nullptr;
+    uint16_t* copy_ = nullptr;  // A side: [rank, kCopyStride]
 };
 
 #else

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.adapter import Adapter, BaseInfo, Factor, Update, add
-from fastlora.engine import check_diagonal, chunks, gram_blocks, sources, widest, with_rank_zero
+from fastlora.engine import check_diagonal, chunks, gram_blocks, gram_diagonal, sources, widest, with_rank_zero
 from fastlora.memory import is_bounded, release
 from fastlora.methods.arithmetic import common_base
 from fastlora.methods.spectrum import default_rtol, factor, raise_for_info, sides, unscaled_floor
@@ -63,12 +63,33 @@ class Group(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ModuleResult:
-    """One module of a decomposition: coefficients of the results on the loaded factors, and what was measured.
+class Coefficients:
+    """Coefficients of the results of some modules on the loaded factors, float64, zero-padded.
 
     ``Z = Σ_j X_j basis_j`` for the projected factors ``X_j`` (``B_j`` on the left side, ``A_jᵀ`` on the right), and
-    ``H_i = ZᵀX_i``; see MATH (7) and (8).
+    ``H_i = ZᵀX_i``; see MATH (7) and (8). ``basis [g, movers, r, w]``: it is zero for the adapters ``j >= movers``.
+    ``H [g, k, w, r]``. Columns of the basis behind the shared ones are zero.
     """
+
+    basis: Tensor
+    H: Tensor
+    ranks: tuple[int, ...]
+    weights: Tensor  # [g, k]: ω_i of MATH (10), zeros where nothing is shared
+
+    def removal(self, i: int) -> list[list[Tensor]]:
+        """``-basis_j H_i [r_j, r_i]`` for every module and ``j``: what the unique part of ``i`` adds on ``X_j``."""
+        product = -(self.basis @ self.H[:, i, None])
+        return [[c[: self.ranks[j], : self.ranks[i]] for j, c in enumerate(own.unbind())] for own in product.unbind()]
+
+    def shared(self, scalings: Tensor) -> list[list[Tensor]]:
+        """``ω_i s_i H_i [w, r]`` for every module and adapter, ``scalings [g, k]``: see MATH (10)."""
+        product = self.H * (self.weights * scalings)[..., None, None]
+        return [list(own.unbind()) for own in product.unbind()]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleResult:
+    """One module of a decomposition: what was measured, and its row in the coefficients of its group."""
 
     module: str
     shape: tuple[int, int]
@@ -78,17 +99,28 @@ class ModuleResult:
     sigma: tuple[tuple[float, ...], ...]  # of ΔW_i, scaling included, descending
     values: Tensor  # eigenvalues, descending by real part
     count: int  # directions shared
-    basis: tuple[Tensor | None, ...]  # [r_j, count], None where zero
-    H: tuple[Tensor, ...]  # [count, r_i]; none where nothing is shared
+    coefficients: Coefficients
+    index: int
     norms: tuple[float, ...]  # ‖ΔW_i‖
     shared_norms: tuple[float, ...]  # ‖ΔW_i^shared‖, MATH (9)
     rtol: float
 
     @property
-    def weights(self) -> tuple[float, ...]:
+    def basis(self) -> list[Tensor]:
+        """``[r_j, count]`` for the first adapter, or for all with the chain ``mean``; zero for the others."""
+        found = self.coefficients.basis[self.index, :, :, : self.count]
+        return [b[: self.ranks[j]] for j, b in enumerate(found.unbind())]
+
+    @property
+    def H(self) -> list[Tensor]:
+        """``[count, r_i]`` for every adapter."""
+        return [h[: self.count, : self.ranks[i]] for i, h in enumerate(self.coefficients.H[self.index].unbind())]
+
+    @property
+    def weights(self) -> list[float]:
         """ω_i of MATH (10); zeros where nothing is shared."""
-        total = sum(self.shared_norms)
-        return tuple(s / total if total > 0 else 0.0 for s in self.shared_norms)
+        found: list[float] = self.coefficients.weights[self.index].tolist()
+        return found
 
 
 def group_modules(pool: Pool, modules: Sequence[str], rtol: float | None) -> dict[Group, list[str]]:
@@ -125,14 +157,12 @@ def read_blocks(pool: Pool, group: Group, modules: list[str], side: str, kind: s
     updates = [[pool.adapters[i].updates[m] for i in group.members] for m in modules]
     k, r = len(names), max(1, *group.ranks)
     projected = gram_blocks([[factor(u, projected_side) for u in row] for row in updates], r, blocks_of(kind, k))
-    other = gram_blocks([[factor(u, other_side) for u in row] for row in updates], r, blocks_of("diagonal", k))
+    other = gram_diagonal([[factor(u, other_side) for u in row] for row in updates], r)
     check_diagonal(names, modules, projected, projected_side)
     check_diagonal(names, modules, other, other_side)
     release(sources(u for row in updates for u in row))
     floor = torch.tensor([[unscaled_floor(u) for u in row] for row in updates], dtype=torch.float64)
-    return Blocks(
-        modules, names, updates, projected, torch.diagonal(other, dim1=1, dim2=2).movedim(-1, 1), floor, group
-    )
+    return Blocks(modules, names, updates, projected, other, floor, group)
 
 
 def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
@@ -141,18 +171,23 @@ def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
 
     raise_for_info(blocks.modules, found.info)
     k = len(blocks.names)
-    upper = torch.ones(k, k, dtype=torch.bool).triu()
-    full = torch.where(upper[:, :, None, None], blocks.projected, blocks.projected.transpose(1, 2).mT)
-    movers = range(k) if settings.chain == "mean" else range(1)
+    movers = range(k if settings.chain == "mean" else 1)
     # H_i = Zᵀ X_i = Σ_j basis_jᵀ G_ji  [g, k, w, r]
-    H = sum(found.basis[:, j, None].mT @ full[:, j] for j in movers)
-    assert isinstance(H, Tensor)
-    norms = (full.diagonal(dim1=1, dim2=2).movedim(-1, 1) * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # [g, k]
+    H = found.basis[:, 0, None].mT @ blocks.projected[:, 0]
+    for j in movers[1:]:
+        blocks_j = [blocks.projected[:, i, j].mT if i < j else blocks.projected[:, j, i] for i in range(k)]
+        H += found.basis[:, j, None].mT @ torch.stack(blocks_j, 1)
+    diagonal = blocks.projected.diagonal(dim1=1, dim2=2).movedim(-1, 1)
+    norms = (diagonal * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # [g, k]
     shared = ((H.mT @ H) * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # MATH (9)
     scalings = torch.tensor([[abs(u.scaling) for u in row] for row in blocks.updates], dtype=torch.float64)  # [g, k]
+    shared *= scalings
+    total = shared.sum(-1, keepdim=True)
+    weights = torch.where(total > 0, shared / total, 0.0)
+    coefficients = Coefficients(found.basis[:, : len(movers)], H, blocks.group.ranks, weights)
     sigma = found.sigma * scalings[..., None]
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
-    numbers = [x.tolist() for x in (found.shared, found.kept, norms * scalings, shared * scalings, sigma)]
+    numbers = [x.tolist() for x in (found.shared, found.kept, norms * scalings, shared, sigma)]
     complex_pairs = found.values.imag.any(-1).tolist()
     ranks = blocks.group.ranks
     results = []
@@ -170,8 +205,8 @@ def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
                 sigma=tuple(tuple(own_sigma[i][: ranks[i]]) for i in range(k)),
                 values=values if complex_pairs[g] else values.real,
                 count=count,
-                basis=tuple(found.basis[g, j, : ranks[j], :count] if j in movers else None for j in range(k)),
-                H=tuple(H[g, i, :count, : ranks[i]] for i in range(k)) if count else (),
+                coefficients=coefficients,
+                index=g,
                 norms=tuple(own_norms),
                 shared_norms=tuple(own_shared),
                 rtol=blocks.group.rtol,
@@ -197,23 +232,49 @@ class Components:
     @property
     def shared(self) -> Adapter:
         """The one adapter that holds what all share, MATH (10); rank 0 in modules that share nothing."""
-        updates = {}
-        for module in self.pool.modules:
-            updates[module] = self._shared_update(module, None)
+        updates = {m: with_rank_zero(self._owner(m)) for m in self.pool.modules}
+        for coefficients, results in self._by_coefficients().items():
+            own = [[self._factors(r, i) for i in range(len(r.names))] for r in results]
+            scalings = torch.tensor([[s for _, _, s in row] for row in own], dtype=torch.float64)
+            parts = coefficients.shared(scalings)
+            for result, row in zip(results, own, strict=True):
+                others = [
+                    other.times(h[: result.count, :r].mT)
+                    for (_, other, scaling), h, r, w in zip(
+                        row, parts[result.index], result.ranks, result.weights, strict=True
+                    )
+                    if w * scaling != 0.0
+                ]
+                if result.count and others:
+                    updates[result.module] = self._shared_update(result, others)
         base = common_base(self.pool.adapters)
         return self._adapter("shared", updates, replace(base, modules_to_save=(), bias="none"), self.pool.names)
 
     def shared_of(self, name: str) -> Adapter:
         """What of adapter ``name`` lies in the shared directions, MATH (7)."""
         adapter = self.pool[name]
-        updates = {m: self._shared_update(m, name) for m in adapter.updates}
+        updates = {m: with_rank_zero(u) for m, u in adapter.updates.items()}
+        for result in self.results.values():
+            if result.count and name in result.names:
+                i = result.names.index(name)
+                _, other, scaling = self._factors(result, i)
+                if scaling:
+                    part = other.times(result.H[i].mT * scaling)
+                    updates[result.module] = self._shared_update(result, [part])
         base = replace(adapter.base, modules_to_save=(), bias="none")
         return self._adapter(f"shared_of({name})", updates, base, [name])
 
     def unique_of(self, name: str) -> Adapter:
         """Adapter ``name`` without the shared directions, MATH (8); with it stay its biases and replaced modules."""
         adapter = self.pool[name]
-        updates = {m: self._unique_update(m, name) for m in adapter.updates}
+        updates = dict(adapter.updates)
+        for coefficients, results in self._by_coefficients().items():
+            if name in results[0].names:
+                i = results[0].names.index(name)
+                removals = coefficients.removal(i)
+                for result in results:
+                    if result.count:
+                        updates[result.module] = self._unique_update(result, i, removals[result.index])
         result = self._adapter(f"unique_of({name})", updates, adapter.base, [name])
         result.extras = dict(adapter.extras)
         return result
@@ -238,43 +299,34 @@ class Components:
         projected, other = sides(self.settings.side)
         return factor(update, projected), factor(update, other), update.scaling
 
+    def _by_coefficients(self) -> dict[Coefficients, list[ModuleResult]]:
+        """Results by the coefficients that they are rows of."""
+        found: dict[Coefficients, list[ModuleResult]] = {}
+        for result in self.results.values():
+            found.setdefault(result.coefficients, []).append(result)
+        return found
+
+    def _owner(self, module: str) -> Update:
+        """The first adapter's update of a module, whose shape and layout the shared part has."""
+        return self.pool.adapters[self.pool.present(module)[0]].updates[module]
+
     def _basis(self, result: ModuleResult) -> Factor:
         """``Z`` as a factor: orthonormal, ``count`` columns (rows on the A side)."""
-        parts = [self._factors(result, j)[0].times(b) for j, b in enumerate(result.basis) if b is not None]
-        return add(parts)
+        return add(self._factors(result, j)[0].times(b) for j, b in enumerate(result.basis))
 
     def _assemble(self, like: Update, projected: Factor, other: Factor, scaling: float, floor: float) -> Update:
         left, right = (projected, other) if self.settings.side == "left" else (other, projected)
         return Update(left, right, scaling, like.layout, floor)
 
-    def _shared_update(self, module: str, name: str | None) -> Update:
-        result = self.results.get(module)
-        owner = name or self.pool.names[self.pool.present(module)[0]]
-        like = self.pool[owner].updates[module]
-        if result is None or result.count == 0:
-            return with_rank_zero(like)
-        indices = range(len(result.names)) if name is None else [result.names.index(name)]
-        weights = result.weights if name is None else (1.0,) * len(result.names)
-        others = []
-        for i in indices:
-            _, other, scaling = self._factors(result, i)
-            if weights[i] * scaling != 0.0:
-                others.append(other.times(result.H[i].mT * (weights[i] * scaling)))
-        if not others:
-            return with_rank_zero(like)
-        return self._assemble(like, self._basis(result), add(others), 1.0, 0.0)
+    def _shared_update(self, result: ModuleResult, others: Sequence[Factor]) -> Update:
+        return self._assemble(self._owner(result.module), self._basis(result), add(others), 1.0, 0.0)
 
-    def _unique_update(self, module: str, name: str) -> Update:
-        update = self.pool[name].updates[module]
-        result = self.results.get(module)
-        if result is None or result.count == 0:
-            return update
-        i = result.names.index(name)
+    def _unique_update(self, result: ModuleResult, i: int, removals: Sequence[Tensor]) -> Update:
+        update = self.pool[result.names[i]].updates[result.module]
         projected, other, _ = self._factors(result, i)
         parts = [projected]
-        for j, basis in enumerate(result.basis):
-            if basis is not None:
-                parts.append(self._factors(result, j)[0].times(-(basis @ result.H[i])))
+        for j, removal in enumerate(removals):
+            parts.append(self._factors(result, j)[0].times(removal))
         floor = max(update.floor, result.rtol * max(result.sigma[i], default=0.0))
         return self._assemble(update, add(parts), other, update.scaling, floor)
 

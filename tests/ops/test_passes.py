@@ -1,0 +1,188 @@
+"""The combine pass of the engine: ragged terms, several results at once, in memory and to files."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from builders import gaussian, generator
+from factors import BACKENDS, at_odd_address
+from torch import Tensor
+
+import fastlora as fl
+from fastlora.backends import resolve
+from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, WriteProblem
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SHAPES = [(1, (1,)), (33, (5, 16)), (700, (16, 17, 40)), (1100, (16,) * 4), (515, (3, 70))]
+"""``(n, ranks)``: around the sizes of tiles."""
+
+
+def run(jobs: list[CombineJob]) -> WriteProblem | None:
+    problem: WriteProblem | None = resolve("combine_pass", jobs).launch(jobs)
+    return problem
+
+
+def factors_of(n: int, ranks: tuple[int, ...], dtype: torch.dtype, rows: bool) -> list[Tensor]:
+    made = [gaussian(n, r, seed=100 + i, dtype=dtype) for i, r in enumerate(ranks)]
+    return [x.mT.contiguous() if rows else x for x in made]
+
+
+def terms_of(ranks: tuple[int, ...], rows: bool, scale: float) -> list[tuple[int, list[CombineTerm]]]:
+    """``(width, terms)`` of results: of one factor and of all, with and without the identity, side by side, scaled."""
+
+    def c(r: int, q: int, seed: int) -> Tensor:
+        made = gaussian(r, q, seed=seed, dtype=torch.float64) * scale
+        return made.mT.contiguous() if rows else made
+
+    first, widest = ranks[0], max(ranks)
+    found: list[tuple[int, list[CombineTerm]]] = [
+        (r, [(i, None, 0, 1.0), (0, c(first, r, i), 0, 1.0)]) for i, r in enumerate(ranks)
+    ]
+    found.append((7, [(i, c(r, 7, 20 + i), 0, 0.5) for i, r in enumerate(ranks)]))
+    found.append((widest + first + 3, [(0, None, 2, -3.0), (0, c(first, widest, 40), first + 1, 2.0)]))
+    found.append((first, [(0, None, 0, 0.25)]))
+    found.append((4, []))
+    return found
+
+
+def exact(job_factors: list[Tensor], width: int, terms: list[CombineTerm], rows: bool) -> tuple[Tensor, Tensor]:
+    """The result ``[n, width]`` and the sum of the sizes of its terms, in float64."""
+    n = job_factors[0].shape[1 if rows else 0]
+    total, size = torch.zeros(2, n, width, dtype=torch.float64).unbind()
+    for i, c, at, scale in terms:
+        x = (job_factors[i].mT if rows else job_factors[i]).double()
+        m = torch.eye(x.shape[1], dtype=torch.float64) if c is None else c.mT if rows else c
+        total[:, at : at + m.shape[1]] += scale * x @ m
+        size[:, at : at + m.shape[1]] += abs(scale) * x.abs() @ m.abs()
+    return total, size
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-10])
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_are_rounded_once(backend: str, dtype: torch.dtype, rows: bool, scale: float, tmp_path: Path) -> None:
+    with fl.use_backend(backend):
+        for n, ranks in SHAPES:
+            x = factors_of(n, ranks, dtype, rows)
+            wanted = terms_of(ranks, rows, scale)
+            shapes = [(w, n) if rows else (n, w) for w, _ in wanted]
+            outs = [torch.full(s, torch.nan, dtype=dtype) for s in shapes]
+            made = [CombineOutput.into(out, terms) for out, (_, terms) in zip(outs, wanted, strict=True)]
+            assert run([CombineJob(x, made, rows)]) is None
+            for out, (width, terms) in zip(outs, wanted, strict=True):
+                total, size = exact(x, width, terms, rows)
+                half_ulp = torch.finfo(dtype).eps / 2 * total.abs() + torch.finfo(dtype).smallest_normal * 2**-11
+                error = ((out.mT if rows else out).double() - total).abs()
+                # Half-precision results are summed in float32, others in float64.
+                slack = (2.0**-22 if dtype != torch.float32 else 2.0**-50) * size
+                assert (error <= half_ulp * (1 + 2**-12) + slack).all(), (n, ranks, width)
+            check_files(x, wanted, outs, rows, tmp_path / f"{n}")
+
+
+def check_files(
+    x: list[Tensor], wanted: list[tuple[int, list[CombineTerm]]], outs: list[Tensor], rows: bool, path: Path
+) -> None:
+    """The same bits in a file, and from factors at odd addresses; stored matrices are written as they are."""
+    made, offset = [], 1
+    with path.open("w+b") as file:
+        for out, (_, terms) in zip(outs, wanted, strict=True):
+            shape = (out.shape[0], out.shape[1])
+            made.append(CombineOutput(shape, out.dtype, terms, None, file.fileno(), offset, True))
+            offset += out.nbytes
+        made.append(CombineOutput.copy(x[0], file.fileno(), offset, True))
+        assert run([CombineJob([at_odd_address(f) for f in x], made, rows)]) is None
+        file.seek(1)
+        for out in [*outs, x[0]]:
+            assert file.read(out.nbytes) == bytes(out.view(torch.uint8).numpy().tobytes())
+        assert not file.read()
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits(dtype: torch.dtype, rows: bool) -> None:
+    """Results depend on neither threads nor the other results and factors of a job."""
+    n, ranks = 1300, (16, 16, 9)
+    x, wanted = factors_of(n, ranks, dtype, rows), terms_of(ranks, rows, 1.0)
+    found: list[list[Tensor]] = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        outs = [torch.empty((w, n) if rows else (n, w), dtype=dtype) for w, _ in wanted]
+        made = [CombineOutput.into(out, terms) for out, (_, terms) in zip(outs, wanted, strict=True)]
+        run([CombineJob(x, made, rows)] * 3)
+        found.append(outs)
+    torch.set_num_threads(before)
+    alone = []
+    for w, terms in wanted:
+        out = torch.empty((w, n) if rows else (n, w), dtype=dtype)
+        run([CombineJob(x, [CombineOutput.into(out, terms)], rows)])
+        alone.append(out)
+    for one, two, single in zip(*found, alone, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, single)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_survives(dtype: torch.dtype) -> None:
+    """A sum with zeros rounds every finite value to itself, subnormal ones too."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()][: 2**15 // 64 * 64].reshape(-1, 32)
+    zeros = torch.zeros(every.shape[0], 4, dtype=dtype)
+    c = torch.ones(4, 32, dtype=torch.float64)
+    out = torch.empty_like(every)
+    run([CombineJob([every, zeros], [CombineOutput.into(out, [(0, None, 0, 1.0), (1, c, 0, 1.0)])], False)])
+    assert torch.equal(out, every)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_problems_name_the_output(backend: str, tmp_path: Path) -> None:
+    x = gaussian(50, 4, seed=1)
+    bad = x.clone()
+    bad[3, 2] = torch.inf
+    with fl.use_backend(backend), (tmp_path / "f").open("w+b") as file:
+        fd = file.fileno()
+
+        def copy(*stored: Tensor, to: int = fd) -> list[CombineOutput]:
+            return [CombineOutput.copy(s, to, 0, True) for s in stored]
+
+        jobs = [CombineJob([], copy(x), False), CombineJob([], copy(x, bad), False)]
+        assert run(jobs) == WriteProblem(1, 1, None)
+        computed = CombineOutput((50, 4), torch.float16, [(0, None, 0, 1e9)], None, fd, 0, True)
+        assert run([CombineJob([x], [computed], False)]) == WriteProblem(0, 0, None)
+        with (tmp_path / "f").open("rb") as read_only:
+            problem = run([CombineJob([], copy(x, to=read_only.fileno()), False)])
+    assert problem == WriteProblem(0, 0, errno.EBADF)
+
+
+def test_random_results_of_random_sizes() -> None:
+    """Layouts that no method makes: coefficients that leave gaps, results that few factors go into."""
+    rng = generator(5)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=rng))
+
+    for _ in range(40):
+        rows, n = bool(pick(0, 2)), pick(1, 600)
+        ranks = tuple(pick(1, 40) for _ in range(pick(1, 5)))
+        x = factors_of(n, ranks, torch.bfloat16, rows)
+        made, checks = [], []
+        for _ in range(pick(1, 6)):
+            width, terms = pick(1, 60), []
+            for _ in range(pick(0, 4)):
+                i = pick(0, len(ranks))
+                q = pick(1, width + 1)
+                c = gaussian(ranks[i], q, seed=pick(0, 1000), dtype=torch.float64)
+                whole = ranks[i] <= width and pick(0, 2) == 0
+                at = pick(0, width - (ranks[i] if whole else q) + 1)
+                terms.append((i, None if whole else c.mT.contiguous() if rows else c, at, float(pick(-2, 3))))
+            out = torch.empty((width, n) if rows else (n, width), dtype=torch.bfloat16)
+            made.append(CombineOutput.into(out, terms))
+            checks.append((out, width, terms))
+        run([CombineJob(x, made, rows)])
+        for out, width, terms in checks:
+            total, size = exact(x, width, terms, rows)
+            error = ((out.mT if rows else out).double() - total).abs()
+            assert (error <= 2**-8 * 1.001 * total.abs() + 2.0**-21 * size).all()
