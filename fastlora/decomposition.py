@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +150,17 @@ class Decomposition:
         adapters = self.adapters()
         for place in adapters:
             (staging / place).mkdir(parents=True)
-        with bounded(self.memory):
-            write_adapters({staging / place: a for place, a in adapters.items()}, dtype)
+        with ThreadPoolExecutor(1) as other:
+            # The report needs no kernels, so it is made while results are computed and written.
+            report = other.submit(contextvars.copy_context().run, self._report_text, adapters)
+            with bounded(self.memory):
+                write_adapters({staging / place: a for place, a in adapters.items()}, dtype)
+            (staging / "report.json").write_text(report.result())
+
+    def _report_text(self, adapters: Mapping[str, Adapter]) -> str:
         empty = [p for p, a in adapters.items() if not any(u.rank for u in a.updates.values())]
         data = {"mode": self.mode, "empty_adapters": empty, "reports": [r.as_dict() for r in self.reports]}
-        (staging / "report.json").write_text(json.dumps(data, allow_nan=False) + "\n")
+        return json.dumps(data, allow_nan=False) + "\n"
 
     def _pool_mode(self, what: str) -> Components:
         if self._whole is None:

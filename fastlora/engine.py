@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -105,7 +106,7 @@ def _put_gram_blocks(
     for m, factors in enumerate(modules):
         rows = factors[0].side == "A"
         stored = [f.stored for f in factors]
-        if None not in stored:
+        if all(s is not None for s in stored):
             jobs.append(GramJob(cast(list[Tensor], stored), places, rows, out, r, m * size))
         else:
             job, coefficients = _source_gram(factors, rows)
@@ -164,6 +165,7 @@ def materialise(updates: Sequence[Update], dtype: torch.dtype) -> list[tuple[Ten
     return materialise_groups([updates], dtype)[0]
 
 
+@paused_collector()
 def materialise_groups(
     groups: Sequence[Sequence[Update]], dtype: torch.dtype, room: Room | None = None
 ) -> list[list[tuple[Tensor, Tensor]]]:
@@ -300,7 +302,9 @@ def _write_adapters(adapters: Mapping[Path, Adapter], targets: Mapping[Path, tor
     empty = {d: zero_factors(a, targets[d]) for d, a in adapters.items() if not any(u.rank for u in a.updates.values())}
     files: dict[Path, AdapterFile] = {}
     for directory, adapter in adapters.items():
-        outlines = {m: _outline(u) for m, u in adapter.updates.items() if u.rank} or empty[directory]
+        outlines = {m: _outline(u, targets[directory]) for m, u in adapter.updates.items() if u.rank} or empty[
+            directory
+        ]
         files[directory] = AdapterFile(directory, adapter, outlines, targets[directory])
     shares = [list(files.items())[i : i + OPEN_FILES] for i in range(0, len(files), OPEN_FILES)]
     with ThreadPoolExecutor(1) as worker:
@@ -319,10 +323,15 @@ def _write_adapters(adapters: Mapping[Path, Adapter], targets: Mapping[Path, tor
         file.close()
 
 
-def _outline(update: Update) -> tuple[Tensor, Tensor]:
+def _outline(update: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Factors of the right shape without memory."""
     n, m = update.shape
-    return torch.empty(n, update.rank, device="meta"), torch.empty(update.rank, m, device="meta")
+    return _meta(n, update.rank, dtype), _meta(update.rank, m, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _meta(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(rows, columns, dtype=dtype, device="meta")
 
 
 def _module_batches(adapters: Sequence[Adapter]) -> list[list[str]]:

@@ -54,6 +54,8 @@ class Patterns:
 
     def value(self, module: str) -> float | None:
         """The number of the first pattern that matches the whole module path, or the part of it after some dot."""
+        if not self._keys:
+            return None
         index = self._first(module)
         return self._values.get(module if index is None else self._keys[index])
 

@@ -32,6 +32,7 @@ PARTS = {
     "lora_embedding_A": "A",
     "lora_embedding_B": "B",
 }
+ENDS = [(part, "." + part) for part in PARTS]
 TRAINING_STATE = re.compile(r"\.lora_(velora_embed$|monteclora_sampler\.)")
 MARKS = {
     ".lora_magnitude_vector": "DoRA magnitudes, which rescale the rows of the base weight",
@@ -129,7 +130,7 @@ def _sort(
     dropped = 0
     for key, tensor in tensors.items():
         plain = key.removeprefix(PREFIX)
-        part = next((p for p in PARTS if plain.endswith("." + p)), None)
+        part = next((p for p, end in ENDS if plain.endswith(end)), None)
         if part is not None:
             module = modules.setdefault(plain.removesuffix("." + part), _Module())
             module.add(PARTS[part], key, tensor, file)
@@ -206,6 +207,13 @@ def _has_rank(module: _Module, rank: int) -> bool:
 
 
 def _check_factors(path: str, module: _Module, file: Path) -> None:
+    tensors = module.tensors
+    if len(tensors) == 2 and "A" in tensors and "B" in tensors:
+        a, b = tensors["A"], tensors["B"]
+        if a.dim() == b.dim() == 2 and a.dtype in DTYPES and b.dtype in DTYPES:
+            (r, m), (n, columns) = a.shape, b.shape
+            if 0 < r == columns and r <= n + m and n and m:
+                return
     for part, partner in (("A", "B"), ("B", "A"), ("bias", "B")):
         if part in module.tensors and partner not in module.tensors:
             raise InputError(

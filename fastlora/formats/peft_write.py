@@ -69,7 +69,10 @@ class AdapterFile:
         self._shifts = {p.removesuffix(".bias"): e.tensor for p, e in extras.items() if e.kind == "delta"}
         self._values = {p: e.tensor for p, e in extras.items() if e.kind == "value"}
         self._zeros = _zeros_for(self._shifts.keys() - outlines.keys(), adapter, dtype)
-        self._outlines = {m: (b.to("meta"), a.to("meta")) for m, (b, a) in {**outlines, **self._zeros}.items()}
+        every = {**outlines, **self._zeros}.items()
+        self._outlines = {
+            m: (b if b.is_meta else b.to("meta"), a if a.is_meta else a.to("meta")) for m, (b, a) in every
+        }
         self._contents = _Contents()
         _add_factors(self._contents, adapter, self._outlines, dtype)
         _add_shifts(self._contents, self._shifts, adapter, self._outlines, dtype)
@@ -334,7 +337,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, module: str) -> Tensor:
     Raises :class:`OutputError` when a value is beyond the range of ``dtype``.
     """
     if tensor.is_meta:
-        return tensor.to(dtype)
+        return tensor if tensor.dtype == dtype else tensor.to(dtype)
     result = tensor.detach().to("cpu", dtype).contiguous()
     if tensor.dtype != dtype and not bool(torch.isfinite(result).all()):
         largest = float(tensor.abs().max())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.adapter import Adapter, BaseInfo, Factor, Update, add
+from fastlora.collector import paused_collector
 from fastlora.engine import check_diagonal, chunks, gram_blocks, gram_diagonal, sources, widest, with_rank_zero
 from fastlora.memory import is_bounded, release
 from fastlora.methods.arithmetic import common_base
@@ -230,6 +231,7 @@ class Components:
         return {m: r.values for m, r in self.results.items()}
 
     @property
+    @paused_collector()
     def shared(self) -> Adapter:
         """The one adapter that holds what all share, MATH (10); rank 0 in modules that share nothing."""
         updates = {m: with_rank_zero(self._owner(m)) for m in self.pool.modules}
@@ -264,6 +266,7 @@ class Components:
         base = replace(adapter.base, modules_to_save=(), bias="none")
         return self._adapter(f"shared_of({name})", updates, base, [name])
 
+    @paused_collector()
     def unique_of(self, name: str) -> Adapter:
         """Adapter ``name`` without the shared directions, MATH (8); with it stay its biases and replaced modules."""
         adapter = self.pool[name]
