@@ -31,11 +31,15 @@ class GramTiles {
         const int64_t n = task_.rows ? factors_[0].cols : factors_[0].rows, step = int64_t(kTileDepth) * kSteps;
         {
             const TileUnit unit;
-            for (int64_t first = 0; first < n; first += step) {
+            int64_t stretch = 0;
+            for (int64_t first = 0; first < n; first += step, ++stretch) {
                 const int count = int(min_(step, n - first));
                 for (int64_t f = 0; f < task_.factors; ++f) {
                     pack(f, first, count);
-                    for (int64_t t = 0; t < tiles(f); ++t) add_products(f, t, (count + kTileDepth - 1) / kTileDepth);
+                    for (int64_t t = 0; t < tiles(f); ++t)
+                        add_products(f, t,
+                                     {(count + kTileDepth - 1) / kTileDepth, stretch % kInSum == 0,
+                                      stretch % kInSum == kInSum - 1 || first + step >= n});
                 }
             }
         }
@@ -48,10 +52,18 @@ class GramTiles {
     struct Product {
         int64_t block, row, column;
         const Tile* right;  // [kSteps]
+        float* part;        // the float32 sum
         double* sums;
     };
 
-    static constexpr int kSteps = 8;  // tile depths of a stretch
+    // A stretch: how many tile depths it has, and whether it is the first or last one of a float32 sum.
+    struct Stretch {
+        int steps;
+        bool starts, ends;
+    };
+
+    static constexpr int kSteps = 2;  // tile depths of a stretch
+    static constexpr int kInSum = 4;  // stretches of a float32 sum
     static constexpr int kMost = 6;   // products at a time; two of eight registers are for the factors
     static constexpr int64_t kSums = kTileSide * kTileSide;
 
@@ -87,6 +99,7 @@ class GramTiles {
         first_product_ = arena.take<int64_t>(total + 2);
         products_ = arena.take<Product>(n_products_);
         sums_ = arena.take<double>(n_products_ * kSums);
+        parts_ = arena.take<float>(n_products_ * kSums);
         left_ = arena.take<Tile>(widest * kSteps);
         // Every factor may need a slot of its own; how many there are is known when there is memory to count them in.
         slots_ = arena.take<Tile>(task_.factors * widest * kSteps);
@@ -122,7 +135,7 @@ class GramTiles {
         for (int64_t t = 2; t < total + 2; ++t) first_product_[t] += first_product_[t - 1];
         each_piece([&](int64_t b, int64_t f, int64_t g, int64_t row, int64_t column) {
             const int64_t p = first_product_[first_tile_[f] + row + 1]++;
-            products_[p] = {b, row, column, kept_[g] + column * kSteps, sums_ + p * kSums};
+            products_[p] = {b, row, column, kept_[g] + column * kSteps, parts_ + p * kSums, sums_ + p * kSums};
         });
     }
 
@@ -149,52 +162,56 @@ class GramTiles {
         }
     }
 
-    void add_products(int64_t f, int64_t tile, int steps) {
+    void add_products(int64_t f, int64_t tile, Stretch stretch) {
         const int64_t at = first_tile_[f] + tile, end = first_product_[at + 1];
         const Tile* left = left_ + tile * kSteps;
         for (int64_t p = first_product_[at]; p < end; p += kMost) {
             const Product* first = products_ + p;
             switch (min_<int64_t>(kMost, end - p)) {
                 case 1:
-                    sum_products<1>(left, first, steps);
+                    sum_products<1>(left, first, stretch);
                     break;
                 case 2:
-                    sum_products<2>(left, first, steps);
+                    sum_products<2>(left, first, stretch);
                     break;
                 case 3:
-                    sum_products<3>(left, first, steps);
+                    sum_products<3>(left, first, stretch);
                     break;
                 case 4:
-                    sum_products<4>(left, first, steps);
+                    sum_products<4>(left, first, stretch);
                     break;
                 case 5:
-                    sum_products<5>(left, first, steps);
+                    sum_products<5>(left, first, stretch);
                     break;
                 default:
-                    sum_products<6>(left, first, steps);
+                    sum_products<6>(left, first, stretch);
             }
         }
     }
 
     // The sums of `kCount` products stay in tile registers 0 to kCount - 1.
     template <int kCount>
-    __attribute__((noinline)) void sum_products(const Tile* left, const Product* p, int steps) {
-        for_each<kCount>([](auto i) { tile_zero<i>(); });
-        for (int s = 0; s < steps; ++s) {
+    __attribute__((noinline)) void sum_products(const Tile* left, const Product* p, Stretch stretch) {
+        for_each<kCount>([&](auto i) {
+            if (stretch.starts)
+                tile_zero<i>();
+            else
+                tile_load<i>(p[i].part, 64);
+        });
+        for (int s = 0; s < stretch.steps; ++s) {
             tile_load<6>(left + s, 64);
             for_each<kCount>([&](auto i) {
                 tile_load<7>(p[i].right + s, 64);
                 tile_product<i, 6, 7>();
             });
         }
-        for_each<kCount>([&](auto i) {
-            alignas(64) float part[kSums];
-            tile_store<i>(part, 64);
+        for_each<kCount>([&](auto i) { tile_store<i>(p[i].part, 64); });
+        if (!stretch.ends) return;
+        for (int i = 0; i < kCount; ++i)
             for (int j = 0; j < kSums; j += 8) {
-                const __m512d wide = _mm512_maskz_cvtps_pd(0xff, _mm256_load_ps(part + j));
+                const __m512d wide = _mm512_maskz_cvtps_pd(0xff, _mm256_load_ps(p[i].part + j));
                 _mm512_store_pd(p[i].sums + j, _mm512_add_pd(_mm512_load_pd(p[i].sums + j), wide));
             }
-        });
     }
 
     // The sums are those of the later factor's columns (rows) by the earlier one's.
@@ -218,6 +235,7 @@ class GramTiles {
     int64_t* first_tile_ = nullptr;     // [factors + 1]
     int64_t* first_product_ = nullptr;  // [tiles + 1]
     Product* products_ = nullptr;
+    float* parts_ = nullptr;  // [products, 16, 16]
     double* sums_ = nullptr;  // [products, 16, 16]
     int64_t n_products_ = 0;
     Tile* left_ = nullptr;   // tiles A of the factor at work, [tile, kSteps]
