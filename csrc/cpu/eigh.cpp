@@ -6,6 +6,7 @@
 // (tridiagonal.h), diagonalise by implicit QL (ql.h), rank, and unpack. A matrix with a NaN or an infinity
 // becomes zero in its lane and NaN in the output.
 // Floor: (8/3 + 10) n^3 flops per matrix; n <= 32 is bound by the latency of the rotation recurrence.
+#include "eigh_large.h"
 #include "interleave.h"
 #include "ql.h"
 #include "solvers.h"
@@ -13,6 +14,9 @@
 
 namespace fastlora::FASTLORA_ISA {
 namespace {
+
+// From here one matrix fills the lanes better than many that no longer fit the cache together.
+static const int kLargeFrom = getenv("LARGE") ? atoi(getenv("LARGE")) : 96;
 
 template <class T>
 struct EighWork {
@@ -81,33 +85,45 @@ void solve_group(const T* a, T* values, T* vectors, int32_t* info, int count, in
     }
 }
 
+// Runs solve(item, work) for every item, on up to `threads` threads with a Work each.
+template <class Work, class Solve>
+int for_each(int64_t items, int n, int threads, Solve solve) {
+    threads = int(min_<int64_t>(threads, items));
+    int status = kDone;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Workspace memory;
+        Work work;
+        const bool ready = memory.reserve(work.carve(nullptr, n));
+        if (ready) work.carve(memory.data(), n);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < items; ++i) {
+            if (ready) {
+                solve(i, work);
+            } else {
+#pragma omp atomic write
+                status = kOutOfMemory;
+            }
+        }
+    }
+    return status;
+}
+
 }  // namespace
 
 template <class T>
 int eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch, int n, int threads) {
     if (batch == 0 || n == 0) return kDone;
+    if (n >= kLargeFrom)
+        return for_each<LargeEighWork<T>>(batch, n, threads, [=](int64_t i, LargeEighWork<T>& work) {
+            info[i] = eigh_large<T>(a + i * n * n, values + i * n, vectors + i * n * n, n, work);
+        });
     const int64_t groups = (batch + kLanes<T> - 1) / kLanes<T>;
-    threads = int(min_<int64_t>(threads, groups));
-    int status = kDone;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        Workspace memory;
-        EighWork<T> work;
-        const bool ready = memory.reserve(work.carve(nullptr, n));
-        if (ready) work.carve(memory.data(), n);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t g = 0; g < groups; ++g) {
-            if (!ready) {
-#pragma omp atomic write
-                status = kOutOfMemory;
-                continue;
-            }
-            const int64_t at = g * kLanes<T>;
-            const int count = int(min_<int64_t>(kLanes<T>, batch - at));
-            solve_group<T>(a + at * n * n, values + at * n, vectors + at * n * n, info + at, count, n, work);
-        }
-    }
-    return status;
+    return for_each<EighWork<T>>(groups, n, threads, [=](int64_t g, EighWork<T>& work) {
+        const int64_t at = g * kLanes<T>;
+        const int count = int(min_<int64_t>(kLanes<T>, batch - at));
+        solve_group<T>(a + at * n * n, values + at * n, vectors + at * n * n, info + at, count, n, work);
+    });
 }
 
 template int eigh(const float*, float*, float*, int32_t*, int64_t, int, int);

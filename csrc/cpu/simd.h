@@ -126,6 +126,23 @@ inline Vec<float> inverse_sqrt(Vec<float> x) {
 }
 inline Vec<double> inverse_sqrt(Vec<double> x) { return splat<double>(1) / sqrt(x); }
 
+// 1 / x to within two units in the last place, for finite normal x with a normal reciprocal.
+template <class T>
+inline Vec<T> reciprocal(Vec<T> x) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+        const Vec<T> y = (Vec<T>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+        return y + y * (T(1) - x * y);
+    } else {
+        Vec<T> y = (Vec<T>)_mm512_maskz_rcp14_pd(0xff, (__m512d)x);
+        y += y * (T(1) - x * y);
+        return y + y * (T(1) - x * y);
+    }
+#else
+    return splat<T>(1) / x;
+#endif
+}
+
 template <class T>
 inline Vec<T> abs(Vec<T> x) {
     using I = typename IntegerOf<T>::type;
@@ -135,6 +152,21 @@ inline Vec<T> abs(Vec<T> x) {
 template <class T>
 inline Vec<T> max(Vec<T> a, Vec<T> b) {
     return a > b ? a : b;
+}
+
+// 0, 1, 2, ...
+template <class T>
+inline Mask<T> lane_numbers() {
+    Mask<T> m;
+    for (int b = 0; b < kLanes<T>; ++b) m[b] = b;
+    return m;
+}
+
+template <class T>
+inline T sum_lanes(Vec<T> x) {
+    T total = x[0];
+    for (int b = 1; b < kLanes<T>; ++b) total += x[b];
+    return total;
 }
 
 template <class M>
