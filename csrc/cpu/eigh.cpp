@@ -16,7 +16,9 @@ namespace fastlora::FASTLORA_ISA {
 namespace {
 
 // From here one matrix fills the lanes better than many that no longer fit the cache together.
-static const int kLargeFrom = getenv("LARGE") ? atoi(getenv("LARGE")) : 96;
+static const int kLargeEnv = getenv("LARGE") ? atoi(getenv("LARGE")) : 0;
+template <class T>
+constexpr int kLargeFrom = sizeof(T) == 4 ? 80 : 64;
 
 template <class T>
 struct EighWork {
@@ -114,7 +116,7 @@ int for_each(int64_t items, int n, int threads, Solve solve) {
 template <class T>
 int eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch, int n, int threads) {
     if (batch == 0 || n == 0) return kDone;
-    if (n >= kLargeFrom)
+    if (n >= (kLargeEnv ? kLargeEnv : kLargeFrom<T>))
         return for_each<LargeEighWork<T>>(batch, n, threads, [=](int64_t i, LargeEighWork<T>& work) {
             info[i] = eigh_large<T>(a + i * n * n, values + i * n, vectors + i * n * n, n, work);
         });

@@ -11,7 +11,7 @@
 
 namespace fastlora::FASTLORA_ISA {
 
-constexpr int kReflectorBlock = 32;
+constexpr int kReflectorBlock = 16;
 
 // Rows hold whole vectors and one more: products write up to a vector past a row's end, and row starts do not
 // fall on the same cache sets.

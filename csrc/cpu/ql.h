@@ -185,7 +185,7 @@ inline void sweep_blocks(Vec<T>* d, Vec<T>* e, const Blocks<T>& blocks, int low,
         d[i + 1] = on ? shifted + p : d[i + 1];
         g = on ? c * r - b : g;
         sweep[i].sine = on ? s : zero;
-        sweep[i].shear = on ? s / (one + c) : zero;
+        sweep[i].shear = on ? s * reciprocal<T>(one + c) : zero;
         const Mask<T> finishes = on & (Mask<T>)(blocks.first == i);
         d[i] = finishes ? d[i] - p : d[i];
         e[i] = finishes ? g : e[i];

@@ -10,6 +10,8 @@
 namespace fastlora::FASTLORA_ISA {
 
 constexpr int kMaxRootSteps = 100;
+template <class T>
+constexpr T kSmallStep = sizeof(T) == 4 ? T(0x1p-14) : T(0x1p-29);
 
 template <class T>
 struct SecularProblem {
@@ -98,7 +100,7 @@ bool find_roots(const SecularProblem<T>& p, int first) {
                                      rest * to_left * to_right + left_weight * to_right + right_weight * to_left, low,
                                      high);
     Mask<T> done{};
-    for (int step = 0; step < kMaxRootSteps; ++step) {
+    for (int step = 0; step < kMaxRootSteps && any_mask(~done); ++step) {
         s = secular_sums<T>(p, origin, shift, first, index);
         f = p.inverse_rho + s.psi + s.phi;
         const Vec<T> slope = s.psi_slope + s.phi_slope;
@@ -112,6 +114,8 @@ bool find_roots(const SecularProblem<T>& p, int first) {
         const Vec<T> next = quadratic_root<T>(f - a * s.psi_slope - b * s.phi_slope, (a + b) * f - product * slope,
                                               product * f, low - shift, high - shift);
         shift = done ? shift : shift + next;
+        // The steps converge quadratically on the scale of the nearest pole, so the error left is below a rounding.
+        done |= (Mask<T>)(abs<T>(next) <= abs<T>(shift) * kSmallStep<T>);
     }
     store(p.roots + first, origin + shift);
     for (int j = 0; j < p.count; ++j) store(p.vectors + p.position[j] * p.ld + first, (p.poles[j] - origin) - shift);

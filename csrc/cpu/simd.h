@@ -124,7 +124,15 @@ inline Vec<float> inverse_sqrt(Vec<float> x) {
     return splat<float>(1) / sqrt(x);
 #endif
 }
-inline Vec<double> inverse_sqrt(Vec<double> x) { return splat<double>(1) / sqrt(x); }
+// In AVX-512, 14 bits and the first four terms of (1 - e)^(-1/2), e = 1 - x y^2.
+inline Vec<double> inverse_sqrt(Vec<double> x) {
+#if defined(__AVX512F__)
+    const Vec<double> y = (Vec<double>)_mm512_maskz_rsqrt14_pd(0xff, (__m512d)x), e = 1.0 - x * (y * y);
+    return y + (y * e) * (0.5 + e * (0.375 + 0.3125 * e));
+#else
+    return splat<double>(1) / sqrt(x);
+#endif
+}
 
 // 1 / x to within two units in the last place, for finite normal x with a normal reciprocal.
 template <class T>
