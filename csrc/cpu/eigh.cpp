@@ -32,8 +32,7 @@ struct EighWork {
     Vec<T>* sign;     // [n]
     SweepQueue<T> queue;
 
-    size_t carve(char* base, int n) {
-        Arena arena(base);
+    void carve(Arena& arena, int n) {
         ld = size_t(n) | 1;
         a = arena.take<Vec<T>>(n * ld);
         q = arena.take<Vec<T>>(n * ld);
@@ -45,7 +44,6 @@ struct EighWork {
         queue.capacity = sweep_capacity(n, kVectorBytes);
         queue.stride = n;
         queue.rotations = arena.take<Rotation<T>>(size_t(queue.capacity) * n);
-        return arena.used();
     }
 };
 
@@ -96,8 +94,11 @@ int for_each(int64_t items, int n, int threads, Solve solve) {
     {
         Workspace memory;
         Work work;
-        const bool ready = memory.reserve(work.carve(nullptr, n));
-        if (ready) work.carve(memory.data(), n);
+        Arena needed(nullptr);
+        work.carve(needed, n);
+        const bool ready = memory.reserve(needed.used());
+        Arena arena(memory.data());
+        work.carve(arena, n);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < items; ++i) {
             if (ready) {
@@ -118,7 +119,7 @@ int eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch, int n,
     if (batch == 0 || n == 0) return kDone;
     if (n >= (kLargeEnv ? kLargeEnv : kLargeFrom<T>))
         return for_each<LargeEighWork<T>>(batch, n, threads, [=](int64_t i, LargeEighWork<T>& work) {
-            info[i] = eigh_large<T>(a + i * n * n, values + i * n, vectors + i * n * n, n, work);
+            info[i] = eigh_large<T>(a + i * n * n, n, values + i * n, vectors + i * n * n, n, work);
         });
     const int64_t groups = (batch + kLanes<T> - 1) / kLanes<T>;
     return for_each<EighWork<T>>(groups, n, threads, [=](int64_t g, EighWork<T>& work) {

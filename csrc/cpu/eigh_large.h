@@ -13,25 +13,23 @@ struct LargeEighWork {
     HouseholderWork<T> reduction;
     DivideWork<T> division;
 
-    size_t carve(char* base, int n) {
-        Arena arena(base);
+    void carve(Arena& arena, int n) {
         ld = padded_row<T>(n);
         reduction.carve(arena, n, ld);
         division.carve(arena, n, ld);
-        return arena.used();
     }
 };
 
 // Copies the lower triangle of a to `to` [n, ld], the rest zero. Returns the largest magnitude, or NaN when there is
 // a NaN or an infinity.
 template <class T>
-T copy_lower(const T* a, int n, T* to, size_t ld) {
+T copy_lower(const T* a, size_t a_ld, int n, T* to, size_t ld) {
     constexpr int lanes = kLanes<T>;
     Vec<T> largest{}, defects{};
     for (int i = 0; i < n; ++i) {
         T* row = to + i * ld;
         for (int j = 0; j < int(ld); j += lanes) {
-            const Vec<T> x = j <= i ? load_first(a + size_t(i) * n + j, min_(lanes, i + 1 - j)) : Vec<T>{};
+            const Vec<T> x = j <= i ? load_first(a + i * a_ld + j, min_(lanes, i + 1 - j)) : Vec<T>{};
             largest = max<T>(abs<T>(x), largest);
             defects += x - x;
             store(row + j, x);
@@ -68,11 +66,12 @@ inline bool largest_is_negative(const T* row, int n) {
     return false;
 }
 
+// a [n, a_ld], the rest as in eigh.cpp. Returns an Info.
 template <class T>
-int32_t eigh_large(const T* a, T* values, T* vectors, int n, LargeEighWork<T>& w) {
+int32_t eigh_large(const T* a, size_t a_ld, T* values, T* vectors, int n, LargeEighWork<T>& w) {
     constexpr int lanes = kLanes<T>;
     HouseholderWork<T>& h = w.reduction;
-    const T largest = copy_lower(a, n, h.a, w.ld);
+    const T largest = copy_lower(a, a_ld, n, h.a, w.ld);
     if (!finite_(largest)) {
         fill_nan(values, n);
         fill_nan(vectors, size_t(n) * n);
