@@ -2,7 +2,7 @@
 //   a [batch, n, n] row-major, lower triangle read     values [batch, n] ascending
 //   vectors [batch, n, n]: row j is eigenvector j; its entry of largest magnitude (the first of equals) is
 //   positive, so the result is a function of the matrix alone
-// kLanes matrices at a time, one per lane: scale by a power of two, reduce to tridiagonal form
+// Large matrices are solved one at a time (eigh_large.h), small ones kLanes at a time, one per lane: scale by a power of two, reduce to tridiagonal form
 // (tridiagonal.h), diagonalise by implicit QL (ql.h), rank, and unpack. A matrix with a NaN or an infinity
 // becomes zero in its lane and NaN in the output.
 // Floor: (8/3 + 10) n^3 flops per matrix; n <= 32 is bound by the latency of the rotation recurrence.
@@ -16,7 +16,6 @@ namespace fastlora::FASTLORA_ISA {
 namespace {
 
 // From here one matrix fills the lanes better than many that no longer fit the cache together.
-static const int kLargeEnv = getenv("LARGE") ? atoi(getenv("LARGE")) : 0;
 template <class T>
 constexpr int kLargeFrom = sizeof(T) == 4 ? 80 : 64;
 
@@ -117,7 +116,7 @@ int for_each(int64_t items, int n, int threads, Solve solve) {
 template <class T>
 int eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch, int n, int threads) {
     if (batch == 0 || n == 0) return kDone;
-    if (n >= (kLargeEnv ? kLargeEnv : kLargeFrom<T>))
+    if (n >= kLargeFrom<T>)
         return for_each<LargeEighWork<T>>(batch, n, threads, [=](int64_t i, LargeEighWork<T>& work) {
             info[i] = eigh_large<T>(a + i * n * n, n, values + i * n, vectors + i * n * n, n, work);
         });

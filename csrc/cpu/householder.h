@@ -22,14 +22,14 @@ inline size_t padded_row(int n) {
 
 template <class T>
 struct HouseholderWork {
-    T *a;                          // [n, ld]
+    T *a;                          // [n rounded up to 4, ld]: four rows are updated at a time
     T *diagonal, *off, *tau;       // [ld]
     T *u, *v, *w, *y;              // [ld]: zero behind the rows in use
     T *block, *gram, *factor;      // [n + lanes, kReflectorBlock], [kReflectorBlock, kReflectorBlock] twice
     T *projected, *reflected;      // [n, kReflectorBlock]
 
     void carve(Arena& arena, int n, size_t ld) {
-        a = arena.take<T>(n * ld);
+        a = arena.take<T>((n + 3) / 4 * 4 * ld);
         diagonal = arena.take<T>(ld);
         off = arena.take<T>(ld);
         tau = arena.take<T>(ld);
@@ -157,6 +157,7 @@ inline void make_reflector(T* u, int m, T* beta, T* tau) {
 template <class T>
 void tridiagonalise(int n, size_t ld, HouseholderWork<T>& h) {
     constexpr int lanes = kLanes<T>;
+    for (size_t i = n * ld; i < (n + 3) / 4 * 4 * ld; ++i) h.a[i] = 0;
     for (size_t i = 0; i < ld; ++i) h.u[i] = h.v[i] = h.w[i] = h.y[i] = h.off[i] = h.tau[i] = 0;
     bool pending = false;
     for (int m = n - 1; m >= 0; --m) {

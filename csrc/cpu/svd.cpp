@@ -4,11 +4,12 @@
 //   vt [batch, m, q]: row j is right vector j; its entry of largest magnitude (first of equals) is positive
 // kLanes matrices at a time, one per lane: one-sided Jacobi rotates the columns of A (of A' when p < q) until
 // they are orthogonal to working precision; their norms are s, their directions the vectors of the long side,
-// and the accumulated rotations those of the short side. Small singular values of graded columns keep their
-// relative accuracy. Columns that are zero, or too small for their squares, get directions from Gram-Schmidt.
+// and the accumulated rotations those of the short side. Large matrices start from an eigendecomposition
+// (precondition.h). Small singular values of graded columns keep their relative accuracy. Columns that are zero, or too small for their squares, get directions from Gram-Schmidt.
 // A matrix with a NaN or an infinity becomes zero in its lane and NaN in the output.
 // Algorithm: Hestenes / LAPACK gesvj, row-cyclic, keeping the larger column first.
-// Floor: per sweep m^2/2 pairs of 8 p' + 6 m flops, p' = max(p, q); 5 to 8 sweeps. Bound by L2 from m = 64.
+// Floor: per sweep m^2/2 pairs of 8 p' + 6 m flops, p' = max(p, q); 5 to 8 sweeps, or with a start 1 to 3 and
+// its own floor. Bound by L2 from m = 64.
 #include "interleave.h"
 #include "precondition.h"
 #include "solvers.h"
@@ -19,7 +20,8 @@ namespace {
 constexpr int kMaxJacobiSweeps = 40;
 
 // From this short side a start from A'A is faster than the sweeps it saves.
-static const int kPreconditionFrom = getenv("PRE") ? atoi(getenv("PRE")) : 48;
+template <class T>
+constexpr int kPreconditionFrom = sizeof(T) == 4 ? 48 : 32;
 
 // Entries are scaled to below 2^e so that products of two squared norms neither overflow (squares of singular
 // values stay below 2^62 in float32) nor, for columns of squared norm above kSmallSquare, underflow. kBoost
@@ -62,7 +64,7 @@ struct SvdWork {
         weak = arena.take<Mask<T>>(columns);
         rank = arena.take<Mask<T>>(columns);
         coverage = arena.take<T>(rows);
-        preconditioned = columns >= kPreconditionFrom;
+        preconditioned = columns >= kPreconditionFrom<T>;
         if (preconditioned) start.carve(arena, rows, columns);
     }
 };
