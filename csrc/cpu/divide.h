@@ -15,14 +15,14 @@ constexpr int kLeaf = 16;
 
 template <class T>
 struct DivideWork {
-    T* vectors;                 // [n, ld]: row i is a vector, of the block its row belongs to
-    T *top, *bottom;            // [n, ld]: the halves of the vectors to be combined
-    T* weights;                 // [n, ld]: of each old vector (row) in each new one
-    T *poles, *squares, *z, *roots, *refit;  // [ld]
-    int* order;                 // [n]: the rows of a block by ascending value
-    int *merged, *kept, *dropped, *position;  // [n]
-    unsigned char* halves;      // [n]: kTop | kBottom, where the vector is not zero
-    Vec<T> *leaf_diagonal, *leaf_off, *leaf_vectors;  // [kLeaf], [kLeaf], [kLeaf, kLeaf + 1]
+    T* vectors;                                      // [n, ld]: row i is a vector, of the block its row belongs to
+    T *top, *bottom;                                 // [n, ld]: the halves of the vectors to be combined
+    T* weights;                                      // [n, ld]: of each old vector (row) in each new one
+    T *poles, *squares, *z, *roots, *refit;          // [ld]
+    int* order;                                      // [n]: the rows of a block by ascending value
+    int *merged, *kept, *dropped, *position;         // [n]
+    unsigned char* halves;                           // [n]: kTop | kBottom, where the vector is not zero
+    Vec<T>*leaf_diagonal, *leaf_off, *leaf_vectors;  // [kLeaf], [kLeaf], [kLeaf, kLeaf + 1]
     SweepQueue<T> queue;
 
     void carve(Arena& arena, int n, size_t ld) {
@@ -168,7 +168,8 @@ bool merge_blocks(T* d, T coupling, int lo, int mid, int hi, size_t ld, DivideWo
 
     // New row order of the old vectors: top only, both halves, bottom only.
     int in_top = 0, in_both = 0;
-    for (int j = 0; j < count; ++j) in_top += w.halves[w.kept[j]] == kTop, in_both += w.halves[w.kept[j]] == (kTop | kBottom);
+    for (int j = 0; j < count; ++j)
+        in_top += w.halves[w.kept[j]] == kTop, in_both += w.halves[w.kept[j]] == (kTop | kBottom);
     int next[4] = {0, 0, in_top + in_both, in_top};
     T norm = 0;
     for (int j = 0; j < count; ++j) {

@@ -2,10 +2,10 @@
 //   a [batch, n, n] row-major, lower triangle read     values [batch, n] ascending
 //   vectors [batch, n, n]: row j is eigenvector j; its entry of largest magnitude (the first of equals) is
 //   positive, so the result is a function of the matrix alone
-// Large matrices are solved one at a time (eigh_large.h), small ones kLanes at a time, one per lane: scale by a power of two, reduce to tridiagonal form
-// (tridiagonal.h), diagonalise by implicit QL (ql.h), rank, and unpack. A matrix with a NaN or an infinity
-// becomes zero in its lane and NaN in the output.
-// Floor: (8/3 + 10) n^3 flops per matrix; n <= 32 is bound by the latency of the rotation recurrence.
+// Large matrices are solved one at a time (eigh_large.h), small ones kLanes at a time, one per lane: scale by a power
+// of two, reduce to tridiagonal form (tridiagonal.h), diagonalise by implicit QL (ql.h), rank, and unpack. A matrix
+// with a NaN or an infinity becomes zero in its lane and NaN in the output. Floor: (8/3 + 10) n^3 flops per matrix; n
+// <= 32 is bound by the latency of the rotation recurrence.
 #include "eigh_large.h"
 #include "interleave.h"
 #include "ql.h"
@@ -17,7 +17,7 @@ namespace {
 
 // From here one matrix fills the lanes better than many that no longer fit the cache together.
 template <class T>
-constexpr int kLargeFrom = sizeof(T) == 4 ? 80 : 64;
+constexpr int kLargeFrom = sizeof(T) == 4 ? 96 : 64;
 
 template <class T>
 struct EighWork {
@@ -68,8 +68,8 @@ void solve_group(const T* a, T* values, T* vectors, int32_t* info, int count, in
     for (int c = 0; c < n; ++c)
         for (int i = c; i < n; ++i) w.a[c * w.ld + i] = scaled<T>(w.a[c * w.ld + i], scale, group.non_finite);
 
-    tridiagonalise<T>(w.a, w.ld, n, w.tri, w.work);
-    form_q<T>(w.a, w.ld, w.tri.tau, n, w.q);
+    const bool reflects = tridiagonalise<T>(w.a, w.ld, n, w.tri, w.work);
+    form_q<T>(w.a, w.ld, w.tri.tau, n, reflects, w.q);
     const Mask<T> failed = diagonalise<T>(w.tri.diagonal, w.tri.off, n, w.q, w.ld, n, w.queue);
 
     rank_ascending<T>(w.tri.diagonal, w.rank, n);

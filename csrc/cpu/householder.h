@@ -22,11 +22,11 @@ inline size_t padded_row(int n) {
 
 template <class T>
 struct HouseholderWork {
-    T *a;                          // [n rounded up to 4, ld]: four rows are updated at a time
-    T *diagonal, *off, *tau;       // [ld]
-    T *u, *v, *w, *y;              // [ld]: zero behind the rows in use
-    T *block, *gram, *factor;      // [n + lanes, kReflectorBlock], [kReflectorBlock, kReflectorBlock] twice
-    T *projected, *reflected;      // [n, kReflectorBlock]
+    T* a;                      // [n rounded up to 4, ld]: four rows are updated at a time
+    T *diagonal, *off, *tau;   // [ld]
+    T *u, *v, *w, *y;          // [ld]: zero behind the rows in use
+    T *block, *gram, *factor;  // [n + lanes, kReflectorBlock], [kReflectorBlock, kReflectorBlock] twice
+    T *projected, *reflected;  // [n, kReflectorBlock]
 
     void carve(Arena& arena, int n, size_t ld) {
         a = arena.take<T>((n + 3) / 4 * 4 * ld);
@@ -37,7 +37,7 @@ struct HouseholderWork {
         v = arena.take<T>(ld);
         w = arena.take<T>(ld);
         y = arena.take<T>(ld);
-        block = arena.take<T>((n + kLanes<T>) * kReflectorBlock);
+        block = arena.take<T>((n + kLanes<T>)*kReflectorBlock);
         gram = arena.take<T>(kReflectorBlock * kReflectorBlock);
         factor = arena.take<T>(kReflectorBlock * kReflectorBlock);
         projected = arena.take<T>(n * kReflectorBlock);
@@ -164,8 +164,7 @@ void tridiagonalise(int n, size_t ld, HouseholderWork<T>& h) {
         T* row = h.a + m * ld;
         const Vec<T> vm = splat(h.v[m]), wm = splat(h.w[m]);
         if (pending)
-            for (int i = 0; i <= m; i += lanes)
-                store(row + i, load(row + i) - load(h.v + i) * wm - load(h.w + i) * vm);
+            for (int i = 0; i <= m; i += lanes) store(row + i, load(row + i) - load(h.v + i) * wm - load(h.w + i) * vm);
         h.v[m] = h.w[m] = 0;
         h.diagonal[m] = row[m];
         for (size_t i = m; i < ld; ++i) row[i] = 0;

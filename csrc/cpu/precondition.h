@@ -8,12 +8,12 @@
 namespace fastlora::FASTLORA_ISA {
 
 struct PreconditionWork {
-    int rows, columns;        // long and short side
+    int rows, columns;         // long and short side
     size_t row_ld, column_ld;  // of rows that hold one entry per row, and per column
-    double* by_rows;          // [rows, column_ld]: A, the long side first
-    double* by_columns;       // [columns, row_ld]
-    double* gram;             // [columns, column_ld]
-    double* product;          // [columns, row_ld]
+    double* by_rows;           // [rows, column_ld]: A, the long side first
+    double* by_columns;        // [columns, row_ld]
+    double* gram;              // [columns, column_ld]
+    double* product;           // [columns, row_ld]
     double *values, *vectors;  // [columns], [columns, columns]
     LargeEighWork<double> eigh;
 
@@ -40,7 +40,8 @@ inline void transpose_matrix(const double* from, size_t from_ld, int rows, int c
         for (int j = 0; j < columns; j += lanes) {
             Vec<double> x[lanes];
             for (int b = 0; b < lanes; ++b)
-                x[b] = i + b < rows ? load_first(from + (i + b) * from_ld + j, min_(lanes, columns - j)) : Vec<double>{};
+                x[b] =
+                    i + b < rows ? load_first(from + (i + b) * from_ld + j, min_(lanes, columns - j)) : Vec<double>{};
             transpose<double>(x);
             for (int b = 0; b < min_(lanes, columns - j); ++b) store(to + (j + b) * to_ld + i, x[b]);
         }

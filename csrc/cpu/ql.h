@@ -173,14 +173,15 @@ inline void sweep_blocks(Vec<T>* d, Vec<T>* e, const Blocks<T>& blocks, int low,
         p = starts ? zero : p;
         const Vec<T> f = s * e[i], b = c * e[i];
         const Vec<T> square = f * f + g * g;
-        const Mask<T> turns = (Mask<T>)(square > kTiny<T>)&on;
-        const Vec<T> inverse = inverse_sqrt(turns ? square : one);
-        const Vec<T> signed_inverse = g < zero ? -inverse : inverse;  // keeps the cosine >= 0
-        s = turns ? f * signed_inverse : (on ? zero : s);
-        c = turns ? g * signed_inverse : (on ? one : c);
-        e[i + 1] = on & ~starts ? (turns ? square * signed_inverse : zero) : e[i + 1];
+        const Mask<T> turns = (Mask<T>)(square > kTiny<T>)&on;  // the other lanes may hold anything
+        const InverseSqrt<T> inverse = inverse_sqrt_parts(square);
+        const Vec<T> signed_inverse = negate_where_negative<T>(inverse.y, g);  // keeps the cosine >= 0
+        const Vec<T> sine = f * signed_inverse, cosine = g * signed_inverse, length = square * signed_inverse;
+        s = turns ? sine + sine * inverse.t : (on ? zero : s);
+        c = turns ? cosine + cosine * inverse.t : (on ? one : c);
+        e[i + 1] = on & ~starts ? (turns ? length + length * inverse.t : zero) : e[i + 1];
         const Vec<T> shifted = d[i + 1] - p;
-        const Vec<T> r = (d[i] - shifted) * s + c * b * T(2);
+        const Vec<T> r = (d[i] - shifted) * s + c * (b * T(2));
         p = on ? s * r : p;
         d[i + 1] = on ? shifted + p : d[i + 1];
         g = on ? c * r - b : g;

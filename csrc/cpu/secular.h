@@ -96,9 +96,9 @@ bool find_roots(const SecularProblem<T>& p, int first) {
 
     // First guess: all but the two nearest poles as at the middle.
     const Vec<T> rest = f + (left_weight - right_weight) / half;
-    Vec<T> shift = quadratic_root<T>(rest, rest * (to_left + to_right) + left_weight + right_weight,
-                                     rest * to_left * to_right + left_weight * to_right + right_weight * to_left, low,
-                                     high);
+    Vec<T> shift =
+        quadratic_root<T>(rest, rest * (to_left + to_right) + left_weight + right_weight,
+                          rest * to_left * to_right + left_weight * to_right + right_weight * to_left, low, high);
     Mask<T> done{};
     for (int step = 0; step < kMaxRootSteps && any_mask(~done); ++step) {
         s = secular_sums<T>(p, origin, shift, first, index);
