@@ -1,5 +1,6 @@
 // Eigensystem of one symmetric tridiagonal matrix by divide and conquer.
-// The matrix is torn into leaves of kLeaf rows, which implicit QL solves one per lane (ql.h). Two solved
+// The matrix is torn into leaves of kLeaf rows, which implicit QL solves one per lane (ql.h), those of several
+// matrices at once where one does not fill the lanes. Two solved
 // neighbours T1, T2 with coupling b are diag(T1, T2) + |b| u u', so in the basis of their vectors
 // D + rho z z' (secular.h). Entries of z that are negligible, and pairs of equal d, deflate: their vectors stay
 // as they are. The others are combined by two matrix products, since each old vector lives in one half.
@@ -13,20 +14,27 @@ namespace fastlora::FASTLORA_ISA {
 
 constexpr int kLeaf = 16;
 
+// One matrix, and its eigensystem once solved.
+template <class T>
+struct Spectrum {
+    T* values;     // [n]: the diagonal, then the eigenvalues
+    const T* off;  // [n - 1]
+    T* vectors;    // [n, ld]: row i is a vector, of the block its row belongs to
+    int* order;    // [n]: the rows of a block by ascending value
+    bool converged;
+};
+
 template <class T>
 struct DivideWork {
-    T* vectors;                                      // [n, ld]: row i is a vector, of the block its row belongs to
     T *top, *bottom;                                 // [n, ld]: the halves of the vectors to be combined
     T* weights;                                      // [n, ld]: of each old vector (row) in each new one
     T *poles, *squares, *z, *roots, *refit;          // [ld]
-    int* order;                                      // [n]: the rows of a block by ascending value
     int *merged, *kept, *dropped, *position;         // [n]
     unsigned char* halves;                           // [n]: kTop | kBottom, where the vector is not zero
     Vec<T>*leaf_diagonal, *leaf_off, *leaf_vectors;  // [kLeaf], [kLeaf], [kLeaf, kLeaf + 1]
     SweepQueue<T> queue;
 
     void carve(Arena& arena, int n, size_t ld) {
-        vectors = arena.take<T>(n * ld);
         top = arena.take<T>(n * ld);
         bottom = arena.take<T>(n * ld);
         weights = arena.take<T>(n * ld);
@@ -35,7 +43,6 @@ struct DivideWork {
         z = arena.take<T>(ld);
         roots = arena.take<T>(ld);
         refit = arena.take<T>(ld);
-        order = arena.take<int>(n);
         merged = arena.take<int>(n);
         kept = arena.take<int>(n);
         dropped = arena.take<int>(n);
@@ -87,42 +94,49 @@ inline void copy_row(const T* from, T* to, int n) {
     for (int i = 0; i < n; i += kLanes<T>) store(to + i, load_first(from + i, min_(kLanes<T>, n - i)));
 }
 
+constexpr int leaves(int n) { return (n + kLeaf - 1) / kLeaf; }
+
 template <class T>
-bool solve_leaves(T* d, const T* e, int n, size_t ld, DivideWork<T>& w) {
+void solve_leaves(Spectrum<T>* spectra, int count, int n, size_t ld, DivideWork<T>& w) {
     constexpr int lanes = kLanes<T>;
     constexpr size_t leaf_ld = kLeaf + 1;
-    bool converged = true;
-    for (int start = 0; start < n; start += kLeaf * lanes) {
-        const int widest = min_(kLeaf, n - start);
+    const int each = leaves(n), widest = min_(kLeaf, n);
+    for (int start = 0; start < count * each; start += lanes) {
+        const int used = min_(lanes, count * each - start);
         for (int i = 0; i < widest; ++i) {
-            for (int b = 0; b < lanes; ++b) {
-                const int at = start + b * kLeaf + i;
-                w.leaf_diagonal[i][b] = at < n ? d[at] : T(0);
-                w.leaf_off[i][b] = at + 1 < n && i + 1 < kLeaf ? e[at] : T(0);
-            }
+            w.leaf_diagonal[i] = w.leaf_off[i] = Vec<T>{};
             for (int c = 0; c < widest; ++c) w.leaf_vectors[i * leaf_ld + c] = splat<T>(i == c);
+        }
+        for (int b = 0; b < used; ++b) {
+            const Spectrum<T>& s = spectra[(start + b) / each];
+            const int first = (start + b) % each * kLeaf, size = min_(kLeaf, n - first);
+            for (int i = 0; i < size; ++i) {
+                w.leaf_diagonal[i][b] = s.values[first + i];
+                w.leaf_off[i][b] = i + 1 < size ? s.off[first + i] : T(0);
+            }
         }
         const Mask<T> failed =
             diagonalise<T>(w.leaf_diagonal, w.leaf_off, widest, w.leaf_vectors, leaf_ld, widest, w.queue);
-        converged &= !any_mask(failed);
-        for (int b = 0; b < lanes; ++b) {
-            const int first = start + b * kLeaf, size = min_(kLeaf, n - first);
+        for (int b = 0; b < used; ++b) {
+            Spectrum<T>& s = spectra[(start + b) / each];
+            const int first = (start + b) % each * kLeaf, size = min_(kLeaf, n - first);
             for (int c = 0; c < size; ++c) {
-                d[first + c] = w.leaf_diagonal[c][b];
-                w.order[first + c] = first + c;
-                T* row = w.vectors + (first + c) * ld + first;
+                s.values[first + c] = w.leaf_diagonal[c][b];
+                s.order[first + c] = first + c;
+                T* row = s.vectors + (first + c) * ld + first;
                 for (int i = 0; i < size; ++i) row[i] = w.leaf_vectors[i * leaf_ld + c][b];
             }
-            if (size > 0) sort_rows(d, w.order + first, size);
+            sort_rows(s.values, s.order + first, size);
+            s.converged &= !failed[b];
         }
     }
-    return converged;
 }
 
 // Splits the rows of a block, in `merged` by ascending d, into `kept` and `dropped` (deflated).
 // Returns how many are kept.
 template <class T>
-int deflate(T* d, int lo, int size, T rho, size_t ld, DivideWork<T>& w) {
+int deflate(const Spectrum<T>& spectrum, int lo, int size, T rho, size_t ld, DivideWork<T>& w) {
+    T* d = spectrum.values;
     T largest = 0;
     for (int i = lo; i < lo + size; ++i) largest = max_(largest, max_(abs_(d[i]), abs_(w.z[i])));
     const T tolerance = 8 * kEpsilon<T> * largest;
@@ -137,7 +151,7 @@ int deflate(T* d, int lo, int size, T rho, size_t ld, DivideWork<T>& w) {
             const T norm = sqrt_(w.z[row] * w.z[row] + w.z[last] * w.z[last]);
             const T c = w.z[row] / norm, s = w.z[last] / norm;
             if (abs_((d[row] - d[last]) * c * s) <= tolerance) {
-                rotate_rows(w.vectors + last * ld + lo, w.vectors + row * ld + lo, c, s, size);
+                rotate_rows(spectrum.vectors + last * ld + lo, spectrum.vectors + row * ld + lo, c, s, size);
                 const T below = d[last], above = d[row];
                 d[last] = below * c * c + above * s * s;
                 d[row] = below * s * s + above * c * c;
@@ -156,14 +170,16 @@ int deflate(T* d, int lo, int size, T rho, size_t ld, DivideWork<T>& w) {
 
 // Joins the solved blocks [lo, mid) and [mid, hi).
 template <class T>
-bool merge_blocks(T* d, T coupling, int lo, int mid, int hi, size_t ld, DivideWork<T>& w) {
+void merge_blocks(Spectrum<T>& s, int lo, int mid, int hi, size_t ld, DivideWork<T>& w) {
+    T* d = s.values;
+    const T coupling = s.off[mid - 1];
     const int size = hi - lo;
     const T half = T(0.70710678118654752440), rho = 2 * abs_(coupling);
-    for (int i = lo; i < mid; ++i) w.z[i] = half * w.vectors[i * ld + mid - 1], w.halves[i] = kTop;
+    for (int i = lo; i < mid; ++i) w.z[i] = half * s.vectors[i * ld + mid - 1], w.halves[i] = kTop;
     for (int i = mid; i < hi; ++i)
-        w.z[i] = (coupling < 0 ? -half : half) * w.vectors[i * ld + mid], w.halves[i] = kBottom;
-    merge_rows(d, w.order + lo, mid - lo, w.order + mid, hi - mid, w.merged);
-    const int count = deflate(d, lo, size, rho, ld, w);
+        w.z[i] = (coupling < 0 ? -half : half) * s.vectors[i * ld + mid], w.halves[i] = kBottom;
+    merge_rows(d, s.order + lo, mid - lo, s.order + mid, hi - mid, w.merged);
+    const int count = deflate(s, lo, size, rho, ld, w);
     const int dropped = size - count;
 
     // New row order of the old vectors: top only, both halves, bottom only.
@@ -174,7 +190,7 @@ bool merge_blocks(T* d, T coupling, int lo, int mid, int hi, size_t ld, DivideWo
     T norm = 0;
     for (int j = 0; j < count; ++j) {
         const int row = w.kept[j], at = w.position[j] = next[w.halves[row]]++;
-        const T* from = w.vectors + row * ld;
+        const T* from = s.vectors + row * ld;
         if (w.halves[row] & kTop) copy_row(from + lo, w.top + at * ld, mid - lo);
         if (w.halves[row] & kBottom) copy_row(from + mid, w.bottom + (at - in_top) * ld, hi - mid);
         w.poles[j] = d[row];
@@ -183,16 +199,16 @@ bool merge_blocks(T* d, T coupling, int lo, int mid, int hi, size_t ld, DivideWo
         norm += w.squares[j];
     }
     for (int i = 0; i < dropped; ++i) {
-        copy_row(w.vectors + w.dropped[i] * ld + lo, w.top + (count + i) * ld, size);
+        copy_row(s.vectors + w.dropped[i] * ld + lo, w.top + (count + i) * ld, size);
         w.z[lo + i] = d[w.dropped[i]];
     }
 
-    bool found = true;
-    T* to = w.vectors + lo * ld + lo;
+    T* to = s.vectors + lo * ld + lo;
     if (count > 0) {
         w.poles[count] = w.poles[count - 1] + 2 * rho * norm;
         w.squares[count] = 0;
-        found = solve_secular<T>({count, 1 / rho, w.poles, w.refit, w.squares, w.position, w.roots, w.weights, ld});
+        s.converged &=
+            solve_secular<T>({count, 1 / rho, w.poles, w.refit, w.squares, w.position, w.roots, w.weights, ld});
         const int tops = in_top + in_both, bottoms = count - in_top;
         product<T, true>(count, mid - lo, tops, w.weights, ld, 1, w.top, ld, to, ld);
         product<T, true>(count, hi - mid, bottoms, w.weights + in_top * ld, ld, 1, w.bottom, ld, to + mid - lo, ld);
@@ -204,24 +220,25 @@ bool merge_blocks(T* d, T coupling, int lo, int mid, int hi, size_t ld, DivideWo
         copy_row(w.top + (count + i) * ld, to + (count + i) * ld, size);
     }
     sort_rows(d, w.dropped, dropped);
-    merge_rows(d, w.kept, count, w.dropped, dropped, w.order + lo);
-    return found;
+    merge_rows(d, w.kept, count, w.dropped, dropped, s.order + lo);
 }
 
-// d [n], e [n - 1]: the matrix; on return d holds the eigenvalues, w.order the rows of w.vectors by ascending
-// value. Returns whether everything converged.
 template <class T>
-bool divide_and_conquer(T* d, const T* e, int n, size_t ld, DivideWork<T>& w) {
-    for (size_t i = 0; i < n * ld; ++i) w.vectors[i] = 0;
-    for (int cut = kLeaf; cut < n; cut += kLeaf) {
-        d[cut - 1] -= abs_(e[cut - 1]);
-        d[cut] -= abs_(e[cut - 1]);
+void divide_and_conquer(Spectrum<T>* spectra, int count, int n, size_t ld, DivideWork<T>& w) {
+    for (int m = 0; m < count; ++m) {
+        Spectrum<T>& s = spectra[m];
+        s.converged = true;
+        for (size_t i = 0; i < n * ld; ++i) s.vectors[i] = 0;
+        for (int cut = kLeaf; cut < n; cut += kLeaf) {
+            s.values[cut - 1] -= abs_(s.off[cut - 1]);
+            s.values[cut] -= abs_(s.off[cut - 1]);
+        }
     }
-    bool converged = solve_leaves<T>(d, e, n, ld, w);
-    for (int width = kLeaf; width < n; width *= 2)
-        for (int lo = 0; lo + width < n; lo += 2 * width)
-            converged &= merge_blocks<T>(d, e[lo + width - 1], lo, lo + width, min_(lo + 2 * width, n), ld, w);
-    return converged;
+    solve_leaves<T>(spectra, count, n, ld, w);
+    for (int m = 0; m < count; ++m)
+        for (int width = kLeaf; width < n; width *= 2)
+            for (int lo = 0; lo + width < n; lo += 2 * width)
+                merge_blocks<T>(spectra[m], lo, lo + width, min_(lo + 2 * width, n), ld, w);
 }
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -31,7 +31,7 @@ struct EighWork {
     Vec<T>* sign;     // [n]
     SweepQueue<T> queue;
 
-    void carve(Arena& arena, int n) {
+    void carve(Arena& arena, int n, int /*matrices*/) {
         ld = size_t(n) | 1;
         a = arena.take<Vec<T>>(n * ld);
         q = arena.take<Vec<T>>(n * ld);
@@ -86,7 +86,7 @@ void solve_group(const T* a, T* values, T* vectors, int32_t* info, int count, in
 
 // Runs solve(item, work) for every item, on up to `threads` threads with a Work each.
 template <class Work, class Solve>
-int for_each(int64_t items, int n, int threads, Solve solve) {
+int for_each(int64_t items, int n, int size, int threads, Solve solve) {
     threads = int(min_<int64_t>(threads, items));
     int status = kDone;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -94,10 +94,10 @@ int for_each(int64_t items, int n, int threads, Solve solve) {
         Workspace memory;
         Work work;
         Arena needed(nullptr);
-        work.carve(needed, n);
+        work.carve(needed, n, size);
         const bool ready = memory.reserve(needed.used());
         Arena arena(memory.data());
-        work.carve(arena, n);
+        work.carve(arena, n, size);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < items; ++i) {
             if (ready) {
@@ -116,15 +116,19 @@ int for_each(int64_t items, int n, int threads, Solve solve) {
 template <class T>
 int eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch, int n, int threads) {
     if (batch == 0 || n == 0) return kDone;
-    if (n >= kLargeFrom<T>)
-        return for_each<LargeEighWork<T>>(batch, n, threads, [=](int64_t i, LargeEighWork<T>& work) {
-            info[i] = eigh_large<T>(a + i * n * n, n, values + i * n, vectors + i * n * n, n, work);
+    // A group takes whole vectors of lanes: of matrices, or of leaves.
+    const bool large = n >= kLargeFrom<T>;
+    const int size = large ? large_group<T>(n) : kLanes<T>;
+    const int64_t groups = (batch + size - 1) / size;
+    const auto range = [=](int64_t g) { return int(min_<int64_t>(size, batch - g * size)); };
+    if (large)
+        return for_each<LargeEighWork<T>>(groups, n, size, threads, [=](int64_t g, LargeEighWork<T>& work) {
+            const int64_t at = g * size;
+            eigh_large<T>(a + at * n * n, n, values + at * n, vectors + at * n * n, info + at, range(g), n, work);
         });
-    const int64_t groups = (batch + kLanes<T> - 1) / kLanes<T>;
-    return for_each<EighWork<T>>(groups, n, threads, [=](int64_t g, EighWork<T>& work) {
-        const int64_t at = g * kLanes<T>;
-        const int count = int(min_<int64_t>(kLanes<T>, batch - at));
-        solve_group<T>(a + at * n * n, values + at * n, vectors + at * n * n, info + at, count, n, work);
+    return for_each<EighWork<T>>(groups, n, size, threads, [=](int64_t g, EighWork<T>& work) {
+        const int64_t at = g * size;
+        solve_group<T>(a + at * n * n, values + at * n, vectors + at * n * n, info + at, range(g), n, work);
     });
 }
 

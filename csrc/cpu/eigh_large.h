@@ -1,5 +1,5 @@
-// Eigenvectors of one matrix at a time: Householder reduction (householder.h), divide and conquer (divide.h),
-// product with Q. The lanes hold entries of the one matrix, so a matrix costs the same alone and in a batch.
+// Eigenvectors of large matrices, one at a time: Householder reduction (householder.h), divide and conquer (divide.h),
+// product with Q. The lanes hold entries of the one matrix, so a matrix costs nearly the same alone and in a batch.
 #pragma once
 #include "divide.h"
 #include "householder.h"
@@ -7,14 +7,30 @@
 
 namespace fastlora::FASTLORA_ISA {
 
+// As many matrices as share a group of leaves.
+template <class T>
+constexpr int kLargeGroup = kLanes<T>;
+template <class T>
+inline int large_group(int n) {
+    return max_(1, kLanes<T> / leaves(n));
+}
+
 template <class T>
 struct LargeEighWork {
+    int group;  // matrices that fit
     size_t ld;
+    Reduced<T> reduced[kLargeGroup<T>];
+    Spectrum<T> spectra[kLargeGroup<T>];
     HouseholderWork<T> reduction;
     DivideWork<T> division;
 
-    void carve(Arena& arena, int n) {
+    void carve(Arena& arena, int n, int matrices) {
+        group = matrices;
         ld = padded_row<T>(n);
+        for (int m = 0; m < group; ++m) {
+            reduced[m].carve(arena, n, ld);
+            spectra[m] = {reduced[m].diagonal, reduced[m].off, arena.take<T>(n * ld), arena.take<int>(n), true};
+        }
         reduction.carve(arena, n, ld);
         division.carve(arena, n, ld);
     }
@@ -66,34 +82,43 @@ inline bool largest_is_negative(const T* row, int n) {
     return false;
 }
 
-// a [n, a_ld], the rest as in eigh.cpp. Returns an Info.
+// `count` matrices a [n, a_ld], at most as many as `w` has room for; the rest as in eigh.cpp.
 template <class T>
-int32_t eigh_large(const T* a, size_t a_ld, T* values, T* vectors, int n, LargeEighWork<T>& w) {
+void eigh_large(const T* a, size_t a_ld, T* values, T* vectors, int32_t* info, int count, int n, LargeEighWork<T>& w) {
     constexpr int lanes = kLanes<T>;
-    HouseholderWork<T>& h = w.reduction;
-    const T largest = copy_lower(a, a_ld, n, h.a, w.ld);
-    if (!finite_(largest)) {
-        fill_nan(values, n);
-        fill_nan(vectors, size_t(n) * n);
-        return kNonFinite;
+    T unscale[kLargeGroup<T>][2];
+    int source[kLargeGroup<T>], finite = 0;
+    for (int b = 0; b < count; ++b) {
+        Reduced<T>& r = w.reduced[finite];
+        const T largest = copy_lower(a + b * n * a_ld, a_ld, n, r.a, w.ld);
+        if (!finite_(largest)) {
+            fill_nan(values + size_t(b) * n, n);
+            fill_nan(vectors + size_t(b) * n * n, size_t(n) * n);
+            info[b] = kNonFinite;
+            continue;
+        }
+        T scale[2];
+        choose_scale(largest, scale, unscale[finite]);
+        for (size_t i = 0; i < n * w.ld; i += lanes) store(r.a + i, load(r.a + i) * scale[0] * scale[1]);
+        tridiagonalise<T>(r, n, w.ld, w.reduction);
+        source[finite++] = b;
     }
-    T scale[2], unscale[2];
-    choose_scale(largest, scale, unscale);
-    for (size_t i = 0; i < n * w.ld; i += lanes) store(h.a + i, load(h.a + i) * scale[0] * scale[1]);
+    divide_and_conquer<T>(w.spectra, finite, n, w.ld, w.division);
 
-    tridiagonalise<T>(n, w.ld, h);
-    const bool converged = divide_and_conquer<T>(h.diagonal, h.off, n, w.ld, w.division);
-    apply_q<T>(n, w.ld, h, w.division.vectors);
-
-    for (int j = 0; j < n; ++j) {
-        const int at = w.division.order[j];
-        const T* from = w.division.vectors + at * w.ld;
-        T* to = vectors + size_t(j) * n;
-        const Vec<T> sign = splat(largest_is_negative(from, n) ? T(-1) : T(1));
-        values[j] = h.diagonal[at] * unscale[0] * unscale[1] + T(0);
-        for (int i = 0; i < n; i += lanes) store_first(to + i, load(from + i) * sign + Vec<T>{}, min_(lanes, n - i));
+    for (int m = 0; m < finite; ++m) {
+        const Spectrum<T>& s = w.spectra[m];
+        T* to = vectors + size_t(source[m]) * n * n;
+        apply_q<T>(w.reduced[m], n, w.ld, w.reduction, s.vectors);
+        for (int j = 0; j < n; ++j, to += n) {
+            const int at = s.order[j];
+            const T* from = s.vectors + at * w.ld;
+            const Vec<T> sign = splat(largest_is_negative(from, n) ? T(-1) : T(1));
+            values[size_t(source[m]) * n + j] = s.values[at] * unscale[m][0] * unscale[m][1] + T(0);
+            for (int i = 0; i < n; i += lanes)
+                store_first(to + i, load(from + i) * sign + Vec<T>{}, min_(lanes, n - i));
+        }
+        info[source[m]] = s.converged ? kOk : kNotConverged;
     }
-    return converged ? kOk : kNotConverged;
 }
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -21,18 +21,25 @@ inline size_t padded_row(int n) {
 }
 
 template <class T>
-struct HouseholderWork {
-    T* a;                      // [n rounded up to 4, ld]: four rows are updated at a time
-    T *diagonal, *off, *tau;   // [ld]
-    T *u, *v, *w, *y;          // [ld]: zero behind the rows in use
-    T *block, *gram, *factor;  // [n + lanes, kReflectorBlock], [kReflectorBlock, kReflectorBlock] twice
-    T *projected, *reflected;  // [n, kReflectorBlock]
+struct Reduced {
+    T* a;                     // [n rounded up to 4, ld]: four rows are updated at a time
+    T *diagonal, *off, *tau;  // [ld]
 
     void carve(Arena& arena, int n, size_t ld) {
         a = arena.take<T>((n + 3) / 4 * 4 * ld);
         diagonal = arena.take<T>(ld);
         off = arena.take<T>(ld);
         tau = arena.take<T>(ld);
+    }
+};
+
+template <class T>
+struct HouseholderWork {
+    T *u, *v, *w, *y;          // [ld]: zero behind the rows in use
+    T *block, *gram, *factor;  // [n + lanes, kReflectorBlock], [kReflectorBlock, kReflectorBlock] twice
+    T *projected, *reflected;  // [n, kReflectorBlock]
+
+    void carve(Arena& arena, int n, size_t ld) {
         u = arena.take<T>(ld);
         v = arena.take<T>(ld);
         w = arena.take<T>(ld);
@@ -155,32 +162,32 @@ inline void make_reflector(T* u, int m, T* beta, T* tau) {
 }
 
 template <class T>
-void tridiagonalise(int n, size_t ld, HouseholderWork<T>& h) {
+void tridiagonalise(const Reduced<T>& t, int n, size_t ld, const HouseholderWork<T>& h) {
     constexpr int lanes = kLanes<T>;
-    for (size_t i = n * ld; i < (n + 3) / 4 * 4 * ld; ++i) h.a[i] = 0;
-    for (size_t i = 0; i < ld; ++i) h.u[i] = h.v[i] = h.w[i] = h.y[i] = h.off[i] = h.tau[i] = 0;
+    for (size_t i = n * ld; i < (n + 3) / 4 * 4 * ld; ++i) t.a[i] = 0;
+    for (size_t i = 0; i < ld; ++i) h.u[i] = h.v[i] = h.w[i] = h.y[i] = t.off[i] = t.tau[i] = 0;
     bool pending = false;
     for (int m = n - 1; m >= 0; --m) {
-        T* row = h.a + m * ld;
+        T* row = t.a + m * ld;
         const Vec<T> vm = splat(h.v[m]), wm = splat(h.w[m]);
         if (pending)
             for (int i = 0; i <= m; i += lanes) store(row + i, load(row + i) - load(h.v + i) * wm - load(h.w + i) * vm);
         h.v[m] = h.w[m] = 0;
-        h.diagonal[m] = row[m];
+        t.diagonal[m] = row[m];
         for (size_t i = m; i < ld; ++i) row[i] = 0;
         if (m < 2) {
-            if (m == 1) h.off[0] = row[0];
+            if (m == 1) t.off[0] = row[0];
             continue;
         }
         for (int i = 0; i < m + 4; i += lanes) store(h.u + i, load(row + i));
-        make_reflector(h.u, m, &h.off[m - 1], &h.tau[m]);
+        make_reflector(h.u, m, &t.off[m - 1], &t.tau[m]);
         for (int i = 0; i < m; i += lanes) store(row + i, load(h.u + i));
-        const T tau = h.tau[m];
+        const T tau = t.tau[m];
         if (tau == 0) {
             if (pending)
                 for (int c = 0; c < m; ++c) {
                     const Vec<T> vc = splat(h.v[c]), wc = splat(h.w[c]);
-                    T* other = h.a + c * ld;
+                    T* other = t.a + c * ld;
                     for (int i = 0; i <= c; i += lanes)
                         store(other + i, load(other + i) - load(h.v + i) * wc - load(h.w + i) * vc);
                 }
@@ -188,9 +195,9 @@ void tridiagonalise(int n, size_t ld, HouseholderWork<T>& h) {
             continue;
         }
         if (pending)
-            update_and_multiply<true>(h.a, ld, m, h.v, h.w, h.u, h.y);
+            update_and_multiply<true>(t.a, ld, m, h.v, h.w, h.u, h.y);
         else
-            update_and_multiply<false>(h.a, ld, m, h.v, h.w, h.u, h.y);
+            update_and_multiply<false>(t.a, ld, m, h.v, h.w, h.u, h.y);
         // w = tau (y - tau/2 (y'u) u)
         const Vec<T> scale = splat(tau), correction = splat(-tau * tau * padded_dot(h.y, h.u, m) / 2);
         for (int i = 0; i < m; i += lanes) {
@@ -218,11 +225,11 @@ inline void transpose_rows(const T* a, size_t ld, int count, int length, T* bloc
 
 // x [n, ld] = x Q'. The rows of x are vectors in the basis of T, and become vectors in the basis of A.
 template <class T>
-void apply_q(int n, size_t ld, HouseholderWork<T>& h, T* x) {
+void apply_q(const Reduced<T>& t, int n, size_t ld, const HouseholderWork<T>& h, T* x) {
     constexpr int b = kReflectorBlock;
     for (int m = 2; m < n; m += b) {
         const int count = min_(b, n - m), length = m + count - 1;
-        const T *rows = h.a + m * ld, *tau = h.tau + m;
+        const T *rows = t.a + m * ld, *tau = t.tau + m;
         bool any = false;
         for (int i = 0; i < count; ++i) any |= tau[i] != 0;
         if (!any) continue;

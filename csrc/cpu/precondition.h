@@ -29,7 +29,7 @@ struct PreconditionWork {
         values = arena.take<double>(columns);
         vectors = arena.take<double>(size_t(columns) * columns);
         arena.take<char>(0);
-        eigh.carve(arena, columns);
+        eigh.carve(arena, columns, 1);
     }
 };
 
@@ -76,7 +76,9 @@ void precondition(const T* a, const T* scale, bool tall, PreconditionWork& w, T*
         transpose_matrix(w.by_columns, w.row_ld, columns, rows, w.by_rows, w.column_ld);
 
     lower_gram(w);
-    if (eigh_large<double>(w.gram, w.column_ld, w.values, w.vectors, columns, w.eigh) != kOk)
+    int32_t info;
+    eigh_large<double>(w.gram, w.column_ld, w.values, w.vectors, &info, 1, columns, w.eigh);
+    if (info != kOk)
         for (int k = 0; k < columns; ++k)
             for (int c = 0; c < columns; ++c) w.vectors[size_t(k) * columns + c] = k == c;
     product<double, true>(columns, rows, columns, w.vectors, 1, columns, w.by_columns, w.row_ld, w.product, w.row_ld);
