@@ -2,10 +2,11 @@
 //   a [batch, n, n] row-major, lower triangle read     values [batch, n] ascending
 //   vectors [batch, n, n]: row j is eigenvector j; its entry of largest magnitude (the first of equals) is
 //   positive, so the result is a function of the matrix alone
-// kLanes matrices at a time, one per lane: scale by a power of two, reduce to tridiagonal form
-// (tridiagonal.h), diagonalise by implicit QL (ql.h), rank, and unpack. A matrix with a NaN or an infinity
-// becomes zero in its lane and NaN in the output.
-// Floor: (8/3 + 10) n^3 flops per matrix; n <= 32 is bound by the latency of the rotation recurrence.
+// Large matrices are solved one at a time (eigh_large.h), small ones kLanes at a time, one per lane: scale by a power
+// of two, reduce to tridiagonal form (tridiagonal.h), diagonalise by implicit QL (ql.h), rank, and unpack. A matrix
+// with a NaN or an infinity becomes zero in its lane and NaN in the output. Floor: (8/3 + 10) n^3 flops per matrix; n
+// <= 32 is bound by the latency of the rotation recurrence.
+#include "eigh_large.h"
 #include "interleave.h"
 #include "ql.h"
 #include "solvers.h"
@@ -13,6 +14,10 @@
 
 namespace fastlora::FASTLORA_ISA {
 namespace {
+
+// From here one matrix fills the lanes better than many that no longer fit the cache together.
+template <class T>
+constexpr int kLargeFrom = sizeof(T) == 4 ? 96 : 64;
 
 template <class T>
 struct EighWork {
@@ -26,8 +31,7 @@ struct EighWork {
     Vec<T>* sign;     // [n]
     SweepQueue<T> queue;
 
-    size_t carve(char* base, int n) {
-        Arena arena(base);
+    void carve(Arena& arena, int n, int /*matrices*/) {
         ld = size_t(n) | 1;
         a = arena.take<Vec<T>>(n * ld);
         q = arena.take<Vec<T>>(n * ld);
@@ -39,7 +43,6 @@ struct EighWork {
         queue.capacity = sweep_capacity(n, kVectorBytes);
         queue.stride = n;
         queue.rotations = arena.take<Rotation<T>>(size_t(queue.capacity) * n);
-        return arena.used();
     }
 };
 
@@ -65,8 +68,8 @@ void solve_group(const T* a, T* values, T* vectors, int32_t* info, int count, in
     for (int c = 0; c < n; ++c)
         for (int i = c; i < n; ++i) w.a[c * w.ld + i] = scaled<T>(w.a[c * w.ld + i], scale, group.non_finite);
 
-    tridiagonalise<T>(w.a, w.ld, n, w.tri, w.work);
-    form_q<T>(w.a, w.ld, w.tri.tau, n, w.q);
+    const bool reflects = tridiagonalise<T>(w.a, w.ld, n, w.tri, w.work);
+    form_q<T>(w.a, w.ld, w.tri.tau, n, reflects, w.q);
     const Mask<T> failed = diagonalise<T>(w.tri.diagonal, w.tri.off, n, w.q, w.ld, n, w.queue);
 
     rank_ascending<T>(w.tri.diagonal, w.rank, n);
@@ -81,33 +84,52 @@ void solve_group(const T* a, T* values, T* vectors, int32_t* info, int count, in
     }
 }
 
+// Runs solve(item, work) for every item, on up to `threads` threads with a Work each.
+template <class Work, class Solve>
+int for_each(int64_t items, int n, int size, int threads, Solve solve) {
+    threads = int(min_<int64_t>(threads, items));
+    int status = kDone;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Workspace memory;
+        Work work;
+        Arena needed(nullptr);
+        work.carve(needed, n, size);
+        const bool ready = memory.reserve(needed.used());
+        Arena arena(memory.data());
+        work.carve(arena, n, size);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < items; ++i) {
+            if (ready) {
+                solve(i, work);
+            } else {
+#pragma omp atomic write
+                status = kOutOfMemory;
+            }
+        }
+    }
+    return status;
+}
+
 }  // namespace
 
 template <class T>
 int eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch, int n, int threads) {
     if (batch == 0 || n == 0) return kDone;
-    const int64_t groups = (batch + kLanes<T> - 1) / kLanes<T>;
-    threads = int(min_<int64_t>(threads, groups));
-    int status = kDone;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        Workspace memory;
-        EighWork<T> work;
-        const bool ready = memory.reserve(work.carve(nullptr, n));
-        if (ready) work.carve(memory.data(), n);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t g = 0; g < groups; ++g) {
-            if (!ready) {
-#pragma omp atomic write
-                status = kOutOfMemory;
-                continue;
-            }
-            const int64_t at = g * kLanes<T>;
-            const int count = int(min_<int64_t>(kLanes<T>, batch - at));
-            solve_group<T>(a + at * n * n, values + at * n, vectors + at * n * n, info + at, count, n, work);
-        }
-    }
-    return status;
+    // A group takes whole vectors of lanes: of matrices, or of leaves.
+    const bool large = n >= kLargeFrom<T>;
+    const int size = large ? large_group<T>(n) : kLanes<T>;
+    const int64_t groups = (batch + size - 1) / size;
+    const auto range = [=](int64_t g) { return int(min_<int64_t>(size, batch - g * size)); };
+    if (large)
+        return for_each<LargeEighWork<T>>(groups, n, size, threads, [=](int64_t g, LargeEighWork<T>& work) {
+            const int64_t at = g * size;
+            eigh_large<T>(a + at * n * n, n, values + at * n, vectors + at * n * n, info + at, range(g), n, work);
+        });
+    return for_each<EighWork<T>>(groups, n, size, threads, [=](int64_t g, EighWork<T>& work) {
+        const int64_t at = g * size;
+        solve_group<T>(a + at * n * n, values + at * n, vectors + at * n * n, info + at, range(g), n, work);
+    });
 }
 
 template int eigh(const float*, float*, float*, int32_t*, int64_t, int, int);

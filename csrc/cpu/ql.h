@@ -159,34 +159,38 @@ inline void find_blocks(const Vec<T>* d, Vec<T>* e, int n, int from, Blocks<T>& 
     blocks.start = bottom - top + safe / (g + (g >= zero ? root : -root));
 }
 
-// One QL sweep of every active lane over its block; rotations [low, high) of `sweep` are written.
+// One QL sweep of every active lane over its block; rotations [low, high) of `sweep` are written. Outside its
+// block a lane computes on, but stores identity rotations and leaves d and e alone. (An idle lane has an empty
+// block at n - 1.)
 template <class T>
 inline void sweep_blocks(Vec<T>* d, Vec<T>* e, const Blocks<T>& blocks, int low, int high, Rotation<T>* sweep) {
     const Vec<T> zero{}, one = splat<T>(1);
     Vec<T> g = zero, s = one, c = one, p = zero;
     for (int i = high - 1; i >= low; --i) {
-        const Mask<T> on = (Mask<T>)(i < blocks.last) & (Mask<T>)(i >= blocks.first) & blocks.active;
-        const Mask<T> starts = on & (Mask<T>)(blocks.last == i + 1);
+        const Mask<T> starts = (Mask<T>)(blocks.last == i + 1), finishes = (Mask<T>)(blocks.first == i);
+        const Mask<T> on = (Mask<T>)(blocks.last > i) & (Mask<T>)(blocks.first <= i);
         g = starts ? blocks.start : g;
         s = starts ? one : s;
         c = starts ? one : c;
         p = starts ? zero : p;
         const Vec<T> f = s * e[i], b = c * e[i];
         const Vec<T> square = f * f + g * g;
-        const Mask<T> turns = (Mask<T>)(square > kTiny<T>)&on;
-        const Vec<T> inverse = inverse_sqrt(turns ? square : one);
-        const Vec<T> signed_inverse = g < zero ? -inverse : inverse;  // keeps the cosine >= 0
-        s = turns ? f * signed_inverse : (on ? zero : s);
-        c = turns ? g * signed_inverse : (on ? one : c);
-        e[i + 1] = on & ~starts ? (turns ? square * signed_inverse : zero) : e[i + 1];
+        const Mask<T> turns = (Mask<T>)(square > kTiny<T>);
+        const InverseSqrt<T> inverse = inverse_sqrt_parts(square);
+        const Vec<T> signed_inverse = negate_where_negative<T>(inverse.y, g);  // keeps the cosine >= 0
+        const Vec<T> sine = f * signed_inverse, cosine = g * signed_inverse, length = square * signed_inverse;
+        s = turns ? sine + sine * inverse.t : zero;
+        c = turns ? cosine + cosine * inverse.t : one;
+        const Vec<T> above = turns ? length + length * inverse.t : zero;
+        const Vec<T> kept = starts ? e[i + 1] : above;
+        e[i + 1] = on ? kept : e[i + 1];
         const Vec<T> shifted = d[i + 1] - p;
-        const Vec<T> r = (d[i] - shifted) * s + c * b * T(2);
-        p = on ? s * r : p;
+        const Vec<T> r = (d[i] - shifted) * s + c * (b * T(2));
+        p = s * r;
         d[i + 1] = on ? shifted + p : d[i + 1];
-        g = on ? c * r - b : g;
+        g = c * r - b;
         sweep[i].sine = on ? s : zero;
-        sweep[i].shear = on ? s / (one + c) : zero;
-        const Mask<T> finishes = on & (Mask<T>)(blocks.first == i);
+        sweep[i].shear = on ? s * reciprocal<T>(one + c) : zero;
         d[i] = finishes ? d[i] - p : d[i];
         e[i] = finishes ? g : e[i];
     }

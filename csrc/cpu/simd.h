@@ -115,16 +115,51 @@ inline Vec<double> sqrt(Vec<double> x) {
 #endif
 }
 
-// x^(-1/2) for x > 0. In AVX-512 float32, 14 bits and a Newton step: less latency than root and quotient.
-inline Vec<float> inverse_sqrt(Vec<float> x) {
+// y and t with x^(-1/2) = y + y t for normal x > 0. Multiplied into a factor, f y + (f y) t has less latency than
+// f x^(-1/2). In AVX-512 y has 14 bits, and t is one Newton step or, in float64, three terms of (1 - e)^(-1/2) - 1,
+// e = 1 - x y^2: less latency than root and quotient.
+template <class T>
+struct InverseSqrt {
+    Vec<T> y, t;
+};
+inline InverseSqrt<float> inverse_sqrt_parts(Vec<float> x) {
 #if defined(__AVX512F__)
-    const Vec<float> y = (Vec<float>)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)x);
-    return y + y * (0.5f - 0.5f * (x * y) * y);
+    const Vec<float> y = (Vec<float>)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)x), half = x * 0.5f;
+    return {y, 0.5f - (half * y) * y};
 #else
-    return splat<float>(1) / sqrt(x);
+    return {splat<float>(1) / sqrt(x), Vec<float>{}};
 #endif
 }
-inline Vec<double> inverse_sqrt(Vec<double> x) { return splat<double>(1) / sqrt(x); }
+inline InverseSqrt<double> inverse_sqrt_parts(Vec<double> x) {
+#if defined(__AVX512F__)
+    const Vec<double> y = (Vec<double>)_mm512_maskz_rsqrt14_pd(0xff, (__m512d)x), e = 1.0 - x * (y * y);
+    return {y, e * (0.5 + e * (0.375 + 0.3125 * e))};
+#else
+    return {splat<double>(1) / sqrt(x), Vec<double>{}};
+#endif
+}
+template <class V>
+inline V inverse_sqrt(V x) {
+    const auto r = inverse_sqrt_parts(x);
+    return r.y + r.y * r.t;
+}
+
+// 1 / x to within two units in the last place, for finite normal x with a normal reciprocal.
+template <class T>
+inline Vec<T> reciprocal(Vec<T> x) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+        const Vec<T> y = (Vec<T>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+        return y + y * (T(1) - x * y);
+    } else {
+        Vec<T> y = (Vec<T>)_mm512_maskz_rcp14_pd(0xff, (__m512d)x);
+        y += y * (T(1) - x * y);
+        return y + y * (T(1) - x * y);
+    }
+#else
+    return splat<T>(1) / x;
+#endif
+}
 
 template <class T>
 inline Vec<T> abs(Vec<T> x) {
@@ -132,9 +167,30 @@ inline Vec<T> abs(Vec<T> x) {
     const I magnitude = I(~(I(1) << (8 * sizeof(T) - 1)));
     return (Vec<T>)((Mask<T>)x & (Mask<T>{} + magnitude));
 }
+// x, negated where y < 0 (not where y is -0).
+template <class T>
+inline Vec<T> negate_where_negative(Vec<T> x, Vec<T> y) {
+    using I = typename IntegerOf<T>::type;
+    return (Vec<T>)((Mask<T>)x ^ ((Mask<T>)(y < Vec<T>{}) & (Mask<T>{} + (I(1) << (8 * sizeof(T) - 1)))));
+}
 template <class T>
 inline Vec<T> max(Vec<T> a, Vec<T> b) {
     return a > b ? a : b;
+}
+
+// 0, 1, 2, ...
+template <class T>
+inline Mask<T> lane_numbers() {
+    Mask<T> m;
+    for (int b = 0; b < kLanes<T>; ++b) m[b] = b;
+    return m;
+}
+
+template <class T>
+inline T sum_lanes(Vec<T> x) {
+    T total = x[0];
+    for (int b = 1; b < kLanes<T>; ++b) total += x[b];
+    return total;
 }
 
 template <class M>

@@ -4,18 +4,24 @@
 //   vt [batch, m, q]: row j is right vector j; its entry of largest magnitude (first of equals) is positive
 // kLanes matrices at a time, one per lane: one-sided Jacobi rotates the columns of A (of A' when p < q) until
 // they are orthogonal to working precision; their norms are s, their directions the vectors of the long side,
-// and the accumulated rotations those of the short side. Small singular values of graded columns keep their
-// relative accuracy. Columns that are zero, or too small for their squares, get directions from Gram-Schmidt.
-// A matrix with a NaN or an infinity becomes zero in its lane and NaN in the output.
-// Algorithm: Hestenes / LAPACK gesvj, row-cyclic, keeping the larger column first.
-// Floor: per sweep m^2/2 pairs of 8 p' + 6 m flops, p' = max(p, q); 5 to 8 sweeps. Bound by L2 from m = 64.
+// and the accumulated rotations those of the short side. Large matrices start from an eigendecomposition
+// (precondition.h). Small singular values of graded columns keep their relative accuracy. Columns that are zero, or too
+// small for their squares, get directions from Gram-Schmidt. A matrix with a NaN or an infinity becomes zero in its
+// lane and NaN in the output. Algorithm: Hestenes / LAPACK gesvj, row-cyclic, keeping the larger column first. Floor:
+// per sweep m^2/2 pairs of 8 p' + 6 m flops, p' = max(p, q); 5 to 8 sweeps, or with a start 1 to 3 and its own floor.
+// Bound by L2 from m = 64.
 #include "interleave.h"
+#include "precondition.h"
 #include "solvers.h"
 
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr int kMaxJacobiSweeps = 40;
+
+// From this short side a start from A'A is faster than the sweeps it saves.
+template <class T>
+constexpr int kPreconditionFrom = sizeof(T) == 4 ? 48 : 32;
 
 // Entries are scaled to below 2^e so that products of two squared norms neither overflow (squares of singular
 // values stay below 2^62 in float32) nor, for columns of squared norm above kSmallSquare, underflow. kBoost
@@ -43,9 +49,10 @@ struct SvdWork {
     Mask<T>* weak;          // [columns]: columns whose direction Gram-Schmidt must check
     Mask<T>* rank;          // [columns]
     T* coverage;            // [rows]
+    bool preconditioned;
+    PreconditionWork start;
 
-    size_t carve(char* base, int p, int q) {
-        Arena arena(base);
+    void carve(Arena& arena, int p, int q) {
         rows = max_(p, q);
         columns = min_(p, q);
         x_step = size_t(rows) | 1;
@@ -57,7 +64,8 @@ struct SvdWork {
         weak = arena.take<Mask<T>>(columns);
         rank = arena.take<Mask<T>>(columns);
         coverage = arena.take<T>(rows);
-        return arena.used();
+        preconditioned = columns >= kPreconditionFrom<T>;
+        if (preconditioned) start.carve(arena, rows, columns);
     }
 };
 
@@ -262,7 +270,7 @@ void complete_rows(T* rows, int first, int count, int n, T* coverage) {
 }
 
 template <class T>
-inline bool largest_is_negative(const T* row, int n) {
+inline bool leads_negative(const T* row, int n) {
     int at = 0;
     for (int k = 1; k < n; ++k) at = abs_(row[k]) > abs_(row[at]) ? k : at;
     return row[at] < 0;
@@ -280,10 +288,26 @@ void solve_group(const T* a, T* ut, T* s, T* vt, int32_t* info, int count, int p
     Group<T> group = interleave<T>(a, count, p, q, false, w.x, tall ? 1 : w.x_step, tall ? w.x_step : 1);
     Vec<T> scale[2];
     choose_scale<T>(group, largest_exponent<T>(int64_t(p) * q), scale);
-    for (int c = 0; c < columns; ++c) {
-        Vec<T>*x = w.x + c * w.x_step, *v = w.v + c * w.v_step;
-        for (int i = 0; i < rows; ++i) x[i] = scaled<T>(x[i], scale, group.non_finite);
-        for (int i = 0; i < columns; ++i) v[i] = splat<T>(i == c);
+    T *along = tall ? ut : vt, *across = tall ? vt : ut;
+    if (w.preconditioned) {
+        const size_t size = size_t(columns) * rows, square = size_t(columns) * columns;
+        for (int b = 0; b < count; ++b) {
+            const T factor[2] = {scale[0][b], scale[1][b]};
+            if (group.non_finite[b]) {
+                for (size_t i = 0; i < size; ++i) along[b * size + i] = 0;
+                for (size_t i = 0; i < square; ++i) across[b * square + i] = T(i % (columns + 1) == 0);
+            } else {
+                precondition<T>(a + b * size, factor, tall, w.start, along + b * size, across + b * square);
+            }
+        }
+        interleave<T>(along, count, columns, rows, false, w.x, w.x_step, 1);
+        interleave<T>(across, count, columns, columns, false, w.v, w.v_step, 1);
+    } else {
+        for (int c = 0; c < columns; ++c) {
+            Vec<T>*x = w.x + c * w.x_step, *v = w.v + c * w.v_step;
+            for (int i = 0; i < rows; ++i) x[i] = scaled<T>(x[i], scale, group.non_finite);
+            for (int i = 0; i < columns; ++i) v[i] = splat<T>(i == c);
+        }
     }
 
     const Vec<T> tolerance = splat<T>(4 * T(rows) * kEpsilon<T> * kEpsilon<T>);
@@ -297,7 +321,6 @@ void solve_group(const T* a, T* ut, T* s, T* vt, int32_t* info, int count, int p
         choose_signs<T>(w.v, w.v_step, columns, columns, w.sign);
     else
         choose_signs<T>(w.x, w.x_step, rows, columns, w.sign);
-    T *along = tall ? ut : vt, *across = tall ? vt : ut;
     deinterleave_values<T>(w.square, group, w.rank, columns, s);
     deinterleave<T>(w.x, w.x_step, 1, w.sign, w.rank, count, columns, rows, along);
     deinterleave<T>(w.v, w.v_step, 1, w.sign, w.rank, count, columns, columns, across);
@@ -317,7 +340,7 @@ void solve_group(const T* a, T* ut, T* s, T* vt, int32_t* info, int count, int p
             if (w.weak[c][b]) first_weak = min_(first_weak, int(w.rank[c][b]));
         if (first_weak < columns) complete_rows(long_rows, first_weak, columns, rows, w.coverage);
         for (int j = first_weak; !tall && j < columns; ++j) {
-            if (!largest_is_negative(long_rows + size_t(j) * rows, rows)) continue;
+            if (!leads_negative(long_rows + size_t(j) * rows, rows)) continue;
             negate(long_rows + size_t(j) * rows, rows);
             negate(short_rows + size_t(j) * columns, columns);
         }
@@ -336,8 +359,11 @@ int svd(const T* a, T* ut, T* s, T* vt, int32_t* info, int64_t batch, int p, int
     {
         Workspace memory;
         SvdWork<T> work;
-        const bool ready = memory.reserve(work.carve(nullptr, p, q));
-        if (ready) work.carve(memory.data(), p, q);
+        Arena needed(nullptr);
+        work.carve(needed, p, q);
+        const bool ready = memory.reserve(needed.used());
+        Arena arena(memory.data());
+        work.carve(arena, p, q);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t g = 0; g < groups; ++g) {
             if (!ready) {

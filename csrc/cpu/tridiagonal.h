@@ -100,31 +100,38 @@ inline void update_and_multiply(Vec<T>* a, size_t ld, int first, int n, PendingU
     }
 }
 
-// `work` holds 2 n vectors.
+// `work` holds 2 n vectors. Steps that reflect in no lane, as all of a diagonal matrix, cost next to nothing;
+// returns whether any did.
 template <class T>
-void tridiagonalise(Vec<T>* a, size_t ld, int n, Tridiagonal<T> tri, Vec<T>* work) {
+bool tridiagonalise(Vec<T>* a, size_t ld, int n, Tridiagonal<T> tri, Vec<T>* work) {
     Vec<T>*w = work, *y = work + n;
+    bool pending = false, any = false;
     for (int j = 0; j < n; ++j) {
         Vec<T>* column = a + j * ld;
         const PendingUpdate<T> old{column - ld, w};
-        if (j > 0 && j + 1 < n) update_column<T>(column, old, j, j, n);
+        if (pending && j + 1 < n) update_column<T>(column, old, j, j, n);
         tri.diagonal[j] = column[j];
         tri.off[j] = j + 2 == n ? column[j + 1] : Vec<T>{};
         tri.tau[j] = Vec<T>{};
-        if (j + 2 == n && j > 0) update_column<T>(column + ld, old, n - 1, n - 1, n);  // the last of all
+        if (j + 2 == n && pending) update_column<T>(column + ld, old, n - 1, n - 1, n);  // the last of all
         if (j + 2 >= n) continue;
         make_reflector<T>(column, j, n, tri);
-        if (j > 0)
-            update_and_multiply<true, T>(a, ld, j + 1, n, old, column, y);
-        else
-            update_and_multiply<false, T>(a, ld, j + 1, n, old, column, y);
-        // w = tau (y - tau/2 (y'v) v)
         const Vec<T> tau = tri.tau[j];
+        const bool reflects = any_mask((Mask<T>)(tau != Vec<T>{}));
+        if (pending)
+            update_and_multiply<true, T>(a, ld, j + 1, n, old, column, y);
+        else if (reflects)
+            update_and_multiply<false, T>(a, ld, j + 1, n, old, column, y);
+        any |= reflects;
+        pending = reflects;
+        if (!reflects) continue;
+        // w = tau (y - tau/2 (y'v) v)
         Vec<T> dot{};
         for (int i = j + 1; i < n; ++i) dot += y[i] * column[i];
         const Vec<T> correction = tau * tau * dot * T(-0.5);
         for (int i = j + 1; i < n; ++i) w[i] = y[i] * tau + correction * column[i];
     }
+    return any;
 }
 
 // Applies H_0 H_1 ... H_last to kColumns columns of q (q[i * ld + column]); the product with the next
@@ -156,11 +163,12 @@ inline void apply_reflectors(const Vec<T>* a, size_t ld, const Vec<T>* tau, int 
     }
 }
 
-// q (row-major, q[i * ld + c]) = H_0 H_1 ... H_(n-3).
+// q (row-major, q[i * ld + c]) = H_0 H_1 ... H_(n-3), the identity unless `reflects`.
 template <class T>
-void form_q(const Vec<T>* a, size_t ld, const Vec<T>* tau, int n, Vec<T>* q) {
+void form_q(const Vec<T>* a, size_t ld, const Vec<T>* tau, int n, bool reflects, Vec<T>* q) {
     for (int i = 0; i < n; ++i)
         for (int c = 0; c < n; ++c) q[i * ld + c] = splat<T>(i == c);
+    if (!reflects) return;
     int c = 0;
     // Reflector j touches rows below j only, so columns up to c start at reflector c - 1.
     for (; c + 3 < n; c += 4) apply_reflectors<4, T>(a, ld, tau, min_(c + 2, n - 3), n, q + c);

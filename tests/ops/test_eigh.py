@@ -22,7 +22,7 @@ def test_ratios(n: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", spectra.DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 2, 5, 8, 17, 33, 64])
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 17, 33, 64, 83, 101, 128])
 def test_same_bits_in_any_batch(n: int, dtype: torch.dtype) -> None:
     a = torch.cat([a for _, a in spectra.symmetric(n, dtype, batch=2)])
     whole = fl.ops.eigh(a)
@@ -32,8 +32,9 @@ def test_same_bits_in_any_batch(n: int, dtype: torch.dtype) -> None:
             assert torch.equal(x.signbit(), y.signbit()), f"{name}: signs of zeros"
 
 
-def test_signs_and_lower_triangle() -> None:
-    a = torch.randn(20, 9, 9, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("n", [9, 101])
+def test_signs_and_lower_triangle(n: int) -> None:
+    a = torch.randn(20, n, n, generator=torch.Generator().manual_seed(0))
     lower = a.tril() + a.tril(-1).mT
     values, vectors = fl.ops.eigh(a)
     same = fl.ops.eigh(lower)
@@ -41,12 +42,13 @@ def test_signs_and_lower_triangle() -> None:
     assert (vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)) > 0).all()
 
 
+@pytest.mark.parametrize("n", [12, 98])
 @pytest.mark.parametrize("dtype", spectra.DTYPES, ids=str)
-def test_non_finite_matrices_stay_alone(dtype: torch.dtype) -> None:
-    a = torch.cat([a for _, a in spectra.symmetric(12, dtype, batch=2)])
+def test_non_finite_matrices_stay_alone(dtype: torch.dtype, n: int) -> None:
+    a = torch.cat([a for _, a in spectra.symmetric(n, dtype, batch=2)])
     bad = a.clone()
     bad[3] = torch.nan
-    bad[17, 11, 0] = torch.inf
+    bad[17, n - 1, 0] = torch.inf
     values, vectors, info = fl.ops.eigh_ex(bad)
     expected_info = torch.zeros(len(a), dtype=torch.int32)
     expected_info[[3, 17]] = 1
@@ -60,14 +62,17 @@ def test_non_finite_matrices_stay_alone(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", spectra.DTYPES, ids=str)
-def test_ends_of_the_range(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("zeros", [0, 97])
+def test_ends_of_the_range(dtype: torch.dtype, zeros: int) -> None:
     limits = torch.finfo(dtype)
     smallest = limits.tiny * limits.eps
     for size in (limits.max / 16, limits.tiny, 1000 * smallest, smallest):
-        a = torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=dtype)) * size
-        values, vectors = fl.ops.eigh(a)
-        assert torch.equal(values, torch.tensor([1.0, 2.0, 3.0], dtype=dtype) * size), size
-        assert torch.equal(vectors, torch.eye(3, dtype=dtype)[:, [0, 2, 1]]), size
+        diagonal = torch.zeros(zeros + 3, dtype=dtype)
+        diagonal[-3:] = torch.tensor([1.0, 3.0, 2.0], dtype=dtype) * size
+        values, vectors = fl.ops.eigh(torch.diag(diagonal))
+        order = diagonal.argsort(stable=True)
+        assert torch.equal(values, diagonal[order]), size
+        assert torch.equal(vectors, torch.eye(zeros + 3, dtype=dtype)[:, order]), size
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4), (3, 0, 0), (0, 0, 0), (2, 0, 5, 5)])
