@@ -1,0 +1,5 @@
+"""combine."""
+
+from common import benchmarks
+
+test_combine = benchmarks("combine")

@@ -1,0 +1,5 @@
+"""dense."""
+
+from common import benchmarks
+
+test_dense = benchmarks("dense")

@@ -1,0 +1,5 @@
+"""files."""
+
+from common import benchmarks
+
+test_files = benchmarks("files")

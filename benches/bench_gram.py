@@ -1,0 +1,5 @@
+"""gram."""
+
+from common import benchmarks
+
+test_gram = benchmarks("gram")

@@ -1,0 +1,5 @@
+"""memory."""
+
+from common import benchmarks
+
+test_memory = benchmarks("memory")
