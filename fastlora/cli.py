@@ -105,6 +105,7 @@ def _output(out: Path, overwrite: bool, inputs: list[Path]) -> Any:
 
     target = OutputDirectory(out, overwrite=overwrite, files=("*.png",))
     target.refuse_inputs(inputs)
+    _outputs.append(target)
     return target
 
 
@@ -439,6 +440,9 @@ class _Stopped(BaseException):
     """A signal asked to stop; no ``except Exception`` on the way takes this for an error."""
 
 
+_outputs: list[Any] = []
+"""What the command writes, as :class:`fastlora.output.OutputDirectory`."""
+
 _signals: list[tuple[int, float]] = []
 """What was received, and when."""
 
@@ -473,7 +477,11 @@ def _guarded(run: Callable[[], object]) -> int:
         return code if isinstance(code, int) else 0
     except BaseException as error:
         if _signals:  # also where compiled code made another error of it
-            _complain("interrupted: no output is left half-written; run the same command again")
+            for output in _outputs:
+                output.discard()
+            written = [str(output.path) for output in _outputs if output.written]
+            way_out = f"{written[0]} is complete" if written else "run the same command again"
+            _complain(f"interrupted: no output is left half-written; {way_out}")
             return 128 + _signals[0][0]
         # typer makes SystemExit(1) of a broken pipe.
         cause = error.__context__ if isinstance(error, SystemExit) else error
