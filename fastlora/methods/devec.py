@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,9 @@ from fastlora.methods.spectrum import default_rtol, factor, raise_for_info, side
 from fastlora.ops.gram import blocks_of
 from fastlora.pool import Pool
 from fastlora.progress import track
+
+# Matrices r×r that are in memory for one pair of one module: its Gram blocks, what is made of them, and copies.
+BLOCKS_OF_PAIR = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,21 @@ class Group(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Coefficients:
+    """Coefficients of many results in few tensors: all pairs of a large pool have hundreds of thousands.
+
+    ``sigma [b, k, r]``: singular values of ``ΔW_i``, scaling included, descending. ``values [b, w]``: eigenvalues, real
+    where all are. ``basis [b, movers, r, c]`` and ``H [b, k, c, r]``, with as many
+    columns ``c`` as some result of the batch shares.
+    """
+
+    sigma: np.ndarray[tuple[int, int, int], np.dtype[np.float64]]
+    values: Tensor
+    basis: Tensor
+    H: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ModuleResult:
     """One module of a decomposition: coefficients of the results on the loaded factors, and what was measured.
 
@@ -75,14 +94,41 @@ class ModuleResult:
     names: tuple[str, ...]
     ranks: tuple[int, ...]
     kept: tuple[int, ...]
-    sigma: tuple[tuple[float, ...], ...]  # of ΔW_i, scaling included, descending
-    values: Tensor  # eigenvalues, descending by real part
     count: int  # directions shared
-    basis: tuple[Tensor | None, ...]  # [r_j, count], None where zero
-    H: tuple[Tensor, ...]  # [count, r_i]; none where nothing is shared
     norms: tuple[float, ...]  # ‖ΔW_i‖
     shared_norms: tuple[float, ...]  # ‖ΔW_i^shared‖, MATH (9)
     rtol: float
+    coefficients: Coefficients
+    row: int  # of the coefficients
+
+    @property
+    def sigma(self) -> tuple[tuple[float, ...], ...]:
+        """Singular values of every ``ΔW_i``, scaling included, descending."""
+        own = self.coefficients.sigma[self.row].tolist()
+        return tuple(tuple(x[:r]) for x, r in zip(own, self.ranks, strict=True))
+
+    def norm(self, i: int) -> float:
+        """The largest singular value of ``ΔW_i``."""
+        return float(self.coefficients.sigma[self.row, i, 0]) if self.ranks[i] else 0.0
+
+    @property
+    def values(self) -> Tensor:
+        """Eigenvalues, descending by real part."""
+        length = self.kept[0] if self.coefficients.basis.shape[1] == 1 else sum(self.kept)
+        values = self.coefficients.values[self.row, :length]
+        return values if values.is_complex() and bool(values.imag.any()) else values.real
+
+    @property
+    def basis(self) -> tuple[Tensor | None, ...]:
+        """``[r_j, count]``, None where zero."""
+        own = self.coefficients.basis[self.row]
+        return tuple(own[j, :r, : self.count] if j < len(own) else None for j, r in enumerate(self.ranks))
+
+    @property
+    def H(self) -> tuple[Tensor, ...]:
+        """``[count, r_i]``; none where nothing is shared."""
+        own = self.coefficients.H[self.row]
+        return tuple(own[i, : self.count, :r] for i, r in enumerate(self.ranks)) if self.count else ()
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -107,10 +153,13 @@ def group_modules(pool: Pool, modules: Sequence[str], rtol: float | None) -> dic
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
-    """Gram blocks of some modules of one group: ``projected [g, k, k, r, r]``, ``other [g, k, r, r]``."""
+    """Gram blocks of some modules of one group: ``projected [g, k, k, r, r]``, ``other [g, k, r, r]``.
+
+    In blocks of pairs a module is there once for every pair; ``names`` are the adapters of each row.
+    """
 
     modules: list[str]
-    names: tuple[str, ...]
+    names: list[tuple[str, ...]]
     updates: list[list[Update]]
     projected: Tensor
     other: Tensor
@@ -130,9 +179,8 @@ def read_blocks(pool: Pool, group: Group, modules: list[str], side: str, kind: s
     check_diagonal(names, modules, other, other_side)
     release(sources(u for row in updates for u in row))
     floor = torch.tensor([[unscaled_floor(u) for u in row] for row in updates], dtype=torch.float64)
-    return Blocks(
-        modules, names, updates, projected, torch.diagonal(other, dim1=1, dim2=2).movedim(-1, 1), floor, group
-    )
+    own = torch.diagonal(other, dim1=1, dim2=2).movedim(-1, 1)
+    return Blocks(modules, [names] * len(modules), updates, projected, own, floor, group)
 
 
 def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
@@ -140,7 +188,7 @@ def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
     found = settings.run(blocks.projected, blocks.other.contiguous(), blocks.floor, blocks.group.rtol)
 
     raise_for_info(blocks.modules, found.info)
-    k = len(blocks.names)
+    k = len(blocks.group.members)
     upper = torch.ones(k, k, dtype=torch.bool).triu()
     full = torch.where(upper[:, :, None, None], blocks.projected, blocks.projected.transpose(1, 2).mT)
     movers = range(k) if settings.chain == "mean" else range(1)
@@ -152,29 +200,31 @@ def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
     scalings = torch.tensor([[abs(u.scaling) for u in row] for row in blocks.updates], dtype=torch.float64)  # [g, k]
     sigma = found.sigma * scalings[..., None]
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
-    numbers = [x.tolist() for x in (found.shared, found.kept, norms * scalings, shared * scalings, sigma)]
-    complex_pairs = found.values.imag.any(-1).tolist()
-    ranks = blocks.group.ranks
+    numbers = [x.tolist() for x in (found.shared, found.kept, norms * scalings, shared * scalings)]
+    most = max(numbers[0], default=0)
+    coefficients = Coefficients(
+        sigma.numpy(),
+        found.values if bool(found.values.imag.any()) else found.values.real.clone(),
+        found.basis[:, : len(movers), :, :most].clone(),
+        H[:, :, :most].clone(),
+    )
     results = []
     for g, module in enumerate(blocks.modules):
-        count, kept, own_norms, own_shared, own_sigma = (x[g] for x in numbers)
-        length = sum(kept) if settings.chain == "mean" else kept[0]
-        values = found.values[g, :length]
+        count, kept, own_norms, own_shared = (x[g] for x in numbers)
+        ranks = blocks.group.ranks
         results.append(
             ModuleResult(
                 module=module,
                 shape=blocks.updates[g][0].shape,
-                names=blocks.names,
+                names=blocks.names[g],
                 ranks=ranks,
                 kept=tuple(kept),
-                sigma=tuple(tuple(own_sigma[i][: ranks[i]]) for i in range(k)),
-                values=values if complex_pairs[g] else values.real,
                 count=count,
-                basis=tuple(found.basis[g, j, : ranks[j], :count] if j in movers else None for j in range(k)),
-                H=tuple(H[g, i, :count, : ranks[i]] for i in range(k)) if count else (),
                 norms=tuple(own_norms),
                 shared_norms=tuple(own_shared),
                 rtol=blocks.group.rtol,
+                coefficients=coefficients,
+                row=g,
             )
         )
     return results
@@ -275,7 +325,7 @@ class Components:
         for j, basis in enumerate(result.basis):
             if basis is not None:
                 parts.append(self._factors(result, j)[0].times(-(basis @ result.H[i])))
-        floor = max(update.floor, result.rtol * max(result.sigma[i], default=0.0))
+        floor = max(update.floor, result.rtol * result.norm(i))
         return self._assemble(update, add(parts), other, update.scaling, floor)
 
 
@@ -296,30 +346,39 @@ def decompose_pairs(pool: Pool, settings: Settings) -> dict[tuple[str, str], Com
     }
     for group, part in module_parts(pool, settings.rtol, "decomposing pairs"):
         blocks = read_blocks(pool, group, part, settings.side, "pairs")
-        for i in range(len(blocks.names)):
-            for j in range(i + 1, len(blocks.names)):
-                for result in shared_directions(_pair(blocks, i, j), settings):
-                    results[blocks.names[i], blocks.names[j]][result.module] = result
+        for pairs in _pairs(blocks):
+            for result in shared_directions(pairs, settings):
+                results[result.names[0], result.names[1]][result.module] = result
     return {
         pair: Components(pool.subset(list(pair)), {m: own[m] for m in pool.modules if m in own}, settings, "pairs")
         for pair, own in results.items()
     }
 
 
-def _pair(blocks: Blocks, i: int, j: int) -> Blocks:
-    """The blocks of two of the adapters, at their own padded size: results do not depend on the rest of the pool."""
-    index, group = torch.tensor([i, j]), blocks.group
-    r = max(1, group.ranks[i], group.ranks[j])
-    projected = blocks.projected[:, index][:, :, index][..., :r, :r].contiguous()
-    return Blocks(
-        blocks.modules,
-        (blocks.names[i], blocks.names[j]),
-        [[row[i], row[j]] for row in blocks.updates],
-        projected,
-        blocks.other[:, index][..., :r, :r].contiguous(),
-        blocks.floor[:, index],
-        Group((0, 1), (group.ranks[i], group.ranks[j]), (group.rtols[i], group.rtols[j])),
-    )
+def _pairs(blocks: Blocks) -> Iterator[Blocks]:
+    """The blocks of every two of the adapters, many pairs at once: those of the same ranks and noise floors, at their
+    own padded size, so that results do not depend on the rest of the pool."""
+    group, k = blocks.group, len(blocks.group.members)
+    alike: dict[Group, list[tuple[int, int]]] = {}
+    for i in range(k):
+        for j in range(i + 1, k):
+            of_two = Group((0, 1), (group.ranks[i], group.ranks[j]), (group.rtols[i], group.rtols[j]))
+            alike.setdefault(of_two, []).append((i, j))
+    for of_two, pairs in alike.items():
+        r = max(1, *of_two.ranks)
+        for part in chunks(len(pairs), BLOCKS_OF_PAIR * 8 * r * r * len(blocks.modules)):
+            some = [pairs[p] for p in part]
+            index = torch.tensor(some)  # [p, 2]
+            rows = [(g, pair) for g in range(len(blocks.modules)) for pair in some]
+            yield Blocks(
+                [blocks.modules[g] for g, _ in rows],
+                [(blocks.names[g][i], blocks.names[g][j]) for g, (i, j) in rows],
+                [[blocks.updates[g][i], blocks.updates[g][j]] for g, (i, j) in rows],
+                blocks.projected[:, index[:, :, None], index[:, None]][..., :r, :r].flatten(0, 1).contiguous(),
+                blocks.other[:, index][..., :r, :r].flatten(0, 1).contiguous(),
+                blocks.floor[:, index].flatten(0, 1).contiguous(),
+                of_two,
+            )
 
 
 def decompose_iteratively(pool: Pool, settings: Settings, target: str, order: Sequence[str]) -> list[Components]:
