@@ -208,9 +208,9 @@ def show_bench_names() -> None:
     from fastlora.bench.cases import CASES
     from fastlora.bench.workloads import NAMES
 
-    table = _table("case", "what is timed", "on", title="cases")
+    table = _table("case", "what is timed", "on", "", title="cases")
     for name, case in CASES.items():
-        table.add_row(name, case.summary, ", ".join(case.workloads) or ("only when named" if case.slow else ""))
+        table.add_row(name, case.summary, ", ".join(case.workloads), "only when named" if case.slow else "")
     console = _console()
     console.print(table)
     console.print(f"workloads: {', '.join(NAMES)}")
