@@ -1,4 +1,4 @@
-"""combine."""
+"""The pass that writes the results of a whole pool."""
 
 from common import benchmarks
 

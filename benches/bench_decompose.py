@@ -1,4 +1,4 @@
-"""decompose."""
+"""Whole decompositions in memory."""
 
 from common import benchmarks
 

@@ -1,4 +1,4 @@
-"""dense."""
+"""One module against the paper's dense algorithm."""
 
 from common import benchmarks
 

@@ -1,4 +1,4 @@
-"""files."""
+"""Whole decompositions, files to files."""
 
 from common import benchmarks
 

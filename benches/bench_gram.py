@@ -1,4 +1,4 @@
-"""gram."""
+"""The pass that reads the factors of a whole pool."""
 
 from common import benchmarks
 

@@ -1,4 +1,4 @@
-"""memory."""
+"""Whole decompositions, files to files, within a bound on memory."""
 
 from common import benchmarks
 

@@ -1,4 +1,4 @@
-"""merge."""
+"""Merging two adapters of rank 16 into one of rank 16."""
 
 from common import benchmarks
 
