@@ -2,7 +2,7 @@
 # make test   lint, types, tests, package build
 # make bench  timings on this machine
 # make fuzz   100,000 damaged adapter directories: tests/fuzz/result.json
-# make sanitize  the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitize  the kernels' and the writer's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 VENV ?= .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell git ls-files 'csrc/*' CMakeLists.txt setup.py pyproject.toml constraints.txt 2>/dev/null)
@@ -59,7 +59,8 @@ sanitize: $(VENV)/ready
 	for isa in baseline avx2 avx512; do \
 	  PYTHONPATH=$(SANITIZED) FASTLORA_ISA=$$isa FASTLORA_BACKEND=cpu LD_PRELOAD="$(SANITIZERS)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(VENV)/bin/pytest -q -x -s -p no:cacheprovider -k "not reference and not isa and not instruction_set" tests/ops || exit 1; \
+	  $(VENV)/bin/pytest -q -x -s -p no:cacheprovider -k "not reference and not isa and not instruction_set" \
+	  tests/ops tests/formats/test_peft_write.py || exit 1; \
 	done
 
 clean:

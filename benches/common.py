@@ -1,40 +1,82 @@
-"""What the benches share: opponents at their best, checked answers, and physics beside the time."""
+"""The cases of ``fastlora bench`` as benchmarks of pytest.
+
+A case alternates its contenders, which pytest-benchmark cannot do: it times one test after the other. So a contest is
+measured as a whole when the first of its tests runs, and each test hands its rounds over on a clock of its own.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+
+from fastlora.bench.cases import CASES
+from fastlora.bench.contest import OURS, Contest, Unavailable, best, measure, require
+from fastlora.bench.timing import thread_counts, threads
+
+__all__ = ["benchmarks", "require", "time_it"]
+
+measured = functools.lru_cache(1)(measure)
 
 
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+class Clock:
+    """Time that passes only when a recorded round is played."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.rounds: list[float] = []
+
+    def read(self) -> float:
+        return self.now
+
+    def play(self) -> None:
+        self.now += self.rounds.pop(0)
 
 
-def require(what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Refuses to time a wrong answer."""
-    scale = float(expected.double().abs().max()) or 1.0
-    error = float((got.double() - expected.double()).abs().max()) / scale
-    assert error <= tolerance, f"{what}: error {error:.2e} above {tolerance:.0e}; a wrong answer is not timed"
+clock = Clock()
 
 
-def time_it(benchmark: Any, run: Any, *, threads_used: int, **extra: object) -> None:
-    """Medians of at least seven rounds; how the threads wait is part of the result on small machines."""
-    benchmark.extra_info.update(
-        extra,
-        threads=threads_used,
-        omp_wait_policy=os.environ.get("OMP_WAIT_POLICY", "not set"),
-        torch=torch.__version__,
-    )
+def benchmarks(case: str) -> Callable[..., None]:
+    """A test function over every contest of a case: fastlora by threads, and each opponent at its best."""
+    contests = CASES[case].contests()
+    parameters = [
+        pytest.param(contest, who, count, id=f"{contest.what}: {who}" + (f", {count}" if count else ""))
+        for contest in contests
+        for who, count in [*((OURS, c) for c in thread_counts()), *((o, None) for o in contest.opponents)]
+    ]
+
+    @pytest.mark.parametrize(("contest", "who", "count"), parameters)
+    @pytest.mark.benchmark(timer=clock.read)
+    def test(benchmark: Any, contest: Contest, who: str, count: int | None) -> None:
+        try:
+            task, times = measured(contest)
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+        if count is None:
+            count, _ = best(who, {key: statistics.median(own) for key, own in times.items()})
+        elif (who, count) not in times:
+            pytest.skip(f"not measured on {count} threads")
+        benchmark.group = contest.what
+        benchmark.extra_info.update(
+            threads=count,
+            bytes=task.moved,
+            operations=task.operations,
+            note=task.note,
+            omp_wait_policy=os.environ.get("OMP_WAIT_POLICY", "not set"),
+            torch=torch.__version__,
+        )
+        clock.rounds = list(times[who, count])
+        benchmark.pedantic(clock.play, rounds=len(clock.rounds))
+
+    return test
+
+
+def time_it(benchmark: Any, run: Callable[[], object], *, threads_used: int) -> None:
+    """Times one contender alone."""
     with threads(threads_used):
         benchmark.pedantic(run, rounds=9, warmup_rounds=2)

@@ -105,6 +105,7 @@ def _output(out: Path, overwrite: bool, inputs: list[Path]) -> Any:
 
     target = OutputDirectory(out, overwrite=overwrite, files=("*.png",))
     target.refuse_inputs(inputs)
+    _outputs.append(target)
     return target
 
 
@@ -357,9 +358,11 @@ def overlap(
 
 @app.command()
 def bench(
-    cases: Annotated[
-        list[str] | None, typer.Argument(help="What to time; default: everything.", metavar="CASE…")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Cases and workloads (--list); default: every case that takes no hours.", metavar="NAME…"),
     ] = None,
+    listing: Annotated[bool, typer.Option("--list", help="Name the cases and workloads.")] = False,
     markdown: Annotated[
         Path | None, typer.Option(help="Also write the table to this file.", show_default=False)
     ] = None,
@@ -370,23 +373,34 @@ def bench(
     # Spinning threads would make two of them slower than one on small machines; read before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with _running("auto", None, quiet):
-        from fastlora.bench.cases import CASES
+        from fastlora.bench.cases import select
+        from fastlora.bench.contest import Unavailable, rows
         from fastlora.bench.table import as_dict, as_markdown
-        from fastlora.bench.timing import measure_machine
+        from fastlora.bench.timing import measure_machine, waiting
         from fastlora.progress import track
-        from fastlora.show import show_bench
+        from fastlora.show import show_bench, show_bench_names
 
-        unknown = [c for c in cases or () if c not in CASES]
-        if unknown:
-            raise InputError(f"bench has no case {', '.join(unknown)}: use {', '.join(CASES)}")
+        if listing:
+            show_bench_names()
+            return
+        contests = select(names or ())
+        _notices([w] if (w := waiting()) else [], quiet)
         machine = measure_machine()
-        rows = [row for case in track(cases or list(CASES), "timing") for row in CASES[case](machine)]
+        found, skipped = [], []
+        for contest in track(contests, "timing"):
+            try:
+                found += rows(contest, machine)
+            except Unavailable as reason:
+                skipped.append(f"{contest.what} was left out: {reason}")
+        if not found:
+            raise InputError("; ".join(skipped))
         if markdown is not None:
-            markdown.write_text(as_markdown(machine, rows), encoding="utf-8")
+            markdown.write_text(as_markdown(machine, found), encoding="utf-8")
         if as_json:
-            _print_json(as_dict(machine, rows))
+            _print_json(as_dict(machine, found))
         elif not quiet:
-            show_bench(machine, rows)
+            show_bench(machine, found)
+        _notices(skipped, quiet)
 
 
 @app.command()
@@ -426,6 +440,9 @@ class _Stopped(BaseException):
     """A signal asked to stop; no ``except Exception`` on the way takes this for an error."""
 
 
+_outputs: list[Any] = []
+"""What the command writes, as :class:`fastlora.output.OutputDirectory`."""
+
 _signals: list[tuple[int, float]] = []
 """What was received, and when."""
 
@@ -460,7 +477,11 @@ def _guarded(run: Callable[[], object]) -> int:
         return code if isinstance(code, int) else 0
     except BaseException as error:
         if _signals:  # also where compiled code made another error of it
-            _complain("interrupted: no output is left half-written; run the same command again")
+            for output in _outputs:
+                output.discard()
+            written = [str(output.path) for output in _outputs if output.written]
+            way_out = f"{written[0]} is complete" if written else "run the same command again"
+            _complain(f"interrupted: no output is left half-written; {way_out}")
             return 128 + _signals[0][0]
         # typer makes SystemExit(1) of a broken pipe.
         cause = error.__context__ if isinstance(error, SystemExit) else error

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextvars
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
 from fastlora.adapter import Adapter
 from fastlora.collector import paused_collector
-from fastlora.engine import write_adapters
+from fastlora.engine import WRITE_BYTES, chunks, write_adapters
 from fastlora.errors import InputError
 from fastlora.memory import bounded
 from fastlora.methods.devec import Components
@@ -108,17 +108,18 @@ class Decomposition:
     def reports(self) -> list[Report]:
         """One :class:`fastlora.report.Report` a chain: one for a pool, one a pair, one a step."""
         if self._report is None:
-            notices = self.pool.notices
-            if self._whole is not None:
-                self._report = [build_report(self._whole, " + ".join(self.pool.names), notices)]
-            elif self.mode == "pairs":
-                self._report = [build_report(c, " + ".join(names)) for names, c in self._pairs.items()]
-            else:
-                self._report = [
-                    build_report(c, f"{self.target} without {c.pool.names[1]} (step {i + 1})")
-                    for i, c in enumerate(self._steps)
-                ]
+            self._report = list(self._built_reports())
         return self._report
+
+    def _built_reports(self) -> Iterator[Report]:
+        if self._whole is not None:
+            yield build_report(self._whole, " + ".join(self.pool.names), self.pool.notices)
+        elif self.mode == "pairs":
+            for names, c in self._pairs.items():
+                yield build_report(c, " + ".join(names))
+        else:
+            for i, c in enumerate(self._steps):
+                yield build_report(c, f"{self.target} without {c.pool.names[1]} (step {i + 1})")
 
     @property
     def report(self) -> Report:
@@ -128,39 +129,51 @@ class Decomposition:
 
     def adapters(self) -> dict[str, Adapter]:
         """Every result by its place in the output directory: ``shared``, ``unique/<name>``, ``pairs/<a>+<b>/…``."""
+        return {place: adapter for part in self._parts() for place, adapter in part.items()}
+
+    def _parts(self) -> Iterator[dict[str, Adapter]]:
+        """The results, those of a pool of many pairs some pairs at a time: as many as have room together."""
         if self.mode == "iterative":
             assert self.target is not None
-            return {f"unique/{self.target}": self.unique_of(self.target)}
-        if self.mode == "pairs":
-            found = {}
-            for (a, b), pair in self.pairs.items():
-                found[f"pairs/{a}+{b}/shared"] = pair.shared
-                found |= {f"pairs/{a}+{b}/unique/{n}": pair.unique_of(n) for n in (a, b)}
-            return found
-        return {"shared": self.shared} | {f"unique/{n}": self.unique_of(n) for n in self.pool.names}
+            yield {f"unique/{self.target}": self.unique_of(self.target)}
+        elif self.mode == "pool":
+            yield {"shared": self.shared} | {f"unique/{n}": self.unique_of(n) for n in self.pool.names}
+        else:
+            pairs = list(self.pairs.items())
+            for part in chunks(len(pairs), max(_written_bytes(c) for c in self._pairs.values()), WRITE_BYTES):
+                found = {}
+                for (a, b), pair in (pairs[p] for p in part):
+                    found[f"pairs/{a}+{b}/shared"] = pair.shared
+                    found |= {f"pairs/{a}+{b}/unique/{n}": pair.unique_of(n) for n in (a, b)}
+                yield found
 
     def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
         """Writes every adapter and ``report.json`` below ``path``, atomically: nothing appears until all is there."""
-        with OutputDirectory(Path(path), overwrite=overwrite) as staging, paused_collector():
+        with OutputDirectory(Path(path), overwrite=overwrite) as staging:
             self.write(staging, dtype)
         return Path(path)
 
     def write(self, staging: Path, dtype: torch.dtype | str | None = None) -> None:
         """Writes into a directory that is being staged."""
-        adapters = self.adapters()
-        for place in adapters:
-            (staging / place).mkdir(parents=True)
-        with ThreadPoolExecutor(1) as other:
-            # The report needs no kernels, so it is made while results are computed and written.
-            report = other.submit(contextvars.copy_context().run, self._report_text, adapters)
+        empty = []
+        # Reports need no kernels, so they are made while results are computed and written.
+        with (staging / "report.json").open("w") as file, ThreadPoolExecutor(1) as other, paused_collector():
+            reports = other.submit(contextvars.copy_context().run, self._write_reports, file)
             with bounded(self.memory):
-                write_adapters({staging / place: a for place, a in adapters.items()}, dtype)
-            (staging / "report.json").write_text(report.result())
+                for adapters in self._parts():
+                    for place in adapters:
+                        (staging / place).mkdir(parents=True)
+                    write_adapters({staging / place: a for place, a in adapters.items()}, dtype)
+                    empty += [p for p, a in adapters.items() if not any(u.rank for u in a.updates.values())]
+            reports.result()
+            file.write(f', "empty_adapters": {json.dumps(empty)}}}\n')
 
-    def _report_text(self, adapters: Mapping[str, Adapter]) -> str:
-        empty = [p for p, a in adapters.items() if not any(u.rank for u in a.updates.values())]
-        data = {"mode": self.mode, "empty_adapters": empty, "reports": [r.as_dict() for r in self.reports]}
-        return json.dumps(data, allow_nan=False) + "\n"
+    def _write_reports(self, file: TextIO) -> None:
+        """The start of ``report.json``; pool by pool, since there can be thousands of pairs."""
+        file.write(f'{{"mode": {json.dumps(self.mode)}, "reports": [')
+        for i, report in enumerate(self._report or self._built_reports()):
+            file.write(", " * (i > 0) + json.dumps(report.as_dict(), allow_nan=False))
+        file.write("]")
 
     def _pool_mode(self, what: str) -> Components:
         if self._whole is None:
@@ -169,3 +182,10 @@ class Decomposition:
                 f"{what}: this decomposition has mode={self.mode!r}; {hint}, or decompose with mode='pool'"
             )
         return self._whole
+
+
+def _written_bytes(components: Components) -> int:
+    """Of the largest module of one pair: its results are in memory together."""
+    updates = [a.updates[m] for a in components.pool.adapters for m in components.results]
+    sizes = [4 * u.rank * sum(u.shape) for u in updates]
+    return 3 * max(sizes, default=1)

@@ -68,9 +68,9 @@ def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype) -> torch.
     return found
 
 
-def chunks(count: int, bytes_each: int) -> Iterable[range]:
+def chunks(count: int, bytes_each: int, most: int = CHUNK_BYTES) -> Iterable[range]:
     """Ranges of modules that fit in memory together. Results do not depend on the split."""
-    size = max(1, batch_bytes(CHUNK_BYTES) // max(bytes_each, 1))
+    size = max(1, batch_bytes(most) // max(bytes_each, 1))
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 

@@ -50,16 +50,18 @@ class OutputDirectory:
 
     Raises :class:`OutputError`: from the constructor, before any work, when the target exists (without
     ``overwrite``), is no earlier output (with it) or cannot be written; from the block when writing fails.
-    ``notices`` holds what is worth telling afterwards. ``files`` are the name patterns that an earlier
-    output may hold beside :data:`OUTPUT_FILES`.
+    ``notices`` holds what is worth telling afterwards, ``written`` whether the output is in place. ``files`` are the
+    name patterns that an earlier output may hold beside :data:`OUTPUT_FILES`.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False, files: Iterable[str] = ()) -> None:
         self.path = Path(path).expanduser().resolve()
         self.overwrite = overwrite
         self.notices: list[str] = []
+        self.written = False
         self._files = (*OUTPUT_FILES, *files)
         self._staging: Path | None = None
+        self._replaced: Path | None = None
         self._made: list[Path] = []
         if not self.path.name:
             raise OutputError(f"{path} is no name for an output; give a directory that can be made, such as out/merged")
@@ -82,10 +84,15 @@ class OutputDirectory:
                 self._made = [p for p in self.path.parents if not os.path.lexists(p)]
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._report_leftovers()
-                self._staging = _make_beside(self.path, "partial")
+                for candidate in _names_beside(self.path, "partial"):
+                    self._staging = candidate  # known before it is there: a signal may come right after it is made
+                    if _made(candidate):
+                        break
+                    self._staging = None
         except BaseException:
-            self._remove_parents()
+            self.discard()
             raise
+        assert self._staging is not None
         return self._staging
 
     def __exit__(
@@ -98,13 +105,21 @@ class OutputDirectory:
                 with writing(self.path):
                     self._check_target()
                     self._put_in_place(staging)
+                    self.written = True
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            if not os.path.lexists(self.path):
-                self._remove_parents()
+            self.discard()
         translated = None if error is None else _translated(error, self.path)
         if translated is not None:
             raise translated from error
+
+    def discard(self) -> None:
+        """Removes what is unfinished. Leaving the block does so too, unless a signal comes just before it is entered or
+        while it is left."""
+        for path in (self._staging, self._replaced):
+            if path is not None:
+                shutil.rmtree(path, ignore_errors=True)
+        if not os.path.lexists(self.path):
+            self._remove_parents()
 
     def _check_target(self) -> None:
         if not os.path.lexists(self.path):
@@ -147,16 +162,17 @@ class OutputDirectory:
         if not os.path.lexists(self.path):
             os.rename(staging, self.path)
             return
-        old = _make_beside(self.path, "replaced")
+        old = next(name for name in _names_beside(self.path, "replaced") if _made(name))
         try:
             os.rename(self.path, old)
             os.rename(staging, self.path)
         except BaseException:
             if os.path.lexists(self.path):
-                old.rmdir()
+                shutil.rmtree(old, ignore_errors=True)
             else:
                 os.rename(old, self.path)
             raise
+        self._replaced = old
         shutil.rmtree(old, ignore_errors=True)
         if old.exists():
             self.notices.append(f"the earlier output could not be deleted and is now {old}")
@@ -223,17 +239,23 @@ def _foreign_files(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]
                 yield Path(folder, name)
 
 
-def _make_beside(path: Path, kind: str) -> Path:
-    """A new directory ``.<name>.<kind>-<pid>`` beside ``path``."""
+def _names_beside(path: Path, kind: str) -> Iterator[Path]:
+    """Free names ``.<name>.<kind>-<pid>`` beside ``path``."""
     base = f".{path.name}.{kind}-{os.getpid()}"
     for attempt in range(1000):
-        made = path.parent / (base if attempt == 0 else f"{base}-{attempt}")
-        try:
-            made.mkdir()
-        except FileExistsError:
-            continue
-        return made
+        name = path.parent / (base if attempt == 0 else f"{base}-{attempt}")
+        if not os.path.lexists(name):
+            yield name
     raise OutputError(f"{path.parent} is full of unfinished outputs {base}-…; delete them")
+
+
+def _made(directory: Path) -> bool:
+    """Makes a directory, unless there is something of that name."""
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def _is_running(pid: int) -> bool:

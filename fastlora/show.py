@@ -17,7 +17,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from fastlora.adapter import Adapter
-    from fastlora.bench.cases import Row
+    from fastlora.bench.contest import Row
     from fastlora.bench.timing import Machine
     from fastlora.decomposition import Decomposition
     from fastlora.methods.overlap import Overlap
@@ -192,7 +192,7 @@ def show_overlap(found: Overlap) -> None:
 
 
 def show_bench(machine: Machine, rows: list[Row]) -> None:
-    from fastlora.bench.table import HEADER, cells, machine_line
+    from fastlora.bench.table import HEADER, cells, machine_line, notes
 
     table = _table(*HEADER)
     for row in rows:
@@ -200,6 +200,20 @@ def show_bench(machine: Machine, rows: list[Row]) -> None:
     console = _console()
     console.print(machine_line(machine))
     console.print(table)
+    for note in notes(rows):
+        console.print(note, markup=False)
+
+
+def show_bench_names() -> None:
+    from fastlora.bench.cases import CASES
+    from fastlora.bench.workloads import NAMES
+
+    table = _table("case", "what is timed", "on", "", title="cases")
+    for name, case in CASES.items():
+        table.add_row(name, case.summary, ", ".join(case.workloads), "only when named" if case.slow else "")
+    console = _console()
+    console.print(table)
+    console.print(f"workloads: {', '.join(NAMES)}")
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,17 +37,28 @@ def unique_parts(B: list[Tensor], Z: Tensor) -> list[Tensor]:
     return [(b.float() - Z @ (Z.mT @ b.float())).to(b.dtype) for b in B]
 
 
-def dense_unique(deltas: list[Tensor], threshold: float) -> list[Tensor]:
-    """The paper's algorithm on dense ``ΔW_i [n, m]``: SVD projections, their product, eigenvectors, projection."""
-    product = torch.eye(deltas[0].shape[0], dtype=deltas[0].dtype)
-    for delta in deltas:
-        u, s, _ = torch.linalg.svd(delta, full_matrices=False)
-        u = u[:, s > 1e-6 * s[0]]
-        product = product @ (u @ u.mT)
+def dense_projection(delta: Tensor, rtol: float = 1e-5) -> Tensor:
+    """``P [n, n]``: the projection on the column space of a dense ``ΔW [n, m]``."""
+    u, s, _ = torch.linalg.svd(delta, full_matrices=False)
+    u = u[:, s > rtol * s[0]]
+    projection: Tensor = u @ u.mT
+    return projection
+
+
+def shared_part(product: Tensor, threshold: float) -> Tensor:
+    """``Z [n, q]``: orthonormal, spans the eigenvectors of a dense product of projections above the threshold."""
     values, vectors = torch.linalg.eig(product)
     span = vectors[:, values.real > threshold]
-    q = span.shape[1]
-    Z = torch.linalg.svd(torch.cat([span.real, span.imag], 1), full_matrices=False)[0][:, :q]
+    left: Tensor = torch.linalg.svd(torch.cat([span.real, span.imag], 1), full_matrices=False)[0]
+    return left[:, : span.shape[1]]
+
+
+def dense_unique(deltas: list[Tensor], threshold: float) -> list[Tensor]:
+    """The paper's algorithm on dense ``ΔW_i [n, m]``: SVD projections, their product, eigenvectors, projection."""
+    product = dense_projection(deltas[0])
+    for delta in deltas[1:]:
+        product = product @ dense_projection(delta)
+    Z = shared_part(product, threshold)
     return [delta - Z @ (Z.mT @ delta) for delta in deltas]
 
 
@@ -53,7 +66,7 @@ def plain_decompose(pool: Pool, threshold: float) -> list[tuple[list[Tensor], Te
     """Unique ``B`` factors and ``Z`` of every module of a pool."""
     results = []
     for module in pool.modules:
-        updates = [a.updates[module] for a in pool.adapters]
+        updates = [a.updates[module] for a in pool.adapters if module in a]
         B = [x for u in updates if (x := u.B.stored) is not None]
         A = [x for u in updates if (x := u.A.stored) is not None]
         Z, _ = shared_directions(B, A, threshold)
@@ -92,3 +105,37 @@ def merge_by_dense_svd(pool: Pool, rank: int = 16) -> list[tuple[Tensor, Tensor]
         u, s, vh = torch.linalg.svd(B @ A, full_matrices=False)
         results.append((u[:, :rank] * s[:rank], vh[:rank]))
     return results
+
+
+def peft_model(pool: Pool) -> Any:
+    """A model of the pool's modules, which have plain names, with every adapter loaded, as ``peft`` merges them."""
+    from peft import LoraConfig, get_peft_model
+
+    base = torch.nn.Module()
+    for module in pool.modules:
+        n, m = pool.adapters[0].updates[module].shape
+        base.add_module(module, torch.nn.Linear(m, n, bias=False))
+    model: Any = None
+    for adapter in pool.adapters:
+        (rank,) = {u.rank for u in adapter.updates.values()}
+        (scaling,) = {u.scaling for u in adapter.updates.values()}
+        config = LoraConfig(r=rank, lora_alpha=int(scaling * rank), target_modules=pool.modules)
+        if model is None:
+            model = get_peft_model(base, config, adapter_name=adapter.name)
+        else:
+            model.add_adapter(adapter.name, config)
+        for module, update in adapter.updates.items():
+            layer = model.base_model.model.get_submodule(module)
+            layer.lora_A[adapter.name].weight.data.copy_(update.A.stored)
+            layer.lora_B[adapter.name].weight.data.copy_(update.B.stored)
+    return model
+
+
+def merge_by_peft(model: Any, names: list[str], rank: int = 16) -> list[tuple[Tensor, Tensor]]:
+    """The same by ``add_weighted_adapter``: dense SVD with the package's own settings."""
+    merged = "merged"
+    if merged in model.peft_config:
+        model.delete_adapter(merged)
+    model.add_weighted_adapter(names, [1.0] * len(names), merged, combination_type="svd", svd_rank=rank)
+    layers = [m for m in model.modules() if merged in getattr(m, "lora_A", {})]
+    return [(x.scaling[merged] * x.lora_B[merged].weight.data, x.lora_A[merged].weight.data) for x in layers]

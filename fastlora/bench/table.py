@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastlora.bench.cases import Row
+from fastlora.bench.contest import Row
 from fastlora.bench.timing import Machine, describe
 
-HEADER = ("what", "opponent", "its time", "ours, 1 thread", "ours, 2 threads", "ratio, 1 / 2", "floor", "ours ÷ floor")
+HEADER = (
+    "what",
+    "opponent",
+    "its time",
+    "ours, 1 thread",
+    "ours, 2 threads",
+    "ratio, 1 / 2",
+    "1 thread ÷ 2",
+    "floor",
+    "ours ÷ floor",
+)
 
 PREAMBLE = """# Benchmarks
 
 Written by `fastlora bench --markdown docs/benchmarks.md`; every answer was checked before it was timed. Times are
-medians of seven alternated rounds; machines differ and are noisy, so the ratios are what counts. The opponent runs at
-its best thread count, which is named. The floor is what the operation must at least cost on the most threads measured:
-bytes moved over the speed of a large copy, or operations over the speed of a large matrix product, whichever is longer;
-for `eigh` and `svd` operations alone, counted as 9·n³ and 6 sweeps of 6·n³.
+medians of seven alternated rounds, or of as many as the notes say; machines differ and are noisy, so the ratios are
+what counts: the opponent's time over ours on one thread and on two. The opponent runs at its best thread count, which
+is named. `1 thread ÷ 2` is what the second thread brings. The floor is what the operation must at least cost on the
+most threads measured: bytes read and written over the speed of a large copy in memory, or operations over the speed of
+a large matrix product, whichever is longer. Operations are counted for the Gram pass, for `eigh` (9·n³; 10/3·n³ where
+eigenvalues cluster, none for the identity) and for `svd` (6 sweeps of 6·n³); bytes everywhere.
+
+The workloads are seeded adapters with the shapes of real models (`fastlora/bench/workloads.py`): decaying spectra and
+four planted common directions; `minilm` is the trained adapters in examples/adapters. `fastlora bench --list` names
+all cases and workloads.
 """
 
 GPU = """
@@ -34,7 +50,12 @@ def cells(row: Row) -> tuple[str, ...]:
     most = row.ours[max(row.ours)]
     above = "–" if row.floor is None else f"{most / row.floor:.2f}"
     ours = [milliseconds(row.ours.get(c)) for c in (1, 2)]
-    return (row.what, row.opponent, milliseconds(row.theirs), *ours, ratios, milliseconds(row.floor), above)
+    second = f"{row.ours[1] / row.ours[2]:.2f}" if row.ours.keys() >= {1, 2} else "–"
+    return (row.what, row.opponent, milliseconds(row.theirs), *ours, ratios, second, milliseconds(row.floor), above)
+
+
+def notes(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row.note for row in rows if row.note))
 
 
 def as_dict(machine: Machine, rows: list[Row]) -> dict[str, Any]:
@@ -44,7 +65,15 @@ def as_dict(machine: Machine, rows: list[Row]) -> dict[str, Any]:
         "fp32_operations_per_second": machine.fp32,
         "fp64_operations_per_second": machine.fp64,
         "rows": [
-            {"what": r.what, "ours": r.ours, "opponent": r.opponent, "theirs": r.theirs, "floor": r.floor} for r in rows
+            {
+                "what": r.what,
+                "ours": r.ours,
+                "opponent": r.opponent,
+                "theirs": r.theirs,
+                "floor": r.floor,
+                "note": r.note,
+            }
+            for r in rows
         ],
     }
 
@@ -61,4 +90,5 @@ def machine_line(machine: Machine) -> str:
 def as_markdown(machine: Machine, rows: list[Row]) -> str:
     lines = [PREAMBLE, machine_line(machine), "", "| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    lines += ["", *(f"* {note}." for note in notes(rows))] if notes(rows) else []
     return "\n".join(lines) + "\n" + GPU

@@ -1,4 +1,4 @@
-"""Medians of alternated runs, and what this machine could do at best."""
+"""Alternated runs, and what this machine could do at best."""
 
 from __future__ import annotations
 
@@ -15,6 +15,25 @@ import torch
 
 ROUNDS = 7
 Run = Callable[[], object]
+Times = dict[tuple[str, int], list[float]]
+
+
+class Seconds(float):
+    """What a run returns that measured itself, such as a child process without its start: taken for its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something that is timed, at each of some numbers of threads.
+
+    ``run`` may return :class:`Seconds` to be taken for what passed on the clock. ``reset`` runs before every run and
+    is not timed. ``rounds``: how often it is timed; a contender that is timed once has no round to warm up.
+    """
+
+    run: Run
+    threads: tuple[int, ...] = (1,)
+    rounds: int = ROUNDS
+    reset: Run | None = None
 
 
 @contextlib.contextmanager
@@ -27,18 +46,29 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def alternate(runs: Mapping[str, tuple[int, Run]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of each ``{name: (threads, run)}``: one run of each in turn, so that all see the same machine."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_number in range(rounds + 1):
-        for name, (count, run) in runs.items():
+def alternate(contenders: Mapping[str, Contender]) -> Times:
+    """Seconds of every round by ``(name, threads)``: one run of each in turn, so that all see the same machine."""
+    times: Times = {(name, count): [] for name, c in contenders.items() for count in c.threads}
+    for round_number in range(1 + max(c.rounds for c in contenders.values())):
+        for (name, count), own in times.items():
+            contender = contenders[name]
+            warming = round_number == 0 and contender.rounds > 1
+            if len(own) == contender.rounds:
+                continue
+            if contender.reset is not None:
+                contender.reset()
             with threads(count):
                 start = time.perf_counter()
-                run()
-                elapsed = time.perf_counter() - start
-            if round_number:  # the first round warms up
-                times[name].append(elapsed)
-    return {name: statistics.median(t) for name, t in times.items()}
+                result = contender.run()
+                elapsed = float(result) if isinstance(result, Seconds) else time.perf_counter() - start
+            if not warming:
+                own.append(elapsed)
+    return times
+
+
+def median_of(run: Run, count: int) -> float:
+    """Median seconds of a run alone."""
+    return statistics.median(alternate({"": Contender(run, (count,))})["", count])
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +80,14 @@ class Machine:
     fp32: dict[int, float]
     fp64: dict[int, float]
 
+    def floor(self, moved: int, operations: int, dtype: torch.dtype) -> float:
+        """Seconds that moving so many bytes or doing so many operations takes at least, on the most threads."""
+        rate = self.fp64 if dtype == torch.float64 else self.fp32
+        return max(moved / max(self.copy.values()), operations / max(rate.values()))
 
-def thread_counts() -> list[int]:
-    return [1] if (os.cpu_count() or 1) == 1 else [1, 2]
+
+def thread_counts() -> tuple[int, ...]:
+    return (1,) if (os.cpu_count() or 1) == 1 else (1, 2)
 
 
 def measure_machine() -> Machine:
@@ -61,10 +96,21 @@ def measure_machine() -> Machine:
     squares = {d: torch.ones(1024, 1024, dtype=d) for d in (torch.float32, torch.float64)}
     copy, rates = {}, {d: dict[int, float]() for d in squares}
     for count in thread_counts():
-        copy[count] = 2 * source.nbytes / alternate({"copy": (count, lambda: target.copy_(source))})["copy"]
+        copy[count] = 2 * source.nbytes / median_of(lambda: target.copy_(source), count)
         for dtype, x in squares.items():
-            rates[dtype][count] = 2 * 1024**3 / alternate({"mm": (count, lambda x=x: x @ x)})["mm"]  # type: ignore[misc]
+            rates[dtype][count] = 2 * 1024**3 / median_of(lambda x=x: x @ x, count)  # type: ignore[misc]
     return Machine(copy, rates[torch.float32], rates[torch.float64])
+
+
+def waiting() -> str | None:
+    """What is wrong with how threads wait, or ``None``. OpenMP reads the variable when torch is imported."""
+    policy = os.environ.get("OMP_WAIT_POLICY", "")
+    if policy.lower() == "passive":
+        return None
+    return (
+        f"OMP_WAIT_POLICY is {policy or 'not set'}: threads that spin while they wait make two of them slower than one "
+        "on small machines; set it to passive"
+    )
 
 
 def describe() -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,9 @@ from fastlora.methods.spectrum import default_rtol, factor, raise_for_info, side
 from fastlora.ops.gram import blocks_of
 from fastlora.pool import Pool
 from fastlora.progress import track
+
+# Matrices r×r that are in memory for one pair of one module: its Gram blocks, what is made of them, and copies.
+BLOCKS_OF_PAIR = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,63 +69,79 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coefficients:
-    """Coefficients of the results of some modules on the loaded factors, float64, zero-padded.
+    """Coefficients of many results in few tensors: all pairs of a large pool have hundreds of thousands.
 
-    ``Z = Σ_j X_j basis_j`` for the projected factors ``X_j`` (``B_j`` on the left side, ``A_jᵀ`` on the right), and
-    ``H_i = ZᵀX_i``; see MATH (7) and (8). ``basis [g, movers, r, w]``: it is zero for the adapters ``j >= movers``.
-    ``H [g, k, w, r]``. Columns of the basis behind the shared ones are zero.
+    ``sigma [b, k, r]``: singular values of ``ΔW_i``, scaling included, descending. ``values [b, w]``: eigenvalues, real
+    where all are. ``basis [b, movers, r, c]`` and ``H [b, k, c, r]``, with as many
+    columns ``c`` as some result of the batch shares.
     """
 
+    sigma: np.ndarray[tuple[int, int, int], np.dtype[np.float64]]
+    values: Tensor
     basis: Tensor
     H: Tensor
-    ranks: tuple[int, ...]
-    weights: Tensor  # [g, k]: ω_i of MATH (10), zeros where nothing is shared
 
-    def removal(self, i: int) -> list[list[Tensor]]:
-        """``-basis_j H_i [r_j, r_i]`` for every module and ``j``: what the unique part of ``i`` adds on ``X_j``."""
-        product = -(self.basis @ self.H[:, i, None])
-        return [[c[: self.ranks[j], : self.ranks[i]] for j, c in enumerate(own.unbind())] for own in product.unbind()]
-
-    def shared(self, scalings: Tensor) -> list[list[Tensor]]:
-        """``ω_i s_i H_i [w, r]`` for every module and adapter, ``scalings [g, k]``: see MATH (10)."""
-        product = self.H * (self.weights * scalings)[..., None, None]
-        return [list(own.unbind()) for own in product.unbind()]
+    def removals(self, rows: Sequence[int], i: int, ranks: Sequence[int]) -> list[list[Tensor]]:
+        """``-basis_j H_i [r_j, r_i]`` for some rows and every mover ``j``: what the unique part of ``i`` adds on
+        ``X_j``."""
+        products = -(self.basis[rows] @ self.H[rows, i, None])
+        return [[c[: ranks[j], : ranks[i]] for j, c in enumerate(own.unbind())] for own in products.unbind()]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModuleResult:
-    """One module of a decomposition: what was measured, and its row in the coefficients of its group."""
+    """One module of a decomposition: coefficients of the results on the loaded factors, and what was measured.
+
+    ``Z = Σ_j X_j basis_j`` for the projected factors ``X_j`` (``B_j`` on the left side, ``A_jᵀ`` on the right), and
+    ``H_i = ZᵀX_i``; see MATH (7) and (8).
+    """
 
     module: str
     shape: tuple[int, int]
     names: tuple[str, ...]
     ranks: tuple[int, ...]
     kept: tuple[int, ...]
-    sigma: tuple[tuple[float, ...], ...]  # of ΔW_i, scaling included, descending
-    values: Tensor  # eigenvalues, descending by real part
     count: int  # directions shared
-    coefficients: Coefficients
-    index: int
     norms: tuple[float, ...]  # ‖ΔW_i‖
     shared_norms: tuple[float, ...]  # ‖ΔW_i^shared‖, MATH (9)
     rtol: float
+    coefficients: Coefficients
+    row: int  # of the coefficients
 
     @property
-    def basis(self) -> list[Tensor]:
-        """``[r_j, count]`` for the first adapter, or for all with the chain ``mean``; zero for the others."""
-        found = self.coefficients.basis[self.index, :, :, : self.count]
-        return [b[: self.ranks[j]] for j, b in enumerate(found.unbind())]
+    def sigma(self) -> tuple[tuple[float, ...], ...]:
+        """Singular values of every ``ΔW_i``, scaling included, descending."""
+        own = self.coefficients.sigma[self.row].tolist()
+        return tuple(tuple(x[:r]) for x, r in zip(own, self.ranks, strict=True))
+
+    def norm(self, i: int) -> float:
+        """The largest singular value of ``ΔW_i``."""
+        return float(self.coefficients.sigma[self.row, i, 0]) if self.ranks[i] else 0.0
 
     @property
-    def H(self) -> list[Tensor]:
-        """``[count, r_i]`` for every adapter."""
-        return [h[: self.count, : self.ranks[i]] for i, h in enumerate(self.coefficients.H[self.index].unbind())]
+    def values(self) -> Tensor:
+        """Eigenvalues, descending by real part."""
+        length = self.kept[0] if self.coefficients.basis.shape[1] == 1 else sum(self.kept)
+        values = self.coefficients.values[self.row, :length]
+        return values if values.is_complex() and bool(values.imag.any()) else values.real
 
     @property
-    def weights(self) -> list[float]:
+    def basis(self) -> tuple[Tensor | None, ...]:
+        """``[r_j, count]``, None where zero."""
+        own = self.coefficients.basis[self.row]
+        return tuple(own[j, :r, : self.count] if j < len(own) else None for j, r in enumerate(self.ranks))
+
+    @property
+    def H(self) -> tuple[Tensor, ...]:
+        """``[count, r_i]``; none where nothing is shared."""
+        own = self.coefficients.H[self.row]
+        return tuple(own[i, : self.count, :r] for i, r in enumerate(self.ranks)) if self.count else ()
+
+    @property
+    def weights(self) -> tuple[float, ...]:
         """ω_i of MATH (10); zeros where nothing is shared."""
-        found: list[float] = self.coefficients.weights[self.index].tolist()
-        return found
+        total = sum(self.shared_norms)
+        return tuple(s / total if total > 0 else 0.0 for s in self.shared_norms)
 
 
 def group_modules(pool: Pool, modules: Sequence[str], rtol: float | None) -> dict[Group, list[str]]:
@@ -140,10 +160,13 @@ def group_modules(pool: Pool, modules: Sequence[str], rtol: float | None) -> dic
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
-    """Gram blocks of some modules of one group: ``projected [g, k, k, r, r]``, ``other [g, k, r, r]``."""
+    """Gram blocks of some modules of one group: ``projected [g, k, k, r, r]``, ``other [g, k, r, r]``.
+
+    In blocks of pairs a module is there once for every pair; ``names`` are the adapters of each row.
+    """
 
     modules: list[str]
-    names: tuple[str, ...]
+    names: list[tuple[str, ...]]
     updates: list[list[Update]]
     projected: Tensor
     other: Tensor
@@ -163,7 +186,7 @@ def read_blocks(pool: Pool, group: Group, modules: list[str], side: str, kind: s
     check_diagonal(names, modules, other, other_side)
     release(sources(u for row in updates for u in row))
     floor = torch.tensor([[unscaled_floor(u) for u in row] for row in updates], dtype=torch.float64)
-    return Blocks(modules, names, updates, projected, other, floor, group)
+    return Blocks(modules, [names] * len(modules), updates, projected, other, floor, group)
 
 
 def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
@@ -171,46 +194,44 @@ def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
     found = settings.run(blocks.projected, blocks.other.contiguous(), blocks.floor, blocks.group.rtol)
 
     raise_for_info(blocks.modules, found.info)
-    k = len(blocks.names)
+    k = len(blocks.group.members)
     movers = range(k if settings.chain == "mean" else 1)
     # H_i = Zᵀ X_i = Σ_j basis_jᵀ G_ji  [g, k, w, r]
     H = found.basis[:, 0, None].mT @ blocks.projected[:, 0]
     for j in movers[1:]:
-        blocks_j = [blocks.projected[:, i, j].mT if i < j else blocks.projected[:, j, i] for i in range(k)]
-        H += found.basis[:, j, None].mT @ torch.stack(blocks_j, 1)
+        row = [blocks.projected[:, i, j].mT if i < j else blocks.projected[:, j, i] for i in range(k)]
+        H += found.basis[:, j, None].mT @ torch.stack(row, 1)
     diagonal = blocks.projected.diagonal(dim1=1, dim2=2).movedim(-1, 1)
     norms = (diagonal * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # [g, k]
     shared = ((H.mT @ H) * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # MATH (9)
     scalings = torch.tensor([[abs(u.scaling) for u in row] for row in blocks.updates], dtype=torch.float64)  # [g, k]
-    shared *= scalings
-    total = shared.sum(-1, keepdim=True)
-    weights = torch.where(total > 0, shared / total, 0.0)
-    coefficients = Coefficients(found.basis[:, : len(movers)], H, blocks.group.ranks, weights)
     sigma = found.sigma * scalings[..., None]
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
-    numbers = [x.tolist() for x in (found.shared, found.kept, norms * scalings, shared, sigma)]
-    complex_pairs = found.values.imag.any(-1).tolist()
-    ranks = blocks.group.ranks
+    numbers = [x.tolist() for x in (found.shared, found.kept, norms * scalings, shared * scalings)]
+    most = max(numbers[0], default=0)
+    coefficients = Coefficients(
+        sigma.numpy(),
+        found.values if bool(found.values.imag.any()) else found.values.real.clone(),
+        found.basis[:, : len(movers), :, :most].clone(),
+        H[:, :, :most].clone(),
+    )
     results = []
     for g, module in enumerate(blocks.modules):
-        count, kept, own_norms, own_shared, own_sigma = (x[g] for x in numbers)
-        length = sum(kept) if settings.chain == "mean" else kept[0]
-        values = found.values[g, :length]
+        count, kept, own_norms, own_shared = (x[g] for x in numbers)
+        ranks = blocks.group.ranks
         results.append(
             ModuleResult(
                 module=module,
                 shape=blocks.updates[g][0].shape,
-                names=blocks.names,
+                names=blocks.names[g],
                 ranks=ranks,
                 kept=tuple(kept),
-                sigma=tuple(tuple(own_sigma[i][: ranks[i]]) for i in range(k)),
-                values=values if complex_pairs[g] else values.real,
                 count=count,
-                coefficients=coefficients,
-                index=g,
                 norms=tuple(own_norms),
                 shared_norms=tuple(own_shared),
                 rtol=blocks.group.rtol,
+                coefficients=coefficients,
+                row=g,
             )
         )
     return results
@@ -235,20 +256,10 @@ class Components:
     def shared(self) -> Adapter:
         """The one adapter that holds what all share, MATH (10); rank 0 in modules that share nothing."""
         updates = {m: with_rank_zero(self._owner(m)) for m in self.pool.modules}
-        for coefficients, results in self._by_coefficients().items():
-            own = [[self._factors(r, i) for i in range(len(r.names))] for r in results]
-            scalings = torch.tensor([[s for _, _, s in row] for row in own], dtype=torch.float64)
-            parts = coefficients.shared(scalings)
-            for result, row in zip(results, own, strict=True):
-                others = [
-                    other.times(h[: result.count, :r].mT)
-                    for (_, other, scaling), h, r, w in zip(
-                        row, parts[result.index], result.ranks, result.weights, strict=True
-                    )
-                    if w * scaling != 0.0
-                ]
-                if result.count and others:
-                    updates[result.module] = self._shared_update(result, others)
+        for result in self.results.values():
+            if result.count:
+                weights = dict(enumerate(result.weights))
+                updates[result.module] = self._shared_update(result, weights)
         base = common_base(self.pool.adapters)
         return self._adapter("shared", updates, replace(base, modules_to_save=(), bias="none"), self.pool.names)
 
@@ -258,11 +269,7 @@ class Components:
         updates = {m: with_rank_zero(u) for m, u in adapter.updates.items()}
         for result in self.results.values():
             if result.count and name in result.names:
-                i = result.names.index(name)
-                _, other, scaling = self._factors(result, i)
-                if scaling:
-                    part = other.times(result.H[i].mT * scaling)
-                    updates[result.module] = self._shared_update(result, [part])
+                updates[result.module] = self._shared_update(result, {result.names.index(name): 1.0})
         base = replace(adapter.base, modules_to_save=(), bias="none")
         return self._adapter(f"shared_of({name})", updates, base, [name])
 
@@ -271,13 +278,11 @@ class Components:
         """Adapter ``name`` without the shared directions, MATH (8); with it stay its biases and replaced modules."""
         adapter = self.pool[name]
         updates = dict(adapter.updates)
-        for coefficients, results in self._by_coefficients().items():
-            if name in results[0].names:
-                i = results[0].names.index(name)
-                removals = coefficients.removal(i)
-                for result in results:
-                    if result.count:
-                        updates[result.module] = self._unique_update(result, i, removals[result.index])
+        for coefficients, results in self._sharing(name).items():
+            i, ranks = results[0].names.index(name), results[0].ranks
+            removals = coefficients.removals([r.row for r in results], i, ranks)
+            for result, own in zip(results, removals, strict=True):
+                updates[result.module] = self._unique_update(result, i, own)
         result = self._adapter(f"unique_of({name})", updates, adapter.base, [name])
         result.extras = dict(adapter.extras)
         return result
@@ -302,11 +307,12 @@ class Components:
         projected, other = sides(self.settings.side)
         return factor(update, projected), factor(update, other), update.scaling
 
-    def _by_coefficients(self) -> dict[Coefficients, list[ModuleResult]]:
-        """Results by the coefficients that they are rows of."""
+    def _sharing(self, name: str) -> dict[Coefficients, list[ModuleResult]]:
+        """The modules in which adapter ``name`` shares something, by the coefficients that they are rows of."""
         found: dict[Coefficients, list[ModuleResult]] = {}
         for result in self.results.values():
-            found.setdefault(result.coefficients, []).append(result)
+            if result.count and name in result.names:
+                found.setdefault(result.coefficients, []).append(result)
         return found
 
     def _owner(self, module: str) -> Update:
@@ -315,14 +321,22 @@ class Components:
 
     def _basis(self, result: ModuleResult) -> Factor:
         """``Z`` as a factor: orthonormal, ``count`` columns (rows on the A side)."""
-        return add(self._factors(result, j)[0].times(b) for j, b in enumerate(result.basis))
+        return add(self._factors(result, j)[0].times(b) for j, b in enumerate(result.basis) if b is not None)
 
     def _assemble(self, like: Update, projected: Factor, other: Factor, scaling: float, floor: float) -> Update:
         left, right = (projected, other) if self.settings.side == "left" else (other, projected)
         return Update(left, right, scaling, like.layout, floor)
 
-    def _shared_update(self, result: ModuleResult, others: Sequence[Factor]) -> Update:
-        return self._assemble(self._owner(result.module), self._basis(result), add(others), 1.0, 0.0)
+    def _shared_update(self, result: ModuleResult, weights: Mapping[int, float]) -> Update:
+        """``Z · Σ_i w_i s_i H_i A_i`` for adapters ``i`` of the result."""
+        others = []
+        H = result.H
+        for i, weight in weights.items():
+            _, other, scaling = self._factors(result, i)
+            if weight * scaling != 0.0:
+                others.append(other.times(H[i].mT * (weight * scaling)))
+        like = self._owner(result.module)
+        return self._assemble(like, self._basis(result), add(others), 1.0, 0.0) if others else with_rank_zero(like)
 
     def _unique_update(self, result: ModuleResult, i: int, removals: Sequence[Tensor]) -> Update:
         update = self.pool[result.names[i]].updates[result.module]
@@ -330,7 +344,7 @@ class Components:
         parts = [projected]
         for j, removal in enumerate(removals):
             parts.append(self._factors(result, j)[0].times(removal))
-        floor = max(update.floor, result.rtol * max(result.sigma[i], default=0.0))
+        floor = max(update.floor, result.rtol * result.norm(i))
         return self._assemble(update, add(parts), other, update.scaling, floor)
 
 
@@ -351,30 +365,39 @@ def decompose_pairs(pool: Pool, settings: Settings) -> dict[tuple[str, str], Com
     }
     for group, part in module_parts(pool, settings.rtol, "decomposing pairs"):
         blocks = read_blocks(pool, group, part, settings.side, "pairs")
-        for i in range(len(blocks.names)):
-            for j in range(i + 1, len(blocks.names)):
-                for result in shared_directions(_pair(blocks, i, j), settings):
-                    results[blocks.names[i], blocks.names[j]][result.module] = result
+        for pairs in _pairs(blocks):
+            for result in shared_directions(pairs, settings):
+                results[result.names[0], result.names[1]][result.module] = result
     return {
         pair: Components(pool.subset(list(pair)), {m: own[m] for m in pool.modules if m in own}, settings, "pairs")
         for pair, own in results.items()
     }
 
 
-def _pair(blocks: Blocks, i: int, j: int) -> Blocks:
-    """The blocks of two of the adapters, at their own padded size: results do not depend on the rest of the pool."""
-    index, group = torch.tensor([i, j]), blocks.group
-    r = max(1, group.ranks[i], group.ranks[j])
-    projected = blocks.projected[:, index][:, :, index][..., :r, :r].contiguous()
-    return Blocks(
-        blocks.modules,
-        (blocks.names[i], blocks.names[j]),
-        [[row[i], row[j]] for row in blocks.updates],
-        projected,
-        blocks.other[:, index][..., :r, :r].contiguous(),
-        blocks.floor[:, index],
-        Group((0, 1), (group.ranks[i], group.ranks[j]), (group.rtols[i], group.rtols[j])),
-    )
+def _pairs(blocks: Blocks) -> Iterator[Blocks]:
+    """The blocks of every two of the adapters, many pairs at once: those of the same ranks and noise floors, at their
+    own padded size, so that results do not depend on the rest of the pool."""
+    group, k = blocks.group, len(blocks.group.members)
+    alike: dict[Group, list[tuple[int, int]]] = {}
+    for i in range(k):
+        for j in range(i + 1, k):
+            of_two = Group((0, 1), (group.ranks[i], group.ranks[j]), (group.rtols[i], group.rtols[j]))
+            alike.setdefault(of_two, []).append((i, j))
+    for of_two, pairs in alike.items():
+        r = max(1, *of_two.ranks)
+        for part in chunks(len(pairs), BLOCKS_OF_PAIR * 8 * r * r * len(blocks.modules)):
+            some = [pairs[p] for p in part]
+            index = torch.tensor(some)  # [p, 2]
+            rows = [(g, pair) for g in range(len(blocks.modules)) for pair in some]
+            yield Blocks(
+                [blocks.modules[g] for g, _ in rows],
+                [(blocks.names[g][i], blocks.names[g][j]) for g, (i, j) in rows],
+                [[blocks.updates[g][i], blocks.updates[g][j]] for g, (i, j) in rows],
+                blocks.projected[:, index[:, :, None], index[:, None]][..., :r, :r].flatten(0, 1).contiguous(),
+                blocks.other[:, index][..., :r, :r].flatten(0, 1).contiguous(),
+                blocks.floor[:, index].flatten(0, 1).contiguous(),
+                of_two,
+            )
 
 
 def decompose_iteratively(pool: Pool, settings: Settings, target: str, order: Sequence[str]) -> list[Components]:

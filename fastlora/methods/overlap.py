@@ -60,7 +60,7 @@ def pool_overlap(pool: Pool) -> Overlap:
 
 def _similarities(blocks: Blocks, rtols: Sequence[float]) -> tuple[Tensor, Tensor]:
     """``⟨ΔW_i, ΔW_j⟩`` and ``‖U_iᵀU_j‖²/min(q_i, q_j)`` of every module: ``[g, k, k]`` each."""
-    k = len(blocks.names)
+    k = len(blocks.group.members)
     upper = torch.ones(k, k, dtype=torch.bool).triu()
     full = torch.where(upper[:, :, None, None], blocks.projected, blocks.projected.transpose(1, 2).mT)
     r = full.shape[-1]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 ADAPTERS = ROOT / "examples" / "adapters"
@@ -89,3 +93,18 @@ def tree(directory: Path) -> dict[str, str]:
 def places(directory: Path) -> set[str]:
     """Where the adapters of an output lie."""
     return {str(p.parent.relative_to(directory)) for p in directory.rglob("adapter_model.safetensors")}
+
+
+@contextlib.contextmanager
+def mounted(directory: Path, options: str) -> Iterator[None]:
+    """A file system in memory at ``directory``; skips where mounting is not permitted."""
+    directory.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount command to make a small or read-only file system with")
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"mounting a file system for this test is not permitted: {made.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", directory], check=True)

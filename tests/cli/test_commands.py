@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from builders import make_adapter
-from command import ADAPTERS, COMMAND, ROOT, done, environment, places, run, tree
+from command import ADAPTERS, COMMAND, ROOT, done, environment, places, refused, run, tree
 
 import fastlora as fl
 from fastlora import progress
@@ -225,7 +225,7 @@ OPTIONS = {
     "compress": WRITES,
     "inspect": (*COMMON, "--all"),
     "overlap": (*COMMON, "--plot", "--overwrite"),
-    "bench": ("--markdown", "--json", "--quiet"),
+    "bench": ("--list", "--markdown", "--json", "--quiet"),
     "info": ("--json",),
 }
 
@@ -241,11 +241,23 @@ def test_every_command_is_in_this_file(tmp_path: Path) -> None:
     assert [line.split()[0] for line in listed.splitlines() if line.strip()] == list(OPTIONS)
 
 
-def test_bench_names_its_cases(tmp_path: Path) -> None:
-    found = subprocess.run(
-        [*COMMAND, "bench", "nothing"], env=environment(), cwd=tmp_path, capture_output=True, text=True
-    )
-    assert found.returncode == 2 and "bench has no case nothing: use eigh, svd, gram" in found.stderr
+def test_bench_names_its_cases_and_workloads(tmp_path: Path) -> None:
+    listed = done("bench", "--list", cwd=tmp_path).out
+    for name in ("eigh", "paper-whole", "only when named", "llama3-70b-8x16", "minilm"):
+        assert name in listed
+    message = refused("bench", "nothing", cwd=tmp_path)
+    assert "no case or workload nothing: use eigh, svd" in message and "flux-4x32" in message
+    assert "eigh takes no workload; leave out minilm" in refused("bench", "eigh", "minilm", cwd=tmp_path)
+
+
+def test_bench_writes_its_table(tmp_path: Path) -> None:
+    found = done("bench", "decompose", "minilm", "--json", "--markdown", "page.md", cwd=tmp_path).json()
+    (row,) = found["rows"]
+    assert row["what"] == "decompose in memory, minilm" and row["opponent"].startswith("plain torch")
+    assert row["theirs"] > 0 and all(t > row["floor"] > 0 for t in row["ours"].values())
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("# Benchmarks") and "| decompose in memory, minilm |" in page
+    assert "OMP_WAIT_POLICY passive" in found["machine"]
 
 
 HEAVY = ("torch", "numpy", "safetensors", "rich.progress", "matplotlib", "huggingface_hub")

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import MODULES, make_adapter, make_factors, peft_tensors, write_peft
-from command import ADAPTERS, COMMAND, DATA, environment, refused, run, tree
+from command import ADAPTERS, COMMAND, DATA, environment, mounted, refused, run, tree
 
 SPAM, MOVIE = ADAPTERS / "spam", ADAPTERS / "movie_a"
 SHIFTED = {module: (n + 2, m) for module, (n, m) in MODULES.items()}
@@ -217,21 +217,6 @@ def test_an_output_inside_an_input_or_around_it(out: str, tmp_path: Path) -> Non
     make_adapter(tmp_path / "good")
     message = refused("merge", "good", MOVIE, "--out", out, "--overwrite", cwd=tmp_path)
     assert "one inside the other" in message or "no earlier output" in message
-
-
-@contextlib.contextmanager
-def mounted(directory: Path, options: str) -> Iterator[None]:
-    """A file system in memory at ``directory``; skips where mounting is not permitted."""
-    directory.mkdir()
-    if shutil.which("mount") is None:
-        pytest.skip("there is no mount command to make a small or read-only file system with")
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"mounting a file system for this test is not permitted: {made.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", directory], check=True)
 
 
 def without_override() -> None:

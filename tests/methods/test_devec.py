@@ -42,7 +42,7 @@ def basis_of(components: Components, result: ModuleResult) -> Tensor:
     """``Z [n, q]`` in float64."""
     z = torch.zeros(1, dtype=torch.float64)
     side, _ = sides(components.settings.side)
-    for name, basis in zip(result.names, result.basis, strict=False):
+    for name, basis in zip(result.names, result.basis, strict=True):
         if basis is not None:
             part = components.pool[name].updates[result.module]
             left, right = materialise([part], torch.float64)[0]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
+import fastlora as fl
 from fastlora.adapter import Adapter, Factor, Update
+from fastlora.backends import Kernel, cpu
+from fastlora.backends.passes import GramJob
 from fastlora.errors import InputError
 from fastlora.memory import parse
 
@@ -18,16 +23,22 @@ MODULES, WIDTH, RANK, ADAPTERS = 60, 4096, 16, 4  # 31 MB an adapter in each dir
 
 ROOM = 64 * 2**20  # above what the process holds before it starts: less than inputs or results alone
 
+BYTES_KEPT = 4096  # of the coefficients that one module of one pair leaves
+
 SCRIPT = """
-import sys, resource
+import sys
+from pathlib import Path
 import torch
 import fastlora as fl
 pool = fl.Pool.load(sys.argv[3:])
 fl.ops.eigh(torch.eye(2))
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # ru_maxrss would count what the parent held before the child became this program
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 room = int(sys.argv[2])
 bound = peak() + room if room else None
-fl.decompose(pool, threshold=0.5, memory=bound).save(sys.argv[1])
+parts = fl.decompose(pool, threshold=0.5, memory=bound, mode=MODE)
+if SAVE:
+    parts.save(sys.argv[1])
 print(peak() <= bound if room else None)
 """
 
@@ -62,19 +73,72 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(root.iterdir())
 
 
-def run(adapters: list[Path], out: Path, room: int) -> tuple[str, str]:
+def run(adapters: list[Path], out: Path, room: int, mode: str = "pool", save: bool = True) -> tuple[str, str]:
     """Whether the peak of resident memory kept to a bound, and a digest of every result."""
-    command = [sys.executable, "-c", SCRIPT, str(out), str(room), *map(str, adapters)]
+    script = f"MODE, SAVE = {mode!r}, {save}\n{SCRIPT}"
+    command = [sys.executable, "-c", script, str(out), str(room), *map(str, adapters)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     digest = hashlib.sha256()
     for file in sorted(out.rglob("*.safetensors")):
         data = file.read_bytes()
         digest.update(data[8 + int.from_bytes(data[:8], "little") :])
+    shutil.rmtree(out, ignore_errors=True)
     return done.stdout.strip(), digest.hexdigest()
 
 
 def test_bounded_runs_keep_to_it_and_give_the_same_bits(adapters: list[Path], tmp_path: Path) -> None:
     _, bits = run(adapters, tmp_path / "free", 0)
     kept, same_bits = run(adapters, tmp_path / "bounded", ROOM)
+    assert same_bits == bits
+    assert kept == "True"
+
+
+def small_pool(root: Path, count: int, modules: int, width: int) -> list[Path]:
+    """Adapters that share a direction in every module."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(width, generator=generator)
+    for i in range(count):
+        updates = {}
+        for m in range(modules):
+            B, A = (torch.randn(shape, generator=generator) for shape in ((width, RANK), (RANK, width)))
+            B[:, 0] = 20 * common
+            updates[f"layers.{m}.dense"] = Update(Factor.of("B", B), Factor.of("A", A))
+        Adapter(f"a{i:02}", updates).save(root / f"a{i:02}")
+    return sorted(root.iterdir())
+
+
+def test_all_pairs_of_64_adapters_from_one_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kernel, reads = cpu.KERNELS["gram_pass"], Counter[int]()
+
+    def counting(jobs: list[GramJob]) -> None:
+        reads.update(x.data_ptr() for job in jobs for x in job.factors)
+        kernel.launch(jobs)
+
+    monkeypatch.setitem(cpu.KERNELS, "gram_pass", Kernel(counting, kernel.supports))  # type: ignore[index]
+    pool = fl.Pool.load(small_pool(tmp_path, 64, 2, 96))
+    parts = fl.decompose(pool, threshold=0.5, mode="pairs", memory="1MiB")
+    assert len(parts.pairs) == 2016
+    assert len(reads) == 64 * 2 * 2 and set(reads.values()) == {1}
+    for a, b in (("a00", "a01"), ("a07", "a63"), ("a62", "a63")):
+        alone = fl.decompose(pool.subset([a, b]), threshold=0.5)
+        for module in pool.modules:
+            assert torch.equal(parts.pairs[a, b].spectrum[module], alone.spectrum[module])
+            for name in (a, b):
+                one, two = (found.unique_of(name).delta(module) for found in (parts.pairs[a, b], alone))
+                assert torch.equal(one, two)
+
+
+def test_all_pairs_of_64_adapters_within_a_bound(tmp_path: Path) -> None:
+    """Their blocks alone, 8 MiB for every module, are more than the bound leaves room for."""
+    adapters = small_pool(tmp_path / "in", 64, 8, 512)
+    kept, _ = run(adapters, tmp_path / "out", ROOM + 8 * 2016 * BYTES_KEPT, "pairs", save=False)
+    assert kept == "True"
+
+
+def test_all_pairs_are_written_within_a_bound(tmp_path: Path) -> None:
+    """The results of one module alone, of all pairs, are more than the bound leaves room for."""
+    adapters = small_pool(tmp_path / "in", 16, 2, 4096)
+    _, bits = run(adapters, tmp_path / "free", 0, "pairs")
+    kept, same_bits = run(adapters, tmp_path / "bounded", ROOM, "pairs")
     assert same_bits == bits
     assert kept == "True"

@@ -17,7 +17,6 @@ import fastlora as fl
 
 ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 24, 31, 32, 33, 48, 65, 97]
-SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 24, 31, 32, 33, 48, 65, 97]
 
 
 def check_eigh() -> float:

@@ -1,0 +1,143 @@
+"""The two streaming passes over the factors of a whole pool, and the decomposition that is made of them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import fastlora as fl
+from fastlora.adapter import Update
+from fastlora.backends import resolve
+from fastlora.backends.passes import CombineJob, CombineTerm, GramJob
+from fastlora.bench.contest import OURS, Contest, Task, require
+from fastlora.bench.opponents import plain_decompose
+from fastlora.bench.timing import Contender, thread_counts
+from fastlora.bench.workloads import pool_of
+from fastlora.engine import materialise_groups
+from fastlora.memory import Room
+from fastlora.ops.gram import blocks_of
+from fastlora.pool import Pool
+
+TAU = 0.85
+BLOCKS = "torch float32 blocks"
+COPY = "a copy of as many bytes"
+PLAIN = "plain torch in factor space"
+CHECKED = 7  # modules whose answer is compared
+
+
+def stored(pool: Pool, side: str) -> list[list[Tensor]]:
+    """``[module][adapter]`` stored factors of one side."""
+    found = [[getattr(a.updates[m], side).stored for a in pool.adapters if m in a] for m in pool.modules]
+    return [[x for x in row if x is not None] for row in found]
+
+
+def gram(workload: str) -> list[Contest]:
+    return [Contest(f"gram pass, {workload}", (BLOCKS,), partial(_prepare_gram, workload))]
+
+
+def _prepare_gram(workload: str) -> Task:
+    """The blocks that a decomposition needs: neighbours of the chain on the B side, the diagonal on the A side."""
+    pool = pool_of(workload)
+    jobs: list[GramJob] = []
+    moved = operations = 0
+    for side, kind in (("B", "chain"), ("A", "diagonal")):
+        rows = side == "A"
+        for own in stored(pool, side):
+            ranks = [x.shape[0 if rows else 1] for x in own]
+            blocks = [
+                (i, j, torch.zeros(ranks[i], ranks[j], dtype=torch.float64)) for i, j in blocks_of(kind, len(own))
+            ]
+            jobs.append(GramJob(own, blocks, rows))
+            moved += sum(x.nbytes for x in own)
+            operations += 2 * own[0].shape[1 if rows else 0] * sum(out.numel() for _, _, out in blocks)
+
+    def plain() -> None:
+        for job in jobs:
+            single = [(x if job.rows else x.mT).float() for x in job.factors]
+            for i, j, _ in job.blocks:
+                single[i] @ single[j].mT
+
+    run = partial(resolve("gram_pass", jobs).launch, jobs)
+    run()
+    for job in (jobs[0], jobs[-1]):
+        x = [(f if job.rows else f.mT).double() for f in job.factors]
+        for i, j, out in job.blocks:
+            scale = float(x[i].norm(dim=1).max() * x[j].norm(dim=1).max())
+            require("gram", out, x[i] @ x[j].mT, 1e-5, scale)
+    contenders = {OURS: Contender(run, thread_counts()), BLOCKS: Contender(plain, thread_counts())}
+    return Task(contenders, moved, operations)
+
+
+def combine(workload: str) -> list[Contest]:
+    return [
+        Contest(f"combine pass, {side} side, {workload}", (COPY,), partial(_prepare_combine, workload, side))
+        for side in ("B", "A")
+    ]
+
+
+def _prepare_combine(workload: str, side: str) -> Task:
+    """Shapes of a decomposition: every unique factor and the shared one on the B side, the shared one on the A side."""
+    generator = torch.Generator().manual_seed(1)
+
+    def coefficient(r: int, q: int) -> Tensor:
+        return torch.randn(r, q, generator=generator, dtype=torch.float64)
+
+    rows = side == "A"
+    jobs: list[CombineJob] = []
+    moved = 0
+    for own in stored(pool_of(workload), side):
+        ranks = [x.shape[0 if rows else 1] for x in own]
+        if rows:
+            outputs = [(own[0], [CombineTerm(i, coefficient(ranks[0], r), 0, 1.0) for i, r in enumerate(ranks)])]
+        else:
+            outputs = [
+                (x, [CombineTerm(i, None, 0, 1.0), CombineTerm(0, coefficient(ranks[0], r), 0, 1.0)])
+                for i, (x, r) in enumerate(zip(own, ranks, strict=True))
+            ]
+            outputs.append((own[0], [CombineTerm(0, coefficient(ranks[0], ranks[0]), 0, 1.0)]))
+        jobs.append(CombineJob(own, [(torch.empty_like(like), terms) for like, terms in outputs], rows))
+        moved += sum(x.nbytes for x in own) + sum(out.nbytes for out, _ in outputs)
+    run = partial(resolve("combine_pass", jobs).launch, jobs)
+    run()
+    x = [f.double() for f in jobs[0].factors]
+    for out, terms in jobs[0].outputs:
+        expected = torch.zeros(out.shape, dtype=torch.float64)
+        for t in terms:
+            c = t.coefficient
+            expected += x[t.factor] if c is None else c @ x[t.factor] if rows else x[t.factor] @ c
+        require("combine", out, expected, 2 * torch.finfo(out.dtype).eps if out.dtype.itemsize == 2 else 1e-5)
+    source = torch.ones(moved // 2, dtype=torch.uint8)
+    copy = partial(torch.empty_like(source).copy_, source)
+    contenders = {OURS: Contender(run, thread_counts()), COPY: Contender(copy, thread_counts())}
+    return Task(contenders, moved)
+
+
+def unique_factors(pool: Pool, room: Room | None = None) -> list[list[Tensor]]:
+    """Every unique ``B`` and the shared factors, module by module: what a decomposition has to compute.
+
+    ``room``: where results go, as when they are saved; memory of their own by default.
+    """
+    parts = fl.decompose(pool, threshold=TAU)
+    adapters = [*(parts.unique_of(n) for n in pool.names), parts.shared]
+    groups: list[list[Update]] = [[a.updates[m] for a in adapters if m in a] for m in pool.modules]
+    return [[B for B, _ in pairs] for pairs in materialise_groups(groups, pool.adapters[0].dtype, room)]
+
+
+def decompose(workload: str) -> list[Contest]:
+    return [Contest(f"decompose in memory, {workload}", (PLAIN,), partial(_prepare_decompose, workload))]
+
+
+def _prepare_decompose(workload: str) -> Task:
+    pool = pool_of(workload, CHECKED)
+    tolerance = 1e-4 if pool.adapters[0].dtype == torch.float32 else 2e-2
+    for ours, (theirs, _) in zip(unique_factors(pool), plain_decompose(pool, TAU), strict=True):
+        for a, b in zip(ours, theirs, strict=False):
+            require("unique B", a, b, tolerance)
+    pool = pool_of(workload)
+    contenders = {
+        OURS: Contender(partial(unique_factors, pool, Room()), thread_counts()),
+        PLAIN: Contender(partial(plain_decompose, pool, TAU), thread_counts()),
+    }
+    return Task(contenders, 2 * sum(x.nbytes for side in "BA" for own in stored(pool, side) for x in own))

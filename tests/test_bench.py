@@ -1,0 +1,160 @@
+"""The benchmarks are fair and honest: shapes of the real models, alternation, no wrong answer timed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlora as fl
+from fastlora.bench import cases, files, passes, table, workloads
+from fastlora.bench.contest import OURS, Contest, Row, Task, Unavailable, measure, require, rows
+from fastlora.bench.timing import Contender, Machine, Seconds, alternate, thread_counts
+from fastlora.bench.workloads import WORKLOADS, Workload, make_pool, vit, write_pool
+from fastlora.errors import InputError
+
+TINY = Workload(vit(layers=2, hidden=64, mlp=96), 3, 8, torch.float32)
+MACHINE = Machine({1: 2.0, 2: 4.0}, {1: 1.0, 2: 8.0}, {1: 1.0, 2: 2.0})
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(workloads.WORKLOADS, "tiny", TINY)
+    return "tiny"
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "parameters"),
+    [
+        ("llama2-7b-8x16", 224, 6.48e9),
+        ("llama3-70b-8x16", 560, 68.5e9),
+        ("flux-4x32", 19 * 14 + 38 * 6, 11.8e9),
+        ("vit-b32-8x16", 72, 84.9e6),
+    ],
+)
+def test_workloads_have_the_linear_modules_of_the_real_models(name: str, modules: int, parameters: float) -> None:
+    shapes = WORKLOADS[name].modules.values()
+    assert len(shapes) == modules
+    assert sum(math.prod(s) for s in shapes) == pytest.approx(parameters, rel=5e-3)
+
+
+def test_sizes_of_workloads() -> None:
+    assert WORKLOADS["llama2-7b-8x16"].bytes == 639_631_360
+    assert WORKLOADS["llama3-70b-8x16"].bytes == pytest.approx(3.3e9, rel=0.01)
+    assert WORKLOADS["llama3-70b-8x16"].head(2).bytes == 8 * 16 * 2 * (8192 + 8192 + 1024 + 8192)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_written_is_what_is_made(dtype: torch.dtype, tmp_path: Path) -> None:
+    workload = replace(TINY, dtype=dtype)
+    made, written = make_pool(workload), fl.Pool.load(write_pool(workload, tmp_path / "pool"))
+    assert made.names == written.names and set(made.modules) == set(written.modules)
+    for name in made.names:
+        assert written[name].dtype == dtype
+        for module in made.modules:
+            assert torch.equal(made[name].delta(module), written[name].delta(module))
+            one, two = made[name].updates[module], written[name].updates[module]
+            assert torch.equal(one.A.stored, two.A.stored)  # type: ignore[arg-type]
+
+
+def test_every_workload_shares_what_was_planted() -> None:
+    spectrum = fl.decompose(make_pool(TINY)).spectrum
+    assert all((values.real > 0.85).sum() == workloads.SHARED for values in spectrum.values())
+
+
+def test_the_real_adapters_say_where_they_should_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert len(workloads.pool_of("minilm")) == 5
+    monkeypatch.setattr(fl, "__file__", str(tmp_path / "site-packages" / "fastlora" / "__init__.py"))
+    with pytest.raises(Unavailable, match="examples/adapters, which are not beside this installation"):
+        workloads.pool_of("minilm")
+
+
+def test_contenders_take_turns() -> None:
+    seen: list[str] = []
+    contenders = {
+        "a": Contender(partial(seen.append, "a"), (1,), 3, partial(seen.append, "reset")),
+        "b": Contender(lambda: (seen.append("b"), Seconds(2.0))[1], thread_counts()[:1], 2),
+        "c": Contender(partial(seen.append, "c"), (1,), 1),
+    }
+    times = alternate(contenders)
+    assert seen == [*("reset", "a", "b", "c"), *("reset", "a", "b"), *("reset", "a", "b"), "reset", "a"]
+    assert {who: len(own) for (who, _), own in times.items()} == {"a": 3, "b": 2, "c": 1}
+    assert times["b", 1] == [2.0, 2.0]
+
+
+def test_threads_are_what_the_contender_asked_for() -> None:
+    before, seen = torch.get_num_threads(), []
+    alternate({"a": Contender(lambda: seen.append(torch.get_num_threads()), (1, 2), 1)})
+    assert seen == [1, 2] and torch.get_num_threads() == before
+
+
+def test_the_opponent_is_shown_at_its_best() -> None:
+    theirs = Contender(lambda: Seconds(3.0 if torch.get_num_threads() == 1 else 5.0), (1, 2), 1)
+    ours = Contender(lambda: Seconds(1.5 / torch.get_num_threads()), (1, 2), 1)
+    task = Task({OURS: ours, "torch": theirs}, moved=1, operations=4, note="so")
+    (row,) = rows(Contest("x", ("torch",), lambda: task), MACHINE)
+    assert row == Row("x", {1: 1.5, 2: 0.75}, "torch, 1 thread", 3.0, 0.5, "so")
+    assert table.cells(row) == (
+        "x",
+        "torch, 1 thread",
+        "3 s",
+        "1.5 s",
+        "750 ms",
+        "2.00 / 4.00",
+        "2.00",
+        "500 ms",
+        "1.50",
+    )
+    assert "* so." in table.as_markdown(MACHINE, [row])
+
+
+def test_a_wrong_answer_is_not_timed() -> None:
+    with pytest.raises(AssertionError, match="a wrong answer is not timed"):
+        require("x", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]), 1e-3)
+    with pytest.raises(AssertionError, match="not timed"):
+        require("x", torch.tensor([torch.nan]), torch.tensor([1.0]), 1e-3)
+
+
+@pytest.mark.parametrize("case", ["gram", "combine", "decompose", "files"])
+def test_cases_on_pools_run_on_any_workload(case: str, tiny: str) -> None:
+    for contest in cases.CASES[case].contests([tiny]):
+        task, times = measure(contest)
+        assert {who for who, _ in times} == {OURS, *contest.opponents}
+        assert all(len(own) >= 7 for own in times.values()) and task.moved > TINY.bytes // 4
+
+
+def test_a_wrong_decomposition_is_not_timed(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = passes.unique_factors
+    monkeypatch.setattr(passes, "unique_factors", lambda pool: [[1.01 * x for x in own] for own in right(pool)])
+    (contest,) = passes.decompose(tiny)
+    with pytest.raises(AssertionError, match="not timed"):
+        contest.prepare()
+
+
+def test_the_bound_on_memory_is_checked(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PER_BYTE", tiny)
+    (contest,) = files.memory(tiny)
+    task = contest.prepare()
+    assert "the same bits" in task.note and task.close is not None
+    task.close()
+    monkeypatch.setattr(files, "ALLOWED", 2**20)
+    with pytest.raises(AssertionError, match="bytes were resident"):
+        contest.prepare()
+
+
+def test_selection() -> None:
+    def whats(*names: str) -> list[str]:
+        return [c.what for c in cases.select(names)]
+
+    everything = whats()
+    assert len(set(everything)) == len(everything)
+    assert not [w for w in everything if "one 4096×4096" in w or "70b" in w]
+    assert whats("gram") == ["gram pass, llama2-7b-8x16"]
+    assert whats("decompose", "minilm") == ["decompose in memory, minilm"]
+    assert len(whats("flux-4x32")) == 6 and all("flux-4x32" in w for w in whats("flux-4x32"))
+    with pytest.raises(InputError, match="eigh takes no workload"):
+        cases.select(["eigh", "minilm"])
