@@ -34,6 +34,7 @@ app = typer.Typer(
 
 ADAPTER_HELP = "PATH, PATH:WEIGHT or NAME=PATH[:WEIGHT]; a PEFT directory or a Hub id."
 Adapters = Annotated[list[str], typer.Argument(help=ADAPTER_HELP, metavar="A…", show_default=False)]
+Memory = Annotated[str | None, typer.Option(help="Bound on resident memory, e.g. 1GiB.", show_default=False)]
 One = Annotated[str, typer.Argument(help="An adapter: a PEFT directory or a Hub id.", metavar="A", show_default=False)]
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Directory to write; must not exist, or --overwrite.", show_default=False)
@@ -90,14 +91,19 @@ def _load_pool(texts: list[str], weighted: bool) -> tuple[Pool, list[AdapterSpec
     from fastlora.progress import track
 
     specs = parse_all(texts)  # before the imports that take a second: a wrong path is told at once
-    heavy = [s for s in specs if s.weight is not None]
-    if heavy and not weighted:
-        raise InputError(f"{heavy[0].name}: weights have no meaning for this command; leave out `:{heavy[0].weight:g}`")
+    if not weighted:
+        _refuse_weights(specs)
     from fastlora.formats import load
     from fastlora.pool import Pool
 
     _require_backend()
     return Pool([load(s.path, s.name) for s in track(specs, "loading")]), specs
+
+
+def _refuse_weights(specs: list[AdapterSpec]) -> None:
+    heavy = [s for s in specs if s.weight is not None]
+    if heavy:
+        raise InputError(f"{heavy[0].name}: weights have no meaning for this command; leave out `:{heavy[0].weight:g}`")
 
 
 def _output(out: Path, overwrite: bool, inputs: list[Path]) -> Any:
@@ -157,7 +163,7 @@ def decompose(
         float | None,
         typer.Option(help="Noise floor relative to σ_max; default: the stored dtype's.", show_default=False),
     ] = None,
-    memory: Annotated[str | None, typer.Option(help="Bound on resident memory, e.g. 1GiB.", show_default=False)] = None,
+    memory: Memory = None,
     plots: Annotated[
         bool, typer.Option("--plots", help="Also write spectrum.png, energy.png and overlap.png.")
     ] = False,
@@ -226,7 +232,10 @@ def _write_plots(parts: Any, pool: Pool, staging: Path) -> None:
 def merge(
     adapters: Adapters,
     out: Out,
-    method: Annotated[str, typer.Option(help="svd: best rank-r approximation of the sum; cat: the exact sum.")] = "svd",
+    method: Annotated[
+        str,
+        typer.Option(help="svd: best rank-r approximation of the sum; cat: the exact sum; pem: sum of the factors."),
+    ] = "svd",
     rank: Rank = None,
     energy: Energy = None,
     drop_extras: DropExtras = False,
@@ -303,18 +312,21 @@ def inspect(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """What an adapter holds: modules, ranks, scaling, norms, spectrum."""
+    """What an adapter holds: modules, ranks, scaling, norms, spectrum; the vectors of (IA)³."""
     with _running(device, backend, quiet):
-        pool, _ = _load_pool([adapter], weighted=False)
-        from fastlora.methods.spectrum import singular_forms
-        from fastlora.show import adapter_data, show_adapter
+        from fastlora.locate import parse
 
-        forms = singular_forms(pool.names[0], pool.adapters[0].updates)
-        data = adapter_data(pool.adapters[0], forms)
+        spec = parse(adapter)
+        _refuse_weights([spec])
+        _require_backend()
+        from fastlora.formats import load
+        from fastlora.show import describe
+
+        data, show = describe(load(spec.path, spec.name))
         if as_json:
             _print_json(data)
         elif not quiet:
-            show_adapter(data, every)
+            show(data, every)
 
 
 @app.command()
@@ -500,3 +512,7 @@ def _complain(text: str) -> None:
 def _leave_stdout() -> None:
     """Python writes what is left in the buffer when it ends: into nothing."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Commands with a file of their own, which uses what is above.
+from fastlora import cli_compose as cli_compose  # noqa: E402

@@ -27,7 +27,7 @@ from fastlora.output import writing
 
 
 @dataclass(slots=True)
-class _Contents:
+class Contents:
     """What the two files will say."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class AdapterFile:
         self._zeros = _zeros_for(self._shifts.keys() - outlines.keys(), adapter, dtype)
         outlines = {m: (b.to("meta"), a.to("meta")) for m, (b, a) in {**outlines, **self._zeros}.items()}
         self._contents = self._collect(outlines)
-        _add_values(self._contents, self._values, adapter.base)
+        add_values(self._contents, self._values, adapter.base)
         if not self._contents.ranks:
             raise OutputError(
                 f"{directory} was not written: adapter {adapter.name!r} has no factors, and PEFT needs one "
@@ -83,17 +83,17 @@ class AdapterFile:
     def close(self) -> None:
         """Writes what belongs to no module, then the configuration."""
         self.put(self._zeros)
-        values = _Contents(modules=self._contents.modules)
-        _add_values(values, self._values, self.adapter.base)
+        values = Contents(modules=self._contents.modules)
+        add_values(values, self._values, self.adapter.base)
         self._file.write(values.tensors)
         self._file.close()
         config = json.dumps(_config(self._contents, self.adapter.base), indent=2) + "\n"
         with writing(self.directory / CONFIG_NAME):
             (self.directory / CONFIG_NAME).write_text(config, encoding="utf-8")
 
-    def _collect(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> _Contents:
+    def _collect(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Contents:
         """The named tensors that some factors make; of shapes alone when the factors are on the meta device."""
-        contents = _Contents()
+        contents = Contents()
         _add_factors(contents, self.adapter, factors, self.dtype)
         if self._shifts:
             _add_shifts(contents, self._shifts, self.adapter, factors, self.dtype)
@@ -142,7 +142,7 @@ def _zeros_for(modules: Iterable[str], adapter: Adapter, dtype: torch.dtype) -> 
 
 
 def _add_factors(
-    contents: _Contents, adapter: Adapter, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
+    contents: Contents, adapter: Adapter, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> None:
     containers: dict[str, dict[str, Layout]] = {}
     for module, (left, right) in factors.items():
@@ -208,7 +208,7 @@ def _wrapper(container: str, containers: Iterable[str]) -> str:
 
 
 def _add_shifts(
-    contents: _Contents,
+    contents: Contents,
     shifts: Mapping[str, Tensor],
     adapter: Adapter,
     factors: Mapping[str, tuple[Tensor, Tensor]],
@@ -227,7 +227,8 @@ def _add_shifts(
     contents.lora_bias = True
 
 
-def _add_values(contents: _Contents, values: Mapping[str, Tensor], base: BaseInfo) -> None:
+def add_values(contents: Contents, values: Mapping[str, Tensor], base: BaseInfo) -> None:
+    """Puts parameters that replace those of the base model beside the modules of ``contents``."""
     wrapped = set(contents.modules)
     free_biases = adapted_biases = False
     for path, tensor in values.items():
@@ -251,7 +252,7 @@ def _add_values(contents: _Contents, values: Mapping[str, Tensor], base: BaseInf
         contents.bias = base.bias if base.bias != "none" else "lora_only"
 
 
-def _config(contents: _Contents, base: BaseInfo) -> dict[str, Any]:
+def _config(contents: Contents, base: BaseInfo) -> dict[str, Any]:
     rank = max(contents.ranks.values())
     patterns = {exact_pattern(m): r for m, r in contents.ranks.items() if r != rank}
     heads = HEADS.get(base.task_type or "", ())

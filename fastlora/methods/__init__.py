@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Merge = Callable[..., "Adapter"]
 
 # Modules that register merge methods.
-_FILES = ("cat", "svd")
+_FILES = ("cat", "pem", "svd")
 _registry: dict[str, Method] = {}
 
 

@@ -1,0 +1,309 @@
+"""Expressions over adapters, evaluated: :func:`compose`. The language is in :mod:`fastlora.expression`."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fastlora.adapter import Adapter
+from fastlora.engine import require_finite
+from fastlora.errors import InputError
+from fastlora.expression import Call, ExpressionError, Name, Node, Number, Product, Sum, names, parse, walk
+from fastlora.finetune import TaskVector
+from fastlora.formats import load
+from fastlora.functions import FUNCTIONS, Function, Options, Word
+from fastlora.ia3 import IA3
+from fastlora.memory import bounded
+from fastlora.memory import parse as parse_memory
+from fastlora.operators import Operators, linear, require_one_kind
+from fastlora.pool import Pool, alignment
+from fastlora.progress import track
+
+Element = Adapter | IA3 | TaskVector
+Source = Element | str | os.PathLike[str]
+
+
+def compose(
+    expression: str,
+    adapters: Mapping[str, Source],
+    *,
+    name: str | None = None,
+    drop_extras: bool = False,
+    memory: int | str | None = None,
+) -> Element:
+    """The adapter that an expression such as ``"0.6*a + 0.4*b - 0.3*unique(c | a, b)"`` stands for.
+
+    Numbers, parentheses, ``+ - * /`` and the functions ``unique(x | a, b, …)``, ``shared(a, b, …)``, ``compress(x, r)``,
+    ``negate(x, λ)``, ``analogy(a, b, c, c0, c1)`` and ``add(a, b, …)``; docs/compose.md has them all. Sums are exact,
+    as the operators of :class:`Adapter`; an adapter that is named several times takes part once, with its weights added
+    up.
+
+    adapters: ``{name: adapter, or path or Hub id of one}``; only those that the expression names are loaded, and
+        ``notes`` of the result name the others.
+    name: of the result; the expression by default.
+    drop_extras: leave out biases and replaced modules (``modules_to_save``), which sums refuse.
+    memory: bound on the peak resident memory, as in :func:`fastlora.decompose`.
+
+    Raises:
+        ExpressionError: an :class:`InputError` that shows the expression and the place: what cannot be parsed, unknown
+            names, a number where an adapter is needed, what a function refuses. InputError: adapters that cannot be
+            read, or that belong to different base models.
+    """
+    tree = parse(expression)
+    plan = Plan(expression, list(adapters))
+    if not plan.check(tree):
+        raise ExpressionError("this is a number; an expression over adapters is needed", expression, tree.at)
+    used = names(tree)
+    bound = parse_memory(memory)
+    with bounded(bound):
+        notices, elements = _prepare({n: adapters[n] for n in used}, drop_extras)
+        result = copy.copy(Evaluator(expression, elements, bound).element(tree))
+    result.name = expression.strip() if name is None else name
+    result.provenance = {"expression": expression.strip(), "result": result.provenance}
+    unused = [f"{n} is not used by the expression" for n in adapters if n not in used]
+    result.notes = list(dict.fromkeys([*result.notes, *notices, *unused]))
+    assert isinstance(result, Adapter | IA3 | TaskVector)
+    return result
+
+
+def _prepare(sources: Mapping[str, Source], drop_extras: bool) -> tuple[list[str], dict[str, Operators]]:
+    """Notices, and the adapters under their names in the expression and one naming of modules."""
+    elements: dict[str, Operators] = {}
+    for name, source in track(sources.items(), "loading"):
+        element = copy.copy(source) if isinstance(source, Operators) else load(os.fspath(source), name)
+        if drop_extras and isinstance(element, Adapter | IA3):
+            element = element.without_extras()
+        element.name = name
+        elements[name] = element
+    notices: list[str] = []
+    updates = [e for e in elements.values() if isinstance(e, Adapter)]
+    if updates:
+        require_finite(updates)
+        pool = Pool(updates)
+        elements |= {a.name: a for a in pool.adapters}
+        notices += pool.notices
+    known: dict[str, None] = {}
+    earlier: list[str] = []
+    for element in list(elements.values()):
+        if isinstance(element, IA3):
+            change, notice = alignment(element.name, element.modules, known.keys(), earlier)
+            notices += [] if notice is None else [notice]
+            element = elements[element.name] = element if change is None else element.renamed(*change)
+            known |= dict.fromkeys(element.modules)
+            earlier.append(element.name)
+    return notices, elements
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Checks an expression before anything is loaded: names, functions, and what is a number and what an adapter."""
+
+    text: str
+    known: list[str]
+
+    def check(self, node: Node) -> bool:
+        """Whether a node is an adapter; otherwise it is a number."""
+        if isinstance(node, Sum):
+            return self._sum(node)
+        if isinstance(node, Product):
+            return self._product(node)
+        if isinstance(node, Call):
+            self._call(node)
+        elif isinstance(node, Name):
+            self._name(node)
+        return not isinstance(node, Number)
+
+    def _fail(self, message: str, at: Node | int) -> ExpressionError:
+        return ExpressionError(message, self.text, at if isinstance(at, int) else at.at)
+
+    def _name(self, node: Name) -> None:
+        if node.name in self.known:
+            return
+        raise self._fail(f"no adapter is called {node.name!r}{self._hint(node)}", node)
+
+    def _hint(self, node: Name) -> str:
+        for known in self.known:
+            at = self.text.find(known, max(0, node.at - len(known) + 1), node.at + len(known))
+            if known.isidentifier() or not 0 <= at <= node.at < at + len(known):
+                continue
+            return f"; did you mean {known}? Write it in quotes, '{known}'"
+        close = difflib.get_close_matches(node.name, self.known, 1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        return f"{meant} (known: {', '.join(self.known) or 'none'})"
+
+    def _sum(self, node: Sum) -> bool:
+        found = [(self.check(term), term) for _, term in node.terms]
+        for is_adapter, term in found:
+            if is_adapter != found[0][0]:
+                what = "an adapter and a number" if found[0][0] else "a number and an adapter"
+                raise self._fail(f"{what} cannot be added; multiply one by the other, or add adapters", term)
+        return found[0][0]
+
+    def _product(self, node: Product) -> bool:
+        seen = False
+        for divides, factor in node.factors:
+            is_adapter = self.check(factor)
+            if is_adapter and divides:
+                raise self._fail("nothing can be divided by an adapter; a number is needed here", factor)
+            if is_adapter and seen:
+                raise self._fail("two adapters cannot be multiplied; one of them must be a number", factor)
+            if divides and number(factor, self.text) == 0.0:
+                raise self._fail("division by 0", factor)
+            seen |= is_adapter
+        if not seen:
+            number(node, self.text)
+        return seen
+
+    def _call(self, node: Call) -> None:
+        function = FUNCTIONS.get(node.function)
+        if function is None:
+            close = difflib.get_close_matches(node.function, FUNCTIONS, 1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            raise self._fail(f"no function is called {node.function!r}{meant} (known: {', '.join(FUNCTIONS)})", node)
+        usage = f"write {function.usage}"
+        if (node.target is not None) != function.has_target:
+            what = 'needs a "|" after its first argument' if node.target is None else 'takes no "|"'
+            raise self._fail(f"{node.function} {what}; {usage}", node)
+        if node.target is not None and not self.check(node.target):
+            raise self._fail(f"this is a number, an adapter is needed; {usage}", node.target)
+        kinds = [self.check(a) for a in node.arguments]
+        count = kinds.index(False) if False in kinds else len(kinds)
+        if True in kinds[count:]:
+            raise self._fail(f"adapters come before numbers; {usage}", node.arguments[kinds.index(True, count)])
+        least, most = function.adapters
+        if not least <= count <= most:
+            place = node.arguments[most] if count > most else node
+            raise self._fail(f"{node.function} has {count} adapters here; {usage}", place)
+        if len(kinds) - count not in function.numbers(count):
+            raise self._fail(
+                f"{node.function} has {len(kinds) - count} numbers here; {usage}",
+                node.arguments[count] if len(kinds) > count else node,
+            )
+        options(node, function, self.text)
+
+
+def number(node: Node, text: str) -> float:
+    """The value of an expression without adapters."""
+    if isinstance(node, Number):
+        return node.value
+    if isinstance(node, Sum):
+        value = sum(sign * number(term, text) for sign, term in node.terms)
+    elif isinstance(node, Product):
+        value = 1.0
+        for divides, factor in node.factors:
+            other = number(factor, text)
+            if divides and other == 0.0:
+                raise ExpressionError("division by 0", text, factor.at)
+            value = value / other if divides else value * other
+    else:
+        raise ExpressionError("a number is needed here", text, node.at)
+    if not abs(value) < float("inf"):
+        raise ExpressionError("this is too large for a number", text, node.at)
+    return value
+
+
+def options(node: Call, function: Function, text: str) -> Options:
+    """The options of a call by name, as numbers, whole numbers and words."""
+    found: Options = {}
+    for key, value in node.options:
+        if key not in function.options:
+            takes = f"it takes {', '.join(function.options)}" if function.options else "it takes none"
+            raise ExpressionError(f"{node.function} has no option {key!r}; {takes}", text, value.at)
+        wanted = function.options[key]
+        if wanted is Word:
+            if not isinstance(value, Name):
+                raise ExpressionError(f"{key} is a word, such as {key}={function.words[key]}", text, value.at)
+            found[key] = value.name
+            continue
+        amount = number(value, text)
+        if wanted is int and amount != int(amount):
+            raise ExpressionError(f"{key} is a whole number", text, value.at)
+        found[key] = wanted(amount)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """``Σ w_i x_i`` that is not summed yet; by identity, so that an element takes part once."""
+
+    terms: dict[int, tuple[float, Operators]] = field(default_factory=dict)
+
+    def add(self, weight: float, element: Operators) -> None:
+        before = self.terms[id(element)][0] if id(element) in self.terms else 0.0
+        self.terms[id(element)] = before + weight, element
+
+    def element(self) -> Operators:
+        found = list(self.terms.values())
+        kept = [(w, x) for w, x in found if w != 0.0] or found[:1]
+        return kept[0][1] if len(kept) == 1 and kept[0][0] == 1.0 else linear(kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluator:
+    """Evaluates a checked expression. Sums of sums become one sum."""
+
+    text: str
+    elements: Mapping[str, Operators]
+    memory: int | None
+
+    def element(self, node: Node) -> Operators:
+        total = Linear()
+        self._accumulate(node, 1.0, total)
+        try:
+            return total.element()
+        except InputError as error:
+            raise self._placed(error, node) from error
+
+    def _placed(self, error: InputError, node: Node) -> InputError:
+        return error if isinstance(error, ExpressionError) else ExpressionError(str(error), self.text, node.at)
+
+    def _accumulate(self, node: Node, weight: float, total: Linear) -> None:
+        if isinstance(node, Sum):
+            for sign, term in node.terms:
+                self._accumulate(term, sign * weight, total)
+        elif isinstance(node, Product):
+            inner = next(f for _, f in node.factors if not _is_number(f))
+            for divides, factor in node.factors:
+                if factor is not inner:
+                    other = number(factor, self.text)
+                    weight = weight / other if divides else weight * other
+            self._accumulate(inner, weight, total)
+        else:
+            element = self.elements[node.name] if isinstance(node, Name) else self._call(node)
+            try:
+                require_one_kind([*(x for _, x in total.terms.values()), element])
+            except InputError as error:
+                raise self._placed(error, node) from error
+            total.add(weight, element)
+
+    def _call(self, node: Node) -> Operators:
+        assert isinstance(node, Call)
+        function = FUNCTIONS[node.function]
+        adapters = [a for a in node.arguments if not _is_number(a)]
+        given = [*([] if node.target is None else [node.target]), *adapters]
+        elements = self._distinct(node.function, given) if function.needs_names else [self.element(a) for a in given]
+        numbers = [number(a, self.text) for a in node.arguments[len(adapters) :]]
+        try:
+            return function.run(elements, numbers, options(node, function, self.text), self.memory)
+        except InputError as error:
+            raise self._placed(error, node) from error
+
+    def _distinct(self, function: str, nodes: list[Node]) -> list[Operators]:
+        """Elements with names that differ, as pools need them: their own, or their place."""
+        found: list[Operators] = []
+        for i, node in enumerate(nodes):
+            element = self.element(node)
+            if any(element is other for other in found):
+                raise ExpressionError(f"{function} has {element.name} twice", self.text, node.at)
+            if not isinstance(node, Name):
+                element = copy.copy(element)
+                element.name = f"argument {i + 1}"
+            found.append(element)
+        return found
+
+
+def _is_number(node: Node) -> bool:
+    return all(not isinstance(n, Name | Call) for n in walk(node))
