@@ -52,13 +52,13 @@ if TYPE_CHECKING:
     from fastlora.errors import InputError as InputError
     from fastlora.errors import OutputError as OutputError
     from fastlora.errors import UnsupportedAdapter as UnsupportedAdapter
+    from fastlora.finetune import TaskVector as TaskVector
+    from fastlora.finetune import task_vector as task_vector
     from fastlora.ia3 import IA3 as IA3
     from fastlora.methods.pem import add as add
     from fastlora.methods.pem import analogy as analogy
     from fastlora.methods.pem import negate as negate
     from fastlora.pool import Pool as Pool
-    from fastlora.finetune import TaskVector as TaskVector
-    from fastlora.finetune import task_vector as task_vector
 
 
 def __getattr__(name: str) -> Any:

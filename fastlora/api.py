@@ -10,6 +10,7 @@ from fastlora.adapter import Adapter
 from fastlora.decomposition import Decomposition
 from fastlora.engine import require_finite
 from fastlora.errors import InputError, NonFiniteError
+from fastlora.finetune import TaskVector
 from fastlora.ia3 import IA3
 from fastlora.memory import bounded
 from fastlora.memory import parse as parse_memory
@@ -17,7 +18,6 @@ from fastlora.methods import Method, all_methods, devec, find_method, svd
 from fastlora.methods.overlap import Overlap, pool_overlap
 from fastlora.ops.chain import check_cuts
 from fastlora.pool import Pool, require_updates
-from fastlora.finetune import TaskVector
 
 MODES = ("pool", "pairs", "iterative")
 

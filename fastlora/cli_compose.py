@@ -37,7 +37,7 @@ Expression = Annotated[
 Named = Annotated[
     list[str],
     typer.Argument(
-        help="What the names mean: a PEFT directory, a Hub id, or a task vector.",
+        help="What the names mean: PEFT directories, Hub ids, task vectors.",
         metavar="NAME=PATH…",
         show_default=False,
     ),

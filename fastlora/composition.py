@@ -36,10 +36,10 @@ def compose(
 ) -> Element:
     """The adapter that an expression such as ``"0.6*a + 0.4*b - 0.3*unique(c | a, b)"`` stands for.
 
-    Numbers, parentheses, ``+ - * /`` and the functions ``unique(x | a, b, …)``, ``shared(a, b, …)``, ``compress(x, r)``,
-    ``negate(x, λ)``, ``analogy(a, b, c, c0, c1)`` and ``add(a, b, …)``; docs/compose.md has them all. Sums are exact,
-    as the operators of :class:`Adapter`; an adapter that is named several times takes part once, with its weights added
-    up.
+    Numbers, parentheses, ``+ - * /`` and the functions ``unique(x | a, b, …)``, ``shared(a, b, …)``,
+    ``compress(x, r)``, ``negate(x, λ)``, ``analogy(a, b, c, c0, c1)`` and ``add(a, b, …)``; docs/compose.md
+    has them all. Sums are exact, as the operators of :class:`Adapter`; an adapter that is named several times takes
+    part once, with its weights added up.
 
     adapters: ``{name: adapter, or path or Hub id of one}``; only those that the expression names are loaded, and
         ``notes`` of the result name the others.
@@ -72,8 +72,8 @@ def compose(
 def _prepare(sources: Mapping[str, Source], drop_extras: bool) -> tuple[list[str], dict[str, Operators]]:
     """Notices, and the adapters under their names in the expression and one naming of modules."""
     elements: dict[str, Operators] = {}
-    for name, source in track(sources.items(), "loading"):
-        element = copy.copy(source) if isinstance(source, Operators) else load(os.fspath(source), name)
+    for name, source in track(list(sources.items()), "loading"):
+        element: Element = load(os.fspath(source), name) if isinstance(source, str | os.PathLike) else copy.copy(source)
         if drop_extras and isinstance(element, Adapter | IA3):
             element = element.without_extras()
         element.name = name
@@ -87,13 +87,13 @@ def _prepare(sources: Mapping[str, Source], drop_extras: bool) -> tuple[list[str
         notices += pool.notices
     known: dict[str, None] = {}
     earlier: list[str] = []
-    for element in list(elements.values()):
-        if isinstance(element, IA3):
-            change, notice = alignment(element.name, element.modules, known.keys(), earlier)
-            notices += [] if notice is None else [notice]
-            element = elements[element.name] = element if change is None else element.renamed(*change)
-            known |= dict.fromkeys(element.modules)
-            earlier.append(element.name)
+    for scalings in [e for e in elements.values() if isinstance(e, IA3)]:
+        change, notice = alignment(scalings.name, scalings.modules, known.keys(), earlier)
+        notices += [] if notice is None else [notice]
+        aligned = scalings if change is None else scalings.renamed(*change)
+        elements[aligned.name] = aligned
+        known |= dict.fromkeys(aligned.modules)
+        earlier.append(aligned.name)
     return notices, elements
 
 

@@ -131,11 +131,12 @@ def parse(text: str) -> Node:
     try:
         return _Builder(text).transform(_parser().parse(text))
     except UnexpectedCharacters as error:
-        at = int(error.pos_in_stream)
+        at = int(error.pos_in_stream or 0)
         _fail(text, at, f"{text[at]!r} (names with other characters than letters, digits, _ and . are quoted)")
     except UnexpectedToken as error:
         ended = error.token.type == "$END"
-        _fail(text, len(text) if ended else int(error.token.start_pos), None if ended else repr(str(error.token)))
+        at = len(text) if ended else int(error.token.start_pos or 0)
+        _fail(text, at, None if ended else repr(str(error.token)))
 
 
 def walk(node: Node) -> Iterator[Node]:

@@ -3,6 +3,7 @@ everything here is dense."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ class TaskVector(Operators):
     @property
     def norm(self) -> float:
         """``‖τ‖``, over all parameters."""
-        return sum(float(d.double().square().sum()) for d in self.deltas.values()) ** 0.5
+        return math.sqrt(sum(float(d.double().square().sum()) for d in self.deltas.values()))
 
     def __contains__(self, parameter: str) -> bool:
         return parameter in self.deltas
@@ -99,10 +100,8 @@ class TaskVector(Operators):
             )
         for parameter, delta in self.deltas.items():
             _check_shapes(parameter, state[parameter], delta)
-        return {
-            p: (v.to(delta.dtype) + delta).to(v.dtype) if (delta := self.deltas.get(p)) is not None else v.clone()
-            for p, v in state.items()
-        }
+        changed = {p: (state[p].to(d.dtype) + d).to(state[p].dtype) for p, d in self.deltas.items()}
+        return {p: changed[p] if p in changed else value.clone() for p, value in state.items()}
 
     def extract(
         self,

@@ -23,8 +23,11 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """``adapters``: how many it takes, at least and at most, without the one before a bar. ``numbers``: how many numbers
-    may follow, given the number of adapters. ``needs_names``: the adapters make a pool, where names differ."""
+    """One function.
+
+    ``adapters``: how many it takes, at least and at most, without the one before a bar. ``numbers``: how many numbers
+    may follow, given the number of adapters. ``needs_names``: the adapters make a pool, where names differ.
+    """
 
     usage: str
     run: Run

@@ -32,7 +32,9 @@ class Operators(ABC):
         """``Σ w_i x_i`` of elements of this kind, one at least; the weights are finite."""
 
     def __mul__(self, weight: float) -> Self:
-        return linear([(weight, self)]) if isinstance(weight, Real) else NotImplemented
+        if not isinstance(weight, Real):
+            return NotImplemented
+        return linear([(weight, self)])
 
     __rmul__ = __mul__
 

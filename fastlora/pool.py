@@ -153,8 +153,8 @@ def require_updates(element: Operators, what: str = "a pool") -> Adapter:
         out = "combine (IA)³ adapters with +, − and *, `fl.add`, `fl.negate`, `fl.analogy`, `fl.compose` or "
         out += "`fastlora compose`"
     raise UnsupportedAdapter(
-        f"{element.name!r} is {element.kind} and has no low-rank updates s·B·A, which {what} needs (to merge, decompose, "
-        f"compress, compare); {out}"
+        f"{element.name!r} is {element.kind} and has no low-rank updates s·B·A, which {what} needs (to merge, "
+        f"decompose, compress, compare); {out}"
     )
 
 

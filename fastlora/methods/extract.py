@@ -68,9 +68,7 @@ def extract(
         elif parameter.removesuffix(WEIGHT) not in updates:
             lost.append(parameter)
     if not updates:
-        raise InputError(
-            f"extract: task vector {vector.name!r} changes no weight matrix, so there is nothing to extract"
-        )
+        raise InputError(f"extract: task vector {vector.name!r} changes no weight matrix; there is nothing to extract")
     total = vector.norm**2
     notes = list(vector.notes)
     if lost:

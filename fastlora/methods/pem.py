@@ -83,7 +83,7 @@ def analogy(
 ) -> X:
     """``first`` is to the result as ``third`` is to ``second``: domain transfer.
 
-    ``exact``: ``c_0ΔW_1 + c_1(ΔW_2 − ΔW_3)``, ``c_0 = c_1 = 1`` by default. ``pem``: ``B = c_0B_1 + c_1B_2 − c_1B_3`` and
+    ``exact``: ``c_0ΔW_1 + c_1(ΔW_2 − ΔW_3)``, ``c_0 = c_1 = 1`` by default. ``pem``: ``B = c_0B_1 + c_1B_2 − c_1B_3``,
     ``A = c_0A_1 + c_1A_2 + c_1A_3`` (only ``B`` is negated), ``c_0 = c_1 = 1/2`` by default. (IA)³ in both:
     ``l = (1 − c_0)·1 + c_0l_1 + c_1(l_2 − l_3)``. In the paper's domain transfer, ``first`` is the classifier trained
     on the auxiliary domain, ``second`` the language model of the target domain, ``third`` that of the auxiliary one.
@@ -130,18 +130,17 @@ def _check_number(value: float, what: str) -> None:
 
 
 def _elementwise(terms: Sequence[tuple[float, float, X]], name: str, operation: str) -> X:
-    """``B = Σ β_i B_i``, ``A = Σ α_i A_i`` for ``(β, α, adapter)``; other kinds have one parameter, weighted by ``β``."""
+    """``B = Σ β_i B_i``, ``A = Σ α_i A_i`` for ``(β, α, adapter)``; other kinds have one parameter, weighted ``β``."""
     kept = [(b, a, x) for b, a, x in terms if (b, a) != (0.0, 0.0)] or list(terms)
     first = kept[0][2]
+    used: list[dict[str, object]] = [{"weight": b, "of": x.provenance} for b, _, x in terms]
     if isinstance(first, Adapter):
-        result = _elementwise_lora(kept, name)  # type: ignore[arg-type, type-var]
+        result: X = _elementwise_lora(kept, name)  # type: ignore[arg-type, assignment]
+        used = [{"weight_A": a, **term} for (_, a, _), term in zip(terms, used, strict=True)]
     else:
         result = linear([(b, x) for b, _, x in kept], name)
-    used = [{"weight": b, "weight_A": a, "of": x.provenance} for b, a, x in terms]
-    if not isinstance(first, Adapter):
-        used = [{k: v for k, v in term.items() if k != "weight_A"} for term in used]
     result.provenance = {operation: used, "semantics": "pem"}
-    return result  # type: ignore[return-value]
+    return result
 
 
 def _elementwise_lora(terms: Sequence[tuple[float, float, Adapter]], name: str) -> Adapter:
@@ -178,8 +177,8 @@ def _require_correspondence(first: Adapter, other: Adapter) -> None:
         one, two = first.updates[module], other.updates[module]
         if one.shape != two.shape or one.layout != two.layout:
             raise InputError(
-                f"pem: {module} is {one.shape[0]}×{one.shape[1]} in {first.name!r} and {two.shape[0]}×{two.shape[1]} in "
-                f"{other.name!r}: these adapters are of different base models"
+                f"pem: {module} is {one.shape[0]}×{one.shape[1]} in {first.name!r} and {two.shape[0]}×{two.shape[1]} "
+                f"in {other.name!r}: these adapters are of different base models"
             )
         if one.rank != two.rank:
             raise InputError(

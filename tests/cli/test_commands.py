@@ -227,6 +227,7 @@ OPTIONS = {
     "overlap": (*COMMON, "--plot", "--overwrite"),
     "bench": ("--markdown", "--json", "--quiet"),
     "info": ("--json",),
+    "compose": (*COMMON, "--out", "--dtype", "--overwrite", "--memory", "--drop-extras"),
 }
 
 

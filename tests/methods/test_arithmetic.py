@@ -179,7 +179,13 @@ def test_merge_weights() -> None:
         fl.merge(pool, {"d": 1.0})
     with pytest.raises(fl.InputError, match="weight of 'a' is nan: it must be a finite number"):
         fl.merge(pool, {"a": float("nan")})
-    with pytest.raises(fl.InputError, match="method 'mean' does not exist: use one of cat, svd"):
+    with pytest.raises(fl.InputError, match="method 'mean' does not exist: use one of cat, pem, svd"):
         fl.merge(pool, method="mean")
     with pytest.raises(fl.InputError, match="method 'cat' does not take rank"):
         fl.merge(pool, method="cat", rank=3)
+
+
+def test_methods_are_listed_at_any_time() -> None:
+    """The package ``fastlora.methods`` has the name of the function, and is imported along the way."""
+    assert set(fl.methods()) >= {"cat", "pem", "svd"}
+    assert fl.methods()["cat"].name == "cat"
