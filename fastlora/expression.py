@@ -15,9 +15,8 @@ from fastlora.errors import InputError
 
 GRAMMAR = r"""
 ?sum: product | product (SIGN product)+          -> sum
-    | SIGN product (SIGN product)*               -> signed
-?product: atom | atom (POINT signed_atom)+       -> product
-signed_atom: SIGN* atom
+?product: signed | signed (POINT signed)+        -> product
+?signed: atom | SIGN+ atom                       -> signed
 ?atom: NUMBER                                    -> number
     | name
     | NAME "(" [argument (SEPARATOR argument)*] ")" -> call
@@ -220,19 +219,16 @@ class _Builder:
         return self.transform(children[0])
 
     def sum(self, tree: Any, children: list[Any]) -> Node:
-        return self.signed(tree, [None, *children])
-
-    def signed(self, tree: Any, children: list[Any]) -> Node:
-        signs = [1 if sign is None or sign == "+" else -1 for sign in children[::2]]
-        terms = tuple(zip(signs, map(self.transform, children[1::2]), strict=True))
-        return Sum(terms[0][1].at if children[0] is None else int(children[0].start_pos), terms)
+        signs = [1, *(1 if sign == "+" else -1 for sign in children[1::2])]
+        terms = tuple(zip(signs, map(self.transform, children[::2]), strict=True))
+        return Sum(terms[0][1].at, terms)
 
     def product(self, tree: Any, children: list[Any]) -> Node:
         divides = [False, *(point == "/" for point in children[1::2])]
         factors = tuple(zip(divides, map(self.transform, children[::2]), strict=True))
         return Product(factors[0][1].at, factors)
 
-    def signed_atom(self, tree: Any, children: list[Any]) -> Node:
+    def signed(self, tree: Any, children: list[Any]) -> Node:
         atom = self.transform(children[-1])
         negative = sum(sign != "+" for sign in children[:-1]) % 2
         return Sum(int(children[0].start_pos), ((-1, atom),)) if negative else atom
