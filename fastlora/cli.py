@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastlora.errors import FastloraError, InputError
+from fastlora.errors import InputError
+from fastlora.exits import guarded, listen
 
 if TYPE_CHECKING:
     from fastlora.adapter import Adapter
@@ -428,90 +426,12 @@ def _start(
         raise typer.Exit(2)
 
 
-# Newer typer has a copy of click inside, older typer uses click: this is the class in both.
-UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-
-UNPRINTABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-
-
-class _Stopped(BaseException):
-    """A signal asked to stop; no ``except Exception`` on the way takes this for an error."""
-
-
-_signals: list[tuple[int, float]] = []
-"""What was received, and when."""
-
-
-def _stop(number: int, _: object) -> None:
-    # Senders like timeout(1) signal twice, and cleaning up takes less than a second. One later than that is
-    # heard again: compiled code can lose an exception that is raised inside it.
-    now = time.monotonic()
-    if not _signals or now - _signals[-1][1] > 1.0:
-        _signals.append((number, now))
-        raise _Stopped
-
-
-def _stopping_signals() -> list[signal.Signals]:
-    return [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGHUP") if n in signal.Signals.__members__]
-
-
 def main() -> None:
     """Entry point: 0 done, 2 wrong use or bad input (one message), 1 internal error, 128 + n stopped by signal n."""
-    for number in _stopping_signals():
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _stop)
+    listen()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # σ and ‖ where the encoding has none
-    sys.exit(_guarded(lambda: app(standalone_mode=False)))
-
-
-def _guarded(run: Callable[[], object]) -> int:
-    try:
-        code = run()
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except BaseException as error:
-        if _signals:  # also where compiled code made another error of it
-            _complain("interrupted: no output is left half-written; run the same command again")
-            return 128 + _signals[0][0]
-        # typer makes SystemExit(1) of a broken pipe.
-        cause = error.__context__ if isinstance(error, SystemExit) else error
-        if isinstance(cause, BrokenPipeError):
-            _leave_stdout()  # the reader went away: not an error of ours, and nothing more to say
-            return 0
-        message = _message(error)
-        if message is None:
-            raise
-        _complain(f"error: {message}")
-        return 2
-
-
-def _message(error: BaseException) -> str | None:
-    """What to tell about an error that is none of the program; ``None`` for those that are."""
-    if isinstance(error, FastloraError):
-        return str(error)
-    if isinstance(error, UsageError):
-        return _usage(error)
-    if isinstance(error, MemoryError):
-        return "out of memory; close other programs or use fewer adapters at once"
-    if isinstance(error, OSError) and error.errno in UNPRINTABLE:
-        _leave_stdout()
-        return f"the result could not be printed: {error.strerror}"
-    return None
-
-
-def _usage(error: Any) -> str:
-    message = str(error.format_message()).rstrip(".")
-    return message if error.ctx is None else f"{message}; see `{error.ctx.command_path} --help`"
-
-
-def _complain(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-def _leave_stdout() -> None:
-    """Python writes what is left in the buffer when it ends: into nothing."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(guarded(lambda: app(standalone_mode=False)))
 
 
 # Commands with a file of their own, which uses what is above.

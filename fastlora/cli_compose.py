@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fastlora.cli import (
     Backend,
@@ -53,7 +54,21 @@ Out = Annotated[
 ]
 
 
-@app.command()
+class _Command(TyperCommand):
+    """Takes ``-a + b`` for an expression, where other commands look for an option ``-a``."""
+
+    def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
+        return super().parse_args(context, [f" {a}" if _is_expression(a) else a for a in arguments])
+
+
+def _is_expression(argument: str) -> bool:
+    """Whether an argument starts with a minus sign; ``-o out`` and ``-q`` are options."""
+    if not argument.startswith("-") or argument.startswith("--") or argument == "-":
+        return False
+    return argument[1] not in "oqh" or any(c in " +*(|" for c in argument)
+
+
+@app.command(cls=_Command)
 def compose(
     expression: Expression,
     adapters: Named,

@@ -68,6 +68,7 @@ def test_names() -> None:
     assert names(parse("a + 2*f(b | a, c, side=left) - 'd e'")) == ["a", "b", "c", "d e"]
 
 
+QUOTED = "(names with other characters than letters, digits, _ and . are quoted)"
 WRONG = {
     "0.6*movie_a + 0.4*": ("the expression ends too early; expected a name, a number, +, - or (", 18),
     "a b": ("expected +, -, *, /, ( or the end, found 'b'", 2),
@@ -84,14 +85,11 @@ WRONG = {
     "f(a, x=1, b)": ("arguments come before options such as threshold=0.85", 10),
     "f(a, x=1, x=2)": ("x is given twice", 10),
     "f(a, x=)": ("expected a name, a number, +, - or (, found ')'", 7),
-    "a $ b": ("expected +, -, *, /, ( or the end, found '$' (names with other characters than letters, digits, _ and . "
-              "are quoted)", 2),
-    "a 'b": ("expected +, -, *, /, ( or the end, found \"'\" (names with other characters than letters, digits, _ and "
-             ". are quoted)", 2),
+    "a $ b": (f"expected +, -, *, /, ( or the end, found '$' {QUOTED}", 2),
+    "a 'b": (f"expected +, -, *, /, ( or the end, found \"'\" {QUOTED}", 2),
     "1e999*a": ("1e999 is too large for a number", 0),
     "a ** 2": ("expected a name, a number, +, - or (, found '*'", 3),
-    "a^2": ("expected +, -, *, /, ( or the end, found '^' (names with other characters than letters, digits, _ and . "
-            "are quoted)", 1),
+    "a^2": (f"expected +, -, *, /, ( or the end, found '^' {QUOTED}", 1),
 }  # fmt: skip
 
 

@@ -161,7 +161,7 @@ def test_damaged_directories_are_refused(case: str, tmp_path: Path) -> None:
 
 def test_a_slow_pattern_is_answered_at_once(tmp_path: Path) -> None:
     directory = write_ia3(tmp_path / "a", feedforward_modules="(a*)*(a|a)*b")
-    with pytest.raises(InputError, match="opposite|cannot be used"):
+    with pytest.raises(InputError, match=r"opposite|cannot be used"):
         fl.load(directory)
 
 
@@ -212,10 +212,11 @@ class Convolutions(nn.Module):
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "bert": (bert, {"target_modules": ["key", "value", "intermediate.dense"], "feedforward_modules": ["intermediate.dense"],
-                    "task_type": "SEQ_CLS"}),
+    "bert": (bert, {"target_modules": ["key", "value", "intermediate.dense"],
+                    "feedforward_modules": ["intermediate.dense"], "task_type": "SEQ_CLS"}),
     "bert outputs only": (bert, {"target_modules": ["query", "dense"], "feedforward_modules": []}),
-    "bert saved head": (bert, {"target_modules": ["key"], "feedforward_modules": [], "modules_to_save": ["classifier"]}),
+    "bert saved head": (bert, {"target_modules": ["key"], "feedforward_modules": [],
+                               "modules_to_save": ["classifier"]}),
     "gpt2": (gpt2, {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"],
                     "fan_in_fan_out": True}),
     "convolutions": (Convolutions, {"target_modules": ["conv_in", "conv_out"], "feedforward_modules": ["conv_out"]}),
@@ -242,7 +243,9 @@ def trained(case: str, seed: int, dtype: torch.dtype = torch.float32) -> tuple[n
                 parameter.copy_(torch.randn(parameter.shape))
     torch.manual_seed(seed)
     model = quietly(
-        lambda: peft.get_peft_model(copy.deepcopy(base), peft.IA3Config(**copy.deepcopy(config)), autocast_adapter_dtype=False)
+        lambda: peft.get_peft_model(
+            copy.deepcopy(base), peft.IA3Config(**copy.deepcopy(config)), autocast_adapter_dtype=False
+        )
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():

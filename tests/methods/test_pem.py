@@ -150,8 +150,13 @@ def test_analogy_of_ragged_adapters_is_exact_only() -> None:
 
 def test_provenance_says_which_semantics(tmp_path: Path) -> None:
     a, b = adapters(a=A, b=B)
-    for result, semantics in ((a + b, "exact"), (fl.add([a, b]), "exact"), (fl.add([a, b], semantics="pem"), "pem"),
-                              (fl.analogy(a, b, a), "exact"), (fl.analogy(a, b, a, semantics="pem"), "pem")):  # fmt: skip
+    for result, semantics in (
+        (a + b, "exact"),
+        (fl.add([a, b]), "exact"),
+        (fl.add([a, b], semantics="pem"), "pem"),
+        (fl.analogy(a, b, a), "exact"),
+        (fl.analogy(a, b, a, semantics="pem"), "pem"),
+    ):
         assert result.provenance["semantics"] == semantics
         result.save(tmp_path / "out", overwrite=True)
         header = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()[:4000]
@@ -259,7 +264,7 @@ def test_arguments_are_checked() -> None:
 def test_nan_is_found_by_name() -> None:
     broken = {m: (p[0].clone(), p[1], p[2]) for m, p in B.items()}
     broken["layers.1.q"][0][3, 1] = torch.nan
-    with pytest.raises(fl.InputError, match="adapter 'b': lora_B of layers.1.q holds NaN"):
+    with pytest.raises(fl.InputError, match=r"adapter 'b': lora_B of layers.1.q holds NaN"):
         fl.merge(fl.Pool(adapters(a=A, b=broken)), method="pem")
 
 

@@ -83,7 +83,9 @@ def test_arithmetic() -> None:
     assert_close(fl.add([a, b], [1.0, 3.0], semantics="pem").deltas, {n: 0.25 * x[n] + 0.75 * y[n] for n in x})
     applied = (0.7 * a + 0.3 * b).apply(BASE)
     for n in x:
-        torch.testing.assert_close(applied[n].double(), BASE[n].double() + 0.7 * x[n] + 0.3 * y[n], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            applied[n].double(), BASE[n].double() + 0.7 * x[n] + 0.3 * y[n], rtol=1e-6, atol=1e-6
+        )
 
 
 def test_parameters_that_did_not_change_count_as_zero() -> None:
@@ -113,7 +115,7 @@ def test_files(dtype: str | None, tmp_path: Path) -> None:
 
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     one = vector(ONE, "one")
-    with pytest.raises(fl.OutputError, match="ends in .safetensors"):
+    with pytest.raises(fl.OutputError, match=r"ends in \.safetensors"):
         one.save(tmp_path / "one")
     with pytest.raises(fl.OutputError, match="is a directory"):
         (tmp_path / "x.safetensors").mkdir()
@@ -195,7 +197,7 @@ def test_hostile_files(tmp_path: Path) -> None:
     with pytest.raises(fl.InputError, match="holds NaN or Inf"):
         fl.load(path)
     save_file(BASE, tmp_path / "model.safetensors")
-    with pytest.raises(fl.UnsupportedAdapter, match="fl.task_vector"):
+    with pytest.raises(fl.UnsupportedAdapter, match=r"fl\.task_vector"):
         fl.load(tmp_path / "model.safetensors")
 
 
