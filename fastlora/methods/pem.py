@@ -2,7 +2,7 @@
 
 ``exact`` is linear in what an adapter changes: ``ΔW``, ``l − 1``, or the parameters. ``pem`` is the paper's arithmetic,
 elementwise on the stored parameters. They agree for (IA)³ and for task vectors, whose parameters *are* the change; for
-LoRA, ``(Σ λ_i B_i)(Σ λ_j A_j)`` has self terms ``λ_i²`` and cross terms, and needs factors that correspond.
+LoRA, ``(Σ λ_i B_i)(Σ λ_j A_j)`` (10b) has self terms ``λ_i²`` and cross terms, and needs factors that correspond.
 """
 
 from __future__ import annotations
