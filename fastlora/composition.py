@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 from fastlora.adapter import Adapter
 from fastlora.engine import require_finite
 from fastlora.errors import InputError
-from fastlora.expression import Call, ExpressionError, Name, Node, Number, Product, Sum, names, parse, walk
+from fastlora.expression import Call, ExpressionError, Name, Node, Number, Product, Sum, bind, names, parse, walk
 from fastlora.finetune import TaskVector
 from fastlora.formats import load
-from fastlora.functions import FUNCTIONS, Function, Options, Word
+from fastlora.functions import FUNCTIONS, WORDS, Function, Options, Word
 from fastlora.ia3 import IA3
 from fastlora.memory import bounded
 from fastlora.memory import parse as parse_memory
@@ -30,6 +32,7 @@ def compose(
     expression: str,
     adapters: Mapping[str, Source],
     *,
+    numbers: Mapping[str, float] | None = None,
     name: str | None = None,
     drop_extras: bool = False,
     memory: int | str | None = None,
@@ -43,6 +46,7 @@ def compose(
 
     adapters: ``{name: adapter, or path or Hub id of one}``; only those that the expression names are loaded, and
         ``notes`` of the result name the others.
+    numbers: ``{name: value}`` of what in the expression is no adapter but a number, such as ``λ`` in ``"a - λ*b"``.
     name: of the result; the expression by default.
     drop_extras: leave out biases and replaced modules (``modules_to_save``), which sums refuse.
     memory: bound on the peak resident memory, as in :func:`fastlora.decompose`.
@@ -52,7 +56,9 @@ def compose(
             names, a number where an adapter is needed, what a function refuses. InputError: adapters that cannot be
             read, or that belong to different base models.
     """
-    tree = parse(expression)
+    values = dict(numbers or {})
+    _check_numbers(values, adapters)
+    tree = bind(parse(expression), values, WORDS)
     plan = Plan(expression, list(adapters))
     if not plan.check(tree):
         raise ExpressionError("this is a number; an expression over adapters is needed", expression, tree.at)
@@ -62,11 +68,20 @@ def compose(
         notices, elements = _prepare({n: adapters[n] for n in used}, drop_extras)
         result = copy.copy(Evaluator(expression, elements, bound).element(tree))
     result.name = expression.strip() if name is None else name
-    result.provenance = {"expression": expression.strip(), "result": result.provenance}
+    bound_to = {"numbers": values} if values else {}
+    result.provenance = {"expression": expression.strip(), **bound_to, "result": result.provenance}
     unused = [f"{n} is not used by the expression" for n in adapters if n not in used]
     result.notes = list(dict.fromkeys([*result.notes, *notices, *unused]))
     assert isinstance(result, Adapter | IA3 | TaskVector)
     return result
+
+
+def _check_numbers(values: Mapping[str, float], adapters: Mapping[str, Source]) -> None:
+    for name, value in values.items():
+        if name in adapters:
+            raise InputError(f"{name!r} is the name of an adapter and of a number; rename one")
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise InputError(f"the number {name!r} is {value!r}: it must be a finite number")
 
 
 def _prepare(sources: Mapping[str, Source], drop_extras: bool) -> tuple[list[str], dict[str, Operators]]:

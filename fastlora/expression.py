@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from fastlora.errors import InputError
@@ -156,6 +156,23 @@ def walk(node: Node) -> Iterator[Node]:
 def names(node: Node) -> list[str]:
     """The adapters that an expression names, each once."""
     return list(dict.fromkeys(n.name for n in walk(node) if isinstance(n, Name)))
+
+
+def bind(node: Node, values: Mapping[str, float], words: Container[str]) -> Node:
+    """The expression with numbers in the place of some names, but not of those that are words: the values of the
+    options ``words``."""
+    if isinstance(node, Name) and node.name in values:
+        return Number(node.at, float(values[node.name]))
+    if isinstance(node, Sum):
+        return replace(node, terms=tuple((sign, bind(term, values, words)) for sign, term in node.terms))
+    if isinstance(node, Product):
+        return replace(node, factors=tuple((divides, bind(factor, values, words)) for divides, factor in node.factors))
+    if isinstance(node, Call):
+        target = None if node.target is None else bind(node.target, values, words)
+        options = tuple((k, v if k in words else bind(v, values, words)) for k, v in node.options)
+        arguments = tuple(bind(a, values, words) for a in node.arguments)
+        return replace(node, target=target, arguments=arguments, options=options)
+    return node
 
 
 @functools.cache

@@ -149,7 +149,7 @@ def task_vector(base: Source, finetuned: Source, name: str | None = None, *, com
     """
     first, second = read_state(base), read_state(finetuned)
     if name is None:
-        name = "task" if isinstance(finetuned, Mapping) else Path(finetuned).expanduser().absolute().stem
+        name = "task" if isinstance(finetuned, Mapping) else _name(Path(finetuned).expanduser().absolute())
     notes = []
     alone = [p for p in (*first, *second) if (p in first) != (p in second)]
     if alone and not common_only:
@@ -191,6 +191,10 @@ def read_state(source: Source) -> dict[str, Tensor]:
     from fastlora.formats.task_vector import read_model
 
     return read_model(Path(source))
+
+
+def _name(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
 
 
 def _widest(tensors: Iterable[Tensor]) -> torch.dtype:

@@ -141,3 +141,6 @@ FUNCTIONS: Mapping[str, Function] = {
         words={"semantics": "pem"},
     ),
 }
+
+WORDS = frozenset(key for f in FUNCTIONS.values() for key, kind in f.options.items() if kind is Word)
+"""Options whose value is a word."""

@@ -96,6 +96,21 @@ def test_paths_and_adapters(tmp_path: Path) -> None:
     assert fl.compose("a", POOL, name="mine").name == "mine"
 
 
+def test_numbers_by_name() -> None:
+    got = fl.compose("a - λ*b + (μ/2)*c", POOL, numbers={"λ": 0.3, "μ": -2})
+    same(got, fl.compose("a - 0.3*b - c", POOL), 1e-12)
+    assert got.provenance["numbers"] == {"λ": 0.3, "μ": -2}
+    same(fl.compose("compress(a + b, r)", POOL, numbers={"r": 3}), fl.compose("compress(a + b, 3)", POOL), 1e-12)
+    got = fl.compose("shared(a, b, threshold=t, chain=mean)", POOL, numbers={"t": 0.5, "mean": 1.0})
+    same(got, fl.compose("shared(a, b, threshold=0.5, chain=mean)", POOL), 1e-12)
+    with pytest.raises(fl.InputError, match="'a' is the name of an adapter and of a number"):
+        fl.compose("a", POOL, numbers={"a": 1.0})
+    with pytest.raises(fl.InputError, match="the number 'λ' is nan"):
+        fl.compose("λ*a", POOL, numbers={"λ": math.nan})
+    with pytest.raises(ExpressionError, match="this is a number"):
+        fl.compose("λ", POOL, numbers={"λ": 1.0})
+
+
 def test_names_that_are_not_used_are_told_and_not_loaded() -> None:
     got = fl.compose("a", {**POOL, "missing": "/nowhere"})
     assert got.notes == [f"{n} is not used by the expression" for n in ("b", "c", "missing")]

@@ -46,6 +46,11 @@ def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Updat
     if len(shapes) > 1:
         found = " and ".join(f"{n}×{m}" for n, m in sorted(shapes))
         raise InputError(f"{module}: cannot add updates of shapes {found}: these adapters are of different base models")
+    if any(u.layout != terms[0][1].layout for _, u in terms):
+        kinds = " and ".join(dict.fromkeys(u.layout.kind for _, u in terms))
+        raise InputError(
+            f"{module}: cannot add updates of different layouts ({kinds}): these adapters are of different base models"
+        )
     kept = [(w, u) for w, u in terms if w != 0.0]
     if not kept:
         from fastlora.engine import with_rank_zero

@@ -249,10 +249,10 @@ def test_bench_names_its_cases(tmp_path: Path) -> None:
     assert found.returncode == 2 and "bench has no case nothing: use eigh, svd, gram" in found.stderr
 
 
-HEAVY = ("torch", "numpy", "safetensors", "rich.progress", "matplotlib", "huggingface_hub")
+HEAVY = ("torch", "numpy", "safetensors", "rich.progress", "matplotlib", "huggingface_hub", "lark")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["decompose", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["decompose", "--help"], ["compose", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys, fastlora.cli\n"

@@ -130,16 +130,16 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
 def test_sources(tmp_path: Path) -> None:
     """Mappings, files of both kinds, directories of one file and of several."""
     expected = vector(ONE, "x").deltas
-    for folder, found in (("base", BASE), ("one", ONE)):
+    for folder, found in (("base", BASE), ("v1.5", ONE)):
         (tmp_path / folder).mkdir()
         names = list(found)
         save_file({n: found[n] for n in names[:3]}, tmp_path / folder / "model-00001-of-00002.safetensors")
         save_file({n: found[n] for n in names[3:]}, tmp_path / folder / "model-00002-of-00002.safetensors")
         save_file(found, tmp_path / f"{folder}.safetensors")
         torch.save(found, tmp_path / f"{folder}.bin")
-    for base, one in (("base", "one"), ("base.safetensors", "one.safetensors"), ("base.bin", "one.bin")):
+    for base, one in (("base", "v1.5"), ("base.safetensors", "v1.5.safetensors"), ("base.bin", "v1.5.bin")):
         got = fl.task_vector(tmp_path / base, tmp_path / one)
-        assert got.name == "one" and all(torch.equal(got.deltas[n], expected[n]) for n in expected)
+        assert got.name == "v1.5" and all(torch.equal(got.deltas[n], expected[n]) for n in expected)
     assert torch.equal(vector(ONE, "x").apply(str(tmp_path / "base"))["scale"], ONE["scale"])
 
 
