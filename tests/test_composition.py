@@ -111,6 +111,11 @@ def test_numbers_by_name() -> None:
         fl.compose("λ", POOL, numbers={"λ": 1.0})
 
 
+def test_what_is_no_adapter_is_refused() -> None:
+    with pytest.raises(fl.InputError, match="'a' is of type int; an adapter is needed"):
+        fl.compose("a", {"a": 3})  # type: ignore[dict-item]
+
+
 def test_names_that_are_not_used_are_told_and_not_loaded() -> None:
     got = fl.compose("a", {**POOL, "missing": "/nowhere"})
     assert got.notes == [f"{n} is not used by the expression" for n in ("b", "c", "missing")]
@@ -283,13 +288,13 @@ MISTAKES = {
     "(1e300*1e300)*a": ("this is too large for a number", 1),
     "ties(a, b)": ("no function is called 'ties' (known: unique, shared, compress, negate, analogy, add)", 0),
     "uniqe(a | b)": ("no function is called 'uniqe'; did you mean unique? (known: unique, ", 0),
-    "a + shared(b)": ("shared has 1 adapters here; write shared(", 4),
+    "a + shared(b)": ("shared has 1 adapter here; write shared(", 4),
     "unique(a, b)": ('unique needs a "|" after its first argument; write unique(', 0),
     "shared(a | b)": ('shared takes no "|"; write shared(', 0),
     "unique(2 | a)": ("this is a number, an adapter is needed; write unique(", 7),
     "unique(a | a)": ("unique has a twice", 11),
     "shared(a, b, a)": ("shared has a twice", 13),
-    "shared(a, b, c, 2)": ("shared has 1 numbers here; write shared(", 16),
+    "shared(a, b, c, 2)": ("shared has 1 number here; write shared(", 16),
     "shared(a, b, threshold=2)": ("threshold=2.0: must be at least 0 and below 1 (the paper uses 0.85)", 0),
     "shared(a, b, chain=sum)": ("chain='sum' does not exist", 0),
     "shared(a, b, chain=2)": ("chain is a word, such as chain=product", 19),
@@ -305,7 +310,7 @@ MISTAKES = {
     "negate(a, semantics=fisher)": ("semantics='fisher' does not exist: use one of exact, pem", 0),
     "analogy(a, b)": ("analogy has 2 adapters here; write analogy(", 0),
     "add(a, 2, b)": ("adapters come before numbers; write add(", 10),
-    "add(a, b, 2)": ("add has 1 numbers here; write add(", 10),
+    "add(a, b, 2)": ("add has 1 number here; write add(", 10),
     "b - add(a, b, semantics=pem)": ("pem: model.layers.0.self_attn.q_proj has rank 4 in 'a' and 7 in 'b'", 4),
     "a + 2*ia3": ("'a' is a LoRA adapter and 'ia3' is an (IA)³ adapter: what they add up to depends on the base", 6),
     "compress(ia3, 2)": ("'ia3' is an (IA)³ adapter and has no low-rank updates s·B·A, which compress needs", 0),

@@ -13,6 +13,7 @@ import fastlora
 from fastlora.engine import is_finite, parse_dtype
 from fastlora.errors import InputError, NonFiniteError, OutputError
 from fastlora.finetune import TaskVector
+from fastlora.formats.peft_config import CONFIG_NAME
 from fastlora.formats.peft_write import cast
 from fastlora.formats.tensors import TensorFile, read_safetensors, read_torch
 from fastlora.output import replacing
@@ -25,6 +26,11 @@ def read_model(path: Path) -> dict[str, Tensor]:
     """The state dict in a file of tensors or in a model's directory (several files are put together)."""
     path = path.expanduser()
     if path.is_dir():
+        if (path / CONFIG_NAME).exists():
+            raise InputError(
+                f"{path} is an adapter and no whole model; load it with `fl.load`, or merge it into its base model "
+                "first (`merge_and_unload` of peft)"
+            )
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         if not files:
             raise InputError(

@@ -121,6 +121,11 @@ def _check(elements: Sequence[Operators], semantics: str) -> None:
         raise InputError(f"semantics={semantics!r} does not exist: use one of {', '.join(SEMANTICS)}")
     if not elements:
         raise InputError("add: no adapter was given")
+    other = next((e for e in elements if not isinstance(e, Operators)), None)
+    if other is not None:
+        raise InputError(
+            f"an adapter is needed, not a {type(other).__name__}; load it with `fl.load` (a pool: .adapters)"
+        )
     require_one_kind(elements)
 
 

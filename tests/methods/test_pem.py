@@ -101,6 +101,16 @@ def test_default_weights() -> None:
     assert result.notes == []
 
 
+def test_nothing_is_computed_before_it_is_needed() -> None:
+    """A sum of factors is kept as the matrices that were loaded, with a number each."""
+    a, b = adapters(a=A, b=B)
+    for update in fl.add([a, b], [0.25, 0.75], semantics="pem").updates.values():
+        for factor in (update.B, update.A):
+            assert [(t.coefficient, t.scale) for t in factor.terms] == [(None, 0.25), (None, 0.75)]
+    for m, update in fl.add([a, b], semantics="pem").updates.items():
+        assert [t.source.data_ptr() for t in update.B.terms] == [A[m][0].data_ptr(), B[m][0].data_ptr()]
+
+
 def test_cross_terms_make_the_semantics_differ() -> None:
     """``λ = ½``: exact is ``½ΔW_1 + ½ΔW_2``; the paper's has a quarter of each and of both cross terms."""
     a, b = adapters(a=A, b=B)
@@ -246,6 +256,10 @@ def test_arguments_are_checked() -> None:
     a, b = adapters(a=A, b=B)
     with pytest.raises(fl.InputError, match="semantics='fisher' does not exist: use one of exact, pem"):
         fl.add([a, b], semantics="fisher")
+    with pytest.raises(fl.InputError, match=r"an adapter is needed, not a str; .*\.adapters"):
+        fl.add(fl.Pool([a, b]))
+    with pytest.raises(fl.InputError, match="an adapter is needed, not a str"):
+        fl.negate("a")
     with pytest.raises(fl.InputError, match="no adapter was given"):
         fl.add([])
     with pytest.raises(fl.InputError, match="the strength is nan"):

@@ -154,6 +154,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "shape": (changed("layers.0.q.bias", torch.ones(13)), r"layers.0.q.bias is \[12\] in one and \[13\]"),
     "nan": (changed("layers.0.q.weight", BAD), "layers.0.q.weight holds NaN or Inf"),
     "no tensor": ({"a": 1}, "'a', which is no tensor"),
+    "an adapter": (str(Path(__file__).parents[1] / "data" / "movie_ia3_a"), "is an adapter and no whole model"),
     "no file": ("/nowhere/model.safetensors", "no file or directory /nowhere/model.safetensors"),
 }
 
