@@ -14,16 +14,23 @@ _EXPORTS = {
     "Adapter": "fastlora.adapter",
     "Decomposition": "fastlora.decomposition",
     "FastloraError": "fastlora.errors",
+    "IA3": "fastlora.ia3",
     "InputError": "fastlora.errors",
     "OutputError": "fastlora.errors",
     "Pool": "fastlora.pool",
+    "TaskVector": "fastlora.finetune",
     "UnsupportedAdapter": "fastlora.errors",
+    "add": "fastlora.methods.pem",
+    "analogy": "fastlora.methods.pem",
+    "compose": "fastlora.composition",
     "compress": "fastlora.api",
     "decompose": "fastlora.api",
     "load": "fastlora.api",
     "merge": "fastlora.api",
     "methods": "fastlora.api",
+    "negate": "fastlora.methods.pem",
     "overlap": "fastlora.api",
+    "task_vector": "fastlora.finetune",
     "use_backend": "fastlora.backends",
 }
 
@@ -39,11 +46,18 @@ if TYPE_CHECKING:
     from fastlora.api import methods as methods
     from fastlora.api import overlap as overlap
     from fastlora.backends import use_backend as use_backend
+    from fastlora.composition import compose as compose
     from fastlora.decomposition import Decomposition as Decomposition
     from fastlora.errors import FastloraError as FastloraError
     from fastlora.errors import InputError as InputError
     from fastlora.errors import OutputError as OutputError
     from fastlora.errors import UnsupportedAdapter as UnsupportedAdapter
+    from fastlora.finetune import TaskVector as TaskVector
+    from fastlora.finetune import task_vector as task_vector
+    from fastlora.ia3 import IA3 as IA3
+    from fastlora.methods.pem import add as add
+    from fastlora.methods.pem import analogy as analogy
+    from fastlora.methods.pem import negate as negate
     from fastlora.pool import Pool as Pool
 
 

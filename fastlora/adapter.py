@@ -6,7 +6,7 @@ coefficients; the tall matrices are read once when a result is asked for or save
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlora.errors import InputError
+from fastlora.operators import Operators
 
 Side = Literal["B", "A"]
 
@@ -206,12 +207,14 @@ class BaseInfo:
     bias: str = "none"
 
 
-class Adapter:
+class Adapter(Operators):
     """A low-rank adapter: one :class:`Update` per module of the base model, named by its path in it.
 
     Arithmetic is exact on ``ΔW``: ``0.7 * a + 0.3 * b - c`` concatenates factors (MATH section 4, *exact*) and
     computes nothing until the result is saved or looked at.
     """
+
+    kind = "a LoRA adapter"
 
     def __init__(
         self,
@@ -293,29 +296,9 @@ class Adapter:
             notes=self.notes,
         )
 
-    def __mul__(self, weight: float) -> Adapter:
+    @classmethod
+    def weighted_sum(cls, terms: Sequence[tuple[float, Adapter]], name: str | None = None) -> Adapter:
+        """``ΔW = Σ w_i ΔW_i``, exactly."""
         from fastlora.methods.arithmetic import combination
 
-        return combination([(float(weight), self)])
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float) -> Adapter:
-        return self * (1.0 / divisor)
-
-    def __neg__(self) -> Adapter:
-        return self * -1.0
-
-    def __add__(self, other: Adapter) -> Adapter:
-        from fastlora.methods.arithmetic import combination
-
-        if not isinstance(other, Adapter):
-            return NotImplemented
-        return combination([(1.0, self), (1.0, other)])
-
-    def __sub__(self, other: Adapter) -> Adapter:
-        from fastlora.methods.arithmetic import combination
-
-        if not isinstance(other, Adapter):
-            return NotImplemented
-        return combination([(1.0, self), (-1.0, other)])
+        return combination(terms, name)

@@ -11,22 +11,25 @@ from fastlora.collector import paused_collector
 from fastlora.decomposition import Decomposition
 from fastlora.engine import require_finite
 from fastlora.errors import InputError, NonFiniteError
+from fastlora.finetune import TaskVector
+from fastlora.ia3 import IA3
 from fastlora.memory import bounded
 from fastlora.memory import parse as parse_memory
 from fastlora.methods import Method, all_methods, devec, find_method, svd
 from fastlora.methods.overlap import Overlap, pool_overlap
 from fastlora.ops.chain import check_cuts
-from fastlora.pool import Pool
+from fastlora.pool import Pool, require_updates
 
 MODES = ("pool", "pairs", "iterative")
 
 
-def load(path: str | Path, name: str | None = None) -> Adapter:
-    """Loads one adapter; the format is detected. Tensors stay in the file, memory-mapped.
+def load(path: str | Path, name: str | None = None) -> Adapter | IA3 | TaskVector:
+    """Loads one adapter, LoRA or (IA)³, or a saved task vector; the format is detected. Tensors stay in the file,
+    memory-mapped.
 
     Raises:
         InputError: a path, file, field or tensor that cannot be used. UnsupportedAdapter: a kind whose numbers would
-            come out wrong (DoRA, (IA)³, …). Both say what was found and what to do.
+            come out wrong (DoRA, …). Both say what was found and what to do.
     """
     with paused_collector():
         return formats.load(Path(path), name)
@@ -149,7 +152,7 @@ def compress(adapter: Adapter, rank: int | None = None, *, energy: float | None 
     Exact in factor space, MATH section 6; the retained energy of each module is in ``.details["retained_energy"]`` of
     the result, the total in ``.provenance``. Costs one read of the factors and ``O(r³)`` operations a module.
     """
-    return svd.compress(adapter, rank=rank, energy=energy)
+    return svd.compress(require_updates(adapter, "compress"), rank=rank, energy=energy)
 
 
 def overlap(pool: Pool) -> Overlap:

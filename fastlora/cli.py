@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastlora.errors import FastloraError, InputError
+from fastlora.errors import InputError
+from fastlora.exits import guarded, listen, outputs
 
 if TYPE_CHECKING:
     from fastlora.adapter import Adapter
@@ -34,6 +32,7 @@ app = typer.Typer(
 
 ADAPTER_HELP = "PATH, PATH:WEIGHT or NAME=PATH[:WEIGHT]; a PEFT directory or a Hub id."
 Adapters = Annotated[list[str], typer.Argument(help=ADAPTER_HELP, metavar="A…", show_default=False)]
+Memory = Annotated[str | None, typer.Option(help="Bound on resident memory, e.g. 1GiB.", show_default=False)]
 One = Annotated[str, typer.Argument(help="An adapter: a PEFT directory or a Hub id.", metavar="A", show_default=False)]
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Directory to write; must not exist, or --overwrite.", show_default=False)
@@ -90,9 +89,8 @@ def _load_pool(texts: list[str], weighted: bool) -> tuple[Pool, list[AdapterSpec
     from fastlora.progress import track
 
     specs = parse_all(texts)  # before the imports that take a second: a wrong path is told at once
-    heavy = [s for s in specs if s.weight is not None]
-    if heavy and not weighted:
-        raise InputError(f"{heavy[0].name}: weights have no meaning for this command; leave out `:{heavy[0].weight:g}`")
+    if not weighted:
+        _refuse_weights(specs)
     from fastlora.formats import load
     from fastlora.pool import Pool
 
@@ -100,12 +98,18 @@ def _load_pool(texts: list[str], weighted: bool) -> tuple[Pool, list[AdapterSpec
     return Pool([load(s.path, s.name) for s in track(specs, "loading")]), specs
 
 
+def _refuse_weights(specs: list[AdapterSpec]) -> None:
+    heavy = [s for s in specs if s.weight is not None]
+    if heavy:
+        raise InputError(f"{heavy[0].name}: weights have no meaning for this command; leave out `:{heavy[0].weight:g}`")
+
+
 def _output(out: Path, overwrite: bool, inputs: list[Path]) -> Any:
     from fastlora.output import OutputDirectory
 
     target = OutputDirectory(out, overwrite=overwrite, files=("*.png",))
     target.refuse_inputs(inputs)
-    _outputs.append(target)
+    outputs.append(target)
     return target
 
 
@@ -158,7 +162,7 @@ def decompose(
         float | None,
         typer.Option(help="Noise floor relative to σ_max; default: the stored dtype's.", show_default=False),
     ] = None,
-    memory: Annotated[str | None, typer.Option(help="Bound on resident memory, e.g. 1GiB.", show_default=False)] = None,
+    memory: Memory = None,
     plots: Annotated[
         bool, typer.Option("--plots", help="Also write spectrum.png, energy.png and overlap.png.")
     ] = False,
@@ -227,7 +231,10 @@ def _write_plots(parts: Any, pool: Pool, staging: Path) -> None:
 def merge(
     adapters: Adapters,
     out: Out,
-    method: Annotated[str, typer.Option(help="svd: best rank-r approximation of the sum; cat: the exact sum.")] = "svd",
+    method: Annotated[
+        str,
+        typer.Option(help="svd: best rank-r approximation of the sum; cat: the exact sum; pem: sum of the factors."),
+    ] = "svd",
     rank: Rank = None,
     energy: Energy = None,
     drop_extras: DropExtras = False,
@@ -304,18 +311,21 @@ def inspect(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """What an adapter holds: modules, ranks, scaling, norms, spectrum."""
+    """What an adapter holds: modules, ranks, scaling, norms, spectrum; the vectors of (IA)³."""
     with _running(device, backend, quiet):
-        pool, _ = _load_pool([adapter], weighted=False)
-        from fastlora.methods.spectrum import singular_forms
-        from fastlora.show import adapter_data, show_adapter
+        from fastlora.locate import parse
 
-        forms = singular_forms(pool.names[0], pool.adapters[0].updates)
-        data = adapter_data(pool.adapters[0], forms)
+        spec = parse(adapter)
+        _refuse_weights([spec])
+        _require_backend()
+        from fastlora.formats import load
+        from fastlora.show import describe
+
+        data, show = describe(load(spec.path, spec.name))
         if as_json:
             _print_json(data)
         elif not quiet:
-            show_adapter(data, every)
+            show(data, every)
 
 
 @app.command()
@@ -430,94 +440,13 @@ def _start(
         raise typer.Exit(2)
 
 
-# Newer typer has a copy of click inside, older typer uses click: this is the class in both.
-UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-
-UNPRINTABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-
-
-class _Stopped(BaseException):
-    """A signal asked to stop; no ``except Exception`` on the way takes this for an error."""
-
-
-_outputs: list[Any] = []
-"""What the command writes, as :class:`fastlora.output.OutputDirectory`."""
-
-_signals: list[tuple[int, float]] = []
-"""What was received, and when."""
-
-
-def _stop(number: int, _: object) -> None:
-    # Senders like timeout(1) signal twice, and cleaning up takes less than a second. One later than that is
-    # heard again: compiled code can lose an exception that is raised inside it.
-    now = time.monotonic()
-    if not _signals or now - _signals[-1][1] > 1.0:
-        _signals.append((number, now))
-        raise _Stopped
-
-
-def _stopping_signals() -> list[signal.Signals]:
-    return [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGHUP") if n in signal.Signals.__members__]
-
-
 def main() -> None:
     """Entry point: 0 done, 2 wrong use or bad input (one message), 1 internal error, 128 + n stopped by signal n."""
-    for number in _stopping_signals():
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _stop)
+    listen()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # σ and ‖ where the encoding has none
-    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+    sys.exit(guarded(lambda: app(standalone_mode=False)))
 
 
-def _guarded(run: Callable[[], object]) -> int:
-    try:
-        code = run()
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except BaseException as error:
-        if _signals:  # also where compiled code made another error of it
-            for output in _outputs:
-                output.discard()
-            written = [str(output.path) for output in _outputs if output.written]
-            way_out = f"{written[0]} is complete" if written else "run the same command again"
-            _complain(f"interrupted: no output is left half-written; {way_out}")
-            return 128 + _signals[0][0]
-        # typer makes SystemExit(1) of a broken pipe.
-        cause = error.__context__ if isinstance(error, SystemExit) else error
-        if isinstance(cause, BrokenPipeError):
-            _leave_stdout()  # the reader went away: not an error of ours, and nothing more to say
-            return 0
-        message = _message(error)
-        if message is None:
-            raise
-        _complain(f"error: {message}")
-        return 2
-
-
-def _message(error: BaseException) -> str | None:
-    """What to tell about an error that is none of the program; ``None`` for those that are."""
-    if isinstance(error, FastloraError):
-        return str(error)
-    if isinstance(error, UsageError):
-        return _usage(error)
-    if isinstance(error, MemoryError):
-        return "out of memory; close other programs or use fewer adapters at once"
-    if isinstance(error, OSError) and error.errno in UNPRINTABLE:
-        _leave_stdout()
-        return f"the result could not be printed: {error.strerror}"
-    return None
-
-
-def _usage(error: Any) -> str:
-    message = str(error.format_message()).rstrip(".")
-    return message if error.ctx is None else f"{message}; see `{error.ctx.command_path} --help`"
-
-
-def _complain(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-def _leave_stdout() -> None:
-    """Python writes what is left in the buffer when it ends: into nothing."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+# Commands with a file of their own, which uses what is above.
+from fastlora import cli_compose as cli_compose  # noqa: E402

@@ -245,6 +245,7 @@ def require_finite(adapters: Iterable[Adapter]) -> None:
                 for term in factor.terms:
                     if not is_finite(term.source):
                         raise not_finite(adapter.name, module, factor.side)
+            release(sources([adapter.updates[module]]))
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -189,6 +189,35 @@ def writing(path: Path) -> Iterator[None]:
         raise output_error(error, path) from error
 
 
+@contextmanager
+def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """``with replacing(path, overwrite=…) as staging:`` — the file that is written to ``staging`` becomes ``path`` at
+    the end, and is removed when the block raises.
+
+    Raises :class:`OutputError` when ``path`` exists without ``overwrite``, is no file, or cannot be written.
+    """
+    check_file(path, overwrite=overwrite)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield staging
+        with writing(path):
+            os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Refuses a file as output that exists, without ``overwrite``, and what is no file."""
+    if path.is_dir():
+        raise OutputError(f"the output {path} is a directory; give a file name")
+    if os.path.lexists(path) and not overwrite:
+        raise OutputError(
+            f"the output {path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
+        )
+
+
 def partial_of(path: Path) -> Path | None:
     """The unfinished output that ``path`` is or lies in, if any."""
     absolute = Path(os.path.abspath(path))

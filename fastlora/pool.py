@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 
 from fastlora.adapter import Adapter, Layout
 from fastlora.collector import paused_collector
-from fastlora.errors import InputError
+from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.formats import load
 from fastlora.locate import check_name, check_names_differ, find
+from fastlora.operators import Operators
 
 Source = str | os.PathLike[str]
 
@@ -25,8 +26,8 @@ class Pool:
     Raises :class:`InputError` when names repeat, shapes of a module disagree or nothing overlaps.
     """
 
-    def __init__(self, adapters: Iterable[Adapter], *, align: bool = True) -> None:
-        given = list(adapters)
+    def __init__(self, adapters: Iterable[Operators], *, align: bool = True) -> None:
+        given = [require_updates(adapter) for adapter in adapters]
         if not given:
             raise InputError("a pool needs adapters, none was given")
         for adapter in given:
@@ -40,7 +41,7 @@ class Pool:
         self._compare_bases()
 
     @classmethod
-    def load(cls, sources: Iterable[Source | Adapter] | Mapping[str, Source]) -> Pool:
+    def load(cls, sources: Iterable[Source | Operators] | Mapping[str, Source]) -> Pool:
         """Loads a list of PEFT directories or Hub ids, named by their folders, or ``{name: path}``."""
         if isinstance(sources, str | os.PathLike):
             raise InputError(
@@ -49,7 +50,7 @@ class Pool:
         with paused_collector():
             if isinstance(sources, Mapping):
                 return cls(load(os.fspath(path), name) for name, path in sources.items())
-            given = [s if isinstance(s, Adapter) else os.fspath(s) for s in sources]
+            given = [s if isinstance(s, Operators) else os.fspath(s) for s in sources]
             check_names_differ((find(s).name, s) for s in given if isinstance(s, str))
             return cls(load(s) if isinstance(s, str) else s for s in given)
 
@@ -119,27 +120,10 @@ class Pool:
 
     def _aligned(self, adapter: Adapter) -> Adapter:
         """The adapter under the module names of the pool."""
-        known, names = self._owners.keys(), adapter.modules
-        if not names or not known or any(n in known for n in names):
-            return adapter
-        changes = _prefix_changes(names, known)
-        if len(changes) == 1:
-            strip, put = changes[0]
-            what = f"without {strip!r}" if strip else f"with {put!r} before them"
-            self.notices.append(
-                f"adapter {adapter.name!r} was saved from a differently wrapped model: its modules are "
-                f"taken {what} ({names[0]} as {put + names[0].removeprefix(strip)})"
-            )
-            return _renamed(adapter, strip, put)
-        if not changes and _blocks(names) & _blocks(known):
-            self.notices.append(f"adapter {adapter.name!r} shares no module with the adapters before it")
-            return adapter
-        several = f" ({len(changes)} prefixes would fit: rename its modules)" if changes else ""
-        raise InputError(
-            f"adapter {adapter.name!r} has no module in common with "
-            f"{', '.join(map(repr, self._adapters))}{several}; it is an adapter of another base model: it "
-            f"has {', '.join(names[:2])}, they have {', '.join(list(known)[:2])}"
-        )
+        change, notice = alignment(adapter.name, adapter.modules, self._owners.keys(), self._adapters)
+        if notice is not None:
+            self.notices.append(notice)
+        return adapter if change is None else _renamed(adapter, *change)
 
     def _compare_bases(self) -> None:
         first, *rest = self.adapters
@@ -159,6 +143,49 @@ class Pool:
             if len(set(told.values())) > 1:
                 listed = ", ".join(f"{name}: {value}" for name, value in told.items())
                 self.notices.append(f"the adapters name different {what} ({listed})")
+
+
+def require_updates(element: Operators, what: str = "a pool") -> Adapter:
+    """The element if it is a LoRA adapter. Raises :class:`UnsupportedAdapter` for ``what`` needs ``ΔW = s·B·A``."""
+    if isinstance(element, Adapter):
+        return element
+    if element.kind == "a task vector":
+        out = "make a LoRA adapter of it first: `.extract(rank=…)` or `.extract(energy=…)`"
+    else:
+        out = "combine (IA)³ adapters with +, − and *, `fl.add`, `fl.negate`, `fl.analogy`, `fl.compose` or "
+        out += "`fastlora compose`"
+    raise UnsupportedAdapter(
+        f"{element.name!r} is {element.kind} and has no low-rank updates s·B·A, which {what} needs (to merge, "
+        f"decompose, compress, compare); {out}"
+    )
+
+
+def alignment(
+    adapter: str, names: list[str], known: Set[str], earlier: Iterable[str]
+) -> tuple[tuple[str, str] | None, str | None]:
+    """How the modules ``names`` of an adapter become those that ``earlier`` adapters have (``known``).
+
+    Returns ``(prefix to strip, prefix to put)``, or ``None`` where they fit or have nothing to fit to, and a notice.
+    Raises :class:`InputError` for an adapter of another base model.
+    """
+    if not names or not known or any(n in known for n in names):
+        return None, None
+    changes = _prefix_changes(names, known)
+    if len(changes) == 1:
+        strip, put = changes[0]
+        what = f"without {strip!r}" if strip else f"with {put!r} before them"
+        return changes[0], (
+            f"adapter {adapter!r} was saved from a differently wrapped model: its modules are "
+            f"taken {what} ({names[0]} as {put + names[0].removeprefix(strip)})"
+        )
+    if not changes and _blocks(names) & _blocks(known):
+        return None, f"adapter {adapter!r} shares no module with the adapters before it"
+    several = f" ({len(changes)} prefixes would fit: rename its modules)" if changes else ""
+    raise InputError(
+        f"adapter {adapter!r} has no module in common with "
+        f"{', '.join(map(repr, earlier))}{several}; it is an adapter of another base model: it "
+        f"has {', '.join(names[:2])}, they have {', '.join(list(known)[:2])}"
+    )
 
 
 def _prefix_changes(names: list[str], known: Iterable[str]) -> list[tuple[str, str]]:

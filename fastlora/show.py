@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fastlora.bench.contest import Row
     from fastlora.bench.timing import Machine
     from fastlora.decomposition import Decomposition
+    from fastlora.finetune import TaskVector
+    from fastlora.ia3 import IA3
     from fastlora.methods.overlap import Overlap
     from fastlora.methods.spectrum import SingularForm
     from fastlora.report import Report
@@ -33,13 +35,13 @@ class _Console(Console):
         raise BrokenPipeError  # the command line knows what to do; rich would exit with 1
 
 
-def _console() -> Console:
+def console_of() -> Console:
     # Names come from files and may look like markup.
     width = None if sys.stdout.isatty() else WIDTH
     return _Console(soft_wrap=True, width=width, markup=False, emoji=False, highlight=False)
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def table_of(*columns: str, title: str | None = None) -> Table:
     """A table whose first column is never broken."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for i, column in enumerate(columns):
@@ -47,7 +49,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def _without_common(modules: Sequence[str]) -> dict[str, str]:
+def without_common(modules: Sequence[str]) -> dict[str, str]:
     """Module paths without the leading parts that all have in common, for narrow columns."""
     parts = [m.split(".") for m in modules]
     common = 0
@@ -57,7 +59,7 @@ def _without_common(modules: Sequence[str]) -> dict[str, str]:
 
 
 def show_decomposition(parts: Decomposition, out: Path, every: bool) -> None:
-    console = _console()
+    console = console_of()
     reports = parts.reports
     if len(reports) == 1:
         _show_report(console, reports[0], every)
@@ -72,13 +74,13 @@ def _show_report(console: Console, report: Report, every: bool) -> None:
         Text.assemble((report.title, "bold"), f": {s['chain']} chain, {s['side']} side, τ = {s['threshold']:g}")
     )
     names = s["adapters"]
-    table = _table(
+    table = table_of(
         "module", "rank", "shared", "by chance", "largest eigenvalues", "chance edge", *[f"{n} %" for n in names]
     )
     rows = (
         report.rows if every else sorted(report.rows, key=lambda r: (-r.shared, -max(r.eigenvalues, default=0)))[:ROWS]
     )
-    short = _without_common([r.module for r in report.rows])
+    short = without_common([r.module for r in report.rows])
     for row in rows:
         energy = [f"{100 * row.energy_shared[n]:.1f}" if n in row.energy_shared else "–" for n in names]
         ranks = "/".join(map(str, row.directions))
@@ -105,7 +107,7 @@ def _show_report(console: Console, report: Report, every: bool) -> None:
 
 
 def _show_reports(console: Console, reports: list[Report]) -> None:
-    table = _table("chain", "shared directions", "modules", "by chance", "largest eigenvalue", "warnings")
+    table = table_of("chain", "shared directions", "modules", "by chance", "largest eigenvalue", "warnings")
     for report in reports:
         largest = max((v for r in report.rows for v in r.eigenvalues), default=0.0)
         modules = f"{sum(1 for r in report.rows if r.shared)} of {len(report.rows)}"
@@ -126,6 +128,20 @@ def _show_reports(console: Console, reports: list[Report]) -> None:
 def _show_lines(console: Console, report: Report) -> None:
     for warning in report.warnings:
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
+
+
+def describe(element: Adapter | IA3 | TaskVector) -> tuple[dict[str, Any], Callable[[dict[str, Any], bool], None]]:
+    """What ``inspect`` reports about an adapter of any kind, as plain data, and the function that prints it."""
+    from fastlora.finetune import TaskVector
+    from fastlora.ia3 import IA3
+    from fastlora.methods.spectrum import singular_forms
+    from fastlora.show_vectors import ia3_data, show_ia3, show_task_vector, task_vector_data
+
+    if isinstance(element, IA3):
+        return ia3_data(element), show_ia3
+    if isinstance(element, TaskVector):
+        return task_vector_data(element), show_task_vector
+    return adapter_data(element, singular_forms(element.name, element.updates)), show_adapter
 
 
 def adapter_data(adapter: Adapter, forms: Mapping[str, SingularForm]) -> dict[str, Any]:
@@ -157,15 +173,15 @@ def adapter_data(adapter: Adapter, forms: Mapping[str, SingularForm]) -> dict[st
 
 
 def show_adapter(data: dict[str, Any], every: bool) -> None:
-    console = _console()
+    console = console_of()
     heading = (
         f": {len(data['modules'])} modules, {data['dtype']}, base model {data['base_model'] or 'not named'}, "
         f"‖ΔW‖ = {data['norm']:.4g}"
     )
     console.print(Text.assemble((data["name"], "bold"), heading))
-    table = _table("module", "out×in", "kind", "rank", "scaling", "‖ΔW‖", "σ largest … smallest kept")
+    table = table_of("module", "out×in", "kind", "rank", "scaling", "‖ΔW‖", "σ largest … smallest kept")
     items = list(data["modules"].items())
-    short = _without_common([m for m, _ in items])
+    short = without_common([m for m, _ in items])
     for module, row in items if every else items[:ROWS]:
         n, m = row["shape"]
         rank = str(row["rank"]) if row["rank"] == row["numerical_rank"] else f"{row['rank']} ({row['numerical_rank']})"
@@ -175,6 +191,11 @@ def show_adapter(data: dict[str, Any], every: bool) -> None:
     console.print(table)
     if not every and len(items) > ROWS:
         console.print(f"{len(items) - ROWS} more modules: --all or --json")
+    show_extras(console, data)
+
+
+def show_extras(console: Console, data: dict[str, Any]) -> None:
+    """What an adapter holds beside its updates, and its notes."""
     for name, extra in data["extras"].items():
         what = "added to the base model's" if extra["kind"] == "delta" else "replaces the base model's"
         console.print(f"also holds {name} {extra['shape']} ({what})")
@@ -183,9 +204,9 @@ def show_adapter(data: dict[str, Any], every: bool) -> None:
 
 
 def show_overlap(found: Overlap) -> None:
-    console = _console()
+    console = console_of()
     for title, values in (("cosine of ΔW", found.cosine), ("subspace overlap", found.subspace)):
-        table = _table("", *found.names, title=title)
+        table = table_of("", *found.names, title=title)
         for i, name in enumerate(found.names):
             table.add_row(name, *["–" if v != v else f"{v:.3f}" for v in values[i].tolist()])
         console.print(table)
@@ -194,10 +215,10 @@ def show_overlap(found: Overlap) -> None:
 def show_bench(machine: Machine, rows: list[Row]) -> None:
     from fastlora.bench.table import HEADER, cells, machine_line, notes
 
-    table = _table(*HEADER)
+    table = table_of(*HEADER)
     for row in rows:
         table.add_row(*cells(row))
-    console = _console()
+    console = console_of()
     console.print(machine_line(machine))
     console.print(table)
     for note in notes(rows):
@@ -208,10 +229,10 @@ def show_bench_names() -> None:
     from fastlora.bench.cases import CASES
     from fastlora.bench.workloads import NAMES
 
-    table = _table("case", "what is timed", "on", "", title="cases")
+    table = table_of("case", "what is timed", "on", "", title="cases")
     for name, case in CASES.items():
         table.add_row(name, case.summary, ", ".join(case.workloads), "only when named" if case.slow else "")
-    console = _console()
+    console = console_of()
     console.print(table)
     console.print(f"workloads: {', '.join(NAMES)}")
 
@@ -233,7 +254,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
     }
-    for package in ("numpy", "safetensors", "peft", "triton", "matplotlib", "huggingface_hub"):
+    for package in ("numpy", "safetensors", "lark", "peft", "triton", "matplotlib", "huggingface_hub"):
         try:
             data[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -255,4 +276,4 @@ def show_environment(data: dict[str, Any]) -> None:
                 table.add_row(f"backend {name}", state)
         else:
             table.add_row(key, str(value))
-    _console().print(table)
+    console_of().print(table)

@@ -89,6 +89,7 @@ def _require_outputs(inputs: Sequence[Path], out: Path) -> None:
     expected = plain_decompose(pool, TAU)
     for i, name in enumerate(pool.names):
         written = fl.load(out / "unique" / name)
+        assert isinstance(written, fl.Adapter)
         for module, (unique, _) in zip(pool.modules, expected, strict=True):
             ((got, _),) = materialise([written.updates[module].baked()], torch.float32)
             require("unique B", got, pool[name].updates[module].scaling * unique[i].float(), tolerance)

@@ -10,7 +10,7 @@ from torch import Tensor
 import fastlora as fl
 from fastlora.adapter import Update
 from fastlora.backends import resolve
-from fastlora.backends.passes import CombineJob, CombineTerm, GramJob
+from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramBlock, GramJob
 from fastlora.bench.contest import OURS, Contest, Task, require
 from fastlora.bench.opponents import plain_decompose
 from fastlora.bench.timing import Contender, thread_counts
@@ -41,17 +41,18 @@ def _prepare_gram(workload: str) -> Task:
     """The blocks that a decomposition needs: neighbours of the chain on the B side, the diagonal on the A side."""
     pool = pool_of(workload)
     jobs: list[GramJob] = []
+    places_by_kind: dict[tuple[str, int, int], list[GramBlock]] = {}
     moved = operations = 0
     for side, kind in (("B", "chain"), ("A", "diagonal")):
         rows = side == "A"
         for own in stored(pool, side):
             ranks = [x.shape[0 if rows else 1] for x in own]
-            blocks = [
-                (i, j, torch.zeros(ranks[i], ranks[j], dtype=torch.float64)) for i, j in blocks_of(kind, len(own))
-            ]
-            jobs.append(GramJob(own, blocks, rows))
+            k, r = len(own), max(ranks)
+            pairs = blocks_of(kind, k)
+            places = places_by_kind.setdefault((kind, k, r), [(i, j, (i * k + j) * r * r) for i, j in pairs])
+            jobs.append(GramJob(own, places, rows, torch.zeros(k, k, r, r, dtype=torch.float64), r))
             moved += sum(x.nbytes for x in own)
-            operations += 2 * own[0].shape[1 if rows else 0] * sum(out.numel() for _, _, out in blocks)
+            operations += 2 * own[0].shape[1 if rows else 0] * sum(ranks[i] * ranks[j] for i, j in pairs)
 
     def plain() -> None:
         for job in jobs:
@@ -63,7 +64,8 @@ def _prepare_gram(workload: str) -> Task:
     run()
     for job in (jobs[0], jobs[-1]):
         x = [(f if job.rows else f.mT).double() for f in job.factors]
-        for i, j, out in job.blocks:
+        for i, j, _ in job.blocks:
+            out = job.out[i, j, : x[i].shape[0], : x[j].shape[0]]
             scale = float(x[i].norm(dim=1).max() * x[j].norm(dim=1).max())
             require("gram", out, x[i] @ x[j].mT, 1e-5, scale)
     contenders = {OURS: Contender(run, thread_counts()), BLOCKS: Contender(plain, thread_counts())}
@@ -86,27 +88,28 @@ def _prepare_combine(workload: str, side: str) -> Task:
 
     rows = side == "A"
     jobs: list[CombineJob] = []
+    results: list[list[tuple[Tensor, list[CombineTerm]]]] = []
     moved = 0
     for own in stored(pool_of(workload), side):
         ranks = [x.shape[0 if rows else 1] for x in own]
+        wanted: list[tuple[Tensor, list[CombineTerm]]] = []
         if rows:
-            outputs = [(own[0], [CombineTerm(i, coefficient(ranks[0], r), 0, 1.0) for i, r in enumerate(ranks)])]
+            wanted.append((own[0], [(i, coefficient(ranks[0], r), 0, 1.0) for i, r in enumerate(ranks)]))
         else:
-            outputs = [
-                (x, [CombineTerm(i, None, 0, 1.0), CombineTerm(0, coefficient(ranks[0], r), 0, 1.0)])
-                for i, (x, r) in enumerate(zip(own, ranks, strict=True))
-            ]
-            outputs.append((own[0], [CombineTerm(0, coefficient(ranks[0], ranks[0]), 0, 1.0)]))
-        jobs.append(CombineJob(own, [(torch.empty_like(like), terms) for like, terms in outputs], rows))
-        moved += sum(x.nbytes for x in own) + sum(out.nbytes for out, _ in outputs)
+            for i, (x, r) in enumerate(zip(own, ranks, strict=True)):
+                wanted.append((x, [(i, None, 0, 1.0), (0, coefficient(ranks[0], r), 0, 1.0)]))
+            wanted.append((own[0], [(0, coefficient(ranks[0], ranks[0]), 0, 1.0)]))
+        made = [(torch.empty_like(like), terms) for like, terms in wanted]
+        results.append(made)
+        jobs.append(CombineJob(own, [CombineOutput.into(out, terms) for out, terms in made], rows))
+        moved += sum(x.nbytes for x in own) + sum(out.nbytes for out, _ in made)
     run = partial(resolve("combine_pass", jobs).launch, jobs)
     run()
-    x = [f.double() for f in jobs[0].factors]
-    for out, terms in jobs[0].outputs:
+    factors = [f.double() for f in jobs[0].factors]
+    for out, terms in results[0]:
         expected = torch.zeros(out.shape, dtype=torch.float64)
-        for t in terms:
-            c = t.coefficient
-            expected += x[t.factor] if c is None else c @ x[t.factor] if rows else x[t.factor] @ c
+        for i, c, _, _ in terms:
+            expected += factors[i] if c is None else c @ factors[i] if rows else factors[i] @ c
         require("combine", out, expected, 2 * torch.finfo(out.dtype).eps if out.dtype.itemsize == 2 else 1e-5)
     source = torch.ones(moved // 2, dtype=torch.uint8)
     copy = partial(torch.empty_like(source).copy_, source)

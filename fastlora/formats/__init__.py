@@ -6,18 +6,20 @@ from pathlib import Path
 
 from fastlora.adapter import Adapter
 from fastlora.errors import InputError, UnsupportedAdapter
-from fastlora.formats import peft
-from fastlora.formats.peft_config import CONFIG_NAME
+from fastlora.finetune import TaskVector
+from fastlora.formats import ia3, peft, task_vector
+from fastlora.formats.peft_config import CONFIG_NAME, read_fields
+from fastlora.ia3 import IA3
 from fastlora.locate import check_name, find
 from fastlora.output import partial_of
 
 __all__ = ["load"]
 
 
-def load(path: str | Path, name: str | None = None) -> Adapter:
+def load(path: str | Path, name: str | None = None) -> Adapter | IA3 | TaskVector:
     """Loads an adapter without copying its tensors.
 
-    path: a PEFT directory, or the Hub id (``org/name``) of one.
+    path: a PEFT directory, the Hub id (``org/name``) of one, or the file of a task vector.
     name: what the adapter is called from here on; the folder name by default.
 
     Raises :class:`InputError` where nothing can be read and :class:`UnsupportedAdapter` for adapters whose
@@ -28,6 +30,8 @@ def load(path: str | Path, name: str | None = None) -> Adapter:
     check_name(name)
     directory = found.path
     if directory.is_file():
+        if directory.suffix == task_vector.SUFFIX and task_vector.is_task_vector(directory):
+            return task_vector.read(directory, name.removesuffix(task_vector.SUFFIX))
         _refuse_file(directory)
     unfinished = partial_of(directory)
     if unfinished is not None:
@@ -36,7 +40,10 @@ def load(path: str | Path, name: str | None = None) -> Adapter:
         )
     if not (directory / CONFIG_NAME).exists():
         _refuse_directory(directory)
-    return peft.read(directory, name)
+    fields = read_fields(directory)
+    if fields.values.get("peft_type") == "IA3":
+        return ia3.read(directory, name, fields)
+    return peft.read(directory, name, fields)
 
 
 def _refuse_file(path: Path) -> None:
@@ -46,7 +53,7 @@ def _refuse_file(path: Path) -> None:
         raise UnsupportedAdapter(
             f"{path} is a single file without {CONFIG_NAME}; adapters are read from PEFT directories: "
             "convert it with diffusers (`pipe.load_lora_weights(...)`, then `save_pretrained` of the "
-            "adapted model)"
+            "adapted model). A whole model takes part through `fl.task_vector(base, finetuned)`"
         )
     raise InputError(f"{path} is a file, needed is a PEFT adapter directory (with {CONFIG_NAME})")
 
@@ -60,7 +67,8 @@ def _refuse_directory(directory: Path) -> None:
         )
     if (directory / "config.json").exists():
         raise InputError(
-            f"{directory} looks like a whole model (config.json, no {CONFIG_NAME}); needed is a PEFT adapter directory"
+            f"{directory} looks like a whole model (config.json, no {CONFIG_NAME}); needed is a PEFT adapter directory "
+            "(a fine-tuned model takes part through `fl.task_vector(base, finetuned)`)"
         )
     found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
     raise InputError(

@@ -106,7 +106,19 @@ def compiled(pattern: str) -> Callable[[str], bool]:
         raise Unsupported(f"{len(pattern)} characters")
     if PLAIN.fullmatch(pattern):
         return functools.partial(_ends_with, pattern)
-    whole = rf"(.*\.)?({pattern})$"
+    return _matcher(rf"(.*\.)?({pattern})$", pattern)
+
+
+@functools.lru_cache(4096)
+def compiled_whole(pattern: str) -> Callable[[str], bool]:
+    """The same for patterns that must match the whole module path, as ``re.fullmatch`` does."""
+    if len(pattern) > LARGEST:
+        raise Unsupported(f"{len(pattern)} characters")
+    parser.parse(pattern)  # what is no expression alone may be one inside the parentheses: "a)(b"
+    return _matcher(rf"({pattern})$", pattern)
+
+
+def _matcher(whole: str, pattern: str) -> Callable[[str], bool]:
     if len(CHOICES.findall(pattern)) <= 1:
         expression = re.compile(whole)
         return lambda module: expression.match(module) is not None

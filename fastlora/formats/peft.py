@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastlora.adapter import Adapter, BaseInfo, Extra, Factor, Layout, Update
 from fastlora.errors import InputError, NonFiniteError, UnsupportedAdapter
-from fastlora.formats.peft_config import CONFIG_NAME, HEADS, MERGE_FIRST, PeftConfig, read_config
+from fastlora.formats.peft_config import CONFIG_NAME, HEADS, MERGE_FIRST, Fields, PeftConfig, read_config
 from fastlora.formats.tensors import DTYPE_NAMES, read_safetensors, read_torch
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -69,14 +69,14 @@ class _Module:
         self.tensors[part], self.keys[part] = tensor, key
 
 
-def read(directory: Path, name: str) -> Adapter:
-    """The adapter in a PEFT directory; its factors are views of the mapped file.
+def read(directory: Path, name: str, fields: Fields) -> Adapter:
+    """The LoRA adapter in a PEFT directory; its factors are views of the mapped file.
 
     Raises :class:`InputError` for missing or damaged files and tensors, and :class:`UnsupportedAdapter` for
     adapters that are no plain low-rank update, each with the way out.
     """
-    config = read_config(directory, name)
-    file, tensors = _read_tensors(directory)
+    config = read_config(fields, name)
+    file, tensors = read_tensors(directory)
     modules, others, notes = _sort(tensors, file, name)
     if not modules:
         raise InputError(
@@ -97,7 +97,7 @@ def read(directory: Path, name: str) -> Adapter:
                     extras[f"{path}.bias"] = Extra("delta", shift.to(_at_least_float32(module.tensors["bias"])))
             else:
                 updates.update(_experts(path, module, config, file))
-    _add_values(extras, others, modules, config, file)
+    add_values(extras, others, modules, config.base, file)
     return Adapter(
         name,
         updates,
@@ -108,7 +108,8 @@ def read(directory: Path, name: str) -> Adapter:
     )
 
 
-def _read_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
+def read_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file of tensors in a PEFT directory, and what it holds."""
     file, old = directory / WEIGHTS_NAME, directory / OLD_WEIGHTS_NAME
     if file.exists():
         return file, read_safetensors(file)
@@ -221,17 +222,7 @@ def _check_factors(path: str, module: _Module, file: Path) -> None:
                 "incomplete: save or download the adapter again"
             )
     for part, tensor in module.tensors.items():
-        key = module.keys[part]
-        if tensor.dtype not in DTYPES:
-            raise InputError(
-                f"{file}: tensor {key!r} is {str(tensor.dtype)[6:]}, needed is float32, float16, bfloat16 "
-                "or float64; save the adapter in one of these"
-            )
-        if 0 in tensor.shape:
-            raise InputError(
-                f"{file}: tensor {key!r} is empty ({list(tensor.shape)}): a sharded model was saved "
-                "without gathering its parameters; gather them (DeepSpeed ZeRO-3, FSDP) and save again"
-            )
+        check_tensor(module.keys[part], tensor, file)
     a, b = module.tensors["A"], module.tensors["B"]
     if a.dim() != b.dim() or a.dim() not in ((2,) if module.embedding else (2, 3, 4, 5)):
         raise InputError(
@@ -258,6 +249,20 @@ def _check_factors(path: str, module: _Module, file: Path) -> None:
     if shift is not None and shift.shape != b.shape[:1]:
         raise InputError(
             f"{file}: tensor {module.keys['bias']!r} is {list(shift.shape)}, needed is [{b.shape[0]}] as lora_B has it"
+        )
+
+
+def check_tensor(key: str, tensor: Tensor, file: Path) -> None:
+    """Refuses what cannot be computed with: other dtypes than those of weights, and tensors without elements."""
+    if tensor.dtype not in DTYPES:
+        raise InputError(
+            f"{file}: tensor {key!r} is {str(tensor.dtype)[6:]}, needed is float32, float16, bfloat16 "
+            "or float64; save the adapter in one of these"
+        )
+    if 0 in tensor.shape:
+        raise InputError(
+            f"{file}: tensor {key!r} is empty ({list(tensor.shape)}): a sharded model was saved "
+            "without gathering its parameters; gather them (DeepSpeed ZeRO-3, FSDP) and save again"
         )
 
 
@@ -308,11 +313,11 @@ def _experts(path: str, module: _Module, config: PeftConfig, file: Path) -> dict
     }
 
 
-def _add_values(
+def add_values(
     extras: dict[str, Extra],
     others: Mapping[str, Tensor],
-    modules: Mapping[str, _Module],
-    config: PeftConfig,
+    modules: Container[str],
+    base: BaseInfo,
     file: Path,
 ) -> None:
     """Adds the trained parameters of the base model to ``extras``, or refuses by name what they could be."""
@@ -320,7 +325,7 @@ def _add_values(
     for key, tensor in others.items():
         wrapped, _, parameter = key.rpartition(WRAPPED + ".")
         path = f"{wrapped}.{parameter}" if wrapped in modules else key
-        if not _is_trained(path, wrapped in modules, config.base):
+        if not _is_trained(path, wrapped in modules, base):
             unknown.append(key)
         elif tensor.dtype not in DTYPE_NAMES:
             raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
@@ -102,14 +103,18 @@ def exact_pattern(module: str) -> str:
     return "^" + re.escape(module)
 
 
-def read_config(directory: Path, name: str) -> PeftConfig:
-    """Reads and judges the configuration of the adapter called ``name``.
+def read_fields(directory: Path) -> Fields:
+    """The fields of a PEFT directory's configuration, not yet judged."""
+    path = directory / CONFIG_NAME
+    return Fields(path, _read_json(path))
+
+
+def read_config(reader: Fields, name: str) -> PeftConfig:
+    """Judges the configuration of the LoRA adapter called ``name``.
 
     Raises :class:`InputError` for a missing, damaged or contradictory file and :class:`UnsupportedAdapter`
     for an adapter that is no plain low-rank update.
     """
-    path = directory / CONFIG_NAME
-    reader = _Fields(path, _read_json(path))
     _refuse_other_kinds(reader, name)
     rank = reader.integer("r", minimum=1, maximum=LARGEST_RANK)
     bias = reader.text("bias", "none") or "none"
@@ -125,7 +130,7 @@ def read_config(directory: Path, name: str) -> PeftConfig:
         bias=bias,
     )
     return PeftConfig(
-        path=path,
+        path=reader.path,
         rank=rank,
         alpha=reader.number("lora_alpha"),
         rslora=reader.flag("use_rslora"),
@@ -156,14 +161,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return parse_object(raw, str(path))
 
 
-def _refuse_other_kinds(reader: _Fields, name: str) -> None:
+def _refuse_other_kinds(reader: Fields, name: str) -> None:
     values, path = reader.values, reader.path
     kind = values.get("peft_type")
     if kind != "LORA":
         if not isinstance(kind, str):
-            reader.fail("peft_type", 'the text "LORA"')
+            reader.fail("peft_type", 'the text "LORA" or "IA3"')
         raise UnsupportedAdapter(
-            f"adapter {name!r} is of PEFT type {kind[:40]!r} ({path}): only LoRA adapters are pairs of factors; "
+            f"adapter {name!r} is of PEFT type {kind[:40]!r} ({path}): only LoRA and (IA)³ adapters can be read; "
             f"convert it with `peft.save_as_lora` where peft supports that, or {MERGE_FIRST}"
         )
     for key, what in VARIANTS.items():
@@ -176,15 +181,20 @@ def _refuse_other_kinds(reader: _Fields, name: str) -> None:
             f"modules_to_save, {path}), which a saved adapter cannot express by tensors; {MERGE_FIRST}"
         )
     known = USED | NEUTRAL | TRAINING_ONLY.keys() | VARIANTS.keys() | {"init_lora_weights", "ensure_weight_tying"}
-    for key, value in values.items():
+    refuse_unknown(reader, name, known)
+
+
+def refuse_unknown(reader: Fields, name: str, known: Set[str]) -> None:
+    """Refuses fields that say something and are not known."""
+    for key, value in reader.values.items():
         if key not in known and value not in (None, False, "", [], {}):
             raise UnsupportedAdapter(
-                f"adapter {name!r}: field {key[:80]!r} = {shown(value)} in {path} is unknown, and it "
-                "may change what the factors mean; if it does not, remove the field or set it to null"
+                f"adapter {name!r}: field {key[:80]!r} = {shown(value)} in {reader.path} is unknown, and it "
+                "may change what the tensors mean; if it does not, remove the field or set it to null"
             )
 
 
-def _refuse_residual_base(reader: _Fields, name: str) -> None:
+def _refuse_residual_base(reader: Fields, name: str) -> None:
     value = reader.values.get("init_lora_weights", True)
     if value is None or isinstance(value, bool):
         return
@@ -212,7 +222,7 @@ def _refuse_residual_base(reader: _Fields, name: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Fields:
+class Fields:
     """Typed access to the fields of one file; a failure names file, field, what was found and is needed."""
 
     path: Path

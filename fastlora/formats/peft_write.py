@@ -31,7 +31,7 @@ EMBEDDING_NAMES: Mapping[Side, str] = {"A": "lora_embedding_A", "B": "lora_embed
 
 
 @dataclass(slots=True)
-class _Contents:
+class Contents:
     """What the two files will say."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -73,10 +73,10 @@ class AdapterFile:
         self._outlines = {
             m: (b if b.is_meta else b.to("meta"), a if a.is_meta else a.to("meta")) for m, (b, a) in every
         }
-        self._contents = _Contents()
+        self._contents = Contents()
         _add_factors(self._contents, adapter, self._outlines, dtype)
         _add_shifts(self._contents, self._shifts, adapter, self._outlines, dtype)
-        _add_values(self._contents, self._values, adapter.base)
+        add_values(self._contents, self._values, adapter.base)
         if not self._contents.ranks:
             raise OutputError(
                 f"{directory} was not written: adapter {adapter.name!r} has no factors, and PEFT needs one "
@@ -109,15 +109,15 @@ class AdapterFile:
 
     def put(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Writes some modules: ``{module: (B [out, r], A [r, in])}`` with the scaling inside."""
-        contents = _Contents()
+        contents = Contents()
         _add_factors(contents, self.adapter, factors, self.dtype)
         self._file.write(contents.tensors, check=True)
 
     def close(self) -> None:
         """Writes what belongs to no module, then the configuration."""
         self.put(self._zeros)
-        others = _Contents(modules=self._contents.modules)
-        _add_values(others, self._values, self.adapter.base)
+        others = Contents(modules=self._contents.modules)
+        add_values(others, self._values, self.adapter.base)
         _add_shifts(others, self._shifts, self.adapter, self._outlines, self.dtype)
         self._file.write(others.tensors)
         self._file.close()
@@ -168,7 +168,7 @@ def _zeros_for(modules: Iterable[str], adapter: Adapter, dtype: torch.dtype) -> 
 
 
 def _add_factors(
-    contents: _Contents, adapter: Adapter, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
+    contents: Contents, adapter: Adapter, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> None:
     containers: dict[str, dict[str, Layout]] = {}
     for module, (left, right) in factors.items():
@@ -232,7 +232,7 @@ def _wrapper(container: str, containers: Iterable[str]) -> str:
 
 
 def _add_shifts(
-    contents: _Contents,
+    contents: Contents,
     shifts: Mapping[str, Tensor],
     adapter: Adapter,
     factors: Mapping[str, tuple[Tensor, Tensor]],
@@ -253,7 +253,8 @@ def _add_shifts(
     contents.lora_bias = True
 
 
-def _add_values(contents: _Contents, values: Mapping[str, Tensor], base: BaseInfo) -> None:
+def add_values(contents: Contents, values: Mapping[str, Tensor], base: BaseInfo) -> None:
+    """Puts parameters that replace those of the base model beside the modules of ``contents``."""
     wrapped = set(contents.modules)
     free_biases = adapted_biases = False
     for path, tensor in values.items():
@@ -277,7 +278,7 @@ def _add_values(contents: _Contents, values: Mapping[str, Tensor], base: BaseInf
         contents.bias = base.bias if base.bias != "none" else "lora_only"
 
 
-def _config(contents: _Contents, base: BaseInfo) -> dict[str, Any]:
+def _config(contents: Contents, base: BaseInfo) -> dict[str, Any]:
     rank = max(contents.ranks.values())
     patterns = {exact_pattern(m): r for m, r in contents.ranks.items() if r != rank}
     heads = HEADS.get(base.task_type or "", ())

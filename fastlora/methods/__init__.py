@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastlora.errors import InputError
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 Merge = Callable[..., "Adapter"]
 
 # Modules that register merge methods.
-_FILES = ("cat", "svd")
+_FILES = ("cat", "pem", "svd")
 _registry: dict[str, Method] = {}
 
 
@@ -63,3 +65,14 @@ def find_method(name: str) -> Method:
     if name not in found:
         raise InputError(f"method {name!r} does not exist: use one of {', '.join(found)} (`fastlora.methods()`)")
     return found[name]
+
+
+class _Methods(ModuleType):
+    """This module has the name of the public function ``fastlora.methods``, and hides it once it is imported: so it is
+    that function too."""
+
+    def __call__(self) -> dict[str, Method]:
+        return all_methods()
+
+
+sys.modules[__name__].__class__ = _Methods

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,8 +12,13 @@ from torch import Tensor
 from fastlora.adapter import Adapter, BaseInfo, Extra, Update, concatenate
 from fastlora.engine import widest
 from fastlora.errors import InputError
+from fastlora.operators import expression
+
+if TYPE_CHECKING:
+    from fastlora.ia3 import IA3
 
 Weighted = Sequence[tuple[float, Adapter]]
+WeightedKind = Sequence[tuple[float, "Adapter | IA3"]]
 
 
 def combination(terms: Weighted, name: str | None = None) -> Adapter:
@@ -24,12 +30,12 @@ def combination(terms: Weighted, name: str | None = None) -> Adapter:
     modules = list(dict.fromkeys(m for _, a in terms for m in a.updates))
     updates = {m: combine_updates([(w, a.updates[m]) for w, a in terms if m in a.updates], m) for m in modules}
     return Adapter(
-        name or _expression([(w, a.name) for w, a in terms]),
+        name or expression([(w, a.name) for w, a in terms]),
         updates,
         extras=combine_extras(terms),
         base=base,
         dtype=widest(a.dtype for _, a in terms),
-        provenance={"sum": [{"weight": w, "of": a.provenance} for w, a in terms]},
+        provenance={"sum": [{"weight": w, "of": a.provenance} for w, a in terms], "semantics": "exact"},
         notes=list(dict.fromkeys(n for _, a in terms for n in a.notes)),
     )
 
@@ -40,6 +46,11 @@ def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Updat
     if len(shapes) > 1:
         found = " and ".join(f"{n}×{m}" for n, m in sorted(shapes))
         raise InputError(f"{module}: cannot add updates of shapes {found}: these adapters are of different base models")
+    if any(u.layout != terms[0][1].layout for _, u in terms):
+        kinds = " and ".join(dict.fromkeys(u.layout.kind for _, u in terms))
+        raise InputError(
+            f"{module}: cannot add updates of different layouts ({kinds}): these adapters are of different base models"
+        )
     kept = [(w, u) for w, u in terms if w != 0.0]
     if not kept:
         from fastlora.engine import with_rank_zero
@@ -53,7 +64,7 @@ def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Updat
     return Update(concatenate(baked), concatenate(u.A for _, u in kept), 1.0, kept[0][1].layout, floor)
 
 
-def combine_extras(terms: Weighted) -> dict[str, Extra]:
+def combine_extras(terms: WeightedKind) -> dict[str, Extra]:
     """Extras of a sum: known deltas add up; a replaced value is kept where the sum leaves it as it is, else refused."""
     alone = len(terms) == 1 and terms[0][0] == 1.0
     total: dict[str, Tensor] = {}
@@ -75,18 +86,18 @@ def combine_extras(terms: Weighted) -> dict[str, Extra]:
     return values | {name: Extra("delta", t.float()) for name, t in total.items()}
 
 
-def _is_base_copy(name: str, extra: Extra, terms: Weighted) -> bool:
+def _is_base_copy(name: str, extra: Extra, terms: WeightedKind) -> bool:
     """Whether a value is the base model's own: PEFT saves the weight of an embedding along with its LoRA update.
 
     Such a copy belongs to a module that has an update, and is the same in every adapter that holds it.
     """
     module = name.removesuffix(".weight")
-    if module == name or not all(module in a.updates for _, a in terms if name in a.extras):
+    if module == name or not all(module in a for _, a in terms if name in a.extras):
         return False
     return all(torch.equal(a.extras[name].tensor, extra.tensor) for _, a in terms if name in a.extras)
 
 
-def common_base(adapters: Sequence[Adapter]) -> BaseInfo:
+def common_base(adapters: Sequence[Adapter | IA3]) -> BaseInfo:
     """What a result says about its base model: the first adapter's word, where the others do not contradict."""
     first = adapters[0].base
     for adapter in adapters[1:]:
@@ -99,8 +110,3 @@ def common_base(adapters: Sequence[Adapter]) -> BaseInfo:
     saved = tuple(dict.fromkeys(m for a in adapters for m in a.base.modules_to_save))
     model = next((a.base.model for a in adapters if a.base.model), None)
     return replace(first, model=model, modules_to_save=saved)
-
-
-def _expression(terms: Sequence[tuple[float, str]]) -> str:
-    parts = [("- " if w < 0 else "+ ") + (n if abs(w) == 1 else f"{abs(w):g}*{n}") for w, n in terms]
-    return " ".join(parts).removeprefix("+ ")

@@ -283,9 +283,9 @@ class Components:
             removals = coefficients.removals([r.row for r in results], i, ranks)
             for result, own in zip(results, removals, strict=True):
                 updates[result.module] = self._unique_update(result, i, own)
-        result = self._adapter(f"unique_of({name})", updates, adapter.base, [name])
-        result.extras = dict(adapter.extras)
-        return result
+        unique = self._adapter(f"unique_of({name})", updates, adapter.base, [name])
+        unique.extras = dict(adapter.extras)
+        return unique
 
     def _adapter(self, name: str, updates: Mapping[str, Update], base: BaseInfo, names: Sequence[str]) -> Adapter:
         own = [self.pool[n] for n in names]

@@ -227,6 +227,7 @@ OPTIONS = {
     "overlap": (*COMMON, "--plot", "--overwrite"),
     "bench": ("--list", "--markdown", "--json", "--quiet"),
     "info": ("--json",),
+    "compose": (*COMMON, "--out", "--dtype", "--overwrite", "--memory", "--drop-extras"),
 }
 
 
@@ -260,10 +261,10 @@ def test_bench_writes_its_table(tmp_path: Path) -> None:
     assert "OMP_WAIT_POLICY passive" in found["machine"]
 
 
-HEAVY = ("torch", "numpy", "safetensors", "rich.progress", "matplotlib", "huggingface_hub")
+HEAVY = ("torch", "numpy", "safetensors", "rich.progress", "matplotlib", "huggingface_hub", "lark")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["decompose", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["decompose", "--help"], ["compose", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys, fastlora.cli\n"

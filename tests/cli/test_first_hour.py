@@ -63,7 +63,7 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "no config": (without("adapter_config.json"), ["has no adapter_config.json", "adapter_model.safetensors"]),
     "no weights": (without("adapter_model.safetensors"), ["neither adapter_model.safetensors nor"]),
     "dora": (lambda _: DATA / "movie_dora", ["'movie_dora' is a DoRA adapter", "merge_and_unload"]),
-    "ia3": (lambda _: DATA / "movie_ia3_a", ["'movie_ia3_a'", "IA3", "merge_and_unload"]),
+    "ia3": (lambda _: DATA / "movie_ia3_a", ["'movie_ia3_a' is an (IA)³ adapter", "fastlora compose"]),
     "nan": (with_nan, ["'bad'", "lora_B of model.layers.1.mlp.up_proj", "NaN"]),
     "truncated": (truncated, ["adapter_model.safetensors", "no readable safetensors", "again"]),
     "invalid json": (with_config('{"r": 4,'), ["adapter_config.json", "JSON"]),

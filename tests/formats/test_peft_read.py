@@ -217,10 +217,9 @@ def test_real_adapters(name: str) -> None:
         assert update.scaling == pytest.approx(8 / math.sqrt(8))
 
 
-@pytest.mark.parametrize("name, word", [("movie_dora", "DoRA"), ("movie_ia3_a", "IA3")])
-def test_real_adapters_of_other_kinds_are_refused(name: str, word: str) -> None:
-    with pytest.raises(UnsupportedAdapter, match=word):
-        load(DATA / name)
+def test_a_real_adapter_of_another_kind_is_refused() -> None:
+    with pytest.raises(UnsupportedAdapter, match="DoRA"):
+        load(DATA / "movie_dora")
 
 
 CONFIG_MISTAKES: list[tuple[dict[str, Any], str]] = [

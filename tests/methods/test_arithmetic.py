@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pools
@@ -12,7 +13,7 @@ from pools import MODULE, Part
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.adapter import Adapter, BaseInfo, Extra
+from fastlora.adapter import Adapter, BaseInfo, Extra, Layout
 from fastlora.methods.arithmetic import combination, combine_extras
 
 PARTS: list[Part] = [
@@ -71,6 +72,13 @@ def test_shapes_that_differ_are_refused() -> None:
     other = pools.make_adapter("other", {MODULE: (torch.ones(21, 1), torch.ones(1, 14), 1.0)})
     with pytest.raises(fl.InputError, match=f"{MODULE}: cannot add updates of shapes 20×14 and 21×14"):
         adapters()[0] + other
+
+
+def test_layouts_that_differ_are_refused() -> None:
+    a, b = adapters()[:2]
+    b.updates[MODULE] = replace(b.updates[MODULE], layout=Layout("embedding"))
+    with pytest.raises(fl.InputError, match=r"different layouts \(linear and embedding\)"):
+        a + b
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -179,7 +187,13 @@ def test_merge_weights() -> None:
         fl.merge(pool, {"d": 1.0})
     with pytest.raises(fl.InputError, match="weight of 'a' is nan: it must be a finite number"):
         fl.merge(pool, {"a": float("nan")})
-    with pytest.raises(fl.InputError, match="method 'mean' does not exist: use one of cat, svd"):
+    with pytest.raises(fl.InputError, match="method 'mean' does not exist: use one of cat, pem, svd"):
         fl.merge(pool, method="mean")
     with pytest.raises(fl.InputError, match="method 'cat' does not take rank"):
         fl.merge(pool, method="cat", rank=3)
+
+
+def test_methods_are_listed_at_any_time() -> None:
+    """The package ``fastlora.methods`` has the name of the function, and is imported along the way."""
+    assert set(fl.methods()) >= {"cat", "pem", "svd"}
+    assert fl.methods()["cat"].name == "cat"
