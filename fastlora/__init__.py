@@ -17,6 +17,7 @@ _EXPORTS = {
     "InputError": "fastlora.errors",
     "OutputError": "fastlora.errors",
     "Pool": "fastlora.pool",
+    "PoolGram": "fastlora.poolgram",
     "UnsupportedAdapter": "fastlora.errors",
     "compress": "fastlora.api",
     "decompose": "fastlora.api",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from fastlora.errors import OutputError as OutputError
     from fastlora.errors import UnsupportedAdapter as UnsupportedAdapter
     from fastlora.pool import Pool as Pool
+    from fastlora.poolgram import PoolGram as PoolGram
 
 
 def __getattr__(name: str) -> Any:

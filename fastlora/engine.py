@@ -20,6 +20,7 @@ from fastlora.adapter import Adapter, Factor, Update, source_key
 from fastlora.backends import resolve
 from fastlora.backends.passes import CombineJob, CombineTerm, GramJob
 from fastlora.errors import InputError, NonFiniteError
+from fastlora.gramcache import run_gram
 from fastlora.memory import Room, batch_bytes, padded, release
 from fastlora.progress import track
 
@@ -91,7 +92,7 @@ def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Te
             job, coefficients, block = _source_gram(factors, rows)
             jobs.append(job)
             pending.append((m, coefficients, block))
-    _run("gram_pass", jobs)
+    run_gram(jobs, lambda unknown: _run("gram_pass", unknown))
     for m, coefficients, block in pending:
         full = block.triu() + block.triu(1).mT
         for i, j in pairs:
