@@ -18,6 +18,7 @@ _EXPORTS = {
     "OutputError": "fastlora.errors",
     "Pool": "fastlora.pool",
     "PoolGram": "fastlora.poolgram",
+    "Sweep": "fastlora.sweeps",
     "UnsupportedAdapter": "fastlora.errors",
     "compress": "fastlora.api",
     "decompose": "fastlora.api",
@@ -25,7 +26,9 @@ _EXPORTS = {
     "merge": "fastlora.api",
     "methods": "fastlora.api",
     "overlap": "fastlora.api",
+    "sweep": "fastlora.sweeps",
     "use_backend": "fastlora.backends",
+    "weights": "fastlora.methods.weights",
 }
 
 __all__ = ["__version__", "ops", *_EXPORTS]
@@ -45,8 +48,11 @@ if TYPE_CHECKING:
     from fastlora.errors import InputError as InputError
     from fastlora.errors import OutputError as OutputError
     from fastlora.errors import UnsupportedAdapter as UnsupportedAdapter
+    from fastlora.methods.weights import weights as weights
     from fastlora.pool import Pool as Pool
     from fastlora.poolgram import PoolGram as PoolGram
+    from fastlora.sweeps import Sweep as Sweep
+    from fastlora.sweeps import sweep as sweep
 
 
 def __getattr__(name: str) -> Any:
