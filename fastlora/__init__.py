@@ -25,13 +25,16 @@ _EXPORTS = {
     "load": "fastlora.api",
     "merge": "fastlora.api",
     "methods": "fastlora.api",
+    "modulate": "fastlora.methods.dipm",
     "overlap": "fastlora.api",
     "sweep": "fastlora.sweeps",
     "use_backend": "fastlora.backends",
     "weights": "fastlora.methods.weights",
 }
 
-__all__ = ["__version__", "ops", *_EXPORTS]
+_MODULES = {"dipm": "fastlora.methods.dipm", "ops": "fastlora.ops"}
+
+__all__ = ["__version__", *_MODULES, *_EXPORTS]
 
 if TYPE_CHECKING:
     from fastlora import ops as ops
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
     from fastlora.errors import InputError as InputError
     from fastlora.errors import OutputError as OutputError
     from fastlora.errors import UnsupportedAdapter as UnsupportedAdapter
+    from fastlora.methods import dipm as dipm
+    from fastlora.methods.dipm import modulate as modulate
     from fastlora.methods.weights import weights as weights
     from fastlora.pool import Pool as Pool
     from fastlora.poolgram import PoolGram as PoolGram
@@ -56,8 +61,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return importlib.import_module("fastlora.ops")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'fastlora' has no attribute {name!r}")

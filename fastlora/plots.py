@@ -155,7 +155,10 @@ def plot_sweep(sweep: Sweep, path: Path) -> Path:
     order = sorted(range(len(over)), key=lambda i: over[i])
     for score in scores:
         axes.plot(
-            [over[i] for i in order], [sweep.rows[i].scores.get(score, math.nan) for i in order], marker="o", label=score
+            [over[i] for i in order],
+            [sweep.rows[i].scores.get(score, math.nan) for i in order],
+            marker="o",
+            label=score,
         )
     axes.set_xlabel(names[0] if len(names) == 1 and numeric else f"point ({', '.join(names)})")
     axes.set_title(sweep.of, fontsize=10)

@@ -164,8 +164,8 @@ def sweep(
 ) -> Sweep:
     """Builds and scores an adapter for every point of a grid.
 
-    With ``adapters``, their Gram blocks are computed once (:class:`fastlora.PoolGram`: two passes over the factors), and
-    whatever a point merges, decomposes or compresses of them reads no factor again but to form its result.
+    With ``adapters``, their Gram blocks are computed once (:class:`fastlora.PoolGram`: two passes over the factors),
+    and whatever a point merges, decomposes or compresses of them reads no factor again but to form its result.
 
         fl.sweep("lam*a + (1 - lam)*b", {"lam": [0.1, 0.5, 0.9]}, adapters=pool, score=accuracy)
         fl.sweep(lambda p: fl.decompose(pool, p["tau"]).shared, {"tau": [0.3, 0.6]}, adapters=pool, score=accuracy)
@@ -226,8 +226,8 @@ def grid_points(grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]])
     for point in points:
         if point.keys() != points[0].keys():
             raise InputError(
-                f"sweep: the points of a grid name the same variables, but one has {', '.join(point) or 'none'} and the "
-                f"first {', '.join(points[0])}"
+                "sweep: the points of a grid name the same variables, but one has "
+                f"{', '.join(point) or 'none'} and the first {', '.join(points[0])}"
             )
         for name, value in point.items():
             if isinstance(value, numbers.Real) and not isinstance(value, bool):

@@ -88,7 +88,11 @@ def test_rows_are_kept_and_taken_up_again(pool: fl.Pool, tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt) as stopped:
         run(save=file)
     partial = stopped.value.sweep  # type: ignore[attr-defined]
-    assert [r.point["w"] for r in partial.rows] == [1, 2] == [r["point"]["w"] for r in json.loads(file.read_text())["rows"]]
+    assert (
+        [r.point["w"] for r in partial.rows]
+        == [1, 2]
+        == [r["point"]["w"] for r in json.loads(file.read_text())["rows"]]
+    )
     assert "2 of 4 points" in stopped.value.__notes__[0]
     whole = run(save=file)
     assert calls == [1, 2, 3, 3, 4] and [r.point["w"] for r in whole.rows] == [1, 2, 3, 4]
@@ -97,7 +101,7 @@ def test_rows_are_kept_and_taken_up_again(pool: fl.Pool, tmp_path: Path) -> None
     calls[:] = [3]
     assert [r.point["w"] for r in run(resume=partial).rows] == [1, 2, 3, 4] and calls == [3, 3, 4]
     assert list(tmp_path.iterdir()) == [file]
-    with pytest.raises(fl.InputError, match="earlier rows are of .*; choose another file"):
+    with pytest.raises(fl.InputError, match=r"earlier rows are of .*; choose another file"):
         fl.sweep(lambda p: pool["a0"], {"w": [1]}, score=norm, save=file)
 
 
@@ -109,7 +113,9 @@ def test_scores_that_are_no_number_in_json(pool: fl.Pool, tmp_path: Path) -> Non
 
 def test_plots(pool: fl.Pool, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    for i, grid in enumerate([{"x": [2.0, 1.0, 3.0]}, {"x": [1.0, 2.0], "y": [0.0, 1.0]}, {"x": [1.0, 2.0], "n": ["b", "c"]}]):
+    for i, grid in enumerate(
+        [{"x": [2.0, 1.0, 3.0]}, {"x": [1.0, 2.0], "y": [0.0, 1.0]}, {"x": [1.0, 2.0], "n": ["b", "c"]}]
+    ):
         found = fl.sweep(lambda p: pool["a0"] * p["x"], grid, score=lambda a: {"norm": norm(a), "one": 1.0})
         picture = found.plot(tmp_path / f"{i}.png")
         assert picture.read_bytes().startswith(b"\x89PNG")
@@ -134,12 +140,12 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def test_expressions(pool: fl.Pool, composed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     named = {"movie": pool["a0"], "spam": pool["a2"]}
-    found = fl.sweep(
-        "lam*movie - (1 - lam)*spam", {"lam": [0.25, -1e-7, 2]}, adapters=named, score=lambda a: norm(a)
-    )
+    found = fl.sweep("lam*movie - (1 - lam)*spam", {"lam": [0.25, -1e-7, 2]}, adapters=named, score=lambda a: norm(a))
     assert composed[1] == "(-0.0000001)*movie - (1 - (-0.0000001))*spam" and composed[2].startswith("(2)*movie")
     expected = [norm(w * pool["a0"] - (1 - w) * pool["a2"]) for w in (0.25, -1e-7, 2)]
-    assert [r.scores["score"] for r in found.rows] == pytest.approx(expected) and found.of == "lam*movie - (1 - lam)*spam"
+    assert [r.scores["score"] for r in found.rows] == pytest.approx(
+        expected
+    ) and found.of == "lam*movie - (1 - lam)*spam"
     with counted(monkeypatch) as reads:
         fl.sweep("lam*movie+spam", {"lam": [1, 2]}, adapters=named, score=lambda a: norm(fl.compress(a, 1)))
     assert set(reads.values()) == {1}

@@ -23,8 +23,8 @@ def weights(pool: Pool | PoolGram, method: str = "least_interference") -> dict[s
         method: ``"equal_energy"``: ``w_i ∝ 1/‖ΔW_i‖_F``, ``Σ w_i = 1``: every term ``w_i ΔW_i`` has the same norm.
             *Our definition.*
 
-            ``"matched_norm"``: one weight for all, ``w = (1/k) Σ_i ‖ΔW_i‖ / ‖Σ_i ΔW_i‖``: the merged update has the mean
-            norm of the adapters, which averaging would shrink. *Our definition.*
+            ``"matched_norm"``: one weight for all, ``w = (1/k) Σ_i ‖ΔW_i‖ / ‖Σ_i ΔW_i‖``: the merged update has the
+            mean norm of the adapters, which averaging would shrink. *Our definition.*
 
             ``"least_interference"``: the minimiser over ``w`` of ``Σ_l Σ_i ‖(Σ_j w_j ΔW_j − ΔW_i) ΔW_iᵀ‖_F² /
             ‖ΔW_i‖_F²``, the objective of WUDI-Merging (arXiv 2503.08099; rows of ``ΔW_i`` stand for the inputs of task

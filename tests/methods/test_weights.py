@@ -71,7 +71,9 @@ def test_orthogonal_row_spaces_do_not_interfere() -> None:
 def test_duplicates_share_the_weight(k: int) -> None:
     pool = pools.make_pool(pools.cast(pools.identical(k), torch.float32))
     for method in METHODS:
-        torch.testing.assert_close(vector(pool, method), torch.full((k,), 1 / k, dtype=torch.float64), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            vector(pool, method), torch.full((k,), 1 / k, dtype=torch.float64), rtol=0, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
