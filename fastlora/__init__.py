@@ -15,6 +15,7 @@ _EXPORTS = {
     "Decomposition": "fastlora.decomposition",
     "FastloraError": "fastlora.errors",
     "InputError": "fastlora.errors",
+    "LearnedMerge": "fastlora.learned",
     "OutputError": "fastlora.errors",
     "Pool": "fastlora.pool",
     "PoolGram": "fastlora.poolgram",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from fastlora.errors import InputError as InputError
     from fastlora.errors import OutputError as OutputError
     from fastlora.errors import UnsupportedAdapter as UnsupportedAdapter
+    from fastlora.learned import LearnedMerge as LearnedMerge
     from fastlora.methods import dipm as dipm
     from fastlora.methods.dipm import modulate as modulate
     from fastlora.methods.weights import weights as weights

@@ -306,6 +306,14 @@ def test_a_direction_in_the_removed_span_becomes_zero() -> None:
         assert any("nothing is left of them" in n for n in gone.notes)
 
 
+def test_removing_a_direction_twice_is_removing_it_once() -> None:
+    own, other, twin, third = adapters(part(1), part(3), part(3, scaling=-9.0), part(5, rank=2))
+    for granularity in GRANULARITIES:
+        once = fl.modulate(own, fl.dipm.remove([third, other]), granularity=granularity)
+        twice = fl.modulate(own, fl.dipm.remove([twin, third, other]), granularity=granularity)
+        close(pools.exact(twice.update(MODULE)), pools.exact(once.update(MODULE)))
+
+
 def test_opposite_directions_keep_the_nearer_end() -> None:
     own, opposite = adapters(part(1), part(1, scaling=-6.0))
     x = pools.dense(part(1))
