@@ -22,6 +22,7 @@ _EXPORTS = {
     "Sweep": "fastlora.sweeps",
     "UnsupportedAdapter": "fastlora.errors",
     "compress": "fastlora.api",
+    "control": "fastlora.methods.control",
     "decompose": "fastlora.api",
     "load": "fastlora.api",
     "merge": "fastlora.api",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from fastlora.errors import UnsupportedAdapter as UnsupportedAdapter
     from fastlora.learned import LearnedMerge as LearnedMerge
     from fastlora.methods import dipm as dipm
+    from fastlora.methods.control import control as control
     from fastlora.methods.dipm import modulate as modulate
     from fastlora.methods.weights import weights as weights
     from fastlora.pool import Pool as Pool

@@ -309,7 +309,7 @@ def _module_batches(adapters: Sequence[Adapter]) -> list[list[str]]:
     batches: list[list[str]] = []
     room = 0
     for unit, names in units.items():
-        if room < sizes[unit]:
+        if not batches or room < sizes[unit]:
             batches.append([])
             room = batch_bytes(WRITE_BYTES)
         batches[-1] += names
