@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import math
 import os
@@ -227,6 +228,10 @@ def merge(
     adapters: Adapters,
     out: Out,
     method: Annotated[str, typer.Option(help="svd: best rank-r approximation of the sum; cat: the exact sum.")] = "svd",
+    weights_by: Annotated[
+        str | None,
+        typer.Option(help="equal_energy, matched_norm or least_interference, in place of :WEIGHT.", show_default=False),
+    ] = None,
     rank: Rank = None,
     energy: Energy = None,
     drop_extras: DropExtras = False,
@@ -243,13 +248,19 @@ def merge(
         from fastlora.api import merge as run
         from fastlora.pool import Pool
 
-        pool, specs = _load_pool(adapters, weighted=True)
+        pool, specs = _load_pool(adapters, weighted=weights_by is None)
         if drop_extras:
             notices, pool = pool.notices, Pool(a.without_extras() for a in pool.adapters)
             pool.notices = notices
         weights = {s.name: 1.0 if s.weight is None else s.weight for s in specs}
+        told = []
+        if weights_by is not None:
+            from fastlora.methods.weights import weights as find_weights
+
+            weights = find_weights(pool, weights_by)
+            told = [f"weight of {name}: {weight:.6g}" for name, weight in weights.items()]
         merged = run(pool, weights, method=method, rank=rank, energy=energy)
-        _write_one(merged, target, out, dtype, as_json, quiet, [*pool.notices, *merged.notes])
+        _write_one(merged, target, out, dtype, as_json, quiet, [*pool.notices, *told, *merged.notes])
 
 
 @app.command()
@@ -415,6 +426,8 @@ def _start(
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(2)
 
+
+importlib.import_module("fastlora.cli_modulate")  # puts its command into `app`
 
 # Newer typer has a copy of click inside, older typer uses click: this is the class in both.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]

@@ -221,12 +221,13 @@ WRITES = (*COMMON, "--out", "--dtype", "--overwrite", "--rank", "--energy")
 CHAIN = ("--threshold", "--chain", "--mode", "--target", "--order", "--side", "--rtol")
 OPTIONS = {
     "decompose": (*WRITES, *CHAIN, "--plots", "--all"),
-    "merge": (*WRITES, "--method", "--drop-extras"),
+    "merge": (*WRITES, "--method", "--weights-by", "--drop-extras"),
     "compress": WRITES,
     "inspect": (*COMMON, "--all"),
     "overlap": (*COMMON, "--plot", "--overwrite"),
     "bench": ("--markdown", "--json", "--quiet"),
     "info": ("--json",),
+    "modulate": (*WRITES, "--op", "--granularity", "--on", "--drop-extras"),
 }
 
 
