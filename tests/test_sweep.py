@@ -58,6 +58,17 @@ def test_thresholds_and_pairs_of_a_decomposition(pool: fl.Pool, monkeypatch: pyt
     assert [r.scores["rank"] for r in found.rows] == expected and found.scores == ["rank", "modules"]
 
 
+def test_strengths_of_a_modulation(pool: fl.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gram = fl.PoolGram(pool)
+    a0, a1, a2 = pool.adapters
+    with counted(monkeypatch) as reads:
+        found = fl.sweep(
+            lambda p: fl.modulate(a0, fl.dipm.shift(a1, a2, p["s"]), granularity="component"), {"s": [0.0, 0.5, 1.0]},
+            adapters=gram, score=norm,
+        )  # fmt: skip
+    assert not reads and found.rows[0].scores["score"] == norm(a0)
+
+
 def test_best_table_and_nan(pool: fl.Pool) -> None:
     found = fl.sweep(
         lambda p: pool["a0"] * p["w"], {"w": [1.0, 3.0, 2.0]}, score={"norm": norm, "odd": lambda a: math.nan}

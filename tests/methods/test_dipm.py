@@ -365,6 +365,17 @@ def test_equal_singular_values_are_noted() -> None:
     assert torch.equal(result.delta(MODULE), again.delta(MODULE))
 
 
+@pytest.mark.parametrize("on", SIDES)
+@pytest.mark.parametrize("granularity", ["column", "matrix"])
+def test_operators_in_one_call_or_one_after_the_other(granularity: str, on: str) -> None:
+    own, other, third = adapters(*INPUTS["plain"])
+    first, second = fl.dipm.shift(other, third, 0.4), fl.dipm.remove([third], 0.8)
+    together = fl.modulate(own, [first, second], granularity=granularity, on=on)
+    between = fl.modulate(own, first, granularity=granularity, on=on)
+    one_by_one = fl.modulate(between, second, granularity=granularity, on=on)
+    close(pools.exact(one_by_one.update(MODULE)), pools.exact(together.update(MODULE)))
+
+
 def test_components_do_not_depend_on_the_factoring() -> None:
     parts = [part(i, dtype=torch.float64) for i in (1, 3, 5)]
     x = pools.mixing(R, 8)
