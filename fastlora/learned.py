@@ -6,7 +6,8 @@ of entropy on unlabelled batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -138,19 +139,21 @@ class LearnedMerge(nn.Module):
 
     def fit(
         self,
-        batches: Iterable[Any],
-        loss: Loss | None = None,
+        batches: Iterable[Any] | Mapping[str, Iterable[Any]],
+        loss: Loss | Mapping[str, Loss] | None = None,
         *,
         steps: int = 500,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> list[float]:
-        """Trains ``λ`` with Adam, one batch a step; the defaults are AdaMerging's.
+        """Trains ``λ`` with Adam; the defaults are AdaMerging's.
 
         Args:
-            batches: gone through again and again until there were ``steps``. A batch is a tensor, a tuple of arguments
-                or a mapping of keyword arguments of the model.
-            loss: ``loss(output, batch)`` returns a scalar; default: :func:`entropy` of the output's logits.
+            batches: gone through again and again until there were ``steps``, one a step; or ``{task: batches}``, of
+                which every step takes one each and adds up their losses. A batch is a tensor, a tuple of arguments or a
+                mapping of keyword arguments of the model.
+            loss: ``loss(output, batch)`` returns a scalar; default: :func:`entropy` of the output's logits. With tasks,
+                ``{task: loss}`` too.
 
         Returns:
             The loss of every step, before it was taken. The model is in evaluation mode meanwhile (no dropout), and its
@@ -161,36 +164,41 @@ class LearnedMerge(nn.Module):
         """
         if steps < 1:
             raise InputError(f"fit: steps={steps} must be at least 1")
+        tasks = dict(batches) if isinstance(batches, Mapping) else {"": batches}
+        losses = {task: _loss_of(loss, task) for task in tasks}
+        sources = {task: _endless(given, steps) for task, given in tasks.items()}
+        if not tasks:
+            raise InputError("fit: there are no batches")
         optimiser = torch.optim.Adam([self.coefficients], lr=lr, betas=betas)
+        history: list[float] = []
+        with self._frozen(), torch.enable_grad():
+            for step in track(range(steps), "training λ"):
+                optimiser.zero_grad()
+                total = 0.0
+                for task, source in sources.items():
+                    batch = next(source)
+                    value = _checked(losses[task](self._call(batch), batch), step)
+                    value.backward()  # type: ignore[no-untyped-call]
+                    total += float(value.detach())
+                optimiser.step()
+                history.append(total)
+        return history
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """The model in evaluation mode, its own weights without gradient."""
         wanted = [(p, p.requires_grad) for p in self.model.parameters()]
         modes = [(m, m.training) for m in self.model.modules()]
-        losses: list[float] = []
         try:
             self.model.eval()
             for parameter, _ in wanted:
                 parameter.requires_grad_(False)
-            source = iter(batches)
-            for step in track(range(steps), "training λ"):
-                batch = next(source, None)
-                if batch is None:
-                    source = iter(batches)
-                    batch = next(source, None)
-                if batch is None:
-                    raise InputError(
-                        f"fit: the batches ran out after {step} of {steps} steps; give a list, or fewer steps"
-                    )
-                with torch.enable_grad():
-                    value = _checked((loss or _entropy_of)(self._call(batch), batch), step)
-                    optimiser.zero_grad()
-                    value.backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
-                losses.append(float(value.detach()))
+            yield
         finally:
             for parameter, flag in wanted:
                 parameter.requires_grad_(flag)
             for module, training in modes:
                 module.training = training
-        return losses
 
     def _call(self, batch: Any) -> Any:
         if isinstance(batch, Mapping):
@@ -236,6 +244,28 @@ def entropy(logits: Tensor) -> Tensor:
     """Mean entropy ``−Σ_c p_c log p_c`` of ``softmax(logits [..., classes])``, in nats."""
     logs = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
     return -(logs.exp() * logs).sum(-1).mean()
+
+
+def _endless(batches: Iterable[Any], steps: int) -> Iterator[Any]:
+    """The batches, from the start again where they end."""
+    source, count = iter(batches), 0
+    while True:
+        fresh = False
+        for batch in source:
+            fresh = True
+            count += 1
+            yield batch
+        source = iter(batches)
+        if not fresh:
+            raise InputError(f"fit: the batches ran out after {count} of {steps} steps; give a list, or fewer steps")
+
+
+def _loss_of(loss: Loss | Mapping[str, Loss] | None, task: str) -> Loss:
+    if not isinstance(loss, Mapping):
+        return loss or _entropy_of
+    if task not in loss:
+        raise InputError(f"fit: there is no loss for the batches of {task!r}; it has losses for {', '.join(loss)}")
+    return loss[task]
 
 
 def _entropy_of(output: Any, _: Any) -> Tensor:

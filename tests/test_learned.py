@@ -150,6 +150,28 @@ def test_entropy_is_adamergings_and_training_lowers_it() -> None:
     assert model.emb.weight.requires_grad and not model.emb._forward_hooks
 
 
+def test_tasks_are_one_step_together() -> None:
+    """One batch of each task a step and the sum of their losses, as one batch with the summed loss."""
+    other = (IDS + 3) % 11
+    together = fl.LearnedMerge(net(), components(), per="layer")
+    losses = together.fit({"a": [IDS], "b": [other]}, {"a": first_logit, "b": second_logit}, steps=9, lr=0.01)
+    stacked = fl.LearnedMerge(net(), components(), per="layer")
+    expected = stacked.fit(
+        [torch.cat([IDS, other])],
+        lambda out, batch: first_logit(out[: len(IDS)], batch) + second_logit(out[len(IDS) :], batch), steps=9, lr=0.01,
+    )  # fmt: skip
+    assert losses == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(together.coefficients, stacked.coefficients, rtol=1e-4, atol=1e-5)
+
+
+def first_logit(out: Tensor, _: Any) -> Tensor:
+    return out[:, 0].mean()
+
+
+def second_logit(out: Tensor, _: Any) -> Tensor:
+    return 0.5 * out[:, 1].mean()
+
+
 def test_what_a_decomposition_gives() -> None:
     pool = fl.Pool([component("a", 1), component("b", 200, 3), component("c", 400, 2)])
     pairs = named_components(fl.decompose(pool, 0.2, mode="pairs"))
@@ -213,6 +235,8 @@ def test_messages_of_fit() -> None:
 
     fails("steps=0 must be at least 1", [IDS], steps=0)
     fails("ran out after 0 of 500", [])
+    fails("there are no batches", {})
+    fails("no loss for the batches of 'b'", {"a": [IDS], "b": [IDS]}, {"a": first_logit})
     fails("scalar tensor, not float", [IDS], lambda out, batch: 1.0)
     fails("loss of step 1 is nan", [IDS], lambda out, batch: out.sum() * torch.nan)
     fails("does not depend on the coefficients", [IDS], lambda out, batch: torch.ones(()))
