@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import math
 import os
@@ -427,7 +426,8 @@ def _start(
         raise typer.Exit(2)
 
 
-importlib.import_module("fastlora.cli_modulate")  # puts its command into `app`
+# Puts its command into `app`.
+from fastlora import cli_modulate as cli_modulate  # noqa: E402
 
 # Newer typer has a copy of click inside, older typer uses click: this is the class in both.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]

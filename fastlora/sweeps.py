@@ -190,10 +190,10 @@ def sweep(
     """
     points = grid_points(grid)
     scorers = _scorers(score)
-    gram = _gram_of(adapters)
+    gram, names = _prepared(adapters)
     if isinstance(expression, str):
         label = expression
-        build = expression_builder(expression, list(points[0]), gram)
+        build = expression_builder(expression, list(points[0]), names)
     else:
         label, build = getattr(expression, "__qualname__", type(expression).__qualname__), expression
     result = Sweep(label)
@@ -250,26 +250,26 @@ def _scorers(score: Score) -> Callable[[Adapter], dict[str, float]]:
     return run
 
 
-def _gram_of(adapters: Adapters | None) -> PoolGram | None:
-    if adapters is None or isinstance(adapters, PoolGram):
-        return adapters
+def _prepared(adapters: Adapters | None) -> tuple[PoolGram | None, dict[str, Adapter]]:
+    """The Gram blocks of the adapters, and the adapters by name."""
+    if adapters is None:
+        return None, {}
     if isinstance(adapters, Pool):
-        return PoolGram(adapters)
-    named = []
-    for name, adapter in adapters.items():
-        copy = Adapter(
-            name, adapter.updates, extras=adapter.extras, base=adapter.base, dtype=adapter.dtype,
-            provenance=adapter.provenance, notes=adapter.notes,
-        )  # fmt: skip
-        named.append(copy)
-    return PoolGram(Pool(named))
+        adapters = PoolGram(adapters)
+    if isinstance(adapters, PoolGram):
+        return adapters, {name: adapters.pool[name] for name in adapters.pool.names}
+    low_rank = {name: a for name, a in adapters.items() if isinstance(a, Adapter)}
+    pool = [
+        Adapter(name, a.updates, extras=a.extras, base=a.base, dtype=a.dtype, provenance=a.provenance, notes=a.notes)
+        for name, a in low_rank.items()
+    ]
+    return PoolGram(Pool(pool)) if pool else None, dict(adapters)
 
 
-def expression_builder(expression: str, variables: Sequence[str], gram: PoolGram | None) -> Build:
+def expression_builder(expression: str, variables: Sequence[str], names: Mapping[str, Adapter]) -> Build:
     """``build(point)`` for an expression: every variable is replaced by its value, then the rest is composed."""
-    if gram is None:
+    if not names:
         raise InputError("sweep: an expression needs adapters=…, the adapters that it names")
-    names = {name: gram.pool[name] for name in gram.pool.names}
     for variable in variables:
         if variable in names:
             raise InputError(f"sweep: {variable!r} is an adapter and a variable of the grid; rename one of them")
@@ -302,8 +302,8 @@ def _literal(name: str, value: Any) -> str:
 def _run(build: Build, point: Point, scorers: Callable[[Adapter], dict[str, float]]) -> Row:
     start = time.perf_counter()
     adapter = build(point)
-    if not isinstance(adapter, Adapter):
-        raise InputError(f"sweep: what was built for {point} is a {type(adapter).__name__}, not an Adapter")
+    if not hasattr(adapter, "save"):
+        raise InputError(f"sweep: what was built for {point} is a {type(adapter).__name__}, not an adapter")
     return Row(point, scorers(adapter), time.perf_counter() - start)
 
 

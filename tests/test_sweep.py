@@ -170,7 +170,7 @@ def test_expressions(pool: fl.Pool, composed: list[str], monkeypatch: pytest.Mon
     (dict(expression="x*a0*a1", grid={"x": [1], "a1": [1]}, adapters=1), "'a1' is an adapter and a variable"),
     (dict(expression="x*a0", grid={"x": [math.nan]}, adapters=1), "stand for finite numbers"),
     (dict(score=lambda a: "good"), "score must be a number"),
-    (dict(expression=lambda p: 1), "is a int, not an Adapter"),
+    (dict(expression=lambda p: 1), "is a int, not an adapter"),
 ])  # fmt: skip
 def test_messages(arguments: dict[str, Any], message: str, pool: fl.Pool, composed: list[str]) -> None:
     given = {"expression": lambda p: pool["a0"], "grid": {"x": [1]}, "score": norm} | arguments
