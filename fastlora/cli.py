@@ -411,6 +411,10 @@ def info(as_json: Json = False) -> None:
         show_environment(data)
 
 
+# Puts its command into `app`.
+from fastlora import cli_modulate as cli_modulate  # noqa: E402
+
+
 @app.callback(invoke_without_command=True)
 def _start(
     context: typer.Context,
@@ -425,9 +429,6 @@ def _start(
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(2)
 
-
-# Puts its command into `app`.
-from fastlora import cli_modulate as cli_modulate  # noqa: E402
 
 # Newer typer has a copy of click inside, older typer uses click: this is the class in both.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
