@@ -235,6 +235,9 @@ def named_components(components: Components) -> dict[str, Adapter]:
         found = {a.name: a for a in given}
         if len(found) != len(given):
             raise InputError("learned coefficients: two components have one name; give them by name, {name: adapter}")
+    for name, adapter in found.items():
+        if not isinstance(adapter, Adapter):
+            raise InputError(f"learned coefficients: {name!r} is {adapter!r}, not a LoRA adapter")
     if not found:
         raise InputError("learned coefficients: no components were given")
     return found

@@ -177,7 +177,8 @@ def sweep(
         score: ``score(adapter)`` returns a number, or several by name; or ``{name: function}``.
         adapters: what the expression names, as a pool or ``{name: adapter}``; a PoolGram is used as it is.
         save: JSON file that every row is added to. A file of the same sweep is taken up again: the points it has are
-            not computed a second time.
+            not computed a second time. It is known by the expression, or by the name of the function alone: use another
+            file when the function, the adapters or the score have changed.
         resume: rows of an earlier, unfinished sweep, kept in the same way.
 
     Returns:

@@ -205,6 +205,7 @@ def test_messages() -> None:
     own = component("a", 1)
     refused("two components have one name", net(), [own, own])
     refused("no components were given", net(), [])
+    refused("'a' is 3, not a LoRA adapter", net(), {"a": 3})
     refused("per='model' does not exist", net(), [own], per="model")
     refused("has no module 'emb'", nn.Sequential(), [own])
     odd = Adapter("a", {"emb": own.updates["head"]})

@@ -356,6 +356,18 @@ def test_zero_updates_stay_zero_and_are_saved(tmp_path: Path) -> None:
     assert float(fl.load(result.save(tmp_path / "zero")).delta(MODULE).norm()) == 0.0
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_the_rounding_of_lazy_updates_has_no_direction(granularity: str) -> None:
+    """Nothing is unique in two equal adapters: what is left of the factors is rounding."""
+    unique = fl.decompose(pools.make_pool(pools.cast(pools.identical(2), torch.float32)), 0.5).unique_of("a0")
+    assert float(pools.exact(unique.update(MODULE)).norm()) > 0
+    parts = fl.dipm.decouple(unique, granularity)
+    assert not parts.magnitudes[MODULE].any()
+    third = pools.make_adapter("third", {MODULE: pools.cast(pools.planted(2), torch.float32)[1]})
+    shifted = fl.dipm.recombine(parts.apply(fl.dipm.shift(unique, third, 0.5)))
+    assert float(pools.exact(shifted.update(MODULE)).norm()) == 0.0
+
+
 def test_equal_singular_values_are_noted() -> None:
     left, right = pools.orthonormal(N, 3, 1).float(), pools.orthonormal(M, 3, 2).mT.contiguous().float()
     own, other = adapters((left, right, 1.0), part(3, rank=3))
@@ -420,6 +432,7 @@ def test_messages(tmp_path: Path) -> None:
         (lambda: fl.dipm.interpolate(other, 1.5), "between 0 and 1"),
         (lambda: fl.dipm.remove([]), "at least one adapter"),
         (lambda: fl.dipm.shift(own, other, "x"), "finite number"),
+        (lambda: fl.dipm.shift(own, "other"), "not of 'other'"), (lambda: fl.modulate(3, []), "not of 3"),
     ):  # fmt: skip
         with pytest.raises(fl.InputError, match=message):
             make()  # type: ignore[no-untyped-call]
@@ -435,6 +448,17 @@ def test_messages(tmp_path: Path) -> None:
     refused("'broken': lora_B of .* holds NaN", operators=fl.dipm.shift(other, broken))
     wider = pools.make_adapter("wider", {MODULE: (torch.ones(N + 1, 2), torch.ones(2, M), 1.0)})
     refused("different base models", operators=fl.dipm.shift(other, wider))
+
+
+def test_copies_of_adapted_embeddings_are_kept_where_all_agree() -> None:
+    own, other, third = adapters(*INPUTS["plain"])
+    name = f"{MODULE}.weight"  # as peft saves an embedding beside its update
+    for adapter in (own, other):
+        adapter.extras[name] = Extra("value", torch.ones(N, M))
+    assert list(fl.modulate(own, fl.dipm.shift(other, third)).extras) == [name]
+    other.extras[name] = Extra("value", torch.zeros(N, M))
+    with pytest.raises(fl.InputError, match="also changes"):
+        fl.modulate(own, fl.dipm.shift(other, third))
 
 
 def test_parts_tell_what_they_are() -> None:

@@ -35,7 +35,10 @@ def gram(module: Module, on: str) -> Tensor:
     for i in range(k):
         bound = module.left[i, i].trace() * rows[i].square().sum(0)
         result[i, :, result[i, i] <= NOISE**2 * bound] = 0.0
-    return module.scaled(torch.where(_both(result), result, 0.0))
+    result = module.scaled(result)
+    for i, own in enumerate(module.present):  # below the noise of what a lazy update was computed from
+        result[i, :, result[i, i] <= own.floor**2] = 0.0
+    return torch.where(_both(result), result, 0.0)
 
 
 def _both(products: Tensor) -> Tensor:

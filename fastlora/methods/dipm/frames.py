@@ -89,6 +89,10 @@ def _matrix_gram(module: Module, on: str) -> Tensor:
     """``⟨X_k, X_l⟩`` of whole matrices: ``[k, k, 1]``."""
     if on == "product":
         products = module.scaled((module.left * module.right).sum((-1, -2)))
+        # Singular values at or below the floor are the noise of what a lazy update was computed from.
+        noise = torch.tensor([u.floor * u.rank**0.5 for u in module.present], dtype=torch.float64)
+        real = products.diagonal() > noise.square()
+        products = torch.where(real[:, None] & real, products, 0.0)
     elif on == "B":
         module.require_equal_ranks("granularity='matrix', on='B'")
         products = module.scaled(module.left.diagonal(dim1=-2, dim2=-1).sum(-1))

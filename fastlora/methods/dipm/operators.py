@@ -106,6 +106,7 @@ def scale(strength: float) -> Operator:
 
 def shift(source: Adapter, target: Adapter, strength: float = 1.0) -> Operator:
     """``D' = normalise(D + λ (D_target − D_source))``, ``μ' = μ``, for transfer. The identity at ``λ = 0``."""
+    require_adapters("shift", source, target)
     return Operator("shift", _finite("shift", strength), (source, target))
 
 
@@ -115,6 +116,7 @@ def interpolate(other: Adapter, t: float) -> Operator:
     Opposite directions have no shortest way between them: there the nearer end is taken, which the result's ``notes``
     tell. Where one of the two is zero, the other's direction is kept.
     """
+    require_adapters("interpolate", other)
     t = _finite("interpolate", t)
     if not 0.0 <= t <= 1.0:
         raise InputError(f"interpolate: t={t} must be between 0 and 1")
@@ -127,7 +129,15 @@ def remove(others: Adapter | Sequence[Adapter], strength: float = 1.0) -> Operat
     given = (others,) if isinstance(others, Adapter) else tuple(others)
     if not given:
         raise InputError("remove: give at least one adapter whose directions are to be removed")
+    require_adapters("remove", *given)
     return Operator("remove", _finite("remove", strength), given)
+
+
+def require_adapters(name: str, *adapters: Adapter) -> None:
+    """Only low-rank adapters have factors to work on."""
+    for adapter in adapters:
+        if not isinstance(adapter, Adapter):
+            raise InputError(f"{name}: direction and magnitude are those of LoRA adapters, not of {adapter!r}")
 
 
 def _finite(name: str, strength: float) -> float:

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastlora.adapter import Adapter, Extra, Update
+from fastlora.adapter import Adapter, Update
 from fastlora.engine import widest
 from fastlora.errors import InputError
 from fastlora.locate import check_name
+from fastlora.methods.arithmetic import _is_base_copy as is_base_copy
 from fastlora.methods.arithmetic import common_base
 from fastlora.methods.dipm.frames import GRANULARITIES, SIDES, Frame, frames
-from fastlora.methods.dipm.operators import Operator, State
+from fastlora.methods.dipm.operators import Operator, State, require_adapters
 from fastlora.methods.svd import compress
 from fastlora.pool import Pool
 
@@ -130,6 +131,7 @@ def decouple(adapter: Adapter, granularity: str = "column", on: str = "product")
             ``(u_j, v_j)`` in every case: ``on`` says whether operators turn ``u_j`` (B), ``v_j`` (A) or ``u_j v_jᵀ``
             (product).
     """
+    require_adapters("decouple", adapter)
     if granularity not in GRANULARITIES:
         raise InputError(f"granularity={granularity!r} does not exist: use one of {', '.join(GRANULARITIES)}")
     if on not in SIDES:
@@ -214,19 +216,15 @@ def named(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 def refuse_extras(adapters: Sequence[Adapter]) -> None:
     """Biases and replaced modules have no direction and magnitude here; copies of adapted embeddings are no change."""
+    terms = [(1.0, a) for a in adapters]
     for adapter in adapters:
         for name, extra in adapter.extras.items():
-            if not _is_copy(name, extra, adapter):
+            if extra.kind == "delta" or not is_base_copy(name, extra, terms):
                 raise InputError(
                     f"adapter {adapter.name!r} also changes {name} of its base model (a bias or modules_to_save), "
                     "which has no direction and magnitude here. Use `adapter.without_extras()` (`--drop-extras`) to "
                     "leave such parameters out"
                 )
-
-
-def _is_copy(name: str, extra: Extra, adapter: Adapter) -> bool:
-    module = name.removesuffix(".weight")
-    return extra.kind == "value" and module != name and module in adapter.updates
 
 
 def _checked(values: Tensor, state: State, module: str) -> Tensor:
