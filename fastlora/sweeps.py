@@ -58,12 +58,7 @@ class Sweep:
     def scores(self) -> list[str]:
         return list(dict.fromkeys(name for row in self.rows for name in row.scores))
 
-    @property
-    def best(self) -> Row:
-        """The row with the highest first score."""
-        return self.best_by()
-
-    def best_by(self, score: str | None = None, *, maximize: bool = True) -> Row:
+    def best(self, score: str | None = None, *, maximize: bool = True) -> Row:
         """The row with the highest (lowest) ``score``, by default the first one; the earliest of equals. NaN never
         wins."""
         name = self._score(score)
@@ -88,7 +83,7 @@ class Sweep:
         table = Table(title=self.of, title_justify="left")
         for name in [*self.variables, *self.scores]:
             table.add_column(name, justify="right")
-        best = {name: self.best_by(name) for name in self.scores if self._known(name)}
+        best = {name: self.best(name) for name in self.scores if self._known(name)}
         for row in self.rows:
             cells = [_cell(row.point.get(v)) for v in self.variables]
             for name in self.scores:
@@ -231,6 +226,8 @@ def grid_points(grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]])
                 f"{', '.join(point) or 'none'} and the first {', '.join(points[0])}"
             )
         for name, value in point.items():
+            if hasattr(value, "item") and not getattr(value, "shape", ()):  # numbers of numpy and torch
+                point[name] = value = value.item()
             if isinstance(value, numbers.Real) and not isinstance(value, bool):
                 point[name] = int(value) if isinstance(value, numbers.Integral) else float(value)
     return points

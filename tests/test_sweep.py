@@ -73,15 +73,15 @@ def test_best_table_and_nan(pool: fl.Pool) -> None:
     found = fl.sweep(
         lambda p: pool["a0"] * p["w"], {"w": [1.0, 3.0, 2.0]}, score={"norm": norm, "odd": lambda a: math.nan}
     )
-    assert found.best.point == {"w": 3.0} and found.best_by("norm", maximize=False).point == {"w": 1.0}
+    assert found.best().point == {"w": 3.0} and found.best("norm", maximize=False).point == {"w": 1.0}
     assert [r.scores["norm"] for r in found.rows] == pytest.approx([norm(pool["a0"]) * w for w in (1, 3, 2)])
     table = found.table()
     cells = [list(c.cells) for c in table.columns]
     assert table.row_count == 3 and cells[0] == ["1", "3", "2"] and cells[1][1].endswith(" *") and cells[2][0] == "nan"
     with pytest.raises(fl.InputError, match="no row with a 'odd' that is a number"):
-        found.best_by("odd")
+        found.best("odd")
     with pytest.raises(fl.InputError, match="no score 'x'; it has norm, odd"):
-        found.best_by("x")
+        found.best("x")
 
 
 def test_rows_are_kept_and_taken_up_again(pool: fl.Pool, tmp_path: Path) -> None:
@@ -188,5 +188,5 @@ def test_a_file_that_is_no_sweep(pool: fl.Pool, tmp_path: Path) -> None:
 
 
 def test_tensors_of_numbers_are_values(pool: fl.Pool) -> None:
-    found = fl.sweep(lambda p: pool["a0"] * p["w"], {"w": torch.linspace(0, 1, 3).tolist()}, score=norm)
+    found = fl.sweep(lambda p: pool["a0"] * p["w"], {"w": torch.linspace(0, 1, 3)}, score=norm)
     assert [r.point["w"] for r in found.rows] == [0.0, 0.5, 1.0]

@@ -409,6 +409,30 @@ def test_saved_results_load_with_the_same_effect(tmp_path: Path) -> None:
         torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_results_do_not_depend_on_grouping_or_backend(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {f"layer.{i}": [part(10 * i + j, rank=2 + (i + j) % 3) for j in range(3)] for i in range(5)}
+    pool = [pools.make_adapter(f"a{j}", {m: p[j] for m, p in modules.items()}) for j in range(3)]
+
+    def run() -> list[Tensor]:
+        result = fl.modulate(
+            pool[0], [fl.dipm.shift(pool[1], pool[2], 0.4), fl.dipm.reverse(2)], granularity=granularity
+        )
+        return [pools.exact(result.update(m)) for m in modules]
+
+    found = run()
+    for module, x in zip(modules, found, strict=True):
+        alone = [pools.make_adapter(f"a{j}", {module: modules[module][j]}) for j in range(3)]
+        single = fl.modulate(alone[0], fl.dipm.shift(alone[1], alone[2], 0.4), granularity=granularity)
+        close(-2 * pools.exact(single.update(module)), x, 1e-12)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastlora.engine.CHUNK_BYTES", 1)
+        assert all(torch.equal(x, y) for x, y in zip(run(), found, strict=True))
+    with fl.use_backend("reference"):
+        for x, y in zip(run(), found, strict=True):
+            close(x, y)
+
+
 def test_messages(tmp_path: Path) -> None:
     own, other, ragged = adapters(part(1), part(3), part(5, rank=2))
     own.name = "own"

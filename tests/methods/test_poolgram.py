@@ -102,6 +102,16 @@ def test_methods_use_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reads
 
 
+def test_on_the_reference_backend() -> None:
+    pool = ragged_pool()
+    expected = fl.merge(pool, rank=3)
+    with fl.use_backend("reference"):
+        found = fl.PoolGram(pool).merge(rank=3)
+    for module in pool.modules:
+        x, y = found.delta(module), expected.delta(module)
+        assert float((x - y).norm()) <= 1e-6 * float(y.norm())
+
+
 def test_inner_products_and_norms_are_the_dense_ones() -> None:
     pool = ragged_pool()
     gram = fl.PoolGram(pool)
