@@ -23,6 +23,7 @@ from fastlora.progress import track
 if TYPE_CHECKING:
     from fastlora.decomposition import Decomposition
     from fastlora.methods.overlap import Overlap
+    from fastlora.methods.svd_weights import WeightedSVD
 
 SIDES: tuple[Side, Side] = ("B", "A")
 
@@ -86,7 +87,7 @@ class PoolGram:
     Costs two passes over the factors (one over the ``B``, one over the ``A``) when it is made, and about
     ``8·(Σ r_i)²`` bytes a module. After that no factor is read but to form results, one *combine* each: norms, cosines,
     decompositions at other thresholds, merges with other weights. Use its methods, or any function of fastlora inside
-    ``with gram:``. Results have the same bits as without.
+    ``with gram:``; there, results have the same bits as without.
 
         gram = fl.PoolGram(pool)
         for weight in (0.1, 0.2, 0.3):
@@ -102,6 +103,7 @@ class PoolGram:
         self.pool = pool
         self._cache = GramCache()
         self._contexts: list[AbstractContextManager[None]] = []
+        self._svd: WeightedSVD | None = None
         self._cache.hold(sources(u for a in pool.adapters for u in a.updates.values()))
         k = len(pool)
         found: dict[str, Tensor] = {}
@@ -135,11 +137,20 @@ class PoolGram:
         rank: int | None = None,
         energy: float | None = None,
     ) -> Adapter:
-        """:func:`fastlora.merge` of the pool."""
-        from fastlora.api import merge
+        """:func:`fastlora.merge` of the pool, equal to rounding. With ``method="svd"`` the second one and all after it
+        take a fraction of the time: what does not depend on the weights is kept."""
+        from fastlora.api import full_weights, merge
+        from fastlora.methods.svd_weights import WeightedSVD
 
         with self:
-            return merge(self.pool, weights, method=method, rank=rank, energy=energy)
+            if method != "svd":
+                return merge(self.pool, weights, method=method, rank=rank, energy=energy)
+            counted, notes = full_weights(self.pool, weights)
+            if self._svd is None:
+                self._svd = WeightedSVD(self.pool)
+            merged = self._svd.merge(counted, rank, energy)
+        merged.notes += notes
+        return merged
 
     def decompose(self, threshold: float = 0.85, **settings: Any) -> Decomposition:
         """:func:`fastlora.decompose` of the pool."""

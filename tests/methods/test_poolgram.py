@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pools
 import pytest
@@ -59,6 +60,49 @@ def factors_of(adapter: Adapter) -> list[Tensor]:
 def same_bits(one: Adapter, two: Adapter) -> None:
     assert one.modules == two.modules
     assert all(torch.equal(x, y) for x, y in zip(factors_of(one), factors_of(two), strict=True))
+
+
+def same_updates(one: Adapter, two: Adapter, rtol: float = 1e-7) -> None:
+    """Equal to rounding, whatever the factors."""
+    assert one.modules == two.modules
+    for module in one.modules:
+        x, y = pools.exact(one.update(module)), pools.exact(two.update(module))
+        assert one.update(module).rank == two.update(module).rank
+        assert float((x - y).norm()) <= rtol * float(y.norm()), module
+
+
+WEIGHTS = [None, {"a0": 0.3, "a1": -2.0}, {"a2": 1.0}, {"a0": 1e-9, "a1": 1e9}, {}]
+CUTS: list[dict[str, Any]] = [{}, {"rank": 2}, {"rank": 50}, {"energy": 0.6}, {"energy": 1.0}]
+
+
+@pytest.mark.parametrize("kind", pools.POOLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_merges_with_many_weights_are_those_of_merge(kind: str, dtype: torch.dtype) -> None:
+    pool = pools.make_pool(pools.cast(pools.POOLS[kind](3), dtype))
+    gram = fl.PoolGram(pool)
+    for weights in WEIGHTS:
+        for cut in CUTS:
+            found, expected = gram.merge(weights, **cut), fl.merge(pool, weights, **cut)
+            same_updates(found, expected)
+            for share in (lambda a: a.provenance["retained_energy"], lambda a: a.details["retained_energy"][MODULE]):
+                assert share(found) == pytest.approx(share(expected), abs=1e-9)
+            assert found.notes == expected.notes and found.dtype == expected.dtype and found.name == expected.name
+
+
+def test_merges_of_modules_that_some_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = ragged_pool()
+    gram = fl.PoolGram(pool)
+    with counted(monkeypatch) as reads:
+        found = [gram.merge(w, rank=3) for w in ({"a0": 1.0, "a2": -0.5}, {"a1": 2.0})]
+    assert not reads
+    for one, weights in zip(found, ({"a0": 1.0, "a2": -0.5}, {"a1": 2.0}), strict=True):
+        same_updates(one, fl.merge(pool, weights, rank=3))
+    with pytest.raises(fl.InputError, match="weights name 'x'"):
+        gram.merge({"x": 1.0})
+    with pytest.raises(fl.InputError, match="a rank or a share"):
+        gram.merge(rank=2, energy=0.5)
+    with pytest.raises(fl.InputError, match="overflows: lower the weights"):
+        gram.merge({"a0": 1e308, "a2": 1e308}, rank=2)
 
 
 USES: list[Callable[[fl.Pool], Sequence[Adapter]]] = [
@@ -138,8 +182,11 @@ def test_a_pool_of_lazy_results(monkeypatch: pytest.MonkeyPatch) -> None:
     gram = fl.PoolGram(lazy)
     with counted(monkeypatch) as reads:
         found = gram.merge(rank=2)
+        with gram:
+            inside = fl.merge(lazy, rank=2)
     assert not reads
-    same_bits(found, expected)
+    same_bits(inside, expected)
+    same_updates(found, expected)
 
 
 def test_nan_is_named_and_what_is_computed_along_is_not_kept() -> None:
