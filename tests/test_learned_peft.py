@@ -70,3 +70,29 @@ def test_equal_to_the_merged_adapter_in_peft(
         expected, found, plain = (m(input_ids=ids).logits for m in (loaded, merge, base))
     assert float((expected - plain).norm()) > 0.05 * float(plain.norm())
     assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+def test_real_adapters_with_shared_parts_of_pairs(tmp_path: Path) -> None:
+    """DeVec's setting: adapters and the shared parts of all pairs, on the architecture that they were trained on."""
+    root = Path(__file__).parents[1] / "examples" / "adapters"
+    pool = fl.Pool.load([str(root / n) for n in ("trec_r16", "trec_rslora", "spam")])
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    base = transformers.BertModel(config).eval()
+    ids = torch.randint(0, 50, (2, 7))
+    merge = fl.LearnedMerge(base, fl.decompose(pool, 0.3, mode="pairs"), per="layer")
+    assert merge.coefficients.shape == (18, 6)
+    merge.fit([{"input_ids": ids}], lambda out, _: out.last_hidden_state.square().mean(), steps=3, lr=0.05)
+    merge.adapter().save(tmp_path / "merged")
+    with torch.no_grad():
+        found = merge(input_ids=ids).last_hidden_state
+    merge.close()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = base(input_ids=ids).last_hidden_state
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "merged").eval()
+        expected = loaded(input_ids=ids).last_hidden_state
+    assert float((expected - plain).norm()) > 0.01 * float(plain.norm())
+    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())

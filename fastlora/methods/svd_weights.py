@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ class Core:
 class WeightedSVD:
     """The best approximations of ``Σ w_i ΔW_i`` at a rank or an energy, for any number of weights.
 
-    Two eigendecompositions of ``R×R`` matrices a module once (``R = Σr_i``); every merge then takes one, and no pass
-    over the factors. Results are those of ``fastlora.merge(method="svd")`` to rounding.
+    Two eigendecompositions of ``R×R`` matrices a module once (``R = Σr_i``) and ``24·R²`` bytes a module; every merge
+    then takes one, and no pass over the factors. Results are those of ``fastlora.merge(method="svd")`` to rounding.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -89,7 +89,8 @@ def _core(blocks: PairBlocks) -> Core:
     ranks = [u.rank for u in blocks.updates[0]]
     left, norms_B, inverse = _root(blocks.left, ranks)
     right, norms_A, _ = _root(blocks.right, ranks)
-    return Core(blocks, left, right, inverse, norms_B, norms_A, ranks)
+    none = blocks.left.new_empty(0)  # the blocks themselves are not needed any more
+    return Core(replace(blocks, left=none, right=none), left, right, inverse, norms_B, norms_A, ranks)
 
 
 def _root(gram: Tensor, ranks: list[int]) -> tuple[Tensor, Tensor, Tensor]:
