@@ -235,6 +235,10 @@ def merge(
         str,
         typer.Option(help="svd: best rank-r approximation of the sum; cat: the exact sum; pem: sum of the factors."),
     ] = "svd",
+    weights_by: Annotated[
+        str | None,
+        typer.Option(help="equal_energy, matched_norm or least_interference, in place of :WEIGHT.", show_default=False),
+    ] = None,
     rank: Rank = None,
     energy: Energy = None,
     drop_extras: DropExtras = False,
@@ -251,13 +255,19 @@ def merge(
         from fastlora.api import merge as run
         from fastlora.pool import Pool
 
-        pool, specs = _load_pool(adapters, weighted=True)
+        pool, specs = _load_pool(adapters, weighted=weights_by is None)
         if drop_extras:
             notices, pool = pool.notices, Pool(a.without_extras() for a in pool.adapters)
             pool.notices = notices
         weights = {s.name: 1.0 if s.weight is None else s.weight for s in specs}
+        told = []
+        if weights_by is not None:
+            from fastlora.methods.weights import weights as find_weights
+
+            weights = find_weights(pool, weights_by)
+            told = [f"weight of {name}: {weight:.6g}" for name, weight in weights.items()]
         merged = run(pool, weights, method=method, rank=rank, energy=energy)
-        _write_one(merged, target, out, dtype, as_json, quiet, [*pool.notices, *merged.notes])
+        _write_one(merged, target, out, dtype, as_json, quiet, [*pool.notices, *told, *merged.notes])
 
 
 @app.command()
@@ -423,6 +433,10 @@ def info(as_json: Json = False) -> None:
         _print_json(data)
     else:
         show_environment(data)
+
+
+# Puts its command into `app`.
+from fastlora import cli_modulate as cli_modulate  # noqa: E402
 
 
 @app.callback(invoke_without_command=True)

@@ -72,6 +72,11 @@ class Decomposition:
         """One adapter of what all share, MATH (10). ``mode="pool"`` only."""
         return self._pool_mode("shared").shared
 
+    @property
+    def components(self) -> Components:
+        """The coefficients of the parts on the loaded factors. ``mode="pool"`` only."""
+        return self._pool_mode("components")
+
     def shared_of(self, name: str) -> Adapter:
         """The shared part of one adapter, MATH (7). ``mode="pool"`` only."""
         return self._pool_mode("shared_of").shared_of(name)

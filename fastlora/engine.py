@@ -23,6 +23,7 @@ from fastlora.backends import resolve
 from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramBlock, GramJob, WriteProblem
 from fastlora.collector import paused_collector
 from fastlora.errors import InputError, NonFiniteError
+from fastlora.gramcache import run_gram
 from fastlora.memory import Room, batch_bytes, padded, release
 from fastlora.progress import track
 
@@ -112,7 +113,7 @@ def _put_gram_blocks(
             job, coefficients = _source_gram(factors, rows)
             jobs.append(job)
             pending.append((m, coefficients, job.out))
-    _run("gram_pass", jobs)
+    run_gram(jobs, functools.partial(_run, "gram_pass"))
     for m, coefficients, block in pending:
         full = block.triu() + block.triu(1).mT
         for i, j, offset in places:
@@ -349,7 +350,7 @@ def _module_batches(adapters: Sequence[Adapter]) -> list[list[str]]:
     batches: list[list[str]] = []
     room = 0
     for unit, names in units.items():
-        if room < sizes[unit]:
+        if not batches or room < sizes[unit]:
             batches.append([])
             room = batch_bytes(WRITE_BYTES)
         batches[-1] += names

@@ -12,6 +12,7 @@ from fastlora.errors import InputError, OutputError
 if TYPE_CHECKING:
     from fastlora.methods.overlap import Overlap
     from fastlora.report import ModuleRow, Report
+    from fastlora.sweeps import Sweep
 
 MODULES_SHOWN = 40
 
@@ -131,4 +132,35 @@ def plot_overlap(overlap: Overlap, path: Path) -> Path:
         axes.set_yticks(range(k), overlap.names, fontsize=8)
         axes.set_title(title, fontsize=10)
         figure.colorbar(image, ax=axes, shrink=0.8)
+    return _save(figure, path)
+
+
+def plot_sweep(sweep: Sweep, path: Path) -> Path:
+    """Scores of a sweep: curves over one variable, a map a score over two, else in the order of the rows."""
+    pyplot = _pyplot()
+    names, scores = sweep.variables, sweep.scores
+    columns = {n: [row.point.get(n) for row in sweep.rows] for n in names}
+    numeric = all(isinstance(v, int | float) for values in columns.values() for v in values)
+    if len(names) == 2 and numeric and len(sweep.rows) > 2:
+        figure, panels = pyplot.subplots(1, len(scores), figsize=(5 * len(scores), 4), squeeze=False)
+        for axes, score in zip(panels[0], scores, strict=True):
+            values = [row.scores.get(score, math.nan) for row in sweep.rows]
+            points = axes.scatter(columns[names[0]], columns[names[1]], c=values, s=180, marker="s", cmap="viridis")
+            axes.set(xlabel=names[0], ylabel=names[1])
+            axes.set_title(score, fontsize=10)
+            figure.colorbar(points, ax=axes)
+        return _save(figure, path)
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    over: list[Any] = columns[names[0]] if len(names) == 1 and numeric else list(range(len(sweep.rows)))
+    order = sorted(range(len(over)), key=lambda i: over[i])
+    for score in scores:
+        axes.plot(
+            [over[i] for i in order],
+            [sweep.rows[i].scores.get(score, math.nan) for i in order],
+            marker="o",
+            label=score,
+        )
+    axes.set_xlabel(names[0] if len(names) == 1 and numeric else f"point ({', '.join(names)})")
+    axes.set_title(sweep.of, fontsize=10)
+    axes.legend(fontsize=8)
     return _save(figure, path)

@@ -38,6 +38,13 @@ class GramJob:
     stride: int
     start: int = 0
 
+    def block(self, block: GramBlock) -> Tensor:
+        """A block as a view of ``out``."""
+        i, j, offset = block
+        r = 0 if self.rows else 1
+        shape = self.factors[i].shape[r], self.factors[j].shape[r]
+        return self.out.view(-1).as_strided(shape, (self.stride, 1), self.start + offset)
+
 
 @dataclass(slots=True, eq=False)
 class CombineOutput:

@@ -29,10 +29,8 @@ def _gram(factors: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> Ten
 def _gram_pass(jobs: Sequence[GramJob]) -> None:
     for job in jobs:
         columns = [(x.mT if job.rows else x).double() for x in job.factors]
-        flat = job.out.view(-1)
-        for i, j, offset in job.blocks:
-            size = columns[i].shape[1], columns[j].shape[1]
-            flat.as_strided(size, (job.stride, 1), job.start + offset).copy_(columns[i].mT @ columns[j])
+        for block in job.blocks:
+            job.block(block).copy_(columns[block[0]].mT @ columns[block[1]])
 
 
 def _combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:

@@ -18,10 +18,8 @@ def cut(update: Update, form: SingularForm) -> Update:
     return replace(update, B=update.B.times(form.T), A=update.A.times(form.D.mT))
 
 
-def compress(adapter: Adapter, *, rank: int | None = None, energy: float | None = None) -> Adapter:
-    """Every ``ΔW`` replaced by its best approximation of at most ``rank``, or with at least the share ``energy`` of
-    ``Σσ²``. The share that was kept is in ``details["retained_energy"]``, per module, and in total in ``provenance``.
-    """
+def check_cut(rank: int | None, energy: float | None) -> None:
+    """Raises unless there is one cut, with a meaning."""
     if rank is None and energy is None:
         raise InputError("compress: give rank=N or energy=X (the share of Σσ² to keep, above 0 and at most 1)")
     if rank is not None and energy is not None:
@@ -30,6 +28,13 @@ def compress(adapter: Adapter, *, rank: int | None = None, energy: float | None 
         raise InputError(f"compress: rank={rank} must be at least 1")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise InputError(f"compress: energy={energy} must be above 0 and at most 1")
+
+
+def compress(adapter: Adapter, *, rank: int | None = None, energy: float | None = None) -> Adapter:
+    """Every ``ΔW`` replaced by its best approximation of at most ``rank``, or with at least the share ``energy`` of
+    ``Σσ²``. The share that was kept is in ``details["retained_energy"]``, per module, and in total in ``provenance``.
+    """
+    check_cut(rank, energy)
     forms = singular_forms(adapter.name, adapter.updates, rank=rank, energy=energy)
     total = sum(f.norm**2 for f in forms.values())
     kept = sum(f.retained * f.norm**2 for f in forms.values())
@@ -51,6 +56,11 @@ def compress(adapter: Adapter, *, rank: int | None = None, energy: float | None 
     return result
 
 
+def default_rank(pool: Pool) -> int:
+    """The largest rank of the pool."""
+    return max((u.rank for a in pool.adapters for u in a.updates.values()), default=1)
+
+
 @method(
     "svd",
     summary="best rank-r approximation of Σ wᵢΔWᵢ",
@@ -61,5 +71,5 @@ def svd(pool: Pool, weights: Mapping[str, float], *, rank: int | None = None, en
     """The best approximation of ``Σ w_i ΔW_i``; without ``rank`` and ``energy``, at the largest rank of the pool."""
     total = combination([(weights[name], pool[name]) for name in pool.names], name="svd")
     if rank is None and energy is None:
-        rank = max((u.rank for a in pool.adapters for u in a.updates.values()), default=1)
+        rank = default_rank(pool)
     return compress(total, rank=rank, energy=energy)

@@ -221,13 +221,14 @@ WRITES = (*COMMON, "--out", "--dtype", "--overwrite", "--rank", "--energy")
 CHAIN = ("--threshold", "--chain", "--mode", "--target", "--order", "--side", "--rtol")
 OPTIONS = {
     "decompose": (*WRITES, *CHAIN, "--plots", "--all"),
-    "merge": (*WRITES, "--method", "--drop-extras"),
+    "merge": (*WRITES, "--method", "--weights-by", "--drop-extras"),
     "compress": WRITES,
     "inspect": (*COMMON, "--all"),
     "overlap": (*COMMON, "--plot", "--overwrite"),
     "bench": ("--list", "--markdown", "--json", "--quiet"),
     "info": ("--json",),
     "compose": (*COMMON, "--out", "--dtype", "--overwrite", "--memory", "--drop-extras"),
+    "modulate": (*WRITES, "--op", "--granularity", "--on", "--drop-extras"),
 }
 
 

@@ -1,0 +1,320 @@
+"""Sweeps: one adapter for every point of a grid of coefficients, each scored."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import numbers
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastlora.adapter import Adapter
+from fastlora.errors import InputError
+from fastlora.operators import Operators
+from fastlora.output import writing
+from fastlora.pool import Pool
+from fastlora.poolgram import PoolGram
+from fastlora.progress import track
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Point = dict[str, Any]
+Build = Callable[[Point], Operators]
+Score = Callable[[Any], float | Mapping[str, float]] | Mapping[str, Callable[[Any], float]]
+Adapters = Pool | PoolGram | Mapping[str, Adapter]
+
+FORMAT = "fastlora sweep 1"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One point of a sweep: its coefficients, its scores and the seconds that they took."""
+
+    point: Point
+    scores: dict[str, float]
+    seconds: float
+
+
+@dataclass(eq=False)
+class Sweep:
+    """The rows of a sweep, in the order of the grid. ``of``: the expression, or what was swept."""
+
+    of: str
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def variables(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row.point))
+
+    @property
+    def scores(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row.scores))
+
+    def best(self, score: str | None = None, *, maximize: bool = True) -> Row:
+        """The row with the highest (lowest) ``score``, by default the first one; the earliest of equals. NaN never
+        wins."""
+        name = self._score(score)
+        known = self._known(name)
+        if not known:
+            raise InputError(f"the sweep of {self.of} has no row with a {name!r} that is a number")
+        return (max if maximize else min)(known, key=lambda r: r.scores[name])
+
+    def _score(self, name: str | None) -> str:
+        if not self.scores:
+            raise InputError(f"the sweep of {self.of} has no rows yet")
+        if name is None:
+            return self.scores[0]
+        if name not in self.scores:
+            raise InputError(f"the sweep has no score {name!r}; it has {', '.join(self.scores)}")
+        return name
+
+    def table(self) -> Table:
+        """A :class:`rich.table.Table` of all rows; a star marks the highest value of every score."""
+        from rich.table import Table
+
+        table = Table(title=self.of, title_justify="left")
+        for name in [*self.variables, *self.scores]:
+            table.add_column(name, justify="right")
+        best = {name: self.best(name) for name in self.scores if self._known(name)}
+        for row in self.rows:
+            cells = [_cell(row.point.get(v)) for v in self.variables]
+            for name in self.scores:
+                star = " *" if best.get(name) is row else ""
+                cells.append(_cell(row.scores.get(name)) + star)
+            table.add_row(*cells)
+        return table
+
+    def _known(self, name: str) -> list[Row]:
+        return [r for r in self.rows if not math.isnan(r.scores.get(name, math.nan))]
+
+    def plot(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """A picture: curves over one variable, a map over two, else scores in the order of the rows. Needs matplotlib
+        (``pip install fastlora[plot]``)."""
+        from fastlora.plots import check_picture, plot_sweep
+
+        check_picture(Path(path), overwrite)
+        self._score(None)
+        return plot_sweep(self, Path(path))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data; scores that are no numbers are ``None``."""
+        rows = [
+            {
+                "point": row.point,
+                "scores": {n: v if math.isfinite(v) else None for n, v in row.scores.items()},
+                "seconds": round(row.seconds, 6),
+            }
+            for row in self.rows
+        ]
+        return {"format": FORMAT, "of": self.of, "rows": rows}
+
+    def save(self, path: str | Path) -> Path:
+        """Writes all rows as JSON; the file exists whole or as it was before."""
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        with writing(path):
+            try:
+                unfinished.write_text(json.dumps(self.as_dict(), allow_nan=False, indent=1) + "\n", encoding="utf-8")
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sweep:
+        """Reads what :meth:`save` wrote."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                raise ValueError(f"its format is {data['format']!r}")
+            rows = [
+                Row(r["point"], {n: math.nan if v is None else float(v) for n, v in r["scores"].items()}, r["seconds"])
+                for r in data["rows"]
+            ]
+            return cls(str(data["of"]), rows)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is no saved sweep ({error}); choose another file, or delete it") from None
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def sweep(
+    expression: str | Build,
+    grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]],
+    *,
+    score: Score,
+    adapters: Adapters | None = None,
+    save: str | Path | None = None,
+    resume: Sweep | None = None,
+) -> Sweep:
+    """Builds and scores an adapter for every point of a grid.
+
+    With ``adapters``, their Gram blocks are computed once (:class:`fastlora.PoolGram`: two passes over the factors),
+    and whatever a point merges, decomposes or compresses of them reads no factor again but to form its result.
+
+        fl.sweep("lam*a + (1 - lam)*b", {"lam": [0.1, 0.5, 0.9]}, adapters=pool, score=accuracy)
+        fl.sweep(lambda p: fl.decompose(pool, p["tau"]).shared, {"tau": [0.3, 0.6]}, adapters=pool, score=accuracy)
+
+    Args:
+        expression: an expression of :func:`fastlora.compose` in which the names of the grid stand for their values, or
+            a function ``build(point) -> Adapter``.
+        grid: ``{name: values}`` for all combinations, the last name fastest, or a list of points.
+        score: ``score(adapter)`` returns a number, or several by name; or ``{name: function}``.
+        adapters: what the expression names, as a pool or ``{name: adapter}``; a PoolGram is used as it is.
+        save: JSON file that every row is added to. A file of the same sweep is taken up again: the points it has are
+            not computed a second time. It is known by the expression, or by the name of the function alone: use another
+            file when the function, the adapters or the score have changed.
+        resume: rows of an earlier, unfinished sweep, kept in the same way.
+
+    Returns:
+        :class:`Sweep`. When a point fails or Ctrl-C is pressed, the error is passed on with the rows that are done in
+        its attribute ``sweep``; they are also in the file ``save``.
+
+    Raises:
+        InputError: an empty grid, points that name different variables, scores that are no numbers, a file that belongs
+            to another sweep.
+    """
+    points = grid_points(grid)
+    scorers = _scorers(score)
+    gram, names = _prepared(adapters)
+    if isinstance(expression, str):
+        label = expression
+        build = expression_builder(expression, list(points[0]), names)
+    else:
+        label, build = getattr(expression, "__qualname__", type(expression).__qualname__), expression
+    result = Sweep(label)
+    done = _earlier(save, resume, label)
+    try:
+        with gram or contextlib.nullcontext():
+            for point in track(points, "sweeping"):
+                row = done.get(_key(point))
+                if row is None:
+                    row = _run(build, dict(point), scorers)
+                result.rows.append(row)
+                if save is not None:
+                    result.save(save)
+    except BaseException as error:
+        error.sweep = result  # type: ignore[attr-defined]
+        error.add_note(f"{len(result.rows)} of {len(points)} points of the sweep are done: see the error's `.sweep`")
+        raise
+    return result
+
+
+def grid_points(grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Every point of a grid."""
+    if isinstance(grid, Mapping):
+        values = {name: list(v) for name, v in grid.items()}
+        points = [dict(zip(values, v, strict=True)) for v in itertools.product(*values.values())]
+    else:
+        points = [dict(p) for p in grid]
+    if not points or not points[0]:
+        raise InputError("sweep: the grid has no points; give {name: [values…]} or a list of {name: value}")
+    for point in points:
+        if point.keys() != points[0].keys():
+            raise InputError(
+                "sweep: the points of a grid name the same variables, but one has "
+                f"{', '.join(point) or 'none'} and the first {', '.join(points[0])}"
+            )
+        for name, value in point.items():
+            if hasattr(value, "item") and not getattr(value, "shape", ()):  # numbers of numpy and torch
+                point[name] = value = value.item()
+            if isinstance(value, numbers.Real) and not isinstance(value, bool):
+                point[name] = int(value) if isinstance(value, numbers.Integral) else float(value)
+    return points
+
+
+def _scorers(score: Score) -> Callable[[Operators], dict[str, float]]:
+    def run(adapter: Operators) -> dict[str, float]:
+        if isinstance(score, Mapping):
+            found: Any = {name: function(adapter) for name, function in score.items()}
+        else:
+            found = score(adapter)
+        named = dict(found) if isinstance(found, Mapping) else {"score": found}
+        try:
+            return {str(name): float(value) for name, value in named.items()}
+        except (TypeError, ValueError):
+            raise InputError(f"sweep: a score must be a number or numbers by name, not {found!r}") from None
+
+    return run
+
+
+def _prepared(adapters: Adapters | None) -> tuple[PoolGram | None, dict[str, Adapter]]:
+    """The Gram blocks of the adapters, and the adapters by name."""
+    if adapters is None:
+        return None, {}
+    if isinstance(adapters, Pool):
+        adapters = PoolGram(adapters)
+    if isinstance(adapters, PoolGram):
+        return adapters, {name: adapters.pool[name] for name in adapters.pool.names}
+    low_rank = {name: a for name, a in adapters.items() if isinstance(a, Adapter)}
+    pool = [
+        Adapter(name, a.updates, extras=a.extras, base=a.base, dtype=a.dtype, provenance=a.provenance, notes=a.notes)
+        for name, a in low_rank.items()
+    ]
+    return PoolGram(Pool(pool)) if pool else None, dict(adapters)
+
+
+def expression_builder(expression: str, variables: Sequence[str], names: Mapping[str, Adapter]) -> Build:
+    """``build(point)`` for an expression: every variable is replaced by its value, then the rest is composed."""
+    if not names:
+        raise InputError("sweep: an expression needs adapters=…, the adapters that it names")
+    for variable in variables:
+        if variable in names:
+            raise InputError(f"sweep: {variable!r} is an adapter and a variable of the grid; rename one of them")
+        if not _occurrences(variable).search(expression):
+            raise InputError(f"sweep: the grid's variable {variable!r} does not occur in {expression!r}")
+
+    def build(point: Point) -> Operators:
+        from fastlora import compose
+
+        text = expression
+        for name, value in point.items():
+            text = _occurrences(name).sub(_literal(name, value), text)
+        return compose(text, names)
+
+    return build
+
+
+def _occurrences(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![\w.]){re.escape(name)}(?!\w)")
+
+
+def _literal(name: str, value: Any) -> str:
+    """A number as an expression: without exponent, in parentheses."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"sweep: {name}={value!r}: the variables of an expression stand for finite numbers")
+    return f"({Decimal(repr(value)):f})"
+
+
+def _run(build: Build, point: Point, scorers: Callable[[Operators], dict[str, float]]) -> Row:
+    start = time.perf_counter()
+    adapter = build(point)
+    if not hasattr(adapter, "save"):
+        raise InputError(f"sweep: what was built for {point} is a {type(adapter).__name__}, not an adapter")
+    return Row(point, scorers(adapter), time.perf_counter() - start)
+
+
+def _key(point: Point) -> str:
+    return json.dumps(point, sort_keys=True, default=str)
+
+
+def _earlier(save: str | Path | None, resume: Sweep | None, label: str) -> dict[str, Row]:
+    """Rows that are there already, by point."""
+    earlier = [] if resume is None else [resume]
+    if save is not None and Path(save).exists():
+        earlier.append(Sweep.load(save))
+    for one in earlier:
+        if one.of != label:
+            raise InputError(f"sweep: the earlier rows are of {one.of!r}, not of {label!r}; choose another file")
+    return {_key(row.point): row for one in earlier for row in one.rows}
