@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextvars
+import functools
 import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -161,16 +160,14 @@ class Decomposition:
     def write(self, staging: Path, dtype: torch.dtype | str | None = None) -> None:
         """Writes into a directory that is being staged."""
         empty = []
-        # Reports need no kernels, so they are made while results are computed and written.
-        with (staging / "report.json").open("w") as file, ThreadPoolExecutor(1) as other, paused_collector():
-            reports = other.submit(contextvars.copy_context().run, self._write_reports, file)
-            with bounded(self.memory):
-                for adapters in self._parts():
-                    for place in adapters:
-                        (staging / place).mkdir(parents=True)
-                    write_adapters({staging / place: a for place, a in adapters.items()}, dtype)
-                    empty += [p for p, a in adapters.items() if not any(u.rank for u in a.updates.values())]
-            reports.result()
+        with (staging / "report.json").open("w") as file, bounded(self.memory), paused_collector():
+            for i, adapters in enumerate(self._parts()):
+                for place in adapters:
+                    (staging / place).mkdir(parents=True)
+                # Reports need no kernels, so they are made while results are written.
+                meanwhile = functools.partial(self._write_reports, file) if i == 0 else lambda: None
+                write_adapters({staging / place: a for place, a in adapters.items()}, dtype, meanwhile)
+                empty += [p for p, a in adapters.items() if not any(u.rank for u in a.updates.values())]
             file.write(f', "empty_adapters": {json.dumps(empty)}}}\n')
 
     def _write_reports(self, file: TextIO) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -287,18 +287,24 @@ def write_adapter(adapter: Adapter, directory: Path, dtype: torch.dtype | str | 
     write_adapters({directory: adapter}, dtype)
 
 
-def write_adapters(adapters: Mapping[Path, Adapter], dtype: torch.dtype | str | None = None) -> None:
+def write_adapters(
+    adapters: Mapping[Path, Adapter],
+    dtype: torch.dtype | str | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> None:
     """Writes adapters that share stored matrices, reading each of those once.
 
     Modules of rank 0 are left out; an adapter with nothing in it is written as zeros of rank 1, which PEFT can load.
     Factors are computed where they are written from, a module at a time in every thread, so memory does not grow with
-    the model; one thread prepares the next modules meanwhile.
+    the model; one thread prepares the next modules meanwhile. ``meanwhile`` is called while the last are written.
     """
     with paused_collector():
-        _write_adapters(adapters, {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()})
+        _write_adapters(adapters, {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}, meanwhile)
 
 
-def _write_adapters(adapters: Mapping[Path, Adapter], targets: Mapping[Path, torch.dtype]) -> None:
+def _write_adapters(
+    adapters: Mapping[Path, Adapter], targets: Mapping[Path, torch.dtype], meanwhile: Callable[[], object]
+) -> None:
     from fastlora.formats.peft_write import AdapterFile
 
     empty = {d: zero_factors(a, targets[d]) for d, a in adapters.items() if not any(u.rank for u in a.updates.values())}
@@ -318,10 +324,12 @@ def _write_adapters(adapters: Mapping[Path, Adapter], targets: Mapping[Path, tor
                     pending.result()
                 # The backend and the bound on memory are context variables, which new threads do not see.
                 pending = worker.submit(contextvars.copy_context().run, prepared.write)
+        meanwhile()
+        for directory, file in files.items():
+            file.finish(empty.get(directory, {}))
         if pending is not None:
             pending.result()
-    for directory, file in files.items():
-        file.put(empty.get(directory, {}))
+    for file in files.values():
         file.close()
 
 

@@ -19,7 +19,8 @@
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-constexpr int64_t kChunk = 512;  // positions along the long dimension given to one thread at a time
+constexpr int64_t kChunk = 512;     // positions along the long dimension given to one thread at a time
+constexpr int64_t kWritten = 4096;  // rows that are computed before they are written
 constexpr double kSmallest = 1e-20, kLargest = 1e20;  // coefficients that float32 sums are trusted with
 
 // What is written of an output besides its strips: nothing, one whole factor, or terms that have to be added first.
@@ -41,6 +42,7 @@ struct Work {
     T* factor_tile;  // B side [kTileB, widest factor]; A side [widest factor, kStrideA]
     T* result_tile;  // B side [kTileB, out_stride]; A side [outs + kTileSide, kStrideA]
     int64_t outs, out_stride, factor_stride;
+    bool is_covered;  // one strip reaches every column (B) or row (A) of the results that is read
     CombineTiles tiles;
     bool on_tiles;
 };
@@ -85,6 +87,12 @@ size_t lay_out(char* base, const CombineJob& job, Work<T>& w) {
         }
         // A result that is neither a product nor one whole factor starts as zeros in the result tile.
         out.in_strip |= out.rest != Rest::factor;
+    }
+    w.is_covered = w.strips.count == 1;
+    for (int64_t o = 0; o < job.task->outputs && w.is_covered; ++o) {
+        if (!w.outputs[o].in_strip || job.is_stored(o)) continue;
+        const Strip<T>& strip = w.strips.strip[0];
+        w.is_covered = strip.out <= w.outputs[o].first && w.outputs[o].first + job.width(o) <= strip.out + strip.width;
     }
     return arena.used();
 }
@@ -173,20 +181,21 @@ void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, 
     }
 }
 
-template <class T>
+// kFresh: the results are nothing but this strip.
+template <class T, bool kFresh>
 void add_strip(const CombineJob& job, const Work<T>& w, const Strip<T>& strip, int64_t first, int count) {
     const Matrix& x = job.factors[strip.factor];
     if (!job.task->rows) {
         read_block<T>(x, first, 0, count, int(x.cols), w.factor_tile, w.factor_stride);
-        product<T, false>(count, int(strip.width), int(strip.depth), w.factor_tile, 1, w.factor_stride, strip.values,
-                          strip.stride, w.result_tile + strip.out, w.out_stride);
+        product<T, kFresh>(count, int(strip.width), int(strip.depth), w.factor_tile, 1, w.factor_stride, strip.values,
+                           strip.stride, w.result_tile + strip.out, w.out_stride);
         return;
     }
     read_block<T>(x, 0, first, int(x.rows), count, w.factor_tile, kStrideA<T>);
     for (int64_t i = 0; i < x.rows && count < kTileA<T>; ++i)
         for (int p = count; p < kTileA<T>; ++p) w.factor_tile[i * kStrideA<T> + p] = T(0);
-    product<T, false>(int(strip.width), kTileA<T>, int(strip.depth), strip.values, strip.stride, 1, w.factor_tile,
-                      kStrideA<T>, w.result_tile + strip.out * kStrideA<T>, kStrideA<T>);
+    product<T, kFresh>(int(strip.width), kTileA<T>, int(strip.depth), strip.values, strip.stride, 1, w.factor_tile,
+                       kStrideA<T>, w.result_tile + strip.out * kStrideA<T>, kStrideA<T>);
 }
 
 template <class T>
@@ -196,15 +205,19 @@ void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t be
     const TileUnit unit(w.on_tiles);
     for (int64_t first = begin; first < end; first += step) {
         const int count = int(min_(step, end - first));
-        __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs * kStrideA<T> : w.out_stride * kTileB));
+        if (!w.is_covered)
+            __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs * kStrideA<T> : w.out_stride * kTileB));
         for (int64_t s = 0; s < w.strips.count; ++s) {
             if constexpr (sizeof(T) == 4)
                 if (w.on_tiles) {
                     w.tiles.add_strip(job, w.strips, s, first, count, w.result_tile,
-                                      rows ? kStrideA<float> : w.out_stride);
+                                      rows ? kStrideA<float> : w.out_stride, w.is_covered);
                     continue;
                 }
-            add_strip<T>(job, w, w.strips.strip[s], first, count);
+            if (w.is_covered)
+                add_strip<T, true>(job, w, w.strips.strip[s], first, count);
+            else
+                add_strip<T, false>(job, w, w.strips.strip[s], first, count);
         }
         write_outputs<T>(job, w, outs, first, count);
     }
@@ -265,12 +278,17 @@ int64_t length(const CombineJob& job) {
     return 0;
 }
 
-// The matrices of a task's outputs, those without an address in `memory`; its size when that is null.
-size_t place_outputs(const CombineJob& job, char* memory, Matrix* outs) {
+// The matrices of a task's outputs. Those without an address get one in `memory`, for `lines` rows (B side; A sides are
+// whole) from row `first` on; returns what that takes when `memory` is null.
+size_t place_outputs(const CombineJob& job, char* memory, int64_t first, int64_t lines, Matrix* outs) {
     Arena arena(memory);
     for (int64_t o = 0; o < job.task->outputs; ++o) {
         Matrix out = job.matrix(o);
-        if (!out.data) out.data = int64_t(arena.take<char>(size_t(out.rows) * out.stride * element_size(out)));
+        if (!out.data) {
+            const int64_t row = out.stride * element_size(out);
+            const int64_t rows = job.task->rows ? out.rows : min_(lines, out.rows);
+            out.data = int64_t(arena.take<char>(size_t(rows * row))) - (job.task->rows ? 0 : first * row);
+        }
         if (outs) outs[o] = out;
     }
     return arena.used();
@@ -281,25 +299,41 @@ void note(CombineProblem& problem, const CombineProblem& found) {
     if (problem.kind == kNoProblem) problem = found;
 }
 
-// A task whose outputs go to files, whole.
+// Rows [first, last) of an output to its file.
+CombineProblem write_rows(const CombineJob& job, int64_t o, Matrix m, int64_t first, int64_t last) {
+    const CombineOutput& output = job.outputs[o];
+    const int64_t row = m.stride * element_size(m);
+    m.data += first * row;
+    m.rows = last - first;
+    if (output.check && !finite(m)) return {kNotFinite, job.task->first_output + o, 0};
+    const char* data = reinterpret_cast<const char*>(m.data);
+    const int error = write_all(int(output.file), data, m.rows * row, output.offset + first * row);
+    return {error ? kSystemError : kNoProblem, job.task->first_output + o, error};
+}
+
+// A task whose outputs go to files. What is computed is written some rows at a time, while they are in L2.
 CombineProblem run_and_write(const CombineJob& job, int64_t index, Prepared& own, Workspace& results,
                              Workspace& places) {
-    if (!places.reserve(sizeof(Matrix) * job.task->outputs) || !results.reserve(place_outputs(job, nullptr, nullptr)))
+    const int64_t n = length(job), step = job.task->rows ? n : kWritten;
+    if (!places.reserve(sizeof(Matrix) * job.task->outputs) ||
+        !results.reserve(place_outputs(job, nullptr, 0, step, nullptr)) || (n && !own.prepare(job, index)))
         return {kNoMemory, 0, 0};
     Matrix* outs = reinterpret_cast<Matrix*>(places.data());
-    place_outputs(job, results.data(), outs);
-    if (length(job)) {
-        if (!own.prepare(job, index)) return {kNoMemory, 0, 0};
-        own.run(job, outs, 0, length(job));
+    for (int64_t first = 0; first < n; first += step) {
+        const int64_t last = min_(first + step, n);
+        place_outputs(job, results.data(), first, step, outs);
+        own.run(job, outs, first, last);
+        for (int64_t o = 0; o < job.task->outputs; ++o) {
+            if (job.outputs[o].file < 0 || job.is_stored(o)) continue;
+            const CombineProblem found = job.task->rows ? write_rows(job, o, outs[o], 0, outs[o].rows)
+                                                        : write_rows(job, o, outs[o], first, last);
+            if (found.kind != kNoProblem) return found;
+        }
     }
     for (int64_t o = 0; o < job.task->outputs; ++o) {
-        const CombineOutput& output = job.outputs[o];
-        if (output.file < 0) continue;
-        if (output.check && !finite(outs[o])) return {kNotFinite, job.task->first_output + o, 0};
-        const int64_t bytes = outs[o].rows * outs[o].stride * element_size(outs[o]);
-        if (const int error =
-                write_all(int(output.file), reinterpret_cast<const char*>(outs[o].data), bytes, output.offset))
-            return {kSystemError, job.task->first_output + o, error};
+        if (!job.is_stored(o)) continue;
+        const CombineProblem found = write_rows(job, o, job.matrix(o), 0, job.matrix(o).rows);
+        if (found.kind != kNoProblem) return found;
     }
     return {kNoProblem, 0, 0};
 }
@@ -357,7 +391,7 @@ CombineProblem combine(const CombineTables& tables, int threads) {
                 continue;
             }
             Matrix* outs = reinterpret_cast<Matrix*>(places.data());
-            place_outputs(job, nullptr, outs);
+            place_outputs(job, nullptr, 0, 0, outs);
             const int64_t begin = (chunk - starts[low]) * kChunk, end = min_(begin + kChunk, length(job));
             own.run(job, outs, begin, end);
         }

@@ -60,14 +60,14 @@ class CombineTiles {
     // Within the life of a TileUnit: results [count, stride] (B side) or [.., stride] with columns [first, first +
     // count) (A side) += strip
     void add_strip(const CombineJob& job, const Strips<float>& strips, int64_t s, int64_t first, int count,
-                   float* results, int64_t stride) const {
+                   float* results, int64_t stride, bool is_fresh) const {
         const Strip<float>& strip = strips.strip[s];
         const Own& own = own_[s];
         const Matrix& m = job.factors[strip.factor];
         if (rows_)
-            add_columns(own, m, first, count, results + strip.out * stride, stride);
+            add_columns(own, m, first, count, results + strip.out * stride, stride, is_fresh);
         else
-            add_rows(own, m, first, count, results + strip.out, stride);
+            add_rows(own, m, first, count, results + strip.out, stride, is_fresh);
     }
 
   private:
@@ -110,7 +110,8 @@ class CombineTiles {
     }
 
     // B side: 16 rows of the factor at a time with all coefficients.
-    void add_rows(const Own& own, const Matrix& m, int64_t first, int count, float* results, int64_t stride) const {
+    void add_rows(const Own& own, const Matrix& m, int64_t first, int count, float* results, int64_t stride,
+                  bool is_fresh) const {
         const uint16_t* data = reinterpret_cast<const uint16_t*>(m.data);
         for (int at = 0; at < count; at += kTileSide, results += kTileSide * stride) {
             for (int64_t c = 0; c < own.chunks; ++c) {
@@ -123,7 +124,7 @@ class CombineTiles {
             for (int64_t w = 0; w < own.widths; w += kMost)
                 with_count(min_<int64_t>(kMost, own.widths - w), [&](auto n) {
                     float* to = results + w * kTileSide;
-                    for_each<n>([&](auto i) { tile_load<i>(to + i * kTileSide, stride * 4); });
+                    start<n>(to, stride, is_fresh);
                     for (int64_t c = 0; c < own.chunks; ++c) {
                         tile_load<4>(source_ + c, 64);
                         for (int64_t part = 0; part < own.parts; ++part) {
@@ -140,7 +141,8 @@ class CombineTiles {
     }
 
     // A side: 16 rows of coefficients at a time with some columns of the factor.
-    void add_columns(const Own& own, const Matrix& m, int64_t first, int count, float* results, int64_t stride) const {
+    void add_columns(const Own& own, const Matrix& m, int64_t first, int count, float* results, int64_t stride,
+                     bool is_fresh) const {
         copy_rows(m, own.depth, first, count);
         for (int at = 0; at < count; at += kMost * kTileSide) {
             const int blocks = min_(kMost, (count - at + kTileSide - 1) / kTileSide);
@@ -148,7 +150,7 @@ class CombineTiles {
             for (int64_t w = 0; w < own.widths; ++w)
                 with_count(blocks, [&](auto n) {
                     float* to = results + w * kTileSide * stride + at;
-                    for_each<n>([&](auto i) { tile_load<i>(to + i * kTileSide, stride * 4); });
+                    start<n>(to, stride, is_fresh);
                     for (int64_t c = 0; c < own.chunks; ++c)
                         for (int64_t part = 0; part < own.parts; ++part) {
                             tile_load<4>(own.tiles + (c * own.parts + part) * own.widths + w, 64);
@@ -160,6 +162,15 @@ class CombineTiles {
                     for_each<n>([&](auto i) { tile_store<i>(to + i * kTileSide, stride * 4); });
                 });
         }
+    }
+
+    // Sums start from the results so far, or from zero.
+    template <int kCount>
+    static void start(const float* results, int64_t stride, bool is_fresh) {
+        if (is_fresh)
+            for_each<kCount>([](auto i) { tile_zero<i>(); });
+        else
+            for_each<kCount>([&](auto i) { tile_load<i>(results + i * kTileSide, stride * 4); });
     }
 
     // Calls f with a count of 1 to kMost as a constant.
@@ -221,7 +232,7 @@ class CombineTiles {
   public:
     static bool takes(const CombineJob&) { return false; }
     bool lay_out(Arena&, bool, const CombineJob&, const Strips<float>&) { return false; }
-    void add_strip(const CombineJob&, const Strips<float>&, int64_t, int64_t, int, float*, int64_t) const {}
+    void add_strip(const CombineJob&, const Strips<float>&, int64_t, int64_t, int, float*, int64_t, bool) const {}
 };
 
 #endif

@@ -245,6 +245,7 @@ class Components:
         self.results = dict(results)
         self.settings = settings
         self.label = label
+        self._pool_updates = {a.name: a.updates for a in pool.adapters}
 
     @property
     def spectrum(self) -> dict[str, Tensor]:
@@ -339,13 +340,16 @@ class Components:
         return self._assemble(like, self._basis(result), add(others), 1.0, 0.0) if others else with_rank_zero(like)
 
     def _unique_update(self, result: ModuleResult, i: int, removals: Sequence[Tensor]) -> Update:
-        update = self.pool[result.names[i]].updates[result.module]
-        projected, other, _ = self._factors(result, i)
-        parts = [projected]
-        for j, removal in enumerate(removals):
-            parts.append(self._factors(result, j)[0].times(removal))
+        update = self._pool_updates[result.names[i]][result.module]
+        left = self.settings.side == "left"
+        projected, other = (update.B, update.A) if left else (update.A, update.B)
+        terms = list(projected.terms)
+        for name, removal in zip(result.names, removals, strict=False):
+            mover = self._pool_updates[name][result.module]
+            terms += (mover.B if left else mover.A).times(removal).terms
+        unique = Factor(projected.side, projected.length, projected.rank, tuple(terms))
         floor = max(update.floor, result.rtol * result.norm(i))
-        return self._assemble(update, add(parts), other, update.scaling, floor)
+        return self._assemble(update, unique, other, update.scaling, floor)
 
 
 def decompose_pool(pool: Pool, settings: Settings) -> Components:
