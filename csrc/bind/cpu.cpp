@@ -1,6 +1,10 @@
 // CPU kernels for Python. Tables arrive as addresses of int64 rows whose columns are the fields of kernels.h.
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "bind.h"
 #include "fastlora/kernels.h"
 
@@ -16,6 +20,15 @@ T* at(uintptr_t address) {
 
 void check(int status) {
     if (status == kOutOfMemory) throw std::bad_alloc();
+}
+
+// For an output about to be written for the first time: one page fault per 4 KiB costs as much as a small solve.
+void prefer_huge_pages([[maybe_unused]] uintptr_t data, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = uintptr_t(1) << 21;
+    const uintptr_t first = (data + page - 1) / page * page, last = (data + uintptr_t(bytes)) / page * page;
+    if (first < last) madvise(at<void>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#endif
 }
 
 static_assert(sizeof(Matrix) == 5 * 8 && sizeof(GramBlock) == 4 * 8 && sizeof(GramTask) == 5 * 8);
@@ -98,6 +111,7 @@ void bind_cpu(py::module_& m) {
         [](uintptr_t a, uintptr_t values, uintptr_t vectors, uintptr_t info, int64_t batch, int n, bool is_double,
            int threads) {
             py::gil_scoped_release release;
+            prefer_huge_pages(vectors, batch * n * n * (is_double ? 8 : 4));
             check(is_double ? kernels().eigh_f64(at<const double>(a), at<double>(values), at<double>(vectors),
                                                  at<int32_t>(info), batch, n, threads)
                             : kernels().eigh_f32(at<const float>(a), at<float>(values), at<float>(vectors),
@@ -110,6 +124,9 @@ void bind_cpu(py::module_& m) {
         [](uintptr_t a, uintptr_t ut, uintptr_t s, uintptr_t vt, uintptr_t info, int64_t batch, int p, int q,
            bool is_double, int threads) {
             py::gil_scoped_release release;
+            const int64_t row = batch * (p < q ? p : q) * (is_double ? 8 : 4);
+            prefer_huge_pages(ut, row * p);
+            prefer_huge_pages(vt, row * q);
             check(is_double ? kernels().svd_f64(at<const double>(a), at<double>(ut), at<double>(s), at<double>(vt),
                                                 at<int32_t>(info), batch, p, q, threads)
                             : kernels().svd_f32(at<const float>(a), at<float>(ut), at<float>(s), at<float>(vt),

@@ -51,9 +51,7 @@ T copy_lower(const T* a, size_t a_ld, int n, T* to, size_t ld) {
             store(row + j, x);
         }
     }
-    T result = 0;
-    for (int b = 0; b < lanes; ++b) result = max_(result, largest[b]);
-    return result + sum_lanes<T>(defects);
+    return max_lane<T>(largest) + sum_lanes<T>(defects);
 }
 
 // The power of two that brings `largest` into [1/2, 1), as a product: it may overflow itself.
@@ -71,8 +69,7 @@ template <class T>
 inline bool largest_is_negative(const T* row, int n) {
     Vec<T> largest{};
     for (int i = 0; i < n; i += kLanes<T>) largest = max<T>(largest, abs<T>(load(row + i)));
-    T top = 0;
-    for (int b = 0; b < kLanes<T>; ++b) top = max_(top, largest[b]);
+    const T top = max_lane<T>(largest);
     for (int i = 0; i < n; i += kLanes<T>) {
         const Vec<T> x = load(row + i);
         if (!any_mask((Mask<T>)(abs<T>(x) == top))) continue;

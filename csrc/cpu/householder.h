@@ -174,14 +174,12 @@ void tridiagonalise(const Reduced<T>& t, int n, size_t ld, const HouseholderWork
             for (int i = 0; i <= m; i += lanes) store(row + i, load(row + i) - load(h.v + i) * wm - load(h.w + i) * vm);
         h.v[m] = h.w[m] = 0;
         t.diagonal[m] = row[m];
-        for (size_t i = m; i < ld; ++i) row[i] = 0;
-        if (m < 2) {
-            if (m == 1) t.off[0] = row[0];
-            continue;
-        }
-        for (int i = 0; i < m + 4; i += lanes) store(h.u + i, load(row + i));
+        if (m == 1) t.off[0] = row[0];
+        if (m < 2) continue;
+        for (int i = 0; i < m; i += lanes) store(h.u + i, load(row + i));
+        for (int i = m; i < m + 4 + lanes; i += lanes) store(h.u + i, Vec<T>{});
         make_reflector(h.u, m, &t.off[m - 1], &t.tau[m]);
-        for (int i = 0; i < m; i += lanes) store(row + i, load(h.u + i));
+        for (int i = 0; i < m + 4; i += lanes) store(row + i, load(h.u + i));
         const T tau = t.tau[m];
         if (tau == 0) {
             if (pending)
@@ -235,15 +233,15 @@ void apply_q(const Reduced<T>& t, int n, size_t ld, const HouseholderWork<T>& h,
         if (!any) continue;
         transpose_rows(rows, ld, count, length, h.block);
         product<T, true>(count, count, length, h.block, b, 1, h.block, b, h.gram, b);
-        // factor = -T, upper triangular: T_ii = tau_i, T_(0..i-1, i) = -tau_i T_(0..i-1, 0..i-1) Y' y_i
-        for (int i = 0; i < b * b; ++i) h.factor[i] = 0;
-        for (int i = 0; i < count; ++i) {
-            h.factor[i * b + i] = -tau[i];
-            for (int j = 0; j < i; ++j) {
-                T sum = 0;
-                for (int l = j; l < i; ++l) sum += h.factor[j * b + l] * h.gram[l * b + i];
-                h.factor[j * b + i] = -tau[i] * sum;
-            }
+        // factor = -T; T is the inverse of diag(1 / tau) + the strict upper triangle of Y'Y, row by row from the last
+        for (int i = count - 1; i >= 0; --i) {
+            Vec<T> row[b / kLanes<T>] = {};
+            for (int l = i + 1; l < count; ++l)
+                for (int v = 0; v < b / kLanes<T>; ++v)
+                    row[v] += h.gram[i * b + l] * load(h.factor + l * b + v * kLanes<T>);
+            T* to = h.factor + i * b;
+            for (int v = 0; v < b / kLanes<T>; ++v) store(to + v * kLanes<T>, row[v] * -tau[i]);
+            to[i] = -tau[i];
         }
         product<T, true>(n, count, length, x, 1, ld, h.block, b, h.projected, b);
         product<T, true>(n, count, count, h.projected, 1, b, h.factor, b, h.reflected, b);

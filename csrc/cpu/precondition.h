@@ -56,8 +56,19 @@ inline void lower_gram(PreconditionWork& w) {
                               w.by_rows + j, w.column_ld, w.gram + j * w.column_ld + j, w.column_ld);
 }
 
+// Whether A'A is diagonal to rounding. Squares that underflow count as zero: any V will do as a start.
+inline bool has_orthogonal_columns(const PreconditionWork& w) {
+    bool orthogonal = true;
+    for (int i = 1; i < w.columns && orthogonal; ++i) {
+        const double* row = w.gram + i * w.column_ld;
+        const double bound = kEpsilon<double> * kEpsilon<double> * row[i];
+        for (int j = 0; j < i; ++j) orthogonal &= row[j] * row[j] <= bound * w.gram[j * w.column_ld + j];
+    }
+    return orthogonal;
+}
+
 // a [p, q], times scale[0] * scale[1]. Row k of x [columns, rows] becomes column k of A V, row k of v
-// [columns, columns] column k of V, by descending norm.
+// [columns, columns] column k of V, by descending norm; V is the identity, reversed, where nothing is to be gained.
 template <class T>
 void precondition(const T* a, const T* scale, bool tall, PreconditionWork& w, T* x, T* v) {
     const int rows = w.rows, columns = w.columns;
@@ -76,16 +87,19 @@ void precondition(const T* a, const T* scale, bool tall, PreconditionWork& w, T*
         transpose_matrix(w.by_columns, w.row_ld, columns, rows, w.by_rows, w.column_ld);
 
     lower_gram(w);
-    int32_t info;
-    eigh_large<double>(w.gram, w.column_ld, w.values, w.vectors, &info, 1, columns, w.eigh);
-    if (info != kOk)
-        for (int k = 0; k < columns; ++k)
-            for (int c = 0; c < columns; ++c) w.vectors[size_t(k) * columns + c] = k == c;
-    product<double, true>(columns, rows, columns, w.vectors, 1, columns, w.by_columns, w.row_ld, w.product, w.row_ld);
+    int32_t info = kNotConverged;
+    if (!has_orthogonal_columns(w))
+        eigh_large<double>(w.gram, w.column_ld, w.values, w.vectors, &info, 1, columns, w.eigh);
+    const bool turned = info == kOk;
+    if (turned)
+        product<double, true>(columns, rows, columns, w.vectors, 1, columns, w.by_columns, w.row_ld, w.product,
+                              w.row_ld);
+    const double* result = turned ? w.product : w.by_columns;
     for (int k = 0; k < columns; ++k) {
         const int from = columns - 1 - k;
-        for (int i = 0; i < rows; ++i) x[size_t(k) * rows + i] = T(w.product[from * w.row_ld + i]);
-        for (int c = 0; c < columns; ++c) v[size_t(k) * columns + c] = T(w.vectors[size_t(from) * columns + c]);
+        for (int i = 0; i < rows; ++i) x[size_t(k) * rows + i] = T(result[from * w.row_ld + i]);
+        for (int c = 0; c < columns; ++c)
+            v[size_t(k) * columns + c] = turned ? T(w.vectors[size_t(from) * columns + c]) : T(c == from);
     }
 }
 

@@ -131,12 +131,17 @@ void refit_z(const SecularProblem<T>& p) {
         const T* distances = p.vectors + p.position[j] * p.ld;
         Vec<T> ratio = one;
         for (int k = 0; k < p.count; k += kLanes<T>) {
+            if (k + kLanes<T> <= j || (k > j && k + kLanes<T> <= p.count)) {
+                ratio *= load(distances + k) * reciprocal<T>(load(p.poles + k) - p.poles[j]);
+                continue;
+            }
             const Mask<T> index = lane + k, own = (Mask<T>)(index == j), inside = (Mask<T>)(index < p.count);
             const Vec<T> gap = own | ~inside ? one : load(p.poles + k) - p.poles[j];
             ratio *= inside ? load(distances + k) * reciprocal<T>(gap) : one;
         }
-        T square = 1;
-        for (int b = 0; b < kLanes<T>; ++b) square *= ratio[b];
+        T parts[kLanes<T>], square = 1;
+        store(parts, ratio);
+        for (int b = 0; b < kLanes<T>; ++b) square *= parts[b];
         p.z[j] = p.z[j] < 0 ? -sqrt_(abs_(square)) : sqrt_(abs_(square));
     }
 }

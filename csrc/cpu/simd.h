@@ -186,13 +186,6 @@ inline Mask<T> lane_numbers() {
     return m;
 }
 
-template <class T>
-inline T sum_lanes(Vec<T> x) {
-    T total = x[0];
-    for (int b = 1; b < kLanes<T>; ++b) total += x[b];
-    return total;
-}
-
 template <class M>
 inline bool any_mask(M m) {
 #if defined(__AVX512F__)
@@ -265,6 +258,19 @@ template <class T, int... I>
 inline Vec<T> zip_high(Vec<T> a, Vec<T> b, Indices<I...>) {
     constexpr int n = int(sizeof...(I));
     return __builtin_shufflevector(a, b, ((I % 2) * n + n / 2 + I / 2)...);
+}
+
+template <class T>
+inline T sum_lanes(Vec<T> x) {
+    using Lanes = typename MakeIndices<kLanes<T>>::type;
+    for (int step = 1; step < kLanes<T>; step *= 2) x = zip_low<T>(x, x, Lanes{}) + zip_high<T>(x, x, Lanes{});
+    return x[0];
+}
+template <class T>
+inline T max_lane(Vec<T> x) {
+    using Lanes = typename MakeIndices<kLanes<T>>::type;
+    for (int step = 1; step < kLanes<T>; step *= 2) x = max<T>(zip_low<T>(x, x, Lanes{}), zip_high<T>(x, x, Lanes{}));
+    return x[0];
 }
 
 // Transposes a square of kLanes x kLanes values in place: log2(lanes) perfect shuffles.
