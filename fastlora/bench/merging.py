@@ -14,7 +14,7 @@ from fastlora.bench.dense import RANK, squares
 from fastlora.bench.opponents import merge_by_dense_svd, merge_by_peft, merge_by_qr, peft_model
 from fastlora.bench.timing import Contender, thread_counts
 from fastlora.bench.workloads import Workload, make_pool
-from fastlora.engine import materialise
+from fastlora.engine import materialise_groups
 from fastlora.pool import Pool
 
 QR = "torch QR and small SVD"
@@ -42,7 +42,7 @@ def peft() -> list[Contest]:
 
 def by_fastlora(pool: Pool) -> list[tuple[Tensor, Tensor]]:
     merged = fl.merge(pool, method="svd", rank=RANK)
-    return materialise([u.baked() for u in merged.updates.values()], torch.float32)
+    return [pair for (pair,) in materialise_groups([[u.baked()] for u in merged.updates.values()], torch.float32)]
 
 
 def _prepare(workload: Workload, name: str, theirs: Merge) -> Task:
