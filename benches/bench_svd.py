@@ -1,26 +1,5 @@
-"""Batched small singular value decomposition against torch.linalg.svd on one thread."""
+"""Batched small singular value decomposition, torch.linalg beside it."""
 
-from __future__ import annotations
+from common import benchmarks
 
-from typing import Any
-
-import pytest
-import torch
-from common import require, time_it
-
-import fastlora as fl
-
-CASES = [(8, 1792), (16, 1792), (32, 448), (64, 224)]
-
-
-@pytest.mark.parametrize(
-    "who, count", [("torch", 1), ("fastlora", 1), ("fastlora", 2)], ids=["torch-1", "fastlora-1", "fastlora-2"]
-)
-@pytest.mark.parametrize("n, batch", CASES, ids=[f"n{n}" for n, _ in CASES])
-def test_svd(benchmark: Any, n: int, batch: int, who: str, count: int) -> None:
-    benchmark.group = f"svd float32 n={n} batch={batch}"
-    x = torch.randn(batch, n, n, generator=torch.Generator().manual_seed(0))
-    run = (lambda: torch.linalg.svd(x, full_matrices=False)) if who == "torch" else (lambda: fl.ops.svd(x))
-    u, s, vh = run()
-    require("svd", (u * s[..., None, :]) @ vh, x, 200 * torch.finfo(x.dtype).eps)
-    time_it(benchmark, run, threads_used=count)
+test_svd = benchmarks("svd")

@@ -16,10 +16,8 @@ import pytest
 import torch
 
 from fastlora.bench.cases import CASES
-from fastlora.bench.contest import OURS, Contest, Unavailable, best, measure, require
-from fastlora.bench.timing import thread_counts, threads
-
-__all__ = ["benchmarks", "require", "time_it"]
+from fastlora.bench.contest import OURS, Contest, Unavailable, best, measure
+from fastlora.bench.timing import thread_counts
 
 measured = functools.lru_cache(1)(measure)
 
@@ -74,9 +72,3 @@ def benchmarks(case: str) -> Callable[..., None]:
         benchmark.pedantic(clock.play, rounds=len(clock.rounds))
 
     return test
-
-
-def time_it(benchmark: Any, run: Callable[[], object], *, threads_used: int) -> None:
-    """Times one contender alone."""
-    with threads(threads_used):
-        benchmark.pedantic(run, rounds=9, warmup_rounds=2)
