@@ -63,8 +63,9 @@ def _supports(*args: object) -> str | None:
 
 def _supports_jobs(jobs: Sequence[GramJob | CombineJob]) -> str | None:
     for job in jobs:
-        if reason := _on_cpu(*job.factors):
-            return reason
+        for x in job.factors:
+            if not x.is_cpu:
+                return _on_cpu(x)
     return None
 
 
@@ -76,9 +77,15 @@ def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
     return x.data_ptr(), rows, columns, x.stride(0), DTYPES[x.dtype]
 
 
-def _readable(x: Tensor) -> Tensor:
-    """The matrix itself where its rows are contiguous, as loaded ones are; else a copy."""
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+def _factor(x: Tensor, alive: list[Tensor]) -> tuple[int, int, int, int, int]:
+    """:func:`_matrix` of what is only read: itself where its rows are contiguous, as loaded ones are, else a copy. It is
+    put into ``alive``, to be kept until the kernel is done."""
+    rows, columns = x.shape
+    stride, step = x.stride()
+    if columns > 1 and step != 1:
+        x, stride = x.contiguous(), columns
+    alive.append(x)
+    return x.data_ptr(), rows, columns, stride, DTYPES[x.dtype]
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -109,10 +116,7 @@ def _gram_pass(jobs: Sequence[GramJob]) -> None:
         for job in same:
             tasks.append((len(factors), len(job.factors), first_block, len(own), job.rows))
             first_block += len(own)
-            for x in job.factors:
-                x = _readable(x)
-                alive.append(x)
-                factors.append(_matrix(x))
+            factors += [_factor(x, alive) for x in job.factors]
             starts.append(job.out.data_ptr() + 8 * job.start)
         table = np.empty((len(same), len(own), 4), dtype=np.int64)
         table[:, :, :2] = own[:, :2]
@@ -135,10 +139,7 @@ def _combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:
     for job in jobs:
         rows = job.rows
         tasks.append((len(factors), len(job.factors), len(outputs), len(job.outputs), rows))
-        for x in job.factors:
-            x = _readable(x)
-            alive.append(x)
-            factors.append(_matrix(x))
+        factors += [_factor(x, alive) for x in job.factors]
         for output in job.outputs:
             first = len(terms)
             for factor, c, at, scale in output.terms:
