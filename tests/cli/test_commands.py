@@ -227,8 +227,8 @@ OPTIONS = {
     "overlap": (*COMMON, "--plot", "--overwrite"),
     "bench": ("--list", "--markdown", "--json", "--quiet"),
     "info": ("--json",),
-    "compose": (*COMMON, "--out", "--dtype", "--overwrite", "--memory", "--drop-extras"),
     "modulate": (*WRITES, "--op", "--granularity", "--on", "--drop-extras"),
+    "compose": (*COMMON, "--out", "--dtype", "--overwrite", "--memory", "--drop-extras"),
 }
 
 
