@@ -15,7 +15,7 @@ Written by `fastlora bench --markdown docs/benchmarks.md`; every answer was chec
 medians of seven alternated rounds; machines differ and are noisy, so the ratios are what counts. The opponent runs at
 its best thread count, which is named. The floor is what the operation must at least cost on the most threads measured:
 bytes moved over the speed of a large copy, or operations over the speed of a large matrix product, whichever is longer;
-for `eigh` and `svd` operations alone, counted as 9·n³ and 6 sweeps of 6·n³.
+for `eigh` and `svd` operations alone, counted as 14/3·n³ (divide and conquer) and 9·n³ (that, AᵀA, A·V, a check).
 """
 
 GPU = """
