@@ -1,9 +1,9 @@
 // Eigensystem of one symmetric tridiagonal matrix by divide and conquer.
 // The matrix is torn into leaves of kLeaf rows, which implicit QL solves one per lane (ql.h), those of several
-// matrices at once where one does not fill the lanes. Two solved
-// neighbours T1, T2 with coupling b are diag(T1, T2) + |b| u u', so in the basis of their vectors
-// D + rho z z' (secular.h). Entries of z that are negligible, and pairs of equal d, deflate: their vectors stay
-// as they are. The others are combined by two matrix products, since each old vector lives in one half.
+// matrices at once where one does not fill the lanes. Two solved neighbours T1, T2 with coupling b are
+// diag(T1, T2) + |b| u u', so in the basis of their vectors D + rho z z' (secular.h). Entries of z that are
+// negligible, and pairs of equal d, deflate: their vectors stay as they are. The others are combined by two matrix
+// products, since each old vector lives in one half.
 // Algorithm: Cuppen 1981, LAPACK stedc / laed2.   Floor: without deflation 4/3 n^3 flops, and 12 n^2 quotients.
 #pragma once
 #include "householder.h"

@@ -1,7 +1,7 @@
 // A start for one-sided Jacobi on large matrices: with A'A = V diag V' in float64, the columns of A V are
 // orthogonal up to the rounding of A'A, so that a sweep or two are left of six to eight. V is orthogonal to
 // working precision whatever the rounding, so the small singular values of graded columns stay accurate.
-// Method: Drmac & Veselic 2008 (who precondition by QR).   Floor: 3 p m^2 flops and an eigendecomposition, p >= m.
+// After Drmac & Veselic 2008, who start from QR.   Floor: 3 p m^2 flops and an eigendecomposition, p >= m.
 #pragma once
 #include "eigh_large.h"
 

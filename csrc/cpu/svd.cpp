@@ -5,11 +5,12 @@
 // kLanes matrices at a time, one per lane: one-sided Jacobi rotates the columns of A (of A' when p < q) until
 // they are orthogonal to working precision; their norms are s, their directions the vectors of the long side,
 // and the accumulated rotations those of the short side. Large matrices start from an eigendecomposition
-// (precondition.h). Small singular values of graded columns keep their relative accuracy. Columns that are zero, or too
-// small for their squares, get directions from Gram-Schmidt. A matrix with a NaN or an infinity becomes zero in its
-// lane and NaN in the output. Algorithm: Hestenes / LAPACK gesvj, row-cyclic, keeping the larger column first. Floor:
-// per sweep m^2/2 pairs of 8 p' + 6 m flops, p' = max(p, q); 5 to 8 sweeps, or with a start 1 to 3 and its own floor.
-// Bound by L2 from m = 64.
+// (precondition.h). Small singular values of graded columns keep their relative accuracy. Columns that are zero,
+// or too small for their squares, get directions from Gram-Schmidt.
+// A matrix with a NaN or an infinity becomes zero in its lane and NaN in the output.
+// Algorithm: Hestenes / LAPACK gesvj, row-cyclic, keeping the larger column first.
+// Floor: per sweep m^2/2 pairs of 8 p' + 6 m flops, p' = max(p, q); 5 to 8 sweeps, or 1 to 3 after a start. Bound
+// by L2 from m = 64.
 #include "interleave.h"
 #include "precondition.h"
 #include "solvers.h"
