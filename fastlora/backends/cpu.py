@@ -78,8 +78,9 @@ def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def _factor(x: Tensor, alive: list[Tensor]) -> tuple[int, int, int, int, int]:
-    """:func:`_matrix` of what is only read: itself where its rows are contiguous, as loaded ones are, else a copy. It is
-    put into ``alive``, to be kept until the kernel is done."""
+    """:func:`_matrix` of what is only read: itself where its rows are contiguous, as loaded ones are, else a copy.
+
+    It is put into ``alive``, to be kept until the kernel is done."""
     rows, columns = x.shape
     stride, step = x.stride()
     if columns > 1 and step != 1:

@@ -35,8 +35,8 @@ def identity(n: int, batch: int, dtype: torch.dtype) -> Tensor:
     return torch.eye(n, dtype=dtype).expand(batch, n, n).contiguous()
 
 
-# Operations / n³: the tridiagonal form, divide and conquer, and multiplying the vectors back; the second is left out where
-# values cluster and it may not be needed, and the identity needs none of this. SVD: that, AᵀA, A·V and a check.
+# Operations / n³: the tridiagonal form, divide and conquer, and multiplying the vectors back; the second is left out
+# where values cluster and it may not be needed, and the identity needs none of this. SVD: that, AᵀA, A·V and a check.
 SPECTRA: dict[str, tuple[Callable[[int, int, torch.dtype], Tensor], float]] = {
     "Gram": (gram, 14 / 3),
     "two clusters": (clusters, 10 / 3),
