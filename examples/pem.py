@@ -8,13 +8,11 @@ LoRA and (IA)³ adapters of all-MiniLM-L6-v2, trained on sentiment and question 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 
-import matplotlib
 import torch
-from common import Element, Recipe, Results, Texts, arguments, console, mean_and_error
+from common import Element, Recipe, Results, Texts, arguments, console
+from curves import Curve, Curves, equal_forgetting, plot_curves
 from safetensors.torch import load_file, save_file
 
 import fastlora as fl
@@ -24,7 +22,6 @@ TARGETS = {"movie": "trec", "trec": "movie"}  # what is forgotten, and what shou
 STRENGTHS = [0.25, 0.5, 1.0, 1.5, 2.0]
 LEVELS = {"movie": [0.53, 0.50], "trec": [0.45, 0.35, 0.25]}  # accuracies that forgetting is compared at
 TRANSFERS = [-0.5, 0.0, 0.25, 0.5, 1.0]
-Curve = list[tuple[float, float]]  # (target, control accuracy), by strength from 0
 
 
 class Setting:
@@ -104,15 +101,7 @@ def curve(s: Setting, adapter: Element, target: str, control: str) -> Curve:
     return found
 
 
-def control_at(found: Curve, level: float) -> float | None:
-    """Control accuracy where the target's first falls to ``level``, between strengths by straight lines."""
-    for (before, kept), (after, left) in pairwise(found):
-        if before >= level >= after and before > after:
-            return kept + (left - kept) * (before - level) / (before - after)
-    return None
-
-
-def unlearn(s: Setting, results: Results, curves: dict[str, dict[str, list[Curve]]]) -> None:
+def unlearn(s: Setting, results: Results, curves: dict[str, Curves]) -> None:
     """Negation, against the negation of a permuted adapter."""
     for target, control in TARGETS.items():
         trained = s.texts.cache / s.recipes[target].folder
@@ -131,30 +120,6 @@ def unlearn(s: Setting, results: Results, curves: dict[str, dict[str, list[Curve
                 )
 
 
-def equal_forgetting(curves: Mapping[str, Mapping[str, Sequence[Curve]]]) -> list[str]:
-    """A Markdown table: control accuracy at equal target accuracy, and on how many seeds the level was reached."""
-    lines = []
-    for target, by_name in curves.items():
-        lines += [f"### Accuracy on {TARGETS[target]} where {target} has fallen to a level", ""]
-        lines += [f"| | {' | '.join(f'{level:.2f}' for level in LEVELS[target])} |"]
-        lines += ["|---" * (len(LEVELS[target]) + 1) + "|"]
-        for name, found in by_name.items():
-            cells = []
-            for level in LEVELS[target]:
-                reached = [v for v in (control_at(c, level) for c in found) if v is not None]
-                count = f"{len(reached)} of {len(found)}"
-                if len(reached) == len(found):
-                    mean, error = mean_and_error(reached)
-                    cells.append(f"{mean:.3f} ± {error:.3f}")
-                else:
-                    cells.append(
-                        f"reached on {count} seeds" + (f": {statistics.fmean(reached):.3f}" if reached else "")
-                    )
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
-    return lines
-
-
 def transfer(s: Setting, results: Results) -> None:
     """A classifier of product reviews, moved to movie reviews by adapters that saw texts without labels."""
     table = "Domain transfer to movie reviews, without their labels"
@@ -169,36 +134,11 @@ def transfer(s: Setting, results: Results) -> None:
     results.add(table, "trained on movie labels", {s.kind: s.texts.accuracy(s.movie_a, "movie")})
 
 
-def plot(curves: Mapping[str, Mapping[str, Sequence[Curve]]], out: Path) -> None:
-    """Control against target accuracy along the strengths, with standard errors."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4), layout="constrained", squeeze=False)
-    for axis, (target, by_name) in zip(axes[0], curves.items(), strict=True):
-        for name, found in by_name.items():
-            points = list(zip(*found, strict=True))
-            x, y = ([mean_and_error([p[i] for p in point]) for point in points] for i in (0, 1))
-            style = "--" if "permuted" in name else "-"
-            axis.errorbar(
-                [v for v, _ in x],
-                [v for v, _ in y],
-                xerr=[e for _, e in x],
-                yerr=[e for _, e in y],
-                fmt=f"o{style}",
-                markersize=3,
-                label=name,
-            )
-        axis.set(xlabel=f"{target} (target): to be forgotten", ylabel=f"{TARGETS[target]} (control): to be kept")
-        axis.invert_xaxis()
-        axis.legend()
-    figure.savefig(out, dpi=120)
-
-
 def main() -> None:
     options = arguments(__doc__, "pem")
     texts = Texts(options.cache, options.test_rows)
-    results, curves = Results(), {}
+    results = Results()
+    curves: dict[str, Curves] = {}
     for kind in KINDS:
         for seed in range(options.seeds):
             console.print(f"{KINDS[kind]}, seed {seed}")
@@ -208,10 +148,14 @@ def main() -> None:
             unlearn(setting, results, curves)
             transfer(setting, results)
     results.show()
-    table = equal_forgetting(curves)
-    console.print("\n".join(table), markup=False)
-    results.save(options.out, "\n".join(table))
-    plot(curves, options.out / "negation.png")
+    lines = []
+    for target, found in curves.items():
+        lines += [f"### Accuracy on {TARGETS[target]} where {target} has fallen to a level", ""]
+        lines += [*equal_forgetting(found, LEVELS[target]), ""]
+    console.print("\n".join(lines), markup=False)
+    results.save(options.out, "\n".join(lines))
+    labels = [(f"{target}: to be forgotten", f"{TARGETS[target]}: to be kept") for target in curves]
+    plot_curves(curves, labels, options.out / "negation.png")
     console.print(f"written: {options.out}/results.json, results.md, negation.png")
 
 
