@@ -17,7 +17,7 @@ import fastlora as fl
 
 State = dict[str, Tensor]
 SIDE, PATCH, WIDTH, DEPTH, HEADS = 8, 2, 64, 3, 4
-BASE_ROWS, TUNE_ROWS, VALIDATION_ROWS = 160, 1040, 200  # the others, 397, are for tests
+BASE_ROWS, TUNE_ROWS, VALIDATION_ROWS = 160, 1137, 100  # the others, 400, are for tests
 BASE_STEPS, TUNE_STEPS, BATCH = 500, 120, 64
 BASE_RATE, TUNE_RATE = 3e-3, 1e-3
 
