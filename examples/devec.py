@@ -116,7 +116,7 @@ def spectra(pool: fl.Pool, results: Results) -> fl.Decomposition:
     parts = fl.decompose(pool, THRESHOLD, mode="pairs", rank=RANK)
     for report in parts.reports:
         values = {"shared": report.shared_directions, "by chance": report.expected_by_chance}
-        results.add(f"Directions shared by pairs, of {RANK * len(pool.modules)}", report.title, values)
+        results.add(f"Directions shared by pairs, rank {RANK} of every module", report.title, values)
     return parts
 
 

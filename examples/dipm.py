@@ -36,7 +36,7 @@ def unlearn(texts: Texts, target: fl.Adapter, control: fl.Adapter, results: Resu
         "negate = reverse": lambda strength: fl.negate(target, strength),
         **{
             f"remove, then reverse: {g}": lambda strength, g=g: fl.modulate(
-                target, fl.dipm.remove(control), fl.dipm.reverse(strength), granularity=g
+                target, [fl.dipm.remove(control), fl.dipm.reverse(strength)], granularity=g
             )
             for g in ("column", "matrix")
         },
