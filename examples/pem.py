@@ -1,0 +1,163 @@
+"""PEM's settings on a small real model: what adding, negating and transferring adapters does to accuracy.
+
+    python examples/pem.py [--out DIR] [--cache DIR] [--seeds 3] [--quick]
+
+LoRA and (IA)³ adapters of all-MiniLM-L6-v2, trained on sentiment and question types. Results: docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import torch
+from common import Element, Recipe, Results, Texts, arguments, console
+from curves import Curve, Curves, equal_forgetting, plot_curves
+from safetensors.torch import load_file, save_file
+
+import fastlora as fl
+
+KINDS = {"lora": "LoRA", "ia3": "(IA)³"}
+TARGETS = {"movie": "trec", "trec": "movie"}  # what is forgotten, and what should not be
+STRENGTHS = [0.25, 0.5, 1.0, 1.5, 2.0]
+LEVELS = {"movie": [0.53, 0.50], "trec": [0.45, 0.35, 0.25]}  # accuracies that forgetting is compared at
+TRANSFERS = [-0.5, 0.0, 0.25, 0.5, 1.0]
+
+
+class Setting:
+    """One kind of adapter, one seed."""
+
+    def __init__(self, texts: Texts, kind: str, seed: int, steps: int) -> None:
+        def trained(task: str, first: int, last: int, steps: int = steps, objective: str = "labels") -> Element:
+            return texts.adapter(Recipe(task, kind, seed, steps, first, last, objective))
+
+        self.texts, self.kind, self.seed = texts, KINDS[kind], seed
+        self.movie_a, self.movie_b = trained("movie", 0, 500), trained("movie", 500, 1000)
+        self.trec, self.amazon = trained("trec", 0, 1000), trained("amazon", 0, 500)
+        half = max(1, steps // 2)  # each step is two passes
+        self.movie_texts = trained("movie", 0, 1000, half, "texts")
+        self.amazon_texts = trained("amazon", 0, 1000, half, "texts")
+        self.recipes = {
+            "movie": Recipe("movie", kind, seed, steps, 0, 500),
+            "trec": Recipe("trec", kind, seed, steps, 0, 1000),
+        }
+
+    def semantics(self) -> list[str]:
+        """Both differ for LoRA only."""
+        return ["exact", "pem"] if self.kind == "LoRA" else ["exact"]
+
+    def scores(self, element: Element | None, *tasks: str) -> dict[str, float]:
+        return {task: self.texts.accuracy(element, task) for task in tasks}
+
+
+def generalise(s: Setting, results: Results) -> None:
+    """The mean of two adapters that saw disjoint rows of one task."""
+    table = "Distribution generalisation: movie reviews"
+    results.add(table, "base model", {s.kind: s.texts.accuracy(None, "movie")})
+    alone = [s.texts.accuracy(a, "movie") for a in (s.movie_a, s.movie_b)]
+    results.add(table, "each alone, mean of two", {s.kind: statistics.fmean(alone)})
+    for semantics in s.semantics():
+        merged = fl.add([s.movie_a, s.movie_b], [0.5, 0.5], semantics=semantics)
+        accuracy = s.texts.accuracy(merged, "movie")
+        results.add(table, f"mean of adapters, {semantics}", {s.kind: accuracy})
+        results.add(table, f"gain over each alone, {semantics}", {s.kind: accuracy - statistics.fmean(alone)})
+
+
+def multitask(s: Setting, results: Results) -> None:
+    """Two tasks in one adapter."""
+    table = f"Two tasks in one adapter: {s.kind}"
+    results.add(table, "base model", s.scores(None, "movie", "trec"))
+    results.add(table, "movie alone", s.scores(s.movie_a, "movie", "trec"))
+    results.add(table, "trec alone", s.scores(s.trec, "movie", "trec"))
+    results.add(table, "sum, exact", s.scores(fl.add([s.movie_a, s.trec]), "movie", "trec"))
+    for semantics in s.semantics():
+        merged = fl.add([s.movie_a, s.trec], [0.5, 0.5], semantics=semantics)
+        results.add(table, f"mean, {semantics}", s.scores(merged, "movie", "trec"))
+
+
+def permuted(path: Path, seed: int, out: Path) -> Element:
+    """A control of the same norms and spectra: the adapter with its input columns ((IA)³: entries) in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(path / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        if "lora_A" in name:
+            tensors[name] = tensor[:, torch.randperm(tensor.shape[1], generator=generator)].contiguous()
+        elif "ia3_l" in name:
+            order = torch.randperm(tensor.numel(), generator=generator)
+            tensors[name] = tensor.flatten()[order].reshape(tensor.shape).contiguous()
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "adapter_model.safetensors")
+    (out / "adapter_config.json").write_bytes((path / "adapter_config.json").read_bytes())
+    found = fl.load(out)
+    assert isinstance(found, Element)
+    return found
+
+
+def curve(s: Setting, adapter: Element, target: str, control: str) -> Curve:
+    found = [(s.texts.accuracy(None, target), s.texts.accuracy(None, control))]
+    for strength in STRENGTHS:
+        scores = s.scores(fl.negate(adapter, strength), target, control)
+        found.append((scores[target], scores[control]))
+    return found
+
+
+def unlearn(s: Setting, results: Results, curves: dict[str, Curves]) -> None:
+    """Negation, against the negation of a permuted adapter."""
+    for target, control in TARGETS.items():
+        trained = s.texts.cache / s.recipes[target].folder
+        adapters = {s.kind: s.texts.adapter(s.recipes[target])}
+        label = f"{s.kind}, permuted"
+        adapters[label] = permuted(trained, s.seed, s.texts.cache / "permuted" / trained.name)
+        for name, adapter in adapters.items():
+            found = curve(s, adapter, target, control)
+            curves.setdefault(target, {}).setdefault(name, []).append(found)
+            for strength, (forgotten, kept) in zip([0.0, *STRENGTHS], found, strict=True):
+                row = f"λ = {strength:g}"
+                results.add(
+                    f"Negation of {target}: {name}",
+                    row,
+                    {f"{target} (target)": forgotten, f"{control} (control)": kept},
+                )
+
+
+def transfer(s: Setting, results: Results) -> None:
+    """A classifier of product reviews, moved to movie reviews by adapters that saw texts without labels."""
+    table = "Domain transfer to movie reviews, without their labels"
+    results.add(table, "base model", {s.kind: s.texts.accuracy(None, "movie")})
+    for c1 in TRANSFERS:
+        moved = fl.analogy(s.amazon, s.movie_texts, s.amazon_texts, 1.0, c1)
+        row = "amazon classifier" if c1 == 0 else f"analogy, exact, c₁ = {c1:g}"
+        results.add(table, row + (" (the wrong way)" if c1 < 0 else ""), {s.kind: s.texts.accuracy(moved, "movie")})
+    if "pem" in s.semantics():
+        moved = fl.analogy(s.amazon, s.movie_texts, s.amazon_texts, semantics="pem")
+        results.add(table, "analogy, pem, c₀ = c₁ = ½", {s.kind: s.texts.accuracy(moved, "movie")})
+    results.add(table, "trained on movie labels", {s.kind: s.texts.accuracy(s.movie_a, "movie")})
+
+
+def main() -> None:
+    options = arguments(__doc__, "pem")
+    texts = Texts(options.cache, options.test_rows)
+    results = Results()
+    curves: dict[str, Curves] = {}
+    for kind in KINDS:
+        for seed in range(options.seeds):
+            console.print(f"{KINDS[kind]}, seed {seed}")
+            setting = Setting(texts, kind, seed, options.steps)
+            generalise(setting, results)
+            multitask(setting, results)
+            unlearn(setting, results, curves)
+            transfer(setting, results)
+    results.show()
+    lines = []
+    for target, found in curves.items():
+        lines += [f"### Accuracy on {TARGETS[target]} where {target} has fallen to a level", ""]
+        lines += [*equal_forgetting(found, LEVELS[target]), ""]
+    console.print("\n".join(lines), markup=False)
+    results.save(options.out, "\n".join(lines))
+    labels = [(f"{target}: to be forgotten", f"{TARGETS[target]}: to be kept") for target in curves]
+    plot_curves(curves, labels, options.out / "negation.png")
+    console.print(f"written: {options.out}/results.json, results.md, negation.png")
+
+
+if __name__ == "__main__":
+    main()
