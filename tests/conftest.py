@@ -12,7 +12,7 @@ import pytest
 
 # Threads that spin while they wait make small matrices ten times slower on a machine that has other work. OpenMP reads
 # this when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 

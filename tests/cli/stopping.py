@@ -71,7 +71,7 @@ def run_settings(settings: Settings) -> list[Stopped]:
 def main() -> None:
     import torch
 
-    from fastlora import cli
+    from fastlora import cli, exits
 
     settings = Settings(**json.load(sys.stdin))
     torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def main() -> None:
         cli.main()
     except SystemExit as end:
         assert not end.code
-    cli._outputs.clear()
+    exits.outputs.clear()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     found = []
