@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ DTYPE_NAMES = {
 CHUNK_BYTES = 256 * 2**20
 # Results whose computing and writing is prepared while as many are computed and written.
 WRITE_BYTES = 128 * 2**20
+PREPARED = 2  # batches of modules that are ready while one is written
 # Files that are written at once: a decomposition of many pairs has more of them than a process may hold open.
 OPEN_FILES = 128
 SIDES: tuple[Side, Side] = ("B", "A")
@@ -316,19 +318,19 @@ def _write_adapters(
         files[directory] = AdapterFile(directory, adapter, outlines, targets[directory])
     shares = [list(files.items())[i : i + OPEN_FILES] for i in range(0, len(files), OPEN_FILES)]
     with ThreadPoolExecutor(1) as worker:
-        pending: Future[None] | None = None
+        pending: deque[Future[None]] = deque()
         for modules in track(_module_batches(list(adapters.values())), "writing"):
             for share in shares:
                 prepared = _prepare(dict(share), adapters, modules, [d for d, _ in share if d not in empty])
-                if pending is not None:
-                    pending.result()
                 # The backend and the bound on memory are context variables, which new threads do not see.
-                pending = worker.submit(contextvars.copy_context().run, prepared.write)
+                pending.append(worker.submit(contextvars.copy_context().run, prepared.write))
+                if len(pending) > PREPARED:
+                    pending.popleft().result()
         meanwhile()
         for directory, file in files.items():
             file.finish(empty.get(directory, {}))
-        if pending is not None:
-            pending.result()
+        for last in pending:
+            last.result()
     for file in files.values():
         file.close()
 

@@ -114,19 +114,20 @@ class AdapterFile:
         self._file.write(contents.tensors, check=True)
 
     def finish(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Writes some last modules, what belongs to no module, and the configuration."""
+        """Writes some last modules and what belongs to no module."""
         self.put({**self._zeros, **factors})
         others = Contents(modules=self._contents.modules)
         add_values(others, self._values, self.adapter.base)
         _add_shifts(others, self._shifts, self.adapter, self._outlines, self.dtype)
         self._file.write(others.tensors)
+
+    def close(self) -> None:
+        """Checks that everything was written, then writes the configuration: without it, nothing takes this for an
+        adapter."""
+        self._file.close()
         config = json.dumps(_config(self._contents, self.adapter.base), indent=2) + "\n"
         with writing(self.directory / CONFIG_NAME):
             (self.directory / CONFIG_NAME).write_text(config, encoding="utf-8")
-
-    def close(self) -> None:
-        """Checks that everything was written."""
-        self._file.close()
 
     def _metadata(self) -> dict[str, str]:
         data = {"version": fastlora.__version__, "provenance": self.adapter.provenance}
