@@ -80,7 +80,20 @@ class Factor:
             return None
         return term.source
 
+    @property
+    def joined(self) -> tuple[Term, ...] | None:
+        """The terms if the factor is stored matrices side by side, each times its scale, else ``None``."""
+        axis = 1 if self.side == "B" else 0
+        end = 0
+        for term in self.terms:
+            if term.coefficient is not None or term.at != end:
+                return None
+            end += term.source.shape[axis]
+        return self.terms if end == self.rank else None
+
     def scaled(self, weight: float) -> Factor:
+        if weight == 1.0:
+            return self
         terms = tuple(Term(t.source, t.coefficient, t.at, t.scale * weight) for t in self.terms)
         return Factor(self.side, self.length, self.rank, terms)
 
@@ -96,13 +109,19 @@ class Factor:
 
     def times(self, small: Tensor) -> Factor:
         """``B · small`` or ``smallᵀ · A`` for a float64 ``small [rank, q]``."""
-        stored = self.stored
-        pieces = [(stored, None)] if stored is not None else self.coefficients()
+        on_b, joined, rank = self.side == "B", self.joined, small.shape[1]
         terms = []
-        for source, coefficient in pieces:
-            product = small if coefficient is None else coefficient @ small
-            terms.append(Term(source, _with_contiguous_rows(product if self.side == "B" else product.mT)))
-        return Factor(self.side, self.length, small.shape[1], tuple(terms))
+        if joined is None:
+            for source, coefficient in self.coefficients():
+                product = coefficient @ small if on_b else small.mT @ coefficient.mT
+                terms.append(Term(source, _with_contiguous_rows(product)))
+        else:
+            small = small if on_b else small.mT
+            for t in joined:
+                end = t.at + t.source.shape[1 if on_b else 0]
+                piece = small if len(joined) == 1 else small[t.at : end] if on_b else small[:, t.at : end]
+                terms.append(Term(t.source, _with_contiguous_rows(piece), 0, t.scale))
+        return Factor(self.side, self.length, rank, tuple(terms))
 
 
 def _with_contiguous_rows(small: Tensor) -> Tensor:

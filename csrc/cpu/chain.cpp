@@ -123,12 +123,10 @@ void overlap(const ChainArgs& a, const Buffers& b, int64_t group, int64_t i, int
     multiply(r, r, r, ti, r, true, scratch, r, out, out_stride);
 }
 
-// C = (U₁ᵀU₂)…(U_{k-1}ᵀU_k) in b.chain; the identity on the kept directions for k = 1.
+// C = (U₁ᵀU₂)…(U_{k-1}ᵀU_k) in b.chain.
 void multiply_chain(const ChainArgs& a, const Buffers& b, int64_t group, double* scratch) {
     const int r = int(a.r);
     double *chain = b.chain + group * r * r, *next = scratch + r * r, *product = scratch + 2 * r * r;
-    for (int i = 0; i < r * r; ++i) chain[i] = 0.0;
-    for (int64_t i = 0; i < a.kept[group * a.k]; ++i) chain[i * r + i] = 1.0;
     for (int64_t i = 0; i + 1 < a.k; ++i) {
         double* out = i == 0 ? chain : next;
         overlap(a, b, group, i, i + 1, out, r, scratch);
@@ -156,6 +154,18 @@ void set_value(const ChainArgs& a, int64_t group, int64_t j, double re, double i
     double* value = a.values + (group * a.width + j) * 2;
     value[0] = re + 0.0;
     value[1] = im + 0.0;
+}
+
+// k = 1: the whitening alone, every eigenvalue 1.
+void finish_alone(const ChainArgs& a, const Buffers& b, int64_t group) {
+    const int r = int(a.r);
+    const int64_t count = a.kept[group];
+    for (int64_t j = 0; j < r; ++j) set_value(a, group, j, j < count ? 1.0 : 0.0, 0.0);
+    a.shared[group] = count;
+    const double* t = b.root + group * r * r;
+    double* out = a.basis + group * r * a.width;
+    for (int i = 0; i < r; ++i)
+        for (int64_t j = 0; j < count; ++j) out[i * a.width + j] = t[i * r + j];
 }
 
 // Squared singular values of C; left singular vectors are the eigenvectors.
@@ -284,7 +294,8 @@ int chain(const ChainArgs& a) {
     lay_out(memory.data(), a, b);
     int status = whiten_all(a, b);
     if (status != kDone) return status;
-    const bool symmetric = a.kind == kPalindrome || (a.kind == kProduct && a.k <= 2);
+    const bool alone = a.kind != kMean && a.k == 1;
+    const bool symmetric = a.kind == kPalindrome || (a.kind == kProduct && a.k == 2);
 
     // Each thread works in its own slice of the scratch memory, taken by the slice number of a static split.
     const int slices = max_(a.threads, 1);
@@ -297,13 +308,15 @@ int chain(const ChainArgs& a) {
             clear(a, g);
             if (a.kind == kMean)
                 fill_mean(a, b, g, scratch);
-            else
+            else if (!alone)
                 multiply_chain(a, b, g, scratch);
             if (!report(a, b, g)) {
                 for (int64_t i = 0; i < a.width * a.width; ++i) b.chain[g * a.width * a.width + i] = 0.0;
                 continue;
             }
-            if (a.kind == kProduct && !symmetric) {
+            if (alone) {
+                finish_alone(a, b, g);
+            } else if (a.kind == kProduct && !symmetric) {
                 finish_product(a, b, g, scratch);
                 if (b.info_chain[g] != kOk) {
                     a.info[g] = b.info_chain[g];
@@ -311,6 +324,7 @@ int chain(const ChainArgs& a) {
                 }
             }
         }
+    if (alone) return kDone;
     if (a.kind == kMean)
         status = eigh<double>(b.chain, b.singular, b.left, b.info_chain, a.groups, int(a.width), a.threads);
     else if (symmetric)
