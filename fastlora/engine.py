@@ -164,7 +164,7 @@ def _finish_joined(
     for i, j, offset in places:
         if i != j and scales is None:
             continue
-        block = out[modules, offset : offset + r * r].unflatten(1, (r, r))
+        block = out[modules, offset : offset + r * r].reshape(-1, r, r)
         if i == j:
             block = torch.where(upper, block, block.mT)
         if scales is not None:
