@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from fastlora import backends
 from fastlora.adapter import Adapter, Factor, Side, Update, source_key
-from fastlora.backends import resolve
 from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramBlock, GramJob, WriteProblem
 from fastlora.collector import paused_collector
 from fastlora.errors import InputError, NonFiniteError
@@ -155,7 +155,7 @@ def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[t
 
 
 def _run(op: str, jobs: Sequence[GramJob] | Sequence[CombineJob]) -> WriteProblem | None:
-    problem: WriteProblem | None = resolve(op, jobs).launch(jobs) if jobs else None
+    problem: WriteProblem | None = backends.run(op, jobs) if jobs else None
     return problem
 
 
@@ -253,7 +253,7 @@ def require_finite(adapters: Iterable[Adapter]) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a matrix holds neither NaN nor Inf."""
-    return bool(resolve("finite", tensor).launch(tensor))
+    return bool(backends.run("finite", tensor))
 
 
 def not_finite(adapter: str, module: str, side: str) -> NonFiniteError:
