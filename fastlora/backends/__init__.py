@@ -24,6 +24,7 @@ RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
     "finite": STREAMING,
     "gram_pass": STREAMING,
     "combine_pass": STREAMING,
+    "coefficients": STREAMING,
     "eigh": SOLVING,
     "svd": SOLVING,
     "chain": SOLVING,
@@ -38,10 +39,15 @@ ABSENT = {
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One op on one backend. ``supports`` returns ``None`` for yes, else the reason for no."""
+    """One op on one backend. ``supports`` returns ``None`` for yes, else the reason for no.
+
+    ``plan``: takes the arguments of a call (of a chain, its results too) and returns an object whose ``run()`` starts
+    it as often as wanted, without allocating or waiting; ``None`` where the backend has no such form.
+    """
 
     launch: Callable[..., Any]
     supports: Callable[..., str | None]
+    plan: Callable[..., Any] | None = None
 
 
 def always(*_: object, **__: object) -> None:
