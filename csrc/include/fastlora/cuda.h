@@ -1,5 +1,7 @@
-// CUDA entry points: addresses in, CUDA error number out (0: success), stream last.
+// CUDA entry points: addresses on the current device in, CUDA error number out (0: success), stream last. Nothing is
+// allocated and nothing waits for the device.
 #pragma once
+#include <cstdint>
 
 namespace fastlora::cuda {
 
@@ -10,5 +12,8 @@ int device_count(int* count);
 int self_test(int* out, int count, void* stream);
 
 const char* error_message(int error);
+
+// Batched solvers of float or double matrices; info as in kernels.h, shapes in csrc/cuda/eigh.cuh. n up to 256.
+int eigh(const void* a, void* values, void* vectors, int32_t* info, int64_t batch, int n, bool is_double, void* stream);
 
 }  // namespace fastlora::cuda
