@@ -20,7 +20,9 @@ except ImportError:
 _module: Any = _core if _core is not None and _core.has_cuda else None
 _device = "cuda"
 
-LARGEST = 256  # of n in eigh, as kEighLargest in csrc/cuda/eigh.cuh
+# As in csrc/cuda/eigh.cuh and svd_block.cuh.
+LARGEST = 256  # of n in eigh, of min(p, q) in svd
+LONGEST = 4096  # of max(p, q) in svd
 
 
 def unavailable() -> str | None:
@@ -75,6 +77,30 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, vectors.mT, info
 
 
+def _supports_svd(a: Tensor) -> str | None:
+    p, q = a.shape[-2:]
+    if min(p, q) > LARGEST or max(p, q) > LONGEST:
+        return (
+            f"svd takes min(p, q) up to {LARGEST} and max(p, q) up to {LONGEST}, got {p} x {q}; use torch.linalg.svd, "
+            "or the cpu backend"
+        )
+    return _elsewhere(a)
+
+
+def _svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = _aligned(a)
+    *batch, p, q = a.shape
+    m = min(p, q)
+    ut, s, vt = (a.new_empty((*batch, *shape)) for shape in ((m, p), (m,), (m, q)))
+    info = torch.zeros(batch, dtype=torch.int32, device=a.device)
+    _launch(
+        "svd", _module.cuda_svd, a.device, a, ut, s, vt, info, batch=info.numel(), p=p, q=q,
+        is_double=a.dtype == torch.float64,
+    )  # fmt: skip
+    return ut.mT, s, vt, info
+
+
 KERNELS: Mapping[str, Kernel] = {
     "eigh": Kernel(_eigh, _supports_eigh),
+    "svd": Kernel(_svd, _supports_svd),
 }
