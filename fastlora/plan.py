@@ -227,17 +227,22 @@ class DecompositionPlan:
         for adapter in pool.adapters:
             _require_stored(adapter)
         groups = devec.group_modules(pool, pool.modules, rtol)
-        self._parts = [_Part(pool, group, own, self.settings, self.device) for group, own in groups.items()]
-        self._unique, self._shared = self._outputs()
-        self._gram = prepared("gram_pass", [job for part in self._parts for job in part.gram_jobs()])
-        self._combine = prepared("combine_pass", self._combine_jobs())
+        self.parts = [_Part(pool, group, own, self.settings, self.device) for group, own in groups.items()]
+        self.unique_parts, self.shared_parts = self._outputs()
+        self.gram = prepared("gram_pass", [job for part in self.parts for job in part.gram_jobs()])
+        self.combine = prepared("combine_pass", self._combine_jobs())
 
     def run(self) -> None:
         """Starts the whole decomposition on the current stream."""
-        self._gram.run()
-        for part in self._parts:
+        self.gram.run()
+        for part in self.parts:
             part.run()
-        self._combine.run()
+        self.combine.run()
+
+    @property
+    def block_bytes(self) -> int:
+        """Of the Gram blocks that are written."""
+        return sum(8 * len(j.blocks) * j.stride**2 for part in self.parts for j in part.gram_jobs())
 
     def capture(self) -> torch.cuda.CUDAGraph:
         """A CUDA graph of :meth:`run`; replay it after :meth:`fill` for other data."""
@@ -268,7 +273,7 @@ class DecompositionPlan:
 
     def components(self) -> Components:
         """Coefficients, spectra and norms of the last run; waits for the device."""
-        found = [r for part in self._parts for r in part.results(self.pool.names)]
+        found = [r for part in self.parts for r in part.results(self.pool.names)]
         results = {r.module: r for r in found}
         return Components(self.pool, {m: results[m] for m in self.pool.modules if m in results}, self.settings, "pool")
 
@@ -282,7 +287,7 @@ class DecompositionPlan:
         They lie in the plan's own memory: the next run overwrites them, so save or clone them before."""
         components = self.components()
         shared = components.shared
-        for module, (Z, mixed) in self._shared.items():
+        for module, (Z, mixed) in self.shared_parts.items():
             result = components.results[module]
             if result.count and shared.updates[module].rank:
                 left, right = (Z, mixed) if self._left else (mixed, Z)
@@ -291,7 +296,7 @@ class DecompositionPlan:
         found = {"shared": shared}
         for name in self.pool.names:
             unique = components.unique_of(name)
-            for module, out in self._unique[name].items():
+            for module, out in self.unique_parts[name].items():
                 update = unique.updates[module]
                 if self._left:
                     unique.updates[module] = replace(update, B=Factor.of("B", out), scaling=1.0)
@@ -310,7 +315,7 @@ class DecompositionPlan:
         """Room for the unique parts, by adapter and module, and for the shared part: one buffer an adapter."""
         unique: dict[str, dict[str, tuple[int, int]]] = {n: {} for n in self.pool.names}
         shared: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
-        for part in self._parts:
+        for part in self.parts:
             w = part.chain.basis.shape[-1]
             for module, row in zip(part.modules, part.updates, strict=True):
                 n, m = row[0].shape
@@ -328,12 +333,12 @@ class DecompositionPlan:
 
     def _combine_jobs(self) -> list[CombineJob]:
         jobs = []
-        for part in self._parts:
+        for part in self.parts:
             for g, module in enumerate(part.modules):
                 names = [self.pool.names[i] for i in part.group.members]
                 none = torch.empty(0, 0, dtype=self.dtype, device=self.device)  # of rank 0
-                unique = [self._unique[n].get(module, none) for n in names]
-                jobs += part.combine_jobs(g, unique, self._shared[module])
+                unique = [self.unique_parts[n].get(module, none) for n in names]
+                jobs += part.combine_jobs(g, unique, self.shared_parts[module])
         return jobs
 
 
