@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from fastlora import backends
+from fastlora import backends, stream
 from fastlora.adapter import Adapter, Factor, Side, Update, source_key
 from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramBlock, GramJob, WriteProblem
 from fastlora.collector import paused_collector
@@ -330,7 +330,8 @@ def _write_adapters(
         ]
         files[directory] = AdapterFile(directory, adapter, outlines, targets[directory])
     shares = [list(files.items())[i : i + OPEN_FILES] for i in range(0, len(files), OPEN_FILES)]
-    with ThreadPoolExecutor(1) as worker:
+    # Of results that go through a device, one batch is computed while another is copied.
+    with ThreadPoolExecutor(1 if stream.current() is None else 2) as worker:
         pending: deque[Future[None]] = deque()
         for modules in track(_module_batches(list(adapters.values())), "writing"):
             for share in shares:
@@ -375,7 +376,8 @@ def _module_batches(adapters: Sequence[Adapter]) -> list[list[str]]:
     for unit, names in units.items():
         if not batches or room < sizes[unit]:
             batches.append([])
-            room = batch_bytes(WRITE_BYTES)
+            through = stream.current()
+            room = batch_bytes(WRITE_BYTES if through is None else min(WRITE_BYTES, through.group))
         batches[-1] += names
         room -= sizes[unit]
     return batches
@@ -397,7 +399,7 @@ class _Prepared:
             for job, places in zip(self.jobs, self.places, strict=True):
                 for output, (directory, _) in zip(job.outputs, places, strict=True):
                     output.file = descriptors[directory]
-            problem = run_pass("combine_pass", self.jobs)
+            problem = stream.combine(self.jobs) if stream.current() else run_pass("combine_pass", self.jobs)
         if problem is not None:
             directory, name = self.places[problem.job][problem.output]
             raise self.files[directory].error(name, problem.errno)
