@@ -98,7 +98,7 @@ def _one_chunk(
     right = gram_blocks([[u.A] for u in updates], r, [(0, 0)])
     check_diagonal([name], modules, left, "B")
     check_diagonal([name], modules, right, "A")
-    floor = torch.tensor([[unscaled_floor(u)] for u in updates], dtype=torch.float64)
+    floor = torch.tensor([[unscaled_floor(u)] for u in updates], dtype=torch.float64).to(left.device)
     chain = ops.chain(
         left,
         right[:, 0],
@@ -113,17 +113,17 @@ def _one_chunk(
     T = chain.basis[:, 0, :, :most].contiguous()  # [g, r, most]
     D = T.mT @ left[:, 0, 0]  # [g, most, r]
     scalings = torch.tensor([abs(u.scaling) for u in updates], dtype=torch.float64)
-    sigma = chain.sigma[:, 0] * scalings[:, None]
+    kept, sigma = chain.kept.cpu(), chain.sigma[:, 0].cpu() * scalings[:, None]
     energies = torch.nn.functional.pad(sigma.square().cumsum(1), (1, 0))  # [g, r + 1]
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
-    counts = chain.kept[:, 0].tolist()
+    counts = kept[:, 0].tolist()
     totals = energies[:, -1].tolist()
-    kept_energies = energies.gather(1, chain.kept).flatten().tolist()
+    kept_energies = energies.gather(1, kept).flatten().tolist()
     return {
         module: SingularForm(
-            sigma[i], T[i, :, :kept], D[i, :kept], kept, math.sqrt(total), part / total if total > 0 else 1.0
+            sigma[i], T[i, :, :count], D[i, :count], count, math.sqrt(total), part / total if total > 0 else 1.0
         )
-        for i, (module, kept, total, part) in enumerate(zip(modules, counts, totals, kept_energies, strict=True))
+        for i, (module, count, total, part) in enumerate(zip(modules, counts, totals, kept_energies, strict=True))
     }
 
 
