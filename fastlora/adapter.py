@@ -77,9 +77,9 @@ class Factor:
         if len(self.terms) != 1:
             return None
         term = self.terms[0]
-        if term.coefficient is not None or term.scale != 1.0 or term.width(self.side) != self.rank:
+        if term.coefficient is not None or term.scale != 1.0:
             return None
-        return term.source
+        return term.source if term.source.shape[1 if self.side == "B" else 0] == self.rank else None
 
     @property
     def joined(self) -> tuple[Term, ...] | None:

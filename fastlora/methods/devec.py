@@ -96,8 +96,14 @@ class Coefficients:
     def removals(self, rows: Sequence[int], i: int, ranks: Sequence[int]) -> list[list[Tensor]]:
         """``-basis_j H_i [r_j, r_i]`` for some rows and every mover ``j``: what the unique part of ``i`` adds on
         ``X_j``."""
-        products = -(self.basis[rows] @ self.H[rows, i, None])
-        return [[c[: ranks[j], : ranks[i]] for j, c in enumerate(own.unbind())] for own in products.unbind()]
+        all_rows = list(rows) == list(range(len(self.H)))
+        basis, H = (self.basis, self.H[:, i]) if all_rows else (self.basis[rows], self.H[rows, i])
+        products = -(basis @ H[:, None])
+        full = all(rank == H.shape[-1] for rank in ranks)
+        return [
+            list(own.unbind()) if full else [c[: ranks[j], : ranks[i]] for j, c in enumerate(own.unbind())]
+            for own in products.unbind()
+        ]
 
     def weighted(self, rows: Sequence[int], members: Sequence[int], weights: Sequence[Sequence[float]]) -> list[Tensor]:
         """``w_i H_i [members, c, r]`` for some rows, with weights ``[rows][members]``."""
