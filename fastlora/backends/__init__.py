@@ -17,7 +17,6 @@ ORDER = ("cuda", "triton", "cpu", "reference")  # fastest first
 # Backends whose kernels are not part of this version, with the reason that users see.
 ABSENT = {
     "cuda": "this version has no CUDA kernels yet; use the cpu backend",
-    "triton": "this version has no Triton kernels yet; use the cpu backend",
 }
 
 
