@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import Kernel
+from fastlora.ops.chain import CHAINS, width
 
 try:
     from fastlora import _core
@@ -21,6 +22,9 @@ _module: Any = _core if _core is not None and _core.has_cuda else None
 _device = "cuda"
 
 LARGEST = 256  # of n in eigh, as kEighLargest in csrc/cuda/eigh.cuh
+
+
+LARGEST_RANK, LARGEST_MEAN = 256, 512  # r, and k·r for the mean, in chain, as in csrc/cuda/chain_layout.h
 
 
 def unavailable() -> str | None:
@@ -48,12 +52,17 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _launch(op: str, function: Callable[..., int], device: torch.device, *tensors: Tensor, **sizes: Any) -> None:
     """Calls a kernel of the module on the current stream of the device; it does not wait for the kernel."""
-    guard: Any = contextlib.nullcontext()
-    stream = 0
-    if device.type == "cuda":
-        guard, stream = torch.cuda.device(device), torch.cuda.current_stream(device).cuda_stream
-    with guard:
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    with _on(device):
         error = function(*(t.data_ptr() for t in tensors), **sizes, stream=stream)
+    _raise_for(op, error)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _raise_for(op: str, error: int) -> None:
     if error:
         raise RuntimeError(f"fastlora.{op}: CUDA error {error}: {_module.cuda_error_message(error)}")
 
@@ -75,6 +84,65 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, vectors.mT, info
 
 
+def _supports_chain(
+    left: Tensor,
+    right: Tensor,
+    floor: Tensor | None,
+    threshold: float,
+    kind: str,
+    rtol: float,
+    rank: int,
+    energy: float,
+) -> str | None:
+    k, r = left.shape[-4], left.shape[-1]
+    if r > LARGEST_RANK:
+        return f"chain takes ranks up to {LARGEST_RANK}, got r = {r}; compress the adapters, or use the cpu backend"
+    if kind == "mean" and k * r > LARGEST_MEAN:
+        return (
+            f"the mean chain takes k·r up to {LARGEST_MEAN}, got {k}·{r} = {k * r}; use the product or palindrome "
+            "chain, or the cpu backend"
+        )
+    for tensor in (left, right, floor):
+        if tensor is not None and (reason := _elsewhere(tensor)):
+            return reason
+        if tensor is not None and tensor.device != left.device:
+            return f"tensors are on {left.device} and {tensor.device}; move them to one device"
+    return None
+
+
+def _chain(
+    left: Tensor,
+    right: Tensor,
+    floor: Tensor | None,
+    threshold: float,
+    kind: str,
+    rtol: float,
+    rank: int,
+    energy: float,
+) -> tuple[Tensor, ...]:
+    *batch, k, _, r, _ = left.shape
+    w = width(kind, k, r)
+    left, right = _aligned(left), _aligned(right)
+    floor = left.new_zeros((*batch, k)) if floor is None else _aligned(floor)
+    # The kernel writes every element, unless there is nothing to launch.
+    new = left.new_empty if left.numel() else left.new_zeros
+    basis, sigma = new((*batch, k, r, w)), new((*batch, k, r))
+    values = new((*batch, w), dtype=torch.complex128)
+    shared, kept = new(batch, dtype=torch.int64), new((*batch, k), dtype=torch.int64)
+    info = new(batch, dtype=torch.int32)
+    sizes = {"groups": info.numel(), "k": k, "r": r, "width": w, "kind": CHAINS.index(kind)}
+    with _on(left.device):
+        error, size = _module.cuda_chain_workspace(**sizes)
+    _raise_for("chain", error)
+    workspace = left.new_empty(size // left.element_size())
+    _launch(
+        "chain", _module.cuda_chain, left.device, left, right, floor, basis, values, shared, kept, sigma, info,
+        **sizes, threshold=threshold, rtol=rtol, rank=rank, energy=energy, workspace=workspace.data_ptr(),
+    )  # fmt: skip
+    return basis, values, shared, kept, sigma, info
+
+
 KERNELS: Mapping[str, Kernel] = {
+    "chain": Kernel(_chain, _supports_chain),
     "eigh": Kernel(_eigh, _supports_eigh),
 }

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "fastlora/kernels.h"
+
 namespace fastlora::cuda {
 
 // Number of devices in *count; a machine without a driver gives an error, not a crash.
@@ -15,5 +17,10 @@ const char* error_message(int error);
 
 // Batched solvers of float or double matrices; info as in kernels.h, shapes in csrc/cuda/eigh.cuh. n up to 256.
 int eigh(const void* a, void* values, void* vectors, int32_t* info, int64_t batch, int n, bool is_double, void* stream);
+
+// Arguments as on the CPU, with addresses on the device; `threads` is not read. Every output is written. r up to 256, and
+// k·r up to 512 for the mean. `workspace`: chain_workspace bytes on the device, on this device none for most shapes.
+int chain(const ChainArgs& args, void* workspace, void* stream);
+int chain_workspace(const ChainArgs& args, int64_t* bytes);
 
 }  // namespace fastlora::cuda
