@@ -47,7 +47,7 @@ struct Module {
     __device__ Ints solver_order() const { return integers + (3 * l.k + 2 * l.r * l.crews); }
 
     __device__ bool mean() const { return a.kind == kMean; }
-    __device__ bool symmetric() const { return a.kind == kPalindrome || (a.kind == kProduct && l.k <= 2); }
+    __device__ bool symmetric() const { return a.kind != kProduct || l.k <= 2; }
     // Who whitens, and who solves for the order of the chain's matrix.
     __device__ Crew whitener() const { return l.r > kWarpRank ? whole_block() : own_warp(); }
     __device__ Crew solving() const { return l.order > kWarpRank ? whole_block() : own_warp(); }
@@ -108,14 +108,14 @@ __device__ __forceinline__ void rank_columns(Crew crew, Doubles squares, int n, 
     crew.sync();
 }
 
-// How many of the descending singular values sigma · 2^exponent stay: noise floor, then rank, then share of the energy.
-__device__ __forceinline__ int directions_kept(const ChainArgs& a, Doubles sigma, int exponent, double floor) {
-    const double largest = sigma[0], least = fmax(a.rtol * scaled_by_power(largest, exponent), floor);
+// How many of the descending singular values sigma · scale stay: noise floor, then rank, then share of the energy.
+__device__ __forceinline__ int directions_kept(const ChainArgs& a, Doubles sigma, PowerOfTwo scale, double floor) {
+    const double least = fmax(a.rtol * (scale * sigma[0]), floor);
     int count = 0;
     double total = 0.0;
     while (count < a.r) {
         const double s = sigma[count];
-        if (!(scaled_by_power(s, exponent) > least && s > 0.0)) break;
+        if (!(scale * s > least && s > 0.0)) break;
         total += s * s;
         ++count;
     }
@@ -133,8 +133,8 @@ __device__ __forceinline__ int directions_kept(const ChainArgs& a, Doubles sigma
     return count;
 }
 
-__device__ __forceinline__ void load_columns(Crew crew, const double* block, int r, int power, Doubles to, int ld) {
-    for (int e = crew.rank; e < r * r; e += crew.size) to[e / r * ld + e % r] = scaled_by_power(block[e], power);
+__device__ __forceinline__ void load_columns(Crew crew, const double* block, int r, PowerOfTwo scale, Doubles to, int ld) {
+    for (int e = crew.rank; e < r * r; e += crew.size) to[e / r * ld + e % r] = scale * block[e];
 }
 
 // T of adapter i in slot `slot`, by columns; those behind the kept ones are zero. False if not converged.
@@ -143,8 +143,8 @@ __device__ __forceinline__ bool whiten(const Module& m, Crew crew, int own, int 
     const int left_power = m.exponents()[i], right_power = m.exponents()[m.l.k + i];
     const Doubles root = m.root(own), x = m.columns(own), t = m.whitened(slot), vector = m.vectors(own);
     const Ints order = m.order(own);
-    load_columns(crew, m.right(i), r, -2 * right_power, root, ld);
-    load_columns(crew, m.left(i, i), r, -2 * left_power, t, ld);
+    load_columns(crew, m.right(i), r, PowerOfTwo(-2 * right_power), root, ld);
+    load_columns(crew, m.left(i, i), r, PowerOfTwo(-2 * left_power), t, ld);
     crew.sync();
     pivoted_cholesky(crew, 2, r, ld, root, t, vector, order);
     multiply(crew, r, r, r, by_rows(root, ld), by_columns(t, ld), [=](int p, int j, double y) { x[j * ld + p] = y; });
@@ -154,9 +154,9 @@ __device__ __forceinline__ bool whiten(const Module& m, Crew crew, int own, int 
     rank_columns(crew, vector, r, order, sigma);
 
     const int64_t adapter = m.group * m.l.k + i;
-    const int exponent = left_power + right_power;
-    const int kept = directions_kept(m.a, sigma, exponent, m.a.floor[adapter]);
-    for (int j = crew.rank; j < r; j += crew.size) m.a.sigma[adapter * r + j] = scaled_by_power(sigma[j], exponent);
+    const PowerOfTwo scale(left_power + right_power), back(-left_power);
+    const int kept = directions_kept(m.a, sigma, scale, m.a.floor[adapter]);
+    for (int j = crew.rank; j < r; j += crew.size) m.a.sigma[adapter * r + j] = scale * sigma[j];
     if (crew.rank == 0) {
         m.kept()[i] = kept;
         m.a.kept[adapter] = kept;
@@ -164,7 +164,7 @@ __device__ __forceinline__ bool whiten(const Module& m, Crew crew, int own, int 
     const auto directions = [=](int p, int j) -> double { return x[order[j] * ld + p]; };
     multiply(crew, r, kept, r, by_columns(root, ld), directions, [=](int p, int j, double y) {
         const double s = sigma[j];
-        t[j * ld + p] = scaled_by_power(y / (s * s), -left_power);
+        t[j * ld + p] = back * (y / (s * s));
     });
     for (int e = kept * r + crew.rank; e < r * r; e += crew.size) t[e / r * ld + e % r] = 0.0;
     return converged;
@@ -268,26 +268,37 @@ struct Outcome {
     int info, count;
 };
 
-// Squared singular values of C; its left singular vectors are the eigenvectors.
+// C, or F of the mean's M = F Fᵀ: its squared singular values are the eigenvalues, its left vectors the eigenvectors.
 __device__ __forceinline__ Outcome solve_symmetric(const Module& m, Crew crew) {
-    const int r = m.l.r, ld = m.l.ld, first_kept = m.kept()[0];
-    const Doubles chain = m.chain(), squares = m.solver(0), sigma = m.solver(1);
-    const double largest = largest_entry(crew, chain, r, r, ld, squares);
+    const int n = m.l.order, ld = m.l.order_ld;
+    const Doubles matrix = m.chain(), squares = m.solver(0), sigma = m.solver(1);
+    const double largest = largest_entry(crew, matrix, n, n, ld, squares);
     if (isinf(largest)) return {kNonFinite, 0};
     int power = 0;
-    if (largest > 0) frexp(largest, &power);
-    for (int e = crew.rank; e < r * ld; e += crew.size)
-        if (e % ld < r) chain[e] = scaled_by_power(chain[e], -power);
-    crew.sync();
-    const bool converged = orthogonalise(crew, chain, r, r, ld, squares);
-    rank_columns(crew, squares, r, m.solver_order(), sigma);
-    int count = 0;
-    for (int j = 0; j < first_kept; ++j) {
-        const double s = scaled_by_power(sigma[j], power);
-        if (s * s > m.a.threshold) count = j + 1;
-        if (converged && j % crew.size == crew.rank) set_value(m, j, s * s, 0.0);
+    if (m.mean()) {
+        pivoted_cholesky(crew, 1, n, ld, matrix, matrix, squares, m.solver_order());
+    } else {
+        if (largest > 0) frexp(largest, &power);
+        const PowerOfTwo scale(-power);
+        for (int e = crew.rank; e < n * n; e += crew.size) {
+            const int at = e / n * ld + e % n;
+            matrix[at] = scale * matrix[at];
+        }
+        crew.sync();
     }
-    return {converged ? kOk : kNotConverged, converged ? count : 0};
+    const bool converged = orthogonalise(crew, matrix, n, n, ld, squares);
+    rank_columns(crew, squares, n, m.solver_order(), sigma);
+    if (!converged) return {kNotConverged, 0};
+    int count = 0;
+    const int values = m.mean() ? n : int(m.kept()[0]);
+    const PowerOfTwo back(power);
+    const double least = m.mean() ? fmax(m.a.threshold, kLeastMean) : m.a.threshold;
+    for (int j = 0; j < values; ++j) {
+        const double s = back * sigma[j];
+        if (s * s > least) count = j + 1;
+        if (j % crew.size == crew.rank) set_value(m, j, s * s, 0.0);
+    }
+    return {kOk, count};
 }
 
 // M = C · (U_kᵀU₁) in the first crew's whitened matrix, which T_1 has left.
@@ -311,18 +322,19 @@ __device__ __forceinline__ Outcome solve_product(const Module& m, Crew crew) {
     if (isinf(largest)) return {kNonFinite, 0};
     int power = 0;
     if (largest > 0) frexp(largest, &power);
+    const PowerOfTwo scale(-power), back(power);
     const Schur s{crew, m.columns(0), m.root(0), n, n | 1};
     for (int e = crew.rank; e < n * n; e += crew.size) {
         const int i = e / n, j = e % n;
-        s.set(i, j, scaled_by_power(product[j * ld + i], -power));
+        s.set(i, j, scale * product[j * ld + i]);
     }
     crew.sync();
     int count = 0;
-    const bool converged = ordered_schur(s, scaled_by_power(m.a.threshold, -power),
+    const bool converged = ordered_schur(s, scale * m.a.threshold,
                                          {re, im, m.solver(2), m.solver(3)}, &count);
     if (!converged) return {kNotConverged, 0};
     for (int j = crew.rank; j < n; j += crew.size)
-        set_value(m, descending_rank(re, n, j), scaled_by_power(re[j], power), scaled_by_power(im[j], power));
+        set_value(m, descending_rank(re, n, j), back * re[j], back * im[j]);
     return {kOk, count};
 }
 
@@ -353,53 +365,29 @@ __device__ __forceinline__ void fill_mean(const Module& m) {
     __syncthreads();
 }
 
-// Eigenvectors and eigenvalues of M = F Fᵀ are the left singular vectors and squared singular values of F.
-__device__ __forceinline__ Outcome solve_mean(const Module& m, Crew crew) {
-    const int n = m.l.order, ld = m.l.order_ld;
-    const Doubles matrix = m.chain(), squares = m.solver(0), sigma = m.solver(1);
-    if (isinf(largest_entry(crew, matrix, n, n, ld, squares))) return {kNonFinite, 0};
-    pivoted_cholesky(crew, 1, n, ld, matrix, matrix, squares, m.solver_order());
-    const bool converged = orthogonalise(crew, matrix, n, n, ld, squares);
-    rank_columns(crew, squares, n, m.solver_order(), sigma);
-    if (!converged) return {kNotConverged, 0};
-    int count = 0;
-    const double least = fmax(m.a.threshold, kLeastMean);
-    for (int j = 0; j < n; ++j) {
-        const double s = sigma[j];
-        if (s * s > least) count = j + 1;
-        if (j % crew.size == crew.rank) set_value(m, j, s * s, 0.0);
-    }
-    return {kOk, count};
-}
-
 // basis_i = T_i Y_i: Z = Σ B_i basis_i for the first `count` directions.
 __device__ __forceinline__ void write_basis(const Module& m, int count) {
     const Crew block = whole_block();
     const int r = m.l.r, ld = m.l.ld, width = m.l.width;
     const Doubles sigma = m.solver(1);
     const Ints order = m.solver_order();
-    if (m.mean()) {
+    if (m.symmetric()) {
         const Doubles matrix = m.chain();
         const int order_ld = m.l.order_ld;
         const double root = sqrt(double(m.l.k));
-        for (int i = 0; i < m.l.k; ++i) {
+        const bool mean = m.mean();
+        for (int i = 0; i < (mean ? m.l.k : 1); ++i) {
             double* out = m.basis(i);
             const auto vectors = [=](int p, int j) -> double { return matrix[order[j] * order_ld + i * r + p]; };
-            multiply(block, r, count, r, by_columns(m.whitened(i), ld), vectors, [=](int p, int j, double y) {
-                const double s = sigma[j];
-                out[p * width + j] = y / (s * s * root);  // y = s · vector, √(kλ) = √k · s
-            });
+            multiply(block, r, count, r, by_columns(mean ? m.whitened(i) : m.first(), ld), vectors,
+                     [=](int p, int j, double y) {
+                         const double s = sigma[j];  // columns are s · vector
+                         out[p * width + j] = mean ? y / (s * s * root) : y / s;  // √(kλ) = √k · s
+                     });
         }
         return;
     }
     double* out = m.basis(0);
-    if (m.symmetric()) {
-        const Doubles chain = m.chain();
-        const auto vectors = [=](int p, int j) -> double { return chain[order[j] * ld + p]; };
-        multiply(block, r, count, r, by_columns(m.first(), ld), vectors,
-                 [=](int p, int j, double y) { out[p * width + j] = y / sigma[j]; });
-        return;
-    }
     const int n = m.kept()[0];
     multiply(block, r, count, n, by_columns(m.first(), ld), by_columns(m.root(0), n | 1),
              [=](int p, int j, double y) { out[p * width + j] = y; });
@@ -409,13 +397,12 @@ __device__ __forceinline__ void chain_module(const Module& m) {
     if (!survey(m)) return refuse(m);
     const bool whitened = whiten_all(m);
     if (m.mean()) fill_mean(m);
-    if (!m.mean() && !m.symmetric()) close_chain(m);
+    if (!m.symmetric()) close_chain(m);
     // The solver's crew leaves its outcome where the exponents were.
     const Ints outcome = m.exponents();
     if (m.solves()) {
         const Crew crew = m.solving();
         const Outcome found = !whitened       ? Outcome{kNotConverged, 0}
-                              : m.mean()      ? solve_mean(m, crew)
                               : m.symmetric() ? solve_symmetric(m, crew)
                                               : solve_product(m, crew);
         if (crew.rank == 0) {
@@ -431,14 +418,18 @@ __device__ __forceinline__ void chain_module(const Module& m) {
 
 // kOnChip: the block's memory is shared memory; else a slice of `workspace`.
 template <bool kOnChip>
-__global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(ChainArgs a, ChainLayout l, double* workspace) {
+__global__ void __launch_bounds__(kChainThreads, kOnChip ? 2 : 1) chain_kernel(ChainArgs a, ChainLayout l, double* workspace) {
     double* slice = workspace + int64_t(blockIdx.x) * l.total;
     const Doubles memory = kOnChip ? dynamic_shared<double>() : Doubles(slice);
     const Ints integers =
         (kOnChip ? dynamic_shared<int>() : Ints(reinterpret_cast<int*>(slice))) + 2 * l.integers;
-    for (int64_t group = blockIdx.x; group < a.groups; group += gridDim.x) {
-        chain_module({a, l, memory, integers, group});
-        __syncthreads();
+    if constexpr (kOnChip) {
+        chain_module({a, l, memory, integers, int64_t(blockIdx.x)});
+    } else {
+        for (int64_t group = blockIdx.x; group < a.groups; group += gridDim.x) {
+            chain_module({a, l, memory, integers, group});
+            __syncthreads();
+        }
     }
 }
 

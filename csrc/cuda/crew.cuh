@@ -53,6 +53,7 @@ __device__ __forceinline__ void multiply(Crew crew, int m, int n, int k, A a, B 
         const bool two_rows = i0 + tile_rows < m, two_columns = j0 + 1 < n;
         const int i1 = two_rows ? i0 + tile_rows : i0, j1 = two_columns ? j0 + 1 : j0;
         double c00 = 0, c01 = 0, c10 = 0, c11 = 0;
+#pragma unroll 2
         for (int p = 0; p < k; ++p) {
             const double a0 = a(i0, p), a1 = a(i1, p), b0 = b(p, j0), b1 = b(p, j1);
             c00 += a0 * b0;

@@ -51,11 +51,12 @@ __device__ __forceinline__ double quick_inverse_root(double x) {
     return fma(y * e, fma(0.375, e, 0.5), y);
 }
 
-// x · 2^power, where 2^(power/2) is a normal number; exact unless the result is out of range.
-__device__ __forceinline__ double scaled_by_power(double x, int power) {
-    const int half = power / 2;
-    return x * ldexp(1.0, half) * ldexp(1.0, power - half);
-}
+// 2^power in two factors, as it may itself be out of range. Products are exact unless they are.
+struct PowerOfTwo {
+    double half, rest;
+    __device__ explicit PowerOfTwo(int power) : half(ldexp(1.0, power / 2)), rest(ldexp(1.0, power - power / 2)) {}
+    __device__ double operator*(double x) const { return x * half * rest; }
+};
 
 __device__ __forceinline__ double copy_sign(double size, double sign) { return sign < 0 ? -size : size; }
 

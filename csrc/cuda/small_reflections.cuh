@@ -88,9 +88,16 @@ __device__ __forceinline__ Block block_at(const Schur& s, int k) {
     return {s.at(k, k), s.at(k, k + 1), s.at(k + 1, k), s.at(k + 1, k + 1)};
 }
 
-// Applies [c sn; -sn c] as a similarity of rows and columns (k, k+1); the 2x2 block itself becomes `block`. What the
+// The rotation of a 2x2 block, and what becomes of the block.
+struct Turn {
+    double cosine, sine;
+    Block block;
+};
+
+// Applies [cosine sine; -sine cosine] as a similarity of rows and columns (k, k+1); the 2x2 block itself becomes turn.block. What the
 // members read to compute these, they have read.
-__device__ __forceinline__ void rotate(const Schur& s, int k, double c, double sn, const Block& block) {
+__device__ __forceinline__ void rotate(const Schur& s, int k, const Turn& turn) {
+    const double c = turn.cosine, sn = turn.sine;
     s.crew.sync();
     for (int e = s.crew.rank; e < 2 * s.n; e += s.crew.size) {
         if (e < k + 2) continue;
@@ -105,42 +112,47 @@ __device__ __forceinline__ void rotate(const Schur& s, int k, double c, double s
         s.set(i, k + 1, c * y - sn * x);
     }
     if (s.crew.rank == 0) {
-        s.set(k, k, block.a);
-        s.set(k, k + 1, block.b);
-        s.set(k + 1, k, block.c);
-        s.set(k + 1, k + 1, block.d);
+        s.set(k, k, turn.block.a);
+        s.set(k, k + 1, turn.block.b);
+        s.set(k + 1, k, turn.block.c);
+        s.set(k + 1, k + 1, turn.block.d);
     }
     s.crew.sync();
 }
 
-// Makes the 2x2 block at k, whose eigenvalues are real, upper triangular: the first column of the rotation is the
-// eigenvector (z, c) of the eigenvalue d + z.
-__device__ __forceinline__ void split_real_pair(const Schur& s, int k) {
-    const Block m = block_at(s, k);
+// Real eigenvalues: to upper triangular form. The first column of the rotation is the eigenvector (z, c) of the
+// eigenvalue d + z.
+__device__ __forceinline__ Turn splitting(const Block& m) {
     const double half = 0.5 * (m.a - m.d);
     const double z = half + copy_sign(sqrt(fmax(0.0, half * half + m.b * m.c)), half);
     const double length = hypot(z, m.c);
-    rotate(s, k, z / length, m.c / length, {m.d + z, m.b - m.c, 0.0, z != 0 ? m.d - m.b * m.c / z : m.d});
+    return {z / length, m.c / length, {m.d + z, m.b - m.c, 0.0, z != 0 ? m.d - m.b * m.c / z : m.d}};
 }
 
-// Gives the 2x2 block at k equal diagonal entries, or splits it if its eigenvalues are real.
+// A pair: to equal diagonal entries.
+__device__ __forceinline__ Turn balancing(const Block& m) {
+    const double sum = m.b + m.c, difference = m.a - m.d, length = hypot(sum, difference);
+    const double cosine = sqrt(0.5 * (1 + fabs(sum) / length));
+    const double sine = -copy_sign(difference / (2 * length * cosine), sum);
+    const double aa = m.a * cosine + m.b * sine, bb = m.b * cosine - m.a * sine;
+    const double cc = m.c * cosine + m.d * sine, dd = m.d * cosine - m.c * sine;
+    const double mean = 0.5 * (m.a + m.d);
+    return {cosine, sine, {mean, bb * cosine + dd * sine, cc * cosine - aa * sine, mean}};
+}
+
+// Gives the 2x2 block at k equal diagonal entries, or splits it if its eigenvalues are real; the second pass is for a
+// nearly equal pair that rounding has turned real.
 __device__ __forceinline__ void standardise(const Schur& s, int k) {
-    Block m = block_at(s, k);
-    if (m.c == 0) return;
-    const double difference = m.a - m.d;
-    bool real = 0.25 * difference * difference + m.b * m.c >= 0;
-    if (!real && difference != 0) {
-        const double sum = m.b + m.c, length = hypot(sum, difference);
-        const double cosine = sqrt(0.5 * (1 + fabs(sum) / length));
-        const double sine = -copy_sign(difference / (2 * length * cosine), sum);
-        const double aa = m.a * cosine + m.b * sine, bb = m.b * cosine - m.a * sine;
-        const double cc = m.c * cosine + m.d * sine, dd = m.d * cosine - m.c * sine;
-        const double mean = 0.5 * (m.a + m.d);
-        m = {mean, bb * cosine + dd * sine, cc * cosine - aa * sine, mean};
-        rotate(s, k, cosine, sine, m);
-        real = m.c != 0 && m.b * m.c >= 0;  // rounding may have turned a nearly equal pair real
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+        const Block m = block_at(s, k);
+        const double difference = m.a - m.d;
+        const bool real = 0.25 * difference * difference + m.b * m.c >= 0;
+        if (m.c == 0 || (!real && difference == 0)) return;
+        const Turn turn = real ? splitting(m) : balancing(m);
+        rotate(s, k, turn);
+        if (real) return;
     }
-    if (real) split_real_pair(s, k);
 }
 
 constexpr int kSwapScratch = 36;
@@ -213,7 +225,7 @@ __device__ __forceinline__ void lower_subspace(const Schur& s, int k, int n1, in
 __device__ __forceinline__ void swap_values(const Schur& s, int k) {
     const Block m = block_at(s, k);
     const double y = m.d - m.a, length = hypot(m.b, y);
-    rotate(s, k, length > 0 ? m.b / length : 0.0, length > 0 ? y / length : 1.0, {m.d, m.b, m.c, m.a});
+    rotate(s, k, {length > 0 ? m.b / length : 0.0, length > 0 ? y / length : 1.0, {m.d, m.b, m.c, m.a}});
 }
 
 // Swaps the neighbouring blocks of sizes n1 at k and n2 at k + n1. scratch: kSwapScratch.
@@ -245,8 +257,9 @@ __device__ __forceinline__ void swap_blocks(const Schur& s, int k, int n1, int n
     }
     for (int e = s.crew.rank; e < n1 * n2; e += s.crew.size) s.set(k + n2 + e / n2, k + e % n2, 0.0);
     s.crew.sync();
-    if (n2 == 2) standardise(s, k);
-    if (n1 == 2) standardise(s, k + n2);
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half)
+        if ((half == 0 ? n2 : n1) == 2) standardise(s, half == 0 ? k : k + n2);
 }
 
 }  // namespace fastlora::cuda
