@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
+from fastlora import device as devices
 from fastlora import formats
 from fastlora.adapter import Adapter
 from fastlora.collector import paused_collector
@@ -48,6 +51,7 @@ def decompose(
     target: str | None = None,
     order: Sequence[str] | None = None,
     memory: int | str | None = None,
+    device: str | torch.device | None = None,
 ) -> Decomposition:
     r"""Shared and unique components of a pool: DeVec (arXiv 2512.22511), MATH section 3, in factor space.
 
@@ -67,6 +71,7 @@ def decompose(
         rtol: directions with ``σ <= rtol·σ_max`` are noise. Default: rounding of the stored dtype, 1e-6 at the least.
         memory: bound on the peak resident memory of computing and saving, as bytes or ``"1GiB"``; factors that were
             loaded from files are given back to the system after use. The result has the same bits.
+        device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the pool is. See docs/gpu.md.
 
     Returns:
         :class:`fastlora.Decomposition`.
@@ -85,6 +90,7 @@ def decompose(
         raise InputError("give a rank or an energy cut, not both")
     if len(pool) < 2:
         raise InputError("decompose: a pool of one adapter has nothing to share; give two adapters or more")
+    pool = on_device(pool, device)
     settings = devec.Settings(float(threshold), chain, side, rank, energy, rtol)
     bound = parse_memory(memory)
     if mode == "iterative":
@@ -111,6 +117,7 @@ def merge(
     method: str = "svd",
     rank: int | None = None,
     energy: float | None = None,
+    device: str | torch.device | None = None,
 ) -> Adapter:
     """One adapter from many: ``Σ_i w_i ΔW_i`` and the like; :func:`methods` lists what ``method`` accepts.
 
@@ -119,6 +126,7 @@ def merge(
     """
     chosen = find_method(method)
     counted, notes = full_weights(pool, weights)
+    pool = on_device(pool, device)
     try:
         with paused_collector():
             merged = chosen(pool, counted, rank=rank, energy=energy)
@@ -155,9 +163,14 @@ def compress(adapter: Adapter, rank: int | None = None, *, energy: float | None 
     return svd.compress(require_updates(adapter, "compress"), rank=rank, energy=energy)
 
 
-def overlap(pool: Pool) -> Overlap:
+def overlap(pool: Pool, *, device: str | torch.device | None = None) -> Overlap:
     """Similarity of every pair: cosine of ``ΔW`` (13) and subspace overlap (14), per module and in total."""
-    return pool_overlap(pool)
+    return pool_overlap(on_device(pool, device))
+
+
+def on_device(pool: Pool, device: str | torch.device | None) -> Pool:
+    """The pool where it is computed on: on ``device``, or where all of it is."""
+    return pool.to(devices.parse(device) or pool.device)
 
 
 def methods() -> dict[str, Method]:

@@ -46,6 +46,15 @@ void bind_cuda(py::module_& m) {
         py::arg("a"), py::arg("values"), py::arg("vectors"), py::arg("info"), py::arg("batch"), py::arg("n"),
         py::arg("is_double"), py::arg("stream"));
     m.def(
+        "cuda_svd",
+        [](uintptr_t a, uintptr_t ut, uintptr_t s, uintptr_t vt, uintptr_t info, int64_t batch, int p, int q,
+           bool is_double, uintptr_t stream) {
+            py::gil_scoped_release release;
+            return cuda::svd(at(a), at(ut), at(s), at(vt), at<int32_t>(info), batch, p, q, is_double, at(stream));
+        },
+        py::arg("a"), py::arg("ut"), py::arg("s"), py::arg("vt"), py::arg("info"), py::arg("batch"), py::arg("p"),
+        py::arg("q"), py::arg("is_double"), py::arg("stream"));
+    m.def(
         "cuda_chain_workspace",
         [](int64_t groups, int64_t k, int64_t r, int64_t width, int64_t kind) {
             ChainArgs args{};

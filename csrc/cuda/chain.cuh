@@ -26,9 +26,7 @@ struct Module {
     Ints integers;
     int64_t group;
 
-    __device__ const double* left(int i, int j) const {
-        return a.left + ((group * l.k + i) * l.k + j) * l.r * l.r;
-    }
+    __device__ const double* left(int i, int j) const { return a.left + ((group * l.k + i) * l.k + j) * l.r * l.r; }
     __device__ const double* right(int i) const { return a.right + (group * l.k + i) * l.r * l.r; }
     __device__ double* basis(int i) const { return a.basis + (group * l.k + i) * l.r * l.width; }
 
@@ -133,7 +131,8 @@ __device__ __forceinline__ int directions_kept(const ChainArgs& a, Doubles sigma
     return count;
 }
 
-__device__ __forceinline__ void load_columns(Crew crew, const double* block, int r, PowerOfTwo scale, Doubles to, int ld) {
+__device__ __forceinline__ void load_columns(Crew crew, const double* block, int r, PowerOfTwo scale, Doubles to,
+                                             int ld) {
     for (int e = crew.rank; e < r * r; e += crew.size) to[e / r * ld + e % r] = scale * block[e];
 }
 
@@ -330,11 +329,9 @@ __device__ __forceinline__ Outcome solve_product(const Module& m, Crew crew) {
     }
     crew.sync();
     int count = 0;
-    const bool converged = ordered_schur(s, scale * m.a.threshold,
-                                         {re, im, m.solver(2), m.solver(3)}, &count);
+    const bool converged = ordered_schur(s, scale * m.a.threshold, {re, im, m.solver(2), m.solver(3)}, &count);
     if (!converged) return {kNotConverged, 0};
-    for (int j = crew.rank; j < n; j += crew.size)
-        set_value(m, descending_rank(re, n, j), back * re[j], back * im[j]);
+    for (int j = crew.rank; j < n; j += crew.size) set_value(m, descending_rank(re, n, j), back * re[j], back * im[j]);
     return {kOk, count};
 }
 
@@ -381,7 +378,7 @@ __device__ __forceinline__ void write_basis(const Module& m, int count) {
             const auto vectors = [=](int p, int j) -> double { return matrix[order[j] * order_ld + i * r + p]; };
             multiply(block, r, count, r, by_columns(mean ? m.whitened(i) : m.first(), ld), vectors,
                      [=](int p, int j, double y) {
-                         const double s = sigma[j];  // columns are s · vector
+                         const double s = sigma[j];                               // columns are s · vector
                          out[p * width + j] = mean ? y / (s * s * root) : y / s;  // √(kλ) = √k · s
                      });
         }
@@ -418,11 +415,11 @@ __device__ __forceinline__ void chain_module(const Module& m) {
 
 // kOnChip: the block's memory is shared memory; else a slice of `workspace`.
 template <bool kOnChip>
-__global__ void __launch_bounds__(kChainThreads, kOnChip ? 2 : 1) chain_kernel(ChainArgs a, ChainLayout l, double* workspace) {
+__global__ void __launch_bounds__(kChainThreads, kOnChip ? 2 : 1)
+    chain_kernel(ChainArgs a, ChainLayout l, double* workspace) {
     double* slice = workspace + int64_t(blockIdx.x) * l.total;
     const Doubles memory = kOnChip ? dynamic_shared<double>() : Doubles(slice);
-    const Ints integers =
-        (kOnChip ? dynamic_shared<int>() : Ints(reinterpret_cast<int*>(slice))) + 2 * l.integers;
+    const Ints integers = (kOnChip ? dynamic_shared<int>() : Ints(reinterpret_cast<int*>(slice))) + 2 * l.integers;
     if constexpr (kOnChip) {
         chain_module({a, l, memory, integers, int64_t(blockIdx.x)});
     } else {

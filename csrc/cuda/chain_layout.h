@@ -13,14 +13,15 @@ enum ChainKind : int64_t { kProduct = 0, kPalindrome = 1, kMean = 2 };
 constexpr int kChainThreads = 256;
 constexpr int kChainLargestRank = 256;  // in the workspace; what fits on chip is the device's
 constexpr int kChainLargestMean = 512;  // k·r
-constexpr int kWarpRank = 32;  // up to it one warp whitens an adapter, and solves the chain's matrix
+constexpr int kWarpRank = 32;           // up to it one warp whitens an adapter, and solves the chain's matrix
 
 struct ChainLayout {
     int k, r, width, order;  // order of the chain's matrix: k·r for mean, else r
     int crews, threads;      // adapters whitened at a time
     int ld, matrix;          // of r x r matrices by columns, and doubles that one takes
     int order_ld;            // of the mean's matrix
-    // Of crew c: L at own + 2 c·matrix, X behind it, vectors [2, r] at vectors + 2 r·c. T of adapter or crew c at whitened.
+    // Of crew c: L at own + 2 c·matrix, X behind it, vectors [2, r] at vectors + 2 r·c. T of adapter or crew c at
+    // whitened.
     int64_t own, whitened, vectors;
     int64_t first, carry, chain;  // T_1, T of the last adapter whitened, and C or the mean's M
     int64_t solver;               // vectors [3, order] and scratch of the swaps

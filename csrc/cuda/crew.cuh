@@ -22,7 +22,9 @@ struct Crew {
     __device__ bool any(bool x) const { return block ? __syncthreads_or(x) != 0 : __any_sync(kAllLanes, x) != 0; }
 };
 
-__device__ __forceinline__ Crew whole_block() { return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), true}; }
+__device__ __forceinline__ Crew whole_block() {
+    return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), true};
+}
 __device__ __forceinline__ Crew own_warp() { return {static_cast<int>(threadIdx.x) % kWarpSize, kWarpSize, false}; }
 
 template <class Pointer>

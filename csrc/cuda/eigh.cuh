@@ -6,15 +6,16 @@
 // write. A warp a matrix up to n = 32; a block a matrix in shared memory while it fits; then a block a matrix in the
 // memory of its vectors, which L2 holds. All three do the same arithmetic, in an order that n alone decides.
 #pragma once
+#include "info.cuh"
+#include "permute.cuh"
 #include "ql.cuh"
 
 namespace fastlora::cuda {
 
-enum Info : int32_t { kOk = 0, kNonFinite = 1, kNotConverged = 2 };
-
 constexpr int kWarpEighLargest = 32;
 constexpr int kWarpsPerBlock = 2;
 constexpr int kEighLargest = 256;
+constexpr int kEighThreads = kWarpSize + kEighLargest;
 
 // What a solver keeps in shared memory beside the matrix: vectors of T, then integers.
 template <class T>
@@ -102,26 +103,6 @@ __device__ void write_vectors(const EighWork<T>& work, int t, T* __restrict__ ve
     }
 }
 
-// The same where the rows are the matrix itself: component t moves along the cycles of the permutation, each of which
-// starts at its smallest row.
-template <class T>
-__device__ void permute_vectors(const EighWork<T>& work, int t) {
-    const int n = work.tri.n;
-    const Traced<T> column = work.tri.matrix + t;
-    for (int start = 0; start < n; ++start) {
-        int from = work.order[start];
-        while (from > start) from = work.order[from];
-        if (from < start) continue;
-        const T first = column[start * n];
-        int to = start;
-        for (from = work.order[start]; from != start; from = work.order[to]) {
-            column[to * n] = column[from * n] * work.sign[from] + T(0);
-            to = from;
-        }
-        column[to * n] = first * work.sign[start] + T(0);
-    }
-}
-
 // kInPlace: the matrix is in the memory of the vectors, and is transposed for the rotations so that neighbouring
 // threads touch neighbouring addresses.
 template <bool kInPlace, class T, class Team>
@@ -149,7 +130,7 @@ __device__ void solve_eigh(const T* __restrict__ a, T* __restrict__ values, T* _
     rank_and_sign(work, scale, vector_step, component_step, values, team);
     if (owns) {
         if (kInPlace)
-            permute_vectors(work, t);
+            permute_rows(work.tri.matrix + t, n, n, work.order, work.sign);
         else
             write_vectors(work, t, vectors);
     }
@@ -167,7 +148,7 @@ __host__ __device__ size_t eigh_shared_bytes(int n, bool with_matrix) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
+__global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize, 1)
     eigh_warp_kernel(const T* __restrict__ a, T* __restrict__ values, T* __restrict__ vectors, int32_t* info,
                      int64_t batch, int n) {
     const int warp = int(threadIdx.x) / kWarpSize;
@@ -182,7 +163,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
 }
 
 template <class T, bool kInPlace>
-__global__ void __launch_bounds__(BlockTeam<T>::kMaxWarps* kWarpSize)
+__global__ void __launch_bounds__(kEighThreads, 1)
     eigh_block_kernel(const T* __restrict__ a, T* __restrict__ values, T* __restrict__ vectors, int32_t* info, int n) {
     FASTLORA_SHARED(T, partial, 2 * BlockTeam<T>::kMaxWarps);
     const int64_t at = blockIdx.x;

@@ -8,9 +8,9 @@
 // member a column of h and a column of z, updates of columns a row of h. Odd ld keeps both off the same banks.
 // 25 n³ operations, but what counts is the chain of about 2 n steps of n/2 reflections, two barriers each.
 #pragma once
+#include "crew.cuh"
 #include "scalar.cuh"
 #include "small_reflections.cuh"
-#include "crew.cuh"
 
 namespace fastlora::cuda {
 
@@ -111,7 +111,7 @@ __device__ __forceinline__ void francis_step(const Schur& s, int low, int high, 
             bulge_column(s, k, shift, v);
             s.crew.sync();
         }
-        const Reflector<3> r = reflector_of(v);
+        const SmallReflector<3> r = reflector_of(v);
         reflect_rows(s, r, k, count, k);
         s.crew.sync();
         reflect_columns(s, r, k, count, k + 3 < high ? k + 4 : high + 1);
@@ -232,8 +232,10 @@ struct SchurScratch {
 
 // h holds the matrix times 2^-power, with entries up to one. The first *count rows of z span the invariant subspace of
 // the eigenvalues with real part > threshold; re, im in the order of T. False: not converged.
-__device__ __forceinline__ bool ordered_schur(const Schur& s, double scaled_threshold, const SchurScratch& w, int* count) {
-    for (int e = s.crew.rank; e < s.n * s.n; e += s.crew.size) s.z[e / s.n * s.ld + e % s.n] = e / s.n == e % s.n ? 1.0 : 0.0;
+__device__ __forceinline__ bool ordered_schur(const Schur& s, double scaled_threshold, const SchurScratch& w,
+                                              int* count) {
+    for (int e = s.crew.rank; e < s.n * s.n; e += s.crew.size)
+        s.z[e / s.n * s.ld + e % s.n] = e / s.n == e % s.n ? 1.0 : 0.0;
     s.crew.sync();
     reduce_to_hessenberg(s, w.v);
     if (!reduce_to_schur(s)) return false;

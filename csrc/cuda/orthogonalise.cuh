@@ -6,8 +6,8 @@
 // scaled to largest entries near one. 8 rows + 16 rows/turn operations a pair, n²/2 pairs a sweep, 5 to 8 sweeps.
 // Algorithm: Hestenes; Brent and Luk's ordering; stop test of LAPACK gesvj.
 #pragma once
-#include "scalar.cuh"
 #include "crew.cuh"
+#include "scalar.cuh"
 
 namespace fastlora::cuda {
 
@@ -46,7 +46,8 @@ __device__ __forceinline__ double sum_over(double x, int lanes) {
 // The two columns of one pair, by `lanes` lanes that each take every lanes-th row. kHeld rows are kept in registers
 // between the products and the rotation; kHeld = 0 reads them again. Lanes without a pair pass rows = 0.
 template <int kHeld>
-__device__ __forceinline__ bool orthogonalise_pair(Doubles x, Doubles y, int rows, int lane, int lanes, double tolerance) {
+__device__ __forceinline__ bool orthogonalise_pair(Doubles x, Doubles y, int rows, int lane, int lanes,
+                                                   double tolerance) {
     double held_x[kHeld > 0 ? kHeld : 1], held_y[kHeld > 0 ? kHeld : 1];
     double a = 0, b = 0, d = 0;
     if constexpr (kHeld > 0) {

@@ -1,8 +1,8 @@
 // Reflections and rotations of few neighbouring rows and columns of a matrix in Schur form, by one crew, and what is
 // built on them: the standard form of a 2x2 block, and the exchange of two neighbouring blocks.
 #pragma once
-#include "scalar.cuh"
 #include "crew.cuh"
+#include "scalar.cuh"
 
 namespace fastlora::cuda {
 
@@ -20,14 +20,14 @@ constexpr double kLeastSquare = 1e-280;
 
 // I - scale · v vᵀ, which maps what it was made from to beta e_0. Entries behind the count are zero.
 template <int kCount>
-struct Reflector {
+struct SmallReflector {
     double v[kCount];
     double scale, beta;
 };
 
 template <int kCount>
-__device__ __forceinline__ Reflector<kCount> reflector_of(const double (&x)[kCount]) {
-    Reflector<kCount> r;
+__device__ __forceinline__ SmallReflector<kCount> reflector_of(const double (&x)[kCount]) {
+    SmallReflector<kCount> r;
     double tail = 0;
 #pragma unroll
     for (int i = 1; i < kCount; ++i) tail = fma(x[i], x[i], tail);
@@ -45,7 +45,8 @@ __device__ __forceinline__ Reflector<kCount> reflector_of(const double (&x)[kCou
 
 // Rows first .. first+count-1 of h, columns from .. n-1, and of z, all columns.
 template <int kCount>
-__device__ __forceinline__ void reflect_rows(const Schur& s, const Reflector<kCount>& r, int first, int count, int from) {
+__device__ __forceinline__ void reflect_rows(const Schur& s, const SmallReflector<kCount>& r, int first, int count,
+                                             int from) {
     for (int e = s.crew.rank; e < 2 * s.n; e += s.crew.size) {
         if (e < from) continue;
         const Doubles column = (e < s.n ? s.h + e : s.z + (e - s.n)) + first * s.ld;
@@ -64,7 +65,8 @@ __device__ __forceinline__ void reflect_rows(const Schur& s, const Reflector<kCo
 
 // Columns first .. first+count-1 of h, rows 0 .. rows-1.
 template <int kCount>
-__device__ __forceinline__ void reflect_columns(const Schur& s, const Reflector<kCount>& r, int first, int count, int rows) {
+__device__ __forceinline__ void reflect_columns(const Schur& s, const SmallReflector<kCount>& r, int first, int count,
+                                                int rows) {
     for (int i = s.crew.rank; i < rows; i += s.crew.size) {
         const Doubles row = s.h + (i * s.ld + first);
         double x[kCount], sum = 0;
@@ -94,8 +96,8 @@ struct Turn {
     Block block;
 };
 
-// Applies [cosine sine; -sine cosine] as a similarity of rows and columns (k, k+1); the 2x2 block itself becomes turn.block. What the
-// members read to compute these, they have read.
+// Applies [cosine sine; -sine cosine] as a similarity of rows and columns (k, k+1); the 2x2 block itself becomes
+// turn.block. What the members read to compute these, they have read.
 __device__ __forceinline__ void rotate(const Schur& s, int k, const Turn& turn) {
     const double c = turn.cosine, sn = turn.sine;
     s.crew.sync();
@@ -159,7 +161,8 @@ constexpr int kSwapScratch = 36;
 
 // Solves m x = b, order <= 4, by elimination with complete pivoting; pivots below `floor` are raised to it. By one
 // member, in memory that the crew shares: m [4, 4], b [4], x [4], column_of [4].
-__device__ __forceinline__ void solve_small(Doubles m, Doubles b, Doubles x, Doubles column_of, int order, double floor) {
+__device__ __forceinline__ void solve_small(Doubles m, Doubles b, Doubles x, Doubles column_of, int order,
+                                            double floor) {
     for (int k = 0; k < order; ++k) column_of[k] = k;
     for (int k = 0; k < order; ++k) {
         int row = k, column = k;
@@ -237,13 +240,13 @@ __device__ __forceinline__ void swap_blocks(const Schur& s, int k, int n1, int n
     if (s.crew.rank == 0) lower_subspace(s, k, n1, n2, subspace, scratch);
     s.crew.sync();
     double x[4], next[4];
-    #pragma unroll
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
         x[i] = subspace[i];
         next[i] = n2 == 2 ? double(subspace[4 + i]) : 0.0;
     }
     for (int j = 0; j < n2; ++j) {
-        const Reflector<4> r = reflector_of(x);
+        const SmallReflector<4> r = reflector_of(x);
         reflect_rows(s, r, k + j, size - j, k);
         s.crew.sync();
         reflect_columns(s, r, k + j, size - j, k + size);

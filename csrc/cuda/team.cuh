@@ -64,7 +64,7 @@ class WarpTeam {
 template <class T>
 class BlockTeam {
   public:
-    static constexpr int kMaxWarps = 9;
+    static constexpr int kMaxWarps = 16;
     __device__ explicit BlockTeam(Traced<T> partial) : partial_(partial) {}
     static __host__ __device__ int threads(int columns) {
         return kWarpSize + (columns + kWarpSize - 1) / kWarpSize * kWarpSize;

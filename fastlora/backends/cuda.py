@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import Kernel
-from fastlora.ops.chain import CHAINS, width
+from fastlora.ops.chain import CHAINS, Chain, width
 
 try:
     from fastlora import _core
@@ -21,7 +21,9 @@ except ImportError:
 _module: Any = _core if _core is not None and _core.has_cuda else None
 _device = "cuda"
 
-LARGEST = 256  # of n in eigh, as kEighLargest in csrc/cuda/eigh.cuh
+# As in csrc/cuda/eigh.cuh and svd_block.cuh.
+LARGEST = 256  # of n in eigh, of min(p, q) in svd
+LONGEST = 4096  # of max(p, q) in svd
 
 
 LARGEST_RANK, LARGEST_MEAN = 256, 512  # r, and k·r for the mean, in chain, as in csrc/cuda/chain_layout.h
@@ -84,6 +86,29 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, vectors.mT, info
 
 
+def _supports_svd(a: Tensor) -> str | None:
+    p, q = a.shape[-2:]
+    if min(p, q) > LARGEST or max(p, q) > LONGEST:
+        return (
+            f"svd takes min(p, q) up to {LARGEST} and max(p, q) up to {LONGEST}, got {p} x {q}; use torch.linalg.svd, "
+            "or the cpu backend"
+        )
+    return _elsewhere(a)
+
+
+def _svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = _aligned(a)
+    *batch, p, q = a.shape
+    m = min(p, q)
+    ut, s, vt = (a.new_empty((*batch, *shape)) for shape in ((m, p), (m,), (m, q)))
+    info = torch.zeros(batch, dtype=torch.int32, device=a.device)
+    _launch(
+        "svd", _module.cuda_svd, a.device, a, ut, s, vt, info, batch=info.numel(), p=p, q=q,
+        is_double=a.dtype == torch.float64,
+    )  # fmt: skip
+    return ut.mT, s, vt, info
+
+
 def _supports_chain(
     left: Tensor,
     right: Tensor,
@@ -110,6 +135,41 @@ def _supports_chain(
     return None
 
 
+class ChainPlan:
+    """A chain on tensors that stay where they are: ``run()`` starts it on what they hold by then.
+
+    Its inputs and results are contiguous; the workspace is allocated here, once.
+    """
+
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        floor: Tensor,
+        threshold: float,
+        kind: str,
+        rtol: float,
+        rank: int,
+        energy: float,
+        out: Chain,
+    ) -> None:
+        self._tensors = (left, right, floor, *out)
+        for tensor in self._tensors:
+            if not tensor.is_contiguous() or tensor.data_ptr() % tensor.element_size():
+                raise ValueError(f"chain: a plan needs contiguous tensors, got strides {tensor.stride()}")
+        *_, k, _, r, _ = left.shape
+        sizes = {"groups": out.info.numel(), "k": k, "r": r, "width": width(kind, k, r), "kind": CHAINS.index(kind)}
+        with _on(left.device):
+            error, size = _module.cuda_chain_workspace(**sizes)
+        _raise_for("chain", error)
+        self._workspace = left.new_empty(size // left.element_size())
+        cuts = {"threshold": threshold, "rtol": rtol, "rank": rank, "energy": energy}
+        self._numbers = {**sizes, **cuts, "workspace": self._workspace.data_ptr()}
+
+    def run(self) -> None:
+        _launch("chain", _module.cuda_chain, self._workspace.device, *self._tensors, **self._numbers)
+
+
 def _chain(
     left: Tensor,
     right: Tensor,
@@ -126,23 +186,20 @@ def _chain(
     floor = left.new_zeros((*batch, k)) if floor is None else _aligned(floor)
     # The kernel writes every element, unless there is nothing to launch.
     new = left.new_empty if left.numel() else left.new_zeros
-    basis, sigma = new((*batch, k, r, w)), new((*batch, k, r))
-    values = new((*batch, w), dtype=torch.complex128)
-    shared, kept = new(batch, dtype=torch.int64), new((*batch, k), dtype=torch.int64)
-    info = new(batch, dtype=torch.int32)
-    sizes = {"groups": info.numel(), "k": k, "r": r, "width": w, "kind": CHAINS.index(kind)}
-    with _on(left.device):
-        error, size = _module.cuda_chain_workspace(**sizes)
-    _raise_for("chain", error)
-    workspace = left.new_empty(size // left.element_size())
-    _launch(
-        "chain", _module.cuda_chain, left.device, left, right, floor, basis, values, shared, kept, sigma, info,
-        **sizes, threshold=threshold, rtol=rtol, rank=rank, energy=energy, workspace=workspace.data_ptr(),
-    )  # fmt: skip
-    return basis, values, shared, kept, sigma, info
+    out = Chain(
+        basis=new((*batch, k, r, w)),
+        values=new((*batch, w), dtype=torch.complex128),
+        shared=new(batch, dtype=torch.int64),
+        kept=new((*batch, k), dtype=torch.int64),
+        sigma=new((*batch, k, r)),
+        info=new(batch, dtype=torch.int32),
+    )
+    ChainPlan(left, right, floor, threshold, kind, rtol, rank, energy, out).run()
+    return tuple(out)
 
 
 KERNELS: Mapping[str, Kernel] = {
-    "chain": Kernel(_chain, _supports_chain),
+    "chain": Kernel(_chain, _supports_chain, ChainPlan),
     "eigh": Kernel(_eigh, _supports_eigh),
+    "svd": Kernel(_svd, _supports_svd),
 }

@@ -186,6 +186,7 @@ def read_blocks(pool: Pool, group: Group, modules: list[str], side: str, kind: s
     check_diagonal(names, modules, other, other_side)
     release(sources(u for row in updates for u in row))
     floor = torch.tensor([[unscaled_floor(u) for u in row] for row in updates], dtype=torch.float64)
+    floor = floor.to(projected.device)
     return Blocks(modules, [names] * len(modules), updates, projected, other, floor, group)
 
 
@@ -204,15 +205,29 @@ def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
     diagonal = blocks.projected.diagonal(dim1=1, dim2=2).movedim(-1, 1)
     norms = (diagonal * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # [g, k]
     shared = ((H.mT @ H) * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # MATH (9)
-    scalings = torch.tensor([[abs(u.scaling) for u in row] for row in blocks.updates], dtype=torch.float64)  # [g, k]
-    sigma = found.sigma * scalings[..., None]
+    scalings = _scalings(blocks)
+    return module_results(blocks, found, len(movers), H, norms * scalings, shared * scalings)
+
+
+def _scalings(blocks: Blocks) -> Tensor:
+    """``|s_i|``: ``[g, k]``."""
+    values = [[abs(u.scaling) for u in row] for row in blocks.updates]
+    return torch.tensor(values, dtype=torch.float64).to(blocks.projected.device)
+
+
+def module_results(
+    blocks: Blocks, found: ops.Chain, movers: int, H: Tensor, norms: Tensor, shared: Tensor
+) -> list[ModuleResult]:
+    """The results of a chain, from ``H_i [g, k, w, r]`` and the norms of the updates and their shared parts
+    ``[g, k]``."""
+    sigma = found.sigma * _scalings(blocks)[..., None]
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
-    numbers = [x.tolist() for x in (found.shared, found.kept, norms * scalings, shared * scalings)]
+    numbers = [x.tolist() for x in (found.shared, found.kept, norms, shared)]
     most = max(numbers[0], default=0)
     coefficients = Coefficients(
-        sigma.numpy(),
-        found.values if bool(found.values.imag.any()) else found.values.real.clone(),
-        found.basis[:, : len(movers), :, :most].clone(),
+        sigma.cpu().numpy(),
+        (found.values if bool(found.values.imag.any()) else found.values.real.clone()).cpu(),
+        found.basis[:, :movers, :, :most].clone(),
         H[:, :, :most].clone(),
     )
     results = []
@@ -391,7 +406,7 @@ def _pairs(blocks: Blocks) -> Iterator[Blocks]:
         r = max(1, *of_two.ranks)
         for part in chunks(len(pairs), BLOCKS_OF_PAIR * 8 * r * r * len(blocks.modules)):
             some = [pairs[p] for p in part]
-            index = torch.tensor(some)  # [p, 2]
+            index = torch.tensor(some, device=blocks.projected.device)  # [p, 2]
             rows = [(g, pair) for g in range(len(blocks.modules)) for pair in some]
             yield Blocks(
                 [blocks.modules[g] for g, _ in rows],
