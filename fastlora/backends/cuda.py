@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,10 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % x.element_size() == 0 else x.clone()
 
 
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
 def _launch(op: str, function: Callable[..., int], device: torch.device, *tensors: Tensor, **sizes: Any) -> None:
     """Calls a kernel of the module on the current stream of the device; it does not wait for the kernel."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -77,7 +81,7 @@ def _supports_eigh(a: Tensor) -> str | None:
 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a = _aligned(a)
-    values, vectors = a.new_empty(a.shape[:-1]), a.new_empty(a.shape)
+    values, vectors = _empty(a, a.shape[:-1]), _empty(a, a.shape)
     info = torch.zeros(a.shape[:-2], dtype=torch.int32, device=a.device)
     _launch(
         "eigh", _module.cuda_eigh, a.device, a, values, vectors, info, batch=info.numel(), n=a.shape[-1],
@@ -100,7 +104,7 @@ def _svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = _aligned(a)
     *batch, p, q = a.shape
     m = min(p, q)
-    ut, s, vt = (a.new_empty((*batch, *shape)) for shape in ((m, p), (m,), (m, q)))
+    ut, s, vt = (_empty(a, (*batch, *shape)) for shape in ((m, p), (m,), (m, q)))
     info = torch.zeros(batch, dtype=torch.int32, device=a.device)
     _launch(
         "svd", _module.cuda_svd, a.device, a, ut, s, vt, info, batch=info.numel(), p=p, q=q,
