@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import emulation
@@ -46,14 +47,17 @@ def same(found: fl.ops.Chain, expected: fl.ops.Chain) -> None:
         assert torch.equal(x, y), name
 
 
+@KINDS
+@pytest.mark.parametrize(("pool", "schedule"), list(zip(pools.POOLS, itertools.cycle(emulation.SCHEDULES.values()))))
+def test_dense(emulator: Any, kind: str, pool: str, schedule: int) -> None:
+    """The pools of the op's test, by turns in every schedule."""
+    with emulation.emulated(emulator, schedule):
+        op.test_dense("cuda", kind, pool)
+
+
 @pytest.mark.usefixtures("on_emulator")
 class TestOp:
-    """The tests of tests/ops, in every schedule."""
-
-    @KINDS
-    @pytest.mark.parametrize("pool", pools.POOLS)
-    def test_dense(self, kind: str, pool: str) -> None:
-        op.test_dense("cuda", kind, pool)
+    """The other tests of the op, in every schedule."""
 
     @KINDS
     def test_cuts_and_bad_modules(self, kind: str) -> None:
