@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("cuda", "methods", ".")]
+sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("cuda", "methods", ".")]
 
 import pools
 
@@ -68,6 +68,7 @@ def main() -> None:
         backends.RULES[op] = {"cpu": ("triton",)}
     if sys.argv[1:] == ["emulated"]:
         import emulation
+
         from fastlora.backends import cuda
 
         cuda._module, cuda._device = emulation.build(), "cpu"
