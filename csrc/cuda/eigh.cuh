@@ -121,10 +121,7 @@ __device__ void solve_eigh(const T* __restrict__ a, T* __restrict__ values, T* _
     load_symmetric(a, scale, work.tri, team);
     tridiagonalise(work.tri, team);
     form_q(work.tri, team);
-    if (kInPlace) {
-        if (owns) transpose_in_place(work.tri, t);
-        team.sync();
-    }
+    if (kInPlace && owns) transpose_in_place(work.tri, t);  // the rotations come after a barrier
     const int vector_step = kInPlace ? n : 1, component_step = kInPlace ? 1 : ld;
     const bool converged = diagonalise(work.tri, work.rotations, work.tri.matrix + t * component_step, vector_step, team);
     rank_and_sign(work, scale, vector_step, component_step, values, team);

@@ -1,5 +1,6 @@
 // One-sided Jacobi: the rotation of two columns, and the bounds under which their squares are safe.
-// Algorithm: Hestenes / LAPACK gesvj, keeping the larger column first.
+// Algorithm: Hestenes, by the smaller angle. Keeping the larger column first, as LAPACK gesvj does, takes three times
+// the sweeps in the orders of parallel rounds.
 #pragma once
 #include "scale.cuh"
 
@@ -42,13 +43,10 @@ struct JacobiRotation {
         const T difference = b - a, twice = 2 * dot;
         const T root = sqrt(difference * difference + twice * twice);
         const T t = twice / (difference < 0 ? difference - root : difference + root);
-        const T c = 1 / sqrt(t * t + 1), s = t * c;
-        const T left = a - t * dot, right = b + t * dot;
-        const bool swaps = left < right;
-        cosine = swaps ? s : c;
-        sine = swaps ? -c : s;
-        first = swaps ? right : left;
-        second = swaps ? left : right;
+        cosine = 1 / sqrt(t * t + 1);
+        sine = t * cosine;
+        first = a - t * dot;
+        second = b + t * dot;
     }
 };
 

@@ -107,7 +107,6 @@ template <class T>
 __device__ void next_sweep(const Tridiagonal<T>& m, const Rotations<T>& rotations, int k, int& from) {
     const int half = k % 2;
     int first, last;
-    __syncwarp();
     const bool found = find_block(m, from, first, last);
     __syncwarp();
     if (found) from = first;

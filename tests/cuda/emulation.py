@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +61,21 @@ def emulated(module: Any, schedule: int = 0, shared_limit: int = SHARED_LIMIT) -
             yield
     finally:
         cuda._module, cuda._device = before
+
+
+def barriers_not_missed(module: Any, call: Callable[[], object], of_warp: bool) -> tuple[int, list[int]]:
+    """Runs ``call`` without each of its barriers in turn: ``(barriers, those without which nothing is found)``."""
+    call()
+    total = module.barriers(of_warp)
+    missed = []
+    try:
+        for barrier in range(total):
+            module.skip_barrier(barrier, of_warp)
+            try:
+                call()
+                missed.append(barrier)
+            except RuntimeError:
+                pass
+    finally:
+        module.skip_barrier(-1, of_warp)
+    return total, missed

@@ -20,7 +20,7 @@ import torch
     ("half at the barrier", "deadlock: 32 threads wait, 16 of them at __syncthreads"),
     ("divergent shuffles", "divergence"),
     ("outside its mask", "not in the mask"),
-    ("ended lane", "lanes that have ended"),
+    ("ended lane", "waits for a lane that has ended"),
     ("half warps", ""),
     ("outside shared", "a write outside shared memory"),
     ("poison", ""),

@@ -24,6 +24,7 @@ struct Thread {
     Context context;
     dim3 index;
     int number = 0;
+    int barriers = 0, warp_barriers = 0;  // that it has come to
     int lane() const { return number % kWarpSize; }
     int warp() const { return number / kWarpSize; }
 };
@@ -47,6 +48,9 @@ struct Warp {
 
 // 0: by thread number, 1: from the last, others: shuffled by this seed.
 inline int schedule = 0;
+
+// Every thread walks through this one of its barriers, counted from 0, as if the source did not have it; -1: none.
+inline int skipped_barrier = -1, skipped_warp_barrier = -1;
 
 struct Block {
     std::vector<Thread> threads;
@@ -107,6 +111,7 @@ inline void open_barrier() {
 }
 
 inline int block_barrier(bool vote) {
+    if (block.current->barriers++ == skipped_barrier) return vote;
     block.votes += vote;
     block.at_barrier.push_back(block.current);
     if (int(block.at_barrier.size()) == block.alive) open_barrier();

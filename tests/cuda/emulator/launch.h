@@ -11,7 +11,10 @@ namespace emulator {
 inline void end_thread() {
     Thread* self = block.current;
     --block.alive;
-    block.warps[self->warp()].alive &= ~(1u << self->lane());
+    Warp& warp = block.warps[self->warp()];
+    warp.alive &= ~(1u << self->lane());
+    for (const Meeting& meeting : warp.meetings)
+        if (meeting.arrived && has_lane(meeting.mask, self->lane())) fail("a warp operation waits for a lane that has ended");
     // Threads that have ended no longer count at the barrier.
     if (block.alive && int(block.at_barrier.size()) == block.alive) open_barrier();
     run_next();
@@ -39,6 +42,7 @@ inline void start_block(int number) {
     for (int i = 0; i < count; ++i) {
         Thread& thread = block.threads[i];
         thread.number = i;
+        thread.barriers = thread.warp_barriers = 0;
         thread.index = dim3(i % shape.x, i / shape.x % shape.y, i / (shape.x * shape.y));
         block.warps[thread.warp()].alive |= 1u << thread.lane();
         make_context(thread.context, block.stacks.get() + i * kStackBytes, thread_entry);

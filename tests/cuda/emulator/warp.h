@@ -36,7 +36,7 @@ uint64_t meet(uint32_t mask, Operation operation, int line, uint64_t value, int 
     const int64_t what = int64_t(line) * 4 + operation;
     const auto refuse = [line](const char* reason) { fail(reason + (" (line " + std::to_string(line) + ")")); };
     if (!has_lane(mask, lane)) refuse("a lane is not in the mask of its own warp operation");
-    if (mask & ~warp.alive) refuse("the mask of a warp operation names lanes that have ended or never were");
+    if (mask & ~warp.alive) refuse("a warp operation waits for a lane that has ended or never was");
     Meeting* found = nullptr;
     for (Meeting& meeting : warp.meetings) {
         if (!meeting.arrived) continue;
@@ -86,6 +86,7 @@ inline unsigned ballot(uint32_t mask, int line, bool vote) {
 
 // Memory written by a lane of the mask is seen by the others from here on.
 inline void warp_barrier(uint32_t mask, int line) {
+    if (block.current->warp_barriers++ == skipped_warp_barrier) return;
     meet(mask, kSync, line, 0, 0, [](Warp& warp, Meeting& meeting) {
         ++warp.barriers;
         if (meeting.mask == warp.alive) {
