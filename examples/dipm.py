@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common import Recipe, Results, Texts, arguments, console
+from common import Results, arguments, console
 from curves import Curves, equal_forgetting, plot_curves
+from texts import NEEDED, Recipe, Texts
 
 import fastlora as fl
 
@@ -71,15 +72,15 @@ def transfer(
 
 
 def main() -> None:
-    options = arguments(__doc__, "dipm")
-    texts = Texts(options.cache, options.test_rows)
+    options = arguments(__doc__, "dipm", NEEDED)
     results = Results()
     curves: Curves = {}
     for seed in range(options.seeds):
         console.print(f"seed {seed}")
+        texts = Texts(options.cache, options.test_rows, seed)
 
-        def trained(task: str, last: int, steps: int, objective: str = "labels", seed: int = seed) -> fl.Adapter:
-            found = texts.adapter(Recipe(task, "lora", seed, steps, 0, last, objective))
+        def trained(task: str, last: int, steps: int, objective: str = "labels", texts: Texts = texts) -> fl.Adapter:
+            found = texts.adapter(Recipe(task, "lora", steps, 0, last, objective))
             assert isinstance(found, fl.Adapter)
             return found
 

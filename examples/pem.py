@@ -11,9 +11,10 @@ import statistics
 from pathlib import Path
 
 import torch
-from common import Element, Recipe, Results, Texts, arguments, console
+from common import Results, arguments, console
 from curves import Curve, Curves, equal_forgetting, plot_curves
 from safetensors.torch import load_file, save_file
+from texts import NEEDED, Element, Recipe, Texts
 
 import fastlora as fl
 
@@ -25,21 +26,21 @@ TRANSFERS = [-0.5, 0.0, 0.25, 0.5, 1.0]
 
 
 class Setting:
-    """One kind of adapter, one seed."""
+    """One kind of adapter, one split."""
 
-    def __init__(self, texts: Texts, kind: str, seed: int, steps: int) -> None:
+    def __init__(self, texts: Texts, kind: str, steps: int) -> None:
         def trained(task: str, first: int, last: int, steps: int = steps, objective: str = "labels") -> Element:
-            return texts.adapter(Recipe(task, kind, seed, steps, first, last, objective))
+            return texts.adapter(Recipe(task, kind, steps, first, last, objective))
 
-        self.texts, self.kind, self.seed = texts, KINDS[kind], seed
+        self.texts, self.kind = texts, KINDS[kind]
         self.movie_a, self.movie_b = trained("movie", 0, 500), trained("movie", 500, 1000)
         self.trec, self.amazon = trained("trec", 0, 1000), trained("amazon", 0, 500)
         half = max(1, steps // 2)  # each step is two passes
         self.movie_texts = trained("movie", 0, 1000, half, "texts")
         self.amazon_texts = trained("amazon", 0, 1000, half, "texts")
         self.recipes = {
-            "movie": Recipe("movie", kind, seed, steps, 0, 500),
-            "trec": Recipe("trec", kind, seed, steps, 0, 1000),
+            "movie": Recipe("movie", kind, steps, 0, 500),
+            "trec": Recipe("trec", kind, steps, 0, 1000),
         }
 
     def semantics(self) -> list[str]:
@@ -104,10 +105,10 @@ def curve(s: Setting, adapter: Element, target: str, control: str) -> Curve:
 def unlearn(s: Setting, results: Results, curves: dict[str, Curves]) -> None:
     """Negation, against the negation of a permuted adapter."""
     for target, control in TARGETS.items():
-        trained = s.texts.cache / s.recipes[target].folder
+        trained = s.texts.path(s.recipes[target])
         adapters = {s.kind: s.texts.adapter(s.recipes[target])}
         label = f"{s.kind}, permuted"
-        adapters[label] = permuted(trained, s.seed, s.texts.cache / "permuted" / trained.name)
+        adapters[label] = permuted(trained, s.texts.seed, s.texts.cache / "permuted" / trained.name)
         for name, adapter in adapters.items():
             found = curve(s, adapter, target, control)
             curves.setdefault(target, {}).setdefault(name, []).append(found)
@@ -135,14 +136,14 @@ def transfer(s: Setting, results: Results) -> None:
 
 
 def main() -> None:
-    options = arguments(__doc__, "pem")
-    texts = Texts(options.cache, options.test_rows)
+    options = arguments(__doc__, "pem", NEEDED)
     results = Results()
     curves: dict[str, Curves] = {}
-    for kind in KINDS:
-        for seed in range(options.seeds):
-            console.print(f"{KINDS[kind]}, seed {seed}")
-            setting = Setting(texts, kind, seed, options.steps)
+    for seed in range(options.seeds):
+        texts = Texts(options.cache, options.test_rows, seed)
+        for kind in KINDS:
+            console.print(f"seed {seed}, {KINDS[kind]}")
+            setting = Setting(texts, kind, options.steps)
             generalise(setting, results)
             multitask(setting, results)
             unlearn(setting, results, curves)

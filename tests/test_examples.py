@@ -56,7 +56,7 @@ def test_an_adapter_acts_as_in_peft(load: Any, kind: str, tmp_path: Path) -> Non
         pytest.importorskip(package, reason=f"{package} is not installed")
     from peft import IA3Config, LoraConfig, get_peft_model
 
-    texts = load("common").Texts(tmp_path, 10)
+    texts = load("texts").Texts(tmp_path, 10, 0)
     words = ["a good film", "how far is the moon from the earth"]
     config = (
         LoraConfig(target_modules=["query", "intermediate.dense"], r=4, init_lora_weights=False)
