@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,12 +159,23 @@ class Texts:
                 for name in changed:
                     self.weights[name].copy_(self.original[name])
 
-    def accuracy(self, element: Element | None, task: str) -> float:
-        if element is None and task in self.of_base:
-            return self.of_base[task]
+    def accuracy(self, element: Element | None, task: str, rows: Any = None) -> float:
+        """On the test rows, or on ``rows``."""
         _, test, head = self.task(task)
-        with self.with_adapter(element):
-            found = float(self.recipes.accuracy(self.model, self.tokenizer, head, test))
-        if element is None:
-            self.of_base[task] = found
+        if rows is not None or element is not None:
+            with self.with_adapter(element):
+                return float(self.recipes.accuracy(self.model, self.tokenizer, head, test if rows is None else rows))
+        if task not in self.of_base:
+            self.of_base[task] = float(self.recipes.accuracy(self.model, self.tokenizer, head, test))
+        return self.of_base[task]
+
+    def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """The model's input."""
+        limits: dict[str, Any] = {"padding": True, "truncation": True, "max_length": self.recipes.TOKENS}
+        return dict(self.tokenizer(texts, return_tensors="pt", **limits))
+
+    def logits(self, output: Any, batch: Mapping[str, torch.Tensor], head: torch.Tensor) -> torch.Tensor:
+        """Of the model's output: ``[texts, classes]``."""
+        states = self.recipes.pooled(output.last_hidden_state, batch["attention_mask"])
+        found: torch.Tensor = self.recipes.TEMPERATURE * states @ head.T
         return found
