@@ -56,8 +56,8 @@ def main() -> None:
         for kind in POOLS:
             console.print(f"seed {seed}: merging {POOLS[kind]}")
             compare(setting_of(digits, kind, seed, options.quick), seed, results)
+        results.save(options.out)  # of the seeds so far
     results.show()
-    results.save(options.out)
     console.print(f"written: {options.out}/results.json, results.md")
 
 

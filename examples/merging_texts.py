@@ -69,8 +69,8 @@ def main() -> None:
             values = {"shared": pair.shared_directions, "by chance": pair.expected_by_chance}
             results.add(f"Directions shared by pairs at τ = {THRESHOLD}, of rank 8 in 18 modules", pair.title, values)
         compare(setting, seed, results)
+        results.save(options.out)  # of the seeds so far
     results.show()
-    results.save(options.out)
     console.print(f"written: {options.out}/results.json, results.md")
 
 
