@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
+Found = TypeVar("Found")
 console = Console(soft_wrap=True, width=120, highlight=False)
 
 
@@ -26,6 +30,7 @@ def arguments(description: str | None, name: str, needed: Mapping[str, str], see
     parser.add_argument("--out", type=Path, default=here / name, help="where tables and plots go")
     parser.add_argument("--cache", type=Path, default=here / "trained", help="trained adapters, kept for the next run")
     parser.add_argument("--seeds", type=int, default=seeds, help=f"independent splits and trainings ({seeds})")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds that are worked on at once, a process each (1)")
     parser.add_argument("--quick", action="store_true", help="two seeds of a few steps: whether it runs, not results")
     found = parser.parse_args()
     absent = [how for package, how in needed.items() if importlib.util.find_spec(package) is None]
@@ -39,6 +44,15 @@ def arguments(description: str | None, name: str, needed: Mapping[str, str], see
     found.steps, found.test_rows = (3, 40) if found.quick else (60, 240)
     found.out.mkdir(parents=True, exist_ok=True)
     return found
+
+
+def of_seeds(run: Callable[[int], Found], options: argparse.Namespace) -> Iterator[Found]:
+    """What ``run(seed)`` returns, in the order of the seeds."""
+    if options.jobs == 1:
+        yield from map(run, range(options.seeds))
+    else:
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(run, range(options.seeds))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -62,6 +76,14 @@ class Results:
         cells = self.tables.setdefault(table, {}).setdefault(row, {})
         for column, value in values.items():
             cells.setdefault(column, []).append(value)
+
+    def extend(self, other: Results) -> None:
+        """Adds the values of another seed."""
+        for table, rows in other.tables.items():
+            for row, cells in rows.items():
+                for column, values in cells.items():
+                    for value in values:
+                        self.add(table, row, {column: value})
 
     def show(self) -> None:
         for title, rows in self.tables.items():

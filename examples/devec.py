@@ -1,7 +1,7 @@
 """Shared and unique components of a small vision transformer's fine-tunes: generalisation and forgetting.
 
     pip install scikit-learn peft
-    python examples/devec.py [--out DIR] [--seeds 5] [--quick]
+    python examples/devec.py [--out DIR] [--seeds 3] [--jobs 1] [--quick]
 
 Of full fine-tunes and of LoRA adapters. Leave-one-out: three domains are merged and scored on the fourth. Forgetting:
 an adapter is negated as a whole, or only what it does not share. Each with its controls, and over thresholds τ. For
@@ -12,31 +12,32 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
-from common import Results, arguments, console
-from curves import Curves, equal_forgetting, plot_curves
+from common import Results, arguments, console, of_seeds
+from curves import Curve, Curves, equal_forgetting, plot_curves
 from digits import DOMAINS, NEEDED, POOLS, Digits, deltas_of
-from negation import STRENGTHS, forget, gather, over_thresholds
+from negation import STRENGTHS, forget, gather, kept, over_thresholds
 
 import fastlora as fl
 from fastlora.plots import plot_spectrum
+from fastlora.report import Report
 
-COEFFICIENTS = [0.1, 0.2, 0.3, 0.4, 0.6, 0.8]
+COEFFICIENTS = [0.1, 0.2, 0.3, 0.5, 0.8]
 LEVELS = [0.50, 0.40, 0.30, 0.20]
 
 
 @dataclass
 class Setting:
-    """One kind of adapter. rank: how many leading directions of every module are compared; all if None."""
+    """One kind of adapter. thresholds: others than ``threshold``, which has the controls. rank: how many leading
+    directions of every module are compared; all if None."""
 
     title: str
     threshold: float
     thresholds: list[float]
     rank: int | None
-    curves: Curves = field(default_factory=dict)
-    of_threshold: Curves = field(default_factory=dict)
 
     def cuts(self, threshold: float) -> str:
         """Options of ``shared`` and ``unique`` in an expression."""
@@ -56,9 +57,9 @@ class Setting:
 
 SETTINGS = {
     # A full fine-tune spans every direction, so only the leading ones can be compared; τ is the paper's.
-    "full": Setting(POOLS["full"], 0.85, [0.3, 0.5, 0.7, 0.85, 0.95], 8),
+    "full": Setting(POOLS["full"], 0.85, [0.5, 0.7, 0.95], 8),
     # Left spectra of LoRA adapters stay far below 0.85.
-    "lora": Setting(POOLS["lora"], 0.3, [0.1, 0.2, 0.3, 0.5, 0.7], None),
+    "lora": Setting(POOLS["lora"], 0.3, [0.1, 0.2, 0.5], None),
 }
 
 
@@ -130,20 +131,24 @@ def spectra(pool: fl.Pool, setting: Setting, results: Results) -> fl.Decompositi
     return parts
 
 
-def one_seed(seed: int, shorter: int, results: Results) -> dict[str, fl.Decomposition]:
+@dataclass
+class Seed:
+    """What one seed found: by kind of adapter, curves of forgetting, and of forgetting over thresholds."""
+
+    results: Results
+    curves: dict[str, dict[str, Curve]]
+    of_threshold: dict[str, dict[str, Curve]]
+    report: Report
+
+
+def one_seed(seed: int, quick: bool) -> Seed:
     console.print(f"seed {seed}: training the base model and {len(DOMAINS)} fine-tunes of each kind")
-    digits = Digits(seed, shorter)
-    found = {}
+    digits, results = Digits(seed, shorter=20 if quick else 1), Results()
+    curves, of_threshold, reports = {}, {}, []
     for kind, setting in SETTINGS.items():
         adapters = digits.adapters(kind)
-        for name, adapter in adapters.items():
-            alone = {"base model": digits.accuracy(digits.base, name)}
-            if kind == "full":
-                alone["fine-tune"] = digits.accuracy(digits.vectors[name].apply(digits.base), name)
-            column = "its weight matrices alone" if kind == "full" else "LoRA"
-            alone[column] = digits.accuracy(digits.state(deltas_of(adapter)), name)
-            results.add("Accuracy on its own domain", name, alone if kind == "full" else {column: alone[column]})
-        found[kind] = spectra(fl.Pool(adapters.values()), setting, results)
+        own_domain(digits, adapters, kind, results)
+        reports += spectra(fl.Pool(adapters.values()), setting, results).reports
         console.print(f"seed {seed}, {setting.title}: leave-one-out")
         leave_one_out(digits, adapters, setting, seed, results)
         console.print(f"seed {seed}, {setting.title}: negation")
@@ -155,36 +160,52 @@ def one_seed(seed: int, shorter: int, results: Results) -> dict[str, fl.Decompos
             assert isinstance(part, fl.Adapter)
             return part
 
-        gather(setting.curves, forget(digits, adapters, unique, setting.threshold, seed))
-        curves, left = over_thresholds(digits, adapters, unique, setting.thresholds)
-        gather(setting.of_threshold, {"whole": setting.curves["whole"][-1]} | curves)
-        for threshold, share in left.items():
-            results.add(f"What unique components keep, {setting.title}", threshold, {"share of ‖ΔW‖²": share})
-    return found
+        curves[kind] = forget(digits, adapters, unique, setting.threshold, seed)
+        for name, curve in curves[kind].items():
+            for strength, (target, others) in zip([0.0, *STRENGTHS], curve, strict=True):
+                values = {"target": target, "other domains": others}
+                results.add(f"Negation, {setting.title}: {name}", f"λ = {strength:g}", values)
+        over = over_thresholds(digits, adapters, unique, setting.thresholds)
+        main = {f"unique, τ = {setting.threshold}": curves[kind]["unique"]}
+        of_threshold[kind] = {"whole": curves[kind]["whole"], **main, **over}
+        for threshold in sorted([setting.threshold, *setting.thresholds]):
+            share = {"share of ‖ΔW‖²": kept(adapters, unique, threshold)}
+            results.add(f"What unique components keep, {setting.title}", f"τ = {threshold}", share)
+    return Seed(results, curves, of_threshold, reports[0])
+
+
+def own_domain(digits: Digits, adapters: Mapping[str, fl.Adapter], kind: str, results: Results) -> None:
+    for name, adapter in adapters.items():
+        alone = {"LoRA" if kind == "lora" else "its weight matrices alone": deltas_of(adapter)}
+        values = {column: digits.accuracy(digits.state(deltas), name) for column, deltas in alone.items()}
+        if kind == "full":
+            tuned = digits.accuracy(digits.vectors[name].apply(digits.base), name)
+            values = {"base model": digits.accuracy(digits.base, name), "fine-tune": tuned} | values
+        results.add("Accuracy on its own domain", name, values)
 
 
 def main() -> None:
-    options = arguments(__doc__, "devec", NEEDED, seeds=5)
+    options = arguments(__doc__, "devec", NEEDED)
     results = Results()
-    for seed in range(options.seeds):
-        parts = one_seed(seed, 20 if options.quick else 1, results)
+    curves: dict[str, Curves] = {kind: {} for kind in SETTINGS}
+    of_threshold: dict[str, Curves] = {kind: {} for kind in SETTINGS}
+    for found in of_seeds(partial(one_seed, quick=options.quick), options):
+        results.extend(found.results)
+        for kind in SETTINGS:
+            gather(curves[kind], found.curves[kind])
+            gather(of_threshold[kind], found.of_threshold[kind])
     lines = []
-    for setting in SETTINGS.values():
-        for kind, own in setting.curves.items():
-            for curve in own:
-                for strength, (target, others) in zip([0.0, *STRENGTHS], curve, strict=True):
-                    values = {"target": target, "other domains": others}
-                    results.add(f"Negation, {setting.title}: {kind}", f"λ = {strength:g}", values)
-        for what, curves in {"": setting.curves, ", over thresholds": setting.of_threshold}.items():
+    for kind, setting in SETTINGS.items():
+        for what, own in {"": curves[kind], ", over thresholds": of_threshold[kind]}.items():
             title = f"### Accuracy on the other domains where the target has fallen to a level, {setting.title}{what}"
-            lines += [title, "", *equal_forgetting(curves, LEVELS, against="whole"), ""]
+            lines += [title, "", *equal_forgetting(own, LEVELS, against="whole"), ""]
     results.show()
     console.print("\n".join(lines), markup=False)
     results.save(options.out, "\n".join(lines))
     labels = [("target: to be forgotten", "other domains: to be kept")] * len(SETTINGS)
-    plot_curves({s.title: s.curves for s in SETTINGS.values()}, labels, options.out / "negation.png")
-    plot_curves({s.title: s.of_threshold for s in SETTINGS.values()}, labels, options.out / "thresholds.png")
-    plot_spectrum(parts["full"].reports[0], options.out / "spectrum.png")
+    plot_curves({s.title: curves[k] for k, s in SETTINGS.items()}, labels, options.out / "negation.png")
+    plot_curves({s.title: of_threshold[k] for k, s in SETTINGS.items()}, labels, options.out / "thresholds.png")
+    plot_spectrum(found.report, options.out / "spectrum.png")
     console.print(f"written: {options.out}/results.json, results.md, negation.png, thresholds.png, spectrum.png")
 
 

@@ -26,7 +26,7 @@ SIDE, PATCH, WIDTH, DEPTH, HEADS = 8, 2, 64, 3, 4
 BASE_ROWS, TUNE_ROWS, VALIDATION_ROWS = 160, 1137, 100  # the others, 400, are for tests
 BASE_STEPS, TUNE_STEPS, BATCH = 500, 120, 64
 BASE_RATE, TUNE_RATE = 3e-3, 1e-3
-LORA_RANK, LORA_STEPS, LORA_RATE, LORA_LAYERS = 4, 240, 5e-3, ["qkv", "out", "up", "down"]
+LORA_RANK, LORA_STEPS, LORA_RATE, LORA_LAYERS = 4, 160, 5e-3, ["qkv", "out", "up", "down"]
 NEEDED = {"sklearn": "scikit-learn", "peft": "peft"}
 POOLS = {"full": "full fine-tunes", "lora": "LoRA"}
 

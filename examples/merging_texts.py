@@ -1,6 +1,6 @@
 """Multi-task merging of a small language model's LoRA adapters: coefficients swept or learned, with extra vectors.
 
-    python examples/merging_texts.py [--out DIR] [--cache DIR] [--seeds 3] [--quick]
+    python examples/merging_texts.py [--out DIR] [--cache DIR] [--seeds 3] [--jobs 1] [--quick]
 
 Four tasks of all-MiniLM-L6-v2, which texts.py describes. What is compared is in multitask.py; results:
 docs/experiments.md. For full fine-tunes see merging.py.
@@ -9,11 +9,13 @@ docs/experiments.md. For full fine-tunes see merging.py.
 from __future__ import annotations
 
 import random
+from argparse import Namespace
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from common import Results, arguments, console
+from common import Results, arguments, console, of_seeds
 from multitask import Setting, compare
 from texts import NEEDED, Recipe, Texts
 
@@ -58,17 +60,22 @@ def setting_of(texts: Texts, steps: int, quick: bool) -> Setting:
     )
 
 
+def one_seed(seed: int, options: Namespace) -> Results:
+    console.print(f"seed {seed}: training what is not in {options.cache}, then merging")
+    results = Results()
+    setting = setting_of(Texts(options.cache, options.test_rows, seed), options.steps, options.quick)
+    for pair in fl.decompose(setting.pool, THRESHOLD, mode="pairs").reports:
+        values = {"shared": pair.shared_directions, "by chance": pair.expected_by_chance}
+        results.add(f"Directions shared by pairs at τ = {THRESHOLD}, of rank 8 in 18 modules", pair.title, values)
+    compare(setting, seed, results)
+    return results
+
+
 def main() -> None:
     options = arguments(__doc__, "merging_texts", NEEDED)
     results = Results()
-    for seed in range(options.seeds):
-        console.print(f"seed {seed}: training what is not in {options.cache}, then merging")
-        texts = Texts(options.cache, options.test_rows, seed)
-        setting = setting_of(texts, options.steps, options.quick)
-        for pair in fl.decompose(setting.pool, THRESHOLD, mode="pairs").reports:
-            values = {"shared": pair.shared_directions, "by chance": pair.expected_by_chance}
-            results.add(f"Directions shared by pairs at τ = {THRESHOLD}, of rank 8 in 18 modules", pair.title, values)
-        compare(setting, seed, results)
+    for found in of_seeds(partial(one_seed, options=options), options):
+        results.extend(found)
         results.save(options.out)  # of the seeds so far
     results.show()
     console.print(f"written: {options.out}/results.json, results.md")

@@ -11,7 +11,7 @@ from digits import Digits, State, deltas_of
 
 import fastlora as fl
 
-STRENGTHS = [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0]
+STRENGTHS = [0.5, 1.0, 1.5, 2.5, 4.0]
 CONTROLS = ["random", "top"]
 Unique = Callable[[str, float], fl.Adapter]  # of a domain's adapter, at a threshold
 
@@ -65,20 +65,21 @@ def forget(
 
 def over_thresholds(
     digits: Digits, adapters: Mapping[str, fl.Adapter], unique: Unique, thresholds: Sequence[float]
-) -> tuple[dict[str, Curve], dict[str, float]]:
-    """The curves of unique components by threshold, and the share of ``‖ΔW‖²`` that each leaves; means over the
-    targets."""
-    curves, left = {}, {}
+) -> dict[str, Curve]:
+    """The curves of unique components by threshold; means over the targets."""
+    curves = {}
     for threshold in thresholds:
-        parts = {target: unique(target, threshold) for target in adapters}
-        curves[f"unique, τ = {threshold}"] = mean_curve(
-            [
-                curve_of(digits, deltas_of(part), target, [n for n in adapters if n != target])
-                for target, part in parts.items()
-            ]
-        )
-        left[f"τ = {threshold}"] = statistics.fmean(energy(parts[n]) / energy(a) for n, a in adapters.items())
-    return curves, left
+        of_targets = [
+            curve_of(digits, deltas_of(unique(target, threshold)), target, [n for n in adapters if n != target])
+            for target in adapters
+        ]
+        curves[f"unique, τ = {threshold}"] = mean_curve(of_targets)
+    return curves
+
+
+def kept(adapters: Mapping[str, fl.Adapter], unique: Unique, threshold: float) -> float:
+    """The share of ``‖ΔW‖²`` that is in unique components, mean over the adapters."""
+    return statistics.fmean(energy(unique(name, threshold)) / energy(a) for name, a in adapters.items())
 
 
 def gather(curves: Curves, found: Mapping[str, Curve]) -> None:
