@@ -1,6 +1,7 @@
 # make demo   decompose real adapters: report and plots in examples/out
 # make test   lint, types, tests, package build
 # make bench  timings on this machine
+# make gpu    on a machine with a GPU: build, tests and timings there, into benches/results/; installs nothing
 # make fuzz   100,000 damaged adapter directories: tests/fuzz/result.json
 # make sanitize  the kernels' and the writer's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 VENV ?= .venv
@@ -8,7 +9,7 @@ PY := $(VENV)/bin/python
 SOURCES := $(shell git ls-files 'csrc/*' CMakeLists.txt setup.py pyproject.toml constraints.txt 2>/dev/null)
 ISAS := baseline avx2 avx512 avx512_bf16
 
-.PHONY: demo test lint types unit isas package bench fuzz sanitize clean
+.PHONY: demo test lint types unit isas package bench gpu fuzz sanitize clean
 
 $(VENV)/ready: $(SOURCES)
 	python3 -m venv $(VENV)
@@ -45,6 +46,9 @@ package: $(VENV)/ready
 
 bench: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(PY) -m pytest benches --benchmark-only --benchmark-columns=median,iqr,rounds
+
+gpu:
+	python3 benches/gpu.py
 
 fuzz: $(VENV)/ready
 	$(PY) tests/fuzz/run.py --count 100000 --seed 1 --json tests/fuzz/result.json

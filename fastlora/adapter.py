@@ -43,8 +43,9 @@ class Term:
     def matrix(self, side: Side, rank: int) -> Tensor:
         """The term's share of the coefficient of its source, scale included: float64 ``[r, rank]`` on both sides."""
         r = self.source.shape[1 if side == "B" else 0]
-        full = torch.zeros(r, rank, dtype=torch.float64)
-        block = torch.eye(r, dtype=torch.float64) if self.coefficient is None else self.coefficient
+        where = self.source.device
+        full = torch.zeros(r, rank, dtype=torch.float64, device=where)
+        block = torch.eye(r, dtype=torch.float64, device=where) if self.coefficient is None else self.coefficient
         if side == "A" and self.coefficient is not None:
             block = block.mT
         full[:, self.at : self.at + block.shape[1]] = self.scale * block
@@ -100,6 +101,7 @@ class Factor:
         pieces = [(stored, None)] if stored is not None else self.coefficients()
         terms = []
         for source, coefficient in pieces:
+            small = small if small.device == source.device else small.to(source.device)
             product = small if coefficient is None else coefficient @ small
             terms.append(Term(source, _with_contiguous_rows(product if self.side == "B" else product.mT)))
         return Factor(self.side, self.length, small.shape[1], tuple(terms))
@@ -240,6 +242,19 @@ class Adapter(Operators):
     def modules(self) -> list[str]:
         """Module paths, in the order of the file."""
         return list(self.updates)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrices are: those of an adapter are together. An adapter without matrices is on the CPU."""
+        terms = (t for u in self.updates.values() for t in (*u.B.terms, *u.A.terms))
+        first = next(terms, None)
+        return torch.device("cpu") if first is None else first.source.device
+
+    def to(self, device: torch.device | str) -> Adapter:
+        """The adapter on a device (``"cpu"``, ``"cuda"``, ``"cuda:1"``), by one copy; itself where it is there."""
+        from fastlora import device as devices
+
+        return devices.to(self, devices.parse(device) or self.device)
 
     def __contains__(self, module: str) -> bool:
         return module in self.updates

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from fastlora import backends, stream
 from fastlora.adapter import Adapter, Factor, Side, Update, source_key
-from fastlora.backends import resolve
 from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramBlock, GramJob, WriteProblem
 from fastlora.collector import paused_collector
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.gramcache import run_gram
 from fastlora.memory import Room, batch_bytes, padded, release
+from fastlora.offload import on_host
 from fastlora.progress import track
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Te
     Returns float64 ``[len(modules), k, k, r, r]``, zero-padded to ``r``, with the blocks of ``pairs`` filled.
     """
     k = len(modules[0])
-    out = torch.zeros(len(modules), k, k, r, r, dtype=torch.float64)
+    out = torch.zeros(len(modules), k, k, r, r, dtype=torch.float64, device=_device(modules))
     _put_gram_blocks(modules, out, k * k * r * r, r, [(i, j, (i * k + j) * r * r) for i, j in pairs])
     return out
 
@@ -96,9 +97,14 @@ def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Te
 def gram_diagonal(modules: Sequence[Sequence[Factor]], r: int) -> Tensor:
     """The diagonal blocks of :func:`gram_blocks` alone: ``[len(modules), k, r, r]``."""
     k = len(modules[0])
-    out = torch.zeros(len(modules), k, r, r, dtype=torch.float64)
+    out = torch.zeros(len(modules), k, r, r, dtype=torch.float64, device=_device(modules))
     _put_gram_blocks(modules, out, k * r * r, r, [(i, i, i * r * r) for i in range(k)])
     return out
+
+
+def _device(modules: Sequence[Sequence[Factor]]) -> torch.device:
+    """Where the factors are: those of a pool are together."""
+    return next((t.source.device for factors in modules for f in factors for t in f.terms), torch.device("cpu"))
 
 
 def _put_gram_blocks(
@@ -115,7 +121,7 @@ def _put_gram_blocks(
             job, coefficients = _source_gram(factors, rows)
             jobs.append(job)
             pending.append((m, coefficients, job.out))
-    run_gram(jobs, functools.partial(_run, "gram_pass"))
+    run_gram(jobs, functools.partial(run_pass, "gram_pass"))
     for m, coefficients, block in pending:
         full = block.triu() + block.triu(1).mT
         for i, j, offset in places:
@@ -140,22 +146,28 @@ def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[t
                 sources.append(term.source)
                 total += term.source.shape[0 if rows else 1]
     coefficients = []
+    device = sources[0].device if sources else torch.device("cpu")
     for factor in factors:
         own = factor.coefficients()
-        index = [torch.arange(c.shape[0]) + places[source_key(source)] for source, c in own]
+        index = [torch.arange(c.shape[0], device=device) + places[source_key(source)] for source, c in own]
         stacked = [c for _, c in own]
         coefficients.append(
             (torch.cat(index), torch.cat(stacked))
             if own
-            else (torch.zeros(0, dtype=torch.int64), torch.zeros(0, factor.rank, dtype=torch.float64))
+            else (
+                torch.zeros(0, dtype=torch.int64, device=device),
+                torch.zeros(0, factor.rank, dtype=torch.float64, device=device),
+            )
         )
     starts = [places[source_key(s)] for s in sources]
     blocks = [(i, j, starts[i] * total + starts[j]) for i in range(len(sources)) for j in range(i, len(sources))]
-    return GramJob(sources, blocks, rows, torch.zeros(total, total, dtype=torch.float64), total), coefficients
+    gram = torch.zeros(total, total, dtype=torch.float64, device=device)
+    return GramJob(sources, blocks, rows, gram, total), coefficients
 
 
-def _run(op: str, jobs: Sequence[GramJob] | Sequence[CombineJob]) -> WriteProblem | None:
-    problem: WriteProblem | None = resolve(op, jobs).launch(jobs) if jobs else None
+def run_pass(op: str, jobs: Sequence[GramJob] | Sequence[CombineJob]) -> WriteProblem | None:
+    """One pass on the backend that takes it."""
+    problem: WriteProblem | None = backends.run(op, jobs) if jobs else None
     return problem
 
 
@@ -176,7 +188,7 @@ def materialise_groups(
 
     ``room``: where results go, until it is reserved again; memory of their own by default.
     """
-    room = room or Room()
+    room = room or Room(_device([[f for u in group for f in (u.B, u.A)] for group in groups]))
     room.reserve(sum(_bytes(f, dtype) for group in groups for u in group for f in (u.B, u.A)))
     jobs: list[CombineJob] = []
     results = []
@@ -184,7 +196,7 @@ def materialise_groups(
         left = _materialise_side(jobs, [u.B for u in group], dtype, room)
         right = _materialise_side(jobs, [u.A for u in group], dtype, room)
         results.append(list(zip(left, right, strict=True)))
-    _run("combine_pass", jobs)
+    run_pass("combine_pass", jobs)
     return results
 
 
@@ -253,7 +265,7 @@ def require_finite(adapters: Iterable[Adapter]) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a matrix holds neither NaN nor Inf."""
-    return bool(resolve("finite", tensor).launch(tensor))
+    return bool(backends.run("finite", tensor))
 
 
 def not_finite(adapter: str, module: str, side: str) -> NonFiniteError:
@@ -301,7 +313,8 @@ def write_adapters(
     the model; one thread prepares the next modules meanwhile. ``meanwhile`` is called while the last are written.
     """
     with paused_collector():
-        _write_adapters(adapters, {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}, meanwhile)
+        targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
+        _write_adapters(on_host(adapters, targets), targets, meanwhile)
 
 
 def _write_adapters(
@@ -317,7 +330,8 @@ def _write_adapters(
         ]
         files[directory] = AdapterFile(directory, adapter, outlines, targets[directory])
     shares = [list(files.items())[i : i + OPEN_FILES] for i in range(0, len(files), OPEN_FILES)]
-    with ThreadPoolExecutor(1) as worker:
+    # Of results that go through a device, one batch is computed while another is copied.
+    with ThreadPoolExecutor(1 if stream.current() is None else stream.THREADS) as worker:
         pending: deque[Future[None]] = deque()
         for modules in track(_module_batches(list(adapters.values())), "writing"):
             for share in shares:
@@ -362,7 +376,8 @@ def _module_batches(adapters: Sequence[Adapter]) -> list[list[str]]:
     for unit, names in units.items():
         if not batches or room < sizes[unit]:
             batches.append([])
-            room = batch_bytes(WRITE_BYTES)
+            through = stream.current()
+            room = batch_bytes(WRITE_BYTES if through is None else min(WRITE_BYTES, through.group))
         batches[-1] += names
         room -= sizes[unit]
     return batches
@@ -384,7 +399,7 @@ class _Prepared:
             for job, places in zip(self.jobs, self.places, strict=True):
                 for output, (directory, _) in zip(job.outputs, places, strict=True):
                     output.file = descriptors[directory]
-            problem = _run("combine_pass", self.jobs)
+            problem = stream.combine(self.jobs) if stream.current() else run_pass("combine_pass", self.jobs)
         if problem is not None:
             directory, name = self.places[problem.job][problem.output]
             raise self.files[directory].error(name, problem.errno)

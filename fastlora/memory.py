@@ -72,6 +72,8 @@ def release(tensors: Iterable[Tensor]) -> None:
     starts, ends = _file_mappings()
     page = mmap.PAGESIZE
     for tensor in tensors:
+        if not tensor.is_cpu:
+            continue
         first = -(-tensor.data_ptr() // page) * page
         last = (tensor.data_ptr() + tensor.nbytes) // page * page
         i = bisect_right(starts, first) - 1
@@ -85,16 +87,17 @@ class Room:
     It is asked for in huge pages: touching new memory in small ones would take as long as computing what goes there.
     """
 
-    def __init__(self) -> None:
-        self._block = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._block = torch.empty(0, dtype=torch.uint8, device=device)
         self._used = 0
 
     def reserve(self, size: int) -> None:
         """Room for ``size`` bytes; what was handed out before is given up."""
         self._used = 0
         if self._block.nbytes < size:
-            self._block = torch.empty(size, dtype=torch.uint8)
-            _advise(self._block, getattr(mmap, "MADV_HUGEPAGE", 14))
+            self._block = torch.empty(size, dtype=torch.uint8, device=self._block.device)
+            if self._block.is_cpu:
+                _advise(self._block, getattr(mmap, "MADV_HUGEPAGE", 14))
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor in the room."""

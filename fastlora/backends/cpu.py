@@ -15,6 +15,7 @@ from fastlora.backends import Kernel, padded
 from fastlora.backends.padded import aligned
 from fastlora.backends.passes import CombineJob, GramJob, WriteProblem
 from fastlora.ops.chain import CHAINS, width
+from fastlora.reference.coefficients import coefficients
 
 try:
     from fastlora import _core
@@ -227,6 +228,7 @@ KERNELS: Mapping[str, Kernel] = {
     "svd": Kernel(_svd, _supports),
     "chain": Kernel(_chain, _supports),
     "combine": Kernel(functools.partial(padded.combine, _combine_pass), _supports),
+    "coefficients": Kernel(coefficients, _supports),
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_jobs),
     "combine_pass": Kernel(_combine_pass, _supports_jobs),

@@ -112,7 +112,9 @@ class _Filling:
             step = x.stride if job.rows else 1
             self.slabs.append((x.address + column * step * SIZES[x.code], x.stride, width, x.code))
         for products, rows in pattern.sums.items():
-            self.sums.setdefault(products, []).append(rows + [first_slab, first_slab, 0, 0, self.size, 0][: rows.shape[1]])
+            self.sums.setdefault(products, []).append(
+                rows + [first_slab, first_slab, 0, 0, self.size, 0][: rows.shape[1]]
+            )
         moved = [self.size, 0, 0, 0, 0, 0, job.address, 0, first_slab, first_slab, self.size, self.size, 0, 0, 0]
         self.blocks.append(pattern.blocks + np.array(moved, dtype=np.int64))
         self.size += pattern.size

@@ -17,13 +17,25 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.adapter import Adapter, BaseInfo, Factor, Update, add
 from fastlora.collector import paused_collector
-from fastlora.engine import check_diagonal, chunks, gram_blocks, gram_diagonal, sources, widest, with_rank_zero
+from fastlora.engine import (
+    CHUNK_BYTES,
+    check_diagonal,
+    chunks,
+    gram_blocks,
+    gram_diagonal,
+    sources,
+    widest,
+    with_rank_zero,
+)
 from fastlora.memory import is_bounded, release
 from fastlora.methods.arithmetic import common_base
 from fastlora.methods.spectrum import default_rtol, factor, raise_for_info, sides, unscaled_floor
 from fastlora.ops.gram import blocks_of
 from fastlora.pool import Pool
 from fastlora.progress import track
+from fastlora.stream import PoolPart
+from fastlora.stream import current as streaming
+from fastlora.stream import parts as stream_parts
 
 # Matrices r×r that are in memory for one pair of one module: its Gram blocks, what is made of them, and copies.
 BLOCKS_OF_PAIR = 32
@@ -174,7 +186,7 @@ class Blocks:
     group: Group
 
 
-def read_blocks(pool: Pool, group: Group, modules: list[str], side: str, kind: str) -> Blocks:
+def read_blocks(pool: Pool | PoolPart, group: Group, modules: list[str], side: str, kind: str) -> Blocks:
     """One pass over both sides' factors of some modules of a group."""
     projected_side, other_side = sides(side)
     names = tuple(pool.names[i] for i in group.members)
@@ -186,6 +198,7 @@ def read_blocks(pool: Pool, group: Group, modules: list[str], side: str, kind: s
     check_diagonal(names, modules, other, other_side)
     release(sources(u for row in updates for u in row))
     floor = torch.tensor([[unscaled_floor(u) for u in row] for row in updates], dtype=torch.float64)
+    floor = floor.to(projected.device)
     return Blocks(modules, [names] * len(modules), updates, projected, other, floor, group)
 
 
@@ -204,16 +217,30 @@ def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
     diagonal = blocks.projected.diagonal(dim1=1, dim2=2).movedim(-1, 1)
     norms = (diagonal * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # [g, k]
     shared = ((H.mT @ H) * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # MATH (9)
-    scalings = torch.tensor([[abs(u.scaling) for u in row] for row in blocks.updates], dtype=torch.float64)  # [g, k]
-    sigma = found.sigma * scalings[..., None]
+    scalings = _scalings(blocks)
+    return module_results(blocks, found, len(movers), H, norms * scalings, shared * scalings)
+
+
+def _scalings(blocks: Blocks) -> Tensor:
+    """``|s_i|``: ``[g, k]``."""
+    values = [[abs(u.scaling) for u in row] for row in blocks.updates]
+    return torch.tensor(values, dtype=torch.float64).to(blocks.projected.device)
+
+
+def module_results(
+    blocks: Blocks, found: ops.Chain, movers: int, H: Tensor, norms: Tensor, shared: Tensor
+) -> list[ModuleResult]:
+    """The results of a chain, from ``H_i [g, k, w, r]`` and the norms of the updates and their shared parts
+    ``[g, k]``."""
+    sigma = found.sigma * _scalings(blocks)[..., None]
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
-    numbers = [x.tolist() for x in (found.shared, found.kept, norms * scalings, shared * scalings)]
+    numbers = [x.tolist() for x in (found.shared, found.kept, norms, shared)]
     most = max(numbers[0], default=0)
     coefficients = Coefficients(
-        sigma.numpy(),
-        found.values if bool(found.values.imag.any()) else found.values.real.clone(),
-        found.basis[:, : len(movers), :, :most].clone(),
-        H[:, :, :most].clone(),
+        sigma.cpu().numpy(),
+        (found.values if bool(found.values.imag.any()) else found.values.real.clone()).cpu(),
+        _home(found.basis[:, :movers, :, :most]),
+        _home(H[:, :, :most]),
     )
     results = []
     for g, module in enumerate(blocks.modules):
@@ -235,6 +262,11 @@ def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
             )
         )
     return results
+
+
+def _home(small: Tensor) -> Tensor:
+    """A coefficient beside the factors that it belongs to: those that are streamed are on the host."""
+    return small.clone() if streaming() is None else small.cpu().clone()
 
 
 class Components:
@@ -356,8 +388,8 @@ def decompose_pool(pool: Pool, settings: Settings) -> Components:
     """One decomposition of all adapters."""
     results: dict[str, ModuleResult] = {}
     kind = "pairs" if settings.chain == "mean" else "chain"
-    for group, part in module_parts(pool, settings.rtol, "decomposing"):
-        for result in shared_directions(read_blocks(pool, group, part, settings.side, kind), settings):
+    for own, group, part in module_parts(pool, settings.rtol, "decomposing"):
+        for result in shared_directions(read_blocks(own, group, part, settings.side, kind), settings):
             results[result.module] = result
     return Components(pool, {m: results[m] for m in pool.modules if m in results}, settings, "pool")
 
@@ -367,8 +399,8 @@ def decompose_pairs(pool: Pool, settings: Settings) -> dict[tuple[str, str], Com
     results: dict[tuple[str, str], dict[str, ModuleResult]] = {
         (a, b): {} for i, a in enumerate(pool.names) for b in pool.names[i + 1 :]
     }
-    for group, part in module_parts(pool, settings.rtol, "decomposing pairs"):
-        blocks = read_blocks(pool, group, part, settings.side, "pairs")
+    for source, group, part in module_parts(pool, settings.rtol, "decomposing pairs"):
+        blocks = read_blocks(source, group, part, settings.side, "pairs")
         for pairs in _pairs(blocks):
             for result in shared_directions(pairs, settings):
                 results[result.names[0], result.names[1]][result.module] = result
@@ -391,7 +423,7 @@ def _pairs(blocks: Blocks) -> Iterator[Blocks]:
         r = max(1, *of_two.ranks)
         for part in chunks(len(pairs), BLOCKS_OF_PAIR * 8 * r * r * len(blocks.modules)):
             some = [pairs[p] for p in part]
-            index = torch.tensor(some)  # [p, 2]
+            index = torch.tensor(some, device=blocks.projected.device)  # [p, 2]
             rows = [(g, pair) for g in range(len(blocks.modules)) for pair in some]
             yield Blocks(
                 [blocks.modules[g] for g, _ in rows],
@@ -422,14 +454,19 @@ def decompose_iteratively(pool: Pool, settings: Settings, target: str, order: Se
     return steps
 
 
-def module_parts(pool: Pool, rtol: float | None, label: str) -> Iterator[tuple[Group, list[str]]]:
-    work = []
+def module_parts(pool: Pool, rtol: float | None, label: str) -> Iterator[tuple[Pool | PoolPart, Group, list[str]]]:
+    """Modules that are computed together, and where their factors are: in the pool, or on the device of a stream."""
+    work: list[tuple[Group, list[str]]] = []
+    stream = streaming()
     for group, members in group_modules(pool, pool.modules, rtol).items():
         k, r = len(group.members), max(1, *group.ranks)
         size = 8 * 4 * k * k * r * r
-        if is_bounded():
+        if is_bounded() or stream is not None:
             updates = (pool.adapters[i].updates[m] for m in members for i in group.members)
             size += sum(s.nbytes for s in sources(updates)) // len(members)
-        for part in chunks(len(members), size):
+        for part in chunks(len(members), size, CHUNK_BYTES if stream is None else stream.group):
             work.append((group, [members[i] for i in part]))
-    return track(work, label)
+    if stream is None:
+        return ((pool, group, part) for group, part in track(work, label))
+    moving = stream_parts(pool.names, pool.adapters, [part for _, part in work])
+    return ((own, group, part) for (group, part), own in zip(track(work, label), moving, strict=True))

@@ -105,7 +105,7 @@ def _one_chunk(
     right = gram_blocks([[u.A] for u in updates], r, [(0, 0)])
     check_diagonal([name], modules, left, "B")
     check_diagonal([name], modules, right, "A")
-    floor = torch.tensor([[unscaled_floor(u)] for u in updates], dtype=torch.float64)
+    floor = torch.tensor([[unscaled_floor(u)] for u in updates], dtype=torch.float64).to(left.device)
     chain = ops.chain(
         left,
         right[:, 0],
@@ -117,11 +117,12 @@ def _one_chunk(
     )
     raise_for_info(modules, chain.info)
     forms = {}
+    counts, sigma = chain.kept[:, 0].tolist(), chain.sigma[:, 0].cpu()
     for i, (module, update) in enumerate(zip(modules, updates, strict=True)):
-        kept = int(chain.kept[i, 0])
+        kept = counts[i]
         T = chain.basis[i, 0, :, :kept].contiguous()
         D = T.mT @ left[i, 0, 0]
-        forms[module] = SingularForm(chain.sigma[i, 0] * abs(update.scaling), T, D, kept)
+        forms[module] = SingularForm(sigma[i] * abs(update.scaling), T, D, kept)
     return forms
 
 

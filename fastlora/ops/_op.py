@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends import resolve
+from fastlora import backends
 
 _library: Any = torch.library.Library("fastlora", "DEF")  # type: ignore[no-untyped-call]
 
@@ -23,6 +23,8 @@ class Op:
 
     def __init__(self, schema: str, fake: Callable[..., Any]) -> None:
         self.name = schema.split("(")[0]
+        # "Tensor a, int b" → ("a", "b")
+        self.arguments = tuple(part.split()[-1] for part in schema.split("(")[1].split(")")[0].split(","))
         self.check = fake
         _library.define(schema)
         torch.library.register_fake(f"fastlora::{self.name}", fake, lib=_library)
@@ -39,7 +41,14 @@ class Op:
                 f"fastlora.{self.name} has no gradient: call it under torch.no_grad() or detach its inputs"
             )
         self.check(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
-        return resolve(self.name, *args).launch(*args)
+        self._require_one_device(args)
+        return backends.run(self.name, *args)
+
+    def _require_one_device(self, args: tuple[Any, ...]) -> None:
+        found = {a.device: name for name, a in zip(self.arguments, args, strict=True) if isinstance(a, Tensor)}
+        if len(found) > 1:
+            where = ", ".join(f"`{name}` on {device}" for device, name in found.items())
+            raise ValueError(f"{self.name}: tensors on different devices ({where}); move them to one with `.to(…)`")
 
 
 def require_floating(op: str, argument: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

@@ -12,8 +12,8 @@ import fastlora as fl
 
 @pytest.mark.parametrize("dtype", spectra.DTYPES, ids=str)
 @pytest.mark.parametrize("n", spectra.SIZES)
-def test_ratios(n: int, dtype: torch.dtype) -> None:
-    names, batches = zip(*spectra.symmetric(n, dtype), strict=True)
+def test_ratios(n: int, dtype: torch.dtype, batch: int = 9) -> None:
+    names, batches = zip(*spectra.symmetric(n, dtype, batch), strict=True)
     values, vectors = fl.ops.eigh(torch.stack(batches))
     assert (values.diff(dim=-1) >= 0).all()
     for name, a, w, v in zip(names, batches, values, vectors, strict=True):

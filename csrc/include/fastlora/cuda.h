@@ -1,5 +1,9 @@
-// CUDA entry points: addresses in, CUDA error number out (0: success), stream last.
+// CUDA entry points: addresses on the current device in, CUDA error number out (0: success), stream last. Nothing is
+// allocated and nothing waits for the device.
 #pragma once
+#include <cstdint>
+
+#include "fastlora/kernels.h"
 
 namespace fastlora::cuda {
 
@@ -10,5 +14,16 @@ int device_count(int* count);
 int self_test(int* out, int count, void* stream);
 
 const char* error_message(int error);
+
+// Batched solvers of float or double matrices; info as in kernels.h, shapes in csrc/cuda/eigh.cuh and svd.cu. n, and
+// min(p, q), up to 256; max(p, q) up to 4096.
+int eigh(const void* a, void* values, void* vectors, int32_t* info, int64_t batch, int n, bool is_double, void* stream);
+int svd(const void* a, void* ut, void* s, void* vt, int32_t* info, int64_t batch, int p, int q, bool is_double,
+        void* stream);
+
+// Arguments as on the CPU, with addresses on the device; `threads` is not read. Every output is written. r up to 256,
+// and k·r up to 512 for the mean. `workspace`: chain_workspace bytes on the device; none where a module fits on chip.
+int chain(const ChainArgs& args, void* workspace, void* stream);
+int chain_workspace(const ChainArgs& args, int64_t* bytes);
 
 }  // namespace fastlora::cuda

@@ -1,0 +1,38 @@
+"""The emulator itself: it must find what is wrong in a kernel, and nothing where nothing is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import emulation
+import pytest
+import torch
+
+
+@pytest.mark.parametrize("schedule", emulation.SCHEDULES.values(), ids=emulation.SCHEDULES)
+@pytest.mark.parametrize(("sample", "found"), [
+    ("barrier", ""),
+    ("no barrier", "race"),
+    ("warp barrier", ""),
+    ("no warp barrier", "race"),
+    ("two barriers", ""),
+    ("second barrier missing", "race"),
+    ("half at the barrier", "deadlock: 32 threads wait, 16 of them at __syncthreads"),
+    ("divergent shuffles", "divergence"),
+    ("outside its mask", "not in the mask"),
+    ("ended lane", "waits for a lane that has ended"),
+    ("half warps", ""),
+    ("outside shared", "a write outside shared memory"),
+    ("poison", ""),
+    ("shared by blocks", "race"),
+])  # fmt: skip
+def test_what_the_emulator_finds(emulator: Any, sample: str, found: str, schedule: int) -> None:
+    emulator.set_schedule(schedule)
+    failure = emulator.run_sample(sample)
+    assert found in failure and bool(found) == bool(failure), failure
+
+
+def test_launcher_and_binding(emulator: Any) -> None:
+    out = torch.zeros(300, dtype=torch.int32)
+    assert emulator.cuda_self_test(out.data_ptr(), count=300, stream=0) == 0
+    assert torch.equal(out, torch.arange(1, 301, dtype=torch.int32))
