@@ -25,16 +25,19 @@ import triton
 import triton.language as tl
 
 from tritonkernels.launch import INTERPRETED, Launch
-from tritonkernels.values import DTYPES, load_double, load_values
+from tritonkernels.values import DTYPES, EMULATED, load_double, load_values, single
 
 TILE_COLUMNS = tl.constexpr(4)  # of `tiles`: result, first column, first row, last row
 RESULT_COLUMNS = tl.constexpr(6)  # of `results`: first term, terms, address, stride, width, rows
 TERM_COLUMNS = tl.constexpr(9)
 """Of `terms`: address, stride, width and dtype code of X; address, stride and width of C (address 0: identity); at; bits
 of the scale."""
-HALF_TILES = {16: (256, 16), 32: (128, 32), 64: (64, 32)}
-"""Columns of a tile of half_results, with its rows and with the columns of X in a product."""
-EXACT_TILE = (128, 16)  # rows and columns of a tile of exact_results
+INNER = 16  # columns of X in a product of half_results; sums are made in this order whatever the tile
+HALF_TILES = {16: 256, 32: 128, 64: 128}
+"""Rows of a tile of half_results, by its columns."""
+ROUGH_TILES = {False: (64, 16), True: (64, 32)}
+"""Rows and columns of a tile of half_results without vector loads, by whether addresses are odd: without spills."""
+EXACT_TILE = (512 if INTERPRETED else 128, 16)  # rows and columns of a tile of exact_results
 SMALLEST, LARGEST = tl.constexpr(1e-20), tl.constexpr(1e20)  # coefficients that float32 sums are trusted with
 
 
@@ -82,16 +85,16 @@ def _leading_bits(x):
 
 
 @triton.jit
-def _add_product(sums, x, c, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+def _add_product(sums, x, c, DTYPE: tl.constexpr):
     """``sums + x c`` for float32 ``c``: three products of pieces, each exact."""
     if DTYPE == tl.bfloat16:
         high = c.to(tl.bfloat16)
-        rest = c - high.to(tl.float32)
+        rest = c - single(high)
         middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        if UPCAST:
-            x = x.to(tl.float32)
-            high, middle, low = high.to(tl.float32), middle.to(tl.float32), low.to(tl.float32)
+        low = (rest - single(middle)).to(tl.bfloat16)
+        if EMULATED:
+            x = single(x)
+            high, middle, low = single(high), single(middle), single(low)
         sums = tl.dot(x, low, sums, input_precision="ieee")
         sums = tl.dot(x, middle, sums, input_precision="ieee")
         sums = tl.dot(x, high, sums, input_precision="ieee")
@@ -100,7 +103,7 @@ def _add_product(sums, x, c, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
         high = _leading_bits(c)
         middle = _leading_bits(c - high)
         low = c - high - middle
-        x = x.to(tl.float32)
+        x = single(x)
         sums = tl.dot(x, low, sums, input_precision="tf32")
         sums = tl.dot(x, middle, sums, input_precision="tf32")
         sums = tl.dot(x, high, sums, input_precision="tf32")
@@ -114,9 +117,9 @@ def _add_identity(sums, part, is_part):
 
 
 @triton.jit
-def _half(x, OUT: tl.constexpr, UPCAST: tl.constexpr):
+def _half(x, OUT: tl.constexpr):
     """float32 rounded to nearest even; the interpreter truncates bfloat16, so there it is done by hand."""
-    if UPCAST and OUT == tl.bfloat16:
+    if EMULATED and OUT == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
         result = tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -126,7 +129,7 @@ def _half(x, OUT: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _rounded(x, OUT: tl.constexpr, UPCAST: tl.constexpr):
+def _rounded(x, OUT: tl.constexpr):
     """float64 rounded once: a float32 rounded to odd on the way keeps what nearest even needs to know."""
     if OUT == tl.float64:
         result = x
@@ -138,7 +141,7 @@ def _rounded(x, OUT: tl.constexpr, UPCAST: tl.constexpr):
         bits = near.to(tl.int32, bitcast=True)
         bits = tl.where(tl.abs(back) > tl.abs(x), bits - 1, bits)
         bits = tl.where(back == x, bits, bits | 1)
-        result = _half(bits.to(tl.float32, bitcast=True), OUT, UPCAST)
+        result = _half(bits.to(tl.float32, bitcast=True), OUT)
     return result
 
 
@@ -155,7 +158,6 @@ def half_results(
     TALL: tl.constexpr,  # rows of a tile
     WIDE: tl.constexpr,  # columns of a tile
     INNER: tl.constexpr,  # columns of X in a product
-    UPCAST: tl.constexpr,
 ):
     p_tile = tiles + tl.program_id(0).to(tl.int64) * TILE_COLUMNS
     p_result = results + tl.load(p_tile) * RESULT_COLUMNS
@@ -182,7 +184,7 @@ def half_results(
             if VECTOR > 1 and not ROWS:
                 m_own = tl.max_constancy(m_own, VECTOR)
             part = _load_x(address_x, stride_x, o_row, o_own, m_row, m_own, ROWS, DTYPE, BYTES, VECTOR)
-            sums = _add_identity(sums, part.to(tl.float32) * scale, m_own[None, :])
+            sums = _add_identity(sums, single(part) * scale, m_own[None, :])
         else:
             for start in range(0, width_x.to(tl.int32), INNER):
                 o_inner = start + tl.arange(0, INNER).to(tl.int64)
@@ -191,25 +193,26 @@ def half_results(
                     m_inner = tl.max_constancy(m_inner, VECTOR)
                 x = _load_x(address_x, stride_x, o_row, o_inner, m_row, m_inner, ROWS, DTYPE, BYTES, VECTOR)
                 c = _coefficients(p_term, o_inner, o_column - at, width_x, ROWS).to(tl.float32)
-                sums = _add_product(sums, x, c, DTYPE, UPCAST)
+                sums = _add_product(sums, x, c, DTYPE)
 
     m_column = o_column < width
     if VECTOR > 1 and not ROWS:
         m_column = tl.max_constancy(m_column, VECTOR)
     pointers = tl.multiple_of(address.to(tl.pointer_type(OUT)), VECTOR * OUT.primitive_bitwidth // 8)
     pointers += _places(stride, o_row, o_column, ROWS)
-    tl.store(pointers, _half(sums, OUT, UPCAST), mask=m_row[:, None] & m_column[None, :])
+    tl.store(pointers, _half(sums, OUT), mask=m_row[:, None] & m_column[None, :])
 
 
 @triton.jit
 def _exact_tile(
     p_result, terms, first_column, first_row, last_row,
     ROWS: tl.constexpr, DTYPE: tl.constexpr, OUT: tl.constexpr, BYTES: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     first, count = tl.load(p_result), tl.load(p_result + 1).to(tl.int32)
     address, stride, width = tl.load(p_result + 2), tl.load(p_result + 3), tl.load(p_result + 4)
-    o_row, o_column = first_row + tl.arange(0, TALL), first_column + tl.arange(0, WIDE)
+    o_row = first_row + tl.arange(0, TALL).to(tl.int64)
+    o_column = first_column + tl.arange(0, WIDE).to(tl.int64)
     m_row = o_row < last_row
     sums = tl.zeros((TALL, WIDE), tl.float64)
     for i in range(0, count):
@@ -238,7 +241,7 @@ def _exact_tile(
                 c = tl.load(p_c + o_c, mask=m_own, other=0.0) * scale
                 sums = tl.fma(x[:, None].broadcast_to(sums.shape), c[None, :].broadcast_to(sums.shape), sums)
     pointers = address.to(tl.pointer_type(OUT)) + _places(stride, o_row, o_column, ROWS)
-    tl.store(pointers, _rounded(sums, OUT, UPCAST), mask=m_row[:, None] & (o_column < width)[None, :])
+    tl.store(pointers, _rounded(sums, OUT), mask=m_row[:, None] & (o_column < width)[None, :])
 
 
 @triton.jit
@@ -252,13 +255,12 @@ def exact_results(
     BYTES: tl.constexpr,
     TALL: tl.constexpr,
     WIDE: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     p_tile = tiles + tl.program_id(0).to(tl.int64) * TILE_COLUMNS
     p_result = results + tl.load(p_tile) * RESULT_COLUMNS
     first_column, first_row, last_row = tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3)
     _exact_tile(
-        p_result, terms, first_column, first_row, last_row, ROWS, DTYPE, OUT, BYTES, TALL, WIDE, UPCAST
+        p_result, terms, first_column, first_row, last_row, ROWS, DTYPE, OUT, BYTES, TALL, WIDE
     )  # fmt: skip
 
 
@@ -278,7 +280,6 @@ def extreme_results(
     BYTES: tl.constexpr,
     TALL: tl.constexpr,
     WIDE: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     p_result = results + tl.load(chosen + tl.program_id(0).to(tl.int64)) * RESULT_COLUMNS
     first, count = tl.load(p_result), tl.load(p_result + 1).to(tl.int32)
@@ -300,25 +301,24 @@ def extreme_results(
         for column in range(0, width.to(tl.int32), WIDE):
             for row in range(0, tl.cdiv(rows, TALL).to(tl.int32)):
                 _exact_tile(
-                    p_result, terms, column.to(tl.int64), row.to(tl.int64) * TALL, rows,
-                    ROWS, DTYPE, OUT, BYTES, TALL, WIDE, UPCAST,
+                    p_result, terms, column, row * TALL, rows,
+                    ROWS, DTYPE, OUT, BYTES, TALL, WIDE,
                 )  # fmt: skip
 
 
 def half_results_launch(
     programs: int, tiles: object, results: object, terms: object, *,
-    rows: bool, code: int, out: int, odd: bool, vector: int, wide: int,
+    rows: bool, code: int, out: int, odd: bool, vector: int, tall: int, wide: int,
 ) -> Launch:  # fmt: skip
-    tall, inner = HALF_TILES[wide]
     constants = {"ROWS": rows, "DTYPE": DTYPES[code], "OUT": DTYPES[out], "BYTES": odd, "VECTOR": vector}
-    constants |= {"TALL": tall, "WIDE": wide, "INNER": inner, "UPCAST": INTERPRETED}
+    constants |= {"TALL": tall, "WIDE": wide, "INNER": INNER}
     return Launch(half_results, programs, (tiles, results, terms), constants, 4, 1)
 
 
 def _exact_constants(rows: bool, code: int | None, out: int, odd: bool) -> dict[str, object]:
     tall, wide = EXACT_TILE
     constants = {"ROWS": rows, "DTYPE": None if code is None else DTYPES[code], "OUT": DTYPES[out], "BYTES": odd}
-    return constants | {"TALL": tall, "WIDE": wide, "UPCAST": INTERPRETED}
+    return constants | {"TALL": tall, "WIDE": wide}
 
 
 def exact_results_launch(

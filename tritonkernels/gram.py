@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from tritonkernels.launch import INTERPRETED, Launch
-from tritonkernels.values import DTYPES, SLAB, load_double, load_values
+from tritonkernels.values import DTYPES, EMULATED, SLAB, load_double, load_values, single
 
 TILE_COLUMNS = tl.constexpr(6)  # of `tiles`: first left slab, first right slab, first row, last row, place, wanted
 SLAB_COLUMNS = tl.constexpr(4)  # of `slabs`: address, stride, width, dtype code
@@ -91,7 +91,6 @@ def half_sums(
     RR: tl.constexpr,
     DEPTH: tl.constexpr,
     STRETCH: tl.constexpr,
-    UPCAST: tl.constexpr,  # the interpreter multiplies the bit patterns of bfloat16
 ):
     p_tile = tiles + tl.program_id(0).to(tl.int64) * TILE_COLUMNS
     left, right = tl.load(p_tile), tl.load(p_tile + 1)
@@ -111,14 +110,14 @@ def half_sums(
     for step in range(0, steps):
         o_row = first + step * DEPTH + tl.arange(0, DEPTH)
         x = _load_tile(address, stride, width, column, o_row, last, ROWS, DTYPE, BYTES, VECTOR)  # [DEPTH, W]
-        if UPCAST:
-            x = x.to(tl.float32)
+        if EMULATED:
+            x = single(x)
         if LL:
             sum_ll = tl.dot(tl.trans(x), x, sum_ll, input_precision="ieee")
         if LR:
             y = _load_tile(address_r, stride_r, width_r, column_r, o_row, last, ROWS, DTYPE, BYTES, VECTOR)
-            if UPCAST:
-                y = y.to(tl.float32)
+            if EMULATED:
+                y = single(y)
             sum_lr = tl.dot(tl.trans(x), y, sum_lr, input_precision="ieee")
             if RR:
                 sum_rr = tl.dot(tl.trans(y), y, sum_rr, input_precision="ieee")
@@ -277,7 +276,7 @@ def half_sums_launch(
     depth, stages = (DEPTH, 5) if vector > 1 else (DEPTH // 2, 3)
     constants = {"ROWS": rows, "DTYPE": DTYPES[code], "BYTES": odd, "VECTOR": vector, "DEPTH": depth}
     constants |= dict(zip(("LL", "LR", "RR"), products, strict=True))
-    constants |= {"STRETCH": STRETCH, "UPCAST": INTERPRETED}
+    constants["STRETCH"] = STRETCH
     return Launch(half_sums, programs, (tiles, slabs, parts), constants, 8 if all(products) else 4, stages)
 
 

@@ -5,8 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tritonkernels.launch import INTERPRETED
+
 DTYPES = (tl.float32, tl.float64, tl.float16, tl.bfloat16)  # by dtype code, as in the tables
 SLAB = tl.constexpr(16)  # columns (B side) or rows (A side) of a factor that are handled together
+
+# The interpreter multiplies the bit patterns of bfloat16, loses its denormals and truncates instead of rounding.
+EMULATED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def single(x):
+    """Half precision or float32 as float32."""
+    if EMULATED and x.dtype == tl.bfloat16:
+        result = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        result = x.to(tl.float32)
+    return result
 
 
 @triton.jit
@@ -32,6 +47,15 @@ def load_values(
 
 
 @triton.jit
+def _double(x):
+    if x.dtype == tl.bfloat16:
+        result = single(x).to(tl.float64)
+    else:
+        result = x.to(tl.float64)
+    return result
+
+
+@triton.jit
 def load_double(
     address,
     offsets,
@@ -42,7 +66,7 @@ def load_double(
 ):
     """Elements in float64; ``DTYPE`` None: a dtype that is known when the kernel runs, by its code."""
     if DTYPE is not None:
-        values = load_values(address, offsets, mask, DTYPE, BYTES).to(tl.float64)
+        values = _double(load_values(address, offsets, mask, DTYPE, BYTES))
     else:
         if code == 0:
             values = load_values(address, offsets, mask, tl.float32, BYTES).to(tl.float64)
@@ -51,5 +75,5 @@ def load_double(
         elif code == 2:
             values = load_values(address, offsets, mask, tl.float16, BYTES).to(tl.float64)
         else:
-            values = load_values(address, offsets, mask, tl.bfloat16, BYTES).to(tl.float64)
+            values = _double(load_values(address, offsets, mask, tl.bfloat16, BYTES))
     return values

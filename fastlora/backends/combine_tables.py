@@ -11,7 +11,6 @@ import numpy as np
 
 from fastlora.backends.tables import HALVES, SIZES, Matrix, Table, table
 
-WIDTHS = (16, 32, 64)  # of the tiles of half-precision results
 LARGEST_SCALE, SMALLEST_SCALE = 1e20, 1e-20  # coefficients that float32 sums are trusted with
 
 
@@ -41,7 +40,16 @@ class Kind(NamedTuple):
     out: int
     odd: bool
     vector: int
+    tall: int  # rows of a tile
     wide: int  # columns of a tile
+
+
+class Tiles(NamedTuple):
+    """``(rows, columns)`` of the tiles that the kernels were made for."""
+
+    half: tuple[tuple[int, int], ...]  # by increasing columns
+    rough: dict[bool, tuple[int, int]]  # without vector loads, by whether addresses are odd
+    exact: tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -56,38 +64,39 @@ class Batch:
     """Results on tensor cores whose coefficients have to be looked at."""
 
 
-def kind_of(result: Result, exact_wide: int) -> Kind:
+def kind_of(result: Result, tiles: Tiles) -> Kind:
     out, terms, rows = result
     codes = {t.factor.code for t in terms}
     code = codes.pop() if len(codes) == 1 else None if codes else out.code
     half = code in HALVES and out.code in HALVES
     odd = any(t.factor.is_odd() for t in terms)
     if not half:
-        return Kind(rows, half, code, out.code, odd, 1, exact_wide)
+        return Kind(rows, half, code, out.code, odd, 1, *tiles.exact)
     vector = 1 if odd else min([out.vector(rows), *(t.factor.vector(rows) for t in terms)])
     if not rows:
         # The columns of an identity term are loaded from where they are in the result.
         vector = min([vector, *(_power(t.at) for t in terms if not t.address)])
-    wide = next((w for w in WIDTHS if out.width <= w), WIDTHS[-1])
-    return Kind(rows, half, code, out.code, odd, vector, wide)
+    shape = tiles.rough[odd]
+    if vector > 1:
+        shape = next((s for s in tiles.half if out.width <= s[1]), tiles.half[-1])
+    return Kind(rows, half, code, out.code, odd, vector, *shape)
 
 
 def _power(at: int) -> int:
     return next(v for v in (8, 4, 1) if at % v == 0)
 
 
-def batches(jobs: Sequence[Sequence[Result]], tall: dict[int, int], exact_tile: tuple[int, int]) -> Iterator[Batch]:
-    """``jobs``: results that share factors. ``tall``: rows of a tile of half-precision results, by its columns;
-    ``exact_tile``: rows and columns of a tile of others."""
+def batches(jobs: Sequence[Sequence[Result]], shapes: Tiles) -> Iterator[Batch]:
+    """``jobs``: results that share factors."""
     filling: dict[Kind, _Filling] = {}
     for job in jobs:
         touched: dict[Kind, list[int]] = {}
         for result in job:
             if not (result.out.n and result.out.width):
                 continue
-            kind = kind_of(result, exact_tile[1])
+            kind = kind_of(result, shapes)
             if kind not in filling:
-                filling[kind] = _Filling(kind, tall[kind.wide] if kind.half else exact_tile[0])
+                filling[kind] = _Filling(kind)
             touched.setdefault(kind, []).append(filling[kind].add(result))
         for kind, results in touched.items():
             filling[kind].add_tiles(results)
@@ -100,7 +109,6 @@ class _Filling:
     """A batch that results are added to."""
 
     kind: Kind
-    tall: int
     results: list[tuple[int, ...]] = field(default_factory=list)
     terms: list[tuple[int, ...]] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
@@ -123,11 +131,11 @@ class _Filling:
         """Tiles of results of one job: those of the same rows follow one another, and find the factors in the cache."""
         n = self.results[results[0]][5]
         columns = [(r, c) for r in results for c in range(0, self.results[r][4], self.kind.wide)]
-        first = np.arange(0, n, self.tall, dtype=np.int64)
+        first = np.arange(0, n, self.kind.tall, dtype=np.int64)
         tiles = np.empty((len(first), len(columns), 4), dtype=np.int64)
         tiles[:, :, :2] = table(columns, 2)
         tiles[:, :, 2] = first[:, None]
-        tiles[:, :, 3] = np.minimum(first + self.tall, n)[:, None]
+        tiles[:, :, 3] = np.minimum(first + self.kind.tall, n)[:, None]
         self.tiles.append(tiles.reshape(-1, 4))
 
     def batch(self) -> Batch:

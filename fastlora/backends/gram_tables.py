@@ -198,7 +198,7 @@ def _tiles(
     for g, h in sorted(wanted):
         if (g, h) in starts:
             continue
-        if triple and g % 2 == 0 and {(g, g + 1), (g, g), (g + 1, g + 1)} <= wanted.keys():
+        if triple and g == h and g % 2 == 0 and {(g, g + 1), (g + 1, g + 1)} <= wanted.keys():
             add(ALL, (g, g + 1), ((g, g), (g, g + 1), (g + 1, g + 1)))
         elif g == h:
             add(LL, (g, g), ((g, g), None, None))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
+import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,13 +33,12 @@ def is_interpreted() -> bool:
 
 @functools.cache
 def _installed() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
         return "Triton is not installed: `pip install 'fastlora[triton]'`, or use the cpu backend"
-    import triton
-
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < OLDEST:
-        return f"Triton {triton.__version__} is installed, but {'.'.join(map(str, OLDEST))} or later is needed"
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        return f"Triton {found} is installed, but {'.'.join(map(str, OLDEST))} or later is needed"
     return None
 
 
@@ -158,22 +157,25 @@ def combine_plan(jobs: Sequence[CombineJob]) -> Plan:
     alive: list[Tensor] = []
     own = [[_result(output, job, alive) for output in job.outputs] for job in jobs]
     device = alive[0].device if alive else torch.device("cpu")
-    tall = {wide: rows for wide, (rows, _) in combine.HALF_TILES.items()}
-    batches = list(combine_tables.batches(own, tall, combine.EXACT_TILE))
+    half = tuple((tall, wide) for wide, tall in combine.HALF_TILES.items())
+    shapes = combine_tables.Tiles(half, combine.ROUGH_TILES, combine.EXACT_TILE)
+    batches = list(combine_tables.batches(own, shapes))
     sections = Sections()
     places = [[sections.add(t) for t in (b.tiles, b.results, b.terms, b.chosen)] for b in batches]
     buffer = sections.to(device)
     launches = []
     for batch, own_places in zip(batches, places, strict=True):
         tiles, results, terms, chosen = (buffer[p] for p in own_places)
-        rows, half, code, out, odd, vector, wide = batch.kind
+        rows, is_half, code, out, odd, vector, tall, wide = batch.kind
         common = {"rows": rows, "code": code, "out": out, "odd": odd}
         tables = results, terms
-        if not half:
+        if not is_half:
             launches.append(combine.exact_results_launch(len(batch.tiles), tiles, *tables, **common))
             continue
         launches.append(
-            combine.half_results_launch(len(batch.tiles), tiles, *tables, vector=vector, wide=wide, **common)
+            combine.half_results_launch(
+                len(batch.tiles), tiles, *tables, vector=vector, tall=tall, wide=wide, **common
+            )
         )
         if len(batch.chosen):
             launches.append(combine.extreme_results_launch(len(batch.chosen), chosen, *tables, **common))
