@@ -82,9 +82,7 @@ def test_small_values_of_graded_columns_are_relatively_accurate(emulator: Any, d
 
 @every_dtype
 @every_form
-def test_non_finite_matrices_stay_alone(
-    emulator: Any, p: int, q: int, shared_limit: int, dtype: torch.dtype
-) -> None:
+def test_non_finite_matrices_stay_alone(emulator: Any, p: int, q: int, shared_limit: int, dtype: torch.dtype) -> None:
     with emulation.emulated(emulator, 1, shared_limit):
         op.test_non_finite_matrices_stay_alone(dtype, p, q)
 
