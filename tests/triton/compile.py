@@ -3,9 +3,9 @@
     python tests/triton/compile.py [--triton FOLDER] [--all] [--write]
 
 Prints one JSON object: for every kernel, specialisation and architecture its registers, stack, shared memory and the
-instructions that say whether it does what it claims. ``--triton``: a folder with another version of Triton. ``--all``: awkward specialisations
-too. ``--write`` puts the limits into limits.json: what this version took, with a margin; run it for every version, on
-an empty file.
+instructions that say whether it does what it claims. ``--triton``: a folder with another version of Triton.
+``--all``: awkward specialisations too. ``--write`` puts the limits into limits.json: what this version took, with a
+margin. Limits only grow: remove the file to begin anew, then run it for every version.
 
 It runs in a process of its own: one process cannot interpret kernels and compile them too.
 """
