@@ -115,10 +115,17 @@ def table() -> str:
         limits = LIMITS[case.source][case.kernel]
         shared = (limits["shared"] + case.dynamic) / 1024
         milliseconds = 1e3 * case.seconds
-        lines.append(
-            f"| `{case.kernel}` | {case.n} | {limits['registers']} | {shared:.1f} | {case.blocks} × {case.threads // 32} "
-            f"| {case.bytes / 1e6:.1f} MB | {milliseconds:.{2 if milliseconds < 100 else 3}g} ms | not measured |"
-        )
+        cells = [
+            f"`{case.kernel}`",
+            f"{case.n}",
+            f"{limits['registers']}",
+            f"{shared:.1f}",
+            f"{case.blocks} × {case.threads // 32}",
+            f"{case.bytes / 1e6:.1f} MB",
+            f"{milliseconds:.{2 if milliseconds < 100 else 3}g} ms",
+            "not measured",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
