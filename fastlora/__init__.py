@@ -13,6 +13,7 @@ __version__ = "0.1.0.dev0"
 _EXPORTS = {
     "Adapter": "fastlora.adapter",
     "Decomposition": "fastlora.decomposition",
+    "DecompositionPlan": "fastlora.plan",
     "FastloraError": "fastlora.errors",
     "IA3": "fastlora.ia3",
     "InputError": "fastlora.errors",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from fastlora.methods.pem import analogy as analogy
     from fastlora.methods.pem import negate as negate
     from fastlora.methods.weights import weights as weights
+    from fastlora.plan import DecompositionPlan as DecompositionPlan
     from fastlora.pool import Pool as Pool
     from fastlora.poolgram import PoolGram as PoolGram
     from fastlora.sweeps import Sweep as Sweep

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
+from fastlora import device as devices
 from fastlora import formats
+from fastlora import stream as streams
 from fastlora.adapter import Adapter
 from fastlora.collector import paused_collector
 from fastlora.decomposition import Decomposition
@@ -48,6 +52,7 @@ def decompose(
     target: str | None = None,
     order: Sequence[str] | None = None,
     memory: int | str | None = None,
+    device: str | torch.device | None = None,
 ) -> Decomposition:
     r"""Shared and unique components of a pool: DeVec (arXiv 2512.22511), MATH section 3, in factor space.
 
@@ -66,7 +71,9 @@ def decompose(
             before projecting.
         rtol: directions with ``σ <= rtol·σ_max`` are noise. Default: rounding of the stored dtype, 1e-6 at the least.
         memory: bound on the peak resident memory of computing and saving, as bytes or ``"1GiB"``; factors that were
-            loaded from files are given back to the system after use. The result has the same bits.
+            loaded from files are given back to the system after use. The result has the same bits. With a ``device`` it
+            bounds the memory taken there: modules are streamed through it when the pool does not fit.
+        device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the pool is. See docs/gpu.md.
 
     Returns:
         :class:`fastlora.Decomposition`.
@@ -87,21 +94,26 @@ def decompose(
         raise InputError("decompose: a pool of one adapter has nothing to share; give two adapters or more")
     settings = devec.Settings(float(threshold), chain, side, rank, energy, rtol)
     bound = parse_memory(memory)
+    where = devices.parse(device) or pool.device
+    stream = streams.needed(pool.adapters, where, bound)
+    pool = pool.to(where if stream is None else "cpu")
+    if where.type != "cpu":
+        bound = None  # it is the device's memory that is bounded
     if mode == "iterative":
         if target is None:
             raise InputError("mode='iterative' needs target=NAME (`--target NAME`), the adapter to clean")
         others = [n for n in pool.names if n != pool[target].name] if order is None else list(order)
         if target in others or len(set(others)) != len(others) or not others:
             raise InputError(f"order={others}: name each other adapter once, without the target {target!r}")
-        with bounded(bound), paused_collector():
+        with bounded(bound), streams.streamed(stream), paused_collector():
             steps = devec.decompose_iteratively(pool, settings, target, others)
-        return Decomposition(pool, mode, steps=steps, target=target, memory=bound)
+        return Decomposition(pool, mode, steps=steps, target=target, memory=bound, stream=stream)
     if target is not None or order is not None:
         raise InputError(f"target and order belong to mode='iterative', not to mode={mode!r}")
-    with bounded(bound), paused_collector():
+    with bounded(bound), streams.streamed(stream), paused_collector():
         if mode == "pairs":
-            return Decomposition(pool, mode, pairs=devec.decompose_pairs(pool, settings), memory=bound)
-        return Decomposition(pool, mode, whole=devec.decompose_pool(pool, settings), memory=bound)
+            return Decomposition(pool, mode, pairs=devec.decompose_pairs(pool, settings), memory=bound, stream=stream)
+        return Decomposition(pool, mode, whole=devec.decompose_pool(pool, settings), memory=bound, stream=stream)
 
 
 def merge(
@@ -111,6 +123,7 @@ def merge(
     method: str = "svd",
     rank: int | None = None,
     energy: float | None = None,
+    device: str | torch.device | None = None,
 ) -> Adapter:
     """One adapter from many: ``Σ_i w_i ΔW_i`` and the like; :func:`methods` lists what ``method`` accepts.
 
@@ -119,6 +132,7 @@ def merge(
     """
     chosen = find_method(method)
     counted, notes = full_weights(pool, weights)
+    pool = on_device(pool, device)
     try:
         with paused_collector():
             merged = chosen(pool, counted, rank=rank, energy=energy)
@@ -155,9 +169,14 @@ def compress(adapter: Adapter, rank: int | None = None, *, energy: float | None 
     return svd.compress(require_updates(adapter, "compress"), rank=rank, energy=energy)
 
 
-def overlap(pool: Pool) -> Overlap:
+def overlap(pool: Pool, *, device: str | torch.device | None = None) -> Overlap:
     """Similarity of every pair: cosine of ``ΔW`` (13) and subspace overlap (14), per module and in total."""
-    return pool_overlap(pool)
+    return pool_overlap(on_device(pool, device))
+
+
+def on_device(pool: Pool, device: str | torch.device | None) -> Pool:
+    """The pool where it is computed on: on ``device``, or where all of it is."""
+    return pool.to(devices.parse(device) or pool.device)
 
 
 def methods() -> dict[str, Method]:

@@ -44,8 +44,8 @@ Energy = Annotated[
 DType = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default: widest of the inputs.", show_default=False)
 ]
-Device = Annotated[str, typer.Option(help="Where to compute: auto or cpu.")]
-Backend = Annotated[str | None, typer.Option(help="Force a backend: cpu or reference.", show_default=False)]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N; auto is the CPU.")]
+Backend = Annotated[str | None, typer.Option(help="Force a backend: cpu, cuda, triton, reference.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report, errors only.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
@@ -55,10 +55,14 @@ DropExtras = Annotated[
 
 
 @contextmanager
-def _running(device: str, backend: str | None, quiet: bool) -> Iterator[None]:
-    """Backend and progress of one command."""
+def _running(device: str, backend: str | None, quiet: bool, on_cpu: str = "") -> Iterator[None]:
+    """Backend and progress of one command; ``on_cpu``: the name of one that computes on the CPU alone."""
     if device not in ("auto", "cpu"):
-        raise InputError(f"--device {device}: this version computes on the CPU; use auto or cpu")
+        if on_cpu:
+            raise InputError(f"--device {device}: {on_cpu} computes on the CPU; use auto or cpu")
+        from fastlora.device import parse
+
+        parse(device)
     from fastlora.backends import current_backend, use_backend
     from fastlora.progress import show_progress
 
@@ -84,7 +88,7 @@ def _require_backend() -> None:
             raise InputError(str(error)) from None
 
 
-def _load_pool(texts: list[str], weighted: bool) -> tuple[Pool, list[AdapterSpec]]:
+def _load_pool(texts: list[str], weighted: bool, device: str) -> tuple[Pool, list[AdapterSpec]]:
     from fastlora.locate import parse_all
     from fastlora.progress import track
 
@@ -95,7 +99,8 @@ def _load_pool(texts: list[str], weighted: bool) -> tuple[Pool, list[AdapterSpec
     from fastlora.pool import Pool
 
     _require_backend()
-    return Pool([load(s.path, s.name) for s in track(specs, "loading")]), specs
+    pool = Pool([load(s.path, s.name) for s in track(specs, "loading")])
+    return (pool if device in ("auto", "cpu") else pool.to(device)), specs
 
 
 def _refuse_weights(specs: list[AdapterSpec]) -> None:
@@ -184,7 +189,7 @@ def decompose(
         from fastlora.api import decompose as run
         from fastlora.engine import parse_dtype
 
-        pool, _ = _load_pool(adapters, weighted=False)
+        pool, _ = _load_pool(adapters, weighted=False, device=device)
         if dtype is not None:
             parse_dtype(dtype, pool.adapters[0].dtype)
         names = None if order is None else [n.strip() for n in order.split(",")]
@@ -255,7 +260,7 @@ def merge(
         from fastlora.api import merge as run
         from fastlora.pool import Pool
 
-        pool, specs = _load_pool(adapters, weighted=weights_by is None)
+        pool, specs = _load_pool(adapters, weighted=weights_by is None, device=device)
         if drop_extras:
             notices, pool = pool.notices, Pool(a.without_extras() for a in pool.adapters)
             pool.notices = notices
@@ -288,7 +293,7 @@ def compress(
         target = _output(out, overwrite, _paths([adapter]))
         from fastlora.api import compress as run
 
-        pool, _ = _load_pool([adapter], weighted=False)
+        pool, _ = _load_pool([adapter], weighted=False, device=device)
         smaller = run(pool.adapters[0], rank, energy=energy)
         _write_one(smaller, target, out, dtype, as_json, quiet, smaller.notes)
 
@@ -328,10 +333,14 @@ def inspect(
         spec = parse(adapter)
         _refuse_weights([spec])
         _require_backend()
+        from fastlora.adapter import Adapter
         from fastlora.formats import load
         from fastlora.show import describe
 
-        data, show = describe(load(spec.path, spec.name))
+        element = load(spec.path, spec.name)
+        if device not in ("auto", "cpu") and isinstance(element, Adapter):
+            element = element.to(device)
+        data, show = describe(element)
         if as_json:
             _print_json(data)
         elif not quiet:
@@ -354,7 +363,7 @@ def overlap(
             from fastlora.plots import check_picture
 
             check_picture(plot, overwrite)
-        pool, _ = _load_pool(adapters, weighted=False)
+        pool, _ = _load_pool(adapters, weighted=False, device=device)
         from fastlora.api import overlap as run
 
         if len(pool) < 2:

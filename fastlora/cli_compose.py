@@ -83,7 +83,7 @@ def compose(
     overwrite: Overwrite = False,
 ) -> None:
     """Evaluate an expression: + - * /, unique(x | a, …), shared(a, …), compress, negate, analogy, add."""
-    with _running(device, backend, quiet):
+    with _running(device, backend, quiet, on_cpu="compose"):
         from fastlora.expression import names, parse
         from fastlora.locate import parse_all
 

@@ -66,7 +66,7 @@ def modulate(
     overwrite: Overwrite = False,
 ) -> None:
     """Change direction and magnitude of an adapter's updates (DiPM)."""
-    with _running(device, backend, quiet):
+    with _running(device, backend, quiet, on_cpu="modulate"):
         parsed = [_parse(text) for text in op or ()]
         paths = {text: _path(text) for text in dict.fromkeys([adapter, *(o for p in parsed for o in p[1])])}
         target = _output(out, overwrite, list(paths.values()))

@@ -26,3 +26,14 @@ class UnsupportedAdapter(InputError):
 
 class OutputError(FastloraError, OSError):
     """The result could not be written; nothing that loads was left behind."""
+
+
+class BackendError(FastloraError, RuntimeError):
+    """No backend takes a call; the message has a line for each, with its reason."""
+
+    def __str__(self) -> str:
+        return RuntimeError.__str__(self)  # our own words, and several lines of them
+
+
+class DeviceMemoryError(FastloraError, MemoryError):
+    """The memory of a device does not suffice."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from fastlora.adapter import Adapter, Layout
 from fastlora.collector import paused_collector
@@ -12,6 +13,9 @@ from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.formats import load
 from fastlora.locate import check_name, check_names_differ, find
 from fastlora.operators import Operators
+
+if TYPE_CHECKING:
+    import torch
 
 Source = str | os.PathLike[str]
 
@@ -76,6 +80,26 @@ class Pool:
             return self._adapters[name]
         except KeyError:
             raise InputError(f"the pool has no adapter {name!r}; it has {', '.join(self._adapters)}") from None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters are. Raises :class:`InputError` when they are on different devices."""
+        found = {a.device: a.name for a in reversed(self._adapters.values())}
+        if len(found) > 1:
+            where = ", ".join(f"{name!r} on {device}" for device, name in reversed(found.items()))
+            raise InputError(f"the adapters of the pool are on different devices ({where}); use `pool.to(…)`")
+        return next(iter(found))
+
+    def to(self, device: torch.device | str) -> Pool:
+        """The pool on a device (``"cpu"``, ``"cuda"``, ``"cuda:1"``): one buffer and one copy an adapter.
+
+        A pool that is there already is returned as it is."""
+        adapters = [a.to(device) for a in self.adapters]
+        if all(a is b for a, b in zip(adapters, self.adapters, strict=True)):
+            return self
+        moved = Pool(adapters, align=False)
+        moved.notices = list(self.notices)
+        return moved
 
     def subset(self, names: Iterable[str]) -> Pool:
         """A pool of some of the adapters, in the order given, under the module names that they have here."""

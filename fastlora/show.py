@@ -242,15 +242,17 @@ def environment() -> dict[str, Any]:
     import torch
 
     import fastlora
-    from fastlora.backends import ORDER, cpu, current_backend, kernels
+    from fastlora import device
+    from fastlora.backends import ORDER, cpu, current_backend
 
-    backends = {name: reason if isinstance(reason := kernels(name), str) else "usable" for name in ORDER}
+    backends = {name: _state(name) for name in ORDER}
     data: dict[str, Any] = {
         "fastlora": fastlora.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "backend": current_backend(),
         "backends": backends,
+        "devices": device.describe(),
         "threads": torch.get_num_threads(),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
     }
@@ -268,12 +270,26 @@ def environment() -> dict[str, Any]:
     return data
 
 
+def _state(backend: str) -> str:
+    """``"usable"`` and for which ops, or the reason why a backend is not."""
+    from fastlora.backends import RULES, kernels
+
+    found = kernels(backend)
+    if isinstance(found, str):
+        return found
+    own = [op for op in RULES if op in found and not op.endswith("_pass")]
+    return "usable" if set(own) >= {op for op in RULES if not op.endswith("_pass")} else f"usable: {', '.join(own)}"
+
+
 def show_environment(data: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
     for key, value in data.items():
         if key == "backends":
             for name, state in value.items():
                 table.add_row(f"backend {name}", state)
+        elif key == "devices":
+            for state in value:
+                table.add_row("device", state)
         else:
             table.add_row(key, str(value))
     console_of().print(table)

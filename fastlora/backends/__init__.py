@@ -10,9 +10,25 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastlora.errors import InputError
+from fastlora.errors import BackendError, InputError
 
-ORDER = ("cuda", "triton", "cpu", "reference")  # fastest first
+ORDER = ("cuda", "triton", "cpu", "reference")
+
+# What "auto" takes: for tensors on a device, the first of these backends that supports the call. On a GPU the slow
+# reference is not among them: it runs there when it is forced.
+STREAMING = {"cuda": ("triton", "cuda"), "cpu": ("cpu", "reference")}  # passes over tall factors: bound by memory
+SOLVING = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}  # small matrices on chip
+RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
+    "gram": STREAMING,
+    "combine": STREAMING,
+    "finite": STREAMING,
+    "gram_pass": STREAMING,
+    "combine_pass": STREAMING,
+    "coefficients": STREAMING,
+    "eigh": SOLVING,
+    "svd": SOLVING,
+    "chain": SOLVING,
+}
 
 # Backends whose kernels are not part of this version, with the reason that users see.
 ABSENT = {
@@ -22,10 +38,15 @@ ABSENT = {
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One op on one backend. ``supports`` returns ``None`` for yes, else the reason for no."""
+    """One op on one backend. ``supports`` returns ``None`` for yes, else the reason for no.
+
+    ``plan``: takes the arguments of a call (of a chain, its results too) and returns an object whose ``run()`` starts
+    it as often as wanted, without allocating or waiting; ``None`` where the backend has no such form.
+    """
 
     launch: Callable[..., Any]
     supports: Callable[..., str | None]
+    plan: Callable[..., Any] | None = None
 
 
 def always(*_: object, **__: object) -> None:
@@ -70,10 +91,29 @@ def kernels(backend: str) -> Mapping[str, Kernel] | str:
     return table if reason is None else reason
 
 
+def candidates(op: str, device: str) -> tuple[str, ...]:
+    """The backends that ``"auto"`` tries for tensors on a kind of device, in order; none for a kind without a rule."""
+    return RULES[op].get(device, ())
+
+
+def device_of(*args: Any) -> str:
+    """The kind of device of the first tensor of a call or of its jobs; ``"cpu"`` where there is none."""
+    for arg in args:
+        if hasattr(arg, "device"):
+            return str(arg.device.type)
+        if isinstance(arg, list | tuple):
+            for job in arg:
+                for tensor in (*job.factors, *(o.out for o in getattr(job, "outputs", ()))):
+                    if tensor is not None:
+                        return str(tensor.device.type)
+    return "cpu"
+
+
 def resolve(op: str, *args: Any) -> Kernel:
-    """The kernel that takes this call, or a RuntimeError that lists why no backend does."""
+    """The kernel that takes this call, or a :class:`BackendError` that lists why no backend does."""
     chosen, reasons = current_backend(), []
-    for name in ORDER if chosen == "auto" else (chosen,):
+    device = device_of(*args)
+    for name in candidates(op, device) if chosen == "auto" else (chosen,):
         table = kernels(name)
         if isinstance(table, str):
             reason: str | None = table
@@ -84,4 +124,29 @@ def resolve(op: str, *args: Any) -> Kernel:
             if reason is None:
                 return table[op]
         reasons.append(f"  {name}: {reason}")
-    raise RuntimeError(f"fastlora.{op}: no usable backend (requested {chosen!r})\n" + "\n".join(reasons))
+    head = f"fastlora.{op}: no usable backend (requested {chosen!r})"
+    raise BackendError("\n".join([head, *reasons, _way_out(device)]))
+
+
+def _way_out(device: str) -> str:
+    if device == "cpu":
+        return "  `fastlora info` says which backends work here, and why others do not"
+    if device == "cuda":
+        return (
+            "  compute on the CPU (`.to('cpu')`, `--device cpu`), or by the slow formulas where the tensors are: "
+            "use_backend('reference')"
+        )
+    return f"  there are no kernels for tensors on {device}: move them with `.to('cpu')` or `.to('cuda')`"
+
+
+def run(op: str, *args: Any) -> Any:
+    """The result of an op on the backend that takes the call; memory that runs out on a device is told by name."""
+    kernel = resolve(op, *args)
+    try:
+        return kernel.launch(*args)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's: importing torch is left to those who compute
+            raise
+        from fastlora.device import out_of_memory
+
+        raise out_of_memory(f"fastlora.{op}") from None

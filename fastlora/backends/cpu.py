@@ -15,6 +15,7 @@ from fastlora.backends import Kernel
 from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramJob, WriteProblem
 from fastlora.ops.chain import CHAINS, width
 from fastlora.ops.gram import blocks_of
+from fastlora.reference.coefficients import coefficients
 
 try:
     from fastlora import _core
@@ -227,12 +228,10 @@ def _combine(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a = _aligned(a)
     n = a.shape[-1]
-    values, vectors = torch.empty(a.shape[:-1], dtype=a.dtype), torch.empty(a.shape, dtype=a.dtype)
-    info = torch.zeros(a.shape[:-2], dtype=torch.int32)
-    _core.eigh(
-        a.data_ptr(), values.data_ptr(), vectors.data_ptr(), info.data_ptr(), batch=info.numel(), n=n,
-        is_double=a.dtype == torch.float64, threads=torch.get_num_threads(),
-    )  # fmt: skip
+    values, vectors = torch.empty(a.shape[:-1], dtype=a.dtype), torch.empty_like(a)
+    info = (torch.empty if n else torch.zeros)(a.shape[:-2], dtype=torch.int32)
+    tensors = a.data_ptr(), values.data_ptr(), vectors.data_ptr(), info.data_ptr()
+    _core.eigh(*tensors, info.numel(), n, a.dtype == torch.float64, torch.get_num_threads())
     return values, vectors.mT, info
 
 
@@ -280,6 +279,7 @@ KERNELS: Mapping[str, Kernel] = {
     "svd": Kernel(_svd, _supports),
     "chain": Kernel(_chain, _supports),
     "combine": Kernel(_combine, _supports),
+    "coefficients": Kernel(coefficients, _supports),
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_jobs),
     "combine_pass": Kernel(_combine_pass, _supports_jobs),

@@ -12,6 +12,7 @@ from fastlora.backends import Kernel, always
 from fastlora.backends.passes import CombineJob, CombineOutput, GramJob, WriteProblem
 from fastlora.ops.gram import blocks_of
 from fastlora.reference.chain import chain
+from fastlora.reference.coefficients import coefficients
 from fastlora.reference.combine import combine
 from fastlora.reference.eigh import eigh
 from fastlora.reference.gram import gram
@@ -77,6 +78,7 @@ KERNELS: Mapping[str, Kernel] = {
     "svd": Kernel(svd, always),
     "chain": Kernel(chain, always),
     "combine": Kernel(combine, always),
+    "coefficients": Kernel(coefficients, always),
     "finite": Kernel(lambda x: bool(x.isfinite().all()), always),
     "gram_pass": Kernel(_gram_pass, always),
     "combine_pass": Kernel(_combine_pass, always),

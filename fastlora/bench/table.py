@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastlora.bench import gpu_table
 from fastlora.bench.contest import Row
 from fastlora.bench.timing import Machine, describe
 
@@ -34,12 +35,6 @@ its floor.
 The workloads are seeded adapters with the shapes of real models (`fastlora/bench/workloads.py`): decaying spectra and
 four planted common directions; `minilm` is the trained adapters in examples/adapters. `fastlora bench --list` names
 all cases and workloads.
-"""
-
-GPU = """
-## GPU
-
-Not measured: this version computes on the CPU.
 """
 
 
@@ -93,4 +88,4 @@ def as_markdown(machine: Machine, rows: list[Row]) -> str:
     lines = [PREAMBLE, machine_line(machine), "", "| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     lines += ["", *(f"* {note}." for note in notes(rows))] if notes(rows) else []
-    return "\n".join(lines) + "\n" + GPU
+    return "\n".join(lines) + "\n" + gpu_table.section()

@@ -26,6 +26,7 @@ def combination(terms: Weighted, name: str | None = None) -> Adapter:
 
     A module that an adapter lacks counts as zero. Nothing is computed until the result is used.
     """
+    require_one_device([a for _, a in terms])
     base = common_base([a for _, a in terms])
     modules = list(dict.fromkeys(m for _, a in terms for m in a.updates))
     updates = {m: combine_updates([(w, a.updates[m]) for w, a in terms if m in a.updates], m) for m in modules}
@@ -38,6 +39,17 @@ def combination(terms: Weighted, name: str | None = None) -> Adapter:
         provenance={"sum": [{"weight": w, "of": a.provenance} for w, a in terms], "semantics": "exact"},
         notes=list(dict.fromkeys(n for _, a in terms for n in a.notes)),
     )
+
+
+def require_one_device(adapters: Sequence[Adapter]) -> None:
+    """Refuses matrices that no kernel could read together."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.device != first.device:
+            raise InputError(
+                f"adapter {first.name!r} is on {first.device} and {other.name!r} on {other.device}; move one of them "
+                "with `.to(…)`"
+            )
 
 
 def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Update:

@@ -38,9 +38,9 @@ def pool_overlap(pool: Pool) -> Overlap:
     shares = torch.zeros(k, k, dtype=torch.float64)
     counts = torch.zeros(k, k, dtype=torch.float64)
     modules = {}
-    for group, part in module_parts(pool, None, "comparing"):
-        blocks = read_blocks(pool, group, part, "left", "pairs")
-        inner, subspace = _similarities(blocks, group.rtols)
+    for source, group, part in module_parts(pool, None, "comparing"):
+        blocks = read_blocks(source, group, part, "left", "pairs")
+        inner, subspace = (x.cpu() for x in _similarities(blocks, group.rtols))
         index = torch.tensor(group.members)
         for g, module in enumerate(part):
             norms = inner[g].diagonal().sqrt()
@@ -61,12 +61,13 @@ def pool_overlap(pool: Pool) -> Overlap:
 def _similarities(blocks: Blocks, rtols: Sequence[float]) -> tuple[Tensor, Tensor]:
     """``⟨ΔW_i, ΔW_j⟩`` and ``‖U_iᵀU_j‖²/min(q_i, q_j)`` of every module: ``[g, k, k]`` each."""
     k = len(blocks.group.members)
-    upper = torch.ones(k, k, dtype=torch.bool).triu()
+    device = blocks.projected.device
+    upper = torch.ones(k, k, dtype=torch.bool, device=device).triu()
     full = torch.where(upper[:, :, None, None], blocks.projected, blocks.projected.transpose(1, 2).mT)
     r = full.shape[-1]
     other = gram_blocks([[u.A for u in row] for row in blocks.updates], r, blocks_of("pairs", k))
     other = torch.where(upper[:, :, None, None], other, other.transpose(1, 2).mT)
-    scaling = torch.tensor([[u.scaling for u in row] for row in blocks.updates], dtype=torch.float64)
+    scaling = torch.tensor([[u.scaling for u in row] for row in blocks.updates], dtype=torch.float64).to(device)
     inner = (full * other).sum((-1, -2)) * scaling[:, :, None] * scaling[:, None]
 
     # Each adapter alone, with its own noise floor: its whitening T_i [r, r], columns beyond the kept directions zero.

@@ -123,8 +123,12 @@ BAD_COMMANDS: dict[str, tuple[list[object], list[str]]] = {
     "nothing to cut to": (["compress", SPAM, "-o", "out"], ["rank=N or energy=X"]),
     "unknown dtype": (["merge", SPAM, MOVIE, "-o", "out", "--dtype", "int8"], ["'int8'", "bfloat16"]),
     "unknown backend": (["decompose", SPAM, MOVIE, "-o", "out", "--backend", "gpu"], ["'gpu'", "cpu, reference"]),
-    "a backend to come": (["inspect", SPAM, "--backend", "cuda"], ["'cuda' cannot be used", "no CUDA kernels"]),
-    "a device to come": (["inspect", SPAM, "--device", "cuda"], ["--device cuda", "auto or cpu"]),
+    "a backend that is not there": (["inspect", SPAM, "--backend", "cuda"], ["'cuda' cannot be used"]),
+    "a device that is not there": (
+        ["inspect", SPAM, "--device", "cuda"],
+        ["device 'cuda' cannot be used", "--device cpu"],
+    ),
+    "no device": (["inspect", SPAM, "--device", "gpu"], ["device 'gpu' does not exist", "cuda:N"]),
     "a picture of no kind": (["overlap", SPAM, MOVIE, "--plot", "x.picture"], ["x.picture", ".png"]),
     "a picture nowhere": (["overlap", SPAM, MOVIE, "--plot", "no/x.png"], ["no/x.png", "no directory"]),
 }

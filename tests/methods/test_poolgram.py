@@ -16,7 +16,7 @@ from pools import MODULE
 from torch import Tensor
 
 import fastlora as fl
-from fastlora import engine
+from fastlora import backends, engine
 from fastlora.adapter import Adapter, source_key
 from fastlora.backends import Kernel, resolve
 from fastlora.backends.passes import GramJob
@@ -39,7 +39,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[object]]:
         return replace(kernel, launch=launch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "resolve", spying)
+        patch.setattr(backends, "resolve", spying)
         yield reads
 
 

@@ -56,6 +56,9 @@ def tensors(result: Any) -> list[Tensor]:
     return [t for t in tree_leaves(result) if isinstance(t, Tensor)]
 
 
+assert fl.ops  # registers torch.ops.fastlora
+
+
 @pytest.mark.parametrize("name", NODES)
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.fastlora, name).default, NODES[name])

@@ -1,0 +1,313 @@
+"""Times on a CUDA device: by events, each answer checked first, inputs that are not in the L2 cache.
+
+``python3 -m fastlora.bench.device OUT`` writes one JSON object a line into ``OUT`` as it finishes each case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import shutil
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+import fastlora as fl
+from fastlora.bench.contest import Unavailable, require
+from fastlora.bench.solvers import gram, identity
+from fastlora.bench.targets import MAIN
+from fastlora.bench.workloads import find as find_workload
+from fastlora.bench.workloads import pool_of, write_pool
+from fastlora.plan import DecompositionPlan
+
+Run = Callable[[], object]
+
+TAU = 0.85
+ROUNDS = 21
+FLUSH = 256 * 2**20  # bytes written between rounds: several times the L2 cache
+CHECKED = 7  # modules of the workload whose results are compared with those of the CPU
+BATCH = 1792
+SLOW = 0.3  # seconds a run: fewer rounds above
+
+
+def device_seconds(run: Run, rounds: int = ROUNDS) -> float:
+    """Median seconds on the device between two events around a run, the L2 cache cleared before each."""
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    if time.perf_counter() - start > SLOW:
+        rounds = 3
+    found = []
+    for _ in range(rounds):
+        flush.zero_()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        before.record()
+        run()
+        after.record()
+        after.synchronize()
+        found.append(float(before.elapsed_time(after)) / 1e3)
+    return statistics.median(found)
+
+
+def captured(run: Run) -> Run:
+    """A run as a CUDA graph: what the device takes, without what the host takes to launch it."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a large copy on the device."""
+    source = torch.ones(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / device_seconds(lambda: target.copy_(source))
+
+
+def limits() -> Iterator[dict[str, Any]]:
+    yield {"key": "copy", "bytes_per_second": copy_bandwidth()}
+
+
+def decompose() -> Iterator[dict[str, Any]]:
+    """The whole decomposition and its two passes, as CUDA graphs and launched from Python."""
+    pool = pool_of(MAIN)
+    head = pool_of(MAIN, CHECKED)
+    _require_same(head)
+    plan = DecompositionPlan(pool.to("cuda"), TAU)
+    read = sum(
+        f.stored.nbytes for a in pool.adapters for u in a.updates.values() for f in (u.B, u.A) if f.stored is not None
+    )
+    written = sum(t.nbytes for own in plan.unique_parts.values() for t in own.values())
+    written += sum(t.nbytes for pair in plan.shared_parts.values() for t in pair)
+    blocks = plan.block_bytes
+    bandwidth = copy_bandwidth()
+    graph = plan.capture()
+    yield {"key": "decompose", "seconds": device_seconds(graph.replay), "floor": (read + written) / bandwidth,
+           "note": f"CUDA graph; {read / 1e6:.0f} MB read once, {written / 1e6:.0f} MB written"}  # fmt: skip
+    yield {"key": "decompose, eager", "seconds": device_seconds(plan.run), "floor": (read + written) / bandwidth}
+    for key, run, moved in (
+        ("gram", plan.gram.run, read + blocks),
+        ("combine", plan.combine.run, read + written),
+    ):
+        yield {"key": key, "seconds": device_seconds(captured(run)), "floor": moved / bandwidth}
+    for i, part in enumerate(plan.parts):
+        yield {"key": f"chain and coefficients, group {i}", "seconds": device_seconds(captured(part.run))}
+
+
+def _require_same(pool: fl.Pool) -> None:
+    """The plan on the device against the CPU backend: ``ΔW`` of every result."""
+    plan = DecompositionPlan(pool.to("cuda"), TAU, dtype=torch.float32)
+    plan.run()
+    found, wanted = plan.adapters(), fl.decompose(pool, TAU).adapters()
+    for place, adapter in wanted.items():
+        own = found[place].to("cpu")
+        for module in adapter.modules:
+            require(f"{place} {module}", own.delta(module), adapter.delta(module), 2e-5)
+
+
+def eigh() -> Iterator[dict[str, Any]]:
+    for n in (16, 32, 33, 64, 128):
+        a = gram(n, BATCH, torch.float32).to("cuda")
+        values, vectors = fl.ops.eigh(a)
+        tolerance = 200 * torch.finfo(a.dtype).eps
+        require("eigh", (vectors * values[..., None, :]) @ vectors.mT, a, tolerance)
+        require("orthogonality", vectors.mT @ vectors, identity(n, BATCH, a.dtype).to("cuda"), tolerance)
+        copies = [a.clone() for _ in range(8)]
+        ours = device_seconds(_rotated(fl.ops.eigh_ex, copies))
+        yield {"key": f"eigh {n}", "seconds": ours, "floor": None, "note": f"{BATCH} matrices"}
+        opponents: dict[str, Callable[[Tensor], Run]] = {"torch": _torch_eigh}
+        if n != 33:
+            opponents |= {"cupy": _cupy_eigh, "cusolver": _cusolver_eigh}
+        for name, opponent in opponents.items():
+            yield _against(f"eigh {n} {name}", ours, opponent, a)
+
+
+def _rotated(op: Callable[[Tensor], object], inputs: list[Tensor]) -> Run:
+    """Calls an op on one input after the other."""
+    state = {"next": 0}
+
+    def run() -> object:
+        state["next"] += 1
+        return op(inputs[state["next"] % len(inputs)])
+
+    return run
+
+
+def _against(key: str, ours: float, opponent: Callable[[Tensor], Run], a: Tensor) -> dict[str, Any]:
+    try:
+        theirs = device_seconds(opponent(a), 7)
+    except Unavailable as reason:
+        return {"key": key, "skipped": str(reason)}
+    return {"key": key, "seconds": ours, "opponent": theirs}
+
+
+def _torch_eigh(a: Tensor) -> Run:
+    return partial(torch.linalg.eigh, a)
+
+
+def _cupy_eigh(a: Tensor) -> Run:
+    try:
+        import cupy
+    except ImportError as error:
+        raise Unavailable(f"CuPy is not installed ({error})") from None
+    x = cupy.from_dlpack(a)
+    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+
+    def run() -> None:
+        with stream:
+            cupy.linalg.eigh(x)
+
+    values = cupy.linalg.eigh(x)[0]
+    require("CuPy's values", from_dlpack(values), torch.linalg.eigvalsh(a.double()), 1e-4)
+    return run
+
+
+def _cusolver() -> Any:
+    """cuSOLVER as torch has loaded it."""
+    torch.linalg.eigh(torch.eye(2, device="cuda"))
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "libcusolver.so" in line:
+            return ctypes.CDLL(line.split()[-1])
+    raise Unavailable("torch has loaded no libcusolver.so")
+
+
+def _cusolver_eigh(a: Tensor) -> Run:
+    """``cusolverDnXsyevBatched`` on a copy of the input, which it overwrites with the vectors: the copy is counted."""
+    library = _cusolver()
+    if not hasattr(library, "cusolverDnXsyevBatched"):
+        raise Unavailable("this cuSOLVER has no cusolverDnXsyevBatched")
+    batch, n = a.shape[0], a.shape[-1]
+    handle, parameters = ctypes.c_void_p(), ctypes.c_void_p()
+    work, values = torch.empty_like(a), a.new_empty(batch, n)
+    info = torch.zeros(batch, dtype=torch.int32, device="cuda")
+
+    def call(name: str, *arguments: Any) -> None:
+        status = getattr(library, name)(*arguments)
+        if status:
+            raise Unavailable(f"{name} returned {status}")
+
+    def address(t: Tensor) -> ctypes.c_void_p:
+        return ctypes.c_void_p(t.data_ptr())
+
+    call("cusolverDnCreate", ctypes.byref(handle))
+    call("cusolverDnCreateParams", ctypes.byref(parameters))
+    call("cusolverDnSetStream", handle, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+    vectors, lower, real, wide = 1, 0, 0, ctypes.c_int64  # CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER, CUDA_R_32F
+    problem = (
+        handle, parameters, vectors, lower, wide(n), real, address(work), wide(n), real, address(values), real,
+    )  # fmt: skip
+    on_device, on_host = ctypes.c_size_t(), ctypes.c_size_t()
+    sizes = ctypes.byref(on_device), ctypes.byref(on_host), wide(batch)
+    call("cusolverDnXsyevBatched_bufferSize", *problem, *sizes)
+    device_room = torch.empty(max(1, on_device.value), dtype=torch.uint8, device="cuda")
+    host_room = torch.empty(max(1, on_host.value), dtype=torch.uint8)
+
+    def run() -> None:
+        work.copy_(a)
+        call(
+            "cusolverDnXsyevBatched", *problem, address(device_room), on_device, address(host_room), on_host,
+            address(info), wide(batch),
+        )  # fmt: skip
+
+    run()
+    torch.cuda.synchronize()
+    require("cuSOLVER's values", values, torch.linalg.eigvalsh(a.double()), 1e-4)
+    return run
+
+
+def svd() -> Iterator[dict[str, Any]]:
+    for n, batch in ((16, BATCH), (32, BATCH), (64, 448)):
+        a = torch.randn(batch, n, n, generator=torch.Generator().manual_seed(0)).to("cuda")
+        u, s, vh = fl.ops.svd(a)
+        tolerance = 200 * torch.finfo(a.dtype).eps
+        require("svd", (u * s[..., None, :]) @ vh, a, tolerance)
+        require("orthogonality", vh @ vh.mT, identity(n, batch, a.dtype).to("cuda"), tolerance)
+        ours = device_seconds(_rotated(fl.ops.svd_ex, [a.clone() for _ in range(8)]))
+        yield _against(f"svd {n} torch", ours, lambda x: partial(torch.linalg.svd, x, full_matrices=False), a)
+
+
+def files() -> Iterator[dict[str, Any]]:
+    """Wall time from files to files against copying as many bytes as are written."""
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        inputs = write_pool(find_workload(MAIN), root / "in")
+
+        def ours() -> None:
+            shutil.rmtree(root / "out", ignore_errors=True)
+            start = time.perf_counter()
+            fl.decompose(fl.Pool.load(inputs), TAU, device="cuda").save(root / "out")
+            times.append(time.perf_counter() - start)
+
+        def copy() -> None:
+            shutil.rmtree(root / "copy", ignore_errors=True)
+            (root / "copy").mkdir()
+            start = time.perf_counter()
+            for i, source in enumerate(results):
+                shutil.copyfile(source, root / "copy" / str(i))
+            times.append(time.perf_counter() - start)
+
+        times: list[float] = []
+        ours()
+        results = sorted((root / "out").rglob("*.safetensors"))
+        for source in results:
+            source.rename(root / f"{len(list(root.iterdir()))}.safetensors")
+        results = sorted(root.glob("*.safetensors"))
+        found = {}
+        for name, run in (("ours", ours), ("copy", copy)):
+            run()
+            times.clear()
+            for _ in range(3):
+                run()
+            found[name] = statistics.median(times)
+        size = sum(f.stat().st_size for f in results)
+        yield {"key": "files", "seconds": found["ours"], "floor": found["copy"],
+               "note": f"wall time; {size / 1e6:.0f} MB written, shutil.copyfile on one thread"}  # fmt: skip
+
+
+CASES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+    "limits": limits, "decompose": decompose, "eigh": eigh, "svd": svd, "files": files,
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    arguments = parser.parse_args()
+    failed = 0
+    with arguments.out.open("a", encoding="utf-8") as file:
+        for name in arguments.cases:
+            start = time.perf_counter()
+            try:
+                for row in CASES[name]():
+                    print(json.dumps(row), file=file, flush=True)
+                    print(json.dumps(row), flush=True)
+            except Exception as error:
+                traceback.print_exc()
+                last = str(error).strip().splitlines()[-1:] or [""]
+                print(json.dumps({"key": name, "failed": f"{type(error).__name__}: {last[0]}"}), file=file, flush=True)
+                failed += 1
+            torch.cuda.empty_cache()
+            print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

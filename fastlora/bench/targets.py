@@ -1,0 +1,103 @@
+"""What the GPU kernels have to reach, and what their bytes and operations predict, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Of an H100 SXM: bytes read or written a second; operations a second in float32 and in float64 on tensor cores, in
+# bfloat16 on tensor cores; float64 without them.
+BANDWIDTH = 3.35e12
+RATES = {"fp32": 67e12, "fp64 tensor": 67e12, "fp64": 33.5e12, "bf16": 990e12}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One line of the table: ``key`` is the name that a measurement has; ``must`` and ``aim`` are a time in seconds
+    (``unit="s"``), a multiple of the floor (``"floor"``, ``"copy"``) or of the opponent's speed (``"opponent"``)."""
+
+    key: str
+    what: str
+    floor: str
+    must: float
+    aim: float
+    unit: str
+
+    def limit(self, value: float) -> str:
+        """``must`` or ``aim`` as text."""
+        if self.unit == "s":
+            return f"{1e3 * value:g} ms"
+        return f"{value:g} × {'' if self.unit == 'opponent' else self.unit}".strip()
+
+    def reached(self, seconds: float, reference: float) -> float:
+        """How a measurement stands, in the unit of the limits. ``reference``: seconds of the floor or the opponent."""
+        if self.unit == "s":
+            return seconds
+        return reference / seconds if self.unit == "opponent" else seconds / reference
+
+    def holds(self, reached: float, limit: float) -> bool:
+        return reached >= limit if self.unit == "opponent" else reached <= limit
+
+
+MAIN = "llama2-7b-8x16"
+
+TARGETS = (
+    Target("decompose", f"decompose {MAIN}, factors on the device", "each byte once", 3e-3, 1e-3, "s"),
+    Target("gram", f"gram pass, {MAIN}", "bytes", 1.5, 1.15, "floor"),
+    Target("combine", f"combine pass, {MAIN}", "bytes", 1.5, 1.15, "floor"),
+    *(
+        Target(f"eigh {n} {who}", f"eigh float32 n={n}, batch 1792, against {name}", "–", *limits, "opponent")
+        for n, limits in ((16, (3.0, 10.0)), (32, (3.0, 10.0)), (64, (1.5, 3.0)), (128, (1.5, 3.0)))
+        for who, name in (("cupy", "CuPy"), ("cusolver", "cusolverDnXsyevBatched"))
+    ),
+    *(
+        Target(f"eigh {n} torch", f"eigh float32 n={n}, batch 1792, against torch", "–", 50.0, 200.0, "opponent")
+        for n in (33, 64, 128)
+    ),
+    *(
+        Target(f"svd {n} torch", f"svd float32 n={n}, batch {batch}, against torch", "–", 3.0, 10.0, "opponent")
+        for n, batch in ((16, 1792), (32, 1792), (64, 448))
+    ),
+    Target("files", f"load → decompose → save, {MAIN}, files to files", "copy of the bytes", 2.0, 1.2, "copy"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Bytes moved and operations of a kernel on a workload; ``occupancy`` and ``note`` from its resource table."""
+
+    kernel: str
+    work: str
+    moved: float
+    operations: float
+    rate: str
+    note: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """The longer of moving the bytes and doing the operations, at the H100's peak."""
+        return max(self.moved / BANDWIDTH, self.operations / RATES[self.rate])
+
+
+# llama2-7b-8x16: 224 modules, Σ out 1,359,872 and Σ in 1,138,688, eight adapters of rank 16 in bfloat16.
+_B, _A = 1_359_872 * 8 * 16, 1_138_688 * 8 * 16  # elements of all B and all A
+_MODULES, _K, _R = 224, 8, 16
+_BLOCKS = 3 * _K - 3
+
+PREDICTIONS = [
+    Prediction(
+        "gram (Triton)", f"{MAIN}: chain blocks of B, diagonal of A",
+        2 * (_B + _A) + 8 * _MODULES * (_BLOCKS + _K) * _R * _R,
+        2 * _R * (1_359_872 * _BLOCKS * _R + 1_138_688 * _K * _R), "bf16",
+    ),
+    Prediction(
+        "coefficients (Triton)", f"{MAIN}",
+        8 * _MODULES * _K * (3 * _R * _R + 3 * _R * _R + _R * _R), 6 * _MODULES * _K * _R**3, "fp64",
+        "from L2 after the chain",
+    ),
+    Prediction(
+        "combine (Triton)", f"{MAIN}: 8 unique parts, the shared part of width 16",
+        2 * (2 * _B + _A + 1_359_872 * _R + 1_138_688 * _R),
+        2 * _R * (2 * _B + _A), "bf16",
+        "each coefficient as a sum of bfloat16 numbers takes a multiple of the operations",
+    ),
+]  # fmt: skip

@@ -1,0 +1,144 @@
+"""Methods with factors on a device: nothing meets the CPU by accident, and results are those of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from simulated import DEVICE, OnDevice
+from test_plan import ragged_pool
+
+import fastlora as fl
+from fastlora import device as devices
+
+
+def same_files(one: Path, two: Path) -> None:
+    files = sorted(p.relative_to(one) for p in one.rglob("*.safetensors"))
+    assert files and files == sorted(p.relative_to(two) for p in two.rglob("*.safetensors"))
+    for file in files:
+        assert (one / file).read_bytes() == (two / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("chain", ["product", "mean"])
+@pytest.mark.parametrize("mode", ["pool", "pairs", "iterative"])
+def test_decompose(mode: str, chain: str, side: str, device: None, tmp_path: Path) -> None:
+    pool = ragged_pool(torch.bfloat16)
+    settings = {"mode": mode, "chain": chain, "side": side, "target": "a0" if mode == "iterative" else None}
+    fl.decompose(pool, 0.5, **settings).save(tmp_path / "cpu")  # type: ignore[arg-type]
+    fl.decompose(pool.to("cuda"), 0.5, **settings).save(tmp_path / "device")  # type: ignore[arg-type]
+    same_files(tmp_path / "cpu", tmp_path / "device")
+    fl.decompose(pool, 0.5, device="cuda", **settings).save(tmp_path / "argument")  # type: ignore[arg-type]
+    same_files(tmp_path / "cpu", tmp_path / "argument")
+
+
+MERGES: dict[str, Callable[[fl.Pool], fl.Adapter]] = {
+    "svd": lambda pool: fl.merge(pool, {"a0": 0.5, "a1": -1.0, "a2": 2.0}, rank=3),
+    "svd by energy": lambda pool: fl.merge(pool, energy=0.9),
+    "cat": lambda pool: fl.merge(pool, method="cat"),
+    "arithmetic": lambda pool: (0.5 * pool["a0"] - pool["a1"] / 3) + pool["a2"],
+    "compress": lambda pool: (pool["a0"] + pool["a2"]).compress(rank=2),
+    "unique part, compressed": lambda pool: fl.decompose(pool, 0.5).unique_of("a1").compress(rank=2),
+}
+
+
+@pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
+def test_merge(merge: Callable[[fl.Pool], fl.Adapter], device: None, tmp_path: Path) -> None:
+    pool = ragged_pool()
+    merge(pool).save(tmp_path / "cpu")
+    found = merge(pool.to("cuda"))
+    assert found.device == DEVICE
+    found.save(tmp_path / "device")
+    same_files(tmp_path / "cpu", tmp_path / "device")
+
+
+def test_overlap(device: None) -> None:
+    pool = ragged_pool()
+    found, wanted = fl.overlap(pool.to("cuda")), fl.overlap(pool)
+    assert torch.equal(found.cosine, wanted.cosine)
+    assert torch.equal(found.subspace, wanted.subspace)
+    assert not isinstance(found.cosine, OnDevice)
+
+
+def test_one_buffer_an_adapter_and_aligned_views(device: None) -> None:
+    pool = ragged_pool(torch.bfloat16).to("cuda")
+    for adapter in pool.adapters:
+        stored = [t.source for u in adapter.updates.values() for f in (u.B, u.A) for t in f.terms]
+        assert len({t.untyped_storage().data_ptr() for t in stored}) == 1
+        start = stored[0].untyped_storage().data_ptr()
+        assert all((t.data_ptr() - start) % devices.ALIGNMENT == 0 for t in stored)
+
+
+def test_there_and_back_is_the_same_matrix(device: None) -> None:
+    pool = ragged_pool()
+    back = pool.to("cuda").to("cpu")
+    assert back.device == torch.device("cpu")
+    for one, two in zip(pool.adapters, back.adapters, strict=True):
+        for module in one.modules:
+            assert one.updates[module].B.stored is two.updates[module].B.stored
+    assert pool["a0"].to("cpu") is pool["a0"]
+
+
+def test_pools_on_different_devices_are_refused(device: None) -> None:
+    pool = ragged_pool()
+    mixed = fl.Pool([pool["a0"].to("cuda"), pool["a1"], pool["a2"]])
+    for call in (fl.decompose, fl.overlap, fl.merge, fl.DecompositionPlan):
+        with pytest.raises(fl.InputError, match=r"on different devices \('a0' on cuda:0, 'a1' on cpu\).*`pool.to"):
+            call(mixed)
+    with pytest.raises(fl.InputError, match=r"'a0' is on cuda:0 and 'a1' on cpu; move one of them"):
+        mixed["a0"] + mixed["a1"]
+    assert fl.decompose(mixed.to("cpu"), 0.5).shared.device == torch.device("cpu")
+    assert fl.decompose(mixed, 0.5, device="cuda").shared.device == DEVICE
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:x", "gpu"])
+def test_devices_that_do_not_exist(name: str) -> None:
+    with pytest.raises(fl.InputError, match="does not exist: use auto, cpu, cuda or cuda:N"):
+        ragged_pool().to(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_device_here_is_told_with_the_reason() -> None:
+    for call in (
+        lambda p: p.to("cuda"),
+        lambda p: fl.decompose(p, device="cuda:1"),
+        lambda p: fl.merge(p, device="cuda"),
+    ):
+        with pytest.raises(fl.InputError, match=r"cannot be used: torch .*Use cpu"):
+            call(ragged_pool())
+
+
+def test_memory_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from fastlora.backends import cpu
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    patched = {op: replace(k, launch=full) for op, k in cpu.KERNELS.items()}
+    monkeypatch.setattr(cpu, "KERNELS", patched)
+    with pytest.raises(fl.FastloraError, match=r"fastlora.eigh: the memory of the device does not suffice.*--memory"):
+        fl.ops.eigh(torch.eye(3))
+    with pytest.raises(fl.FastloraError, match=r"fastlora.gram_pass: the memory of the device does not suffice"):
+        fl.decompose(ragged_pool())
+
+
+@pytest.mark.parametrize("mode", ["pool", "pairs", "iterative"])
+@pytest.mark.parametrize("memory", ["1KiB", "12KiB"])
+def test_streamed_through_little_memory(mode: str, memory: str, device: None, tmp_path: Path) -> None:
+    """Modules one by one, and some at once: the bits of the results do not change."""
+    pool = ragged_pool(torch.bfloat16)
+    target = "a0" if mode == "iterative" else None
+    fl.decompose(pool, 0.5, mode=mode, target=target).save(tmp_path / "whole")
+    found = fl.decompose(pool, 0.5, mode=mode, target=target, device="cuda", memory=memory)
+    assert found.stream is not None and found.stream.device == DEVICE
+    found.save(tmp_path / "streamed")
+    same_files(tmp_path / "whole", tmp_path / "streamed")
+
+
+def test_what_fits_is_not_streamed(device: None) -> None:
+    found = fl.decompose(ragged_pool(), 0.5, device="cuda", memory="1GiB")
+    assert found.stream is None and found.pool.device == DEVICE

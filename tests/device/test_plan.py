@@ -1,0 +1,129 @@
+"""A prepared decomposition is the decomposition: any chain and side, ragged pools, new data, results that are saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pools
+import pytest
+import torch
+from simulated import DEVICE
+
+import fastlora as fl
+from fastlora.adapter import Adapter
+
+THRESHOLD = 0.5
+
+
+def ragged_pool(dtype: torch.dtype = torch.float32, seed: int = 0) -> fl.Pool:
+    """Three adapters of unequal ranks; one module that two have, one that a single adapter has."""
+    first = pools.cast(pools.ragged(3), dtype)
+    second = pools.cast(pools.planted(3, seed=9 + seed), dtype)
+    parts = [{pools.MODULE: first[0], "other": second[0]}, {pools.MODULE: first[1]}]
+    parts.append({pools.MODULE: first[2], "other": second[2], "alone": second[1]})
+    return fl.Pool(pools.make_adapter(f"a{i}", p) for i, p in enumerate(parts))
+
+
+def expected(pool: fl.Pool, **settings: object) -> dict[str, Adapter]:
+    return fl.decompose(pool, THRESHOLD, **settings).adapters()  # type: ignore[arg-type]
+
+
+def deltas(adapter: Adapter) -> dict[str, torch.Tensor]:
+    return {m: adapter.delta(m) for m in adapter.modules}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("chain", ["product", "palindrome", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_as_decompose(chain: str, side: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    pool = ragged_pool(dtype)
+    plan = fl.DecompositionPlan(pool, THRESHOLD, chain=chain, side=side)
+    plan.run()
+    found, wanted = plan.adapters(), expected(pool, chain=chain, side=side)
+    assert list(found) == list(wanted)
+    assert any(u.rank for u in wanted["shared"].updates.values())
+    for place, adapter in found.items():
+        adapter.save(tmp_path / "found" / place)
+        wanted[place].save(tmp_path / "wanted" / place)
+        got, right = (fl.load(tmp_path / which / place) for which in ("found", "wanted"))
+        assert got.modules == right.modules
+        tolerance = 2e-6 if dtype == torch.float32 else 2e-2
+        for module, delta in deltas(right).items():
+            error = (got.delta(module) - delta).norm() / delta.norm().clamp(min=1e-6)
+            assert error < tolerance, (place, module)
+
+
+def test_the_report_is_that_of_decompose() -> None:
+    pool = ragged_pool()
+    plan = fl.DecompositionPlan(pool, THRESHOLD)
+    plan.run()
+    found, wanted = plan.decomposition().report, fl.decompose(pool, THRESHOLD).report
+    for got, right in zip(found.rows, wanted.rows, strict=True):
+        assert (got.module, got.shared, got.directions) == (right.module, right.shared, right.directions)
+        assert got.eigenvalues == pytest.approx(right.eigenvalues, rel=1e-12)
+        assert got.energy_shared == pytest.approx(right.energy_shared, rel=1e-12)
+
+
+def test_new_data_of_the_same_shapes() -> None:
+    one, two = ragged_pool(), ragged_pool(seed=5)
+    plan = fl.DecompositionPlan(fl.Pool(_cloned(a) for a in one.adapters), THRESHOLD)
+    plan.run()
+    plan.fill(two)
+    plan.run()
+    for place, adapter in expected(two).items():
+        for module, delta in deltas(adapter).items():
+            torch.testing.assert_close(plan.adapters()[place].delta(module), delta, rtol=1e-5, atol=1e-6)
+
+
+def _cloned(adapter: Adapter) -> Adapter:
+    parts = {m: (u.B.stored.clone(), u.A.stored.clone(), u.scaling) for m, u in adapter.updates.items()}  # type: ignore[union-attr]
+    return pools.make_adapter(adapter.name, parts)
+
+
+def test_runs_make_the_same_bits() -> None:
+    plan = fl.DecompositionPlan(ragged_pool(), THRESHOLD)
+    plan.run()
+    before = {p: {m: d.clone() for m, d in deltas(a).items()} for p, a in plan.adapters().items()}
+    plan.run()
+    for place, adapter in plan.adapters().items():
+        assert all(torch.equal(d, before[place][m]) for m, d in deltas(adapter).items())
+
+
+def test_on_a_device(device: None) -> None:
+    pool = ragged_pool()
+    plan = fl.DecompositionPlan(pool.to("cuda"), THRESHOLD)
+    assert plan.device == DEVICE
+    plan.run()
+    for place, adapter in expected(pool).items():
+        got = plan.adapters()[place].to("cpu")
+        for module, delta in deltas(adapter).items():
+            torch.testing.assert_close(got.delta(module), delta, rtol=1e-5, atol=1e-6)
+
+
+def test_refusals() -> None:
+    pool = ragged_pool()
+    with pytest.raises(fl.InputError, match="a CUDA graph needs a pool on a CUDA device, not on cpu"):
+        fl.DecompositionPlan(pool).capture()
+    with pytest.raises(fl.InputError, match=r"of adapter .* is computed from other matrices; save and load it"):
+        fl.DecompositionPlan(fl.Pool([0.5 * pool["a0"] + pool["a1"], pool["a2"]]))
+    with pytest.raises(fl.InputError, match="a pool of one adapter"):
+        fl.DecompositionPlan(pool.subset(["a0"]))
+    plan = fl.DecompositionPlan(pool)
+    with pytest.raises(fl.InputError, match="it was made for 3 adapters, not for 2"):
+        plan.fill(pool.subset(["a0", "a1"]))
+    with pytest.raises(fl.InputError, match="have different modules"):
+        plan.fill(pool.subset(["a1", "a0", "a2"]))
+    with pytest.raises(fl.InputError, match=r"the plan's .* torch.float32; make a new plan"):
+        plan.fill(ragged_pool(torch.bfloat16))
+    scaled = fl.Pool([2.0 * pool["a0"], pool["a1"], pool["a2"]], align=False)
+    with pytest.raises(fl.InputError, match="make a new plan"):
+        plan.fill(scaled)
+
+
+def test_bad_values_are_named() -> None:
+    pool = ragged_pool()
+    plan = fl.DecompositionPlan(fl.Pool(_cloned(a) for a in pool.adapters), THRESHOLD)
+    plan.pool["a1"].updates[pools.MODULE].B.stored[0, 0] = torch.nan  # type: ignore[index]
+    plan.run()
+    with pytest.raises(fl.InputError, match=f"adapter 'a1': lora_B of {pools.MODULE} holds NaN or Inf"):
+        plan.components()

@@ -1,0 +1,147 @@
+"""Whole decompositions on a CUDA device: graphs, new data, no allocation, no waiting, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlora as fl
+from fastlora.adapter import Adapter
+from fastlora.bench.workloads import Workload, llama, make_pool
+
+TAU = 0.5
+SMALL = {"q": (96, 64), "k": (32, 64), "up": (160, 64), "down": (64, 160)}
+
+
+def small(dtype: torch.dtype = torch.bfloat16, seed: int = 0, rank: int = 8) -> fl.Pool:
+    return make_pool(Workload(SMALL, 3, rank, dtype), seed)
+
+
+def require_close(found: dict[str, Adapter], wanted: dict[str, Adapter], tolerance: float) -> None:
+    assert list(found) == list(wanted)
+    for place, adapter in wanted.items():
+        own = found[place].to("cpu")
+        for module in adapter.modules:
+            delta = adapter.delta(module)
+            error = float((own.delta(module) - delta).norm() / delta.norm().clamp(min=1e-6))
+            assert error < tolerance, (place, module, error)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("chain", ["product", "palindrome", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_plan_is_the_decomposition(dtype: torch.dtype, chain: str, side: str) -> None:
+    pool = small(dtype)
+    plan = fl.DecompositionPlan(pool.to("cuda"), TAU, chain=chain, side=side, dtype=torch.float32)
+    plan.run()
+    require_close(plan.adapters(), fl.decompose(pool, TAU, chain=chain, side=side).adapters(), 2e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16, 33, 64])
+def test_ranks(rank: int) -> None:
+    pool = small(torch.float32, rank=rank)
+    plan = fl.DecompositionPlan(pool.to("cuda"), TAU)
+    plan.run()
+    require_close(plan.adapters(), fl.decompose(pool, TAU).adapters(), 5e-5)
+
+
+def test_a_graph_replays_with_new_data() -> None:
+    one, two = small(), small(seed=7)
+    plan = fl.DecompositionPlan(one.to("cuda"), TAU)
+    graph = plan.capture()
+    for pool in (one, two, one):
+        plan.fill(pool)
+        graph.replay()
+        found = {p: a.to("cpu") for p, a in plan.adapters().items()}
+        fresh = fl.DecompositionPlan(pool.to("cuda"), TAU)
+        fresh.run()
+        for place, adapter in fresh.adapters().items():
+            own = adapter.to("cpu")
+            assert all(torch.equal(found[place].delta(m), own.delta(m)) for m in own.modules), place
+
+
+def test_a_run_allocates_nothing_and_waits_for_nothing() -> None:
+    plan = fl.DecompositionPlan(small().to("cuda"), TAU)
+    plan.run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_on_another_stream() -> None:
+    pool = small().to("cuda")
+    plan = fl.DecompositionPlan(pool, TAU)
+    plan.run()
+    first = {p: a.to("cpu") for p, a in plan.adapters().items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        plan.run()
+    stream.synchronize()
+    for place, adapter in plan.adapters().items():
+        assert all(torch.equal(adapter.to("cpu").delta(m), first[place].delta(m)) for m in adapter.modules)
+
+
+@pytest.mark.parametrize("mode", ["pool", "pairs", "iterative"])
+def test_decompose_and_save(mode: str, tmp_path: Path) -> None:
+    pool = small()
+    target = "adapter0" if mode == "iterative" else None
+    for device in ("cpu", "cuda"):
+        fl.decompose(pool, TAU, mode=mode, target=target, device=device).save(tmp_path / device)
+    files = sorted(p.relative_to(tmp_path / "cpu") for p in (tmp_path / "cpu").rglob("adapter_config.json"))
+    assert files
+    for file in files:
+        one, two = (fl.load((tmp_path / d / file).parent) for d in ("cpu", "cuda"))
+        assert one.modules == two.modules
+        for module in one.modules:
+            delta = one.delta(module)
+            assert (two.delta(module) - delta).norm() <= 1e-2 * delta.norm() + 1e-6
+
+
+def test_merge_and_overlap() -> None:
+    pool = small(torch.float32)
+    one, two = fl.merge(pool, rank=4), fl.merge(pool, rank=4, device="cuda").to("cpu")
+    for module in one.modules:
+        torch.testing.assert_close(two.delta(module), one.delta(module), rtol=1e-4, atol=1e-5)
+    found, wanted = fl.overlap(pool, device="cuda"), fl.overlap(pool)
+    torch.testing.assert_close(found.cosine, wanted.cosine, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.subspace, wanted.subspace, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["pool", "pairs"])
+def test_streamed_through_little_memory(mode: str, tmp_path: Path) -> None:
+    pool = small()
+    fl.decompose(pool, TAU, mode=mode, device="cuda").save(tmp_path / "whole")
+    fl.decompose(pool, TAU, mode=mode, device="cuda", memory="64KiB").save(tmp_path / "streamed")
+    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.safetensors"))
+    assert files
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "streamed" / file).read_bytes(), file
+
+
+def test_messages() -> None:
+    pool = small()
+    with pytest.raises(fl.InputError, match=r"there are \d+ CUDA devices, numbered from 0"):
+        pool.to("cuda:99")
+    mixed = fl.Pool([pool["adapter0"].to("cuda"), pool["adapter1"], pool["adapter2"]])
+    with pytest.raises(fl.InputError, match="on different devices"):
+        fl.decompose(mixed)
+
+
+def test_memory_that_runs_out_is_told() -> None:
+    pool = make_pool(Workload(llama(1, 4096, 4096, 11008), 2, 64, torch.float32))
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-4)
+    try:
+        with pytest.raises(fl.FastloraError, match=r"moving adapter .* the memory of the device does not suffice"):
+            pool.to("cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
