@@ -20,3 +20,26 @@ def cuda_eigh(
 def cuda_svd(
     a: int, ut: int, s: int, vt: int, info: int, batch: int, p: int, q: int, is_double: bool, stream: int
 ) -> int: ...
+def cuda_chain_workspace(groups: int, k: int, r: int, width: int, kind: int) -> tuple[int, int]: ...
+def cuda_chain(
+    left: int,
+    right: int,
+    floor: int,
+    basis: int,
+    values: int,
+    shared: int,
+    kept: int,
+    sigma: int,
+    info: int,
+    groups: int,
+    k: int,
+    r: int,
+    width: int,
+    kind: int,
+    threshold: float,
+    rtol: float,
+    rank: int,
+    energy: float,
+    workspace: int,
+    stream: int,
+) -> int: ...

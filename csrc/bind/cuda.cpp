@@ -54,6 +54,49 @@ void bind_cuda(py::module_& m) {
         },
         py::arg("a"), py::arg("ut"), py::arg("s"), py::arg("vt"), py::arg("info"), py::arg("batch"), py::arg("p"),
         py::arg("q"), py::arg("is_double"), py::arg("stream"));
+    m.def(
+        "cuda_chain_workspace",
+        [](int64_t groups, int64_t k, int64_t r, int64_t width, int64_t kind) {
+            ChainArgs args{};
+            args.groups = groups, args.k = k, args.r = r, args.width = width, args.kind = kind;
+            int64_t bytes = 0;
+            const int error = cuda::chain_workspace(args, &bytes);
+            return py::make_tuple(error, bytes);
+        },
+        py::arg("groups"), py::arg("k"), py::arg("r"), py::arg("width"), py::arg("kind"),
+        "(CUDA error number, bytes of device memory that cuda_chain needs)");
+    m.def(
+        "cuda_chain",
+        [](uintptr_t left, uintptr_t right, uintptr_t floor, uintptr_t basis, uintptr_t values, uintptr_t shared,
+           uintptr_t kept, uintptr_t sigma, uintptr_t info, int64_t groups, int64_t k, int64_t r, int64_t width,
+           int64_t kind, double threshold, double rtol, int64_t rank, double energy, uintptr_t workspace,
+           uintptr_t stream) {
+            const ChainArgs args{at<const double>(left),
+                                 at<const double>(right),
+                                 at<const double>(floor),
+                                 at<double>(basis),
+                                 at<double>(values),
+                                 at<int64_t>(shared),
+                                 at<int64_t>(kept),
+                                 at<double>(sigma),
+                                 at<int32_t>(info),
+                                 groups,
+                                 k,
+                                 r,
+                                 width,
+                                 kind,
+                                 threshold,
+                                 rtol,
+                                 rank,
+                                 energy,
+                                 0};
+            py::gil_scoped_release release;
+            return cuda::chain(args, at(workspace), at(stream));
+        },
+        py::arg("left"), py::arg("right"), py::arg("floor"), py::arg("basis"), py::arg("values"), py::arg("shared"),
+        py::arg("kept"), py::arg("sigma"), py::arg("info"), py::arg("groups"), py::arg("k"), py::arg("r"),
+        py::arg("width"), py::arg("kind"), py::arg("threshold"), py::arg("rtol"), py::arg("rank"), py::arg("energy"),
+        py::arg("workspace"), py::arg("stream"));
 #else
     m.attr("has_cuda") = false;
     m.attr("cuda_archs") = "";

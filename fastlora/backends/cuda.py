@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import Kernel
+from fastlora.ops.chain import CHAINS, Chain, width
 
 try:
     from fastlora import _core
@@ -23,6 +24,9 @@ _device = "cuda"
 # As in csrc/cuda/eigh.cuh and svd_block.cuh.
 LARGEST = 256  # of n in eigh, of min(p, q) in svd
 LONGEST = 4096  # of max(p, q) in svd
+
+
+LARGEST_RANK, LARGEST_MEAN = 256, 512  # r, and k·r for the mean, in chain, as in csrc/cuda/chain_layout.h
 
 
 def unavailable() -> str | None:
@@ -54,12 +58,17 @@ def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _launch(op: str, function: Callable[..., int], device: torch.device, *tensors: Tensor, **sizes: Any) -> None:
     """Calls a kernel of the module on the current stream of the device; it does not wait for the kernel."""
-    guard: Any = contextlib.nullcontext()
-    stream = 0
-    if device.type == "cuda":
-        guard, stream = torch.cuda.device(device), torch.cuda.current_stream(device).cuda_stream
-    with guard:
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    with _on(device):
         error = function(*(t.data_ptr() for t in tensors), **sizes, stream=stream)
+    _raise_for(op, error)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _raise_for(op: str, error: int) -> None:
     if error:
         raise RuntimeError(f"fastlora.{op}: CUDA error {error}: {_module.cuda_error_message(error)}")
 
@@ -104,7 +113,97 @@ def _svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ut.mT, s, vt, info
 
 
+def _supports_chain(
+    left: Tensor,
+    right: Tensor,
+    floor: Tensor | None,
+    threshold: float,
+    kind: str,
+    rtol: float,
+    rank: int,
+    energy: float,
+) -> str | None:
+    k, r = left.shape[-4], left.shape[-1]
+    if r > LARGEST_RANK:
+        return f"chain takes ranks up to {LARGEST_RANK}, got r = {r}; compress the adapters, or use the cpu backend"
+    if kind == "mean" and k * r > LARGEST_MEAN:
+        return (
+            f"the mean chain takes k·r up to {LARGEST_MEAN}, got {k}·{r} = {k * r}; use the product or palindrome "
+            "chain, or the cpu backend"
+        )
+    for tensor in (left, right, floor):
+        if tensor is not None and (reason := _elsewhere(tensor)):
+            return reason
+        if tensor is not None and tensor.device != left.device:
+            return f"tensors are on {left.device} and {tensor.device}; move them to one device"
+    return None
+
+
+class ChainPlan:
+    """A chain on tensors that stay where they are: ``run()`` starts it on what they hold by then.
+
+    Its inputs and results are contiguous; the workspace is allocated here, once.
+    """
+
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        floor: Tensor,
+        threshold: float,
+        kind: str,
+        rtol: float,
+        rank: int,
+        energy: float,
+        out: Chain,
+    ) -> None:
+        self._tensors = (left, right, floor, *out)
+        for tensor in self._tensors:
+            if not tensor.is_contiguous() or tensor.data_ptr() % tensor.element_size():
+                raise ValueError(f"chain: a plan needs contiguous tensors, got strides {tensor.stride()}")
+        *_, k, _, r, _ = left.shape
+        sizes = {"groups": out.info.numel(), "k": k, "r": r, "width": width(kind, k, r), "kind": CHAINS.index(kind)}
+        with _on(left.device):
+            error, size = _module.cuda_chain_workspace(**sizes)
+        _raise_for("chain", error)
+        self._workspace = left.new_empty(size // left.element_size())
+        cuts = {"threshold": threshold, "rtol": rtol, "rank": rank, "energy": energy}
+        self._numbers = {**sizes, **cuts, "workspace": self._workspace.data_ptr()}
+
+    def run(self) -> None:
+        _launch("chain", _module.cuda_chain, self._workspace.device, *self._tensors, **self._numbers)
+
+
+def _chain(
+    left: Tensor,
+    right: Tensor,
+    floor: Tensor | None,
+    threshold: float,
+    kind: str,
+    rtol: float,
+    rank: int,
+    energy: float,
+) -> tuple[Tensor, ...]:
+    *batch, k, _, r, _ = left.shape
+    w = width(kind, k, r)
+    left, right = _aligned(left), _aligned(right)
+    floor = left.new_zeros((*batch, k)) if floor is None else _aligned(floor)
+    # The kernel writes every element, unless there is nothing to launch.
+    new = left.new_empty if left.numel() else left.new_zeros
+    out = Chain(
+        basis=new((*batch, k, r, w)),
+        values=new((*batch, w), dtype=torch.complex128),
+        shared=new(batch, dtype=torch.int64),
+        kept=new((*batch, k), dtype=torch.int64),
+        sigma=new((*batch, k, r)),
+        info=new(batch, dtype=torch.int32),
+    )
+    ChainPlan(left, right, floor, threshold, kind, rtol, rank, energy, out).run()
+    return tuple(out)
+
+
 KERNELS: Mapping[str, Kernel] = {
+    "chain": Kernel(_chain, _supports_chain, ChainPlan),
     "eigh": Kernel(_eigh, _supports_eigh),
     "svd": Kernel(_svd, _supports_svd),
 }

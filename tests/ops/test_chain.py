@@ -27,8 +27,9 @@ def stack(parts: Sequence[pools.Part]) -> tuple[Tensor, Tensor]:
 
 
 def blocks_of(B: Tensor, A: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    left = fl.ops.gram(B, blocks="pairs" if kind == "mean" else "chain")
-    right = fl.ops.gram(A, blocks="diagonal", rows=True).diagonal(dim1=-4, dim2=-3).movedim(-1, -3)
+    with fl.use_backend("cpu"):
+        left = fl.ops.gram(B, blocks="pairs" if kind == "mean" else "chain")
+        right = fl.ops.gram(A, blocks="diagonal", rows=True).diagonal(dim1=-4, dim2=-3).movedim(-1, -3)
     return left, right.contiguous()
 
 

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "fastlora/kernels.h"
+
 namespace fastlora::cuda {
 
 // Number of devices in *count; a machine without a driver gives an error, not a crash.
@@ -18,5 +20,10 @@ const char* error_message(int error);
 int eigh(const void* a, void* values, void* vectors, int32_t* info, int64_t batch, int n, bool is_double, void* stream);
 int svd(const void* a, void* ut, void* s, void* vt, int32_t* info, int64_t batch, int p, int q, bool is_double,
         void* stream);
+
+// Arguments as on the CPU, with addresses on the device; `threads` is not read. Every output is written. r up to 256,
+// and k·r up to 512 for the mean. `workspace`: chain_workspace bytes on the device; none where a module fits on chip.
+int chain(const ChainArgs& args, void* workspace, void* stream);
+int chain_workspace(const ChainArgs& args, int64_t* bytes);
 
 }  // namespace fastlora::cuda
