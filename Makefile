@@ -8,6 +8,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell git ls-files 'csrc/*' CMakeLists.txt setup.py pyproject.toml constraints.txt 2>/dev/null)
 ISAS := baseline avx2 avx512 avx512_bf16
+HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
 .PHONY: demo test lint types unit isas package bench gpu fuzz sanitize clean
 
@@ -36,7 +37,7 @@ unit: $(VENV)/ready
 # Every op under every instruction set that this processor has, at every size; `unit` does so for the best one.
 isas: $(VENV)/ready
 	for isa in $(ISAS); do \
-	  FASTLORA_ISA=$$isa $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null || { echo "$$isa: skipped, not on this processor"; continue; }; \
+	  FASTLORA_ISA=$$isa $(HAS_ISA) || { echo "$$isa: skipped, not on this processor"; continue; }; \
 	  echo "$$isa:"; FASTLORA_ISA=$$isa $(PY) -m pytest -q -k "not instruction_set and not reference" tests/ops || exit 1; \
 	done
 
@@ -60,7 +61,8 @@ SANITIZERS = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-na
 sanitize: $(VENV)/ready
 	CMAKE_ARGS=-DFASTLORA_SANITIZE=ON FASTLORA_CUDA=OFF $(PY) setup.py -q build_ext --build-lib $(SANITIZED) --build-temp build/sanitize/tmp
 	tar -C fastlora --exclude='*.so' --exclude=__pycache__ -cf - . | tar -C $(SANITIZED)/fastlora -xf -
-	for isa in baseline avx2 avx512; do \
+	for isa in $(ISAS) amx; do \
+	  FASTLORA_ISA=$$isa $(HAS_ISA) || { echo "$$isa: skipped, not on this processor"; continue; }; \
 	  PYTHONPATH=$(SANITIZED) FASTLORA_ISA=$$isa FASTLORA_BACKEND=cpu LD_PRELOAD="$(SANITIZERS)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(VENV)/bin/pytest -q -x -s -p no:cacheprovider -k "not reference and not isa and not instruction_set" \

@@ -77,11 +77,24 @@ class Factor:
         if len(self.terms) != 1:
             return None
         term = self.terms[0]
-        if term.coefficient is not None or term.scale != 1.0 or term.width(self.side) != self.rank:
+        if term.coefficient is not None or term.scale != 1.0:
             return None
-        return term.source
+        return term.source if term.source.shape[1 if self.side == "B" else 0] == self.rank else None
+
+    @property
+    def joined(self) -> tuple[Term, ...] | None:
+        """The terms if the factor is stored matrices side by side, each times its scale, else ``None``."""
+        axis = 1 if self.side == "B" else 0
+        end = 0
+        for term in self.terms:
+            if term.coefficient is not None or term.at != end:
+                return None
+            end += term.source.shape[axis]
+        return self.terms if end == self.rank else None
 
     def scaled(self, weight: float) -> Factor:
+        if weight == 1.0:
+            return self
         terms = tuple(Term(t.source, t.coefficient, t.at, t.scale * weight) for t in self.terms)
         return Factor(self.side, self.length, self.rank, terms)
 
@@ -97,14 +110,25 @@ class Factor:
 
     def times(self, small: Tensor) -> Factor:
         """``B · small`` or ``smallᵀ · A`` for a float64 ``small [rank, q]``."""
-        stored = self.stored
-        pieces = [(stored, None)] if stored is not None else self.coefficients()
+        on_b, joined, rank = self.side == "B", self.joined, small.shape[1]
         terms = []
-        for source, coefficient in pieces:
-            small = small if small.device == source.device else small.to(source.device)
-            product = small if coefficient is None else coefficient @ small
-            terms.append(Term(source, _with_contiguous_rows(product if self.side == "B" else product.mT)))
-        return Factor(self.side, self.length, small.shape[1], tuple(terms))
+        if joined is None:
+            for source, coefficient in self.coefficients():
+                small = _on(source, small)
+                product = coefficient @ small if on_b else small.mT @ coefficient.mT
+                terms.append(Term(source, _with_contiguous_rows(product)))
+        else:
+            small = small if on_b else small.mT
+            for t in joined:
+                end = t.at + t.source.shape[1 if on_b else 0]
+                small = _on(t.source, small)
+                piece = small if len(joined) == 1 else small[t.at : end] if on_b else small[:, t.at : end]
+                terms.append(Term(t.source, _with_contiguous_rows(piece), 0, t.scale))
+        return Factor(self.side, self.length, rank, tuple(terms))
+
+
+def _on(source: Tensor, small: Tensor) -> Tensor:
+    return small if small.device == source.device else small.to(source.device)
 
 
 def _with_contiguous_rows(small: Tensor) -> Tensor:

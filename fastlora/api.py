@@ -9,6 +9,7 @@ import torch
 
 from fastlora import device as devices
 from fastlora import formats
+from fastlora import stream as streams
 from fastlora.adapter import Adapter
 from fastlora.collector import paused_collector
 from fastlora.decomposition import Decomposition
@@ -70,7 +71,8 @@ def decompose(
             before projecting.
         rtol: directions with ``σ <= rtol·σ_max`` are noise. Default: rounding of the stored dtype, 1e-6 at the least.
         memory: bound on the peak resident memory of computing and saving, as bytes or ``"1GiB"``; factors that were
-            loaded from files are given back to the system after use. The result has the same bits.
+            loaded from files are given back to the system after use. The result has the same bits. With a ``device`` it
+            bounds the memory taken there: modules are streamed through it when the pool does not fit.
         device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the pool is. See docs/gpu.md.
 
     Returns:
@@ -90,24 +92,28 @@ def decompose(
         raise InputError("give a rank or an energy cut, not both")
     if len(pool) < 2:
         raise InputError("decompose: a pool of one adapter has nothing to share; give two adapters or more")
-    pool = on_device(pool, device)
     settings = devec.Settings(float(threshold), chain, side, rank, energy, rtol)
     bound = parse_memory(memory)
+    where = devices.parse(device) or pool.device
+    stream = streams.needed(pool.adapters, where, bound)
+    pool = pool.to(where if stream is None else "cpu")
+    if where.type != "cpu":
+        bound = None  # it is the device's memory that is bounded
     if mode == "iterative":
         if target is None:
             raise InputError("mode='iterative' needs target=NAME (`--target NAME`), the adapter to clean")
         others = [n for n in pool.names if n != pool[target].name] if order is None else list(order)
         if target in others or len(set(others)) != len(others) or not others:
             raise InputError(f"order={others}: name each other adapter once, without the target {target!r}")
-        with bounded(bound), paused_collector():
+        with bounded(bound), streams.streamed(stream), paused_collector():
             steps = devec.decompose_iteratively(pool, settings, target, others)
-        return Decomposition(pool, mode, steps=steps, target=target, memory=bound)
+        return Decomposition(pool, mode, steps=steps, target=target, memory=bound, stream=stream)
     if target is not None or order is not None:
         raise InputError(f"target and order belong to mode='iterative', not to mode={mode!r}")
-    with bounded(bound), paused_collector():
+    with bounded(bound), streams.streamed(stream), paused_collector():
         if mode == "pairs":
-            return Decomposition(pool, mode, pairs=devec.decompose_pairs(pool, settings), memory=bound)
-        return Decomposition(pool, mode, whole=devec.decompose_pool(pool, settings), memory=bound)
+            return Decomposition(pool, mode, pairs=devec.decompose_pairs(pool, settings), memory=bound, stream=stream)
+        return Decomposition(pool, mode, whole=devec.decompose_pool(pool, settings), memory=bound, stream=stream)
 
 
 def merge(

@@ -20,6 +20,7 @@ from fastlora.methods.devec import Components
 from fastlora.output import OutputDirectory
 from fastlora.pool import Pool
 from fastlora.report import Report, build_report
+from fastlora.stream import Stream, streamed
 
 
 class Pair:
@@ -56,11 +57,13 @@ class Decomposition:
         steps: list[Components] | None = None,
         target: str | None = None,
         memory: int | None = None,
+        stream: Stream | None = None,
     ) -> None:
         self.pool = pool
         self.mode = mode
         self.target = target
         self.memory = memory
+        self.stream = stream
         self._whole = whole
         self._pairs = dict(pairs or {})
         self._steps = list(steps or [])
@@ -160,7 +163,12 @@ class Decomposition:
     def write(self, staging: Path, dtype: torch.dtype | str | None = None) -> None:
         """Writes into a directory that is being staged."""
         empty = []
-        with (staging / "report.json").open("w") as file, bounded(self.memory), paused_collector():
+        with (
+            (staging / "report.json").open("w") as file,
+            bounded(self.memory),
+            streamed(self.stream),
+            paused_collector(),
+        ):
             for i, adapters in enumerate(self._parts()):
                 for place in adapters:
                     (staging / place).mkdir(parents=True)

@@ -161,10 +161,7 @@ def to(adapter: Adapter, device: torch.device) -> Adapter:
     """
     if adapter.device == device:
         return adapter
-    tensors = list({id(t): t for u in adapter.updates.values() for t in _tensors(u)}.values())
-    by_key: dict[object, Tensor] = {}
-    for t in tensors:
-        by_key.setdefault(source_key(t), t)
+    by_key = distinct(adapter.updates.values())
     home = {key: origin(t) for key, t in by_key.items()} if device.type == "cpu" else {}
     wanted = [key for key in by_key if home.get(key) is None]
     with memory_told(f"moving adapter {adapter.name!r} to {device}"):
@@ -175,7 +172,7 @@ def to(adapter: Adapter, device: torch.device) -> Adapter:
     places = found | {key: own for key, own in home.items() if own is not None}
     result = Adapter(
         adapter.name,
-        {m: _replaced(u, places) for m, u in adapter.updates.items()},
+        {m: replaced(u, places) for m, u in adapter.updates.items()},
         extras=adapter.extras,
         base=adapter.base,
         dtype=adapter.dtype,
@@ -192,7 +189,7 @@ def refill(target: Adapter, source: Adapter) -> None:
     pairs = [
         (mine, other)
         for m, update in target.updates.items()
-        for mine, other in zip(_tensors(update), _tensors(source.updates[m]), strict=True)
+        for mine, other in zip(tensors(update), tensors(source.updates[m]), strict=True)
     ]
     storages = {mine.untyped_storage().data_ptr(): mine for mine, _ in pairs}
     if target.device.type == "cpu" or source.device.type != "cpu" or len(storages) != 1:
@@ -220,12 +217,25 @@ def origin(tensor: Tensor) -> Tensor | None:
     return found
 
 
-def _tensors(update: Update) -> list[Tensor]:
+def tensors(update: Update) -> list[Tensor]:
     """Matrices and coefficients, those of ``B`` first."""
     return [x for f in (update.B, update.A) for t in f.terms for x in (t.source, t.coefficient) if x is not None]
 
 
-def _replaced(update: Update, places: dict[object, Tensor]) -> Update:
+def distinct(updates: Iterable[Update]) -> dict[object, Tensor]:
+    """The matrices and coefficients of some updates by identity, each once; those of ``B`` first."""
+    found: dict[object, Tensor] = {}
+    for side in ("B", "A"):
+        for update in updates:
+            for term in (update.B if side == "B" else update.A).terms:
+                for tensor in (term.source, term.coefficient):
+                    if tensor is not None:
+                        found.setdefault(source_key(tensor), tensor)
+    return found
+
+
+def replaced(update: Update, places: dict[object, Tensor]) -> Update:
+    """The update on other tensors, by the identity of its own."""
     return replace(update, B=_factor(update.B, places), A=_factor(update.A, places))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,8 +20,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from fastlora import backends
-from fastlora.adapter import Adapter, Factor, Side, Update, source_key
+from fastlora import backends, stream
+from fastlora.adapter import Adapter, Factor, Side, Term, Update, source_key
 from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramBlock, GramJob, WriteProblem
 from fastlora.collector import paused_collector
 from fastlora.errors import InputError, NonFiniteError
@@ -111,23 +112,77 @@ def _put_gram_blocks(
     modules: Sequence[Sequence[Factor]], out: Tensor, size: int, r: int, places: Sequence[GramBlock]
 ) -> None:
     """Blocks ``(i, j)`` of every module into ``out``: ``size`` elements a module, rows of ``r``, at their offsets."""
-    jobs, pending = [], []
+    jobs, joined, pending = [], [], []
+    layouts: dict[tuple[tuple[int, ...], ...], list[GramBlock]] = {}
     for m, factors in enumerate(modules):
         rows = factors[0].side == "A"
-        stored = [f.stored for f in factors]
-        if all(s is not None for s in stored):
-            jobs.append(GramJob(cast(list[Tensor], stored), places, rows, out, r, m * size))
-        else:
+        pieces = [f.joined for f in factors]
+        if any(p is None for p in pieces):
             job, coefficients = _source_gram(factors, rows)
             jobs.append(job)
             pending.append((m, coefficients, job.out))
+            continue
+        terms = [t for p in pieces for t in cast(tuple[Term, ...], p)]
+        if len(terms) == len(factors):
+            blocks = places
+        else:
+            axis = 0 if rows else 1
+            widths = tuple(tuple(t.source.shape[axis] for t in f.terms) for f in factors)
+            if widths not in layouts:
+                layouts[widths] = _pieces_of(widths, r, places)
+            blocks = layouts[widths]
+        jobs.append(GramJob([t.source for t in terms], blocks, rows, out, r, m * size))
+        if blocks is not places or any(t.scale != 1.0 for t in terms):
+            joined.append((m, factors))
     run_gram(jobs, functools.partial(run_pass, "gram_pass"))
+    if joined:
+        _finish_joined(joined, out.view(len(modules), size), r, places)
     for m, coefficients, block in pending:
         full = block.triu() + block.triu(1).mT
         for i, j, offset in places:
             (at, left), (to, right) = coefficients[i], coefficients[j]
             shape = left.shape[1], right.shape[1]
             out.view(-1).as_strided(shape, (r, 1), m * size + offset).copy_(left.mT @ full[at][:, to] @ right)
+
+
+def _pieces_of(widths: Sequence[Sequence[int]], r: int, places: Sequence[GramBlock]) -> list[GramBlock]:
+    """Blocks of factors as blocks of the stored matrices that they are made of; of a block on the diagonal the upper
+    ones. ``widths``: columns of the stored matrices of each factor."""
+    first = [0, *itertools.accumulate(len(own) for own in widths)]
+    starts = [[0, *itertools.accumulate(own)] for own in widths]
+    return [
+        (first[i] + a, first[j] + b, offset + starts[i][a] * r + starts[j][b])
+        for i, j, offset in places
+        for a in range(len(widths[i]))
+        for b in range(a if i == j else 0, len(widths[j]))
+    ]
+
+
+def _finish_joined(
+    joined: Sequence[tuple[int, Sequence[Factor]]], out: Tensor, r: int, places: Sequence[GramBlock]
+) -> None:
+    """Mirrors the blocks on the diagonal and applies the scales of stored matrices: ``out [modules, size]``."""
+    modules = slice(None) if len(joined) == len(out) else [m for m, _ in joined]
+    scales = None
+    if any(t.scale != 1.0 for _, factors in joined for f in factors for t in f.terms):
+        rows = [[_column_scales(f, r) for f in factors] for _, factors in joined]
+        scales = torch.tensor(rows, dtype=torch.float64).to(out.device)
+    upper = torch.ones(r, r, dtype=torch.bool, device=out.device).triu()
+    for i, j, offset in places:
+        if i != j and scales is None:
+            continue
+        block = out[modules, offset : offset + r * r].reshape(-1, r, r)
+        if i == j:
+            block = torch.where(upper, block, block.mT)
+        if scales is not None:
+            block = scales[:, i, :, None] * block * scales[:, j, None]
+        out[modules, offset : offset + r * r] = block.flatten(1)
+
+
+def _column_scales(factor: Factor, r: int) -> list[float]:
+    """The scale of every column (B side) or row (A side) of a factor of stored matrices, ones up to ``r``."""
+    scales = [t.scale for t in factor.terms for _ in range(t.width(factor.side))]
+    return scales + [1.0] * (r - len(scales))
 
 
 def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[tuple[Tensor, Tensor]]]:
@@ -330,7 +385,8 @@ def _write_adapters(
         ]
         files[directory] = AdapterFile(directory, adapter, outlines, targets[directory])
     shares = [list(files.items())[i : i + OPEN_FILES] for i in range(0, len(files), OPEN_FILES)]
-    with ThreadPoolExecutor(1) as worker:
+    # Of results that go through a device, one batch is computed while another is copied.
+    with ThreadPoolExecutor(1 if stream.current() is None else 2) as worker:
         pending: deque[Future[None]] = deque()
         for modules in track(_module_batches(list(adapters.values())), "writing"):
             for share in shares:
@@ -375,7 +431,8 @@ def _module_batches(adapters: Sequence[Adapter]) -> list[list[str]]:
     for unit, names in units.items():
         if not batches or room < sizes[unit]:
             batches.append([])
-            room = batch_bytes(WRITE_BYTES)
+            through = stream.current()
+            room = batch_bytes(WRITE_BYTES if through is None else min(WRITE_BYTES, through.group))
         batches[-1] += names
         room -= sizes[unit]
     return batches
@@ -397,7 +454,7 @@ class _Prepared:
             for job, places in zip(self.jobs, self.places, strict=True):
                 for output, (directory, _) in zip(job.outputs, places, strict=True):
                     output.file = descriptors[directory]
-            problem = run_pass("combine_pass", self.jobs)
+            problem = stream.combine(self.jobs) if stream.current() else run_pass("combine_pass", self.jobs)
         if problem is not None:
             directory, name = self.places[problem.job][problem.output]
             raise self.files[directory].error(name, problem.errno)

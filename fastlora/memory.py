@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import ctypes
-import math
 import mmap
 import re
 import resource
@@ -89,22 +88,27 @@ class Room:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._block = torch.empty(0, dtype=torch.uint8, device=device)
+        self._typed: dict[torch.dtype, Tensor] = {}  # the block as elements of a dtype
         self._used = 0
 
     def reserve(self, size: int) -> None:
         """Room for ``size`` bytes; what was handed out before is given up."""
         self._used = 0
         if self._block.nbytes < size:
-            self._block = torch.empty(size, dtype=torch.uint8, device=self._block.device)
+            self._block = torch.empty(padded(size), dtype=torch.uint8, device=self._block.device)
+            self._typed = {}
             if self._block.is_cpu:
                 _advise(self._block, getattr(mmap, "MADV_HUGEPAGE", 14))
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor in the room."""
-        size = math.prod(shape) * dtype.itemsize
-        piece = self._block[self._used : self._used + size].view(dtype).view(shape)
-        self._used += padded(size)
-        return piece
+    def take(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised matrix in the room."""
+        rows, columns = shape
+        start, self._used = self._used, self._used + padded(rows * columns * dtype.itemsize)
+        if self._used > self._block.nbytes:
+            raise ValueError(f"{self._used} bytes are taken of a room for {self._block.nbytes}")
+        if dtype not in self._typed:
+            self._typed[dtype] = self._block.view(dtype)
+        return self._typed[dtype].as_strided(shape, (columns, 1), start // dtype.itemsize)
 
 
 def padded(size: int) -> int:

@@ -9,35 +9,30 @@
 // blocks, k²·r² values, are read once.
 #include "passes.h"
 #include "solvers.h"
+#include "tile.h"
 
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
 enum Kind : int64_t { kProduct = 0, kPalindrome = 1, kMean = 2 };
 
-// c [m, n] (+)= op(a) · b with row-major operands; a is [m, k], or [k, m] when transposed.
+// c [m, n] = op(a) · b with row-major operands; a is [m, k], or [k, m] when transposed.
 void multiply(int m, int n, int k, const double* a, int64_t a_stride, bool a_transposed, const double* b,
               int64_t b_stride, double* c, int64_t c_stride) {
+    const int64_t a_p = a_transposed ? a_stride : 1, a_i = a_transposed ? 1 : a_stride;
+    if (n % kLanes<double> == 0) {
+        product<double, true>(m, n, k, a, a_p, a_i, b, b_stride, c, c_stride);
+        return;
+    }
     for (int i = 0; i < m; ++i) {
         double* row = c + i * c_stride;
         for (int j = 0; j < n; ++j) row[j] = 0.0;
         for (int p = 0; p < k; ++p) {
-            const double left = a_transposed ? a[p * a_stride + i] : a[i * a_stride + p];
+            const double left = a[p * a_p + i * a_i];
             const double* right = b + p * b_stride;
             for (int j = 0; j < n; ++j) row[j] += left * right[j];
         }
     }
-}
-
-// c [m, n] = a [m, k] · b [n, k]ᵀ
-void multiply_by_transpose(int m, int n, int k, const double* a, int64_t a_stride, const double* b, int64_t b_stride,
-                           double* c, int64_t c_stride) {
-    for (int i = 0; i < m; ++i)
-        for (int j = 0; j < n; ++j) {
-            double sum = 0.0;
-            for (int p = 0; p < k; ++p) sum += a[i * a_stride + p] * b[j * b_stride + p];
-            c[i * c_stride + j] = sum;
-        }
 }
 
 struct Buffers {
@@ -97,21 +92,17 @@ int64_t directions_kept(const double* sigma, const ChainArgs& a, double floor) {
 // T = L V Σ⁻¹ over the kept directions, in place of L; the other columns are zero.
 void whiten(const ChainArgs& a, int64_t index, const Buffers& b, double* scratch) {
     const int r = int(a.r);
-    const double *values = b.values + index * r, *vectors = b.vectors + index * r * r;
+    const double* values = b.values + index * r;
+    double* vectors = b.vectors + index * r * r;  // no longer needed once they are in `scratch`
     double *root = b.root + index * r * r, *sigma = a.sigma + index * r;
     for (int j = 0; j < r; ++j) sigma[j] = sqrt_(max_(values[r - 1 - j], 0.0));
     const int64_t kept = directions_kept(sigma, a, a.floor[index]);
     a.kept[index] = kept;
-    for (int i = 0; i < r; ++i) {
-        for (int j = 0; j < r; ++j) scratch[j] = 0.0;
-        for (int j = 0; j < kept; ++j) {
-            const double* vector = vectors + (r - 1 - j) * r;
-            double sum = 0.0;
-            for (int p = 0; p < r; ++p) sum += root[i * r + p] * vector[p];
-            scratch[j] = sum / sigma[j];
-        }
-        for (int j = 0; j < r; ++j) root[i * r + j] = scratch[j];
-    }
+    for (int p = 0; p < r; ++p)
+        for (int j = 0; j < r; ++j) scratch[p * r + j] = j < kept ? vectors[(r - 1 - j) * r + p] : 0.0;
+    multiply(r, r, r, root, r, false, scratch, r, vectors, r);
+    for (int i = 0; i < r; ++i)
+        for (int j = 0; j < r; ++j) root[i * r + j] = j < kept ? vectors[i * r + j] / sigma[j] : 0.0;
 }
 
 // U_iᵀU_j = T_iᵀ G_ij T_j, i < j, MATH (2).
@@ -123,12 +114,10 @@ void overlap(const ChainArgs& a, const Buffers& b, int64_t group, int64_t i, int
     multiply(r, r, r, ti, r, true, scratch, r, out, out_stride);
 }
 
-// C = (U₁ᵀU₂)…(U_{k-1}ᵀU_k) in b.chain; the identity on the kept directions for k = 1.
+// C = (U₁ᵀU₂)…(U_{k-1}ᵀU_k) in b.chain.
 void multiply_chain(const ChainArgs& a, const Buffers& b, int64_t group, double* scratch) {
     const int r = int(a.r);
     double *chain = b.chain + group * r * r, *next = scratch + r * r, *product = scratch + 2 * r * r;
-    for (int i = 0; i < r * r; ++i) chain[i] = 0.0;
-    for (int64_t i = 0; i < a.kept[group * a.k]; ++i) chain[i * r + i] = 1.0;
     for (int64_t i = 0; i + 1 < a.k; ++i) {
         double* out = i == 0 ? chain : next;
         overlap(a, b, group, i, i + 1, out, r, scratch);
@@ -158,6 +147,18 @@ void set_value(const ChainArgs& a, int64_t group, int64_t j, double re, double i
     value[1] = im + 0.0;
 }
 
+// k = 1: the whitening alone, every eigenvalue 1.
+void finish_alone(const ChainArgs& a, const Buffers& b, int64_t group) {
+    const int r = int(a.r);
+    const int64_t count = a.kept[group];
+    for (int64_t j = 0; j < r; ++j) set_value(a, group, j, j < count ? 1.0 : 0.0, 0.0);
+    a.shared[group] = count;
+    const double* t = b.root + group * r * r;
+    double* out = a.basis + group * r * a.width;
+    for (int i = 0; i < r; ++i)
+        for (int64_t j = 0; j < count; ++j) out[i * a.width + j] = t[i * r + j];
+}
+
 // Squared singular values of C; left singular vectors are the eigenvectors.
 void finish_symmetric(const ChainArgs& a, const Buffers& b, int64_t group) {
     const int64_t r = a.r, first_kept = a.kept[group * a.k];
@@ -177,7 +178,9 @@ void finish_product(const ChainArgs& a, const Buffers& b, int64_t group, double*
     double *closing = scratch + r * r, *m = scratch + 2 * r * r, *q = scratch + 3 * r * r, *re = scratch + 4 * r * r,
            *im = re + r;
     overlap(a, b, group, 0, a.k - 1, closing, r, scratch);
-    multiply_by_transpose(n, n, r, b.chain + int64_t(group) * r * r, r, closing, r, m, n);
+    for (int i = 0; i < r; ++i)
+        for (int j = 0; j < r; ++j) scratch[j * r + i] = closing[i * r + j];
+    multiply(n, n, r, b.chain + int64_t(group) * r * r, r, false, scratch, r, m, n);
     int count = 0;
     if (n > 0) b.info_chain[group] = ordered_schur(m, q, re, im, n, a.threshold, &count);
     for (int j = 0; j < r; ++j) set_value(a, group, j, j < n ? re[j] : 0.0, j < n ? im[j] : 0.0);
@@ -284,7 +287,8 @@ int chain(const ChainArgs& a) {
     lay_out(memory.data(), a, b);
     int status = whiten_all(a, b);
     if (status != kDone) return status;
-    const bool symmetric = a.kind == kPalindrome || (a.kind == kProduct && a.k <= 2);
+    const bool alone = a.kind != kMean && a.k == 1;
+    const bool symmetric = a.kind == kPalindrome || (a.kind == kProduct && a.k == 2);
 
     // Each thread works in its own slice of the scratch memory, taken by the slice number of a static split.
     const int slices = max_(a.threads, 1);
@@ -297,13 +301,15 @@ int chain(const ChainArgs& a) {
             clear(a, g);
             if (a.kind == kMean)
                 fill_mean(a, b, g, scratch);
-            else
+            else if (!alone)
                 multiply_chain(a, b, g, scratch);
             if (!report(a, b, g)) {
                 for (int64_t i = 0; i < a.width * a.width; ++i) b.chain[g * a.width * a.width + i] = 0.0;
                 continue;
             }
-            if (a.kind == kProduct && !symmetric) {
+            if (alone) {
+                finish_alone(a, b, g);
+            } else if (a.kind == kProduct && !symmetric) {
                 finish_product(a, b, g, scratch);
                 if (b.info_chain[g] != kOk) {
                     a.info[g] = b.info_chain[g];
@@ -311,6 +317,7 @@ int chain(const ChainArgs& a) {
                 }
             }
         }
+    if (alone) return kDone;
     if (a.kind == kMean)
         status = eigh<double>(b.chain, b.singular, b.left, b.info_chain, a.groups, int(a.width), a.threads);
     else if (symmetric)

@@ -10,6 +10,8 @@
 // Outputs with a file are computed in memory of the thread's own, one task after the other, and written from there
 // while they are in cache: what is saved needs no memory and is not read back.
 // Floor: reads each factor once and writes each output once; 2 * n * r * q operations a term.
+#include <omp.h>
+
 #include "combine_tiles.h"
 #include "fastlora/io.h"
 #include "passes.h"
@@ -319,18 +321,21 @@ CombineProblem run_and_write(const CombineJob& job, int64_t index, Prepared& own
         !results.reserve(place_outputs(job, nullptr, 0, step, nullptr)) || (n && !own.prepare(job, index)))
         return {kNoMemory, 0, 0};
     Matrix* outs = reinterpret_cast<Matrix*>(places.data());
+    const int64_t n_outputs = job.task->outputs, shift = n_outputs * omp_get_thread_num() / omp_get_num_threads();
     for (int64_t first = 0; first < n; first += step) {
         const int64_t last = min_(first + step, n);
         place_outputs(job, results.data(), first, step, outs);
         own.run(job, outs, first, last);
-        for (int64_t o = 0; o < job.task->outputs; ++o) {
+        for (int64_t i = 0; i < n_outputs; ++i) {
+            const int64_t o = (i + shift) % n_outputs;
             if (job.outputs[o].file < 0 || job.is_stored(o)) continue;
             const CombineProblem found = job.task->rows ? write_rows(job, o, outs[o], 0, outs[o].rows)
                                                         : write_rows(job, o, outs[o], first, last);
             if (found.kind != kNoProblem) return found;
         }
     }
-    for (int64_t o = 0; o < job.task->outputs; ++o) {
+    for (int64_t i = 0; i < n_outputs; ++i) {
+        const int64_t o = (i + shift) % n_outputs;
         if (!job.is_stored(o)) continue;
         const CombineProblem found = write_rows(job, o, job.matrix(o), 0, job.matrix(o).rows);
         if (found.kind != kNoProblem) return found;

@@ -8,6 +8,7 @@
 // Floor: small, (8/3 + 10) n^3 flops per matrix, n <= 32 bound by the rotation recurrence; large, 14/3 n^3.
 #include "eigh_large.h"
 #include "interleave.h"
+#include "join.h"
 #include "ql.h"
 #include "solvers.h"
 #include "tridiagonal.h"
@@ -89,6 +90,7 @@ template <class Work, class Solve>
 int for_each(int64_t items, int n, int size, int threads, Solve solve) {
     threads = int(min_<int64_t>(threads, items));
     int status = kDone;
+    Join join;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Workspace memory;
@@ -98,7 +100,7 @@ int for_each(int64_t items, int n, int size, int threads, Solve solve) {
         const bool ready = memory.reserve(needed.used());
         Arena arena(memory.data());
         work.carve(arena, n, size);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t i = 0; i < items; ++i) {
             if (ready) {
                 solve(i, work);
@@ -107,6 +109,7 @@ int for_each(int64_t items, int n, int size, int threads, Solve solve) {
                 status = kOutOfMemory;
             }
         }
+        join.leave();
     }
     return status;
 }

@@ -228,12 +228,10 @@ def _combine(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a = _aligned(a)
     n = a.shape[-1]
-    values, vectors = torch.empty(a.shape[:-1], dtype=a.dtype), torch.empty(a.shape, dtype=a.dtype)
-    info = torch.zeros(a.shape[:-2], dtype=torch.int32)
-    _core.eigh(
-        a.data_ptr(), values.data_ptr(), vectors.data_ptr(), info.data_ptr(), batch=info.numel(), n=n,
-        is_double=a.dtype == torch.float64, threads=torch.get_num_threads(),
-    )  # fmt: skip
+    values, vectors = torch.empty(a.shape[:-1], dtype=a.dtype), torch.empty_like(a)
+    info = (torch.empty if n else torch.zeros)(a.shape[:-2], dtype=torch.int32)
+    tensors = a.data_ptr(), values.data_ptr(), vectors.data_ptr(), info.data_ptr()
+    _core.eigh(*tensors, info.numel(), n, a.dtype == torch.float64, torch.get_num_threads())
     return values, vectors.mT, info
 
 

@@ -32,7 +32,6 @@ PARTS = {
     "lora_embedding_A": "A",
     "lora_embedding_B": "B",
 }
-ENDS = [(part, "." + part) for part in PARTS]
 TRAINING_STATE = re.compile(r"\.lora_(velora_embed$|monteclora_sampler\.)")
 MARKS = {
     ".lora_magnitude_vector": "DoRA magnitudes, which rescale the rows of the base weight",
@@ -131,9 +130,14 @@ def _sort(
     dropped = 0
     for key, tensor in tensors.items():
         plain = key.removeprefix(PREFIX)
-        part = next((p for p, end in ENDS if plain.endswith(end)), None)
-        if part is not None:
-            module = modules.setdefault(plain.removesuffix("." + part), _Module())
+        path, _, part = plain.rpartition(".")
+        if part in ("weight", "bias"):
+            path, _, owner = path.rpartition(".")
+            part = f"{owner}.{part}"
+        if part in PARTS and path:
+            module = modules.get(path)
+            if module is None:
+                module = modules[path] = _Module()
             module.add(PARTS[part], key, tensor, file)
             module.embedding |= part.startswith("lora_embedding")
         elif TRAINING_STATE.search(plain):

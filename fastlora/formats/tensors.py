@@ -38,7 +38,7 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 NAMED_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-ALIGNMENT = 64  # of the first tensor: SIMD loads of aligned rows stay within cache lines
+ALIGNMENT = 4096  # of the first tensor: whole pages are written faster, and tensors mostly are whole pages
 
 LARGEST_HEADER = 100_000_000
 """Bytes: the limit of safetensors."""
@@ -67,8 +67,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as raw:
             mapping = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)
         with safe_open(path, framework="pt", device="cpu") as file:
+            views = _Views(mapping, start)
             return {
-                name: _view(mapping, start, header[name]) if _is_usual(header[name]) else file.get_tensor(name)
+                name: views.of(header[name]) if _is_usual(header[name]) else file.get_tensor(name)
                 for name in file.keys()
             }
     except (
@@ -108,14 +109,10 @@ def _check_header(path: Path) -> tuple[int, dict[str, Any]]:
         if len(name) > LONGEST_NAME:
             raise InputError(f"{path}: tensor {name[:60]!r}… has a name of {len(name)} characters; rename it")
         shape = entry.get("shape") if isinstance(entry, dict) else None
-        if (
-            not isinstance(shape, list)
-            or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
-            or len(shape) > 64
-        ):
+        if not _is_shape(shape):
             raise InputError(f"{path}: tensor {name!r} has the shape {shown(shape)}; copy or download the file again")
         offsets = entry.get("data_offsets")
-        if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
+        if type(offsets) is not list or [type(n) for n in offsets] != [int, int]:
             raise InputError(
                 f"{path}: tensor {name!r} has the offsets {shown(offsets)}; copy or download the file again"
             )
@@ -127,17 +124,41 @@ def _check_header(path: Path) -> tuple[int, dict[str, Any]]:
     return 8 + length, header
 
 
+def _is_shape(shape: object) -> bool:
+    if not isinstance(shape, list) or len(shape) > 64:
+        return False
+    for n in shape:
+        if type(n) is not int or not 0 <= n < 1 << 48:
+            return False
+    return True
+
+
 def _is_usual(entry: Mapping[str, Any]) -> bool:
     """Whether a view is simple to make: a usual dtype, and something to view."""
     first, last = entry["data_offsets"]
     return entry["dtype"] in NAMED_DTYPES and first < last
 
 
-def _view(mapping: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor:
-    dtype = NAMED_DTYPES[entry["dtype"]]
-    first, last = entry["data_offsets"]
-    count = (last - first) // dtype.itemsize
-    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=start + first).view(entry["shape"])
+class _Views:
+    """Tensors in a mapped file, as views of one tensor for each dtype and remainder of the offset."""
+
+    def __init__(self, mapping: mmap.mmap, start: int) -> None:
+        self._mapping = mapping
+        self._start = start
+        self._whole: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    def of(self, entry: Mapping[str, Any]) -> Tensor:
+        dtype, shape, (first, _) = NAMED_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        index, rest = divmod(self._start + first, dtype.itemsize)
+        whole = self._whole.get((dtype, rest))
+        if whole is None:
+            count = (len(self._mapping) - rest) // dtype.itemsize
+            whole = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=rest)
+            self._whole[dtype, rest] = whole
+        strides = [1] * len(shape)
+        for i in range(len(shape) - 1, 0, -1):
+            strides[i - 1] = strides[i] * shape[i]
+        return whole.as_strided(shape, strides, index)
 
 
 class TensorFile:
@@ -168,7 +189,8 @@ class TensorFile:
         self._missing = set(outlines)
         with writing(path), path.open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(self._start + offset)
+            file.flush()
+            _make_room(file.fileno(), self._start + offset)
 
     def write(self, tensors: Mapping[str, Tensor], *, check: bool = False) -> None:
         """Writes some tensors, which have the shapes and dtypes that were announced; ``check`` refuses NaN and Inf."""
@@ -217,6 +239,14 @@ class TensorFile:
         """Checks that every tensor was written."""
         if self._missing:
             raise ValueError(f"{self.path}: {min(self._missing)} was announced and not written")
+
+
+def _make_room(file: int, size: int) -> None:
+    """A full disk is found out before anything is computed, and writing where there is room is faster."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
 
 
 def _as_row(tensor: Tensor) -> Tensor:

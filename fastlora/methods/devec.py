@@ -15,15 +15,27 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.adapter import Adapter, BaseInfo, Factor, Update, add
+from fastlora.adapter import Adapter, BaseInfo, Factor, Term, Update, add
 from fastlora.collector import paused_collector
-from fastlora.engine import check_diagonal, chunks, gram_blocks, gram_diagonal, sources, widest, with_rank_zero
+from fastlora.engine import (
+    CHUNK_BYTES,
+    check_diagonal,
+    chunks,
+    gram_blocks,
+    gram_diagonal,
+    sources,
+    widest,
+    with_rank_zero,
+)
 from fastlora.memory import is_bounded, release
 from fastlora.methods.arithmetic import common_base
 from fastlora.methods.spectrum import default_rtol, factor, raise_for_info, sides, unscaled_floor
 from fastlora.ops.gram import blocks_of
 from fastlora.pool import Pool
 from fastlora.progress import track
+from fastlora.stream import PoolPart
+from fastlora.stream import current as streaming
+from fastlora.stream import parts as stream_parts
 
 # Matrices r×r that are in memory for one pair of one module: its Gram blocks, what is made of them, and copies.
 BLOCKS_OF_PAIR = 32
@@ -84,8 +96,20 @@ class Coefficients:
     def removals(self, rows: Sequence[int], i: int, ranks: Sequence[int]) -> list[list[Tensor]]:
         """``-basis_j H_i [r_j, r_i]`` for some rows and every mover ``j``: what the unique part of ``i`` adds on
         ``X_j``."""
-        products = -(self.basis[rows] @ self.H[rows, i, None])
-        return [[c[: ranks[j], : ranks[i]] for j, c in enumerate(own.unbind())] for own in products.unbind()]
+        all_rows = list(rows) == list(range(len(self.H)))
+        basis, H = (self.basis, self.H[:, i]) if all_rows else (self.basis[rows], self.H[rows, i])
+        products = -(basis @ H[:, None])
+        full = all(rank == H.shape[-1] for rank in ranks)
+        return [
+            list(own.unbind()) if full else [c[: ranks[j], : ranks[i]] for j, c in enumerate(own.unbind())]
+            for own in products.unbind()
+        ]
+
+    def weighted(self, rows: Sequence[int], members: Sequence[int], weights: Sequence[Sequence[float]]) -> list[Tensor]:
+        """``w_i H_i [members, c, r]`` for some rows, with weights ``[rows][members]``."""
+        H = self.H[rows] if len(members) == self.H.shape[1] else self.H[rows][:, members]
+        factors = torch.tensor(weights, dtype=torch.float64).to(H.device)
+        return list((H * factors[:, :, None, None]).unbind())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,7 +198,7 @@ class Blocks:
     group: Group
 
 
-def read_blocks(pool: Pool, group: Group, modules: list[str], side: str, kind: str) -> Blocks:
+def read_blocks(pool: Pool | PoolPart, group: Group, modules: list[str], side: str, kind: str) -> Blocks:
     """One pass over both sides' factors of some modules of a group."""
     projected_side, other_side = sides(side)
     names = tuple(pool.names[i] for i in group.members)
@@ -227,8 +251,8 @@ def module_results(
     coefficients = Coefficients(
         sigma.cpu().numpy(),
         (found.values if bool(found.values.imag.any()) else found.values.real.clone()).cpu(),
-        found.basis[:, :movers, :, :most].clone(),
-        H[:, :, :most].clone(),
+        _home(found.basis[:, :movers, :, :most]),
+        _home(H[:, :, :most]),
     )
     results = []
     for g, module in enumerate(blocks.modules):
@@ -252,6 +276,11 @@ def module_results(
     return results
 
 
+def _home(small: Tensor) -> Tensor:
+    """A coefficient beside the factors that it belongs to: those that are streamed are on the host."""
+    return small.clone() if streaming() is None else small.cpu().clone()
+
+
 class Components:
     """Shared and unique parts of some adapters: the result of one chain, module by module."""
 
@@ -271,21 +300,17 @@ class Components:
     @paused_collector()
     def shared(self) -> Adapter:
         """The one adapter that holds what all share, MATH (10); rank 0 in modules that share nothing."""
-        updates = {m: with_rank_zero(self._owner(m)) for m in self.pool.modules}
-        for result in self.results.values():
-            if result.count:
-                weights = dict(enumerate(result.weights))
-                updates[result.module] = self._shared_update(result, weights)
+        found = self._shared_updates(None)
+        updates = {m: found.get(m) or with_rank_zero(self._owner(m)) for m in self.pool.modules}
         base = common_base(self.pool.adapters)
         return self._adapter("shared", updates, replace(base, modules_to_save=(), bias="none"), self.pool.names)
 
+    @paused_collector()
     def shared_of(self, name: str) -> Adapter:
         """What of adapter ``name`` lies in the shared directions, MATH (7)."""
         adapter = self.pool[name]
-        updates = {m: with_rank_zero(u) for m, u in adapter.updates.items()}
-        for result in self.results.values():
-            if result.count and name in result.names:
-                updates[result.module] = self._shared_update(result, {result.names.index(name): 1.0})
+        found = self._shared_updates(name)
+        updates = {m: found.get(m) or with_rank_zero(u) for m, u in adapter.updates.items()}
         base = replace(adapter.base, modules_to_save=(), bias="none")
         return self._adapter(f"shared_of({name})", updates, base, [name])
 
@@ -317,17 +342,12 @@ class Components:
         }
         return Adapter(name, updates, base=base, dtype=widest(a.dtype for a in own), provenance=provenance)
 
-    def _factors(self, result: ModuleResult, index: int) -> tuple[Factor, Factor, float]:
-        """(projected factor, other factor, scaling) of one adapter in one module."""
-        update = self.pool[result.names[index]].updates[result.module]
-        projected, other = sides(self.settings.side)
-        return factor(update, projected), factor(update, other), update.scaling
-
-    def _sharing(self, name: str) -> dict[Coefficients, list[ModuleResult]]:
-        """The modules in which adapter ``name`` shares something, by the coefficients that they are rows of."""
+    def _sharing(self, name: str | None) -> dict[Coefficients, list[ModuleResult]]:
+        """The modules in which adapter ``name``, or any, shares something, by the coefficients that they are rows
+        of."""
         found: dict[Coefficients, list[ModuleResult]] = {}
         for result in self.results.values():
-            if result.count and name in result.names:
+            if result.count and (name is None or name in result.names):
                 found.setdefault(result.coefficients, []).append(result)
         return found
 
@@ -335,33 +355,50 @@ class Components:
         """The first adapter's update of a module, whose shape and layout the shared part has."""
         return self.pool.adapters[self.pool.present(module)[0]].updates[module]
 
+    def _sides(self, name: str, module: str) -> tuple[Factor, Factor]:
+        """(projected factor, other factor) of one adapter in one module."""
+        update = self._pool_updates[name][module]
+        return (update.B, update.A) if self.settings.side == "left" else (update.A, update.B)
+
     def _basis(self, result: ModuleResult) -> Factor:
         """``Z`` as a factor: orthonormal, ``count`` columns (rows on the A side)."""
-        return add(self._factors(result, j)[0].times(b) for j, b in enumerate(result.basis) if b is not None)
+        movers = zip(result.names, result.basis, strict=True)
+        return add(self._sides(name, result.module)[0].times(b) for name, b in movers if b is not None)
 
     def _assemble(self, like: Update, projected: Factor, other: Factor, scaling: float, floor: float) -> Update:
         left, right = (projected, other) if self.settings.side == "left" else (other, projected)
         return Update(left, right, scaling, like.layout, floor)
 
-    def _shared_update(self, result: ModuleResult, weights: Mapping[int, float]) -> Update:
-        """``Z · Σ_i w_i s_i H_i A_i`` for adapters ``i`` of the result."""
-        others = []
-        H = result.H
-        for i, weight in weights.items():
-            _, other, scaling = self._factors(result, i)
-            if weight * scaling != 0.0:
-                others.append(other.times(H[i].mT * (weight * scaling)))
-        like = self._owner(result.module)
-        return self._assemble(like, self._basis(result), add(others), 1.0, 0.0) if others else with_rank_zero(like)
+    def _shared_updates(self, name: str | None) -> dict[str, Update]:
+        """``Z · Σ_i w_i s_i H_i A_i`` with the weights of MATH (10), or of adapter ``name`` alone with weight 1, in the
+        modules where that is not zero."""
+        found: dict[str, Update] = {}
+        for coefficients, results in self._sharing(name).items():
+            names, ranks = results[0].names, results[0].ranks
+            members = [names.index(name)] if name is not None else list(range(len(names)))
+            weights = [
+                [w * self._pool_updates[names[i]][r.module].scaling for i, w in zip(members, own, strict=True)]
+                for r in results
+                for own in [r.weights if name is None else (1.0,)]
+            ]
+            weighted = coefficients.weighted([r.row for r in results], members, weights)
+            for result, own, small in zip(results, weights, weighted, strict=True):
+                terms: list[Term] = []
+                for i, weight, h in zip(members, own, small[:, : result.count].unbind(), strict=True):
+                    if weight != 0.0:
+                        terms += self._sides(names[i], result.module)[1].times(h[:, : ranks[i]].mT).terms
+                if terms:
+                    basis, like = self._basis(result), self._owner(result.module)
+                    other = replace(self._sides(names[0], result.module)[1], rank=result.count, terms=tuple(terms))
+                    found[result.module] = self._assemble(like, basis, other, 1.0, 0.0)
+        return found
 
     def _unique_update(self, result: ModuleResult, i: int, removals: Sequence[Tensor]) -> Update:
         update = self._pool_updates[result.names[i]][result.module]
-        left = self.settings.side == "left"
-        projected, other = (update.B, update.A) if left else (update.A, update.B)
+        projected, other = self._sides(result.names[i], result.module)
         terms = list(projected.terms)
         for name, removal in zip(result.names, removals, strict=False):
-            mover = self._pool_updates[name][result.module]
-            terms += (mover.B if left else mover.A).times(removal).terms
+            terms += self._sides(name, result.module)[0].times(removal).terms
         unique = Factor(projected.side, projected.length, projected.rank, tuple(terms))
         floor = max(update.floor, result.rtol * result.norm(i))
         return self._assemble(update, unique, other, update.scaling, floor)
@@ -371,8 +408,8 @@ def decompose_pool(pool: Pool, settings: Settings) -> Components:
     """One decomposition of all adapters."""
     results: dict[str, ModuleResult] = {}
     kind = "pairs" if settings.chain == "mean" else "chain"
-    for group, part in module_parts(pool, settings.rtol, "decomposing"):
-        for result in shared_directions(read_blocks(pool, group, part, settings.side, kind), settings):
+    for own, group, part in module_parts(pool, settings.rtol, "decomposing"):
+        for result in shared_directions(read_blocks(own, group, part, settings.side, kind), settings):
             results[result.module] = result
     return Components(pool, {m: results[m] for m in pool.modules if m in results}, settings, "pool")
 
@@ -382,8 +419,8 @@ def decompose_pairs(pool: Pool, settings: Settings) -> dict[tuple[str, str], Com
     results: dict[tuple[str, str], dict[str, ModuleResult]] = {
         (a, b): {} for i, a in enumerate(pool.names) for b in pool.names[i + 1 :]
     }
-    for group, part in module_parts(pool, settings.rtol, "decomposing pairs"):
-        blocks = read_blocks(pool, group, part, settings.side, "pairs")
+    for source, group, part in module_parts(pool, settings.rtol, "decomposing pairs"):
+        blocks = read_blocks(source, group, part, settings.side, "pairs")
         for pairs in _pairs(blocks):
             for result in shared_directions(pairs, settings):
                 results[result.names[0], result.names[1]][result.module] = result
@@ -437,14 +474,19 @@ def decompose_iteratively(pool: Pool, settings: Settings, target: str, order: Se
     return steps
 
 
-def module_parts(pool: Pool, rtol: float | None, label: str) -> Iterator[tuple[Group, list[str]]]:
-    work = []
+def module_parts(pool: Pool, rtol: float | None, label: str) -> Iterator[tuple[Pool | PoolPart, Group, list[str]]]:
+    """Modules that are computed together, and where their factors are: in the pool, or on the device of a stream."""
+    work: list[tuple[Group, list[str]]] = []
+    stream = streaming()
     for group, members in group_modules(pool, pool.modules, rtol).items():
         k, r = len(group.members), max(1, *group.ranks)
         size = 8 * 4 * k * k * r * r
-        if is_bounded():
+        if is_bounded() or stream is not None:
             updates = (pool.adapters[i].updates[m] for m in members for i in group.members)
             size += sum(s.nbytes for s in sources(updates)) // len(members)
-        for part in chunks(len(members), size):
+        for part in chunks(len(members), size, CHUNK_BYTES if stream is None else stream.group):
             work.append((group, [members[i] for i in part]))
-    return track(work, label)
+    if stream is None:
+        return ((pool, group, part) for group, part in track(work, label))
+    moving = stream_parts(pool.names, pool.adapters, [part for _, part in work])
+    return ((own, group, part) for (group, part), own in zip(track(work, label), moving, strict=True))

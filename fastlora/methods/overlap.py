@@ -38,8 +38,8 @@ def pool_overlap(pool: Pool) -> Overlap:
     shares = torch.zeros(k, k, dtype=torch.float64)
     counts = torch.zeros(k, k, dtype=torch.float64)
     modules = {}
-    for group, part in module_parts(pool, None, "comparing"):
-        blocks = read_blocks(pool, group, part, "left", "pairs")
+    for source, group, part in module_parts(pool, None, "comparing"):
+        blocks = read_blocks(source, group, part, "left", "pairs")
         inner, subspace = (x.cpu() for x in _similarities(blocks, group.rtols))
         index = torch.tensor(group.members)
         for g, module in enumerate(part):

@@ -58,17 +58,10 @@ class SingularForm:
     T: Tensor
     D: Tensor
     kept: int
-
-    @property
-    def norm(self) -> float:
-        """``‖ΔW‖_F``."""
-        return float(self.sigma.square().sum().sqrt())
-
-    @property
-    def retained(self) -> float:
-        """``Σσ²`` of the kept directions over that of all; 1 for a zero update."""
-        total = float(self.sigma.square().sum())
-        return float(self.sigma[: self.kept].square().sum()) / total if total > 0 else 1.0
+    norm: float
+    """``‖ΔW‖_F``."""
+    retained: float
+    """``Σσ²`` of the kept directions over that of all; 1 for a zero update."""
 
 
 def singular_forms(
@@ -90,7 +83,7 @@ def singular_forms(
     for (r, cut), members in groups.items():
         if r == 0:
             empty = torch.zeros(0, dtype=torch.float64)
-            forms |= {m: SingularForm(empty, empty.reshape(0, 0), empty.reshape(0, 0), 0) for m in members}
+            forms |= {m: SingularForm(empty, empty.reshape(0, 0), empty.reshape(0, 0), 0, 0.0, 1.0) for m in members}
             continue
         for part in track(list(chunks(len(members), 6 * 8 * r * r)), f"singular values of {name}"):
             names = [members[i] for i in part]
@@ -116,14 +109,22 @@ def _one_chunk(
         floor=floor,
     )
     raise_for_info(modules, chain.info)
-    forms = {}
-    counts, sigma = chain.kept[:, 0].tolist(), chain.sigma[:, 0].cpu()
-    for i, (module, update) in enumerate(zip(modules, updates, strict=True)):
-        kept = counts[i]
-        T = chain.basis[i, 0, :, :kept].contiguous()
-        D = T.mT @ left[i, 0, 0]
-        forms[module] = SingularForm(sigma[i] * abs(update.scaling), T, D, kept)
-    return forms
+    most = int(chain.kept.max())
+    T = chain.basis[:, 0, :, :most].contiguous()  # [g, r, most]
+    D = T.mT @ left[:, 0, 0]  # [g, most, r]
+    scalings = torch.tensor([abs(u.scaling) for u in updates], dtype=torch.float64)
+    kept, sigma = chain.kept.cpu(), chain.sigma[:, 0].cpu() * scalings[:, None]
+    energies = torch.nn.functional.pad(sigma.square().cumsum(1), (1, 0))  # [g, r + 1]
+    # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
+    counts = kept[:, 0].tolist()
+    totals = energies[:, -1].tolist()
+    kept_energies = energies.gather(1, kept).flatten().tolist()
+    return {
+        module: SingularForm(
+            sigma[i], T[i, :, :count], D[i, :count], count, math.sqrt(total), part / total if total > 0 else 1.0
+        )
+        for i, (module, count, total, part) in enumerate(zip(modules, counts, totals, kept_energies, strict=True))
+    }
 
 
 def raise_for_info(modules: Sequence[str], info: Tensor) -> None:

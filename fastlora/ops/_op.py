@@ -16,16 +16,21 @@ _library: Any = torch.library.Library("fastlora", "DEF")  # type: ignore[no-unty
 class Op:
     """Registers ``torch.ops.fastlora.<name>`` and runs it on the backend that :func:`fastlora.backends.resolve` names.
 
-    ``fake`` checks shapes and dtypes (raising what the caller sees) and returns empty results of the right shape; it
-    runs first in every call, so eager and compiled calls refuse the same things. In eager mode a call skips torch's
-    dispatcher, which would cost several microseconds.
+    ``check`` looks at shapes and dtypes and raises what the caller sees; it runs first in every call, so eager and
+    compiled calls refuse the same things. ``empty`` returns empty results of the right shape. In eager mode a call
+    skips torch's dispatcher, which would cost several microseconds.
     """
 
-    def __init__(self, schema: str, fake: Callable[..., Any]) -> None:
+    def __init__(self, schema: str, check: Callable[..., None], empty: Callable[..., Any]) -> None:
         self.name = schema.split("(")[0]
         # "Tensor a, int b" → ("a", "b")
         self.arguments = tuple(part.split()[-1] for part in schema.split("(")[1].split(")")[0].split(","))
-        self.check = fake
+        self.check = check
+
+        def fake(*args: Any) -> Any:
+            check(*args)
+            return empty(*args)
+
         _library.define(schema)
         torch.library.register_fake(f"fastlora::{self.name}", fake, lib=_library)
         for key in ("CPU", "CUDA"):
@@ -40,7 +45,7 @@ class Op:
             raise RuntimeError(
                 f"fastlora.{self.name} has no gradient: call it under torch.no_grad() or detach its inputs"
             )
-        self.check(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+        self.check(*args)
         self._require_one_device(args)
         return backends.run(self.name, *args)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlora.errors import InputError
 from fastlora.ops._op import Op, require_dims
 
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 CHAINS = ("product", "palindrome", "mean")
 
 
@@ -34,7 +35,7 @@ def width(kind: str, k: int, r: int) -> int:
     return k * r if kind == "mean" else r
 
 
-def _fake(
+def _check(
     left: Tensor,
     right: Tensor,
     floor: Tensor | None,
@@ -43,7 +44,7 @@ def _fake(
     rtol: float,
     rank: int,
     energy: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> None:
     require_dims("chain", "left", left, "[..., k, k, r, r]", 4)
     *batch, k, k2, r, r2 = left.shape
     if k != k2 or r != r2:
@@ -56,6 +57,10 @@ def _fake(
         if tensor is not None and tensor.dtype != torch.float64:
             raise TypeError(f"chain: `{name}` must be float64 (as `gram` returns it), got {tensor.dtype}")
     check_cuts(threshold, kind, rtol, rank, energy)
+
+
+def _empty(left: Tensor, right: Tensor, floor: Tensor | None, threshold: float, kind: str, *cuts: float) -> Outputs:
+    *batch, k, _, r, _ = left.shape
     w = width(kind, k, r)
     return (
         left.new_empty((*batch, k, r, w)),
@@ -84,7 +89,8 @@ def check_cuts(threshold: float, kind: str, rtol: float, rank: int, energy: floa
 _chain = Op(
     "chain(Tensor left, Tensor right, Tensor? floor, float threshold, str kind, float rtol, int rank, float energy)"
     " -> (Tensor basis, Tensor values, Tensor shared, Tensor kept, Tensor sigma, Tensor info)",
-    _fake,
+    _check,
+    _empty,
 )
 
 

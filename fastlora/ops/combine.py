@@ -9,26 +9,31 @@ from fastlora.ops._op import Op, require_dims, require_floating
 from fastlora.ops.gram import FACTOR_DTYPES, check_ranks
 
 
-def _fake(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: bool) -> Tensor:
+def _check(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: bool) -> None:
     require_dims("combine", "factors", factors, "[..., k, r, n]" if rows else "[..., k, n, r]", 3)
     require_dims("combine", "coefficients", coefficients, "[..., k, q, r]" if rows else "[..., k, r, q]", 3)
     require_floating("combine", "factors", factors, FACTOR_DTYPES)
     require_floating("combine", "coefficients", coefficients, (torch.float32, torch.float64))
     *batch, k, first, second = factors.shape
-    r, n = (first, second) if rows else (second, first)
+    r = first if rows else second
     *batch_c, first_c, second_c = coefficients.shape
-    inner, q = (second_c, first_c) if rows else (first_c, second_c)
+    inner = second_c if rows else first_c
     if list(batch_c) != [*batch, k] or inner != r:
         raise ValueError(
             f"combine: `coefficients` {list(coefficients.shape)} do not fit `factors` {list(factors.shape)}: "
             f"need {[*batch, k, 'q', r] if rows else [*batch, k, r, 'q']}"
         )
     check_ranks("combine", ranks, (*batch, k))
+
+
+def _empty(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: bool) -> Tensor:
+    *batch, _, first, second = factors.shape
+    n, q = (second, coefficients.shape[-2]) if rows else (first, coefficients.shape[-1])
     dtype = torch.float64 if factors.dtype == torch.float64 else torch.float32
     return factors.new_empty((*batch, q, n) if rows else (*batch, n, q), dtype=dtype)
 
 
-_combine = Op("combine(Tensor factors, Tensor coefficients, Tensor? ranks, bool rows) -> Tensor", _fake)
+_combine = Op("combine(Tensor factors, Tensor coefficients, Tensor? ranks, bool rows) -> Tensor", _check, _empty)
 
 
 def combine(factors: Tensor, coefficients: Tensor, ranks: Tensor | None = None, *, rows: bool = False) -> Tensor:

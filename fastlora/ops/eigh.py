@@ -8,15 +8,18 @@ from torch import Tensor
 from fastlora.ops._op import Op, require_dims, require_floating
 
 
-def _fake(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _check(a: Tensor) -> None:
     require_dims("eigh", "a", a, "[..., n, n]", 2)
     if a.shape[-1] != a.shape[-2]:
         raise ValueError(f"eigh: `a` must be square, got shape {tuple(a.shape)}")
     require_floating("eigh", "a", a, (torch.float32, torch.float64))
+
+
+def _empty(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return a.new_empty(a.shape[:-1]), a.new_empty(a.shape).mT, a.new_empty(a.shape[:-2], dtype=torch.int32)
 
 
-_eigh = Op("eigh(Tensor a) -> (Tensor values, Tensor vectors, Tensor info)", _fake)
+_eigh = Op("eigh(Tensor a) -> (Tensor values, Tensor vectors, Tensor info)", _check, _empty)
 
 
 def eigh_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

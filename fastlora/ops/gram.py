@@ -27,12 +27,15 @@ def blocks_of(kind: str, k: int) -> list[tuple[int, int]]:
     return every
 
 
-def _fake(factors: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> Tensor:
+def _check(factors: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> None:
     require_dims("gram", "factors", factors, "[..., k, r, n]" if rows else "[..., k, n, r]", 3)
     require_floating("gram", "factors", factors, FACTOR_DTYPES)
-    *batch, k, first, second = factors.shape
-    check_ranks("gram", ranks, (*batch, k))
+    check_ranks("gram", ranks, factors.shape[:-2])
     blocks_of(blocks, 1)
+
+
+def _empty(factors: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> Tensor:
+    *batch, k, first, second = factors.shape
     r = first if rows else second
     return factors.new_empty((*batch, k, k, r, r), dtype=torch.float64)
 
@@ -42,7 +45,7 @@ def check_ranks(op: str, ranks: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{op}: `ranks` must be int64 {list(shape)}, got {ranks.dtype} {list(ranks.shape)}")
 
 
-_gram = Op("gram(Tensor factors, Tensor? ranks, str blocks, bool rows) -> Tensor", _fake)
+_gram = Op("gram(Tensor factors, Tensor? ranks, str blocks, bool rows) -> Tensor", _check, _empty)
 
 
 def gram(factors: Tensor, ranks: Tensor | None = None, *, blocks: str = "full", rows: bool = False) -> Tensor:

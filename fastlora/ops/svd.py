@@ -9,16 +9,19 @@ from fastlora.ops._op import Op, require_dims, require_floating
 from fastlora.ops.eigh import raise_if_bad
 
 
-def _fake(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _check(a: Tensor) -> None:
     require_dims("svd", "a", a, "[..., p, q]", 2)
     require_floating("svd", "a", a, (torch.float32, torch.float64))
+
+
+def _empty(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *batch, p, q = a.shape
     m = min(p, q)
     info = a.new_empty(batch, dtype=torch.int32)
     return a.new_empty((*batch, m, p)).mT, a.new_empty((*batch, m)), a.new_empty((*batch, m, q)), info
 
 
-_svd = Op("svd(Tensor a) -> (Tensor u, Tensor s, Tensor vh, Tensor info)", _fake)
+_svd = Op("svd(Tensor a) -> (Tensor u, Tensor s, Tensor vh, Tensor info)", _check, _empty)
 
 
 def svd_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ import contextlib
 import sys
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fastlora import backends, device
+from fastlora import backends, device, engine, stream
 from fastlora.backends import Kernel, cpu
 from fastlora.backends.passes import CombineJob, GramJob
 
@@ -139,6 +140,17 @@ def _kernel(launch: Callable[..., Any]) -> Kernel:
     return Kernel(on_held, backends.always)
 
 
+class _Threads(ThreadPoolExecutor):
+    """Threads that make tensors on the device too: modes of torch belong to a thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def making() -> Any:
+            with _Making():
+                return fn(*args, **kwargs)
+
+        return super().submit(making)
+
+
 @contextlib.contextmanager
 def simulated_device() -> Iterator[None]:
     """Inside the block, ``"cuda"`` is the simulated device."""
@@ -150,5 +162,7 @@ def simulated_device() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, _Making():
         patch.setitem(sys.modules, "fastlora.backends.simulated", module)
         patch.setattr(backends, "RULES", rules)
+        for user in (engine, stream):
+            patch.setattr(user, "ThreadPoolExecutor", _Threads)
         patch.setattr(device, "parse", lambda d: DEVICE if _is_device(d) else real(d))
         yield

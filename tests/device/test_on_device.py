@@ -90,6 +90,7 @@ def test_pools_on_different_devices_are_refused(device: None) -> None:
     with pytest.raises(fl.InputError, match=r"'a0' is on cuda:0 and 'a1' on cpu; move one of them"):
         mixed["a0"] + mixed["a1"]
     assert fl.decompose(mixed.to("cpu"), 0.5).shared.device == torch.device("cpu")
+    assert fl.decompose(mixed, 0.5, device="cuda").shared.device == DEVICE
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "gpu"])
@@ -123,3 +124,21 @@ def test_memory_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         fl.ops.eigh(torch.eye(3))
     with pytest.raises(fl.FastloraError, match=r"fastlora.gram_pass: the memory of the device does not suffice"):
         fl.decompose(ragged_pool())
+
+
+@pytest.mark.parametrize("mode", ["pool", "pairs", "iterative"])
+@pytest.mark.parametrize("memory", ["1KiB", "12KiB"])
+def test_streamed_through_little_memory(mode: str, memory: str, device: None, tmp_path: Path) -> None:
+    """Modules one by one, and some at once: the bits of the results do not change."""
+    pool = ragged_pool(torch.bfloat16)
+    target = "a0" if mode == "iterative" else None
+    fl.decompose(pool, 0.5, mode=mode, target=target).save(tmp_path / "whole")
+    found = fl.decompose(pool, 0.5, mode=mode, target=target, device="cuda", memory=memory)
+    assert found.stream is not None and found.stream.device == DEVICE
+    found.save(tmp_path / "streamed")
+    same_files(tmp_path / "whole", tmp_path / "streamed")
+
+
+def test_what_fits_is_not_streamed(device: None) -> None:
+    found = fl.decompose(ragged_pool(), 0.5, device="cuda", memory="1GiB")
+    assert found.stream is None and found.pool.device == DEVICE
