@@ -234,8 +234,8 @@ STAGES: Mapping[str, tuple[Stage, int, float, tuple[str, ...]]] = {
     "environment": (environment, 10, 40, ()),
     "build": (build, 11, 150, ("environment",)),
     "tests": (tests, 12, 130, ("build",)),
-    "sanitizer": (sanitizer, 13, 60, ("build",)),
     "benches": (benches, 14, 150, ("build",)),
+    "sanitizer": (sanitizer, 13, 120, ("build",)),  # last: it takes what time is left
 }
 
 

@@ -54,8 +54,8 @@ def reduce(
             b = tl.load(basis + ((module * k + j) * r + o) * w + t, mask=mask, other=0.0)
             # Block (j, i), which lies as (i, j) transposed where i < j.
             low, high = tl.minimum(i, j), tl.maximum(i, j)
-            row, column = tl.where(j <= i, r, 1), tl.where(j <= i, 1, r)
-            o_block = o[:, None] * row + o[None, :] * column
+            stored = (j <= i).to(tl.int64)
+            o_block = o[:, None] * (1 + stored * (r - 1)) + o[None, :] * (r - stored * (r - 1))
             G = tl.load(p_blocks + (low * k + high) * size + o_block, mask=m_square, other=0.0)
             h += tl.sum(b[:, None] * G, 0)
         tl.store(H + (place * w + t) * r + o, h, mask=mask)

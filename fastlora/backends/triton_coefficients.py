@@ -44,12 +44,12 @@ class Plan:
                 self.projected, self.other, self.basis, self.scaling, self.strength,
                 out.H, out.norms, out.shared, out.removal,
                 k, r, w, out.removal.shape[2], out.removal.stride(-2), out.removal.stride(-1),
-                R=size, num_warps=min(warps, 16),
+                R=size, num_warps=min(warps, 16), enable_fp_fusion=False,
             )  # fmt: skip
             kernels.mix[(g * k,)](
                 out.H, out.shared, self.scaling, out.mixing,
                 k, r, w, out.mixing.stride(-2), out.mixing.stride(-1),
-                K=triton.next_power_of_2(k), R=size, ROWS=ROWS, num_warps=min(warps, 4),
+                K=triton.next_power_of_2(k), R=size, ROWS=ROWS, num_warps=min(warps, 4), enable_fp_fusion=False,
             )  # fmt: skip
 
 

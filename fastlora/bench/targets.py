@@ -83,6 +83,23 @@ _B, _A = 1_359_872 * 8 * 16, 1_138_688 * 8 * 16  # elements of all B and all A
 _MODULES, _K, _R = 224, 8, 16
 _BLOCKS = 3 * _K - 3
 
+_BATCH = 1792
+
+
+def _eigh(n: int) -> Prediction:
+    """4/3·n³ to tridiagonal form, 6·n³ for the rotations of two sweeps a value, 4/3·n³ to turn the vectors back."""
+    moved, operations = 4 * _BATCH * (2 * n * n + n), 26 / 3 * n**3 * _BATCH
+    return Prediction(f"eigh n={n} (CUDA)", f"float32, batch {_BATCH}", moved, operations, "fp32", SERIAL)
+
+
+def _svd(n: int, batch: int) -> Prediction:
+    """6·n³ a sweep of one-sided Jacobi, eight sweeps."""
+    moved, operations = 12 * batch * n * n, 48 * n**3 * batch
+    return Prediction(f"svd n={n} (CUDA)", f"float32, batch {batch}", moved, operations, "fp32", SERIAL)
+
+
+SERIAL = "steps that depend on each other come on top: at these sizes they, not the peak, decide"
+
 PREDICTIONS = [
     Prediction(
         "gram (Triton)", f"{MAIN}: chain blocks of B, diagonal of A",
@@ -90,14 +107,20 @@ PREDICTIONS = [
         2 * _R * (1_359_872 * _BLOCKS * _R + 1_138_688 * _K * _R), "bf16",
     ),
     Prediction(
-        "coefficients (Triton)", f"{MAIN}",
+        "chain (CUDA)", f"{MAIN}: {_MODULES} modules, k = {_K}, r = {_R}",
+        8 * _MODULES * (_BLOCKS + _K + _K) * _R * _R, 20 * _K * _R**3 * _MODULES, "fp64", SERIAL,
+    ),
+    Prediction(
+        "coefficients (Triton)", MAIN,
         8 * _MODULES * _K * (3 * _R * _R + 3 * _R * _R + _R * _R), 6 * _MODULES * _K * _R**3, "fp64",
         "from L2 after the chain",
     ),
     Prediction(
-        "combine (Triton)", f"{MAIN}: 8 unique parts, the shared part of width 16",
+        "combine (Triton)", f"{MAIN}: {_K} unique parts, the shared part of width {_R}",
         2 * (2 * _B + _A + 1_359_872 * _R + 1_138_688 * _R),
         2 * _R * (2 * _B + _A), "bf16",
-        "each coefficient as a sum of bfloat16 numbers takes a multiple of the operations",
+        "a coefficient as a sum of bfloat16 numbers takes a multiple of the operations",
     ),
+    *(_eigh(n) for n in (16, 32, 64, 128)),
+    *(_svd(n, batch) for n, batch in ((16, _BATCH), (32, _BATCH), (64, 448))),
 ]  # fmt: skip

@@ -40,6 +40,7 @@ def inputs(g: int, k: int, r: int, w: int) -> tuple[Tensor, ...]:
     return tuple(t.contiguous().to(DEVICE) for t in (projected, y @ y.mT, basis, scaling, strength))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not RUNS, reason="needs a CUDA device, or TRITON_INTERPRET=1 as the test below sets it")
 @pytest.mark.parametrize("turned", [False, True], ids=["left", "right"])
 @pytest.mark.parametrize(("g", "k", "r", "movers"), [(2, 3, 3, 1), (1, 2, 2, 2), (1, 1, 1, 1), (1, 3, 3, 3)])
@@ -53,6 +54,7 @@ def test_against_the_formula(g: int, k: int, r: int, movers: int, turned: bool) 
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not RUNS, reason="needs a CUDA device, or TRITON_INTERPRET=1 as the test below sets it")
 def test_the_same_bits_alone_and_in_a_batch() -> None:
     given = inputs(2, 2, 3, 3)
