@@ -72,7 +72,8 @@ def main() -> None:
         from fastlora.backends import cuda
 
         cuda._module, cuda._device = emulation.build(), "cpu"
-        backends.RULES["chain"] = {"cpu": ("cuda",)}
+        for op in ("chain", "coefficients"):
+            backends.RULES[op] = {"cpu": ("cuda",)}
     check()
 
 
