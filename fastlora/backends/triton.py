@@ -145,7 +145,9 @@ def _gram_launches(chunks: Sequence[gram_tables.Chunk], device: torch.device, al
                     )
                 )
         tables = buffer[blocks], buffer[slabs], parts
-        launches.append(gram.write_blocks_launch(len(chunk.blocks), *tables, rows=rows, code=code, odd=odd, check=half))
+        launches.append(gram.write_blocks_launch(len(chunk.blocks), *tables))
+        if half:
+            launches.append(gram.repair_blocks_launch(len(chunk.blocks), *tables, rows=rows, code=code, odd=odd))
     return Plan(tuple(launches), device, (*alive, buffer, parts))
 
 
