@@ -14,11 +14,13 @@ int most_crews(const ChainArgs& a) {
     return int(a.k < kChainThreads / kWarpSize ? a.k : kChainThreads / kWarpSize);
 }
 
-// In shared memory of `bytes`, or one of no crews if it does not fit.
+// In shared memory of `bytes`, or one of no crews if it does not fit: no more crews than the rounds of whitenings need.
 ChainLayout on_chip(const ChainArgs& a, int bytes) {
     for (int crews = most_crews(a); crews > 0; --crews) {
         const ChainLayout l = chain_layout(a, crews);
-        if (l.total * int64_t(sizeof(double)) + int64_t(kStaticShared) <= bytes) return l;
+        if (l.total * int64_t(sizeof(double)) + int64_t(kStaticShared) > bytes) continue;
+        const int64_t rounds = (a.k + crews - 1) / crews;
+        return chain_layout(a, int((a.k + rounds - 1) / rounds));
     }
     return {};
 }

@@ -12,7 +12,8 @@ int launch_eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch,
     if (n <= kWarpEighLargest) {
         const int64_t blocks = (batch + kWarpsPerBlock - 1) / kWarpsPerBlock;
         return launch_kernel(eigh_warp_kernel<T>, blocks, kWarpsPerBlock * kWarpSize,
-                             kWarpsPerBlock * eigh_shared_bytes<T>(n, true), stream, a, values, vectors, info, batch, n);
+                             kWarpsPerBlock * eigh_shared_bytes<T>(n, true), stream, a, values, vectors, info, batch,
+                             n);
     }
     int largest = 0;
     if (const int error = largest_shared(&largest)) return error;
@@ -26,7 +27,8 @@ int launch_eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch,
 
 }  // namespace
 
-int eigh(const void* a, void* values, void* vectors, int32_t* info, int64_t batch, int n, bool is_double, void* stream) {
+int eigh(const void* a, void* values, void* vectors, int32_t* info, int64_t batch, int n, bool is_double,
+         void* stream) {
     if (batch == 0 || n == 0) return cudaSuccess;
     if (n < 0 || n > kEighLargest || batch < 0) return cudaErrorInvalidValue;
     return is_double ? launch_eigh(static_cast<const double*>(a), static_cast<double*>(values),

@@ -123,7 +123,8 @@ __device__ void solve_eigh(const T* __restrict__ a, T* __restrict__ values, T* _
     form_q(work.tri, team);
     if (kInPlace && owns) transpose_in_place(work.tri, t);  // the rotations come after a barrier
     const int vector_step = kInPlace ? n : 1, component_step = kInPlace ? 1 : ld;
-    const bool converged = diagonalise(work.tri, work.rotations, work.tri.matrix + t * component_step, vector_step, team);
+    const bool converged =
+        diagonalise(work.tri, work.rotations, work.tri.matrix + t * component_step, vector_step, team);
     rank_and_sign(work, scale, vector_step, component_step, values, team);
     if (owns) {
         if (kInPlace)
@@ -153,7 +154,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize, 1)
     if (at >= batch) return;
     const size_t share = eigh_shared_bytes<T>(n, true);
     const Traced<T> memory = dynamic_shared<T>() + warp * int(share / sizeof(T));
-    const Traced<int> numbers = dynamic_shared<int>() + (warp + 1) * int(share / sizeof(int)) - EighWork<T>::integers(n);
+    const Traced<int> numbers =
+        dynamic_shared<int>() + (warp + 1) * int(share / sizeof(int)) - EighWork<T>::integers(n);
     const EighWork<T> work(n, memory, padded(n), memory + n * padded(n), numbers);
     WarpTeam<T> team;
     solve_eigh<false>(a + at * n * n, values + at * n, vectors + at * n * n, info + at, work, team);
@@ -168,8 +170,8 @@ __global__ void __launch_bounds__(kEighThreads, 1)
     const Traced<T> memory = dynamic_shared<T>();
     const int ld = kInPlace ? n : padded(n);
     const Traced<T> matrix = kInPlace ? Traced<T>(out) : memory;
-    const Traced<int> numbers = dynamic_shared<int>() + int(eigh_shared_bytes<T>(n, !kInPlace) / sizeof(int)) -
-                                EighWork<T>::integers(n);
+    const Traced<int> numbers =
+        dynamic_shared<int>() + int(eigh_shared_bytes<T>(n, !kInPlace) / sizeof(int)) - EighWork<T>::integers(n);
     const EighWork<T> work(n, matrix, ld, kInPlace ? memory : memory + n * ld, numbers);
     BlockTeam<T> team(partial);
     solve_eigh<kInPlace>(a + at * n * n, values + at * n, out, info + at, work, team);

@@ -155,8 +155,7 @@ __device__ __forceinline__ bool reduce_to_schur(const Schur& s) {
     while (high > 0) {
         const int low = block_start(s, high);
         s.crew.sync();
-        if (low > 0 && s.crew.rank == 0) s.set(low, low - 1, 0.0);
-        s.crew.sync();
+        if (low > 0 && s.crew.rank == 0) s.set(low, low - 1, 0.0);  // which is not read before the end
         if (low >= high - 1) {
             if (low == high - 1) standardise(s, low);
             high = low - 1;
@@ -176,6 +175,7 @@ __device__ __forceinline__ bool reduce_to_schur(const Schur& s) {
         }
         francis_step(s, low, high, shift);
     }
+    s.crew.sync();
     return true;
 }
 

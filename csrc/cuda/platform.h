@@ -26,20 +26,26 @@ __device__ __forceinline__ T* dynamic_shared() {
     return reinterpret_cast<T*>(fastlora_dynamic_shared);
 }
 
-template <class... Parameters, class... Arguments>
-int launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t dynamic_bytes, void* stream,
-                  Arguments... arguments) {
+template <class... Parameters>
+int launch_typed(const void* kernel, int64_t blocks, int threads, size_t dynamic_bytes, void* stream,
+                 Parameters... arguments) {
     constexpr size_t kWithoutAsking = 48 * 1024;
     if (blocks < 1 || blocks > INT32_MAX) return cudaErrorInvalidValue;
     if (dynamic_bytes > kWithoutAsking) {
         const cudaError_t error =
-            cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(dynamic_bytes));
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_bytes));
         if (error != cudaSuccess) return error;
     }
-    kernel<<<static_cast<unsigned>(blocks), threads, dynamic_bytes, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<Parameters>(arguments)...);
-    return cudaGetLastError();
+    void* addresses[] = {const_cast<void*>(static_cast<const volatile void*>(&arguments))...};
+    return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                            addresses, dynamic_bytes, static_cast<cudaStream_t>(stream));
+}
+
+template <class... Parameters, class... Arguments>
+int launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t dynamic_bytes, void* stream,
+                  Arguments... arguments) {
+    return launch_typed<Parameters...>(reinterpret_cast<const void*>(kernel), blocks, threads, dynamic_bytes, stream,
+                                       static_cast<Parameters>(arguments)...);
 }
 
 #endif

@@ -17,8 +17,8 @@ namespace {
 template <class T, int kSize>
 int launch_warps(const SvdArrays<T>& arrays, void* stream) {
     constexpr int kMatrices = kSvdWarps * kWarpSize / kSize;
-    return launch_kernel(svd_warp_kernel<T, kSize>, (arrays.batch + kMatrices - 1) / kMatrices, kSvdWarps * kWarpSize, 0,
-                         stream, arrays);
+    return launch_kernel(svd_warp_kernel<T, kSize>, (arrays.batch + kMatrices - 1) / kMatrices, kSvdWarps * kWarpSize,
+                         0, stream, arrays);
 }
 
 template <class T>

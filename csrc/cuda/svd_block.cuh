@@ -9,9 +9,9 @@
 
 namespace fastlora::cuda {
 
-constexpr int kSvdLargest = 256;       // of min(p, q)
-constexpr int kSvdLongest = 4096;      // of max(p, q)
-constexpr int kSvdBlockWarps = 16;     // at most
+constexpr int kSvdLargest = 256;   // of min(p, q)
+constexpr int kSvdLongest = 4096;  // of max(p, q)
+constexpr int kSvdBlockWarps = 8;  // at most
 constexpr int kSvdBlockThreads = kSvdBlockWarps * kWarpSize;
 
 // Odd: neighbouring lanes on neighbouring columns then reach different banks.
@@ -22,11 +22,12 @@ struct SvdWork {
     int rows, columns;  // long and short side
     Traced<T> x, v;     // [columns][x_step], [columns][v_step]: A V, or A' V, and V by columns
     int x_step, v_step;
-    Traced<T> value, sign;     // [columns]: squared norms, then singular values
+    Traced<T> value, sign;        // [columns]: squared norms, then singular values
     Traced<int> order, is_short;  // [columns]: column of each rank; whether it is too short for its squares
 
     static __host__ __device__ size_t bytes(int rows, int columns, bool with_matrices) {
-        const size_t elements = 2 * size_t(columns) + (with_matrices ? size_t(columns) * (odd(rows) + odd(columns)) : 0);
+        const size_t elements =
+            2 * size_t(columns) + (with_matrices ? size_t(columns) * (odd(rows) + odd(columns)) : 0);
         const size_t bytes = elements * sizeof(T) + 2 * columns * sizeof(int);
         return (bytes + sizeof(double) - 1) / sizeof(double) * sizeof(double);
     }
@@ -158,7 +159,8 @@ __device__ void solve_svd(const T* __restrict__ a, Traced<T> along, T* __restric
                           bool tall, const SvdWork<T>& w, BlockTeam<T>& team) {
     const int rows = w.rows, columns = w.columns, threads = int(blockDim.x);
     T largest = 0;
-    for (int i = int(threadIdx.x); i < rows * columns; i += threads) largest = fmax(largest, magnitude_or_infinity(a[i]));
+    for (int i = int(threadIdx.x); i < rows * columns; i += threads)
+        largest = fmax(largest, magnitude_or_infinity(a[i]));
     largest = team.max(largest);
     if (!(largest - largest == 0)) {
         fill_nan(along, rows * columns);
@@ -194,7 +196,7 @@ __device__ void solve_svd(const T* __restrict__ a, Traced<T> along, T* __restric
 }
 
 template <class T, bool kInPlace>
-__global__ void __launch_bounds__(kSvdBlockThreads, 1) svd_block_kernel(SvdArrays<T> arrays) {
+__global__ void __launch_bounds__(kSvdBlockThreads, 2) svd_block_kernel(SvdArrays<T> arrays) {
     FASTLORA_SHARED(T, partial, 2 * BlockTeam<T>::kMaxWarps);
     const bool tall = arrays.p >= arrays.q;
     const int rows = tall ? arrays.p : arrays.q, columns = tall ? arrays.q : arrays.p;
@@ -204,11 +206,18 @@ __global__ void __launch_bounds__(kSvdBlockThreads, 1) svd_block_kernel(SvdArray
     const Traced<T> memory = dynamic_shared<T>();
     const int x_step = kInPlace ? rows : odd(rows), v_step = kInPlace ? columns : odd(columns);
     const Traced<T> value = kInPlace ? memory : memory + columns * (x_step + v_step);
-    const Traced<int> numbers = dynamic_shared<int>() +
-                                int(SvdWork<T>::bytes(rows, columns, !kInPlace) / sizeof(int)) - 2 * columns;
-    const SvdWork<T> work{rows,   columns, kInPlace ? along : memory, kInPlace ? across : memory + columns * x_step,
-                          x_step, v_step,  value,                     value + columns,
-                          numbers, numbers + columns};
+    const Traced<int> numbers =
+        dynamic_shared<int>() + int(SvdWork<T>::bytes(rows, columns, !kInPlace) / sizeof(int)) - 2 * columns;
+    const SvdWork<T> work{rows,
+                          columns,
+                          kInPlace ? along : memory,
+                          kInPlace ? across : memory + columns * x_step,
+                          x_step,
+                          v_step,
+                          value,
+                          value + columns,
+                          numbers,
+                          numbers + columns};
     BlockTeam<T> team(partial);
     solve_svd<kInPlace>(arrays.a + at * rows * columns, along, arrays.s + at * columns, across, arrays.info + at, tall,
                         work, team);

@@ -17,7 +17,10 @@ using Traced = emulator::Traced<T>;
 
 using emulator::dynamic_shared;
 
-#define FASTLORA_SHARED(T, name, count) \
-    const Traced<T> name = emulator::static_shared<T>(count, [] { static char tag; return &tag; }())
+#define FASTLORA_SHARED(T, name, count)                           \
+    const Traced<T> name = emulator::static_shared<T>(count, [] { \
+        static char tag;                                          \
+        return &tag;                                              \
+    }())
 
 using emulator::launch_kernel;

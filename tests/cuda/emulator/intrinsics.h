@@ -22,9 +22,7 @@ inline int __syncthreads_count(int vote) { return emulator::block_barrier(vote !
 inline int __syncthreads_or(int vote) { return __syncthreads_count(vote) != 0; }
 inline int __syncthreads_and(int vote) { return __syncthreads_count(vote == 0) == 0; }
 
-inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
-    emulator::warp_barrier(mask, line);
-}
+inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) { emulator::warp_barrier(mask, line); }
 
 namespace emulator {
 

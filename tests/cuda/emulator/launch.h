@@ -14,7 +14,8 @@ inline void end_thread() {
     Warp& warp = block.warps[self->warp()];
     warp.alive &= ~(1u << self->lane());
     for (const Meeting& meeting : warp.meetings)
-        if (meeting.arrived && has_lane(meeting.mask, self->lane())) fail("a warp operation waits for a lane that has ended");
+        if (meeting.arrived && has_lane(meeting.mask, self->lane()))
+            fail("a warp operation waits for a lane that has ended");
     // Threads that have ended no longer count at the barrier.
     if (block.alive && int(block.at_barrier.size()) == block.alive) open_barrier();
     run_next();

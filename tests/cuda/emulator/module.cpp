@@ -17,9 +17,10 @@ PYBIND11_MODULE(_emulated, m) {
         "shared memory that a block may have");
     m.def(
         "skip_barrier",
-        [](int barrier, bool of_warp) { (of_warp ? emulator::skipped_warp_barrier : emulator::skipped_barrier) = barrier; },
-        py::arg("barrier"), py::arg("of_warp"),
-        "which barrier of every thread is left out, counted from 0; -1: none");
+        [](int barrier, bool of_warp) {
+            (of_warp ? emulator::skipped_warp_barrier : emulator::skipped_barrier) = barrier;
+        },
+        py::arg("barrier"), py::arg("of_warp"), "which barrier of every thread is left out, counted from 0; -1: none");
     m.def(
         "barriers",
         [](bool of_warp) {

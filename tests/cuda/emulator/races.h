@@ -44,8 +44,8 @@ inline bool ordered(const Access& before, const Access& now, bool shared) {
 
 inline void race(const char* kind, const void* address, const Access& before, const Access& now) {
     char text[160];
-    std::snprintf(text, sizeof text, "race: %s of %p by threads %d and %d without a barrier between them", kind, address,
-                  before.thread, now.thread);
+    std::snprintf(text, sizeof text, "race: %s of %p by threads %d and %d without a barrier between them", kind,
+                  address, before.thread, now.thread);
     fail(text);
 }
 
@@ -56,8 +56,7 @@ inline void record(const void* address, bool writes) {
     const bool shared = is_shared(address);
     const auto place = reinterpret_cast<uintptr_t>(address);
     Word& word = shared ? shared_words[(place - reinterpret_cast<uintptr_t>(arena)) / 4] : global_words[place];
-    if (!ordered(word.write, now, shared))
-        race(writes ? "two writes" : "a write and a read", address, word.write, now);
+    if (!ordered(word.write, now, shared)) race(writes ? "two writes" : "a write and a read", address, word.write, now);
     if (!writes) {
         if (word.reads[0].block != now.block || word.reads[0].thread != now.thread) word.reads[1] = word.reads[0];
         word.reads[0] = now;
