@@ -236,7 +236,6 @@ __device__ __forceinline__ void swap_blocks(const Schur& s, int k, int n1, int n
     const int size = n1 + n2;
     if (size == 2) return swap_values(s, k);
     const Doubles subspace = scratch + 28;
-    s.crew.sync();
     if (s.crew.rank == 0) lower_subspace(s, k, n1, n2, subspace, scratch);
     s.crew.sync();
     double x[4], next[4];

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 
+import predictions
 import pytest
 import resources
 
@@ -26,3 +27,8 @@ def test_kernels_stay_within_their_limits(source: str, architecture: str) -> Non
         assert taken["registers"] <= min(255, (limit["registers"] + 7) // 8 * 8), (kernel, taken, limit)
         assert taken["stack"] == limit["stack"] == 0 and taken["spills"] == limit["spills"] == 0, (kernel, taken)
         assert taken["shared"] <= limit["shared"], (kernel, taken, limit)
+
+
+def test_the_document_holds_the_predictions() -> None:
+    """``python tests/cuda/predictions.py`` writes them anew."""
+    assert predictions.DOCUMENT.read_text().endswith(predictions.MARK + "\n" + predictions.table())

@@ -1,0 +1,134 @@
+"""What occupancy and latencies predict for the CUDA solvers on an H100; ``python tests/cuda/predictions.py`` puts the
+table into docs/gpu_kernels.md. The latencies are estimates: the first measurement is to be held against them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / "docs" / "gpu_kernels.md"
+MARK = "<!-- predictions -->\n"
+LIMITS = json.loads(Path(__file__).with_name("resources.json").read_text())["sm_90"]
+
+# H100 SXM.
+CLOCK, PROCESSORS, SCHEDULERS = 1.755e9, 132, 4
+BANDWIDTH, L2_BANDWIDTH = 3.35e12, 5.5e12
+REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, 228 * 1024
+BATCH = 1792
+
+# Estimates, in cycles.
+ROTATION = {4: 75, 8: 150}  # one step of the QL recurrence: a square root and a dozen dependent operations
+BARRIERS = 400  # the four barriers and two reductions of a Householder step
+ROW = {False: 20, True: 150}  # a row of a Householder step, from shared memory or from L2
+PAIR = 450  # a pair of columns: product, reduction, angle, rotation
+SWEEPS = {4: 8, 8: 10}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on ``BATCH`` matrices of n x n."""
+
+    source: str
+    kernel: str
+    n: int
+    size: int  # bytes of an element
+    threads: int  # of a block
+    matrices: int  # of a block
+    dynamic: int  # bytes of shared memory
+    latency: float  # cycles of one matrix alone
+    busy: float  # cycles of a multiprocessor that one matrix takes
+    traffic: float  # bytes beyond reading and writing each matrix once
+
+    @property
+    def blocks(self) -> int:
+        """Resident on a multiprocessor. Registers are given out by 256 a warp, and a block costs 1 KiB."""
+        limits = LIMITS[self.source][self.kernel]
+        registers = (limits["registers"] * 32 + 255) // 256 * 256 * (self.threads // 32)
+        shared = limits["shared"] + self.dynamic + 1024
+        return min(BLOCKS, THREADS // self.threads, REGISTERS // registers, SHARED // shared)
+
+    @property
+    def bytes(self) -> float:
+        arrays = 2 if self.source == "eigh.cu" else 3
+        return BATCH * self.size * self.n * (arrays * self.n + 1)
+
+    @property
+    def seconds(self) -> float:
+        waves = max(1.0, BATCH / (PROCESSORS * self.blocks * self.matrices))
+        return max(
+            waves * self.latency / CLOCK,
+            BATCH / PROCESSORS * self.busy / CLOCK,
+            self.bytes / BANDWIDTH,
+            BATCH * self.traffic / L2_BANDWIDTH,
+        )
+
+
+def eigh(n: int, size: int) -> Case:
+    """As csrc/cuda/eigh.cu launches it."""
+    name = {4: "float", 8: "double"}[size]
+    vectors, matrix = 7 * n * size + 4 * (n + 4), n * (n | 1) * size
+    warps = (n + 31) // 32
+    in_place = n > 32 and vectors + matrix + 1024 > 227 * 1024
+    rotations = 0.85 * n * n
+    latency = rotations * ROTATION[size] + n * (BARRIERS + ROW[in_place] * n)
+    # Instructions: 35 of the recurrence and 8 for a warp of components; 6 for each of n^2 warps of a Householder step.
+    busy = (rotations * (35 + 8 * warps) + 6 * n * n * warps) / SCHEDULERS
+    traffic = size * n**3 * 4.0 if in_place else 0.0
+    if n <= 32:
+        dynamic = 2 * (vectors + matrix)
+        return Case("eigh.cu", f"eigh_warp_kernel<{name}>", n, size, 64, 2, dynamic, latency, busy, traffic)
+    kernel = f"eigh_block_kernel<{name}, {str(in_place).lower()}>"
+    dynamic = vectors + (0 if in_place else matrix)
+    return Case("eigh.cu", kernel, n, size, 32 + 32 * warps, 1, dynamic, latency, busy, traffic)
+
+
+def svd(n: int, size: int) -> Case:
+    """As csrc/cuda/svd.cu launches it."""
+    name, words = {4: "float", 8: "double"}[size], size // 4
+    if n <= 32:
+        lanes = 16 if n <= 16 else 32
+        shuffles = SWEEPS[size] * (lanes - 1) * (2 * lanes + 4) * words
+        latency, busy = SWEEPS[size] * (lanes - 1) * (PAIR - 200) + shuffles, shuffles * lanes / 32
+        return Case("svd.cu", f"svd_warp_kernel<{name}, {lanes}>", n, size, 64, 64 // lanes, 0, latency, busy, 0)
+    matrices = 2 * n * (n | 1) * size
+    in_place = matrices + 1024 > 227 * 1024
+    pairs, warps = n * (n - 1) / 2, min(8, n // 2)
+    accesses = (2 + 4 + 4) * n / 32 + 8  # of a pair, by a warp: the product, the columns of X and of V
+    return Case(
+        "svd.cu", f"svd_block_kernel<{name}, {str(in_place).lower()}>", n, size, 32 * warps, 1,
+        0 if in_place else matrices, SWEEPS[size] * pairs / warps * PAIR, SWEEPS[size] * pairs * accesses * words,
+        SWEEPS[size] * pairs * 10 * n * size if in_place else 0,
+    )  # fmt: skip
+
+
+CASES = [make(n, size) for make in (eigh, svd) for size in (4, 8) for n in (16, 32, 64, 128, 256)]
+
+
+def table() -> str:
+    lines = [
+        "| kernel | n | registers | shared KiB | blocks × warps | bytes | predicted | measured |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in CASES:
+        limits = LIMITS[case.source][case.kernel]
+        shared = (limits["shared"] + case.dynamic) / 1024
+        milliseconds = 1e3 * case.seconds
+        cells = [
+            f"`{case.kernel}`",
+            f"{case.n}",
+            f"{limits['registers']}",
+            f"{shared:.1f}",
+            f"{case.blocks} × {case.threads // 32}",
+            f"{case.bytes / 1e6:.1f} MB",
+            f"{milliseconds:.{2 if milliseconds < 100 else 3}g} ms",
+            "not measured",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    head, _, _ = DOCUMENT.read_text().partition(MARK)
+    DOCUMENT.write_text(head + MARK + "\n" + table())
