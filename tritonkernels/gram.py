@@ -305,7 +305,8 @@ def half_sums_launch(
     rows: bool, code: int, odd: bool, vector: int, products: tuple[bool, bool, bool],
 ) -> Launch:  # fmt: skip
     """``products``: which of left·left, left·right, right·right are formed. Three take all of a multiprocessor."""
-    depth, stages = (DEPTH, 5) if vector > 1 else (DEPTH // 2, 3)
+    # Without vector loads every element takes an address: fewer of them at a time, so that registers suffice.
+    depth, stages = (DEPTH, 5) if vector > 1 else (DEPTH // 4 if odd else DEPTH // 2, 3)
     constants = {"ROWS": rows, "DTYPE": DTYPES[code], "BYTES": odd, "VECTOR": vector, "DEPTH": depth}
     constants |= dict(zip(("LL", "LR", "RR"), products, strict=True))
     constants["STRETCH"] = STRETCH
