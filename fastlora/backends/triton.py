@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends import Kernel, combine_tables, gram_tables, padded, triton_coefficients
+from fastlora.backends import Kernel, combine_tables, gram_tables, padded
 from fastlora.backends.passes import CombineJob, CombineOutput, GramJob
 from fastlora.backends.tables import Matrix, Sections
 
@@ -231,5 +231,4 @@ KERNELS: Mapping[str, Kernel] = {
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_gram, gram_plan),
     "combine_pass": Kernel(_combine_pass, _supports_combine, combine_plan),
-    "coefficients": triton_coefficients.KERNEL,
 }
