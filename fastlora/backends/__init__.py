@@ -24,7 +24,7 @@ RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
     "finite": STREAMING,
     "gram_pass": STREAMING,
     "combine_pass": STREAMING,
-    "coefficients": STREAMING,
+    "coefficients": SOLVING,
     "eigh": SOLVING,
     "svd": SOLVING,
     "chain": SOLVING,

@@ -21,7 +21,7 @@ from fastlora import backends
 from fastlora.adapter import Adapter
 
 TAU = 0.5
-PASSES = ("gram_pass", "combine_pass", "coefficients")
+PASSES = ("gram_pass", "combine_pass")
 
 
 def pool_of(dtype: torch.dtype) -> fl.Pool:
@@ -72,7 +72,8 @@ def main() -> None:
         from fastlora.backends import cuda
 
         cuda._module, cuda._device = emulation.build(), "cpu"
-        backends.RULES["chain"] = {"cpu": ("cuda",)}
+        for op in ("chain", "coefficients"):
+            backends.RULES[op] = {"cpu": ("cuda",)}
     check()
 
 
