@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +69,56 @@ def test_without_a_device_nothing_is_written(tmp_path: Path) -> None:
     assert done.returncode == 10, done.stdout + done.stderr
     assert "environment: failed torch finds no CUDA device" in done.stdout
     assert "benches: skipped needs build" in done.stdout
-    assert not list((tmp_path / "benches" / "results").iterdir())
+    assert [p.name for p in (tmp_path / "benches" / "results").iterdir()] == ["gpu.log"]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """benches/gpu.py as a module that writes elsewhere."""
+    spec = importlib.util.spec_from_file_location("gpu_command", ROOT / "benches" / "gpu.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_command", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def test_what_was_found_before_a_failure_is_written(
+    command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def found(report: Any, limit: float) -> str:
+        report.facts = {"device": "A Made-Up GPU", "driver": "1", "commit": "abc", "torch": "2"}
+        return ""
+
+    def timed(report: Any, limit: float) -> str:
+        report.rows = [{"key": "decompose", "seconds": 2e-3, "floor": 1e-3}]
+        raise command.Failed("eigh (AssertionError: wrong)")
+
+    stages = {
+        "environment": (found, 10, 10, ()),
+        "tests": (lambda report, limit: 1 / 0, 12, 10, ("environment",)),
+        "benches": (timed, 14, 10, ("environment",)),
+        "sanitizer": (lambda report, limit: "", 13, 10, ("tests",)),
+    }
+    monkeypatch.setattr(command, "STAGES", stages)
+    assert command.main() == 12
+    written = json.loads((tmp_path / "gpu-a-made-up-gpu.json").read_text(encoding="utf-8"))
+    assert [(s["stage"], s["result"]) for s in written["stages"]] == [
+        ("environment", "done"), ("tests", "failed"), ("benches", "failed"), ("sanitizer", "skipped"),
+    ]  # fmt: skip
+    assert written["rows"][0]["key"] == "decompose"
+    page = (tmp_path / "gpu-a-made-up-gpu.md").read_text(encoding="utf-8")
+    assert "device A Made-Up GPU; driver 1;" in page and "| 2 ms | must |" in page
+    assert "ZeroDivisionError" in page and "eigh (AssertionError: wrong)" in page
+
+
+def test_commands_are_stopped_at_their_limit(command: Any) -> None:
+    with pytest.raises(command.TookTooLong, match="took more than 1 s"):
+        command.run([sys.executable, "-c", "import time; print('early', flush=True); time.sleep(60)"], 1)
+    assert "early" in (command.RESULTS / "gpu.log").read_text(encoding="utf-8")
+    with pytest.raises(command.Failed, match="ended with 3: last words"):
+        command.run([sys.executable, "-c", "import sys; print('last words'); sys.exit(3)"], 60)
 
 
 def test_results_that_are_kept_are_of_a_device() -> None:

@@ -10,8 +10,9 @@ Factors are cut into slabs of 16 columns of X. Two ways to sum the products of s
   the issue slots: conversions to float64 run at 16 a clock and multiprocessor.
 * ``exact_sums``: fused multiply-add in float64, a program a pair of slabs. float32, float64, mixed and short factors.
 
-``write_blocks`` adds the units of each pair of slabs in order and writes it into the caller's block. Squared column
-norms tell it where float32 overflowed or underflowed; such pairs are summed again in float64.
+``write_blocks`` adds the units of each pair of slabs in order and writes it into the caller's block. ``repair_blocks``
+follows ``half_sums``: where squared column norms say that float32 may have overflowed or underflowed, it sums a pair
+again in float64; else it only looks.
 
 Units depend on the long dimension alone, and every product of slabs is summed by the same instructions in the same
 order wherever it lies, so bits do not depend on the pool. No atomics.
@@ -40,6 +41,7 @@ PRODUCT = tl.constexpr(64 * 64)  # elements of a product of two groups
 DEPTH = 64  # rows of a tile of half_sums
 STRETCH = 256  # rows of a float32 sum
 LANES = 64 if INTERPRETED else 8  # rows that exact_sums handles side by side; the interpreter counts steps
+REPAIRED = 8  # blocks that a program of repair_blocks looks after
 SMALLEST, LARGEST = tl.constexpr(1e-20), tl.constexpr(1e30)  # squared column norms that float32 sums are trusted with
 
 
@@ -227,45 +229,75 @@ def write_blocks(
     blocks,  # int64 [programs, 15]
     slabs,  # int64 [slabs, 4]
     parts,  # float64, what half_sums or exact_sums wrote
-    ROWS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BYTES: tl.constexpr,
-    CHECK: tl.constexpr,  # the parts are those of half_sums, whose range is looked at
-    LANES: tl.constexpr,
 ):
     p_block = blocks + tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS
     place, distance, units = tl.load(p_block), tl.load(p_block + 1), tl.load(p_block + 2).to(tl.int32)
     pitch_row, pitch_column, mirrored = tl.load(p_block + 3), tl.load(p_block + 4), tl.load(p_block + 5)
-    address, stride = tl.load(p_block + 6), tl.load(p_block + 7)
-    left, right = tl.load(p_block + 8), tl.load(p_block + 9)
-    height, width = tl.load(slabs + left * SLAB_COLUMNS + 2), tl.load(slabs + right * SLAB_COLUMNS + 2)
     o_row, o_column = tl.arange(0, SLAB)[:, None], tl.arange(0, SLAB)[None, :]
     low, high = tl.minimum(o_row, o_column), tl.maximum(o_row, o_column)
     is_upper = mirrored == 0
     o_part = tl.where(is_upper, o_row, low) * pitch_row + tl.where(is_upper, o_column, high) * pitch_column
-    mask = (o_row < height) & (o_column < width)
-
     total = tl.zeros((SLAB, SLAB), tl.float64)
     for unit in range(0, units):
-        total += tl.load(parts + place + unit * distance + o_part, mask=mask, other=0.0)
-    if CHECK:
-        # Column norms of the two slabs, from the diagonals of their products with themselves.
-        o_slab = tl.arange(0, SLAB)
-        place_l, place_r = tl.load(p_block + 10), tl.load(p_block + 11)
-        distance_l, distance_r = tl.load(p_block + 13), tl.load(p_block + 14)
-        o_diagonal = o_slab * (WIDTH + 1)
-        square_l, square_r = tl.zeros((SLAB,), tl.float64), tl.zeros((SLAB,), tl.float64)
-        for unit in range(0, units):
-            p_l, p_r = parts + place_l + unit * distance_l, parts + place_r + unit * distance_r
-            square_l += tl.load(p_l + o_diagonal, mask=o_slab < height, other=0.0)
-            square_r += tl.load(p_r + o_diagonal, mask=o_slab < width, other=0.0)
-        held_l = ((square_l >= SMALLEST) & (square_l <= LARGEST)) | (o_slab >= height)
-        held_r = ((square_r >= SMALLEST) & (square_r <= LARGEST)) | (o_slab >= width)
-        if tl.min((held_l & held_r).to(tl.int32), 0) == 0:
-            last = tl.load(p_block + 12)
-            total = _pair_sum(slabs, left, right, last * 0, last, ROWS, DTYPE, BYTES, LANES)
+        total += tl.load(parts + place + unit * distance + o_part)
+    _store_block(p_block, slabs, total)
+
+
+@triton.jit
+def _store_block(p_block, slabs, total):
+    address, stride = tl.load(p_block + 6), tl.load(p_block + 7)
+    height = tl.load(slabs + tl.load(p_block + 8) * SLAB_COLUMNS + 2)
+    width = tl.load(slabs + tl.load(p_block + 9) * SLAB_COLUMNS + 2)
+    o_row, o_column = tl.arange(0, SLAB)[:, None], tl.arange(0, SLAB)[None, :]
     pointers = address.to(tl.pointer_type(tl.float64)) + o_row * stride + o_column
-    tl.store(pointers, total, mask=mask)
+    tl.store(pointers, total, mask=(o_row < height) & (o_column < width))
+
+
+@triton.jit
+def _out_of_range(p_blocks, is_block, column: tl.constexpr, slabs, parts):
+    """How many columns of a slab have a squared norm that float32 sums are not trusted with, for some blocks.
+
+    ``column``: 0 for the left slabs, 1 for the right ones.
+    """
+    slab = tl.load(p_blocks + 8 + column, mask=is_block, other=0)
+    place = tl.load(p_blocks + 10 + column, mask=is_block, other=0)
+    distance = tl.load(p_blocks + 13 + column, mask=is_block, other=0)
+    units = tl.load(p_blocks + 2, mask=is_block, other=0)
+    width = tl.load(slabs + slab * SLAB_COLUMNS + 2, mask=is_block, other=0)
+    o_slab = tl.arange(0, SLAB)[None, :]
+    is_column = o_slab < width[:, None]
+    square = tl.zeros((p_blocks.shape[0], SLAB), tl.float64)
+    for unit in range(0, tl.max(units, 0).to(tl.int32)):
+        pointers = parts + (place + unit * distance)[:, None] + o_slab * (WIDTH + 1)
+        square += tl.load(pointers, mask=is_column & (unit < units)[:, None], other=0.0)
+    is_held = (square >= SMALLEST) & (square <= LARGEST)
+    return tl.sum((is_column & (is_held == 0)).to(tl.int32), 1)
+
+
+@triton.jit(do_not_specialize=["count"])
+def repair_blocks(
+    blocks,  # int64 [count, 15]
+    slabs,  # int64 [slabs, 4]
+    parts,  # float64, what half_sums wrote
+    count,
+    ROWS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BYTES: tl.constexpr,
+    LANES: tl.constexpr,
+    REPAIRED: tl.constexpr,  # blocks of a program
+):
+    first = tl.program_id(0).to(tl.int64) * REPAIRED
+    o_block = first + tl.arange(0, REPAIRED)
+    p_blocks = blocks + o_block * BLOCK_COLUMNS
+    bad = _out_of_range(p_blocks, o_block < count, 0, slabs, parts)
+    bad += _out_of_range(p_blocks, o_block < count, 1, slabs, parts)
+    if tl.sum(bad, 0) > 0:
+        for i in range(0, REPAIRED):
+            if tl.sum(tl.where(tl.arange(0, REPAIRED) == i, bad, 0), 0) > 0:
+                p_block = blocks + (first + i) * BLOCK_COLUMNS
+                left, right, last = tl.load(p_block + 8), tl.load(p_block + 9), tl.load(p_block + 12)
+                total = _pair_sum(slabs, left, right, last * 0, last, ROWS, DTYPE, BYTES, LANES)
+                _store_block(p_block, slabs, total)
 
 
 def half_sums_launch(
@@ -273,7 +305,8 @@ def half_sums_launch(
     rows: bool, code: int, odd: bool, vector: int, products: tuple[bool, bool, bool],
 ) -> Launch:  # fmt: skip
     """``products``: which of left·left, left·right, right·right are formed. Three take all of a multiprocessor."""
-    depth, stages = (DEPTH, 5) if vector > 1 else (DEPTH // 2, 3)
+    # Without vector loads every element takes an address: fewer of them at a time, so that registers suffice.
+    depth, stages = (DEPTH, 5) if vector > 1 else (DEPTH // 4 if odd else DEPTH // 2, 3)
     constants = {"ROWS": rows, "DTYPE": DTYPES[code], "BYTES": odd, "VECTOR": vector, "DEPTH": depth}
     constants |= dict(zip(("LL", "LR", "RR"), products, strict=True))
     constants["STRETCH"] = STRETCH
@@ -288,11 +321,12 @@ def exact_sums_launch(
     return Launch(exact_sums, programs, (pairs, slabs, parts), constants, 4, 1)
 
 
-def write_blocks_launch(
-    programs: int, blocks: object, slabs: object, parts: object, *,
-    rows: bool, code: int | None, odd: bool, check: bool,
-) -> Launch:  # fmt: skip
-    """``check``: the parts are those of half_sums."""
-    constants = {"ROWS": rows, "DTYPE": None if code is None else DTYPES[code], "BYTES": odd, "CHECK": check}
-    warps = 4 if check else 1
-    return Launch(write_blocks, programs, (blocks, slabs, parts), constants | {"LANES": LANES}, warps, 1)
+def write_blocks_launch(programs: int, blocks: object, slabs: object, parts: object) -> Launch:
+    return Launch(write_blocks, programs, (blocks, slabs, parts), {}, 1, 1)
+
+
+def repair_blocks_launch(
+    count: int, blocks: object, slabs: object, parts: object, *, rows: bool, code: int, odd: bool
+) -> Launch:
+    constants = {"ROWS": rows, "DTYPE": DTYPES[code], "BYTES": odd, "LANES": LANES, "REPAIRED": REPAIRED}
+    return Launch(repair_blocks, -(-count // REPAIRED), (blocks, slabs, parts, count), constants, 8, 1)

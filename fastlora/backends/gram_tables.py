@@ -158,11 +158,10 @@ def _pattern(
                 place, distance = places[min(s, t), max(s, t)]
                 pitches = (pitch, 1) if s <= t else (1, pitch)
                 address = 8 * (offset + a * SLAB * stride + b * SLAB)
-                diagonals = [places[s, s], places[t, t]] if half else [(0, 0), (0, 0)]
-                rows.append(
-                    (place, distance, units, *pitches, s == t, address, stride, s, t)
-                    + (diagonals[0][0], diagonals[1][0], n, diagonals[0][1], diagonals[1][1])
-                )
+                left, distance_l = places[s, s] if half else (0, 0)
+                right, distance_r = places[t, t] if half else (0, 0)
+                head = place, distance, units, *pitches, s == t, address, stride
+                rows.append((*head, s, t, left, right, n, distance_l, distance_r))
     return Pattern(slabs, sums, table(rows, 15), size)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends import Kernel, combine_tables, gram_tables, padded, triton_coefficients
+from fastlora.backends import Kernel, combine_tables, gram_tables, padded
 from fastlora.backends.passes import CombineJob, CombineOutput, GramJob
 from fastlora.backends.tables import Matrix, Sections
 
@@ -145,7 +145,9 @@ def _gram_launches(chunks: Sequence[gram_tables.Chunk], device: torch.device, al
                     )
                 )
         tables = buffer[blocks], buffer[slabs], parts
-        launches.append(gram.write_blocks_launch(len(chunk.blocks), *tables, rows=rows, code=code, odd=odd, check=half))
+        launches.append(gram.write_blocks_launch(len(chunk.blocks), *tables))
+        if half:
+            launches.append(gram.repair_blocks_launch(len(chunk.blocks), *tables, rows=rows, code=code, odd=odd))
     return Plan(tuple(launches), device, (*alive, buffer, parts))
 
 
@@ -173,9 +175,7 @@ def combine_plan(jobs: Sequence[CombineJob]) -> Plan:
             launches.append(combine.exact_results_launch(len(batch.tiles), tiles, *tables, **common))
             continue
         launches.append(
-            combine.half_results_launch(
-                len(batch.tiles), tiles, *tables, vector=vector, tall=tall, wide=wide, **common
-            )
+            combine.half_results_launch(len(batch.tiles), tiles, *tables, vector=vector, tall=tall, wide=wide, **common)
         )
         if len(batch.chosen):
             launches.append(combine.extreme_results_launch(len(batch.chosen), chosen, *tables, **common))
@@ -231,5 +231,4 @@ KERNELS: Mapping[str, Kernel] = {
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_gram, gram_plan),
     "combine_pass": Kernel(_combine_pass, _supports_combine, combine_plan),
-    "coefficients": triton_coefficients.KERNEL,
 }

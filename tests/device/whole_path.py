@@ -21,7 +21,7 @@ from fastlora import backends
 from fastlora.adapter import Adapter
 
 TAU = 0.5
-PASSES = ("gram_pass", "combine_pass", "coefficients")
+PASSES = ("gram_pass", "combine_pass")
 
 
 def pool_of(dtype: torch.dtype) -> fl.Pool:

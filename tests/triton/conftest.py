@@ -29,9 +29,7 @@ def oldest_triton() -> Path:
     folder = ROOT / "build" / f"triton-{OLDEST}"
     if not (folder / f"triton-{OLDEST}.dist-info").exists():
         command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run(
-            [*command, "--target", str(folder), f"triton=={OLDEST}"], capture_output=True, text=True
-        )
+        done = subprocess.run([*command, "--target", str(folder), f"triton=={OLDEST}"], capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"Triton {OLDEST} cannot be installed here: {done.stderr.strip()[-300:]}")
     return folder

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from processes import execute
 
 HERE = Path(__file__).parent

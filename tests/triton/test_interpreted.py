@@ -26,7 +26,9 @@ CHOSEN = (
 )
 
 
-@pytest.mark.parametrize("tests", [CHOSEN[:5], CHOSEN[5:], ("tests/triton/interpreted.py",)], ids=["gram", "combine", "passes"])
+@pytest.mark.parametrize(
+    "tests", [CHOSEN[:5], CHOSEN[5:], ("tests/triton/interpreted.py",)], ids=["gram", "combine", "passes"]
+)
 def test_in_the_interpreter(tests: tuple[str, ...]) -> None:
     printed = execute(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, TRITON_INTERPRET="1", FASTLORA_BACKEND="triton"
