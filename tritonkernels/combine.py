@@ -337,6 +337,6 @@ def exact_results_launch(
 def extreme_results_launch(
     programs: int, chosen: object, results: object, terms: object, *, rows: bool, code: int, out: int, odd: bool
 ) -> Launch:
-    # With tiles half as tall, compilers aim at an occupancy that this kernel, which mostly returns at once, has no use for.
+    # For smaller tiles compilers aim at an occupancy that this kernel, which mostly returns at once, has no use for.
     constants = _exact_constants(rows, code, out, odd) | {"TALL": 256}
     return Launch(extreme_results, programs, (chosen, results, terms), constants, 8, 1)
