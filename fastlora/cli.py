@@ -476,3 +476,4 @@ def main() -> None:
 
 # Commands with a file of their own, which uses what is above.
 from fastlora import cli_compose as cli_compose  # noqa: E402
+from fastlora import cli_extract as cli_extract  # noqa: E402
