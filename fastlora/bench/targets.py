@@ -104,7 +104,7 @@ PREDICTIONS = [
     Prediction(
         "gram (Triton)", f"{MAIN}: chain blocks of B, diagonal of A",
         2 * (_B + _A) + 8 * _MODULES * (_BLOCKS + _K) * _R * _R,
-        2 * _R * (1_359_872 * _BLOCKS * _R + 1_138_688 * _K * _R), "bf16",
+        2 * _R * (1_359_872 * _BLOCKS * _R + 1_138_688 * _K * _R), "bf16", 225e-6,
     ),
     Prediction(
         "chain (CUDA)", f"{MAIN}: {_MODULES} modules, k = {_K}, r = {_R}",
@@ -117,8 +117,7 @@ PREDICTIONS = [
     Prediction(
         "combine (Triton)", f"{MAIN}: {_K} unique parts, the shared part of width {_R}",
         2 * (2 * _B + _A + 1_359_872 * _R + 1_138_688 * _R),
-        2 * _R * (2 * _B + _A), "bf16",
-        note="a coefficient as a sum of bfloat16 numbers takes a multiple of the operations",
+        2 * _R * (2 * _B + _A), "bf16", 450e-6, "three products: a coefficient is a sum of bfloat16 numbers",
     ),
     *(_eigh(n, t) for n, t in ((16, 21e-6), (32, 84e-6), (64, 0.44e-3), (128, 3.7e-3))),
     *(_svd(n, b, t) for n, b, t in ((16, _BATCH, 20e-6), (32, _BATCH, 0.13e-3), (64, 448, 3.5e-3 / 4))),
