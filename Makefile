@@ -2,6 +2,7 @@
 # make test   lint, types, tests, package build
 # make bench  timings on this machine
 # make gpu    on a machine with a GPU: build, tests and timings there, into benches/results/; installs nothing
+# make triton every test of the ops in Triton's interpreter, and all specialisations ahead of time: half an hour
 # make fuzz   100,000 damaged adapter directories: tests/fuzz/result.json
 # make sanitize  the kernels' and the writer's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 VENV ?= .venv
@@ -10,7 +11,7 @@ SOURCES := $(shell git ls-files 'csrc/*' CMakeLists.txt setup.py pyproject.toml 
 ISAS := baseline avx2 avx512 avx512_bf16
 HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
-.PHONY: demo test lint types unit isas package bench gpu fuzz sanitize clean
+.PHONY: demo test lint types unit isas package bench gpu triton fuzz sanitize clean
 
 $(VENV)/ready: $(SOURCES)
 	python3 -m venv $(VENV)
@@ -50,6 +51,15 @@ bench: $(VENV)/ready
 
 gpu:
 	python3 benches/gpu.py
+
+# The limits of a change that is meant to take more: remove tests/triton/limits.json first.
+triton: $(VENV)/ready
+	TRITON_INTERPRET=1 FASTLORA_BACKEND=triton $(PY) -m pytest -q tests/ops/test_gram.py tests/ops/test_combine.py \
+	  tests/ops/test_passes.py tests/ops/test_empty_terms.py tests/triton/interpreted.py
+	$(PY) -m pytest -q tests/triton/test_compiled.py
+	$(PY) tests/triton/compile.py --all --write > /dev/null
+	$(PY) tests/triton/compile.py --all --write --triton build/triton-3.6.0 > /dev/null
+	git diff --exit-code tests/triton/limits.json
 
 fuzz: $(VENV)/ready
 	$(PY) tests/fuzz/run.py --count 100000 --seed 1 --json tests/fuzz/result.json

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from fastlora.bench import gpu_table  # noqa: E402  (imports nothing but the standard library)
 
 RESULTS = ROOT / "benches" / "results"
+CUDA = sorted(Path("/usr/local").glob("cuda*/bin"))  # where nvcc is when it is not on the PATH
 WHOLE = 465.0  # seconds
 OPS = ("eigh", "svd", "chain", "gram", "combine")
 PACKAGES = (
@@ -84,7 +85,15 @@ class Report:
 
 
 class Failed(Exception):
-    """A stage that failed, in a sentence."""
+    """A stage that failed, in a sentence; ``output`` is what its command printed."""
+
+    def __init__(self, sentence: str, output: str = "") -> None:
+        super().__init__(sentence)
+        self.output = output
+
+
+class TookTooLong(Failed):
+    """A command that was stopped at its limit."""
 
 
 class Skipped(Exception):
@@ -92,8 +101,7 @@ class Skipped(Exception):
 
 
 def run(command: list[str], limit: float, **environment: str) -> str:
-    """Runs a command in the source folder; its output is shown and returned."""
-    print("$", " ".join(command), flush=True)
+    """Runs a command in the source folder; its output is shown, kept in gpu.log and returned."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **environment}
     process = subprocess.Popen(
         command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -104,12 +112,19 @@ def run(command: list[str], limit: float, **environment: str) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         output, _ = process.communicate()
-        print(output, flush=True)
-        raise Failed(f"{Path(command[0]).name} took more than {limit:.0f} s") from None
-    print(output, flush=True)
+        _log(command, output)
+        raise TookTooLong(f"{' '.join(command[:4])} … took more than {limit:.0f} s", output) from None
+    _log(command, output)
     if process.returncode:
-        raise Failed(f"{' '.join(command[:4])} … ended with {process.returncode}: {_last(output)}")
+        raise Failed(f"{' '.join(command[:4])} … ended with {process.returncode}: {_last(output)}", output)
     return output
+
+
+def _log(command: list[str], output: str) -> None:
+    text = f"$ {' '.join(command)}\n{output}\n"
+    print(text, flush=True)
+    with (RESULTS / "gpu.log").open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _last(output: str) -> str:
@@ -195,9 +210,7 @@ def _counts(output: str) -> str:
 
 def sanitizer(report: Report, limit: float) -> str:
     """Tiny inputs under memcheck and racecheck; every tensor in memory of its own, so that its ends are guarded."""
-    tool = shutil.which("compute-sanitizer") or next(
-        (str(p) for p in Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None
-    )
+    tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise Skipped("compute-sanitizer was not found")
     ends = time.monotonic() + limit
@@ -205,9 +218,14 @@ def sanitizer(report: Report, limit: float) -> str:
     said = []
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "9", "--print-limit", "20", *script]
-        output = run(command, ends - time.monotonic(), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        if "Device not supported" in output:
-            raise Skipped(f"{check}: this device cannot be instrumented here")
+        try:
+            run(command, ends - time.monotonic(), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        except TookTooLong as late:
+            raise Skipped("; ".join([*said, f"{check}: {late}"])) from None
+        except Failed as failure:
+            if "Device not supported" in failure.output:
+                raise Skipped(f"{check}: this device cannot be instrumented here") from None
+            raise
         said.append(f"{check}: no errors")
     return "; ".join(said)
 
@@ -234,14 +252,16 @@ STAGES: Mapping[str, tuple[Stage, int, float, tuple[str, ...]]] = {
     "environment": (environment, 10, 40, ()),
     "build": (build, 11, 150, ("environment",)),
     "tests": (tests, 12, 130, ("build",)),
-    "sanitizer": (sanitizer, 13, 60, ("build",)),
     "benches": (benches, 14, 150, ("build",)),
+    "sanitizer": (sanitizer, 13, 120, ("build",)),  # last: it takes what time is left
 }
 
 
 def main() -> int:
     report, code, good = Report(), 0, set()
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *map(str, CUDA)])
     RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "gpu.log").unlink(missing_ok=True)
     ends = time.monotonic() + WHOLE
     for name, (stage, failure, limit, needs) in STAGES.items():
         start = time.monotonic()

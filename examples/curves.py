@@ -23,18 +23,37 @@ def control_at(curve: Curve, level: float) -> float | None:
     return None
 
 
-def equal_forgetting(curves: Mapping[str, Sequence[Curve]], levels: Sequence[float]) -> list[str]:
-    """A Markdown table: control accuracy at equal target accuracy; where not all seeds reach a level, how many do."""
+def equal_forgetting(
+    curves: Mapping[str, Sequence[Curve]], levels: Sequence[float], against: str | None = None
+) -> list[str]:
+    """A Markdown table: control accuracy at equal target accuracy; where not all seeds reach a level, how many do.
+
+    against: the curve that the others are also compared with seed by seed, where both reach the level.
+    """
     lines = [f"| | {' | '.join(f'{level:.2f}' for level in levels)} |", "|---" * (len(levels) + 1) + "|"]
     for name, found in curves.items():
-        cells = []
-        for level in levels:
-            reached = [v for v in (control_at(c, level) for c in found) if v is not None]
-            mean = f": {statistics.fmean(reached):.3f}" if reached else ""
-            part = f"{len(reached)} of {len(found)} seeds{mean}"
-            cells.append(shown(reached) if len(reached) == len(found) else part)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        at = [[control_at(curve, level) for curve in found] for level in levels]
+        lines.append(f"| {name} | {' | '.join(map(_cell, at))} |")
+    for name in [n for n in curves if against is not None and n != against]:
+        gains = [
+            [
+                None if one is None or other is None else one - other
+                for one, other in (
+                    (control_at(mine, level), control_at(theirs, level))
+                    for mine, theirs in zip(curves[name], curves[against or ""], strict=True)
+                )
+            ]
+            for level in levels
+        ]
+        lines.append(f"| {name} − {against} | {' | '.join(map(_cell, gains))} |")
     return lines
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    reached = [v for v in values if v is not None]
+    if len(reached) == len(values):
+        return shown(reached)
+    return f"{len(reached)} of {len(values)} seeds" + (f": {statistics.fmean(reached):.3f}" if reached else "")
 
 
 def plot_curves(

@@ -1,4 +1,5 @@
-"""A small vision transformer on real handwritten digits, fully fine-tuned on one kind of picture after the other.
+"""A small vision transformer on real handwritten digits, fine-tuned on one kind of picture after the other: all of its
+weights, or LoRA adapters.
 
 The 1,797 digits of 8×8 pixels ship with scikit-learn. A base model is trained briefly on a few of them in every domain,
 so that all domains start above chance; a fine-tune sees more of them in one domain.
@@ -6,7 +7,12 @@ so that all domains start above chance; a fine-tune sees more of them in one dom
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +26,9 @@ SIDE, PATCH, WIDTH, DEPTH, HEADS = 8, 2, 64, 3, 4
 BASE_ROWS, TUNE_ROWS, VALIDATION_ROWS = 160, 1137, 100  # the others, 400, are for tests
 BASE_STEPS, TUNE_STEPS, BATCH = 500, 120, 64
 BASE_RATE, TUNE_RATE = 3e-3, 1e-3
+LORA_RANK, LORA_STEPS, LORA_RATE, LORA_LAYERS = 4, 160, 5e-3, ["qkv", "out", "up", "down"]
+NEEDED = {"sklearn": "scikit-learn", "peft": "peft"}
+POOLS = {"full": "full fine-tunes", "lora": "LoRA"}
 
 DOMAINS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "inverted": lambda x, _: 1 - x,
@@ -56,7 +65,7 @@ class Transformer(nn.Module):
 
 
 class Digits:
-    """One seed: a split of the pictures, the base model and one task vector a domain."""
+    """One seed: a split of the pictures, the base model, and of every domain a task vector and a LoRA adapter."""
 
     def __init__(self, seed: int, shorter: int = 1) -> None:
         from sklearn.datasets import load_digits
@@ -75,23 +84,36 @@ class Digits:
         torch.manual_seed(seed)
         self.model = Transformer()
         mixed = [torch.cat(t) for t in zip(*(part[0] for part in parts.values()), strict=True)]
-        self._fit(mixed[0], mixed[1], BASE_STEPS // shorter, BASE_RATE, generator)
+        _fit(self.model, mixed[0], mixed[1], BASE_STEPS // shorter, BASE_RATE, generator)
         self.base: State = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.vectors: dict[str, fl.TaskVector] = {}
+        self.lora: dict[str, fl.Adapter] = {}
         for name, part in parts.items():
             self.model.load_state_dict(self.base)
-            self._fit(*part[1], TUNE_STEPS // shorter, TUNE_RATE, generator)
+            _fit(self.model, *part[1], TUNE_STEPS // shorter, TUNE_RATE, generator)
             self.vectors[name] = fl.task_vector(self.base, self.model.state_dict(), name)
+        self.model.load_state_dict(self.base)
+        self.folder = tempfile.TemporaryDirectory()  # fastlora maps the files that peft writes
+        for name, part in parts.items():
+            self.lora[name] = self._lora(name, *part[1], LORA_STEPS // shorter, generator)
 
-    def _fit(self, x: Tensor, y: Tensor, steps: int, rate: float, generator: torch.Generator) -> None:
-        optimiser = torch.optim.AdamW(self.model.parameters(), rate, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.2)
-        for _ in range(steps):
-            rows = torch.randint(len(y), (BATCH,), generator=generator)
-            F.cross_entropy(self.model(x[rows]), y[rows]).backward()
-            optimiser.step()
-            schedule.step()
-            optimiser.zero_grad()
+    def _lora(self, name: str, x: Tensor, y: Tensor, steps: int, generator: torch.Generator) -> fl.Adapter:
+        from peft import LoraConfig, get_peft_model
+
+        warnings.filterwarnings("ignore", message="Could not find a config file", module="peft")
+        config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=LORA_LAYERS)
+        model = get_peft_model(copy.deepcopy(self.model), config)
+        _fit(model, x, y, steps, LORA_RATE, generator)
+        model.save_pretrained(Path(self.folder.name) / name)
+        adapter = fl.load(Path(self.folder.name) / name, name)
+        assert isinstance(adapter, fl.Adapter)
+        return adapter
+
+    def adapters(self, kind: str) -> dict[str, fl.Adapter]:
+        """By domain, the LoRA adapters, or the weight matrices of the task vectors at full rank."""
+        if kind == "lora":
+            return self.lora
+        return {name: vector.extract(energy=1.0) for name, vector in self.vectors.items()}
 
     def state(self, deltas: State, strength: float = 1.0) -> State:
         """The base model's weights with ``strength`` times the changes of modules' weights."""
@@ -104,6 +126,21 @@ class Digits:
         x, y = (self.test if test else self.validation)[domain]
         scores = functional_call(self.model.eval(), state, (x,))
         return float((scores.argmax(1) == y).double().mean())
+
+    def mean_accuracy(self, state: State, domains: Iterable[str], *, test: bool = True) -> float:
+        return statistics.fmean(self.accuracy(state, domain, test=test) for domain in domains)
+
+
+def _fit(model: nn.Module, x: Tensor, y: Tensor, steps: int, rate: float, generator: torch.Generator) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.2)
+    for _ in range(steps):
+        rows = torch.randint(len(y), (BATCH,), generator=generator)
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
 
 
 def deltas_of(adapter: fl.Adapter) -> State:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common import Recipe, Results, Texts, arguments, console
+from common import Results, arguments, console
 from curves import Curves, equal_forgetting, plot_curves
+from texts import NEEDED, Recipe, Texts
 
 import fastlora as fl
 
@@ -57,29 +58,35 @@ def transfer(
 ) -> None:
     """A classifier of product reviews on movie reviews. The control swaps source and target."""
     table = "Domain transfer to movie reviews, without their labels"
-    results.add(table, "amazon classifier", {"movie": texts.accuracy(task, "movie")})
+    classifier = texts.accuracy(task, "movie")
+    results.add(table, "amazon classifier", {"movie": classifier})
+
+    def score(name: str, adapter: fl.Adapter) -> None:
+        accuracy = texts.accuracy(adapter, "movie")
+        results.add(table, name, {"movie": accuracy, "gain over the classifier": accuracy - classifier})
+
     for strength in TRANSFERS:
         moved = {f"analogy, c₁ = {strength:g}": fl.analogy(task, target, source, 1.0, strength)}
         for granularity in ("column", "matrix"):
             operator = fl.dipm.shift(source, target, strength)
             moved[f"shift, {granularity}, λ = {strength:g}"] = fl.modulate(task, operator, granularity=granularity)
         for name, adapter in moved.items():
-            results.add(table, name, {"movie": texts.accuracy(adapter, "movie")})
+            score(name, adapter)
     wrong = fl.modulate(task, fl.dipm.shift(target, source, 1.0))
-    results.add(table, "shift, column, λ = 1, the wrong way", {"movie": texts.accuracy(wrong, "movie")})
+    score("shift, column, λ = 1, the wrong way", wrong)
     results.add(table, "trained on movie labels", {"movie": texts.accuracy(control, "movie")})
 
 
 def main() -> None:
-    options = arguments(__doc__, "dipm")
-    texts = Texts(options.cache, options.test_rows)
+    options = arguments(__doc__, "dipm", NEEDED)
     results = Results()
     curves: Curves = {}
     for seed in range(options.seeds):
         console.print(f"seed {seed}")
+        texts = Texts(options.cache, options.test_rows, seed)
 
-        def trained(task: str, last: int, steps: int, objective: str = "labels", seed: int = seed) -> fl.Adapter:
-            found = texts.adapter(Recipe(task, "lora", seed, steps, 0, last, objective))
+        def trained(task: str, last: int, steps: int, objective: str = "labels", texts: Texts = texts) -> fl.Adapter:
+            found = texts.adapter(Recipe(task, "lora", steps, 0, last, objective))
             assert isinstance(found, fl.Adapter)
             return found
 
@@ -90,7 +97,7 @@ def main() -> None:
         transfer(texts, trained("amazon", 500, options.steps), *texts_of, results, movie)
     results.show()
     title = f"### Accuracy on {CONTROL} where {TARGET} has fallen to a level"
-    lines = "\n".join([title, "", *equal_forgetting(curves, LEVELS)])
+    lines = "\n".join([title, "", *equal_forgetting(curves, LEVELS, against="negate = reverse")])
     console.print(lines, markup=False)
     results.save(options.out, lines)
     labels = [(f"{TARGET}: to be forgotten", f"{CONTROL}: to be kept")]

@@ -20,6 +20,28 @@ def cuda_eigh(
 def cuda_svd(
     a: int, ut: int, s: int, vt: int, info: int, batch: int, p: int, q: int, is_double: bool, stream: int
 ) -> int: ...
+def cuda_coefficients(
+    projected: int,
+    other: int,
+    basis: int,
+    scaling: int,
+    strength: int,
+    H: int,
+    norms: int,
+    shared: int,
+    removal: int,
+    mixing: int,
+    groups: int,
+    k: int,
+    r: int,
+    w: int,
+    movers: int,
+    removal_row: int,
+    removal_column: int,
+    mixing_row: int,
+    mixing_column: int,
+    stream: int,
+) -> int: ...
 def cuda_chain_workspace(groups: int, k: int, r: int, width: int, kind: int) -> tuple[int, int]: ...
 def cuda_chain(
     left: int,

@@ -32,7 +32,9 @@ app = typer.Typer(
 
 ADAPTER_HELP = "PATH, PATH:WEIGHT or NAME=PATH[:WEIGHT]; a PEFT directory or a Hub id."
 Adapters = Annotated[list[str], typer.Argument(help=ADAPTER_HELP, metavar="A…", show_default=False)]
-Memory = Annotated[str | None, typer.Option(help="Bound on resident memory, e.g. 1GiB.", show_default=False)]
+Memory = Annotated[
+    str | None, typer.Option(help="Bound on resident memory, or on the GPU's: 1GiB.", show_default=False)
+]
 One = Annotated[str, typer.Argument(help="An adapter: a PEFT directory or a Hub id.", metavar="A", show_default=False)]
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Directory to write; must not exist, or --overwrite.", show_default=False)
@@ -189,7 +191,7 @@ def decompose(
         from fastlora.api import decompose as run
         from fastlora.engine import parse_dtype
 
-        pool, _ = _load_pool(adapters, weighted=False, device=device)
+        pool, _ = _load_pool(adapters, weighted=False, device="cpu")  # it may have to be streamed
         if dtype is not None:
             parse_dtype(dtype, pool.adapters[0].dtype)
         names = None if order is None else [n.strip() for n in order.split(",")]
@@ -205,11 +207,12 @@ def decompose(
             target=target,
             order=names,
             memory=memory,
+            device=device,
         )
         with target_directory as staging:
             parts.write(staging, dtype)
             if plots:
-                _write_plots(parts, pool, staging)
+                _write_plots(parts, parts.pool, staging)
         if as_json:
             _print_json({"out": str(out), "mode": mode, "reports": [r.as_dict() for r in parts.reports]})
         elif not quiet:
@@ -473,3 +476,4 @@ def main() -> None:
 
 # Commands with a file of their own, which uses what is above.
 from fastlora import cli_compose as cli_compose  # noqa: E402
+from fastlora import cli_extract as cli_extract  # noqa: E402

@@ -87,6 +87,14 @@ def memory_told(what: str) -> Iterator[None]:
         raise out_of_memory(what) from None
 
 
+def require_host(adapter: Adapter, what: str) -> None:
+    """Refuses an adapter on a device where ``what`` computes on the CPU alone."""
+    if adapter.device.type != "cpu":
+        raise InputError(
+            f"{what} computes on the CPU, and adapter {adapter.name!r} is on {adapter.device}: use `.to('cpu')`"
+        )
+
+
 def offsets(shapes: Iterable[tuple[Shape, torch.dtype]]) -> tuple[list[int], int]:
     """Where tensors start in one buffer, in bytes, and its size."""
     starts, size = [], 0

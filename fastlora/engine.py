@@ -386,7 +386,7 @@ def _write_adapters(
         files[directory] = AdapterFile(directory, adapter, outlines, targets[directory])
     shares = [list(files.items())[i : i + OPEN_FILES] for i in range(0, len(files), OPEN_FILES)]
     # Of results that go through a device, one batch is computed while another is copied.
-    with ThreadPoolExecutor(1 if stream.current() is None else 2) as worker:
+    with ThreadPoolExecutor(1 if stream.current() is None else stream.THREADS) as worker:
         pending: deque[Future[None]] = deque()
         for modules in track(_module_batches(list(adapters.values())), "writing"):
             for share in shares:

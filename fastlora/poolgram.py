@@ -77,6 +77,7 @@ def _full(
     k = len(members)
     blocks = gram_blocks([[factor(u, side) for u in row] for row in rows], r, blocks_of("pairs", k))
     check_diagonal([pool.names[i] for i in members], modules, blocks, side)
+    blocks = blocks.cpu()  # also of factors on a device: the methods on all pairs do small things one by one
     upper = torch.ones(k, k, dtype=torch.bool).triu()
     return torch.where(upper[:, :, None, None], blocks, blocks.transpose(1, 2).mT)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from fastlora import device as devices
 from fastlora.adapter import Adapter
 from fastlora.backends.passes import CombineJob, CombineOutput, WriteProblem
 
+THREADS = 2  # that compute results: one copies while the other computes
 SHARE = 4  # parts of the bound: a group that is computed, its results, the next group, and small matrices
 
 
@@ -83,7 +86,7 @@ def parts(names: list[str], adapters: Sequence[Adapter], modules: Sequence[Seque
 def _ahead(groups: Sequence[dict[object, Tensor]], device: torch.device) -> Iterator[dict[object, Tensor]]:
     """Tensors on the device, group by group; the next group is copied while one is used."""
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    copying: Any = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+    copying: Any = _copying(device) if on_gpu else None
 
     def copied(group: dict[object, Tensor]) -> tuple[dict[object, Tensor], Any]:
         with torch.cuda.stream(copying) if on_gpu else contextlib.nullcontext():
@@ -129,10 +132,32 @@ def combine(jobs: Sequence[CombineJob]) -> WriteProblem | None:
     return run_pass("combine_pass", [CombineJob([], [_saved(o, found) for o in j.outputs], j.rows) for j in jobs])
 
 
-def _own_stream(device: torch.device) -> Any:
+# Few streams that are used again and again: torch keeps freed memory of every stream for itself.
+@functools.cache
+def _copying(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _idle(device: torch.device) -> SimpleQueue[Any]:
+    """The streams of threads that compute results, while they are not in use."""
+    streams: SimpleQueue[Any] = SimpleQueue()
+    for _ in range(THREADS):
+        streams.put(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return streams
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda" or not torch.cuda.is_available():
-        return contextlib.nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        yield
+        return
+    stream = _idle(device).get()
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        _idle(device).put(stream)
 
 
 def _on_device(jobs: Sequence[CombineJob], device: torch.device) -> dict[int, Tensor]:

@@ -23,6 +23,7 @@ from fastlora.output import writing
 from fastlora.pool import Pool
 from fastlora.poolgram import PoolGram
 from fastlora.progress import track
+from fastlora.sweep_identity import Identity, identify
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +33,7 @@ Build = Callable[[Point], Operators]
 Score = Callable[[Any], float | Mapping[str, float]] | Mapping[str, Callable[[Any], float]]
 Adapters = Pool | PoolGram | Mapping[str, Adapter]
 
-FORMAT = "fastlora sweep 1"
+FORMAT = "fastlora sweep 2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,12 @@ class Sweep:
 
     of: str
     rows: list[Row] = field(default_factory=list)
+    key: str | None = None
+    adapters: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.of, self.key, self.adapters)
 
     @property
     def variables(self) -> list[str]:
@@ -115,7 +122,7 @@ class Sweep:
             }
             for row in self.rows
         ]
-        return {"format": FORMAT, "of": self.of, "rows": rows}
+        return {"format": FORMAT, **self.identity.as_dict(), "rows": rows}
 
     def save(self, path: str | Path) -> Path:
         """Writes all rows as JSON; the file exists whole or as it was before."""
@@ -140,7 +147,8 @@ class Sweep:
                 Row(r["point"], {n: math.nan if v is None else float(v) for n, v in r["scores"].items()}, r["seconds"])
                 for r in data["rows"]
             ]
-            return cls(str(data["of"]), rows)
+            found = Identity.from_dict(data)
+            return cls(found.of, rows, found.key, found.adapters)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is no saved sweep ({error}); choose another file, or delete it") from None
 
@@ -156,6 +164,7 @@ def sweep(
     score: Score,
     adapters: Adapters | None = None,
     save: str | Path | None = None,
+    key: str | None = None,
     resume: Sweep | None = None,
 ) -> Sweep:
     """Builds and scores an adapter for every point of a grid.
@@ -172,10 +181,13 @@ def sweep(
         grid: ``{name: values}`` for all combinations, the last name fastest, or a list of points.
         score: ``score(adapter)`` returns a number, or several by name; or ``{name: function}``.
         adapters: what the expression names, as a pool or ``{name: adapter}``; a PoolGram is used as it is.
-        save: JSON file that every row is added to. A file of the same sweep is taken up again: the points it has are
-            not computed a second time. It is known by the expression, or by the name of the function alone: use another
-            file when the function, the adapters or the score have changed.
-        resume: rows of an earlier, unfinished sweep, kept in the same way.
+        save: JSON file that every row is added to. With ``key``, a file of the same sweep is taken up again: the points
+            it has are not computed a second time.
+        key: a text that names what cannot be compared, which is the functions: what is built, from what, and how it is
+            scored. Choose another one when any of it changes. The expression or the function's name, and the inner
+            products of ``adapters``, are compared besides. Without a key, a file that exists is refused.
+        resume: rows of an earlier, unfinished sweep, or of a file (:meth:`Sweep.load`): you say that they are of this
+            sweep. What is known to differ is refused; a file ``save`` may hold these rows alone.
 
     Returns:
         :class:`Sweep`. When a point fails or Ctrl-C is pressed, the error is passed on with the rows that are done in
@@ -183,7 +195,7 @@ def sweep(
 
     Raises:
         InputError: an empty grid, points that name different variables, scores that are no numbers, a file that belongs
-            to another sweep.
+            to another sweep, or may do so.
     """
     points = grid_points(grid)
     scorers = _scorers(score)
@@ -193,14 +205,16 @@ def sweep(
         build = expression_builder(expression, list(points[0]), names)
     else:
         label, build = getattr(expression, "__qualname__", type(expression).__qualname__), expression
-    result = Sweep(label)
-    done = _earlier(save, resume, label)
+    own = identify(label, key, gram, names)
+    result = Sweep(label, key=key, adapters=own.adapters)
+    done = _earlier(save, resume, own)
     try:
         with gram or contextlib.nullcontext():
             for point in track(points, "sweeping"):
                 row = done.get(_key(point))
                 if row is None:
                     row = _run(build, dict(point), scorers)
+                    _require_same_scores(row, done)
                 result.rows.append(row)
                 if save is not None:
                     result.save(save)
@@ -309,12 +323,40 @@ def _key(point: Point) -> str:
     return json.dumps(point, sort_keys=True, default=str)
 
 
-def _earlier(save: str | Path | None, resume: Sweep | None, label: str) -> dict[str, Row]:
+def _earlier(save: str | Path | None, resume: Sweep | None, own: Identity) -> dict[str, Row]:
     """Rows that are there already, by point."""
-    earlier = [] if resume is None else [resume]
+    found: dict[str, Row] = {}
+    if resume is not None:
+        _require_same(resume, own, "the rows of resume=")
+        found = {_key(row.point): row for row in resume.rows}
     if save is not None and Path(save).exists():
-        earlier.append(Sweep.load(save))
-    for one in earlier:
-        if one.of != label:
-            raise InputError(f"sweep: the earlier rows are of {one.of!r}, not of {label!r}; choose another file")
-    return {_key(row.point): row for one in earlier for row in one.rows}
+        there = Sweep.load(save)
+        _require_same(there, own, f"the rows of {save}")
+        rows = {_key(row.point): row for row in there.rows}
+        known = own.key is not None and there.key == own.key
+        if not known and resume is None:
+            raise InputError(
+                f"sweep: {save} holds {len(rows)} rows of a sweep of {there.of!r}, but whether their function and "
+                "score are those of this call cannot be known. Give key='…', a name for them, when a sweep starts and "
+                "when it is taken up again; or say that the rows are of this sweep, with resume=fl.Sweep.load(…); or "
+                "choose another file"
+            )
+        if not known and rows.keys() - found.keys():
+            raise InputError(f"sweep: {save} holds rows that resume= lacks and that would be lost; choose another file")
+        found = (rows if known else {}) | found
+    return found
+
+
+def _require_same(earlier: Sweep, own: Identity, what: str) -> None:
+    difference = own.difference(earlier.identity)
+    if difference is not None:
+        raise InputError(f"sweep: {what} {difference}; choose another file, or leave them out")
+
+
+def _require_same_scores(row: Row, done: Mapping[str, Row]) -> None:
+    for earlier in done.values():
+        if earlier.scores.keys() != row.scores.keys():
+            raise InputError(
+                f"sweep: the earlier rows have the scores {', '.join(earlier.scores)}, but this call computes "
+                f"{', '.join(row.scores)}; they are of another sweep: choose another file"
+            )

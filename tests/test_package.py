@@ -20,6 +20,7 @@ pytestmark = pytest.mark.package
 pytest.importorskip("build", reason="the build frontend is not installed (pip install 'fastlora[dev]')")
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("fastlora", "tritonkernels")
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 LIBRARIES = {"libgomp.so.1", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
 LOADER = re.compile(r"ld-linux-.*")
@@ -128,9 +129,8 @@ def test_the_sdist_holds_what_a_build_needs(sdist: Path) -> None:
     for needed in ("CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md", "csrc/cpu/dispatch.cpp"):
         assert needed in names
     assert {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()} <= names
-    assert {
-        str(p.relative_to(ROOT)) for p in (ROOT / "fastlora").rglob("*.py*") if "__pycache__" not in p.parts
-    } <= names
+    sources = [p for package in PACKAGES for p in (ROOT / package).rglob("*.py*")]
+    assert {str(p.relative_to(ROOT)) for p in sources if "__pycache__" not in p.parts} <= names
     assert not [n for n in names if n.endswith(".so") or n.startswith(("tests", "examples", "build"))]
 
 
@@ -138,12 +138,14 @@ def test_the_wheel_holds_the_package_alone(plain: Built) -> None:
     names = plain.names()
     assert {n.partition("/")[0] for n in names} == {
         "fastlora",
+        "tritonkernels",
         plain.wheel.name.rpartition("-cp")[0][:-6] + ".dist-info",
     }
     assert "fastlora/py.typed" in names and "fastlora/_core.pyi" in names
     assert any(n.endswith("/licenses/LICENSE") for n in names)
     assert sum(n.endswith(".so") for n in names) == 1
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "fastlora").rglob("*.py") if "__pycache__" not in p.parts}
+    sources = [p for package in PACKAGES for p in (ROOT / package).rglob("*.py")]
+    modules = {str(p.relative_to(ROOT)) for p in sources if "__pycache__" not in p.parts}
     assert modules == {n for n in names if n.endswith(".py")}
 
 

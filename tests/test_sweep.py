@@ -97,7 +97,7 @@ def test_rows_are_kept_and_taken_up_again(pool: fl.Pool, tmp_path: Path) -> None
         return fl.sweep(build, {"w": [1, 2, 3, 4]}, score=norm, **more)
 
     with pytest.raises(KeyboardInterrupt) as stopped:
-        run(save=file)
+        run(save=file, key="weights of a0: norms")
     partial = stopped.value.sweep  # type: ignore[attr-defined]
     assert (
         [r.point["w"] for r in partial.rows]
@@ -105,15 +105,83 @@ def test_rows_are_kept_and_taken_up_again(pool: fl.Pool, tmp_path: Path) -> None
         == [r["point"]["w"] for r in json.loads(file.read_text())["rows"]]
     )
     assert "2 of 4 points" in stopped.value.__notes__[0]
-    whole = run(save=file)
+    whole = run(save=file, key="weights of a0: norms")
     assert calls == [1, 2, 3, 3, 4] and [r.point["w"] for r in whole.rows] == [1, 2, 3, 4]
     loaded = sweeps.Sweep.load(file)
     assert [r.scores for r in loaded.rows] == [r.scores for r in whole.rows]
     calls[:] = [3]
-    assert [r.point["w"] for r in run(resume=partial).rows] == [1, 2, 3, 4] and calls == [3, 3, 4]
+    assert [r.point["w"] for r in run(resume=partial, key="weights of a0: norms").rows] == [1, 2, 3, 4]
+    assert calls == [3, 3, 4]
     assert list(tmp_path.iterdir()) == [file]
-    with pytest.raises(fl.InputError, match=r"earlier rows are of .*; choose another file"):
+    with pytest.raises(fl.InputError, match=r"the rows of .*sweep.json are of .*, not of .*; choose another file"):
         fl.sweep(lambda p: pool["a0"], {"w": [1]}, score=norm, save=file)
+
+
+def never(adapter: Adapter) -> float:
+    raise AssertionError("a point that is there was computed again")
+
+
+def test_rows_of_what_may_be_another_sweep_are_refused(pool: fl.Pool, tmp_path: Path) -> None:
+    file, grid = tmp_path / "sweep.json", {"w": [1.0, 2.0]}
+
+    def run(score: Any = norm, expression: Any = "w*a0 - a1", adapters: Any = pool, **more: Any) -> sweeps.Sweep:
+        return fl.sweep(expression, grid, adapters=adapters, score=score, save=file, **more)
+
+    first = run(key="norms")
+    before = file.read_bytes()
+    assert [r.scores for r in run(never, key="norms").rows] == [r.scores for r in first.rows]
+
+    for arguments, message in [
+        ({}, "have the key 'norms', not None"),
+        ({"key": "accuracies"}, "have the key 'norms', not 'accuracies'"),
+        ({"key": "norms", "expression": "w*a0 + a1"}, r"are of 'w\*a0 - a1', not of 'w\*a0 \+ a1'"),
+        ({"key": "norms", "adapters": {"a0": pool["a0"], "a1": pool["a1"]}}, "are of the adapters a0, a1, a2, not of"),
+        ({"key": ""}, "must be a text"),
+    ]:
+        with pytest.raises(fl.InputError, match=message):
+            run(never, **arguments)
+    named = {name: pool[name] for name in pool.names}
+    with pytest.raises(fl.InputError, match="are of another adapter 'a0'"):
+        run(never, key="norms", adapters=named | {"a0": 2.0 * pool["a0"]})
+    with pytest.raises(fl.InputError, match="are of other adapters 'a0' and 'a1'"):
+        run(never, key="norms", adapters=named | {"a0": -pool["a0"]})
+    assert file.read_bytes() == before
+    grid["w"].append(3.0)
+    with pytest.raises(fl.InputError, match="earlier rows have the scores score, but this call computes other"):
+        run(lambda a: {"other": 1.0}, key="norms")
+    assert [r.point["w"] for r in run(key="norms").rows] == [1.0, 2.0, 3.0]
+
+
+def test_a_file_without_a_key_needs_the_users_word(pool: fl.Pool, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.json"
+
+    def run(score: Any, points: list[float], **more: Any) -> sweeps.Sweep:
+        return fl.sweep(lambda p: p["w"] * pool["a0"], {"w": points}, score=score, save=file, **more)
+
+    first = run(norm, [1.0, 2.0])
+    for more in ({}, {"key": "norms"}):
+        with pytest.raises(fl.InputError, match=r"holds 2 rows of a sweep of .* cannot be known"):
+            run(never, [1.0, 2.0], **more)
+    with pytest.raises(fl.InputError, match="holds rows that resume= lacks"):
+        run(never, [1.0], resume=sweeps.Sweep(first.of, first.rows[:1]))
+    again = run(never, [2.0, 1.0], resume=sweeps.Sweep.load(file))
+    assert [r.scores for r in again.rows] == [r.scores for r in reversed(first.rows)]
+    with pytest.raises(fl.InputError, match="the rows of resume= are of 'x', not of"):
+        run(never, [1.0], resume=sweeps.Sweep("x", first.rows))
+
+
+def test_scalings_and_task_vectors_are_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.json"
+    zero, one = ({"w": torch.full((2, 2), v)} for v in (0.0, 1.0))
+
+    def run(vector: fl.TaskVector) -> sweeps.Sweep:
+        score = lambda x: x.norm  # noqa: E731
+        return fl.sweep("c*t", {"c": [1.0]}, adapters={"t": vector}, score=score, save=file, key="norms")  # type: ignore[dict-item]
+
+    assert run(fl.task_vector(zero, one)).rows[0].scores == {"score": 2.0}
+    run(fl.task_vector(zero, one))
+    with pytest.raises(fl.InputError, match="are of another adapter 't'"):
+        run(fl.task_vector(one, zero) * 3.0)
 
 
 def test_scores_that_are_no_number_in_json(pool: fl.Pool, tmp_path: Path) -> None:
@@ -181,7 +249,12 @@ def test_messages(arguments: dict[str, Any], message: str, pool: fl.Pool, compos
 
 
 def test_a_file_that_is_no_sweep(pool: fl.Pool, tmp_path: Path) -> None:
-    for text in ("", "[1]", '{"format": "other"}', '{"format": "fastlora sweep 1", "of": "x", "rows": [{}]}'):
+    for text in (
+        "",
+        "[1]",
+        '{"format": "other"}',
+        '{"format": "fastlora sweep 2", "of": "x", "key": null, "adapters": {}, "rows": [{}]}',
+    ):
         (tmp_path / "s.json").write_text(text)
         with pytest.raises(fl.InputError, match="is no saved sweep"):
             fl.sweep(lambda p: pool["a0"], {"w": [1]}, score=norm, save=tmp_path / "s.json")

@@ -97,6 +97,38 @@ void bind_cuda(py::module_& m) {
         py::arg("kept"), py::arg("sigma"), py::arg("info"), py::arg("groups"), py::arg("k"), py::arg("r"),
         py::arg("width"), py::arg("kind"), py::arg("threshold"), py::arg("rtol"), py::arg("rank"), py::arg("energy"),
         py::arg("workspace"), py::arg("stream"));
+    m.def(
+        "cuda_coefficients",
+        [](uintptr_t projected, uintptr_t other, uintptr_t basis, uintptr_t scaling, uintptr_t strength, uintptr_t H,
+           uintptr_t norms, uintptr_t shared, uintptr_t removal, uintptr_t mixing, int64_t groups, int64_t k, int64_t r,
+           int64_t w, int64_t movers, int64_t removal_row, int64_t removal_column, int64_t mixing_row,
+           int64_t mixing_column, uintptr_t stream) {
+            const cuda::CoefficientArgs args{at<const double>(projected),
+                                             at<const double>(other),
+                                             at<const double>(basis),
+                                             at<const double>(scaling),
+                                             at<const double>(strength),
+                                             at<double>(H),
+                                             at<double>(norms),
+                                             at<double>(shared),
+                                             at<double>(removal),
+                                             at<double>(mixing),
+                                             groups,
+                                             k,
+                                             r,
+                                             w,
+                                             movers,
+                                             removal_row,
+                                             removal_column,
+                                             mixing_row,
+                                             mixing_column};
+            py::gil_scoped_release release;
+            return cuda::coefficients(args, at(stream));
+        },
+        py::arg("projected"), py::arg("other"), py::arg("basis"), py::arg("scaling"), py::arg("strength"), py::arg("H"),
+        py::arg("norms"), py::arg("shared"), py::arg("removal"), py::arg("mixing"), py::arg("groups"), py::arg("k"),
+        py::arg("r"), py::arg("w"), py::arg("movers"), py::arg("removal_row"), py::arg("removal_column"),
+        py::arg("mixing_row"), py::arg("mixing_column"), py::arg("stream"));
 #else
     m.attr("has_cuda") = false;
     m.attr("cuda_archs") = "";

@@ -113,10 +113,10 @@ RECIPES = {
 }
 
 
-def split(rows: Rows, classes: int, test_rows: int = 400) -> tuple[Rows, Rows]:
-    """A class-balanced test set and the other rows, classes interleaved; the same on every run."""
+def split(rows: Rows, classes: int, test_rows: int = 400, seed: int = 0) -> tuple[Rows, Rows]:
+    """A class-balanced test set and the other rows, classes interleaved; the same on every run with one seed."""
     unique = list(dict(rows).items())
-    random.Random(0).shuffle(unique)
+    random.Random(seed).shuffle(unique)
     of_class = [[r for r in unique if r[1] == c] for c in range(classes)]
     sizes = [min(test_rows // classes, len(own) // 3) for own in of_class]
     test = [r for own, size in zip(of_class, sizes, strict=True) for r in own[:size]]
@@ -134,7 +134,11 @@ def base_model(folder: Path) -> tuple[Any, Any]:
 def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     """Unit vectors: mean of the token states."""
     batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=TOKENS)
-    states, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1).float()
+    return pooled(model(**batch).last_hidden_state, batch["attention_mask"])
+
+
+def pooled(states: Tensor, mask: Tensor) -> Tensor:
+    mask = mask.unsqueeze(-1).float()
     return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
 

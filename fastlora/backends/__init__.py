@@ -24,15 +24,10 @@ RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
     "finite": STREAMING,
     "gram_pass": STREAMING,
     "combine_pass": STREAMING,
-    "coefficients": STREAMING,
+    "coefficients": SOLVING,
     "eigh": SOLVING,
     "svd": SOLVING,
     "chain": SOLVING,
-}
-
-# Backends whose kernels are not part of this version, with the reason that users see.
-ABSENT = {
-    "triton": "this version has no Triton kernels yet; use the cpu backend",
 }
 
 
@@ -83,8 +78,6 @@ def use_backend(name: str) -> Iterator[None]:
 
 def kernels(backend: str) -> Mapping[str, Kernel] | str:
     """The kernels of a backend, or the reason why there are none."""
-    if backend in ABSENT:
-        return ABSENT[backend]
     module = importlib.import_module(f"fastlora.backends.{backend}")
     reason: str | None = module.unavailable()
     table: Mapping[str, Kernel] = module.KERNELS

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlora.backends import Kernel
-from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramJob, WriteProblem
+from fastlora.backends import Kernel, padded
+from fastlora.backends.padded import aligned
+from fastlora.backends.passes import CombineJob, GramJob, WriteProblem
 from fastlora.ops.chain import CHAINS, width
-from fastlora.ops.gram import blocks_of
 from fastlora.reference.coefficients import coefficients
 
 try:
@@ -88,12 +88,6 @@ def _factor(x: Tensor, alive: list[Tensor]) -> tuple[int, int, int, int, int]:
         x, stride = x.contiguous(), columns
     alive.append(x)
     return x.data_ptr(), rows, columns, stride, DTYPES[x.dtype]
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """The tensor without gaps, at an address that its elements may have: the solvers read it by plain pointers."""
-    x = x.contiguous()
-    return x if x.data_ptr() % x.element_size() == 0 else x.clone()
 
 
 def _table(rows: list[Any], columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -178,55 +172,8 @@ def _finite(x: Tensor) -> bool:
     return _core.finite(*_matrix(x))
 
 
-def _unpadded(x: Tensor, ranks: Tensor | None, rows: bool) -> list[Tensor]:
-    """The ``k`` factors of one module without padding: ``x [k, n, r]`` or ``[k, r, n]``."""
-    counts = [x.shape[1 if rows else 2]] * x.shape[0] if ranks is None else ranks.clamp(min=0).tolist()
-    return [factor[:c] if rows else factor[:, :c] for factor, c in zip(x, counts, strict=True)]
-
-
-def _flat(x: Tensor, batch: list[int]) -> Tensor:
-    """``x`` with one batch dimension; ``-1`` would not do where a tensor has no elements."""
-    return x.contiguous().reshape(math.prod(batch), *x.shape[len(batch) :])
-
-
-def _gram(factors: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> Tensor:
-    *batch, k, first, second = factors.shape
-    r = first if rows else second
-    out = torch.zeros((*batch, k, k, r, r), dtype=torch.float64)
-    x = _flat(factors, batch)
-    counts = None if ranks is None else _flat(ranks, batch)
-    places = [(i, j, (i * k + j) * r * r) for i, j in blocks_of(blocks, k)]
-    jobs = []
-    for m in range(x.shape[0]):
-        own = _unpadded(x[m], None if counts is None else counts[m], rows)
-        jobs.append(GramJob(own, places, rows, out, r, m * k * k * r * r))
-    _gram_pass(jobs)
-    if blocks == "full":
-        lower = torch.ones(k, k, dtype=torch.bool).tril(-1)
-        out = torch.where(lower[:, :, None, None], out.transpose(-3, -4).mT, out).contiguous()
-    return out
-
-
-def _combine(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: bool) -> Tensor:
-    *batch, _, first, second = factors.shape
-    n, q = (second, coefficients.shape[-2]) if rows else (first, coefficients.shape[-1])
-    dtype = torch.float64 if factors.dtype == torch.float64 else torch.float32
-    out = torch.zeros((*batch, q, n) if rows else (*batch, n, q), dtype=dtype)
-    x, c, flat = _flat(factors, batch), _flat(_aligned(coefficients.double()), batch), _flat(out, batch)
-    counts = None if ranks is None else _flat(ranks, batch)
-    jobs = []
-    for m in range(x.shape[0]):
-        own = _unpadded(x[m], None if counts is None else counts[m], rows)
-        terms: list[CombineTerm] = [
-            (i, c[m, i, :, : f.shape[0]] if rows else c[m, i, : f.shape[1]], 0, 1.0) for i, f in enumerate(own)
-        ]
-        jobs.append(CombineJob(own, [CombineOutput.into(flat[m], terms)], rows))
-    _combine_pass(jobs)
-    return out
-
-
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    a = _aligned(a)
+    a = aligned(a)
     n = a.shape[-1]
     values, vectors = torch.empty(a.shape[:-1], dtype=a.dtype), torch.empty_like(a)
     info = (torch.empty if n else torch.zeros)(a.shape[:-2], dtype=torch.int32)
@@ -236,7 +183,7 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a = _aligned(a)
+    a = aligned(a)
     *batch, p, q = a.shape
     m = min(p, q)
     ut, s, vt = (torch.empty((*batch, *shape), dtype=a.dtype) for shape in ((m, p), (m,), (m, q)))
@@ -260,8 +207,8 @@ def _chain(
 ) -> tuple[Tensor, ...]:
     *batch, k, _, r, _ = left.shape
     w = width(kind, k, r)
-    left, right = _aligned(left), _aligned(right)
-    floor = torch.zeros((*batch, k), dtype=torch.float64) if floor is None else _aligned(floor)
+    left, right = aligned(left), aligned(right)
+    floor = torch.zeros((*batch, k), dtype=torch.float64) if floor is None else aligned(floor)
     basis = torch.zeros((*batch, k, r, w), dtype=torch.float64)
     values = torch.zeros((*batch, w), dtype=torch.complex128)
     shared, kept = torch.zeros(batch, dtype=torch.int64), torch.zeros((*batch, k), dtype=torch.int64)
@@ -274,11 +221,11 @@ def _chain(
 
 
 KERNELS: Mapping[str, Kernel] = {
-    "gram": Kernel(_gram, _supports),
+    "gram": Kernel(functools.partial(padded.gram, _gram_pass), _supports),
     "eigh": Kernel(_eigh, _supports),
     "svd": Kernel(_svd, _supports),
     "chain": Kernel(_chain, _supports),
-    "combine": Kernel(_combine, _supports),
+    "combine": Kernel(functools.partial(padded.combine, _combine_pass), _supports),
     "coefficients": Kernel(coefficients, _supports),
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_jobs),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlora.backends import Kernel
 from fastlora.ops.chain import CHAINS, Chain, width
+from fastlora.reference.coefficients import Coefficients
 
 try:
     from fastlora import _core
@@ -202,8 +203,44 @@ def _chain(
     return tuple(out)
 
 
+def _supports_coefficients(
+    projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, strength: Tensor, out: Coefficients
+) -> str | None:
+    for tensor in (projected, other, basis, scaling, strength, *out):
+        if reason := _elsewhere(tensor):
+            return reason
+        if tensor.dtype != torch.float64:
+            return f"coefficients takes float64, got {tensor.dtype}"
+    whole = projected, other, basis, scaling, strength, *out[:3]
+    turned = [x for x in (out.removal, out.mixing) if not x.is_contiguous() and not x.mT.is_contiguous()]
+    if turned or not all(t.is_contiguous() for t in whole):
+        return "coefficients takes contiguous tensors; of `removal` and `mixing` also the transposed ones"
+    return None
+
+
+class CoefficientsPlan:
+    """Coefficients on tensors that stay where they are: ``run()`` computes them from what these hold by then."""
+
+    def __init__(
+        self, projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, strength: Tensor, out: Coefficients
+    ) -> None:
+        self._tensors = (projected, other, basis, scaling, strength, *out)
+        groups, k, w, r = out.H.shape
+        self._numbers = {"groups": groups, "k": k, "r": r, "w": w, "movers": out.removal.shape[2]}
+        for name, tensor in (("removal", out.removal), ("mixing", out.mixing)):
+            self._numbers[f"{name}_row"], self._numbers[f"{name}_column"] = tensor.stride()[-2:]
+
+    def run(self) -> None:
+        _launch("coefficients", _module.cuda_coefficients, self._tensors[0].device, *self._tensors, **self._numbers)
+
+
+def _coefficients(*arguments: Any) -> None:
+    CoefficientsPlan(*arguments).run()
+
+
 KERNELS: Mapping[str, Kernel] = {
     "chain": Kernel(_chain, _supports_chain, ChainPlan),
+    "coefficients": Kernel(_coefficients, _supports_coefficients, CoefficientsPlan),
     "eigh": Kernel(_eigh, _supports_eigh),
     "svd": Kernel(_svd, _supports_svd),
 }

@@ -97,7 +97,7 @@ def section() -> str:
     )
     intro = (
         "Predictions for an H100, to hold a measurement against: bytes over "
-        f"{BANDWIDTH / 1e12:.2f} TB/s or operations over the peak of the unit that does them, whichever is longer; a "
-        "launch adds 2–4 µs inside a CUDA graph."
+        f"{BANDWIDTH / 1e12:.2f} TB/s, operations over the peak of the unit that does them, or the steps that depend "
+        "on each other ([gpu_kernels.md](gpu_kernels.md)), whichever is longest; a launch adds 2–4 µs in a CUDA graph."
     )
     return "\n".join(["", "## GPU", "", head, "", *target_table(rows), "", intro, "", *prediction_table(), ""])

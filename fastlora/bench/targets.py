@@ -63,25 +63,42 @@ TARGETS = (
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Bytes moved and operations of a kernel on a workload; ``occupancy`` and ``note`` from its resource table."""
+    """Bytes moved and operations of a kernel on a workload; ``latency``: seconds of its steps that depend on each other
+    and the waves of its blocks, by the model of docs/gpu_kernels.md, where that is longer."""
 
     kernel: str
     work: str
     moved: float
     operations: float
     rate: str
+    latency: float = 0.0
     note: str = ""
 
     @property
     def seconds(self) -> float:
-        """The longer of moving the bytes and doing the operations, at the H100's peak."""
-        return max(self.moved / BANDWIDTH, self.operations / RATES[self.rate])
+        """The longest of moving the bytes, doing the operations at the H100's peak, and the latency."""
+        return max(self.moved / BANDWIDTH, self.operations / RATES[self.rate], self.latency)
 
 
 # llama2-7b-8x16: 224 modules, Σ out 1,359,872 and Σ in 1,138,688, eight adapters of rank 16 in bfloat16.
 _B, _A = 1_359_872 * 8 * 16, 1_138_688 * 8 * 16  # elements of all B and all A
 _MODULES, _K, _R = 224, 8, 16
 _BLOCKS = 3 * _K - 3
+
+_BATCH = 1792
+
+
+def _eigh(n: int, latency: float) -> Prediction:
+    """9·n³: the tridiagonal form and Q, implicit QL with vectors."""
+    moved, operations = 4 * _BATCH * (2 * n * n + n), 9 * n**3 * _BATCH
+    return Prediction(f"eigh n={n} (CUDA)", f"float32, batch {_BATCH}", moved, operations, "fp32", latency)
+
+
+def _svd(n: int, batch: int, latency: float) -> Prediction:
+    """6·n³ a sweep of one-sided Jacobi, eight sweeps."""
+    moved, operations = 12 * batch * n * n, 48 * n**3 * batch
+    return Prediction(f"svd n={n} (CUDA)", f"float32, batch {batch}", moved, operations, "fp32", latency)
+
 
 PREDICTIONS = [
     Prediction(
@@ -90,14 +107,19 @@ PREDICTIONS = [
         2 * _R * (1_359_872 * _BLOCKS * _R + 1_138_688 * _K * _R), "bf16",
     ),
     Prediction(
-        "coefficients (Triton)", f"{MAIN}",
-        8 * _MODULES * _K * (3 * _R * _R + 3 * _R * _R + _R * _R), 6 * _MODULES * _K * _R**3, "fp64",
-        "from L2 after the chain",
+        "chain (CUDA)", f"{MAIN}: {_MODULES} modules, k = {_K}, r = {_R}",
+        8 * _MODULES * _R * _R * (_K * (_K + 3) / 2 + _K), _MODULES * (53 * _K + 25) * _R**3, "fp64", 125e-6,
     ),
     Prediction(
-        "combine (Triton)", f"{MAIN}: 8 unique parts, the shared part of width 16",
+        "coefficients (CUDA)", MAIN,
+        8 * _MODULES * _K * 7 * _R * _R, 6 * _MODULES * _K * _R**3, "fp64", note="out of L2 less",
+    ),
+    Prediction(
+        "combine (Triton)", f"{MAIN}: {_K} unique parts, the shared part of width {_R}",
         2 * (2 * _B + _A + 1_359_872 * _R + 1_138_688 * _R),
         2 * _R * (2 * _B + _A), "bf16",
-        "each coefficient as a sum of bfloat16 numbers takes a multiple of the operations",
+        note="a coefficient as a sum of bfloat16 numbers takes a multiple of the operations",
     ),
+    *(_eigh(n, t) for n, t in ((16, 21e-6), (32, 84e-6), (64, 0.44e-3), (128, 3.7e-3))),
+    *(_svd(n, b, t) for n, b, t in ((16, _BATCH, 20e-6), (32, _BATCH, 0.13e-3), (64, 448, 3.5e-3 / 4))),
 ]  # fmt: skip

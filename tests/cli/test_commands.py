@@ -229,6 +229,17 @@ OPTIONS = {
     "info": ("--json",),
     "modulate": (*WRITES, "--op", "--granularity", "--on", "--drop-extras"),
     "compose": (*COMMON, "--out", "--dtype", "--overwrite", "--memory", "--drop-extras"),
+    "extract": (
+        "--out",
+        "--rank",
+        "--energy",
+        "--common-only",
+        "--biases",
+        "--dtype",
+        "--json",
+        "--quiet",
+        "--overwrite",
+    ),
 }
 
 

@@ -206,6 +206,17 @@ def test_ill_conditioned_factors_cost_no_more_than_on_the_cpu(in_order: Any, kin
     assert errors["cuda"] <= 10 * errors["cpu"] + 1e-12, errors
 
 
+@KINDS
+def test_graded_factors_keep_their_eigenvalues(in_order: Any, kind: str) -> None:
+    """Columns of very different lengths: Cholesky factors keep what an eigendecomposition of the Gram matrix loses."""
+    grades = 10.0 ** (-torch.arange(8) * 0.5).double()
+    B, A = gaussian(4, 12, 8, seed=1).double() * grades, gaussian(4, 8, 16, seed=2).double()
+    found = fl.ops.chain(*op.blocks_of(B, A, kind), kind=kind)
+    dense = op.devec([b @ a for b, a in zip(B, A, strict=True)], 0.999, chain=kind)
+    assert found.kept.tolist() == dense.kept == [8] * 4
+    op.same_spectrum(found.values, dense.values, atol=1e-9)
+
+
 def test_a_bad_module_has_nan_for_singular_values(in_order: Any) -> None:
     left, right = op.blocks_of(*wide_pool(2, 4), "product")
     left[0, 1, 0, 0] = torch.nan

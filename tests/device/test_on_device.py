@@ -93,6 +93,22 @@ def test_pools_on_different_devices_are_refused(device: None) -> None:
     assert fl.decompose(mixed, 0.5, device="cuda").shared.device == DEVICE
 
 
+def test_what_computes_on_the_cpu_says_so(device: None) -> None:
+    adapter = ragged_pool()["a0"].to("cuda")
+    with pytest.raises(fl.InputError, match=r"modulate computes on the CPU, and .*'a0' is on cuda:0.*to\('cpu'\)"):
+        fl.modulate(adapter, fl.dipm.reverse())
+
+
+def test_all_pairs(device: None) -> None:
+    pool = ragged_pool()
+    moved = pool.to("cuda")
+    assert fl.weights(moved, "least_interference") == fl.weights(pool, "least_interference")
+    found, wanted = (fl.PoolGram(p).merge({"a0": 0.5, "a2": 1.0}, rank=2) for p in (moved, pool))
+    assert found.device == DEVICE
+    for module in wanted.modules:
+        assert torch.equal(found.to("cpu").delta(module), wanted.delta(module))
+
+
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "gpu"])
 def test_devices_that_do_not_exist(name: str) -> None:
     with pytest.raises(fl.InputError, match="does not exist: use auto, cpu, cuda or cuda:N"):

@@ -314,6 +314,22 @@ def test_removing_a_direction_twice_is_removing_it_once() -> None:
         close(pools.exact(twice.update(MODULE)), pools.exact(once.update(MODULE)))
 
 
+@pytest.mark.parametrize("granularity", ["column", "matrix"])
+def test_directions_that_differ_by_rounding_span_no_plane(granularity: str) -> None:
+    # The second direction is the first, turned by ε towards the modulated update's own. At ε = 1e-7 that is rounding:
+    # only the first is removed. At 1e-3 the two span a plane that the update lies in, and nothing of it is left.
+    left, right = gaussian(N, R, seed=1, dtype=torch.float64), gaussian(R, M, seed=2, dtype=torch.float64)
+    away = gaussian(N, R, seed=3, dtype=torch.float64)
+    for epsilon, kept in ((1e-7, True), (1e-3, False)):
+        first, turned = (away, right, 1.0), (away + epsilon * left, right, 1.0)
+        own, other, near = adapters((left, right, 1.0), first, turned)
+        found = pools.exact(fl.modulate(own, fl.dipm.remove([other, near]), granularity=granularity).update(MODULE))
+        if kept:
+            close(found, expected([(left, right, 1.0), first], [("remove", 1.0, (1,))], granularity, "product"))
+        else:
+            assert float(found.norm()) == 0.0
+
+
 def test_opposite_directions_keep_the_nearer_end() -> None:
     own, opposite = adapters(part(1), part(1, scaling=-6.0))
     x = pools.dense(part(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -207,3 +208,29 @@ def test_which_backend_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_device_is_refused() -> None:
     with fl.use_backend("cpu"), pytest.raises(RuntimeError, match="a tensor is on meta, this backend needs the CPU"):
         backends.resolve("gram", TALL.to("meta"))
+
+
+def test_rules_name_backends_that_have_the_op() -> None:
+    for op, by_device in backends.RULES.items():
+        assert set(by_device) == {"cpu", "cuda"}
+        for device, names in by_device.items():
+            tables = [importlib.import_module(f"fastlora.backends.{name}").KERNELS for name in names]
+            assert set(names) <= set(backends.ORDER)
+            assert any(op in table for table in tables), f"nothing computes {op} on {device}"
+            assert "reference" not in names or device == "cpu", "the slow formulas run on a GPU when they are forced"
+    every = {op for name in backends.ORDER for op in importlib.import_module(f"fastlora.backends.{name}").KERNELS}
+    assert every == set(backends.RULES)
+
+
+def test_auto_goes_by_the_device() -> None:
+    assert backends.candidates("eigh", "cuda")[0] == "cuda"
+    assert backends.candidates("gram", "cuda")[0] == "triton"
+    assert backends.candidates("eigh", "cpu")[0] == "cpu"
+    with pytest.raises(RuntimeError, match=r"there are no kernels for tensors on meta: move them with `.to\('cpu'\)`"):
+        backends.resolve("gram", TALL.to("meta"))
+    assert backends.device_of() == backends.device_of([]) == "cpu"
+
+
+def test_tensors_on_different_devices() -> None:
+    with pytest.raises(ValueError, match=r"chain: tensors on different devices \(`left` on cpu, `right` on meta\)"):
+        fl.ops.chain(square(), RIGHT.to("meta"))

@@ -80,7 +80,20 @@ def test_results_are_rounded_once(backend: str, dtype: torch.dtype, rows: bool, 
                 # Half-precision results are summed in float32, others in float64.
                 slack = (2.0**-22 if dtype != torch.float32 else 2.0**-50) * size
                 assert (error <= half_ulp * (1 + 2**-12) + slack).all(), (n, ranks, width)
-            check_files(x, wanted, outs, rows, tmp_path / f"{n}")
+            if backend == "triton":
+                check_odd_addresses(x, wanted, outs, rows)
+            else:
+                check_files(x, wanted, outs, rows, tmp_path / f"{n}")
+
+
+def check_odd_addresses(
+    x: list[Tensor], wanted: list[tuple[int, list[CombineTerm]]], outs: list[Tensor], rows: bool
+) -> None:
+    """The same bits in memory, for a backend that leaves files to the CPU."""
+    again = [torch.full_like(out, torch.nan) for out in outs]
+    made = [CombineOutput.into(out, terms) for out, (_, terms) in zip(again, wanted, strict=True)]
+    run([CombineJob([at_odd_address(f) for f in x], made, rows)])
+    assert all(torch.equal(a, b) for a, b in zip(again, outs, strict=True))
 
 
 def check_files(
@@ -137,7 +150,7 @@ def test_every_half_survives(dtype: torch.dtype) -> None:
     assert torch.equal(out, every)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 def test_problems_name_the_output(backend: str, tmp_path: Path) -> None:
     x = gaussian(50, 4, seed=1)
     bad = x.clone()

@@ -26,4 +26,22 @@ int svd(const void* a, void* ut, void* s, void* vt, int32_t* info, int64_t batch
 int chain(const ChainArgs& args, void* workspace, void* stream);
 int chain_workspace(const ChainArgs& args, int64_t* bytes);
 
+// Arguments of the coefficients kernel: see csrc/cuda/coefficients.cuh.
+struct CoefficientArgs {
+    const double* projected;  // [g, k, k, r, r]: blocks i <= j
+    const double* other;      // [g, k, r, r]
+    const double* basis;      // [g, k, r, w]; those of the first `movers` are read
+    const double* scaling;    // [g, k]
+    const double* strength;   // [g, k]
+    double* H;                // [g, k, w, r]
+    double* norms;            // [g, k]
+    double* shared;           // [g, k]
+    double* removal;          // [g, k, movers, r, r], the last two with these strides:
+    double* mixing;           // [g, k, w, r], likewise
+    int64_t groups, k, r, w, movers;
+    int64_t removal_row, removal_column, mixing_row, mixing_column;
+};
+
+int coefficients(const CoefficientArgs& args, void* stream);
+
 }  // namespace fastlora::cuda

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora.adapter import Adapter, Update
+from fastlora.device import require_host
 from fastlora.engine import widest
 from fastlora.errors import InputError
 from fastlora.locate import check_name
@@ -193,6 +194,7 @@ def modulate(
     fl.modulate(toxic, fl.dipm.reverse(0.5))
     fl.modulate(model, [fl.dipm.shift(source, target, 0.3), fl.dipm.scale(0.8)], granularity="column", rank=16)
     """
+    require_host(adapter, "modulate")
     given = [operators] if isinstance(operators, Operator) else list(operators)
     return recombine(decouple(adapter, granularity, on).apply(*given), rank=rank, energy=energy)
 

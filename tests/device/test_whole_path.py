@@ -1,0 +1,16 @@
+"""The device's own kernels end to end, without a device; see ``whole_path.py``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_interpreted_and_emulated() -> None:
+    command = [sys.executable, str(Path(__file__).with_name("whole_path.py")), "emulated"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 3, done.stdout

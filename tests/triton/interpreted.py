@@ -1,0 +1,193 @@
+"""Tests of the Triton kernels alone: run by test_interpreted.py in a process with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+from builders import gaussian
+from torch import Tensor
+
+import fastlora as fl
+from fastlora.backends import triton
+from fastlora.backends.passes import CombineJob, CombineOutput, GramBlock, GramJob
+from fastlora.ops.gram import blocks_of
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def places(kind: str, k: int, r: int) -> list[GramBlock]:
+    return [(i, j, (i * k + j) * r * r) for i, j in blocks_of(kind, k)]
+
+
+def exact(x: list[Tensor], blocks: list[GramBlock], rows: bool) -> list[tuple[Tensor, Tensor]]:
+    """The blocks, and the sums of the sizes of their terms."""
+    columns = [(f.mT if rows else f).double() for f in x]
+    return [(columns[i].mT @ columns[j], columns[i].abs().mT @ columns[j].abs()) for i, j, _ in blocks]
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("kind", ["chain", "diagonal"])
+def test_units_and_tiles_of_tensor_cores(kind: str, rows: bool) -> None:
+    """More rows than a unit, more slabs than two groups, ranks that are no multiple of a slab: three kinds of tiles."""
+    n, ranks = 4096 + 1032, (16, 24, 8, 40, 32, 16, 16)
+    x = [gaussian(n, r, seed=i, dtype=torch.bfloat16) for i, r in enumerate(ranks)]
+    x = [f.mT.contiguous() for f in x] if rows else x
+    blocks = places(kind, len(ranks), max(ranks))
+    out = torch.full((len(ranks) ** 2 * max(ranks) ** 2,), torch.nan, dtype=torch.float64)
+    job = GramJob(x, blocks, rows, out, max(ranks))
+    plan = triton.gram_plan([job])
+    assert {launch.constants.get("VECTOR", 8) for launch in plan.launches} == {8}
+    plan.run()
+    for block, (wanted, size) in zip(blocks, exact(x, blocks, rows), strict=True):
+        assert ((job.block(block) - wanted).abs() <= 64 * 2.0**-24 * size).all(), block[:2]
+        assert block[0] != block[1] or torch.equal(job.block(block), job.block(block).mT)
+
+
+@pytest.mark.parametrize("three", [False, True])
+def test_bits_do_not_depend_on_the_tiles(three: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without programs of three products, in a small workspace, among other jobs, alone."""
+    monkeypatch.setattr(triton, "_forms_three", lambda device: three)
+    x = [gaussian(1100, 16, seed=i, dtype=torch.bfloat16) for i in range(6)]
+    blocks = places("full", 6, 16)
+    jobs = [GramJob(x, blocks, False, torch.zeros(6, 6, 16, 16, dtype=torch.float64), 16) for _ in range(2)]
+    triton.gram_plan(jobs).run()
+    pair = GramJob(x[4:], places("full", 2, 16), False, torch.zeros(2, 2, 16, 16, dtype=torch.float64), 16)
+    triton.gram_plan([pair]).run()
+    assert torch.equal(jobs[0].out, jobs[1].out)
+    assert torch.equal(pair.out[0, 1], jobs[0].out[4, 5])
+
+
+def test_blocks_in_any_order_and_place() -> None:
+    """The lower triangle, twice the same block, rows wider apart than the block."""
+    x = [gaussian(70, r, seed=r) for r in (5, 20)]
+    blocks: list[GramBlock] = [(1, 0, 3), (0, 0, 1000), (1, 0, 2000)]
+    out = torch.zeros(4000, dtype=torch.float64)
+    job = GramJob(x, blocks, False, out, 30, 7)
+    triton.gram_plan([job]).run()
+    for block, (wanted, _) in zip(blocks, exact(x, blocks, False), strict=True):
+        torch.testing.assert_close(job.block(block), wanted, rtol=1e-13, atol=1e-13)
+    assert int((out != 0).sum()) == 100 + 25 + 100
+
+
+def test_factors_of_several_dtypes() -> None:
+    dtypes = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+    x = [gaussian(1500, 3 + i, seed=i, dtype=d) for i, d in enumerate(dtypes)]
+    blocks = places("pairs", 4, 6)
+    job = GramJob(x, blocks, False, torch.zeros(4, 4, 6, 6, dtype=torch.float64), 6)
+    triton.gram_plan([job]).run()
+    for block, (wanted, size) in zip(blocks, exact(x, blocks, False), strict=True):
+        assert ((job.block(block) - wanted).abs() <= 1500 * 2.3e-16 * size).all()
+    c = [gaussian(f.shape[1], 4, seed=9, dtype=torch.float64) for f in x]
+    outs = [torch.full((1500, 4), torch.nan, dtype=d) for d in dtypes]
+    made = [CombineOutput.into(out, [(i, c[i], 0, 0.5) for i in range(4)]) for out in outs]
+    triton.combine_plan([CombineJob(x, made, False)]).run()
+    total = 0.5 * sum((f.double() @ m for f, m in zip(x, c, strict=True)), torch.zeros((), dtype=torch.float64))
+    for out in outs:
+        torch.testing.assert_close(out.double(), total, rtol=torch.finfo(out.dtype).eps, atol=1e-7)
+
+
+def test_plans_follow_the_contents() -> None:
+    """A plan is launched again on whatever its tensors hold by then."""
+    x = [gaussian(1040, 16, seed=i, dtype=torch.bfloat16) for i in range(2)]
+    c, out = gaussian(16, 16, seed=3, dtype=torch.float64), torch.zeros(1040, 16, dtype=torch.bfloat16)
+    job = GramJob(x, places("full", 2, 16), False, torch.zeros(2, 2, 16, 16, dtype=torch.float64), 16)
+    made = CombineJob(x, [CombineOutput.into(out, [(0, None, 0, 1.0), (1, c, 0, -0.5)])], False)
+    plans = triton.gram_plan([job]), triton.combine_plan([made])
+    for scale in (1.0, 3.0):
+        x[1].mul_(scale)
+        c.mul_(scale)
+        for plan in plans:
+            plan.run()
+        torch.testing.assert_close(job.out[0, 1], x[0].double().mT @ x[1].double(), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(out, (x[0].double() - 0.5 * x[1].double() @ c).bfloat16(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1e25, 1e-300])
+def test_extreme_coefficients_are_taken_in_float64(dtype: torch.dtype, scale: float) -> None:
+    x = gaussian(80, 20, seed=1, dtype=dtype)
+    c = gaussian(20, 18, seed=2, dtype=torch.float64)
+    out = torch.full((80, 18), torch.nan, dtype=dtype)
+    terms = [(0, c * scale, 0, 1 / scale), (0, c, 0, scale)]
+    triton.combine_plan([CombineJob([x], [CombineOutput.into(out, terms)], False)]).run()  # type: ignore[arg-type]
+    wanted = (x.double() @ c) * (1 + scale)
+    assert torch.equal(out.isinf(), wanted.to(dtype).isinf())
+    held = ~out.isinf()
+    half_ulp = torch.finfo(dtype).eps / 2 * wanted.abs() + torch.finfo(dtype).smallest_normal * 2.0**-11
+    assert ((out.double() - wanted).abs() <= half_ulp * (1 + 2**-12))[held].all()
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64], ids=str)
+def test_copies_keep_their_bits(dtype: torch.dtype, rows: bool) -> None:
+    x = gaussian(40, 24, seed=1, dtype=dtype)
+    x[3, :4] = torch.tensor([-0.0, 0.0, torch.inf, torch.finfo(dtype).tiny / 4])
+    out = torch.full_like(x, torch.nan)
+    triton.combine_plan([CombineJob([x], [CombineOutput.into(out, [(0, None, 0, 1.0)])], rows)]).run()
+    assert torch.equal(out.view(torch.uint8), x.view(torch.uint8))
+
+
+def test_float64_sums_are_rounded_once() -> None:
+    """Halfway cases that an ordinary float32 on the way would round twice."""
+    for dtype, bits in ((torch.bfloat16, 8), (torch.float16, 11)):
+        base = 1 + 2.0**-bits  # halfway between two values
+        x = torch.tensor([[base + 2.0**-40], [base - 2.0**-40], [base], [1 + 3 * 2.0**-bits], [-base - 2.0**-40]],
+                         dtype=torch.float64)  # fmt: skip
+        out = torch.full(x.shape, torch.nan, dtype=dtype)
+        triton.combine_plan([CombineJob([x], [CombineOutput.into(out, [(0, None, 0, 1.0)])], False)]).run()
+        up = 1 + 2.0 ** (1 - bits)
+        assert out.flatten().tolist() == [up, 1.0, 1.0, 1 + 2.0 ** (2 - bits), -up]
+
+
+def sparse(count: int, r: int, stride: int, dtype: torch.dtype) -> Tensor:
+    """``[count, r]`` with rows very far apart, in memory that is there only where it is touched."""
+    size = ((count - 1) * stride + r) * dtype.itemsize
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which the module does not name
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    flat = torch.frombuffer(memory, dtype=dtype)
+    return flat.as_strided((count, r), (stride, 1))
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+def test_offsets_beyond_32_bits(rows: bool) -> None:
+    """Elements 2^31 and 2^32 further on are found, on either side and in results."""
+    stride = 2**30 + 8
+    x = sparse(6, 8, stride, torch.bfloat16)
+    x.copy_(gaussian(6, 8, seed=1))
+    out = torch.zeros(8, 8, dtype=torch.float64)
+    r = 6 if rows else 8
+    job = GramJob([x], [(0, 0, 0)], rows, out, r)
+    triton.gram_plan([job]).run()
+    columns = (x.mT if rows else x).double()
+    torch.testing.assert_close(job.block((0, 0, 0)), columns.mT @ columns, rtol=1e-13, atol=1e-13)
+    made = sparse(6, 8, stride, torch.bfloat16)
+    c = 2 * torch.eye(r, dtype=torch.float64)
+    triton.combine_plan([CombineJob([x], [CombineOutput.into(made, [(0, c, 0, 1.0)])], rows)]).run()
+    assert torch.equal(made, 2 * x)
+
+
+def test_refusals() -> None:
+    x, out = gaussian(5, 4, seed=1), torch.zeros(5, 4)
+    with pytest.raises(ValueError, match="must have contiguous rows"):
+        triton.gram_plan([GramJob([x.mT], [(0, 0, 0)], False, torch.zeros(25, dtype=torch.float64), 5)])
+    to_file = CombineOutput((5, 4), torch.float32, [(0, None, 0, 1.0)], None, 1, 0)
+    with pytest.raises(ValueError, match="results that go to files are computed on the CPU"):
+        triton.combine_plan([CombineJob([x], [to_file], False)])
+    with pytest.raises(ValueError, match="a tensor is on meta, this backend needs the CPU"):
+        triton.combine_plan([CombineJob([x.to("meta")], [CombineOutput.into(out, [(0, None, 0, 1.0)])], False)])
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf])
+def test_finite(value: float) -> None:
+    x = gaussian(5, 4, seed=1, dtype=torch.bfloat16)
+    x[2, 3] = value
+    assert fl.backends.resolve("finite", x).launch(x) == (value == 0)
+    assert fl.backends.resolve("finite", x[:0]).launch(x[:0])
+
+
+def test_compiled_calls() -> None:
+    x, c = gaussian(2, 2, 9, 4, seed=1), gaussian(2, 2, 4, 3, seed=2, dtype=torch.float64)
+    for call in (lambda x: fl.ops.gram(x, blocks="chain"), lambda x: fl.ops.combine(x, c)):
+        assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))

@@ -1,0 +1,59 @@
+"""The Triton kernels compiled ahead of time, without a GPU: what they take, held against limits.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import execute
+
+HERE = Path(__file__).parent
+OLDEST = "3.6.0"
+
+
+def check(found: dict[str, Any]) -> None:
+    limits = json.loads((HERE / "limits.json").read_text())
+    kernels = found["kernels"]
+    assert len(kernels) >= 20
+    for name, row in kernels.items():
+        assert row["stack"] == row["LDL"] == row["STL"] == 0, f"{name} spills: {row}"
+        assert row["ATOM"] == row["RED"] == row["flushing"] == 0, f"{name}: {row}"
+        for resource in ("registers", "shared"):
+            assert row[resource] <= limits[name][resource], f"{name} takes {row[resource]} {resource}"
+        if "half" in name:
+            wanted = "HGMMA" if name.startswith("sm_90") else "HMMA"
+            assert row[wanted] > 0, f"{name} has no tensor-core instructions: {row}"
+            if "elements" not in name and "bytes" not in name:
+                assert row["LDG.E.128 or LDGSTS"] > 0, f"{name} loads no vectors: {row}"
+        if "exact" in name:
+            assert row["DFMA"] > 0, f"{name}: {row}"
+        if name.startswith("sm_90 half_sums") and name.endswith("bf16"):
+            assert row["LDGSTS"] > 0, f"{name} has no tiles on their way while it computes: {row}"
+
+
+def test_this_version() -> None:
+    check(json.loads(execute(HERE / "compile.py")))
+
+
+def test_the_oldest_version(oldest_triton: Path) -> None:
+    found = json.loads(execute(HERE / "compile.py", "--triton", oldest_triton))
+    assert found["version"] == OLDEST
+    check(found)
+
+
+@pytest.mark.parametrize(("name", "column", "message"), [
+    ("sm_90 half_sums B LL bf16", "LDL", "spills"),
+    ("sm_90 half_sums B LL bf16", "ATOM", "'ATOM': 1000"),
+    ("sm_90 half_sums B LL bf16", "registers", "takes 1000 registers"),
+])  # fmt: skip
+def test_what_is_over_its_limit_is_named(name: str, column: str, message: str) -> None:
+    limits = json.loads((HERE / "limits.json").read_text())
+    columns = ("stack", "flushing", "LDL", "STL", "ATOM", "RED")
+    used = dict.fromkeys(("HMMA", "HGMMA", "DFMA", "LDGSTS", "LDG.E.128 or LDGSTS"), 1) | dict.fromkeys(columns, 0)
+    rows = {n: {**limits[n], **used} for n in limits}
+    check({"kernels": rows})
+    rows[name][column] = 1000
+    with pytest.raises(AssertionError, match=message):
+        check({"kernels": rows})

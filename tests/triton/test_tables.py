@@ -1,0 +1,113 @@
+"""The tables that launches are made of: no address, row or place is cut to 32 bits, every row is summed once."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from fastlora.backends import combine_tables, gram_tables
+from fastlora.backends.tables import Matrix, Sections
+
+BF16, FP32 = 3, 0
+FAR = 2**47 - 2**20  # near the end of the address space
+TILES = combine_tables.Tiles(((256, 16), (128, 32), (128, 64)), {False: (64, 16), True: (64, 32)}, (128, 16))
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+def test_far_addresses_of_slabs_and_blocks(rows: bool) -> None:
+    stride = 2**34
+    factors = tuple(Matrix(FAR + 2**20 * i, 5000, 40, stride, BF16) for i in range(2))
+    job = gram_tables.Job(factors, [(0, 1, 2**35), (1, 1, 0)], rows, FAR, 2**33)
+    (chunk,) = gram_tables.chunks([job], True)
+    assert chunk.slabs.dtype == chunk.blocks.dtype == np.int64
+    step = stride if rows else 1
+    for (address, own, width, code), (i, c) in zip(
+        chunk.slabs.tolist(), itertools.product(range(2), (0, 16, 32)), strict=False
+    ):
+        assert (address, own, code) == (FAR + 2**20 * i + 2 * c * step, stride, BF16)
+        assert width == min(16, 40 - c)
+    wanted = {FAR + 8 * (o + 16 * a * 2**33 + 16 * b) for o in (0, 2**35) for a in range(3) for b in range(3)}
+    assert set(chunk.blocks[:, 6].tolist()) == wanted and len(chunk.blocks) == 18
+
+
+def test_rows_and_places_beyond_32_bits() -> None:
+    n = 2**32 + 5
+    job = gram_tables.Job((Matrix(FAR, n, 16, 16, FP32),), [(0, 0, 0)], False, FAR, 16)
+    (chunk,) = gram_tables.chunks([job] * 9, True, workspace=2**40)
+    pairs = chunk.sums[None]
+    assert int(pairs[:, 3].max()) == n and int((pairs[:, 3] - pairs[:, 2]).sum()) == 9 * n
+    places = np.sort(pairs[:, 4])
+    assert int(places[-1]) > 2**31 and (np.diff(places) == 256).all() and chunk.size == len(places) * 256
+    assert np.array_equal(np.sort(chunk.blocks[:, 0]), np.arange(9) * (len(places) // 9) * 256)
+
+
+@pytest.mark.parametrize("triple", [False, True])
+@pytest.mark.parametrize("ranks", [(16,) * 8, (40, 8, 24), (16,), (64, 64, 64), (3, 100)])
+def test_every_wanted_pair_is_formed_once(ranks: tuple[int, ...], triple: bool) -> None:
+    blocks = [(i, j, (i * 8 + j) * 2**14) for i in range(len(ranks)) for j in range(i, len(ranks))]
+    factors = tuple(Matrix(FAR, 9000, r, r, BF16) for r in ranks)
+    job = gram_tables.Job(factors, blocks, False, FAR, 128)
+    (chunk,) = gram_tables.chunks([job], triple)
+    formed: dict[int, int] = {}
+    for products, tiles in chunk.sums.items():
+        assert products is not None
+        for left, right, first, last, place, wanted in tiles.tolist():
+            assert first % gram_tables.UNIT == 0 and first < last <= 9000
+            for p, (one, two) in enumerate(((left, left), (left, right), (right, right))):
+                for bit in range(16):
+                    if wanted >> (16 * p + bit) & 1:
+                        assert products[p] and one + bit // 4 <= two + bit % 4
+                        at = place + 4096 * p + bit // 4 * 16 * 64 + bit % 4 * 16
+                        assert 0 <= at < chunk.size and at not in formed
+                        formed[at] = last - first
+    for row in chunk.blocks.tolist():
+        assert sum(formed[row[0] + u * row[1]] for u in range(row[2])) == 9000
+        assert sum(formed[row[10] + u * row[13]] for u in range(row[2])) == 9000
+
+
+def test_chunks_keep_to_the_workspace() -> None:
+    job = gram_tables.Job((Matrix(FAR, 5000, 16, 16, BF16),) * 2, [(0, 1, 0)], False, FAR, 16)
+    whole = list(gram_tables.chunks([job] * 10, True))
+    parts = list(gram_tables.chunks([job] * 10, True, workspace=3 * whole[0].size // 10))
+    assert len(whole) == 1 and len(parts) == 4
+    assert max(c.size for c in parts) <= 3 * whole[0].size // 10
+    assert sum(len(c.blocks) for c in parts) == len(whole[0].blocks)
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+def test_tiles_cover_far_results_once(rows: bool) -> None:
+    out = Matrix(FAR, 1000, 40, 2**36, BF16)
+    factor = Matrix(FAR - 2**21, 1000, 16, 2**35, BF16)
+    terms = (combine_tables.Term(factor, FAR - 2**30, 2**34, 40, 0, -0.5),)
+    results = [combine_tables.Result(out, terms, rows), combine_tables.Result(out._replace(width=10), terms, rows)]
+    batches = list(combine_tables.batches([results], TILES))
+    covered = np.zeros((2, 1000, 64), dtype=int)
+    for batch in batches:
+        assert batch.results[0, 2] == FAR and batch.results[0, 3] == 2**36
+        assert batch.terms[0, :7].tolist() == [FAR - 2**21, 2**35, 16, BF16, FAR - 2**30, 2**34, 40]
+        assert batch.terms[0, 8:].view(np.float64)[0] == -0.5
+        for result, column, first, last in batch.tiles.tolist():
+            which = 0 if batch.results[result, 4] == 40 else 1
+            covered[which, first:last, column : column + batch.kind.wide] += 1
+    assert (covered[0, :, :40] == 1).all() and (covered[1, :, :10] == 1).all()
+
+
+@pytest.mark.parametrize(("matrix", "rows", "vector"), [
+    (Matrix(4096, 100, 16, 16, BF16), False, 8), (Matrix(4096, 100, 4, 4, BF16), False, 4),
+    (Matrix(4104, 100, 16, 16, BF16), False, 4), (Matrix(4098, 100, 16, 16, BF16), False, 1),
+    (Matrix(4096, 100, 16, 17, BF16), False, 1), (Matrix(4096, 100, 17, 24, BF16), False, 1),
+    (Matrix(4096, 100, 17, 104, BF16), True, 4), (Matrix(4096, 99, 16, 104, BF16), True, 1),
+])  # fmt: skip
+def test_vector_loads_need_whole_vectors(matrix: Matrix, rows: bool, vector: int) -> None:
+    assert matrix.vector(rows) == vector
+
+
+def test_sections_begin_at_16_bytes() -> None:
+    sections = Sections()
+    places = [sections.add(np.arange(n)) for n in (3, 0, 2, 5)]
+    buffer = sections.to(torch.device("cpu"))
+    assert [p.start % 2 for p in places] == [0] * 4
+    assert [buffer[p].tolist() for p in places] == [[0, 1, 2], [], [0, 1], [0, 1, 2, 3, 4]]
