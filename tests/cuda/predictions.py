@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "gpu_kernels.md"
-MARK = "<!-- predictions -->\n"
+BEGIN, END = "<!-- predictions -->\n\n", "\n<!-- end of predictions -->\n"
 LIMITS = json.loads(Path(__file__).with_name("resources.json").read_text())["sm_90"]
 
 # H100 SXM.
@@ -129,6 +129,10 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_in_document() -> str:
+    return DOCUMENT.read_text().partition(BEGIN)[2].partition(END)[0]
+
+
 if __name__ == "__main__":
-    head, _, _ = DOCUMENT.read_text().partition(MARK)
-    DOCUMENT.write_text(head + MARK + "\n" + table())
+    head, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    DOCUMENT.write_text(head + BEGIN + table() + END + rest.partition(END)[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import emulation
@@ -30,6 +31,10 @@ def test_what_the_emulator_finds(emulator: Any, sample: str, found: str, schedul
     emulator.set_schedule(schedule)
     failure = emulator.run_sample(sample)
     assert found in failure and bool(found) == bool(failure), failure
+
+
+def test_undefined_behaviour_is_looked_for(emulator: Any) -> None:
+    assert b"__ubsan_handle" in Path(emulator.__file__).read_bytes()
 
 
 def test_launcher_and_binding(emulator: Any) -> None:
