@@ -27,7 +27,9 @@ import triton.language as tl
 from tritonkernels.launch import INTERPRETED, Launch
 from tritonkernels.values import DTYPES, EMULATED, load_double, load_values, single
 
-TILE_COLUMNS = tl.constexpr(4)  # of `tiles`: result, first column, first row, last row
+TILE_COLUMNS = tl.constexpr(9)
+"""Of `tiles`: result, first column, first row, last row; address, stride, width, first term and terms of the result, so
+that a program need not wait for another table."""
 RESULT_COLUMNS = tl.constexpr(6)  # of `results`: first term, terms, address, stride, width, rows
 TERM_COLUMNS = tl.constexpr(9)
 """Of `terms`: address, stride, width and dtype code of X; address, stride and width of C (address 0: identity); at;
@@ -52,16 +54,24 @@ def _places(stride, o_row, o_column, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _coefficients(p_term, o_row, o_column, width_x, ROWS: tl.constexpr):
+def _coefficients(address, stride, width, scale, o_row, o_column, width_x, ROWS: tl.constexpr):
     """``scale · C`` in float64, ``[rows of C, columns of C]``; zeros outside."""
-    address, stride, width = tl.load(p_term + 4), tl.load(p_term + 5), tl.load(p_term + 6)
-    scale = tl.load(p_term + 8).to(tl.float64, bitcast=True)
     if ROWS:
         offsets = (o_column * stride)[None, :] + o_row[:, None]
     else:
         offsets = (o_row * stride)[:, None] + o_column[None, :]
     mask = (o_row < width_x)[:, None] & ((o_column >= 0) & (o_column < width))[None, :]
     return tl.load(address.to(tl.pointer_type(tl.float64)) + offsets, mask=mask, other=0.0) * scale
+
+
+@triton.jit
+def _term(p_term, is_there):
+    """A row of `terms`, without the dtype code; zeros where there is none."""
+    address_x, stride_x = tl.load(p_term, mask=is_there, other=0), tl.load(p_term + 1, mask=is_there, other=0)
+    width_x, address_c = tl.load(p_term + 2, mask=is_there, other=0), tl.load(p_term + 4, mask=is_there, other=0)
+    stride_c, width_c = tl.load(p_term + 5, mask=is_there, other=0), tl.load(p_term + 6, mask=is_there, other=0)
+    at, scale = tl.load(p_term + 7, mask=is_there, other=0), tl.load(p_term + 8, mask=is_there, other=0)
+    return address_x, stride_x, width_x, address_c, stride_c, width_c, at, scale
 
 
 @triton.jit
@@ -147,8 +157,7 @@ def _rounded(x, OUT: tl.constexpr):
 
 @triton.jit
 def half_results(
-    tiles,  # int64 [programs, 4]
-    results,  # int64 [results, 6]
+    tiles,  # int64 [programs, 9]
     terms,  # int64 [terms, 9]
     ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -160,11 +169,10 @@ def half_results(
     INNER: tl.constexpr,  # columns of X in a product
 ):
     p_tile = tiles + tl.program_id(0).to(tl.int64) * TILE_COLUMNS
-    p_result = results + tl.load(p_tile) * RESULT_COLUMNS
     first_column = tl.multiple_of(tl.load(p_tile + 1), WIDE)
     first_row, last_row = tl.multiple_of(tl.load(p_tile + 2), TALL), tl.multiple_of(tl.load(p_tile + 3), VECTOR)
-    first, count = tl.load(p_result), tl.load(p_result + 1).to(tl.int32)
-    address, stride, width = tl.load(p_result + 2), tl.load(p_result + 3), tl.load(p_result + 4)
+    address, stride, width = tl.load(p_tile + 4), tl.load(p_tile + 5), tl.load(p_tile + 6)
+    p_term, count = terms + tl.load(p_tile + 7) * TERM_COLUMNS, tl.load(p_tile + 8).to(tl.int32)
     stride = tl.multiple_of(stride, VECTOR)
     o_row, o_column = first_row + tl.arange(0, TALL), first_column + tl.arange(0, WIDE)
     m_row = o_row < last_row
@@ -172,28 +180,33 @@ def half_results(
         m_row = tl.max_constancy(m_row, VECTOR)
 
     sums = tl.zeros((TALL, WIDE), tl.float32)
+    # The next term's row is on its way while this term is computed.
+    address_x, stride_x, width_x, address_c, stride_c, width_c, at, bits = _term(p_term, count > 0)
     for i in range(0, count):
-        p_term = terms + (first + i) * TERM_COLUMNS
-        address_x, stride_x, width_x = tl.load(p_term), tl.load(p_term + 1), tl.load(p_term + 2)
-        stride_x = tl.multiple_of(stride_x, VECTOR)
-        at = tl.multiple_of(tl.load(p_term + 7), VECTOR)
-        if tl.load(p_term + 4) == 0:
-            scale = tl.load(p_term + 8).to(tl.float64, bitcast=True).to(tl.float32)
-            o_own = o_column - at
+        p_term += TERM_COLUMNS
+        address_n, stride_n, width_n, c_n, stride_c_n, width_c_n, at_n, bits_n = _term(p_term, i + 1 < count)
+        # Multiples, as the host has seen to; written so that the compiler sees it too.
+        stride_v = stride_x // VECTOR * VECTOR
+        at_v = at if ROWS else at // VECTOR * VECTOR
+        scale = bits.to(tl.float64, bitcast=True)
+        if address_c == 0:
+            o_own = o_column - at_v
             m_own = (o_own >= 0) & (o_own < width_x)
             if VECTOR > 1 and not ROWS:
                 m_own = tl.max_constancy(m_own, VECTOR)
-            part = _load_x(address_x, stride_x, o_row, o_own, m_row, m_own, ROWS, DTYPE, BYTES, VECTOR)
-            sums = _add_identity(sums, single(part) * scale, m_own[None, :])
+            part = _load_x(address_x, stride_v, o_row, o_own, m_row, m_own, ROWS, DTYPE, BYTES, VECTOR)
+            sums = _add_identity(sums, single(part) * scale.to(tl.float32), m_own[None, :])
         else:
             for start in range(0, width_x.to(tl.int32), INNER):
                 o_inner = start + tl.arange(0, INNER).to(tl.int64)
                 m_inner = o_inner < width_x
                 if VECTOR > 1 and not ROWS:
                     m_inner = tl.max_constancy(m_inner, VECTOR)
-                x = _load_x(address_x, stride_x, o_row, o_inner, m_row, m_inner, ROWS, DTYPE, BYTES, VECTOR)
-                c = _coefficients(p_term, o_inner, o_column - at, width_x, ROWS).to(tl.float32)
-                sums = _add_product(sums, x, c, DTYPE)
+                x = _load_x(address_x, stride_v, o_row, o_inner, m_row, m_inner, ROWS, DTYPE, BYTES, VECTOR)
+                c = _coefficients(address_c, stride_c, width_c, scale, o_inner, o_column - at, width_x, ROWS)
+                sums = _add_product(sums, x, c.to(tl.float32), DTYPE)
+        address_x, stride_x, width_x, address_c = address_n, stride_n, width_n, c_n
+        stride_c, width_c, at, bits = stride_c_n, width_c_n, at_n, bits_n
 
     m_column = o_column < width
     if VECTOR > 1 and not ROWS:
@@ -251,7 +264,7 @@ def _exact_tile(
 
 @triton.jit
 def exact_results(
-    tiles,  # int64 [programs, 4]
+    tiles,  # int64 [programs, 9]
     results,  # int64 [results, 6]
     terms,  # int64 [terms, 9]
     ROWS: tl.constexpr,
@@ -292,14 +305,16 @@ def extreme_results(
     for i in range(0, count):
         p_term = terms + (first + i) * TERM_COLUMNS
         width_x, width_c = tl.load(p_term + 2), tl.load(p_term + 6)
+        scale = tl.load(p_term + 8).to(tl.float64, bitcast=True)
         if tl.load(p_term + 4) == 0:
-            extreme += _is_extreme(tl.load(p_term + 8).to(tl.float64, bitcast=True)).to(tl.int32)
+            extreme += _is_extreme(scale).to(tl.int32)
         else:
             for start in range(0, width_x.to(tl.int32), 16):
                 for column in range(0, width_c.to(tl.int32), 16):
                     o_row = start + tl.arange(0, 16).to(tl.int64)
                     o_column = column + tl.arange(0, 16).to(tl.int64)
-                    c = _coefficients(p_term, o_row, o_column, width_x, ROWS)
+                    address_c, stride_c = tl.load(p_term + 4), tl.load(p_term + 5)
+                    c = _coefficients(address_c, stride_c, width_c, scale, o_row, o_column, width_x, ROWS)
                     extreme += tl.sum(tl.sum(_is_extreme(c).to(tl.int32), 1), 0)
     if extreme > 0:
         width, rows = tl.load(p_result + 4), tl.load(p_result + 5)
@@ -312,12 +327,12 @@ def extreme_results(
 
 
 def half_results_launch(
-    programs: int, tiles: object, results: object, terms: object, *,
+    programs: int, tiles: object, terms: object, *,
     rows: bool, code: int, out: int, odd: bool, vector: int, tall: int, wide: int,
 ) -> Launch:  # fmt: skip
     constants = {"ROWS": rows, "DTYPE": DTYPES[code], "OUT": DTYPES[out], "BYTES": odd, "VECTOR": vector}
     constants |= {"TALL": tall, "WIDE": wide, "INNER": INNER}
-    return Launch(half_results, programs, (tiles, results, terms), constants, 4, 1)
+    return Launch(half_results, programs, (tiles, terms), constants, 4, 1)
 
 
 def _exact_constants(rows: bool, code: int | None, out: int, odd: bool) -> dict[str, object]:

@@ -132,11 +132,13 @@ class _Filling:
         n = self.results[results[0]][5]
         columns = [(r, c) for r in results for c in range(0, self.results[r][4], self.kind.wide)]
         first = np.arange(0, n, self.kind.tall, dtype=np.int64)
-        tiles = np.empty((len(first), len(columns), 4), dtype=np.int64)
+        tiles = np.empty((len(first), len(columns), 9), dtype=np.int64)
         tiles[:, :, :2] = table(columns, 2)
         tiles[:, :, 2] = first[:, None]
         tiles[:, :, 3] = np.minimum(first + self.kind.tall, n)[:, None]
-        self.tiles.append(tiles.reshape(-1, 4))
+        own = table([self.results[r] for r, _ in columns], 6)
+        tiles[:, :, 4:] = own[:, [2, 3, 4, 0, 1]]
+        self.tiles.append(tiles.reshape(-1, 9))
 
     def batch(self) -> Batch:
         terms = table(self.terms, 9)

@@ -175,7 +175,7 @@ def combine_plan(jobs: Sequence[CombineJob]) -> Plan:
             launches.append(combine.exact_results_launch(len(batch.tiles), tiles, *tables, **common))
             continue
         launches.append(
-            combine.half_results_launch(len(batch.tiles), tiles, *tables, vector=vector, tall=tall, wide=wide, **common)
+            combine.half_results_launch(len(batch.tiles), tiles, terms, vector=vector, tall=tall, wide=wide, **common)
         )
         if len(batch.chosen):
             launches.append(combine.extreme_results_launch(len(batch.chosen), chosen, *tables, **common))

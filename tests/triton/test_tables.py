@@ -89,7 +89,8 @@ def test_tiles_cover_far_results_once(rows: bool) -> None:
         assert batch.results[0, 2] == FAR and batch.results[0, 3] == 2**36
         assert batch.terms[0, :7].tolist() == [FAR - 2**21, 2**35, 16, BF16, FAR - 2**30, 2**34, 40]
         assert batch.terms[0, 8:].view(np.float64)[0] == -0.5
-        for result, column, first, last in batch.tiles.tolist():
+        for result, column, first, last, address, stride, *_, count in batch.tiles.tolist():
+            assert (address, stride, count) == (FAR, 2**36, 1)
             which = 0 if batch.results[result, 4] == 40 else 1
             covered[which, first:last, column : column + batch.kind.wide] += 1
     assert (covered[0, :, :40] == 1).all() and (covered[1, :, :10] == 1).all()
