@@ -133,6 +133,7 @@ def decouple(adapter: Adapter, granularity: str = "column", on: str = "product")
             (product).
     """
     require_adapters("decouple", adapter)
+    require_host(adapter, "modulate")
     if granularity not in GRANULARITIES:
         raise InputError(f"granularity={granularity!r} does not exist: use one of {', '.join(GRANULARITIES)}")
     if on not in SIDES:
@@ -194,7 +195,6 @@ def modulate(
     fl.modulate(toxic, fl.dipm.reverse(0.5))
     fl.modulate(model, [fl.dipm.shift(source, target, 0.3), fl.dipm.scale(0.8)], granularity="column", rank=16)
     """
-    require_host(adapter, "modulate")
     given = [operators] if isinstance(operators, Operator) else list(operators)
     return recombine(decouple(adapter, granularity, on).apply(*given), rank=rank, energy=energy)
 
