@@ -34,6 +34,7 @@ RESULT_COLUMNS = tl.constexpr(6)  # of `results`: first term, terms, address, st
 TERM_COLUMNS = tl.constexpr(9)
 """Of `terms`: address, stride, width and dtype code of X; address, stride and width of C (address 0: identity); at;
 bits of the scale."""
+FLOAT16 = 2  # dtype code
 INNER = 16  # columns of X in a product of half_results; sums are made in this order whatever the tile
 HALF_TILES = {16: 256, 32: 128, 64: 128}
 """Rows of a tile of half_results, by its columns."""
@@ -332,7 +333,8 @@ def half_results_launch(
 ) -> Launch:  # fmt: skip
     constants = {"ROWS": rows, "DTYPE": DTYPES[code], "OUT": DTYPES[out], "BYTES": odd, "VECTOR": vector}
     constants |= {"TALL": tall, "WIDE": wide, "INNER": INNER}
-    return Launch(half_results, programs, (tiles, terms), constants, 4, 1)
+    # TF32 pieces take twice the registers of bfloat16 ones: with four warps a tall tile of them spills on sm_80.
+    return Launch(half_results, programs, (tiles, terms), constants, 8 if code == FLOAT16 and tall == 256 else 4, 1)
 
 
 def _exact_constants(rows: bool, code: int | None, out: int, odd: bool) -> dict[str, object]:
