@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,20 +26,24 @@ _device = "cuda"
 # As in csrc/cuda/eigh.cuh and svd_block.cuh.
 LARGEST = 256  # of n in eigh, of min(p, q) in svd
 LONGEST = 4096  # of max(p, q) in svd
-
-
 LARGEST_RANK, LARGEST_MEAN = 256, 512  # r, and k·r for the mean, in chain, as in csrc/cuda/chain_layout.h
 
 
 def unavailable() -> str | None:
     if _module is not None:
-        return None
+        return _without_device() if _device == "cuda" else None
     if _core is None:
         return "the compiled module fastlora._core cannot be imported; the cpu backend says why"
     return (
         "this build has no CUDA kernels (built without nvcc, or with FASTLORA_CUDA=OFF): build it again where nvcc is "
         "on the PATH, or use the cpu backend"
     )
+
+
+@functools.cache
+def _without_device() -> str | None:
+    count, reason = _module.cuda_device_count()
+    return None if count else f"there is no CUDA device that can be used ({reason}); use the cpu backend"
 
 
 def _elsewhere(tensor: Tensor) -> str | None:

