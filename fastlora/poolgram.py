@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastlora.adapter import Adapter, Side, Update
-from fastlora.engine import check_diagonal, chunks, gram_blocks, sources
+from fastlora.engine import check_diagonal, chunks, sources
 from fastlora.errors import InputError
+from fastlora.gramblocks import gram_blocks
 from fastlora.gramcache import GramCache, use_cache
 from fastlora.memory import release
 from fastlora.methods.spectrum import factor

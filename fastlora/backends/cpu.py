@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlora.backends import Kernel, padded
 from fastlora.backends.padded import aligned
 from fastlora.backends.passes import CombineJob, GramJob, WriteProblem
-from fastlora.ops.chain import CHAINS, width
+from fastlora.ops.chain import CHAINS, results, width
 from fastlora.reference.coefficients import coefficients
 
 try:
@@ -205,19 +205,15 @@ def _chain(
     rank: int,
     energy: float,
 ) -> tuple[Tensor, ...]:
-    *batch, k, _, r, _ = left.shape
-    w = width(kind, k, r)
+    *_, k, _, r, _ = left.shape
     left, right = aligned(left), aligned(right)
-    floor = torch.zeros((*batch, k), dtype=torch.float64) if floor is None else aligned(floor)
-    basis = torch.zeros((*batch, k, r, w), dtype=torch.float64)
-    values = torch.zeros((*batch, w), dtype=torch.complex128)
-    shared, kept = torch.zeros(batch, dtype=torch.int64), torch.zeros((*batch, k), dtype=torch.int64)
-    sigma, info = torch.zeros((*batch, k, r), dtype=torch.float64), torch.zeros(batch, dtype=torch.int32)
-    tensors = (left, right, floor, basis, values, shared, kept, sigma, info)
-    if r > 0:
-        sizes = info.numel(), k, r, w, CHAINS.index(kind)
-        _core.chain(*(t.data_ptr() for t in tensors), *sizes, threshold, rtol, rank, energy, torch.get_num_threads())
-    return basis, values, shared, kept, sigma, info
+    floor = left.new_zeros(left.shape[:-3]) if floor is None else aligned(floor)
+    out = results(left, kind)
+    if left.numel():
+        sizes = out.info.numel(), k, r, width(kind, k, r), CHAINS.index(kind)
+        addresses = (t.data_ptr() for t in (left, right, floor, *out))
+        _core.chain(*addresses, *sizes, threshold, rtol, rank, energy, torch.get_num_threads())
+    return tuple(out)
 
 
 KERNELS: Mapping[str, Kernel] = {

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import Kernel
-from fastlora.ops.chain import CHAINS, Chain, width
+from fastlora.backends.padded import aligned
+from fastlora.ops.chain import CHAINS, Chain, results, width
 from fastlora.reference.coefficients import Coefficients
 
 try:
@@ -52,12 +53,6 @@ def _elsewhere(tensor: Tensor) -> str | None:
     return f"a tensor is on {tensor.device}, this backend needs a CUDA device; move it there or use the cpu backend"
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """The tensor without gaps, at an address that its elements may have."""
-    x = x.contiguous()
-    return x if x.data_ptr() % x.element_size() == 0 else x.clone()
-
-
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
@@ -86,7 +81,7 @@ def _supports_eigh(a: Tensor) -> str | None:
 
 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    a = _aligned(a)
+    a = aligned(a)
     values, vectors = _empty(a, a.shape[:-1]), _empty(a, a.shape)
     info = torch.zeros(a.shape[:-2], dtype=torch.int32, device=a.device)
     _launch(
@@ -107,7 +102,7 @@ def _supports_svd(a: Tensor) -> str | None:
 
 
 def _svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a = _aligned(a)
+    a = aligned(a)
     *batch, p, q = a.shape
     m = min(p, q)
     ut, s, vt = (_empty(a, (*batch, *shape)) for shape in ((m, p), (m,), (m, q)))
@@ -190,20 +185,9 @@ def _chain(
     rank: int,
     energy: float,
 ) -> tuple[Tensor, ...]:
-    *batch, k, _, r, _ = left.shape
-    w = width(kind, k, r)
-    left, right = _aligned(left), _aligned(right)
-    floor = left.new_zeros((*batch, k)) if floor is None else _aligned(floor)
-    # The kernel writes every element, unless there is nothing to launch.
-    new = left.new_empty if left.numel() else left.new_zeros
-    out = Chain(
-        basis=new((*batch, k, r, w)),
-        values=new((*batch, w), dtype=torch.complex128),
-        shared=new(batch, dtype=torch.int64),
-        kept=new((*batch, k), dtype=torch.int64),
-        sigma=new((*batch, k, r)),
-        info=new(batch, dtype=torch.int32),
-    )
+    left, right = aligned(left), aligned(right)
+    floor = left.new_zeros(left.shape[:-3]) if floor is None else aligned(floor)
+    out = results(left, kind)
     ChainPlan(left, right, floor, threshold, kind, rtol, rank, energy, out).run()
     return tuple(out)
 

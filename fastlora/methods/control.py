@@ -12,8 +12,8 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.adapter import Adapter, Update
 from fastlora.decomposition import Decomposition
-from fastlora.engine import gram_blocks
 from fastlora.errors import InputError
+from fastlora.gramblocks import gram_blocks
 from fastlora.methods.devec import Components, ModuleResult
 from fastlora.poolgram import PairBlocks, PoolGram, pair_blocks
 

@@ -21,12 +21,11 @@ from fastlora.engine import (
     CHUNK_BYTES,
     check_diagonal,
     chunks,
-    gram_blocks,
-    gram_diagonal,
     sources,
     widest,
     with_rank_zero,
 )
+from fastlora.gramblocks import gram_blocks, gram_diagonal
 from fastlora.memory import is_bounded, release
 from fastlora.methods.arithmetic import common_base
 from fastlora.methods.spectrum import default_rtol, factor, raise_for_info, sides, unscaled_floor

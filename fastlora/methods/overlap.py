@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.engine import gram_blocks
+from fastlora.gramblocks import gram_blocks
 from fastlora.methods.devec import Blocks, module_parts, read_blocks
 from fastlora.methods.spectrum import raise_for_info
 from fastlora.ops.gram import blocks_of

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.adapter import Factor, Side, Update
-from fastlora.engine import check_diagonal, chunks, gram_blocks
+from fastlora.engine import check_diagonal, chunks
 from fastlora.errors import InputError
+from fastlora.gramblocks import gram_blocks
 from fastlora.progress import track
 
 # The least relative size of a singular value that is a direction and not rounding; MATH section 2.

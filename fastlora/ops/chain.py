@@ -59,17 +59,24 @@ def _check(
     check_cuts(threshold, kind, rtol, rank, energy)
 
 
-def _empty(left: Tensor, right: Tensor, floor: Tensor | None, threshold: float, kind: str, *cuts: float) -> Outputs:
+def results(left: Tensor, kind: str) -> Chain:
+    """Memory for what a kernel gives, which writes every element; zeros where there is nothing to compute from."""
     *batch, k, _, r, _ = left.shape
     w = width(kind, k, r)
-    return (
-        left.new_empty((*batch, k, r, w)),
-        left.new_empty((*batch, w), dtype=torch.complex128),
-        left.new_empty(batch, dtype=torch.int64),
-        left.new_empty((*batch, k), dtype=torch.int64),
-        left.new_empty((*batch, k, r)),
-        left.new_empty(batch, dtype=torch.int32),
+    new = left.new_empty if left.numel() else left.new_zeros
+    return Chain(
+        basis=new((*batch, k, r, w)),
+        values=new((*batch, w), dtype=torch.complex128),
+        shared=new(batch, dtype=torch.int64),
+        kept=new((*batch, k), dtype=torch.int64),
+        sigma=new((*batch, k, r)),
+        info=new(batch, dtype=torch.int32),
     )
+
+
+def _empty(left: Tensor, right: Tensor, floor: Tensor | None, threshold: float, kind: str, *cuts: float) -> Outputs:
+    basis, values, shared, kept, sigma, info = results(left, kind)
+    return basis, values, shared, kept, sigma, info
 
 
 def check_cuts(threshold: float, kind: str, rtol: float, rank: int, energy: float) -> None:

@@ -400,6 +400,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         replaced(f"{Q}.base_layer.lora_A.weight", torch.zeros(4, 16)),
         "target_parameters.*names none",
     ),
+    "a factor of no module": (replaced("lora_A.weight", torch.zeros(4, 16)), "unknown kind: 'lora_A.weight'"),
     "multi-head attention": (
         replaced("attn.base_layer.out_proj.lora_A.weight", torch.zeros(4, 16)),
         "MultiheadAttention",

@@ -25,6 +25,7 @@ from fastlora.formats import load
 from fastlora.formats.patterns import Patterns
 from fastlora.formats.peft_config import exact_pattern
 from fastlora.formats.peft_write import exclude_pattern, write
+from fastlora.formats.tensors import TensorFile
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -218,6 +219,14 @@ def test_a_full_disk_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.Mo
     # The compiled writer is met by a disk that is really full in tests/cli; this is the one that can be replaced.
     with use_backend("reference"), pytest.raises(OutputError, match=r"could not be written: the disk is full"):
         write(tmp_path / "a", adapter_of(factors), factors, torch.float32)
+
+
+def test_the_first_tensor_is_on_a_page_and_the_file_has_its_room(tmp_path: Path) -> None:
+    outlines = {"a": torch.empty(1 << 20, dtype=torch.uint8, device="meta")}
+    file = TensorFile(tmp_path / "x.safetensors", outlines, {})
+    status = (tmp_path / "x.safetensors").stat()
+    assert file.offset("a") % 4096 == 0 and status.st_size == file.offset("a") + (1 << 20)
+    assert 512 * status.st_blocks >= status.st_size
 
 
 MODULE_NAMES = ["layers.1.x", "layers.11.x", "a.layers.1.x", "layers.1.xx", "layersA1.x", "x", "layers.1.x.x"]

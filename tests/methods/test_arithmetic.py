@@ -13,7 +13,7 @@ from pools import MODULE, Part
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.adapter import Adapter, BaseInfo, Extra, Layout
+from fastlora.adapter import Adapter, BaseInfo, Extra, Factor, Layout, Term
 from fastlora.methods.arithmetic import combination, combine_extras
 
 PARTS: list[Part] = [
@@ -129,6 +129,17 @@ def test_gram_blocks_of_lazy_sums() -> None:
     gram = torch.tensor([[float((x * y).sum()) for x in deltas] for y in deltas], dtype=torch.float64)
     expected = gram / (gram.diagonal()[:, None] * gram.diagonal()).sqrt()
     torch.testing.assert_close(lazy.cosine, expected, rtol=0, atol=1e-10)
+
+
+def test_columns_that_lie_on_one_another_are_not_side_by_side() -> None:
+    x, y, small = torch.randn(5, 2), torch.randn(5, 2), torch.randn(4, 3, dtype=torch.float64)
+    beside = Factor("B", 5, 4, (Term(x), Term(y, at=2, scale=0.5)))
+    over = Factor("B", 5, 4, (Term(x), Term(y)))
+    assert beside.joined is beside.terms and over.joined is None
+    assert Factor("B", 5, 3, (Term(x),)).joined is None  # its last column is zero
+    for factor, dense in ((beside, torch.cat([x, 0.5 * y], 1)), (over, torch.cat([x + y, torch.zeros(5, 2)], 1))):
+        found = sum(t.scale * t.source.double() @ t.coefficient for t in factor.times(small).terms)
+        torch.testing.assert_close(found, dense.double() @ small)
 
 
 def extras(kind: str, value: float, name: str = "head.weight") -> dict[str, Extra]:

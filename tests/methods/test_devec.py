@@ -132,6 +132,18 @@ def test_pairs(cut: str, chain: str, side: str) -> None:
         compare(pair.components, devec(two, threshold, chain=chain, side=side, **CUTS[cut]), two, FLOAT32_BAR, gap)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("chain", CHAINS)
+def test_coefficients_have_the_ranks_of_their_factors(chain: str) -> None:
+    """Blocks are padded to the largest rank of a pool; what results are made of is not."""
+    parts = fl.decompose(pools.make_pool(pools.cast(pools.ragged(4), torch.float32)), 0.05, chain=chain)
+    found = [parts.unique_of(n) for n in parts.pool.names] + [parts.shared]
+    terms = [(u.B, t) for a in found for u in a.updates.values() for t in u.B.terms if t.coefficient is not None]
+    assert len({owner.rank for owner, _ in terms}) > 1
+    for owner, term in terms:
+        assert term.coefficient is not None
+        assert tuple(term.coefficient.shape) == (term.source.shape[1], owner.rank)
+
+
 def test_a_pair_does_not_depend_on_the_rest_of_the_pool() -> None:
     parts = pools.cast(pools.ragged(4), torch.float32)
     among = fl.decompose(pools.make_pool(parts), 0.5, mode="pairs").pairs["a0", "a1"]

@@ -86,7 +86,8 @@ def test_one_adapter_is_the_whitening_alone(backend: str) -> None:
         found = fl.ops.chain(*blocks_of(B, A, "product"), threshold=0.0)
     u = B[0] @ found.basis[0]
     kept = int(found.kept[0])
-    assert kept == int(torch.linalg.matrix_rank(B[0] @ A[0])) == 4
+    assert kept == int(torch.linalg.matrix_rank(B[0] @ A[0])) == 4 == int(found.shared)
+    torch.testing.assert_close(found.values, (torch.arange(6) < kept).to(torch.complex128), rtol=0, atol=1e-10)
     torch.testing.assert_close(u.mT @ u, torch.diag((torch.arange(6) < kept).double()), rtol=0, atol=1e-10)
     torch.testing.assert_close(u @ (u.mT @ (B[0] @ A[0])), B[0] @ A[0], rtol=0, atol=1e-10)
 
