@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import mmap
@@ -243,9 +244,11 @@ class TensorFile:
 
 def _make_room(file: int, size: int) -> None:
     """A full disk is found out before anything is computed, and writing where there is room is faster."""
-    if hasattr(os, "posix_fallocate"):
+    try:
         os.posix_fallocate(file, 0, size)
-    else:
+    except (AttributeError, OSError) as error:  # not of this system, or not of this file system
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
         os.truncate(file, size)
 
 

@@ -229,6 +229,21 @@ def test_the_first_tensor_is_on_a_page_and_the_file_has_its_room(tmp_path: Path)
     assert 512 * status.st_blocks >= status.st_size
 
 
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSPC])
+def test_a_file_system_that_gives_no_room_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    factors = make_factors()
+    if code == errno.ENOSPC:
+        with pytest.raises(OutputError, match="the disk is full"):
+            write(tmp_path / "a", adapter_of(factors), factors, torch.float32)
+        return
+    write(tmp_path / "a", adapter_of(factors), factors, torch.float32)
+    assert set(load(tmp_path / "a").modules) == set(factors)
+
+
 MODULE_NAMES = ["layers.1.x", "layers.11.x", "a.layers.1.x", "layers.1.xx", "layersA1.x", "x", "layers.1.x.x"]
 
 
