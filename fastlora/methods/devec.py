@@ -28,7 +28,7 @@ from fastlora.engine import (
 from fastlora.gramblocks import gram_blocks, gram_diagonal
 from fastlora.memory import is_bounded, release
 from fastlora.methods.arithmetic import common_base
-from fastlora.methods.spectrum import default_rtol, factor, raise_for_info, sides, unscaled_floor
+from fastlora.methods.spectrum import check_size, default_rtol, factor, raise_for_info, sides, unscaled_floor
 from fastlora.ops.gram import blocks_of
 from fastlora.pool import Pool
 from fastlora.progress import track
@@ -243,12 +243,13 @@ def module_results(
 ) -> list[ModuleResult]:
     """The results of a chain, from ``H_i [g, k, w, r]`` and the norms of the updates and their shared parts
     ``[g, k]``."""
-    sigma = found.sigma * _scalings(blocks)[..., None]
+    sigma = (found.sigma * _scalings(blocks)[..., None]).cpu()
+    check_size(blocks.names, blocks.modules, sigma)
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
     numbers = [x.tolist() for x in (found.shared, found.kept, norms, shared)]
     most = max(numbers[0], default=0)
     coefficients = Coefficients(
-        sigma.cpu().numpy(),
+        sigma.numpy(),
         (found.values if bool(found.values.imag.any()) else found.values.real.clone()).cpu(),
         _home(found.basis[:, :movers, :, :most]),
         _home(H[:, :, :most]),

@@ -12,12 +12,15 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.adapter import Factor, Side, Update
 from fastlora.engine import check_diagonal, chunks
-from fastlora.errors import InputError
+from fastlora.errors import InputError, NonFiniteError
 from fastlora.gramblocks import gram_blocks
 from fastlora.progress import track
 
 # The least relative size of a singular value that is a direction and not rounding; MATH section 2.
 MIN_RTOL = 1e-6
+
+LARGEST = 1e150
+"""Of singular values: sums of a few squares stay finite."""
 
 
 def default_rtol(updates: Sequence[Update]) -> float:
@@ -115,6 +118,7 @@ def _one_chunk(
     D = T.mT @ left[:, 0, 0]  # [g, most, r]
     scalings = torch.tensor([abs(u.scaling) for u in updates], dtype=torch.float64)
     kept, sigma = chain.kept.cpu(), chain.sigma[:, 0].cpu() * scalings[:, None]
+    check_size([[name]] * len(modules), modules, sigma[:, None])
     energies = torch.nn.functional.pad(sigma.square().cumsum(1), (1, 0))  # [g, r + 1]
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
     counts = kept[:, 0].tolist()
@@ -126,6 +130,20 @@ def _one_chunk(
         )
         for i, (module, count, total, part) in enumerate(zip(modules, counts, totals, kept_energies, strict=True))
     }
+
+
+def check_size(names: Sequence[Sequence[str]], modules: Sequence[str], sigma: Tensor) -> None:
+    """Raises for singular values whose squares overflow: ``sigma [len(modules), k, r]``, scaling included, of the
+    adapters ``names[module]``."""
+    bad = (~(sigma <= LARGEST)).any(-1).nonzero().tolist()
+    if bad:
+        module, adapter = bad[0]
+        size = float(sigma[module, adapter].max())
+        raise NonFiniteError(
+            f"adapter {names[module][adapter]!r}: its update of {modules[module]} has a singular value of {size:.3g}, "
+            "whose square overflows. No weight is that large: correct 'lora_alpha', 'alpha_pattern' or 'r' in its "
+            "configuration, or the weight that it is multiplied by"
+        )
 
 
 def raise_for_info(modules: Sequence[str], info: Tensor) -> None:

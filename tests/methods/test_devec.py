@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastlora as fl
 from fastlora.engine import materialise
+from fastlora.errors import NonFiniteError
 from fastlora.methods.devec import Components, ModuleResult
 from fastlora.methods.spectrum import factor, sides
 from fastlora.reference.devec import Dense, devec
@@ -142,6 +143,17 @@ def test_coefficients_have_the_ranks_of_their_factors(chain: str) -> None:
     for owner, term in terms:
         assert term.coefficient is not None
         assert tuple(term.coefficient.shape) == (term.source.shape[1], owner.rank)
+
+
+def test_a_scaling_beyond_all_weights_is_refused_by_name() -> None:
+    """Its squares overflow, and a report cannot hold infinity."""
+    left, right = pools.cast(pools.planted(2), torch.float32)
+    pool = pools.make_pool([left, (right[0], right[1], 1e300)])
+    for work in (lambda: fl.decompose(pool, 0.5), lambda: fl.decompose(pool, 0.5, mode="pairs")):
+        with pytest.raises(NonFiniteError, match=r"'a1'.*lora_alpha"):
+            work()
+    with pytest.raises(NonFiniteError, match=r"'a1'.*lora_alpha"):
+        pool["a1"].compress(rank=1)
 
 
 def test_a_pair_does_not_depend_on_the_rest_of_the_pool() -> None:
