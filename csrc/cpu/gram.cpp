@@ -4,13 +4,15 @@
 // then every block that was asked for takes the tile's contribution.
 //   B side: outer products; the blocks (i, j), (i, j + 1), ... of one left factor are one product with the
 //           concatenated columns of the right factors.
-//   A side: dot products of rows, 4 x 4 at a time, summed over lanes at the end of a tile.
-// Half-precision factors: their products are exact in float32, so a tile is summed in float32 and added to float64
-// sums; short sums keep the error near 1e-8 of the diagonal. Where float32 could overflow or underflow (a squared
-// column norm outside [kSmallest, kLargest]), or the long dimension is too short for rounding to average out, the
-// factor's blocks are summed in float64 throughout, as those of float32 and float64 factors are.
-// Sums run over the long dimension in order and in one thread: bits depend on the two factors of a block alone.
-// Floor: reads each factor once, n * sum(r_i) values; 2 * n * r_i * r_j operations a block.
+//   A side: dot products of rows, 4 x 4 at a time, one sum a lane.
+// Of blocks on the diagonal only what holds the upper triangle is summed.
+// The sums of a few tiles are added to float64 ones. Half-precision factors: their products are exact in float32, so
+// those few tiles are summed in float32; short sums keep the error near 1e-8 of the diagonal. Where float32 could
+// overflow or underflow (a squared column norm outside [kSmallest, kLargest]), or the long dimension is too short for
+// rounding to average out, the factor's blocks are summed in float64 throughout, as those of float32 and float64
+// factors are. Sums run over the long dimension in order and in one thread: bits depend on the two factors of a block
+// alone. Floor: reads each factor once, n * sum(r_i) values; 2 * n * r_i * r_j operations a block.
+#include "ahead.h"
 #include "gram_tiles.h"
 #include "passes.h"
 #include "tile.h"
@@ -18,10 +20,16 @@
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-constexpr int kTileB = 32;           // rows of a tile on the B side
-constexpr int kTilesInSum = 2;       // tiles of a float32 sum on the B side
-constexpr int kTileA = 512;          // columns of a tile on the A side: kTileA / kLanes terms in a float32 sum
-constexpr int64_t kShortest = 1024;  // long dimensions below this are summed in float64
+constexpr int kTileB = 32;  // rows of a tile on the B side
+template <class T>
+constexpr int kTileA = 24 * kLanes<T>;  // columns of a tile on the A side
+template <class T>
+constexpr int kStrideA = kTileA<T> + kLanes<T>;
+template <class T>
+constexpr int kTilesInSum = sizeof(T) == 4 ? 2 : 8;  // 64 (B side) or 48 (A side) terms in a float32 sum
+constexpr int64_t kGroup = 8;                        // rows of the sums of outer products that are added to at a time
+constexpr int kSquare = 4;                           // rows and columns of a square of dot products
+constexpr int64_t kShortest = 1024;                  // long dimensions below this are summed in float64
 constexpr double kSmallest = 1e-20, kLargest = 1e30;
 
 int64_t rank(const Matrix& m, bool rows) { return rows ? m.rows : m.cols; }
@@ -33,20 +41,30 @@ struct Run {
     int64_t first_block, blocks;
     int64_t width;  // columns of all right factors
     double* sums;   // [rank(left), width]
-    void* part;     // B side: T [rank(left), part_stride], the sums of the last tiles
+    void* part;     // sums of the last tiles: B side T [rank(left), part_stride], A side Vec<T> [squares, 4, 4]
 };
 
 template <class T>
 struct Work {
-    T* tile;          // B side [kTileB, stride]; A side [sum of ranks, kTileA]
+    T* tile;          // B side [kTileB, stride]; A side [sum of ranks, kStrideA]
     int64_t* offset;  // first column (B) or row (A) of each factor in the tile
     Run* runs;
     int64_t n_runs, stride;
+    int64_t products;  // a tile, about
 };
 
 template <class T>
 int64_t part_stride(int64_t width) {
     return padded<T>(width) + 2 * kLanes<T>;
+}
+
+int64_t squares(int64_t n) { return (n + kSquare - 1) / kSquare; }
+
+// Elements of T of a run's sums of the last tiles.
+template <class T>
+size_t part_size(const GramTask& task, int64_t m, int64_t width) {
+    if (!task.rows) return size_t(m * part_stride<T>(width));
+    return size_t(squares(m) * squares(width) * kSquare * kSquare * kLanes<T>);
 }
 
 template <class T>
@@ -60,9 +78,10 @@ size_t lay_out(char* base, const GramTask& task, const Matrix* factors, const Gr
         total += rank(factors[f], task.rows);
     }
     w.stride = padded<T>(total) + 3 * kLanes<T>;  // vectors of the last run may reach past the last column
-    w.tile = arena.take<T>(task.rows ? size_t(total) * kTileA : size_t(w.stride) * kTileB);
-    if (base) __builtin_memset(w.tile, 0, sizeof(T) * (task.rows ? size_t(total) * kTileA : size_t(w.stride) * kTileB));
-    w.n_runs = 0;
+    const size_t tile = task.rows ? size_t(total) * kStrideA<T> : size_t(w.stride) * kTileB;
+    w.tile = arena.take<T>(tile);
+    if (base) __builtin_memset(w.tile, 0, sizeof(T) * tile);
+    w.n_runs = w.products = 0;
     for (int64_t b = 0; b < task.blocks;) {
         int64_t end = b + 1;
         int64_t width = rank(factors[blocks[b].right], task.rows);
@@ -71,12 +90,14 @@ size_t lay_out(char* base, const GramTask& task, const Matrix* factors, const Gr
             width += rank(factors[blocks[end++].right], task.rows);
         const int64_t m = rank(factors[blocks[b].left], task.rows);
         double* sums = arena.take<double>(size_t(m) * width);
-        T* part = arena.take<T>(task.rows ? 0 : size_t(m) * part_stride<T>(width));
+        T* part = arena.take<T>(part_size<T>(task, m, width));
         if (base) {
             w.runs[w.n_runs] = {blocks[b].left, blocks[b].right, b, end - b, width, sums, part};
             __builtin_memset(sums, 0, sizeof(double) * m * width);
+            __builtin_memset(static_cast<void*>(part), 0, sizeof(T) * part_size<T>(task, m, width));
         }
         ++w.n_runs;
+        w.products += task.rows ? squares(m) * squares(width) : (m + kGroup - 1) / kGroup;
         b = end;
     }
     return arena.used();
@@ -90,36 +111,31 @@ void read_tile(const GramTask& task, const Matrix* factors, const Work<T>& w, in
             read_block<T>(x, first, 0, count, int(x.cols), w.tile + w.offset[f], w.stride);
             continue;
         }
-        T* rows = w.tile + w.offset[f] * kTileA;
-        read_block<T>(x, 0, first, int(x.rows), count, rows, kTileA);
+        T* rows = w.tile + w.offset[f] * kStrideA<T>;
+        read_block<T>(x, 0, first, int(x.rows), count, rows, kStrideA<T>);
         for (int64_t i = 0; i < x.rows; ++i)
-            for (int p = count; p < padded<T>(count); ++p) rows[i * kTileA + p] = T(0);
+            for (int p = count; p < padded<T>(count); ++p) rows[i * kStrideA<T> + p] = T(0);
     }
 }
 
-// The run's sums of kTilesInSum tiles, then to float64.
+// Of a run on the diagonal the columns from the one on that a group of rows has in the upper triangle.
 template <class T>
-void add_outer_products(const Work<T>& w, const Run& run, int64_t m, int count, bool first, bool last) {
+void add_outer_products(const Work<T>& w, const Run& run, int64_t m, int count, bool ends, Ahead& ahead) {
     const int64_t stride = part_stride<T>(run.width);
     const T *left = w.tile + w.offset[run.left], *right = w.tile + w.offset[run.first_right];
-    T* part = static_cast<T*>(run.part);
-    if (first)
-        product<T, true>(int(m), int(run.width), count, left, w.stride, 1, right, w.stride, part, stride);
-    else
-        product<T, false>(int(m), int(run.width), count, left, w.stride, 1, right, w.stride, part, stride);
-    if (!last) return;
-    for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = 0; j < run.width; ++j) run.sums[i * run.width + j] += double(part[i * stride + j]);
-}
-
-// In the order of sums_of_lanes, so that a value does not depend on how its block was cut into squares.
-template <class T>
-inline T sum_of_lanes(Vec<T> x) {
-    T lane[kLanes<T>];
-    store<T>(lane, x);
-    for (int half = kLanes<T> / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    return lane[0];
+    const bool on_diagonal = run.left == run.first_right;
+    for (int64_t i = 0; i < m; i += kGroup) {
+        const int64_t rows = min_(kGroup, m - i), first = on_diagonal ? i / kLanes<T> * kLanes<T> : 0;
+        T* part = static_cast<T*>(run.part) + i * stride;
+        product<T, false>(int(rows), int(run.width - first), count, left + i, w.stride, 1, right + first, w.stride,
+                          part + first, stride);
+        ahead.step();
+        if (!ends) continue;
+        for (int64_t a = 0; a < rows; ++a)
+            for (int64_t j = first; j < run.width; ++j)
+                run.sums[(i + a) * run.width + j] += double(part[a * stride + j]);
+        __builtin_memset(part, 0, sizeof(T) * rows * stride);
+    }
 }
 
 // Lane sums of kLanes vectors at once: out[i] = sum of lanes of r[i] (r is destroyed).
@@ -131,70 +147,86 @@ inline Vec<T> sums_of_lanes(Vec<T>* r) {
     return r[0];
 }
 
-template <class T, int kRows, int kColumns>
-__attribute__((noinline)) void dot_block(const T* left, const T* right, int vectors, double* sums, int64_t width) {
-    constexpr int lanes = kLanes<T>, count = kRows * kColumns;
-    constexpr int groups = (count + lanes - 1) / lanes;
-    Vec<T> sum[groups * lanes] = {};
-    for (int v = 0; v < vectors; ++v) {
-        Vec<T> x[kRows];
+// sums [4, 4] += the products of 4 rows with 4 rows, lane by lane
+template <class T>
+__attribute__((noinline)) void add_square(const T* const* left, const T* const* right, int vectors, Vec<T>* sums) {
+    Vec<T> sum[kSquare][kSquare];
 #pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) x[i] = load<T>(left + int64_t(i) * kTileA + v * lanes);
+    for (int i = 0; i < kSquare; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < kColumns; ++j) {
-            const Vec<T> y = load<T>(right + int64_t(j) * kTileA + v * lanes);
+        for (int j = 0; j < kSquare; ++j) sum[i][j] = sums[i * kSquare + j];
+    const T* const l[kSquare] = {left[0], left[1], left[2], left[3]};
+    const T* const r[kSquare] = {right[0], right[1], right[2], right[3]};
+    for (int at = 0; at < vectors * kLanes<T>; at += kLanes<T>) {
+        Vec<T> x[kSquare];
 #pragma GCC unroll 4
-            for (int i = 0; i < kRows; ++i) sum[i * kColumns + j] += x[i] * y;
+        for (int i = 0; i < kSquare; ++i) x[i] = load<T>(l[i] + at);
+#pragma GCC unroll 4
+        for (int j = 0; j < kSquare; ++j) {
+            const Vec<T> y = load<T>(r[j] + at);
+#pragma GCC unroll 4
+            for (int i = 0; i < kSquare; ++i) sum[i][j] += x[i] * y;
         }
     }
-    if constexpr (count % lanes == 0) {
-        T flat[count];
-        for (int g = 0; g < groups; ++g) store<T>(flat + g * lanes, sums_of_lanes<T>(sum + g * lanes));
-        for (int i = 0; i < kRows; ++i)
-            for (int j = 0; j < kColumns; ++j) sums[i * width + j] += double(flat[i * kColumns + j]);
-    } else {
-        for (int i = 0; i < kRows; ++i)
-            for (int j = 0; j < kColumns; ++j) sums[i * width + j] += double(sum_of_lanes<T>(sum[i * kColumns + j]));
-    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kSquare; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kSquare; ++j) sums[i * kSquare + j] = sum[i][j];
 }
 
-// Of a symmetric block only the 4 x 4 squares on and above the diagonal are summed.
+// Rows [first, first + 4) of a tile; the last one stands for those that are not there.
 template <class T>
-void add_dot_products(const Work<T>& w, const Run& run, int64_t m, int count) {
-    const int vectors = padded<T>(count) / kLanes<T>;
-    const T *left = w.tile + w.offset[run.left] * kTileA, *right = w.tile + w.offset[run.first_right] * kTileA;
-    const bool starts_on_diagonal = run.left == run.first_right;
-    for (int64_t i = 0; i < m; i += 4) {
-        const int64_t rows = min_<int64_t>(4, m - i);
-        for (int64_t j = starts_on_diagonal ? i : 0; j < run.width; j += 4) {
-            const T *x = left + i * kTileA, *y = right + j * kTileA;
-            double* sums = run.sums + i * run.width + j;
-            if (rows == 4 && run.width - j >= 4) {
-                dot_block<T, 4, 4>(x, y, vectors, sums, run.width);
-                continue;
-            }
-            for (int64_t a = 0; a < rows; ++a)
-                for (int64_t b = 0; b < min_<int64_t>(4, run.width - j); ++b)
-                    dot_block<T, 1, 1>(x + a * kTileA, y + b * kTileA, vectors, sums + a * run.width + b, run.width);
+void rows_of(const T* tile, int64_t first, int64_t n, const T** rows) {
+    for (int64_t i = 0; i < kSquare; ++i) rows[i] = tile + min_(first + i, n - 1) * kStrideA<T>;
+}
+
+// sums [m, n] += what a square summed up in its lanes, which then starts again
+template <class T>
+void take_sums(Vec<T>* part, int64_t m, int64_t n, double* sums, int64_t width) {
+    constexpr int count = kSquare * kSquare;
+    T flat[count];
+    for (int i = 0; i < count; i += kLanes<T>) store<T>(flat + i, sums_of_lanes<T>(part + i));
+    for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = 0; j < n; ++j) sums[i * width + j] += double(flat[i * kSquare + j]);
+    __builtin_memset(part, 0, sizeof(Vec<T>) * count);
+}
+
+// Of a run on the diagonal the squares on and above it.
+template <class T>
+void add_dot_products(const Work<T>& w, const Run& run, int64_t m, int count, bool ends, Ahead& ahead) {
+    const T *left = w.tile + w.offset[run.left] * kStrideA<T>,
+            *right = w.tile + w.offset[run.first_right] * kStrideA<T>;
+    const bool on_diagonal = run.left == run.first_right;
+    Vec<T>* part = static_cast<Vec<T>*>(run.part);
+    for (int64_t i = 0; i < m; i += kSquare)
+        for (int64_t j = on_diagonal ? i : 0; j < run.width; j += kSquare, part += kSquare * kSquare) {
+            const T *x[kSquare], *y[kSquare];
+            rows_of(left, i, m, x);
+            rows_of(right, j, run.width, y);
+            add_square<T>(x, y, padded<T>(count) / kLanes<T>, part);
+            ahead.step();
+            if (ends)
+                take_sums<T>(part, min_<int64_t>(kSquare, m - i), min_<int64_t>(kSquare, run.width - j),
+                             run.sums + i * run.width + j, run.width);
         }
-    }
 }
 
 template <class T>
 void sum_task(const GramTask& task, const Matrix* factors, const Work<T>& w) {
     const int64_t n = task.factors ? length(factors[0], task.rows) : 0;
-    const int64_t step = task.rows ? kTileA : kTileB;
+    const int64_t step = task.rows ? kTileA<T> : kTileB;
     int64_t tile = 0;
     for (int64_t first = 0; first < n; first += step, ++tile) {
         const int count = int(min_(step, n - first));
-        const bool starts = tile % kTilesInSum == 0, ends = tile % kTilesInSum == kTilesInSum - 1 || first + step >= n;
+        const bool ends = tile % kTilesInSum<T> == kTilesInSum<T> - 1 || first + step >= n;
         read_tile<T>(task, factors, w, first, count);
+        Ahead ahead(factors, task.factors, task.rows, first + step, min_(step, n - first - step), w.products);
         for (int64_t r = 0; r < w.n_runs; ++r) {
             const int64_t m = rank(factors[w.runs[r].left], task.rows);
             if (task.rows)
-                add_dot_products<T>(w, w.runs[r], m, count);
+                add_dot_products<T>(w, w.runs[r], m, count, ends, ahead);
             else
-                add_outer_products<T>(w, w.runs[r], m, count, starts, ends);
+                add_outer_products<T>(w, w.runs[r], m, count, ends, ahead);
         }
     }
 }
@@ -245,12 +277,13 @@ bool run_block(const GramTask& task, const Matrix* factors, const GramBlock& blo
 }
 
 // Diagonal blocks on their own read one factor after the other: fewer streams of memory at a time.
+template <class T>
 bool run_blocks(const GramTask& task, const Matrix* factors, const GramBlock* blocks, Workspace& workspace) {
     bool only_diagonal = task.factors > 1;
     for (int64_t b = 0; b < task.blocks; ++b) only_diagonal &= blocks[b].left == blocks[b].right;
-    if (!only_diagonal) return run_task<float>(task, factors, blocks, workspace);
+    if (!only_diagonal) return run_task<T>(task, factors, blocks, workspace);
     for (int64_t b = 0; b < task.blocks; ++b)
-        if (!run_block<float>(task, factors, blocks[b], workspace)) return false;
+        if (!run_block<T>(task, factors, blocks[b], workspace)) return false;
     return true;
 }
 
@@ -274,7 +307,7 @@ bool in_range(const Matrix& factor, const GramBlock* diagonal, bool rows) {
 // Half-precision factors in float32, then again in float64 whatever has a factor that float32 cannot hold.
 bool run_half_task(const GramTask& task, const Matrix* factors, const GramBlock* blocks, Workspace& workspace,
                    Workspace& flags_memory) {
-    if (!run_blocks(task, factors, blocks, workspace)) return false;
+    if (!run_blocks<float>(task, factors, blocks, workspace)) return false;
     if (!flags_memory.reserve(size_t(task.factors))) return false;
     bool* good = reinterpret_cast<bool*>(flags_memory.data());
     for (int64_t f = 0; f < task.factors; ++f) {
@@ -303,7 +336,7 @@ int gram(const Matrix* factors, const GramTask* tasks, const GramBlock* blocks, 
             const GramBlock* own_blocks = blocks + task.first_block;
             const bool done = exact_in_float(task, own_factors)
                                   ? run_half_task(task, own_factors, own_blocks, workspace, flags)
-                                  : run_task<double>(task, own_factors, own_blocks, workspace);
+                                  : run_blocks<double>(task, own_factors, own_blocks, workspace);
             if (!done) {
 #pragma omp atomic write
                 status = kOutOfMemory;

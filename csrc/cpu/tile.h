@@ -79,6 +79,23 @@ inline typename Bits<T>::Half narrow(typename Bits<T>::Word words) {
     return __builtin_convertvector(words, typename Bits<T>::Half);
 }
 
+// float32 to T and back; the compiler splits these conversions, too.
+template <class T>
+inline Vec<T> from_float(typename Bits<T>::Float x) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_cvtps_pd(0xff, (__m256)x);
+#endif
+    return __builtin_convertvector(x, Vec<T>);
+}
+
+template <class T>
+inline typename Bits<T>::Float to_float(Vec<T> x) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 8) return (typename Bits<T>::Float)_mm512_maskz_cvtpd_ps(0xff, (__m512d)x);
+#endif
+    return __builtin_convertvector(x, typename Bits<T>::Float);
+}
+
 // Element types of a file: a value, and kLanes<T> values at once, to T and back.
 struct BF16 {
     using Stored = U16;
@@ -87,7 +104,7 @@ struct BF16 {
         typename Bits<T>::Half bits;
         __builtin_memcpy(&bits, p, sizeof bits);
         const auto wide = widen<T>(bits) << 16;
-        return __builtin_convertvector((typename Bits<T>::Float)wide, Vec<T>);
+        return from_float<T>((typename Bits<T>::Float)wide);
     }
     template <class T>
     static void store_vector(U16* p, Vec<T> x) {
@@ -103,7 +120,7 @@ struct BF16 {
             }
         }
 #endif
-        const Word bits = (Word) __builtin_convertvector(x, typename Bits<T>::Float);
+        const Word bits = (Word)to_float<T>(x);
         const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
         const Word chosen = (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
         const auto half = narrow<T>(chosen);
@@ -130,7 +147,7 @@ struct F16 {
         const Word bits = widen<T>(half), sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
         const Word magnitude = (Word)((Float)(rest << 13) * 0x1p112f), special = (rest << 13) | 0x7f800000u;
         const Word size = rest >= 0x7c00u ? special : magnitude;
-        return __builtin_convertvector((Float)(size | sign), Vec<T>);
+        return from_float<T>((Float)(size | sign));
     }
     template <class T>
     static void store_vector(U16* p, Vec<T> x) {
@@ -152,11 +169,11 @@ struct Single {
     static Vec<T> load_vector(const F32* p) {
         typename Bits<T>::Float x;
         __builtin_memcpy(&x, p, sizeof x);
-        return __builtin_convertvector(x, Vec<T>);
+        return from_float<T>(x);
     }
     template <class T>
     static void store_vector(F32* p, Vec<T> x) {
-        const auto single = __builtin_convertvector(x, typename Bits<T>::Float);
+        const auto single = to_float<T>(x);
         __builtin_memcpy(p, &single, sizeof single);
     }
     template <class T>
@@ -321,12 +338,19 @@ template <class T, bool kFresh>
 inline void product(int m, int n, int k, const T* a, ptrdiff_t a_p, ptrdiff_t a_i, const T* b, ptrdiff_t b_p, T* c,
                     ptrdiff_t c_i) {
     constexpr int lanes = kLanes<T>;
-    int j = 0;
-    for (; n - j > 2 * lanes; j += 3 * lanes) product_columns<T, 3, kFresh>(m, k, a, a_p, a_i, b + j, b_p, c + j, c_i);
-    if (n - j > lanes)
-        product_columns<T, 2, kFresh>(m, k, a, a_p, a_i, b + j, b_p, c + j, c_i);
-    else if (n - j > 0)
-        product_columns<T, 1, kFresh>(m, k, a, a_p, a_i, b + j, b_p, c + j, c_i);
+    for (int vectors = padded<T>(n) / lanes; vectors > 0;) {
+        // Four as two and two: a product of one vector has too few sums to hide the latency of an addition.
+        const int now = vectors == 4 ? 2 : min_(vectors, 3);
+        if (now == 3)
+            product_columns<T, 3, kFresh>(m, k, a, a_p, a_i, b, b_p, c, c_i);
+        else if (now == 2)
+            product_columns<T, 2, kFresh>(m, k, a, a_p, a_i, b, b_p, c, c_i);
+        else
+            product_columns<T, 1, kFresh>(m, k, a, a_p, a_i, b, b_p, c, c_i);
+        vectors -= now;
+        b += now * lanes;
+        c += now * lanes;
+    }
 }
 
 }  // namespace fastlora::FASTLORA_ISA
