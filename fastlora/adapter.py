@@ -20,7 +20,7 @@ from fastlora.operators import Operators
 Side = Literal["B", "A"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Term:
     """``scale · source · coefficient`` (B side) or ``scale · coefficient · source`` (A side), placed at ``at``.
 
@@ -52,7 +52,7 @@ class Term:
         return full
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Factor:
     """One side of an update: ``B [length, rank]`` or ``A [rank, length]`` as a sum of terms."""
 
@@ -119,10 +119,11 @@ class Factor:
                 terms.append(Term(source, _with_contiguous_rows(product)))
         else:
             small = small if on_b else small.mT
-            for t in joined:
-                end = t.at + t.source.shape[1 if on_b else 0]
-                small = _on(t.source, small)
-                piece = small if len(joined) == 1 else small[t.at : end] if on_b else small[:, t.at : end]
+            if joined:
+                small = _on(joined[0].source, small)
+            widths = [t.source.shape[1 if on_b else 0] for t in joined]
+            pieces = (small,) if len(joined) == 1 else torch.split_with_sizes(small, widths, 0 if on_b else 1)
+            for t, piece in zip(joined, pieces, strict=True):
                 terms.append(Term(t.source, _with_contiguous_rows(piece), 0, t.scale))
         return Factor(self.side, self.length, rank, tuple(terms))
 
@@ -147,16 +148,14 @@ def add(factors: Iterable[Factor]) -> Factor:
     return Factor(first.side, first.length, first.rank, tuple(t for f in items for t in f.terms))
 
 
-def concatenate(factors: Iterable[Factor]) -> Factor:
+def concatenate(factors: Sequence[Factor]) -> Factor:
     """``[B_1 | B_2 | …]`` or ``[A_1; A_2; …]``."""
-    terms: list[Term] = []
-    rank = 0
-    side, length = "B", 0
-    for factor in factors:
+    terms = list(factors[0].terms)
+    rank = factors[0].rank
+    for factor in factors[1:]:
         terms += [Term(t.source, t.coefficient, t.at + rank, t.scale) for t in factor.terms]
         rank += factor.rank
-        side, length = factor.side, factor.length
-    return Factor(side, length, rank, tuple(terms))  # type: ignore[arg-type]
+    return Factor(factors[0].side, factors[0].length, rank, tuple(terms))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +174,7 @@ class Layout:
     experts: int = 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Update:
     """``ΔW = scaling · B · A`` of one module, ``[out, in]``.
 

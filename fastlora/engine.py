@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -108,37 +109,39 @@ def materialise_groups(
 
     ``room``: where results go, until it is reserved again; memory of their own by default.
     """
-    room = room or Room(device_of([[f for u in group for f in (u.B, u.A)] for group in groups]))
-    room.reserve(sum(_bytes(f, dtype) for group in groups for u in group for f in (u.B, u.A)))
+    sides = [side for group in groups for side in ([u.B for u in group], [u.A for u in group])]
+    stored = [[_stored_as(f, dtype) for f in side] for side in sides]
+    room = room or Room(device_of(sides))
+    room.reserve(
+        sum(
+            padded(f.length * f.rank * dtype.itemsize)
+            for side, found in zip(sides, stored, strict=True)
+            for f, s in zip(side, found, strict=True)
+            if s is None
+        )
+    )
     jobs: list[CombineJob] = []
-    results = []
-    for group in groups:
-        left = _materialise_side(jobs, [u.B for u in group], dtype, room)
-        right = _materialise_side(jobs, [u.A for u in group], dtype, room)
-        results.append(list(zip(left, right, strict=True)))
+    results = [_materialise_side(jobs, *pair, dtype, room) for pair in zip(sides, stored, strict=True)]
     run_pass("combine_pass", jobs)
-    return results
+    return [list(zip(*pair, strict=True)) for pair in zip(results[::2], results[1::2], strict=True)]
 
 
-def _bytes(factor: Factor, dtype: torch.dtype) -> int:
-    """What a factor takes in a room: nothing if it is a stored matrix of that dtype."""
+def _stored_as(factor: Factor, dtype: torch.dtype) -> Tensor | None:
+    """The stored matrix that a factor is, if it has that dtype."""
     stored = factor.stored
-    if stored is not None and stored.dtype == dtype:
-        return 0
-    return padded(factor.length * factor.rank * dtype.itemsize)
+    return stored if stored is not None and stored.dtype == dtype else None
 
 
 def _materialise_side(
-    jobs: list[CombineJob], factors: Sequence[Factor], dtype: torch.dtype, room: Room
+    jobs: list[CombineJob], factors: Sequence[Factor], stored: Sequence[Tensor | None], dtype: torch.dtype, room: Room
 ) -> list[Tensor]:
-    """The tensors of some factors of one side; those that have to be computed are put on the job list."""
+    """The tensors of some factors of one side; those that are not ``stored`` are put on the job list."""
     results: list[Tensor] = []
     sources = Sources()
     outputs = []
-    for factor in factors:
-        stored = factor.stored
-        if stored is not None and stored.dtype == dtype:
-            results.append(stored)
+    for factor, found in zip(factors, stored, strict=True):
+        if found is not None:
+            results.append(found)
             continue
         out = room.take(factor.shape, dtype)
         results.append(out)
@@ -199,7 +202,10 @@ def check_diagonal(names: Sequence[str], modules: Sequence[str], gram: Tensor, s
     """Raises when a factor holds NaN or Inf, as its diagonal Gram block shows: ``gram [len(modules), k, k, r, r]`` or
     its diagonal blocks ``[len(modules), k, r, r]``."""
     blocks = gram.diagonal(dim1=1, dim2=2).movedim(-1, 1) if gram.dim() == 5 else gram
-    bad = (~blocks.diagonal(dim1=2, dim2=3).isfinite()).any(-1).nonzero().tolist()
+    squares = blocks.diagonal(dim1=2, dim2=3)
+    if math.isfinite(float(squares.sum())):  # a sum may overflow where no square does
+        return
+    bad = (~squares.isfinite()).any(-1).nonzero().tolist()
     if bad:
         module, adapter = bad[0]
         raise not_finite(names[adapter], modules[module], side)

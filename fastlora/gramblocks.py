@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -17,101 +17,118 @@ from fastlora.gramcache import run_gram
 
 Pairs = Sequence[tuple[int, int]]
 
+Pieces = tuple[tuple[tuple[int, float], ...], ...]
+"""Columns (B sides) or rows (A sides) and scale of the stored matrices side by side that each factor is."""
+
 
 def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Tensor:
-    """Gram blocks of the ``k`` factors of each module, all of one side.
-
-    Returns float64 ``[len(modules), k, k, r, r]``, zero-padded to ``r``, with the blocks of ``pairs`` filled.
-    """
-    k = len(modules[0])
-    out = torch.zeros(len(modules), k, k, r, r, dtype=torch.float64, device=device_of(modules))
-    _put_gram_blocks(modules, out, k * k * r * r, r, [(i, j, (i * k + j) * r * r) for i, j in pairs])
+    """One pass of its own for :meth:`GramPass.blocks`."""
+    wanted = GramPass()
+    out = wanted.blocks(modules, r, pairs)
+    wanted.run()
     return out
 
 
-def gram_diagonal(modules: Sequence[Sequence[Factor]], r: int) -> Tensor:
-    """The diagonal blocks of :func:`gram_blocks` alone: ``[len(modules), k, r, r]``."""
-    k = len(modules[0])
-    out = torch.zeros(len(modules), k, r, r, dtype=torch.float64, device=device_of(modules))
-    _put_gram_blocks(modules, out, k * r * r, r, [(i, i, i * r * r) for i in range(k)])
-    return out
+class GramPass:
+    """Gram blocks of lists of factors, put together and computed at once by :meth:`run`."""
 
+    def __init__(self) -> None:
+        self._jobs: list[GramJob] = []
+        self._finish: list[Callable[[], None]] = []
 
-def _put_gram_blocks(
-    modules: Sequence[Sequence[Factor]], out: Tensor, size: int, r: int, places: Sequence[GramBlock]
-) -> None:
-    """Blocks ``(i, j)`` of every module into ``out``: ``size`` elements a module, rows of ``r``, at their offsets."""
-    jobs, joined, pending = [], [], []
-    layouts: dict[tuple[tuple[int, ...], ...], list[GramBlock]] = {}
-    for m, factors in enumerate(modules):
-        rows = factors[0].side == "A"
-        pieces = [f.joined for f in factors]
-        if any(p is None for p in pieces):
-            job, coefficients = _source_gram(factors, rows)
-            jobs.append(job)
-            pending.append((m, coefficients, job.out))
-            continue
-        terms = [t for p in pieces for t in cast(tuple[Term, ...], p)]
-        if len(terms) == len(factors):
-            blocks = places
-        else:
+    def blocks(self, modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Tensor:
+        """Gram blocks of the ``k`` factors of each module, all of one side.
+
+        Returns float64 ``[len(modules), k, k, r, r]``, zero-padded to ``r``, with the blocks of ``pairs`` filled.
+        """
+        k = len(modules[0])
+        out = torch.zeros(len(modules), k, k, r, r, dtype=torch.float64, device=device_of(modules))
+        self._put(modules, out, r, [(i, j, (i * k + j) * r * r) for i, j in pairs])
+        return out
+
+    def diagonal(self, modules: Sequence[Sequence[Factor]], r: int) -> Tensor:
+        """The diagonal blocks of :meth:`blocks` alone: ``[len(modules), k, r, r]``."""
+        k = len(modules[0])
+        out = torch.zeros(len(modules), k, r, r, dtype=torch.float64, device=device_of(modules))
+        self._put(modules, out, r, [(i, i, i * r * r) for i in range(k)])
+        return out
+
+    def run(self) -> None:
+        run_gram(self._jobs, functools.partial(run_pass, "gram_pass"))
+        for finish in self._finish:
+            finish()
+
+    def _put(self, modules: Sequence[Sequence[Factor]], out: Tensor, r: int, places: Sequence[GramBlock]) -> None:
+        """Blocks ``(i, j)`` of every module into ``out``, rows of ``r``, at their offsets in the module's part."""
+        size = out[0].numel()
+        joined: dict[Pieces, list[int]] = {}
+        layouts: dict[Pieces, Sequence[GramBlock]] = {}
+        for m, factors in enumerate(modules):
+            rows = factors[0].side == "A"
+            pieces = [f.joined for f in factors]
+            if any(p is None for p in pieces):
+                job, coefficients = _source_gram(factors, rows)
+                self._jobs.append(job)
+                self._finish.append(functools.partial(_put_products, job.out, coefficients, out[m], r, places))
+                continue
+            terms = [t for p in pieces for t in cast(tuple[Term, ...], p)]
             axis = 0 if rows else 1
-            widths = tuple(tuple(t.source.shape[axis] for t in f.terms) for f in factors)
-            if widths not in layouts:
-                layouts[widths] = _pieces_of(widths, r, places)
-            blocks = layouts[widths]
-        jobs.append(GramJob([t.source for t in terms], blocks, rows, out, r, m * size))
-        if blocks is not places or any(t.scale != 1.0 for t in terms):
-            joined.append((m, factors))
-    run_gram(jobs, functools.partial(run_pass, "gram_pass"))
-    if joined:
-        _finish_joined(joined, out.view(len(modules), size), r, places)
-    for m, coefficients, block in pending:
-        full = block.triu() + block.triu(1).mT
-        for i, j, offset in places:
-            (at, left), (to, right) = coefficients[i], coefficients[j]
-            shape = left.shape[1], right.shape[1]
-            out.view(-1).as_strided(shape, (r, 1), m * size + offset).copy_(left.mT @ full[at][:, to] @ right)
+            own = tuple(tuple((t.source.shape[axis], t.scale) for t in f.terms) for f in factors)
+            blocks = layouts.get(own)
+            if blocks is None:
+                blocks = layouts[own] = places if len(terms) == len(factors) else _pieces_of(own, r, places)
+            self._jobs.append(GramJob([t.source for t in terms], blocks, rows, out, r, m * size))
+            if blocks is not places or any(t.scale != 1.0 for t in terms):
+                joined.setdefault(own, []).append(m)
+        if joined:
+            self._finish.append(functools.partial(_finish_joined, joined, out.view(len(modules), size), r, places))
 
 
-def _pieces_of(widths: Sequence[Sequence[int]], r: int, places: Sequence[GramBlock]) -> list[GramBlock]:
+def _pieces_of(pieces: Pieces, r: int, places: Sequence[GramBlock]) -> list[GramBlock]:
     """Blocks of factors as blocks of the stored matrices that they are made of; of a block on the diagonal the upper
-    ones. ``widths``: columns of the stored matrices of each factor."""
-    first = [0, *itertools.accumulate(len(own) for own in widths)]
-    starts = [[0, *itertools.accumulate(own)] for own in widths]
+    ones."""
+    first = [0, *itertools.accumulate(len(own) for own in pieces)]
+    starts = [[0, *itertools.accumulate(width for width, _ in own)] for own in pieces]
     return [
         (first[i] + a, first[j] + b, offset + starts[i][a] * r + starts[j][b])
         for i, j, offset in places
-        for a in range(len(widths[i]))
-        for b in range(a if i == j else 0, len(widths[j]))
+        for a in range(len(pieces[i]))
+        for b in range(a if i == j else 0, len(pieces[j]))
     ]
 
 
-def _finish_joined(
-    joined: Sequence[tuple[int, Sequence[Factor]]], out: Tensor, r: int, places: Sequence[GramBlock]
-) -> None:
+def _finish_joined(joined: Mapping[Pieces, Sequence[int]], out: Tensor, r: int, places: Sequence[GramBlock]) -> None:
     """Mirrors the blocks on the diagonal and applies the scales of stored matrices: ``out [modules, size]``."""
-    modules = slice(None) if len(joined) == len(out) else [m for m, _ in joined]
-    scales = None
-    if any(t.scale != 1.0 for _, factors in joined for f in factors for t in f.terms):
-        rows = [[_column_scales(f, r) for f in factors] for _, factors in joined]
-        scales = torch.tensor(rows, dtype=torch.float64).to(out.device)
-    upper = torch.ones(r, r, dtype=torch.bool, device=out.device).triu()
+    for pieces, modules in joined.items():
+        whole = len(modules) == len(out)
+        own = out if whole else out[modules]
+        scales = None
+        if any(scale != 1.0 for factor in pieces for _, scale in factor):
+            ones = [[s for width, s in factor for _ in range(width)] for factor in pieces]
+            scales = torch.tensor([x + [1.0] * (r - len(x)) for x in ones], dtype=torch.float64).to(out.device)
+        for i, j, offset in places:
+            block = own[:, offset : offset + r * r].view(-1, r, r)
+            if i == j:
+                start = 0
+                for width, _ in pieces[i][:-1]:
+                    end = start + width
+                    block[:, end:, start:end] = block[:, start:end, end:].mT
+                    start = end
+            if scales is not None:
+                block *= scales[i, :, None] * scales[j]
+        if not whole:
+            out[modules] = own
+
+
+def _put_products(
+    gram: Tensor, coefficients: Sequence[tuple[Tensor, Tensor]], out: Tensor, r: int, places: Sequence[GramBlock]
+) -> None:
+    """Blocks of factors from the upper triangle of the Gram matrix of what they are made of: ``C_iᵀ G C_j``."""
+    full = gram.triu() + gram.triu(1).mT
     for i, j, offset in places:
-        if i != j and scales is None:
-            continue
-        block = out[modules, offset : offset + r * r].reshape(-1, r, r)
-        if i == j:
-            block = torch.where(upper, block, block.mT)
-        if scales is not None:
-            block = scales[:, i, :, None] * block * scales[:, j, None]
-        out[modules, offset : offset + r * r] = block.flatten(1)
-
-
-def _column_scales(factor: Factor, r: int) -> list[float]:
-    """The scale of every column (B side) or row (A side) of a factor of stored matrices, ones up to ``r``."""
-    scales = [t.scale for t in factor.terms for _ in range(t.width(factor.side))]
-    return scales + [1.0] * (r - len(scales))
+        (at, left), (to, right) = coefficients[i], coefficients[j]
+        shape = left.shape[1], right.shape[1]
+        out.view(-1)[offset:].as_strided(shape, (r, 1)).copy_(left.mT @ full[at][:, to] @ right)
 
 
 def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[tuple[Tensor, Tensor]]]:

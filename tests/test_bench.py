@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastlora as fl
-from fastlora.bench import cases, files, passes, table, workloads
+from fastlora.bench import cases, files, passes, table, timing, workloads
 from fastlora.bench.contest import OURS, Contest, Row, Task, Unavailable, measure, require, rows
 from fastlora.bench.timing import Contender, Machine, Seconds, alternate, thread_counts
 from fastlora.bench.workloads import WORKLOADS, Workload, make_pool, vit, write_pool
@@ -84,6 +84,21 @@ def test_contenders_take_turns() -> None:
     assert seen == [*("reset", "a", "b", "c"), *("reset", "a", "b"), *("reset", "a", "b"), "reset", "a"]
     assert {who: len(own) for (who, _), own in times.items()} == {"a": 3, "b": 2, "c": 1}
     assert times["b", 1] == [2.0, 2.0]
+
+
+def test_a_round_repeats_a_short_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 1.0)
+    runs = iter([9.0, *(0.4, 0.2, 0.6), *(2.0,)])
+    seen: list[str] = []
+    contenders = {
+        "short": Contender(lambda: Seconds(next(runs)), (1,), 2),
+        "reset": Contender(lambda: (seen.append("run"), Seconds(0.1))[1], (1,), 2, lambda: None),
+        "once": Contender(lambda: (seen.append("once"), Seconds(0.1))[1], (1,), 1),
+    }
+    times = alternate(contenders)
+    assert times["short", 1] == [pytest.approx(0.4), 2.0]
+    assert times["reset", 1] == [0.1, 0.1] and times["once", 1] == [0.1]
+    assert (seen.count("run"), seen.count("once")) == (3, 1)
 
 
 def test_threads_are_what_the_contender_asked_for() -> None:

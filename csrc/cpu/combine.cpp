@@ -12,6 +12,7 @@
 // Floor: reads each factor once and writes each output once; 2 * n * r * q operations a term.
 #include <omp.h>
 
+#include "ahead.h"
 #include "combine_tiles.h"
 #include "fastlora/io.h"
 #include "passes.h"
@@ -23,6 +24,10 @@ namespace {
 
 constexpr int64_t kChunk = 512;     // positions along the long dimension given to one thread at a time
 constexpr int64_t kWritten = 4096;  // rows that are computed before they are written
+constexpr int kGroup = 8;           // rows of results that one product computes
+template <class T>
+constexpr int kSpan = 6 * kLanes<T>;                  // and, on the A side, columns
+constexpr int64_t kDeepest = 32;                      // of products of several strips at once
 constexpr double kSmallest = 1e-20, kLargest = 1e20;  // coefficients that float32 sums are trusted with
 
 // What is written of an output besides its strips: nothing, one whole factor, or terms that have to be added first.
@@ -41,10 +46,10 @@ template <class T>
 struct Work {
     Strips<T> strips;
     Output<T>* outputs;
-    T* factor_tile;  // B side [kTileB, widest factor]; A side [widest factor, kStrideA]
+    T* factor_tile;  // B side [kTileB, factor_stride]; A side [factor_stride, kStrideA]
     T* result_tile;  // B side [kTileB, out_stride]; A side [outs + kTileSide, kStrideA]
     int64_t outs, out_stride, factor_stride;
-    bool is_covered;  // one strip reaches every column (B) or row (A) of the results that is read
+    bool is_covered;  // every strip reaches every column (B) or row (A) of the results that is read
     CombineTiles tiles;
     bool on_tiles;
 };
@@ -54,17 +59,16 @@ size_t lay_out(char* base, const CombineJob& job, Work<T>& w) {
     Arena arena(base);
     const bool rows = job.task->rows;
     w.outputs = arena.take<Output<T>>(job.task->outputs);
-    int64_t widest = 0;
     w.outs = 0;
-    for (int64_t f = 0; f < job.task->factors; ++f) widest = max_(widest, job.rank(f));
+    w.factor_stride = kDeepest;
+    for (int64_t f = 0; f < job.task->factors; ++f) w.factor_stride = max_(w.factor_stride, job.rank(f));
     for (int64_t o = 0; o < job.task->outputs; ++o) {
         if (base) w.outputs[o].first = w.outs;
         w.outs += job.width(o);
     }
-    w.factor_stride = widest;
     w.out_stride = padded<T>(w.outs) + 3 * kLanes<T>;  // vectors of the last strip may reach past the last column
     lay_out_strips<T>(arena, base != nullptr, job, w.strips);
-    w.factor_tile = arena.take<T>(size_t(widest) * (rows ? kStrideA<T> : kTileB));
+    w.factor_tile = arena.take<T>(size_t(w.factor_stride) * (rows ? kStrideA<T> : kTileB));
     w.result_tile = arena.take<T>(rows ? size_t(w.outs + kResultMargin) * kStrideA<T> : size_t(w.out_stride) * kTileB);
     w.on_tiles = false;
     if constexpr (sizeof(T) == 4) w.on_tiles = CombineTiles::takes(job) && w.tiles.lay_out(arena, base, job, w.strips);
@@ -90,11 +94,14 @@ size_t lay_out(char* base, const CombineJob& job, Work<T>& w) {
         // A result that is neither a product nor one whole factor starts as zeros in the result tile.
         out.in_strip |= out.rest != Rest::factor;
     }
-    w.is_covered = w.strips.count == 1;
-    for (int64_t o = 0; o < job.task->outputs && w.is_covered; ++o) {
+    w.is_covered = w.strips.count > 0;
+    for (int64_t o = 0; o < job.task->outputs; ++o) {
         if (!w.outputs[o].in_strip || job.is_stored(o)) continue;
-        const Strip<T>& strip = w.strips.strip[0];
-        w.is_covered = strip.out <= w.outputs[o].first && w.outputs[o].first + job.width(o) <= strip.out + strip.width;
+        const int64_t first = w.outputs[o].first, last = first + job.width(o);
+        for (int64_t s = 0; s < w.strips.count; ++s) {
+            const Strip<T>& strip = w.strips.strip[s];
+            w.is_covered &= strip.out <= first && last <= strip.out + strip.width;
+        }
     }
     return arena.used();
 }
@@ -183,43 +190,105 @@ void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, 
     }
 }
 
-// kFresh: the results are nothing but this strip.
+// How many strips from s on are one product: they go into the same results, and their values follow one another.
+template <class T>
+int64_t strips_at_once(const Strips<T>& strips, int64_t s) {
+    const Strip<T>& first = strips.strip[s];
+    int64_t depth = first.depth, end = s + 1;
+    for (; end < strips.count; ++end) {
+        const Strip<T>& strip = strips.strip[end];
+        const bool follows = strip.values == first.values + depth * first.stride;
+        depth += strip.depth;
+        if (strip.out != first.out || strip.width != first.width || !follows || depth > kDeepest) break;
+    }
+    return end - s;
+}
+
+// Of the factors of some strips, side by side.
+template <class T>
+int read_factors(const CombineJob& job, const Work<T>& w, const Strip<T>* strips, int64_t n, int64_t first, int count) {
+    int depth = 0;
+    for (int64_t s = 0; s < n; ++s) {
+        const Matrix& x = job.factors[strips[s].factor];
+        if (job.task->rows)
+            read_block<T>(x, 0, first, int(x.rows), count, w.factor_tile + depth * kStrideA<T>, kStrideA<T>);
+        else
+            read_block<T>(x, first, 0, count, int(x.cols), w.factor_tile + depth, w.factor_stride);
+        depth += int(strips[s].depth);
+    }
+    for (int i = 0; job.task->rows && count < kTileA<T> && i < depth; ++i)
+        for (int p = count; p < kTileA<T>; ++p) w.factor_tile[i * kStrideA<T> + p] = T(0);
+    return depth;
+}
+
+// kFresh: they are the first to go into the results.
 template <class T, bool kFresh>
-void add_strip(const CombineJob& job, const Work<T>& w, const Strip<T>& strip, int64_t first, int count) {
-    const Matrix& x = job.factors[strip.factor];
+void add_strips(const CombineJob& job, const Work<T>& w, const Strip<T>* strips, int64_t n, int64_t first, int count,
+                Ahead& ahead) {
+    const Strip<T>& strip = *strips;
+    const int depth = read_factors<T>(job, w, strips, n, first, count), width = int(strip.width);
     if (!job.task->rows) {
-        read_block<T>(x, first, 0, count, int(x.cols), w.factor_tile, w.factor_stride);
-        product<T, kFresh>(count, int(strip.width), int(strip.depth), w.factor_tile, 1, w.factor_stride, strip.values,
-                           strip.stride, w.result_tile + strip.out, w.out_stride);
+        for (int i = 0; i < count; i += kGroup, ahead.step())
+            product<T, kFresh>(min_(kGroup, count - i), width, depth, w.factor_tile + i * w.factor_stride, 1,
+                               w.factor_stride, strip.values, strip.stride,
+                               w.result_tile + i * w.out_stride + strip.out, w.out_stride);
         return;
     }
-    read_block<T>(x, 0, first, int(x.rows), count, w.factor_tile, kStrideA<T>);
-    for (int64_t i = 0; i < x.rows && count < kTileA<T>; ++i)
-        for (int p = count; p < kTileA<T>; ++p) w.factor_tile[i * kStrideA<T> + p] = T(0);
-    product<T, kFresh>(int(strip.width), kTileA<T>, int(strip.depth), strip.values, strip.stride, 1, w.factor_tile,
-                       kStrideA<T>, w.result_tile + strip.out * kStrideA<T>, kStrideA<T>);
+    for (int at = 0; at < kTileA<T>; at += kSpan<T>)
+        for (int i = 0; i < width; i += kGroup, ahead.step())
+            product<T, kFresh>(min_(kGroup, width - i), min_(kSpan<T>, kTileA<T> - at), depth, strip.values + i,
+                               strip.stride, 1, w.factor_tile + at, kStrideA<T>,
+                               w.result_tile + (strip.out + i) * kStrideA<T> + at, kStrideA<T>);
+}
+
+// What the strips give to one tile of the results.
+template <class T>
+void add_products(const CombineJob& job, const Work<T>& w, int64_t first, int count, Ahead& ahead) {
+    for (int64_t s = 0, n = 0; s < w.strips.count; s += n) {
+        n = strips_at_once(w.strips, s);
+        if (w.is_covered && s == 0)
+            add_strips<T, true>(job, w, w.strips.strip + s, n, first, count, ahead);
+        else
+            add_strips<T, false>(job, w, w.strips.strip + s, n, first, count, ahead);
+    }
+}
+
+// How many products a tile takes.
+template <class T>
+int64_t products(const CombineJob& job, const Work<T>& w) {
+    const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+    int64_t sum = 0;
+    for (int64_t s = 0; s < w.strips.count; s += strips_at_once(w.strips, s))
+        sum += job.task->rows ? parts(w.strips.strip[s].width, kGroup) * parts(kTileA<T>, kSpan<T>)
+                              : parts(kTileB, kGroup);
+    return sum;
+}
+
+// Of the long dimension of what has to be computed.
+int64_t length(const CombineJob& job) {
+    for (int64_t o = 0; o < job.task->outputs; ++o)
+        if (!job.is_stored(o)) return job.task->rows ? job.matrix(o).cols : job.matrix(o).rows;
+    return 0;
 }
 
 template <class T>
 void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t begin, int64_t end) {
     const bool rows = job.task->rows;
-    const int64_t step = rows ? kTileA<T> : kTileB;
+    const int64_t step = rows ? kTileA<T> : kTileB, n = length(job), steps = products(job, w);
     const TileUnit unit(w.on_tiles);
     for (int64_t first = begin; first < end; first += step) {
         const int count = int(min_(step, end - first));
         if (!w.is_covered)
             __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs * kStrideA<T> : w.out_stride * kTileB));
-        for (int64_t s = 0; s < w.strips.count; ++s) {
-            if constexpr (sizeof(T) == 4)
-                if (w.on_tiles) {
+        if constexpr (sizeof(T) == 4) {
+            if (w.on_tiles)
+                for (int64_t s = 0; s < w.strips.count; ++s)
                     w.tiles.add_strip(job, w.strips, s, first, count, w.result_tile,
-                                      rows ? kStrideA<float> : w.out_stride, w.is_covered);
-                    continue;
-                }
-            if (w.is_covered)
-                add_strip<T, true>(job, w, w.strips.strip[s], first, count);
-            else
-                add_strip<T, false>(job, w, w.strips.strip[s], first, count);
+                                      rows ? kStrideA<float> : w.out_stride, w.is_covered && s == 0);
+        }
+        if (!w.on_tiles) {
+            Ahead ahead(job.factors, job.task->factors, rows, first + step, min_(step, n - first - step), steps);
+            add_products<T>(job, w, first, count, ahead);
         }
         write_outputs<T>(job, w, outs, first, count);
     }
@@ -272,13 +341,6 @@ class Prepared {
     Work<float> f32_{};
     Work<double> f64_{};
 };
-
-// Of the long dimension of what has to be computed.
-int64_t length(const CombineJob& job) {
-    for (int64_t o = 0; o < job.task->outputs; ++o)
-        if (!job.is_stored(o)) return job.task->rows ? job.matrix(o).cols : job.matrix(o).rows;
-    return 0;
-}
 
 // The matrices of a task's outputs. Those without an address get one in `memory`, for `lines` rows (B side; A sides are
 // whole) from row `first` on; returns what that takes when `memory` is null.

@@ -202,7 +202,8 @@ class CombineTiles {
     void copy_rows(const Matrix& m, int64_t rows, int64_t first, int count) const {
         const uint16_t* p = reinterpret_cast<const uint16_t*>(m.data) + first;
         for (int64_t i = 0; i < rows; ++i, p += m.stride) {
-            prefetch(p, 2 * size_t(count), 2 * count);
+            // The next tile, in pieces too short for the processor to foresee.
+            for (int j = 0; j < count; j += 32) __builtin_prefetch(p + count + j);
             __builtin_memcpy(copy_ + i * kCopyStride, p, 2 * size_t(count));
         }
     }

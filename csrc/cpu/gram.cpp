@@ -26,10 +26,10 @@ constexpr int kTileA = 24 * kLanes<T>;  // columns of a tile on the A side
 template <class T>
 constexpr int kStrideA = kTileA<T> + kLanes<T>;
 template <class T>
-constexpr int kTilesInSum = sizeof(T) == 4 ? 2 : 8;  // 64 (B side) or 48 (A side) terms in a float32 sum
-constexpr int64_t kGroup = 8;                        // rows of the sums of outer products that are added to at a time
-constexpr int kSquare = 4;                           // rows and columns of a square of dot products
-constexpr int64_t kShortest = 1024;                  // long dimensions below this are summed in float64
+constexpr int kTilesInSum = sizeof(T) == 4 ? 2 : 64;  // of float32: 64 (B side) or 48 (A side) terms
+constexpr int64_t kGroup = 8;                         // rows of the sums of outer products that are added to at a time
+constexpr int kSquare = 4;                            // rows and columns of a square of dot products
+constexpr int64_t kShortest = 1024;                   // long dimensions below this are summed in float64
 constexpr double kSmallest = 1e-20, kLargest = 1e30;
 
 int64_t rank(const Matrix& m, bool rows) { return rows ? m.rows : m.cols; }

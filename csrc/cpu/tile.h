@@ -209,11 +209,21 @@ struct Double {
     }
 };
 
-// Asks for the `bytes` that lie `ahead` bytes behind p: what the next tile will read. Several factors are streamed at
-// once, in pieces too short for the processor to foresee.
-inline void prefetch(const void* p, size_t bytes, ptrdiff_t ahead) {
-    const char* from = static_cast<const char*>(p) + ahead;
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+// Rows that are kVectors whole vectors, as those of most B sides.
+template <class E, class T, int kVectors>
+inline void read_whole(const typename E::Stored* __restrict p, int64_t from, int rows, T* __restrict out,
+                       int64_t stride) {
+    for (int i = 0; i < rows; ++i, p += from, out += stride)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) store<T>(out + v * kLanes<T>, E::template load_vector<T>(p + v * kLanes<T>));
+}
+
+template <class E, class T, int kVectors>
+inline void write_whole(typename E::Stored* __restrict p, int64_t to, int rows, const T* __restrict in,
+                        int64_t stride) {
+    for (int i = 0; i < rows; ++i, p += to, in += stride)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) E::template store_vector<T>(p + v * kLanes<T>, load<T>(in + v * kLanes<T>));
 }
 
 // Not inlined: tiles are short and wide loops around them would keep their counters in memory.
@@ -222,19 +232,12 @@ __attribute__((noinline)) void read_as(const Matrix& m, int64_t row, int64_t col
                                        T* __restrict out, int64_t stride) {
     constexpr int lanes = kLanes<T>;
     using Stored = typename E::Stored;
-    // The next tile lies behind this one: below it if rows are whole, to the right of it otherwise.
-    const ptrdiff_t ahead = (columns == m.cols ? rows * m.stride : columns) * ptrdiff_t(sizeof(Stored));
     const int64_t from = m.stride;
     const Stored* __restrict p = reinterpret_cast<const Stored*>(m.data) + row * from + column;
-    if (columns == lanes) {
-        for (int i = 0; i < rows; ++i, p += from, out += stride) {
-            __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead);
-            store<T>(out, E::template load_vector<T>(p));
-        }
-        return;
-    }
+    if (columns == lanes) return read_whole<E, T, 1>(p, from, rows, out, stride);
+    if (columns == 2 * lanes) return read_whole<E, T, 2>(p, from, rows, out, stride);
+    if (columns == 4 * lanes) return read_whole<E, T, 4>(p, from, rows, out, stride);
     for (int i = 0; i < rows; ++i, p += from, out += stride) {
-        prefetch(p, columns * sizeof *p, ahead);
         int j = 0;
         for (; j + lanes <= columns; j += lanes) store<T>(out + j, E::template load_vector<T>(p + j));
         for (; j < columns; ++j) out[j] = E::template load_one<T>(p + j);
@@ -248,10 +251,9 @@ __attribute__((noinline)) void write_as(const Matrix& m, int64_t row, int64_t co
     using Stored = typename E::Stored;
     const int64_t to = m.stride;
     Stored* __restrict p = reinterpret_cast<Stored*>(m.data) + row * to + column;
-    if (columns == lanes) {
-        for (int i = 0; i < rows; ++i, p += to, in += stride) E::template store_vector<T>(p, load<T>(in));
-        return;
-    }
+    if (columns == lanes) return write_whole<E, T, 1>(p, to, rows, in, stride);
+    if (columns == 2 * lanes) return write_whole<E, T, 2>(p, to, rows, in, stride);
+    if (columns == 4 * lanes) return write_whole<E, T, 4>(p, to, rows, in, stride);
     for (int i = 0; i < rows; ++i, p += to, in += stride) {
         int j = 0;
         for (; j + lanes <= columns; j += lanes) E::template store_vector<T>(p + j, load<T>(in + j));

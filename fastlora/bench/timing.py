@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 
 ROUNDS = 7
+# A round repeats a run until this has passed, and counts the mean: one run of a millisecond after another's work would
+# measure how cold the processor's caches are and how long threads take to wake up.
+ROUND_SECONDS = 0.05
 Run = Callable[[], object]
 Times = dict[tuple[str, int], list[float]]
 
@@ -27,7 +30,8 @@ class Contender:
     """Something that is timed, at each of some numbers of threads.
 
     ``run`` may return :class:`Seconds` to be taken for what passed on the clock. ``reset`` runs before every run and
-    is not timed. ``rounds``: how often it is timed; a contender that is timed once has no round to warm up.
+    is not timed; a round of a contender that has one is a single run. ``rounds``: how often it is timed; a contender
+    that is timed once runs once, without a round to warm up.
     """
 
     run: Run
@@ -47,7 +51,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def alternate(contenders: Mapping[str, Contender]) -> Times:
-    """Seconds of every round by ``(name, threads)``: one run of each in turn, so that all see the same machine."""
+    """Seconds of every round by ``(name, threads)``: one round of each in turn, so that all see the same machine."""
     times: Times = {(name, count): [] for name, c in contenders.items() for count in c.threads}
     for round_number in range(1 + max(c.rounds for c in contenders.values())):
         for (name, count), own in times.items():
@@ -58,12 +62,21 @@ def alternate(contenders: Mapping[str, Contender]) -> Times:
             if contender.reset is not None:
                 contender.reset()
             with threads(count):
-                start = time.perf_counter()
-                result = contender.run()
-                elapsed = float(result) if isinstance(result, Seconds) else time.perf_counter() - start
+                elapsed = _round(contender)
             if not warming:
                 own.append(elapsed)
     return times
+
+
+def _round(contender: Contender) -> float:
+    """Mean seconds of a run of a contender."""
+    total, runs = 0.0, 0
+    while not runs or (total < ROUND_SECONDS and contender.reset is None and contender.rounds > 1):
+        start = time.perf_counter()
+        result = contender.run()
+        total += float(result) if isinstance(result, Seconds) else time.perf_counter() - start
+        runs += 1
+    return total / runs
 
 
 def median_of(run: Run, count: int) -> float:

@@ -54,11 +54,11 @@ def require_one_device(adapters: Sequence[Adapter]) -> None:
 
 def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Update:
     """``Σ_i w_i ΔW_i`` of one module."""
-    shapes = {u.shape for _, u in terms}
-    if len(shapes) > 1:
-        found = " and ".join(f"{n}×{m}" for n, m in sorted(shapes))
+    first = terms[0][1]
+    if any(u.shape != first.shape for _, u in terms):
+        found = " and ".join(f"{n}×{m}" for n, m in sorted({u.shape for _, u in terms}))
         raise InputError(f"{module}: cannot add updates of shapes {found}: these adapters are of different base models")
-    if any(u.layout != terms[0][1].layout for _, u in terms):
+    if any(u.layout is not first.layout and u.layout != first.layout for _, u in terms):
         kinds = " and ".join(dict.fromkeys(u.layout.kind for _, u in terms))
         raise InputError(
             f"{module}: cannot add updates of different layouts ({kinds}): these adapters are of different base models"
@@ -67,13 +67,13 @@ def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Updat
     if not kept:
         from fastlora.engine import with_rank_zero
 
-        return with_rank_zero(terms[0][1])
+        return with_rank_zero(first)
     if len(kept) == 1:
         weight, update = kept[0]
         return replace(update, scaling=update.scaling * weight, floor=update.floor * abs(weight))
-    baked = [u.baked().B.scaled(w) for w, u in kept]
-    floor = max(u.floor * abs(w) for w, u in kept)
-    return Update(concatenate(baked), concatenate(u.A for _, u in kept), 1.0, kept[0][1].layout, floor)
+    left = concatenate([u.B.scaled(u.scaling * w) for w, u in kept])
+    floor = max([u.floor * abs(w) for w, u in kept])
+    return Update(left, concatenate([u.A for _, u in kept]), 1.0, kept[0][1].layout, floor)
 
 
 def combine_extras(terms: WeightedKind) -> dict[str, Extra]:

@@ -25,7 +25,7 @@ from fastlora.engine import (
     widest,
     with_rank_zero,
 )
-from fastlora.gramblocks import gram_blocks, gram_diagonal
+from fastlora.gramblocks import GramPass
 from fastlora.memory import is_bounded, release
 from fastlora.methods.arithmetic import common_base
 from fastlora.methods.spectrum import check_size, default_rtol, factor, raise_for_info, sides, unscaled_floor
@@ -111,7 +111,7 @@ class Coefficients:
         return list((H * factors[:, :, None, None]).unbind())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class ModuleResult:
     """One module of a decomposition: coefficients of the results on the loaded factors, and what was measured.
 
@@ -203,8 +203,10 @@ def read_blocks(pool: Pool | PoolPart, group: Group, modules: list[str], side: s
     names = tuple(pool.names[i] for i in group.members)
     updates = [[pool.adapters[i].updates[m] for i in group.members] for m in modules]
     k, r = len(names), max(1, *group.ranks)
-    projected = gram_blocks([[factor(u, projected_side) for u in row] for row in updates], r, blocks_of(kind, k))
-    other = gram_diagonal([[factor(u, other_side) for u in row] for row in updates], r)
+    grams = GramPass()
+    projected = grams.blocks([[factor(u, projected_side) for u in row] for row in updates], r, blocks_of(kind, k))
+    other = grams.diagonal([[factor(u, other_side) for u in row] for row in updates], r)
+    grams.run()
     check_diagonal(names, modules, projected, projected_side)
     check_diagonal(names, modules, other, other_side)
     release(sources(u for row in updates for u in row))

@@ -13,7 +13,7 @@ from fastlora import ops
 from fastlora.adapter import Factor, Side, Update
 from fastlora.engine import check_diagonal, chunks
 from fastlora.errors import InputError, NonFiniteError
-from fastlora.gramblocks import gram_blocks
+from fastlora.gramblocks import GramPass
 from fastlora.progress import track
 
 # The least relative size of a singular value that is a direction and not rounding; MATH section 2.
@@ -50,7 +50,7 @@ def unscaled_floor(update: Update) -> float:
     return update.floor / abs(update.scaling) if update.scaling else math.inf
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class SingularForm:
     """``ΔW = s·(B T) Σ (…)`` of one module: ``U = B T [n, kept]`` orthonormal.
 
@@ -98,8 +98,10 @@ def singular_forms(
 def _one_chunk(
     name: str, modules: list[str], updates: list[Update], r: int, rtol: float, rank: int | None, energy: float | None
 ) -> dict[str, SingularForm]:
-    left = gram_blocks([[u.B] for u in updates], r, [(0, 0)])  # [g, 1, 1, r, r]
-    right = gram_blocks([[u.A] for u in updates], r, [(0, 0)])
+    grams = GramPass()
+    left = grams.blocks([[u.B] for u in updates], r, [(0, 0)])  # [g, 1, 1, r, r]
+    right = grams.blocks([[u.A] for u in updates], r, [(0, 0)])
+    grams.run()
     check_diagonal([name], modules, left, "B")
     check_diagonal([name], modules, right, "A")
     floor = torch.tensor([[unscaled_floor(u)] for u in updates], dtype=torch.float64).to(left.device)
@@ -124,17 +126,21 @@ def _one_chunk(
     counts = kept[:, 0].tolist()
     totals = energies[:, -1].tolist()
     kept_energies = energies.gather(1, kept).flatten().tolist()
-    return {
-        module: SingularForm(
-            sigma[i], T[i, :, :count], D[i, :count], count, math.sqrt(total), part / total if total > 0 else 1.0
-        )
-        for i, (module, count, total, part) in enumerate(zip(modules, counts, totals, kept_energies, strict=True))
-    }
+    forms = {}
+    rows = zip(modules, counts, totals, kept_energies, sigma.unbind(), T.unbind(), D.unbind(), strict=True)
+    for module, count, total, part, own_sigma, own_T, own_D in rows:
+        if count < most:
+            own_T, own_D = own_T[:, :count], own_D[:count]
+        retained = part / total if total > 0 else 1.0
+        forms[module] = SingularForm(own_sigma, own_T, own_D, count, math.sqrt(total), retained)
+    return forms
 
 
 def check_size(names: Sequence[Sequence[str]], modules: Sequence[str], sigma: Tensor) -> None:
     """Raises for singular values whose squares overflow: ``sigma [len(modules), k, r]``, scaling included, of the
     adapters ``names[module]``."""
+    if not sigma.numel() or float(sigma.max()) <= LARGEST:  # not so with NaN, either
+        return
     bad = (~(sigma <= LARGEST)).any(-1).nonzero().tolist()
     if bad:
         module, adapter = bad[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from fastlora.adapter import Adapter, Update
 from fastlora.errors import InputError
@@ -15,7 +14,7 @@ from fastlora.pool import Pool
 
 def cut(update: Update, form: SingularForm) -> Update:
     """``B' = B T = U``, ``A' = D A = Σ Vᵀ`` (scaling kept apart)."""
-    return replace(update, B=update.B.times(form.T), A=update.A.times(form.D.mT))
+    return Update(update.B.times(form.T), update.A.times(form.D.mT), update.scaling, update.layout, update.floor)
 
 
 def check_cut(rank: int | None, energy: float | None) -> None:
