@@ -7,7 +7,7 @@ coefficients; the tall matrices are read once when a result is asked for or save
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -174,6 +174,9 @@ class Layout:
     experts: int = 1
 
 
+LINEAR, EMBEDDING = Layout(), Layout("embedding")
+
+
 @dataclass(slots=True, eq=False)
 class Update:
     """``ΔW = scaling · B · A`` of one module, ``[out, in]``.
@@ -185,7 +188,7 @@ class Update:
     B: Factor
     A: Factor
     scaling: float = 1.0
-    layout: Layout = field(default_factory=Layout)
+    layout: Layout = LINEAR
     floor: float = 0.0
 
     @property

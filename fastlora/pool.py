@@ -120,12 +120,12 @@ class Pool:
     def _add(self, adapter: Adapter, align: bool) -> None:
         if self._adapters and align:
             adapter = self._aligned(adapter)
-        position = len(self._adapters)
-        for module in adapter.modules:
+        earlier = self.adapters
+        for module in adapter.updates:
             owners = self._owners.setdefault(module, [])
             if owners:
-                self._check_module(module, self.adapters[owners[0]], adapter)
-            owners.append(position)
+                self._check_module(module, earlier[owners[0]], adapter)
+            owners.append(len(earlier))
         self._adapters[adapter.name] = adapter
 
     def _check_module(self, module: str, first: Adapter, second: Adapter) -> None:
@@ -136,7 +136,7 @@ class Pool:
                 f"{_shape(two.shape)} in adapter {second.name!r}; they belong to different base models (or "
                 "to different vocabularies)"
             )
-        if one.layout != two.layout:
+        if one.layout is not two.layout and one.layout != two.layout:
             raise InputError(
                 f"module {module!r} is {_layout(one.layout)} in adapter {first.name!r} and "
                 f"{_layout(two.layout)} in adapter {second.name!r}; they belong to different base models"

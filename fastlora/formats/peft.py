@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlora.adapter import Adapter, BaseInfo, Extra, Factor, Layout, Update
+from fastlora.adapter import EMBEDDING, LINEAR, Adapter, BaseInfo, Extra, Factor, Layout, Update
 from fastlora.errors import InputError, NonFiniteError, UnsupportedAdapter
 from fastlora.formats.peft_config import CONFIG_NAME, HEADS, MERGE_FIRST, Fields, PeftConfig, read_config
 from fastlora.formats.tensors import DTYPE_NAMES, read_safetensors, read_torch
@@ -129,17 +129,14 @@ def _sort(
     others: dict[str, Tensor] = {}
     dropped = 0
     for key, tensor in tensors.items():
-        plain = key.removeprefix(PREFIX)
-        path, _, part = plain.rpartition(".")
-        if part in ("weight", "bias"):
-            path, _, owner = path.rpartition(".")
-            part = f"{owner}.{part}"
+        plain, path, part = _split(key)
         if part in PARTS and path:
             module = modules.get(path)
             if module is None:
                 module = modules[path] = _Module()
             module.add(PARTS[part], key, tensor, file)
-            module.embedding |= part.startswith("lora_embedding")
+            if part.startswith("lora_embedding"):
+                module.embedding = True
         elif TRAINING_STATE.search(plain):
             dropped += 1
         else:
@@ -154,6 +151,17 @@ def _sort(
         others,
         [f"adapter {name!r}: {dropped} tensors of training state are not kept"] if dropped else [],
     )
+
+
+@functools.lru_cache(maxsize=2**14)
+def _split(key: str) -> tuple[str, str, str]:
+    """``(name without prefix, module, part)`` of a tensor; adapters of one model have the same names."""
+    plain = key.removeprefix(PREFIX)
+    path, _, part = plain.rpartition(".")
+    if part in ("weight", "bias"):
+        path, _, owner = path.rpartition(".")
+        part = f"{owner}.{part}"
+    return plain, path, part
 
 
 def _group(modules: Mapping[str, _Module], file: Path) -> dict[str, list[_Module]]:
@@ -278,7 +286,7 @@ def _update(path: str, module: _Module, config: PeftConfig, file: Path) -> Updat
             f"module {path!r} has rank {rank} in {file} and rank {expected} in {config.path} ('r' or "
             "'rank_pattern'); its scaling is unknown: restore the configuration it was saved with"
         )
-    layout = Layout("embedding") if module.embedding else Layout()
+    layout = EMBEDDING if module.embedding else LINEAR
     if a.dim() > 2:
         layout = Layout("conv", kernel=tuple(a.shape[2:]))
         a, b = a.reshape(rank, -1), b.reshape(-1, rank)

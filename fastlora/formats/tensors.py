@@ -11,10 +11,12 @@ import pickletools
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,6 +47,8 @@ LARGEST_HEADER = 100_000_000
 """Bytes: the limit of safetensors."""
 LONGEST_NAME = 1000
 """Characters of a tensor's name."""
+MOST_KNOWN, LARGEST_KNOWN = 8, 2**20
+"""How many headers are remembered, and of how many bytes."""
 MOST_VIEWS = 4
 """How often the bytes of a file may be used: tied tensors share theirs."""
 
@@ -56,6 +60,21 @@ LEGACY_PICKLES = 5
 LFS_POINTER = b"version https://git-lfs"
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor lies behind the header. ``dtype`` is ``None`` where a view is not simple to make: an unusual dtype,
+    or no bytes."""
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    first: int
+
+
+_known: OrderedDict[tuple[bytes, int], dict[str, _Place]] = OrderedDict()
+"""Headers that were checked last: those of adapters from one training recipe are the same to the byte."""
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, as a view of a private mapping that lives as long as the tensor.
 
@@ -63,16 +82,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     thousands in a pool. Nothing is copied, so addresses can be odd: they are where the file put the tensors.
     """
     _refuse_pointer(path)
-    start, header = _check_header(path)
+    header, size = _read_header(path)
     try:
+        places = _known.get((header, size)) or _places(path, header, size)
         with path.open("rb") as raw:
             mapping = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)
-        with safe_open(path, framework="pt", device="cpu") as file:
-            views = _Views(mapping, start)
-            return {
-                name: views.of(header[name]) if _is_usual(header[name]) else file.get_tensor(name)
-                for name in file.keys()
-            }
+        views = _Views(mapping, 8 + len(header))
+        tensors = {name: views.of(place) for name, place in places.items() if place.dtype is not None}
+        if len(tensors) < len(places):
+            with safe_open(path, framework="pt", device="cpu") as file:
+                tensors = {name: tensors[name] if name in tensors else file.get_tensor(name) for name in places}
     except (
         SafetensorError,
         OSError,
@@ -87,11 +106,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             f"{path} is no readable safetensors file ({_first_line(error)}); it may be cut off: "
             "copy or download it again"
         ) from None
+    if len(header) <= LARGEST_KNOWN:
+        _known[header, size] = places
+        _known.move_to_end((header, size))
+        while len(_known) > MOST_KNOWN:
+            _known.popitem(last=False)
+    return tensors
 
 
-def _check_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the tensors start, and the header. Refuses what safetensors accepts or has no name for: tensors named
-    twice, names and shapes that nothing can use. Offsets and sizes are left to safetensors, which checks every one."""
+def _read_header(path: Path) -> tuple[bytes, int]:
+    """The header, and the size of the file."""
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
@@ -101,7 +125,14 @@ def _check_header(path: Path) -> tuple[int, dict[str, Any]]:
                 f"{path} is no readable safetensors file (its header should have {length} bytes of {size}); "
                 "it may be cut off: copy or download it again"
             )
-        header = parse_object(file.read(length), f"{path} is no readable safetensors file: its header")
+        return file.read(length), size
+
+
+def _places(path: Path, raw: bytes, size: int) -> dict[str, _Place]:
+    """Where the tensors are, by name, in the order of the library, which checks offsets and sizes. Refuses what it
+    accepts or has no name for: tensors named twice, names and shapes that nothing can use."""
+    header = parse_object(raw, f"{path} is no readable safetensors file: its header")
+    room = size - 8 - len(raw)
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -117,12 +148,22 @@ def _check_header(path: Path) -> tuple[int, dict[str, Any]]:
             raise InputError(
                 f"{path}: tensor {name!r} has the offsets {shown(offsets)}; copy or download the file again"
             )
-        if not 0 <= offsets[0] <= offsets[1] <= size - 8 - length:
+        if not 0 <= offsets[0] <= offsets[1] <= room:
             raise InputError(
                 f"{path} is no readable safetensors file (tensor {name!r} lies at {shown(offsets)}, but there are "
-                f"{size - 8 - length} bytes of tensors); it may be cut off: copy or download it again"
+                f"{room} bytes of tensors); it may be cut off: copy or download it again"
             )
-    return 8 + length, header
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return {name: _place(header[name]) for name in file.keys()}
+
+
+def _place(entry: Mapping[str, Any]) -> _Place:
+    first, last = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    strides = [1] * len(shape)
+    for i in range(len(shape) - 1, 0, -1):
+        strides[i - 1] = strides[i] * shape[i]
+    return _Place(NAMED_DTYPES.get(entry["dtype"]) if first < last else None, shape, tuple(strides), first)
 
 
 def _is_shape(shape: object) -> bool:
@@ -134,12 +175,6 @@ def _is_shape(shape: object) -> bool:
     return True
 
 
-def _is_usual(entry: Mapping[str, Any]) -> bool:
-    """Whether a view is simple to make: a usual dtype, and something to view."""
-    first, last = entry["data_offsets"]
-    return entry["dtype"] in NAMED_DTYPES and first < last
-
-
 class _Views:
     """Tensors in a mapped file, as views of one tensor for each dtype and remainder of the offset."""
 
@@ -148,18 +183,15 @@ class _Views:
         self._start = start
         self._whole: dict[tuple[torch.dtype, int], Tensor] = {}
 
-    def of(self, entry: Mapping[str, Any]) -> Tensor:
-        dtype, shape, (first, _) = NAMED_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        index, rest = divmod(self._start + first, dtype.itemsize)
+    def of(self, place: _Place) -> Tensor:
+        dtype = cast(torch.dtype, place.dtype)
+        index, rest = divmod(self._start + place.first, dtype.itemsize)
         whole = self._whole.get((dtype, rest))
         if whole is None:
             count = (len(self._mapping) - rest) // dtype.itemsize
             whole = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=rest)
             self._whole[dtype, rest] = whole
-        strides = [1] * len(shape)
-        for i in range(len(shape) - 1, 0, -1):
-            strides[i - 1] = strides[i] * shape[i]
-        return whole.as_strided(shape, strides, index)
+        return whole.as_strided(place.shape, place.strides, index)
 
 
 class TensorFile:
