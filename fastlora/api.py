@@ -11,12 +11,12 @@ from fastlora import device as devices
 from fastlora import formats
 from fastlora import stream as streams
 from fastlora.adapter import Adapter
-from fastlora.collector import paused_collector
 from fastlora.decomposition import Decomposition
 from fastlora.engine import require_finite
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.finetune import TaskVector
 from fastlora.ia3 import IA3
+from fastlora.interpreter import paused_collector
 from fastlora.memory import bounded
 from fastlora.memory import parse as parse_memory
 from fastlora.methods import Method, all_methods, devec, find_method, svd

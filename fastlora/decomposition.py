@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastlora.adapter import Adapter
-from fastlora.collector import paused_collector
 from fastlora.engine import WRITE_BYTES, chunks, write_adapters
 from fastlora.errors import InputError
+from fastlora.interpreter import paused_collector
 from fastlora.memory import bounded
 from fastlora.methods.devec import Components
 from fastlora.output import OutputDirectory

@@ -23,8 +23,8 @@ from torch import Tensor
 from fastlora import backends, stream
 from fastlora.adapter import Adapter, Factor, Side, Update, source_key
 from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramJob, WriteProblem
-from fastlora.collector import paused_collector
 from fastlora.errors import InputError, NonFiniteError
+from fastlora.interpreter import paused_collector, quick_handover
 from fastlora.memory import Room, batch_bytes, padded, release
 from fastlora.offload import on_host
 from fastlora.progress import track
@@ -238,7 +238,7 @@ def write_adapters(
     Factors are computed where they are written from, a module at a time in every thread, so memory does not grow with
     the model; one thread prepares the next modules meanwhile. ``meanwhile`` is called while the last are written.
     """
-    with paused_collector():
+    with paused_collector(), quick_handover():
         targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
         _write_adapters(on_host(adapters, targets), targets, meanwhile)
 
@@ -318,6 +318,7 @@ class _Prepared:
     places: list[list[tuple[Path, str]]]  # (directory, tensor) of every output
     packed: dict[str, list[tuple[Path, Update]]]  # modules whose tensors hold more than one factor
     used: list[Tensor]
+    launch: backends.Launches | None = None  # of the jobs, unless they go through a device
 
     def write(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -325,7 +326,7 @@ class _Prepared:
             for job, places in zip(self.jobs, self.places, strict=True):
                 for output, (directory, _) in zip(job.outputs, places, strict=True):
                     output.file = descriptors[directory]
-            problem = stream.combine(self.jobs) if stream.current() else run_pass("combine_pass", self.jobs)
+            problem = stream.combine(self.jobs) if self.launch is None else self.launch.run()
         if problem is not None:
             directory, name = self.places[problem.job][problem.output]
             raise self.files[directory].error(name, problem.errno)
@@ -364,6 +365,8 @@ def _prepare(
         for side in SIDES:
             _write_side(prepared, module, side, [(d, u.B if side == "B" else u.A) for d, u in updates])
     prepared.used += sources(u for own in prepared.packed.values() for _, u in own)
+    if stream.current() is None:
+        prepared.launch = backends.prepared("combine_pass", prepared.jobs)
     return prepared
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlora import backends
 from fastlora.adapter import Adapter, Factor, Side, Update
+from fastlora.backends import Launches, prepared
 from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramJob
 from fastlora.decomposition import Decomposition
 from fastlora.device import refill, room
@@ -25,23 +26,6 @@ from fastlora.pool import Pool
 from fastlora.reference.coefficients import Coefficients
 
 
-class Launches(Protocol):
-    """Work that was prepared: tables and outputs are there, and :meth:`run` starts it on the current stream."""
-
-    def run(self) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Direct:
-    """A backend that prepares nothing: it is called anew every time."""
-
-    op: str
-    arguments: tuple[Any, ...]
-
-    def run(self) -> Any:
-        return backends.run(self.op, *self.arguments)
-
-
 @dataclass(frozen=True, slots=True)
 class _CopiedChain:
     """The chain of a backend that makes its own results."""
@@ -52,13 +36,6 @@ class _CopiedChain:
     def run(self) -> None:
         for tensor, found in zip(self.out, backends.run("chain", *self.arguments), strict=True):
             tensor.copy_(found)
-
-
-def prepared(op: str, *arguments: Any) -> Launches:
-    """The op on the backend that takes the call, prepared where that backend can."""
-    kernel = backends.resolve(op, *arguments)
-    found: Launches = _Direct(op, arguments) if kernel.plan is None else kernel.plan(*arguments)
-    return found
 
 
 class _Part:

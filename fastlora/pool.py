@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastlora.adapter import Adapter, Layout
-from fastlora.collector import paused_collector
 from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.formats import load
+from fastlora.interpreter import paused_collector
 from fastlora.locate import check_name, check_names_differ, find
 from fastlora.operators import Operators
 

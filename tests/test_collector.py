@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from fastlora.collector import paused_collector
+from fastlora.interpreter import paused_collector
 
 
 def test_it_is_paused_and_comes_back() -> None:

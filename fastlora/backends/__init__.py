@@ -8,7 +8,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fastlora.errors import BackendError, InputError
 
@@ -42,6 +42,23 @@ class Kernel:
     launch: Callable[..., Any]
     supports: Callable[..., str | None]
     plan: Callable[..., Any] | None = None
+
+
+class Launches(Protocol):
+    """Work that was prepared: tables and outputs are there, and :meth:`run` starts it on the current stream."""
+
+    def run(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Direct:
+    """A backend that prepares nothing: it is called anew every time."""
+
+    op: str
+    arguments: tuple[Any, ...]
+
+    def run(self) -> Any:
+        return run(self.op, *self.arguments)
 
 
 def always(*_: object, **__: object) -> None:
@@ -143,3 +160,10 @@ def run(op: str, *args: Any) -> Any:
         from fastlora.device import out_of_memory
 
         raise out_of_memory(f"fastlora.{op}") from None
+
+
+def prepared(op: str, *args: Any) -> Launches:
+    """The op on the backend that takes the call, prepared where that backend can."""
+    kernel = resolve(op, *args)
+    found: Launches = _Direct(op, args) if kernel.plan is None else kernel.plan(*args)
+    return found

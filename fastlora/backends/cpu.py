@@ -123,49 +123,68 @@ def _gram_pass(jobs: Sequence[GramJob]) -> None:
     _core.gram(*map(_address, tables), len(tasks), torch.get_num_threads())
 
 
-def _combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:
-    factors: list[tuple[int, ...]] = []
-    tasks: list[tuple[int, ...]] = []
-    outputs: list[tuple[int, ...]] = []
-    matrices: list[tuple[int, ...]] = []
-    terms: list[tuple[int, ...]] = []
-    scales: list[float] = []
-    alive: list[Tensor] = []  # until the kernel is done
-    to_files = False
-    for job in jobs:
-        rows = job.rows
-        tasks.append((len(factors), len(job.factors), len(outputs), len(job.outputs), rows))
-        factors += [_factor(x, alive) for x in job.factors]
-        for output in job.outputs:
-            first = len(terms)
-            for factor, c, at, scale in output.terms:
-                if c is None:
-                    terms.append((factor, 0, 0, 0, at, 0))
+class CombinePlan:
+    """The tables of a combine pass. :meth:`run` works on what the tensors hold by then, and writes to the files that
+    the outputs name by then."""
+
+    def __init__(self, jobs: Sequence[CombineJob]) -> None:
+        self._jobs = jobs
+        factors: list[tuple[int, ...]] = []
+        tasks: list[tuple[int, ...]] = []
+        outputs: list[tuple[int, ...]] = []
+        matrices: list[tuple[int, ...]] = []
+        terms: list[tuple[int, ...]] = []
+        scales: list[float] = []
+        given: list[Tensor] = []
+        self._alive: list[Tensor] = []
+        for job in jobs:
+            rows = job.rows
+            tasks.append((len(factors), len(job.factors), len(outputs), len(job.outputs), rows))
+            factors += [_factor(x, self._alive) for x in job.factors]
+            given += job.factors
+            for output in job.outputs:
+                first = len(terms)
+                for factor, c, at, scale in output.terms:
+                    if c is None:
+                        terms.append((factor, 0, 0, 0, at, 0))
+                    else:
+                        r, q = c.shape
+                        if not r or not q:  # an empty coefficient has no address, which in the table is the identity
+                            continue
+                        stride, step = c.stride()
+                        if c.dtype != torch.float64 or (q > 1 and step != 1):
+                            raise ValueError(
+                                f"a coefficient must be float64 with contiguous rows: {c.dtype} {c.stride()}"
+                            )
+                        terms.append((factor, c.data_ptr(), stride, r if rows else q, at, 0))
+                    scales.append(scale)
+                outputs.append((len(matrices), first, len(terms) - first, -1, output.offset, output.check))
+                if output.out is None:
+                    height, width = output.shape
+                    matrices.append((0, height, width, width, DTYPES[output.dtype]))
                 else:
-                    r, q = c.shape
-                    if not r or not q:  # an empty coefficient has no address, which in the table means the identity
-                        continue
-                    stride, step = c.stride()
-                    if c.dtype != torch.float64 or (q > 1 and step != 1):
-                        raise ValueError(f"a coefficient must be float64 with contiguous rows: {c.dtype} {c.stride()}")
-                    terms.append((factor, c.data_ptr(), stride, r if rows else q, at, 0))
-                scales.append(scale)
-            if output.file >= 0:
-                to_files = True
-            outputs.append((len(matrices), first, len(terms) - first, output.file, output.offset, output.check))
-            if output.out is None:
-                height, width = output.shape
-                matrices.append((0, height, width, width, DTYPES[output.dtype]))
-            else:
-                matrices.append(_matrix(output.out))
-    term_table = _table(terms, 6)
-    term_table[:, 5] = np.array(scales, dtype=np.float64).view(np.int64)
-    tables = _table(factors, 5), _table(tasks, 5), _table(outputs, 6), _table(matrices, 5), term_table
-    kind, place, errno = _core.combine(*map(_address, tables), len(tasks), to_files, torch.get_num_threads())
-    if not kind:
-        return None
-    job_index = next(i for i, (_, _, first, count, _) in enumerate(tasks) if first <= place < first + count)
-    return WriteProblem(job_index, place - tasks[job_index][2], errno if kind == SYSTEM_ERROR else None)
+                    matrices.append(_matrix(output.out))
+        term_table = _table(terms, 6)
+        term_table[:, 5] = np.array(scales, dtype=np.float64).view(np.int64)
+        self._tasks, self._outputs = _table(tasks, 5), _table(outputs, 6)
+        self._tables = _table(factors, 5), self._tasks, self._outputs, _table(matrices, 5), term_table
+        self._copies = [(x, y) for x, y in zip(given, self._alive, strict=True) if x is not y]
+
+    def run(self) -> WriteProblem | None:
+        for given, copy in self._copies:
+            copy.copy_(given)
+        files = [output.file for job in self._jobs for output in job.outputs]
+        self._outputs[:, 3] = files
+        to_files, threads = max(files, default=-1) >= 0, torch.get_num_threads()
+        kind, place, errno = _core.combine(*map(_address, self._tables), len(self._tasks), to_files, threads)
+        if not kind:
+            return None
+        job = int(np.searchsorted(self._tasks[:, 2], place, side="right")) - 1
+        return WriteProblem(job, place - int(self._tasks[job, 2]), errno if kind == SYSTEM_ERROR else None)
+
+
+def _combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:
+    return CombinePlan(jobs).run()
 
 
 def _finite(x: Tensor) -> bool:
@@ -225,5 +244,5 @@ KERNELS: Mapping[str, Kernel] = {
     "coefficients": Kernel(coefficients, _supports),
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_jobs),
-    "combine_pass": Kernel(_combine_pass, _supports_jobs),
+    "combine_pass": Kernel(_combine_pass, _supports_jobs, CombinePlan),
 }

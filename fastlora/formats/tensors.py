@@ -62,8 +62,8 @@ LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a tensor lies behind the header. ``dtype`` is ``None`` where a view is not simple to make: an unusual dtype,
-    or no bytes."""
+    """Where a tensor lies behind the header. ``dtype`` is ``None`` where a view is not simple to make: of an unusual
+    dtype, or of no bytes."""
 
     dtype: torch.dtype | None
     shape: tuple[int, ...]

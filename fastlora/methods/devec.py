@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.adapter import Adapter, BaseInfo, Factor, Term, Update, add
-from fastlora.collector import paused_collector
 from fastlora.engine import (
     CHUNK_BYTES,
     check_diagonal,
@@ -26,6 +25,7 @@ from fastlora.engine import (
     with_rank_zero,
 )
 from fastlora.gramblocks import GramPass
+from fastlora.interpreter import paused_collector
 from fastlora.memory import is_bounded, release
 from fastlora.methods.arithmetic import common_base
 from fastlora.methods.spectrum import check_size, default_rtol, factor, raise_for_info, sides, unscaled_floor
