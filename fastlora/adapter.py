@@ -110,22 +110,28 @@ class Factor:
 
     def times(self, small: Tensor) -> Factor:
         """``B · small`` or ``smallᵀ · A`` for a float64 ``small [rank, q]``."""
-        on_b, joined, rank = self.side == "B", self.joined, small.shape[1]
-        terms = []
+        return self.applied(small if self.side == "B" else small.mT)
+
+    def applied(self, C: Tensor) -> Factor:
+        """``B C`` or ``C A``: a float64 coefficient as terms have them, ``[rank, q]`` (B side) or ``[q, rank]``."""
+        on_b = self.side == "B"
+        axis = 0 if on_b else 1
+        joined = self.joined
         if joined is None:
+            terms = []
             for source, coefficient in self.coefficients():
-                small = _on(source, small)
-                product = coefficient @ small if on_b else small.mT @ coefficient.mT
-                terms.append(Term(source, _with_contiguous_rows(product)))
+                C = _on(source, C)
+                terms.append(Term(source, _with_contiguous_rows(coefficient @ C if on_b else C @ coefficient.mT)))
+        elif len(joined) == 1:
+            term = joined[0]
+            terms = [Term(term.source, _with_contiguous_rows(_on(term.source, C)), 0, term.scale)]
         else:
-            small = small if on_b else small.mT
             if joined:
-                small = _on(joined[0].source, small)
-            widths = [t.source.shape[1 if on_b else 0] for t in joined]
-            pieces = (small,) if len(joined) == 1 else torch.split_with_sizes(small, widths, 0 if on_b else 1)
-            for t, piece in zip(joined, pieces, strict=True):
-                terms.append(Term(t.source, _with_contiguous_rows(piece), 0, t.scale))
-        return Factor(self.side, self.length, rank, tuple(terms))
+                C = _on(joined[0].source, C)
+            pieces = torch.split_with_sizes(C, [t.source.shape[1 - axis] for t in joined], axis)
+            pairs = zip(joined, pieces, strict=True)
+            terms = [Term(t.source, _with_contiguous_rows(piece), 0, t.scale) for t, piece in pairs]
+        return Factor(self.side, self.length, C.shape[1 - axis], tuple(terms))
 
 
 def _on(source: Tensor, small: Tensor) -> Tensor:

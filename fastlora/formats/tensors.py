@@ -206,9 +206,9 @@ class TensorFile:
         self._places: dict[str, tuple[int, int]] = {}
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         offset = 0
-        for name in sorted(outlines, key=lambda n: (-outlines[n].element_size(), n)):
+        for name in sorted(sorted(outlines), key=lambda n: -outlines[n].dtype.itemsize):
             tensor = outlines[name]
-            end = offset + tensor.numel() * tensor.element_size()
+            end = offset + tensor.nbytes
             header[name] = {
                 "dtype": DTYPE_NAMES[tensor.dtype],
                 "shape": list(tensor.shape),

@@ -98,11 +98,11 @@ class Coefficients:
         all_rows = list(rows) == list(range(len(self.H)))
         basis, H = (self.basis, self.H[:, i]) if all_rows else (self.basis[rows], self.H[rows, i])
         products = -(basis @ H[:, None])
-        full = all(rank == H.shape[-1] for rank in ranks)
-        return [
-            list(own.unbind()) if full else [c[: ranks[j], : ranks[i]] for j, c in enumerate(own.unbind())]
-            for own in products.unbind()
-        ]
+        movers = products.shape[1]
+        each = list(products.flatten(0, 1).unbind())
+        if any(rank < H.shape[-1] for rank in ranks):
+            each = [c[: ranks[j % movers], : ranks[i]] for j, c in enumerate(each)]
+        return [each[row : row + movers] for row in range(0, len(each), movers)]
 
     def weighted(self, rows: Sequence[int], members: Sequence[int], weights: Sequence[Sequence[float]]) -> list[Tensor]:
         """``w_i H_i [members, c, r]`` for some rows, with weights ``[rows][members]``."""
@@ -377,6 +377,7 @@ class Components:
         found: dict[str, Update] = {}
         for coefficients, results in self._sharing(name).items():
             names, ranks = results[0].names, results[0].ranks
+            full = coefficients.H.shape[-1]
             members = [names.index(name)] if name is not None else list(range(len(names)))
             weights = [
                 [w * self._pool_updates[names[i]][r.module].scaling for i, w in zip(members, own, strict=True)]
@@ -388,7 +389,9 @@ class Components:
                 terms: list[Term] = []
                 for i, weight, h in zip(members, own, small[:, : result.count].unbind(), strict=True):
                     if weight != 0.0:
-                        terms += self._sides(names[i], result.module)[1].times(h[:, : ranks[i]].mT).terms
+                        h = h if ranks[i] == full else h[:, : ranks[i]]
+                        other = self._sides(names[i], result.module)[1]
+                        terms += other.applied(h if other.side == "A" else h.mT).terms
                 if terms:
                     basis, like = self._basis(result), self._owner(result.module)
                     other = replace(self._sides(names[0], result.module)[1], rank=result.count, terms=tuple(terms))
