@@ -16,6 +16,7 @@
 #include "combine_tiles.h"
 #include "fastlora/io.h"
 #include "passes.h"
+#include "results.h"
 #include "strips.h"
 #include "tile.h"
 
@@ -40,6 +41,7 @@ struct Output {
     Rest rest;
     int64_t factor;  // of Rest::factor
     T scale;
+    Peak<T> peak;  // of what was written since the present piece was begun
 };
 
 template <class T>
@@ -122,39 +124,6 @@ __attribute__((noinline)) void add_as(const Matrix& m, int64_t row, int64_t colu
     }
 }
 
-// The block of out = scale * the block of x, + sums [rows, stride] if there are any.
-template <class E, class T, bool kSums>
-__attribute__((noinline)) void write_sum_as(const Matrix& out, const Matrix& x, int64_t row, int64_t column, int rows,
-                                            int columns, T scale, const T* __restrict sums, int64_t stride) {
-    constexpr int lanes = kLanes<T>;
-    using Stored = typename E::Stored;
-    const Stored* __restrict from = reinterpret_cast<const Stored*>(x.data) + row * x.stride + column;
-    Stored* __restrict to = reinterpret_cast<Stored*>(out.data) + row * out.stride + column;
-    const Vec<T> factor = splat<T>(scale);
-    for (int i = 0; i < rows; ++i, from += x.stride, to += out.stride, sums += kSums ? stride : 0) {
-        int j = 0;
-        for (; j + lanes <= columns; j += lanes) {
-            Vec<T> value = factor * E::template load_vector<T>(from + j);
-            if constexpr (kSums) value += load<T>(sums + j);
-            E::template store_vector<T>(to + j, value);
-        }
-        for (; j < columns; ++j) {
-            T value = scale * E::template load_one<T>(from + j);
-            if constexpr (kSums) value += sums[j];
-            E::template store_one<T>(to + j, value);
-        }
-    }
-}
-
-template <class E, class T>
-void write_sum(const Matrix& out, const Matrix& x, int64_t row, int64_t column, int rows, int columns, T scale,
-               const T* sums, int64_t stride) {
-    if (sums)
-        write_sum_as<E, T, true>(out, x, row, column, rows, columns, scale, sums, stride);
-    else
-        write_sum_as<E, T, false>(out, x, row, column, rows, columns, scale, sums, stride);
-}
-
 // The results of one tile: what the strips gave, the identity terms, rounded.
 template <class T>
 void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, int64_t first, int count) {
@@ -162,7 +131,7 @@ void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, 
     const int64_t stride = rows ? kStrideA<T> : w.out_stride;
     for (int64_t o = 0; o < job.task->outputs; ++o) {
         if (job.is_stored(o)) continue;
-        const Output<T>& output = w.outputs[o];
+        Output<T>& output = w.outputs[o];
         const Matrix& out = outs[o];
         T* sums = w.result_tile + output.first * (rows ? kStrideA<T> : 1);
         const int64_t row = rows ? 0 : first, column = rows ? first : 0;
@@ -171,7 +140,7 @@ void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, 
             const Matrix& x = job.factors[output.factor];
             with_type(x, [&](auto e) {
                 write_sum<decltype(e), T>(out, x, row, column, height, width, output.scale,
-                                          output.in_strip ? sums : nullptr, stride);
+                                          output.in_strip ? sums : nullptr, stride, output.peak);
             });
             continue;
         }
@@ -186,7 +155,7 @@ void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, 
                                            T(term.scale), to, stride);
                 });
             }
-        write_block<T>(out, row, column, height, width, sums, stride);
+        write_block<T>(out, row, column, height, width, sums, stride, output.peak);
     }
 }
 
@@ -275,6 +244,7 @@ template <class T>
 void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t begin, int64_t end) {
     const bool rows = job.task->rows;
     const int64_t step = rows ? kTileA<T> : kTileB, n = length(job), steps = products(job, w);
+    for (int64_t o = 0; o < job.task->outputs; ++o) w.outputs[o].peak = {};
     const TileUnit unit(w.on_tiles);
     for (int64_t first = begin; first < end; first += step) {
         const int count = int(min_(step, end - first));
@@ -327,6 +297,12 @@ class Prepared {
             run_chunk<double>(job, f64_, outs, begin, end);
     }
 
+    // Whether what was written of an output by the last run() is surely neither NaN nor infinite.
+    bool is_finite(const CombineJob& job, int64_t output) const {
+        const Matrix& m = job.matrix(output);
+        return is_float_ ? f32_.outputs[output].peak.fits(m) : f64_.outputs[output].peak.fits(m);
+    }
+
   private:
     template <class T>
     bool lay_out_as(const CombineJob& job, Work<T>& w) {
@@ -363,13 +339,13 @@ void note(CombineProblem& problem, const CombineProblem& found) {
     if (problem.kind == kNoProblem) problem = found;
 }
 
-// Rows [first, last) of an output to its file.
-CombineProblem write_rows(const CombineJob& job, int64_t o, Matrix m, int64_t first, int64_t last) {
+// Rows [first, last) of an output to its file; those that are not known to be finite are looked at.
+CombineProblem write_rows(const CombineJob& job, int64_t o, Matrix m, int64_t first, int64_t last, bool is_finite) {
     const CombineOutput& output = job.outputs[o];
     const int64_t row = m.stride * element_size(m);
     m.data += first * row;
     m.rows = last - first;
-    if (output.check && !finite(m)) return {kNotFinite, job.task->first_output + o, 0};
+    if (output.check && !is_finite && !finite(m)) return {kNotFinite, job.task->first_output + o, 0};
     const char* data = reinterpret_cast<const char*>(m.data);
     const int error = write_all(int(output.file), data, m.rows * row, output.offset + first * row);
     return {error ? kSystemError : kNoProblem, job.task->first_output + o, error};
@@ -391,15 +367,16 @@ CombineProblem run_and_write(const CombineJob& job, int64_t index, Prepared& own
         for (int64_t i = 0; i < n_outputs; ++i) {
             const int64_t o = (i + shift) % n_outputs;
             if (job.outputs[o].file < 0 || job.is_stored(o)) continue;
-            const CombineProblem found = job.task->rows ? write_rows(job, o, outs[o], 0, outs[o].rows)
-                                                        : write_rows(job, o, outs[o], first, last);
+            const CombineProblem found = job.task->rows
+                                             ? write_rows(job, o, outs[o], 0, outs[o].rows, own.is_finite(job, o))
+                                             : write_rows(job, o, outs[o], first, last, own.is_finite(job, o));
             if (found.kind != kNoProblem) return found;
         }
     }
     for (int64_t i = 0; i < n_outputs; ++i) {
         const int64_t o = (i + shift) % n_outputs;
         if (!job.is_stored(o)) continue;
-        const CombineProblem found = write_rows(job, o, job.matrix(o), 0, job.matrix(o).rows);
+        const CombineProblem found = write_rows(job, o, job.matrix(o), 0, job.matrix(o).rows, false);
         if (found.kind != kNoProblem) return found;
     }
     return {kNoProblem, 0, 0};

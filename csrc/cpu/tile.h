@@ -218,14 +218,6 @@ inline void read_whole(const typename E::Stored* __restrict p, int64_t from, int
         for (int v = 0; v < kVectors; ++v) store<T>(out + v * kLanes<T>, E::template load_vector<T>(p + v * kLanes<T>));
 }
 
-template <class E, class T, int kVectors>
-inline void write_whole(typename E::Stored* __restrict p, int64_t to, int rows, const T* __restrict in,
-                        int64_t stride) {
-    for (int i = 0; i < rows; ++i, p += to, in += stride)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) E::template store_vector<T>(p + v * kLanes<T>, load<T>(in + v * kLanes<T>));
-}
-
 // Not inlined: tiles are short and wide loops around them would keep their counters in memory.
 template <class E, class T>
 __attribute__((noinline)) void read_as(const Matrix& m, int64_t row, int64_t column, int rows, int columns,
@@ -241,23 +233,6 @@ __attribute__((noinline)) void read_as(const Matrix& m, int64_t row, int64_t col
         int j = 0;
         for (; j + lanes <= columns; j += lanes) store<T>(out + j, E::template load_vector<T>(p + j));
         for (; j < columns; ++j) out[j] = E::template load_one<T>(p + j);
-    }
-}
-
-template <class E, class T>
-__attribute__((noinline)) void write_as(const Matrix& m, int64_t row, int64_t column, int rows, int columns,
-                                        const T* __restrict in, int64_t stride) {
-    constexpr int lanes = kLanes<T>;
-    using Stored = typename E::Stored;
-    const int64_t to = m.stride;
-    Stored* __restrict p = reinterpret_cast<Stored*>(m.data) + row * to + column;
-    if (columns == lanes) return write_whole<E, T, 1>(p, to, rows, in, stride);
-    if (columns == 2 * lanes) return write_whole<E, T, 2>(p, to, rows, in, stride);
-    if (columns == 4 * lanes) return write_whole<E, T, 4>(p, to, rows, in, stride);
-    for (int i = 0; i < rows; ++i, p += to, in += stride) {
-        int j = 0;
-        for (; j + lanes <= columns; j += lanes) E::template store_vector<T>(p + j, load<T>(in + j));
-        for (; j < columns; ++j) E::template store_one<T>(p + j, in[j]);
     }
 }
 
@@ -282,12 +257,6 @@ inline void with_type(const Matrix& m, F f) {
 template <class T>
 inline void read_block(const Matrix& m, int64_t row, int64_t column, int rows, int columns, T* out, int64_t stride) {
     with_type(m, [&](auto e) { read_as<decltype(e), T>(m, row, column, rows, columns, out, stride); });
-}
-
-template <class T>
-inline void write_block(const Matrix& m, int64_t row, int64_t column, int rows, int columns, const T* in,
-                        int64_t stride) {
-    with_type(m, [&](auto e) { write_as<decltype(e), T>(m, row, column, rows, columns, in, stride); });
 }
 
 template <class T>

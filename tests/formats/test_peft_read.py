@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastlora.adapter import Update
 from fastlora.errors import InputError, UnsupportedAdapter
-from fastlora.formats import load
+from fastlora.formats import load, tensors
 
 DATA = Path(__file__).parent.parent / "data"
 EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "adapters"
@@ -42,6 +42,32 @@ def test_factors_are_the_stored_ones(tmp_path: Path, dtype: torch.dtype, odd: bo
         assert update.scaling == 2.0
         if odd:
             assert update.A.stored.data_ptr() % 2 == 1
+
+
+def test_a_header_that_was_checked_before_is_no_passport(tmp_path: Path) -> None:
+    """Files of the same header have tensors of their own, and a damaged one is still found out."""
+    first, second = (make_adapter(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2)))
+    one, two = (directory / "adapter_model.safetensors" for directory in (first, second))
+    assert one.read_bytes()[:200] == two.read_bytes()[:200]
+    load(first)
+    for module, (left, _) in make_factors(seed=2).items():
+        assert torch.equal(load(second).updates[module].B.stored, left)  # type: ignore[arg-type]
+    whole = two.read_bytes()
+    for content in (whole[:-4], whole + b"\0" * 4, whole[:100]):
+        two.write_bytes(content)
+        with pytest.raises(InputError, match="copy or download it again"):
+            load(second)
+
+
+def test_few_and_small_headers_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "LARGEST_KNOWN", 200)
+    for n in range(1, tensors.MOST_KNOWN + 5):
+        save_file({"x": torch.full((n, 3), float(n))}, tmp_path / f"{n}")
+        assert torch.equal(tensors.read_safetensors(tmp_path / f"{n}")["x"], torch.full((n, 3), float(n)))
+    assert len(tensors._known) == tensors.MOST_KNOWN
+    save_file({"x" * 300: torch.zeros(2)}, tmp_path / "long")
+    tensors.read_safetensors(tmp_path / "long")
+    assert len(tensors._known) == tensors.MOST_KNOWN and max(len(header) for header, _ in tensors._known) <= 200
 
 
 def test_nothing_is_copied_and_the_mapping_outlives_the_file(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,47 @@ def test_problems_name_the_output(backend: str, tmp_path: Path) -> None:
         with (tmp_path / "f").open("rb") as read_only:
             problem = run([CombineJob([], copy(x, to=read_only.fileno()), False)])
     assert problem == WriteProblem(0, 0, errno.EBADF)
+
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+EDGES = [
+    # factor, result, the last value that fits and the first that does not
+    (F64, F16, 65519.99, 65520.0),
+    (F64, BF16, 3.389e38, float.fromhex("0x1.ffp+127")),
+    (F64, F32, torch.finfo(F32).max, float.fromhex("0x1.ffffffp+127")),
+    (F64, F64, torch.finfo(F64).max, torch.inf),
+    (F32, BF16, torch.finfo(BF16).max, float.fromhex("0x1.ffp+127")),
+    (BF16, F16, 65280.0, 65536.0),
+    (F16, F16, 65504.0, torch.inf),
+    (BF16, BF16, torch.finfo(BF16).max, torch.inf),
+]
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize(("dtype", "result", "fits", "overflows"), EDGES, ids=lambda x: str(x).removeprefix("torch."))
+def test_only_finite_results_are_written(
+    dtype: torch.dtype, result: torch.dtype, fits: float, overflows: float, rows: bool, tmp_path: Path
+) -> None:
+    """Whole factors, sums of them and products, of every width that a kernel has a loop for."""
+    with (tmp_path / "f").open("w+b") as file:
+        for width, (value, is_fine) in itertools.product(
+            (1, 3, 8, 16, 21, 32, 64),
+            ((fits, True), (-fits, True), (overflows, False), (-torch.inf, False), (torch.nan, False)),
+        ):
+            x = torch.zeros(70, width, dtype=dtype)
+            x[67, width - 1] = value
+            zeros, eye = torch.zeros_like(x), torch.eye(width, dtype=F64)
+            ways: list[list[CombineTerm]] = [
+                [(0, None, 0, 1.0)], [(0, None, 0, 1.0), (1, None, 0, 1.0)], [(0, None, 0, 1.0), (1, eye, 0, 1.0)],
+            ]  # fmt: skip
+            if abs(value) < torch.inf:
+                ways.append([(0, eye, 0, 1.0)])
+            factors = [x.mT.contiguous(), zeros.mT.contiguous()] if rows else [x, zeros]
+            for terms in ways:
+                shape = (width, 70) if rows else (70, width)
+                made = CombineOutput(shape, result, terms, None, file.fileno(), 0, True)
+                found = run([CombineJob(factors, [made], rows)])
+                assert found == (None if is_fine else WriteProblem(0, 0, None)), (width, value, len(terms))
 
 
 def test_random_results_of_random_sizes() -> None:
