@@ -97,7 +97,9 @@ def module_row(components: Components, result: ModuleResult) -> ModuleRow:
         energy_shared={
             m: _share(s, t) for m, s, t in zip(result.names, result.shared_norms, result.norms, strict=True)
         },
-        energy_in_cut={m: energy_kept(result.sigma[i], result.kept[i]) for i, m in enumerate(result.names)},
+        energy_in_cut={
+            m: energy_kept(own, kept) for m, own, kept in zip(result.names, result.sigma, result.kept, strict=True)
+        },
         norm_kept=unique,
     )
 
@@ -107,8 +109,11 @@ def _share(part: float, whole: float) -> float:
 
 
 def energy_kept(sigma: Sequence[float], kept: int) -> float:
-    total = sum(x * x for x in sigma)
-    return sum(x * x for x in sigma[:kept]) / total if total > 0 else 1.0
+    squares = [x * x for x in sigma]
+    total = sum(squares)
+    if kept == len(squares) and total > 0:
+        return 1.0
+    return sum(squares[:kept]) / total if total > 0 else 1.0
 
 
 def _unique_norm(result: ModuleResult, i: int) -> float:
