@@ -7,6 +7,7 @@
 // Everything is float64: the Gram matrix has the square of its factors' condition number, and nothing here is large.
 // Floor: about 9·k·r³ (two eigendecompositions a whitening) + 2·k·r³ (blocks) + 10·r³ operations a module; the
 // blocks, k²·r² values, are read once.
+#include "parallel.h"
 #include "passes.h"
 #include "solvers.h"
 #include "tile.h"
@@ -237,18 +238,16 @@ int whiten_all(const ChainArgs& a, const Buffers& b) {
     const int r = int(a.r);
     int status = eigh<double>(a.right, b.values, b.vectors, b.info_a, n, r, a.threads);
     if (status != kDone) return status;
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-    for (int64_t i = 0; i < n; ++i) {
+    for_stretches(a.threads, n, [&](int64_t i) {
         const double* gram = block(a, i / a.k, i % a.k, i % a.k);
         double *root = b.root + i * r * r, *core = b.core + i * r * r, *scratch = b.vectors + i * r * r;
         take_root(b.values + i * r, scratch, r, root);
         multiply(r, r, r, gram, r, false, root, r, scratch, r);
         multiply(r, r, r, root, r, true, scratch, r, core, r);
-    }
+    });
     status = eigh<double>(b.core, b.values, b.vectors, b.info_b, n, r, a.threads);
     if (status != kDone) return status;
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-    for (int64_t i = 0; i < n; ++i) whiten(a, i, b, b.core + i * r * r);
+    for_stretches(a.threads, n, [&](int64_t i) { whiten(a, i, b, b.core + i * r * r); });
     return kDone;
 }
 
@@ -290,11 +289,10 @@ int chain(const ChainArgs& a) {
     const bool alone = a.kind != kMean && a.k == 1;
     const bool symmetric = a.kind == kPalindrome || (a.kind == kProduct && a.k == 2);
 
-    // Each thread works in its own slice of the scratch memory, taken by the slice number of a static split.
+    // Every slice of the groups works in its own slice of the scratch memory.
     const int slices = max_(a.threads, 1);
     double* scratch_base = reinterpret_cast<double*>(scratch_memory.data());
-#pragma omp parallel for num_threads(slices) if (slices > 1) schedule(static, 1)
-    for (int slice = 0; slice < slices; ++slice)
+    for_stretches(slices, slices, [&](int64_t slice) {
         for (int64_t g = slice; g < a.groups; g += slices) {
             double* scratch = scratch_base + size_t(slice) * scratch_values;
             b.info_chain[g] = kOk;
@@ -317,6 +315,7 @@ int chain(const ChainArgs& a) {
                 }
             }
         }
+    });
     if (alone) return kDone;
     if (a.kind == kMean)
         status = eigh<double>(b.chain, b.singular, b.left, b.info_chain, a.groups, int(a.width), a.threads);
@@ -325,15 +324,14 @@ int chain(const ChainArgs& a) {
             svd<double>(b.chain, b.left, b.singular, b.right, b.info_chain, a.groups, int(a.r), int(a.r), a.threads);
     if (status != kDone || (a.kind == kProduct && !symmetric)) return status;
 
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-    for (int64_t g = 0; g < a.groups; ++g) {
+    for_stretches(a.threads, a.groups, [&](int64_t g) {
         if (a.info[g] == kOk) a.info[g] = b.info_chain[g];
-        if (a.info[g] != kOk) continue;
+        if (a.info[g] != kOk) return;
         if (a.kind == kMean)
             finish_mean(a, b, g);
         else
             finish_symmetric(a, b, g);
-    }
+    });
     return kDone;
 }
 

@@ -10,11 +10,10 @@
 // Outputs with a file are computed in memory of the thread's own, one task after the other, and written from there
 // while they are in cache: what is saved needs no memory and is not read back.
 // Floor: reads each factor once and writes each output once; 2 * n * r * q operations a term.
-#include <omp.h>
-
 #include "ahead.h"
 #include "combine_tiles.h"
 #include "fastlora/io.h"
+#include "parallel.h"
 #include "passes.h"
 #include "results.h"
 #include "strips.h"
@@ -23,9 +22,10 @@
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-constexpr int64_t kChunk = 512;     // positions along the long dimension given to one thread at a time
-constexpr int64_t kWritten = 4096;  // rows that are computed before they are written
-constexpr int kGroup = 8;           // rows of results that one product computes
+constexpr int64_t kChunk = 512;       // positions along the long dimension
+constexpr int64_t kChunksAtOnce = 4;  // that are given to one thread
+constexpr int64_t kWritten = 4096;    // rows that are computed before they are written
+constexpr int kGroup = 8;             // rows of results that one product computes
 template <class T>
 constexpr int kSpan = 6 * kLanes<T>;                  // and, on the A side, columns
 constexpr int64_t kDeepest = 32;                      // of products of several strips at once
@@ -334,10 +334,19 @@ size_t place_outputs(const CombineJob& job, char* memory, int64_t first, int64_t
     return arena.used();
 }
 
-void note(CombineProblem& problem, const CombineProblem& found) {
-#pragma omp critical(fastlora_combine_problem)
-    if (problem.kind == kNoProblem) problem = found;
-}
+// What went wrong first, in whichever thread.
+class FirstProblem {
+  public:
+    void note(const CombineProblem& found) {
+        if (found.kind != kNoProblem && !__atomic_exchange_n(&is_there_, true, __ATOMIC_RELAXED)) problem_ = found;
+    }
+    bool is_there() const { return __atomic_load_n(&is_there_, __ATOMIC_RELAXED); }
+    const CombineProblem& get() const { return problem_; }
+
+  private:
+    bool is_there_ = false;
+    CombineProblem problem_{kNoProblem, 0, 0};
+};
 
 // Rows [first, last) of an output to its file; those that are not known to be finite are looked at.
 CombineProblem write_rows(const CombineJob& job, int64_t o, Matrix m, int64_t first, int64_t last, bool is_finite) {
@@ -351,15 +360,16 @@ CombineProblem write_rows(const CombineJob& job, int64_t o, Matrix m, int64_t fi
     return {error ? kSystemError : kNoProblem, job.task->first_output + o, error};
 }
 
-// A task whose outputs go to files. What is computed is written some rows at a time, while they are in L2.
-CombineProblem run_and_write(const CombineJob& job, int64_t index, Prepared& own, Workspace& results,
+// A task whose outputs go to files. What is computed is written some rows at a time, while they are in L2. `turn`: how
+// far through the outputs, from 0 to 1, writing starts: threads that begin together write to different files.
+CombineProblem run_and_write(const CombineJob& job, int64_t index, double turn, Prepared& own, Workspace& results,
                              Workspace& places) {
     const int64_t n = length(job), step = job.task->rows ? n : kWritten;
     if (!places.reserve(sizeof(Matrix) * job.task->outputs) ||
         !results.reserve(place_outputs(job, nullptr, 0, step, nullptr)) || (n && !own.prepare(job, index)))
         return {kNoMemory, 0, 0};
     Matrix* outs = reinterpret_cast<Matrix*>(places.data());
-    const int64_t n_outputs = job.task->outputs, shift = n_outputs * omp_get_thread_num() / omp_get_num_threads();
+    const int64_t n_outputs = job.task->outputs, shift = int64_t(double(n_outputs) * turn);
     for (int64_t first = 0; first < n; first += step) {
         const int64_t last = min_(first + step, n);
         place_outputs(job, results.data(), first, step, outs);
@@ -391,56 +401,44 @@ CombineProblem combine(const CombineTables& tables, int threads) {
         return CombineJob{&task, tables.factors + task.first_factor, tables.outputs + task.first_output,
                           tables.matrices, tables.terms};
     };
-    CombineProblem problem{kNoProblem, 0, 0};
+    FirstProblem problem;
     if (tables.to_files) {
-        int stopped = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-        {
+        Queue queue(n_tasks);
+        on_team(int(min_<int64_t>(threads, n_tasks)), [&](int thread, int of) {
             Prepared own;
             Workspace results, places;
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t t = 0; t < n_tasks; ++t) {
-                int stop;
-#pragma omp atomic read
-                stop = stopped;
-                if (stop) continue;
-                const CombineProblem found = run_and_write(job_of(t), t, own, results, places);
-                if (found.kind == kNoProblem) continue;
-                note(problem, found);
-#pragma omp atomic write
-                stopped = 1;
-            }
-        }
-        return problem;
+            queue.take([&](int64_t t) {
+                if (!problem.is_there())
+                    problem.note(run_and_write(job_of(t), t, double(thread) / of, own, results, places));
+            });
+        });
+        return problem.get();
     }
     Workspace starts_memory;  // chunk numbers at which each task begins
     if (!starts_memory.reserve(sizeof(int64_t) * (n_tasks + 1))) return {kNoMemory, 0, 0};
     int64_t* starts = reinterpret_cast<int64_t*>(starts_memory.data());
     starts[0] = 0;
     for (int64_t t = 0; t < n_tasks; ++t) starts[t + 1] = starts[t] + (length(job_of(t)) + kChunk - 1) / kChunk;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    Queue queue(starts[n_tasks], kChunksAtOnce);
+    on_team(int(min_<int64_t>(threads, starts[n_tasks])), [&](int, int) {
         Prepared own;
         Workspace places;
-#pragma omp for schedule(dynamic, 4)
-        for (int64_t chunk = 0; chunk < starts[n_tasks]; ++chunk) {
+        queue.take([&](int64_t chunk) {
             int64_t low = 0, high = n_tasks;  // the task with starts[low] <= chunk < starts[low + 1]
             while (high - low > 1) {
                 const int64_t middle = (low + high) / 2;
                 (starts[middle] <= chunk ? low : high) = middle;
             }
             const CombineJob job = job_of(low);
-            if (!own.prepare(job, low) || !places.reserve(sizeof(Matrix) * job.task->outputs)) {
-                note(problem, {kNoMemory, 0, 0});
-                continue;
-            }
+            if (!own.prepare(job, low) || !places.reserve(sizeof(Matrix) * job.task->outputs))
+                return problem.note({kNoMemory, 0, 0});
             Matrix* outs = reinterpret_cast<Matrix*>(places.data());
             place_outputs(job, nullptr, 0, 0, outs);
             const int64_t begin = (chunk - starts[low]) * kChunk, end = min_(begin + kChunk, length(job));
             own.run(job, outs, begin, end);
-        }
-    }
-    return problem;
+        });
+    });
+    return problem.get();
 }
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -8,7 +8,7 @@
 // Floor: small, (8/3 + 10) n^3 flops per matrix, n <= 32 bound by the rotation recurrence; large, 14/3 n^3.
 #include "eigh_large.h"
 #include "interleave.h"
-#include "join.h"
+#include "parallel.h"
 #include "ql.h"
 #include "solvers.h"
 #include "tridiagonal.h"
@@ -90,27 +90,17 @@ template <class Work, class Solve>
 int for_each(int64_t items, int n, int size, int threads, Solve solve) {
     threads = int(min_<int64_t>(threads, items));
     int status = kDone;
-    Join join;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    Queue queue(items);
+    on_team(threads, [&](int, int) {
         Workspace memory;
         Work work;
         Arena needed(nullptr);
         work.carve(needed, n, size);
-        const bool ready = memory.reserve(needed.used());
+        if (!memory.reserve(needed.used())) return set_shared<int>(status, kOutOfMemory);
         Arena arena(memory.data());
         work.carve(arena, n, size);
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < items; ++i) {
-            if (ready) {
-                solve(i, work);
-            } else {
-#pragma omp atomic write
-                status = kOutOfMemory;
-            }
-        }
-        join.leave();
-    }
+        queue.take([&](int64_t i) { solve(i, work); });
+    });
     return status;
 }
 

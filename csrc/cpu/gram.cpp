@@ -14,6 +14,7 @@
 // alone. Floor: reads each factor once, n * sum(r_i) values; 2 * n * r_i * r_j operations a block.
 #include "ahead.h"
 #include "gram_tiles.h"
+#include "parallel.h"
 #include "passes.h"
 #include "tile.h"
 
@@ -326,23 +327,19 @@ bool run_half_task(const GramTask& task, const Matrix* factors, const GramBlock*
 
 int gram(const Matrix* factors, const GramTask* tasks, const GramBlock* blocks, int64_t n_tasks, int threads) {
     int status = kDone;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    Queue queue(n_tasks);
+    on_team(int(min_<int64_t>(threads, n_tasks)), [&](int, int) {
         Workspace workspace, flags;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t t = 0; t < n_tasks; ++t) {
+        queue.take([&](int64_t t) {
             const GramTask& task = tasks[t];
             const Matrix* own_factors = factors + task.first_factor;
             const GramBlock* own_blocks = blocks + task.first_block;
             const bool done = exact_in_float(task, own_factors)
                                   ? run_half_task(task, own_factors, own_blocks, workspace, flags)
                                   : run_blocks<double>(task, own_factors, own_blocks, workspace);
-            if (!done) {
-#pragma omp atomic write
-                status = kOutOfMemory;
-            }
-        }
-    }
+            if (!done) set_shared<int>(status, kOutOfMemory);
+        });
+    });
     return status;
 }
 

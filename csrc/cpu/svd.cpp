@@ -12,7 +12,7 @@
 // Floor: per sweep m^2/2 pairs of 8 p' + 6 m flops, p' = max(p, q); 5 to 8 sweeps, or 1 to 3 after a start. Bound
 // by L2 from m = 64.
 #include "interleave.h"
-#include "join.h"
+#include "parallel.h"
 #include "precondition.h"
 #include "solvers.h"
 
@@ -357,29 +357,21 @@ int svd(const T* a, T* ut, T* s, T* vt, int32_t* info, int64_t batch, int p, int
     const int64_t groups = (batch + kLanes<T> - 1) / kLanes<T>, m = min_(p, q);
     threads = int(min_<int64_t>(threads, groups));
     int status = kDone;
-    Join join;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    Queue queue(groups);
+    on_team(threads, [&](int, int) {
         Workspace memory;
         SvdWork<T> work;
         Arena needed(nullptr);
         work.carve(needed, p, q);
-        const bool ready = memory.reserve(needed.used());
+        if (!memory.reserve(needed.used())) return set_shared<int>(status, kOutOfMemory);
         Arena arena(memory.data());
         work.carve(arena, p, q);
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t g = 0; g < groups; ++g) {
-            if (!ready) {
-#pragma omp atomic write
-                status = kOutOfMemory;
-                continue;
-            }
+        queue.take([&](int64_t g) {
             const int64_t at = g * kLanes<T>;
             const int count = int(min_<int64_t>(kLanes<T>, batch - at));
             solve_group<T>(a + at * p * q, ut + at * m * p, s + at * m, vt + at * m * q, info + at, count, p, q, work);
-        }
-        join.leave();
-    }
+        });
+    });
     return status;
 }
 
