@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import threading
 from collections.abc import Iterator
 
 HANDOVER_SECONDS = 2e-4
+
+_lock = threading.Lock()
+_blocks, _before = 0, 0.0
 
 
 @contextlib.contextmanager
@@ -34,10 +38,17 @@ def paused_collector() -> Iterator[None]:
 @contextlib.contextmanager
 def quick_handover() -> Iterator[None]:
     """Inside the block, threads that run Python take turns more often: one that only starts the next kernel does not
-    wait for milliseconds while another prepares or reports."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, HANDOVER_SECONDS))
+    wait for milliseconds while another prepares or reports. The last block to end sets back what the first found."""
+    global _blocks, _before
+    with _lock:
+        if not _blocks:
+            _before = sys.getswitchinterval()
+            sys.setswitchinterval(min(_before, HANDOVER_SECONDS))
+        _blocks += 1
     try:
         yield
     finally:
-        sys.setswitchinterval(before)
+        with _lock:
+            _blocks -= 1
+            if not _blocks:
+                sys.setswitchinterval(_before)
