@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,8 @@ def test_the_real_adapters_say_where_they_should_be(monkeypatch: pytest.MonkeyPa
         workloads.pool_of("minilm")
 
 
-def test_contenders_take_turns() -> None:
+def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 0.0)
     seen: list[str] = []
     contenders = {
         "a": Contender(partial(seen.append, "a"), (1,), 3, partial(seen.append, "reset")),
@@ -87,18 +89,24 @@ def test_contenders_take_turns() -> None:
 
 
 def test_a_round_repeats_a_short_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "ROUND_SECONDS", 1.0)
-    runs = iter([9.0, *(0.4, 0.2, 0.6), *(2.0,)])
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 0.05)
     seen: list[str] = []
+
+    def run(who: str, seconds: float) -> Seconds:
+        seen.append(who)
+        time.sleep(seconds)
+        return Seconds(len(seen))
+
     contenders = {
-        "short": Contender(lambda: Seconds(next(runs)), (1,), 2),
-        "reset": Contender(lambda: (seen.append("run"), Seconds(0.1))[1], (1,), 2, lambda: None),
-        "once": Contender(lambda: (seen.append("once"), Seconds(0.1))[1], (1,), 1),
+        "short": Contender(partial(run, "short", 0.02), (1,), 2),
+        "long": Contender(partial(run, "long", 0.06), (1,), 2),
+        "reset": Contender(partial(run, "reset", 0.0), (1,), 2, lambda: None),
+        "once": Contender(partial(run, "once", 0.0), (1,), 1),
     }
     times = alternate(contenders)
-    assert times["short", 1] == [pytest.approx(0.4), 2.0]
-    assert times["reset", 1] == [0.1, 0.1] and times["once", 1] == [0.1]
-    assert (seen.count("run"), seen.count("once")) == (3, 1)
+    first = [*("short",) * 3, "long", "reset", "once"]
+    assert seen == [*first, *first[:-1], *first[:-1]]
+    assert times["short", 1] == [8.0, 13.0] and times["long", 1] == [10.0, 15.0]  # means of what the runs said
 
 
 def test_threads_are_what_the_contender_asked_for() -> None:

@@ -70,11 +70,13 @@ def alternate(contenders: Mapping[str, Contender]) -> Times:
 
 def _round(contender: Contender) -> float:
     """Mean seconds of a run of a contender."""
-    total, runs = 0.0, 0
-    while not runs or (total < ROUND_SECONDS and contender.reset is None and contender.rounds > 1):
+    total, passed, runs = 0.0, 0.0, 0
+    while not runs or (passed < ROUND_SECONDS and contender.reset is None and contender.rounds > 1):
         start = time.perf_counter()
         result = contender.run()
-        total += float(result) if isinstance(result, Seconds) else time.perf_counter() - start
+        elapsed = time.perf_counter() - start
+        total += float(result) if isinstance(result, Seconds) else elapsed
+        passed += elapsed
         runs += 1
     return total / runs
 
