@@ -114,23 +114,20 @@ class Factor:
 
     def applied(self, C: Tensor) -> Factor:
         """``B C`` or ``C A``: a float64 coefficient as terms have them, ``[rank, q]`` (B side) or ``[q, rank]``."""
-        on_b = self.side == "B"
-        axis = 0 if on_b else 1
+        axis = 0 if self.side == "B" else 1  # of the rank
         joined = self.joined
+        if self.terms:
+            C = _with_contiguous_rows(_on(self.terms[0].source, C))
         if joined is None:
-            terms = []
-            for source, coefficient in self.coefficients():
-                C = _on(source, C)
-                terms.append(Term(source, _with_contiguous_rows(coefficient @ C if on_b else C @ coefficient.mT)))
+            terms = [
+                Term(source, coefficient @ C if axis == 0 else _with_contiguous_rows(C @ coefficient.mT))
+                for source, coefficient in self.coefficients()
+            ]
         elif len(joined) == 1:
-            term = joined[0]
-            terms = [Term(term.source, _with_contiguous_rows(_on(term.source, C)), 0, term.scale)]
+            terms = [Term(joined[0].source, C, 0, joined[0].scale)]
         else:
-            if joined:
-                C = _on(joined[0].source, C)
             pieces = torch.split_with_sizes(C, [t.source.shape[1 - axis] for t in joined], axis)
-            pairs = zip(joined, pieces, strict=True)
-            terms = [Term(t.source, _with_contiguous_rows(piece), 0, t.scale) for t, piece in pairs]
+            terms = [Term(t.source, piece, 0, t.scale) for t, piece in zip(joined, pieces, strict=True)]
         return Factor(self.side, self.length, C.shape[1 - axis], tuple(terms))
 
 

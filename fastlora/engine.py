@@ -158,7 +158,7 @@ class Sources:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self._index: dict[int, int] = {}
-        self._keys: dict[object, int] = {}
+        self._places: dict[int, list[int]] = {}  # by address
 
     def terms(self, factor: Factor) -> list[CombineTerm]:
         """The terms of a factor on these matrices."""
@@ -166,13 +166,19 @@ class Sources:
         for term in factor.terms:
             index = self._index.get(id(term.source))
             if index is None:
-                key = source_key(term.source)
-                index = self._keys.setdefault(key, len(self.tensors))
-                if index == len(self.tensors):
-                    self.tensors.append(term.source)
-                self._index[id(term.source)] = index
+                index = self._index[id(term.source)] = self._place(term.source)
             found.append((index, term.coefficient, term.at, term.scale))
         return found
+
+    def _place(self, source: Tensor) -> int:
+        """Of a tensor that was not met before: that of another view of the same memory, or a new one."""
+        here = self._places.setdefault(source.data_ptr(), [])
+        for index in here:
+            if source_key(self.tensors[index]) == source_key(source):
+                return index
+        here.append(len(self.tensors))
+        self.tensors.append(source)
+        return here[-1]
 
 
 def require_finite(adapters: Iterable[Adapter]) -> None:

@@ -106,7 +106,7 @@ def test_a_round_repeats_a_short_run(monkeypatch: pytest.MonkeyPatch) -> None:
     times = alternate(contenders)
     first = [*("short",) * 3, "long", "reset", "once"]
     assert seen == [*first, *first[:-1], *first[:-1]]
-    assert times["short", 1] == [8.0, 13.0] and times["long", 1] == [10.0, 15.0]  # means of what the runs said
+    assert times["short", 1] == [8.0, 13.0] and times["long", 1] == [10.0, 15.0]  # medians of what the runs said
 
 
 def test_threads_are_what_the_contender_asked_for() -> None:

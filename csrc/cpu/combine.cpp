@@ -51,7 +51,7 @@ struct Work {
     T* factor_tile;  // B side [kTileB, factor_stride]; A side [factor_stride, kStrideA]
     T* result_tile;  // B side [kTileB, out_stride]; A side [outs + kTileSide, kStrideA]
     int64_t outs, out_stride, factor_stride;
-    bool is_covered;  // every strip reaches every column (B) or row (A) of the results that is read
+    bool is_covered;  // the first strip reaches every column (B) or row (A) of the results that is read
     CombineTiles tiles;
     bool on_tiles;
 };
@@ -97,13 +97,11 @@ size_t lay_out(char* base, const CombineJob& job, Work<T>& w) {
         out.in_strip |= out.rest != Rest::factor;
     }
     w.is_covered = w.strips.count > 0;
-    for (int64_t o = 0; o < job.task->outputs; ++o) {
+    for (int64_t o = 0; o < job.task->outputs && w.is_covered; ++o) {
         if (!w.outputs[o].in_strip || job.is_stored(o)) continue;
         const int64_t first = w.outputs[o].first, last = first + job.width(o);
-        for (int64_t s = 0; s < w.strips.count; ++s) {
-            const Strip<T>& strip = w.strips.strip[s];
-            w.is_covered &= strip.out <= first && last <= strip.out + strip.width;
-        }
+        const Strip<T>& strip = w.strips.strip[0];
+        w.is_covered = strip.out <= first && last <= strip.out + strip.width;
     }
     return arena.used();
 }

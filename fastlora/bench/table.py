@@ -23,14 +23,14 @@ HEADER = (
 PREAMBLE = """# Benchmarks
 
 Written by `fastlora bench --markdown docs/benchmarks.md`; every answer was checked before it was timed. Times are
-medians of seven alternated rounds, or of as many as the notes say; a round repeats a short run until 50 ms have passed.
-Machines differ and are noisy, so the ratios are what counts: the opponent's time over ours on one thread and on two.
-The opponent runs at its best thread count, which is named. `1 thread ÷ 2` is what the second thread brings. The floor
-is what the operation must at least cost on the most threads measured: bytes read and written over the speed of a large
-copy in memory, or operations over the speed of a large matrix product, whichever is longer. Operations are counted for
-the Gram pass, for `eigh` (14/3·n³, as divide and conquer takes; 10/3·n³ where eigenvalues cluster, none for the
-identity) and for `svd` (9·n³: that, AᵀA, A·V and a check); bytes everywhere. A processor with AMX multiplies bfloat16
-faster than that product, so a Gram pass can be below its floor.
+medians of seven alternated rounds, or of as many as the notes say; a round repeats a short run until 50 ms have passed
+and counts the median. Machines differ and are noisy, so the ratios are what counts: the opponent's time over ours on
+one thread and on two. The opponent runs at its best thread count, which is named. `1 thread ÷ 2` is what the second
+thread brings. The floor is what the operation must at least cost on the most threads measured: bytes read and written
+over the speed of a large copy in memory, or operations over the speed of a large matrix product, whichever is longer.
+Operations are counted for the Gram pass, for `eigh` (14/3·n³, as divide and conquer takes; 10/3·n³ where eigenvalues
+cluster, none for the identity) and for `svd` (9·n³: that, AᵀA, A·V and a check); bytes everywhere. A processor with
+AMX multiplies bfloat16 faster than that product, so a Gram pass can be below its floor.
 
 The workloads are seeded adapters with the shapes of real models (`fastlora/bench/workloads.py`): decaying spectra and
 four planted common directions; `minilm` is the trained adapters in examples/adapters. `fastlora bench --list` names

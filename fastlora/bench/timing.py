@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 ROUNDS = 7
-# A round repeats a run until this has passed, and counts the mean: one run of a millisecond after another's work would
-# measure how cold the processor's caches are and how long threads take to wake up.
+# A round repeats a run until this has passed, and counts the median: one run of a millisecond after another's work
+# would measure how cold the processor's caches are and how long threads take to wake up.
 ROUND_SECONDS = 0.05
 Run = Callable[[], object]
 Times = dict[tuple[str, int], list[float]]
@@ -69,16 +69,16 @@ def alternate(contenders: Mapping[str, Contender]) -> Times:
 
 
 def _round(contender: Contender) -> float:
-    """Mean seconds of a run of a contender."""
-    total, passed, runs = 0.0, 0.0, 0
+    """Median seconds of the runs of a round."""
+    runs: list[float] = []
+    passed = 0.0
     while not runs or (passed < ROUND_SECONDS and contender.reset is None and contender.rounds > 1):
         start = time.perf_counter()
         result = contender.run()
         elapsed = time.perf_counter() - start
-        total += float(result) if isinstance(result, Seconds) else elapsed
+        runs.append(float(result) if isinstance(result, Seconds) else elapsed)
         passed += elapsed
-        runs += 1
-    return total / runs
+    return statistics.median(runs)
 
 
 def median_of(run: Run, count: int) -> float:

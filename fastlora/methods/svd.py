@@ -14,7 +14,7 @@ from fastlora.pool import Pool
 
 def cut(update: Update, form: SingularForm) -> Update:
     """``B' = B T = U``, ``A' = D A = Σ Vᵀ`` (scaling kept apart)."""
-    return Update(update.B.times(form.T), update.A.times(form.D.mT), update.scaling, update.layout, update.floor)
+    return Update(update.B.times(form.T), update.A.applied(form.D), update.scaling, update.layout, update.floor)
 
 
 def check_cut(rank: int | None, energy: float | None) -> None:
