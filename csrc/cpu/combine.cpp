@@ -22,10 +22,11 @@
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-constexpr int64_t kChunk = 512;       // positions along the long dimension
-constexpr int64_t kChunksAtOnce = 4;  // that are given to one thread
-constexpr int64_t kWritten = 4096;    // rows that are computed before they are written
-constexpr int kGroup = 8;             // rows of results that one product computes
+constexpr int64_t kChunk = 512;         // positions along the long dimension
+constexpr int64_t kChunksAtOnce = 4;    // that are given to one thread
+constexpr int64_t kStreamed = 4 << 20;  // bytes of results in memory that no cache of a core holds
+constexpr int64_t kWritten = 4096;      // rows that are computed before they are written
+constexpr int kGroup = 8;               // rows of results that one product computes
 template <class T>
 constexpr int kSpan = 6 * kLanes<T>;                  // and, on the A side, columns
 constexpr int64_t kDeepest = 32;                      // of products of several strips at once
@@ -124,7 +125,8 @@ __attribute__((noinline)) void add_as(const Matrix& m, int64_t row, int64_t colu
 
 // The results of one tile: what the strips gave, the identity terms, rounded.
 template <class T>
-void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, int64_t first, int count) {
+void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, int64_t first, int count,
+                   bool streams) {
     const bool rows = job.task->rows;
     const int64_t stride = rows ? kStrideA<T> : w.out_stride;
     for (int64_t o = 0; o < job.task->outputs; ++o) {
@@ -136,10 +138,8 @@ void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, 
         const int height = rows ? int(out.rows) : count, width = rows ? count : int(out.cols);
         if (output.rest == Rest::factor) {
             const Matrix& x = job.factors[output.factor];
-            with_type(x, [&](auto e) {
-                write_sum<decltype(e), T>(out, x, row, column, height, width, output.scale,
-                                          output.in_strip ? sums : nullptr, stride, output.peak);
-            });
+            write_scaled<T>(out, x, row, column, height, width, output.scale, output.in_strip ? sums : nullptr, stride,
+                            streams, output.peak);
             continue;
         }
         if (output.rest == Rest::terms)
@@ -153,7 +153,7 @@ void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, 
                                            T(term.scale), to, stride);
                 });
             }
-        write_block<T>(out, row, column, height, width, sums, stride, output.peak);
+        write_sums<T>(out, row, column, height, width, sums, stride, streams, output.peak);
     }
 }
 
@@ -239,7 +239,7 @@ int64_t length(const CombineJob& job) {
 }
 
 template <class T>
-void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t begin, int64_t end) {
+void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t begin, int64_t end, bool streams) {
     const bool rows = job.task->rows;
     const int64_t step = rows ? kTileA<T> : kTileB, n = length(job), steps = products(job, w);
     for (int64_t o = 0; o < job.task->outputs; ++o) w.outputs[o].peak = {};
@@ -258,7 +258,7 @@ void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t be
             Ahead ahead(job.factors, job.task->factors, rows, first + step, min_(step, n - first - step), steps);
             add_products<T>(job, w, first, count, ahead);
         }
-        write_outputs<T>(job, w, outs, first, count);
+        write_outputs<T>(job, w, outs, first, count, streams);
     }
 }
 
@@ -288,11 +288,12 @@ class Prepared {
         return (is_float_ ? lay_out_as<float>(job, f32_) : lay_out_as<double>(job, f64_)) && (task_ = index, true);
     }
 
-    void run(const CombineJob& job, const Matrix* outs, int64_t begin, int64_t end) {
+    // streams: past the caches.
+    void run(const CombineJob& job, const Matrix* outs, int64_t begin, int64_t end, bool streams) {
         if (is_float_)
-            run_chunk<float>(job, f32_, outs, begin, end);
+            run_chunk<float>(job, f32_, outs, begin, end, streams);
         else
-            run_chunk<double>(job, f64_, outs, begin, end);
+            run_chunk<double>(job, f64_, outs, begin, end, streams);
     }
 
     // Whether what was written of an output by the last run() is surely neither NaN nor infinite.
@@ -371,7 +372,7 @@ CombineProblem run_and_write(const CombineJob& job, int64_t index, double turn, 
     for (int64_t first = 0; first < n; first += step) {
         const int64_t last = min_(first + step, n);
         place_outputs(job, results.data(), first, step, outs);
-        own.run(job, outs, first, last);
+        own.run(job, outs, first, last, false);
         for (int64_t i = 0; i < n_outputs; ++i) {
             const int64_t o = (i + shift) % n_outputs;
             if (job.outputs[o].file < 0 || job.is_stored(o)) continue;
@@ -388,6 +389,16 @@ CombineProblem run_and_write(const CombineJob& job, int64_t index, double turn, 
         if (found.kind != kNoProblem) return found;
     }
     return {kNoProblem, 0, 0};
+}
+
+int64_t result_bytes(const CombineTables& tables) {
+    int64_t sum = 0;
+    for (int64_t t = 0; t < tables.n_tasks; ++t)
+        for (int64_t o = 0; o < tables.tasks[t].outputs; ++o) {
+            const Matrix& m = tables.matrices[tables.outputs[tables.tasks[t].first_output + o].matrix];
+            sum += m.rows * m.cols * element_size(m);
+        }
+    return sum;
 }
 
 }  // namespace
@@ -417,6 +428,7 @@ CombineProblem combine(const CombineTables& tables, int threads) {
     int64_t* starts = reinterpret_cast<int64_t*>(starts_memory.data());
     starts[0] = 0;
     for (int64_t t = 0; t < n_tasks; ++t) starts[t + 1] = starts[t] + (length(job_of(t)) + kChunk - 1) / kChunk;
+    const bool streams = result_bytes(tables) >= kStreamed;
     Queue queue(starts[n_tasks], kChunksAtOnce);
     on_team(int(min_<int64_t>(threads, starts[n_tasks])), [&](int, int) {
         Prepared own;
@@ -433,8 +445,9 @@ CombineProblem combine(const CombineTables& tables, int threads) {
             Matrix* outs = reinterpret_cast<Matrix*>(places.data());
             place_outputs(job, nullptr, 0, 0, outs);
             const int64_t begin = (chunk - starts[low]) * kChunk, end = min_(begin + kChunk, length(job));
-            own.run(job, outs, begin, end);
+            own.run(job, outs, begin, end, streams);
         });
+        Streamed::finish();
     });
     return problem.get();
 }

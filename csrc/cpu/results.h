@@ -42,93 +42,165 @@ class Peak {
     Mask<T> most_{};
 };
 
-// Rows that are kVectors whole vectors, as those of most B sides.
-template <class E, class T, int kVectors>
-inline void write_whole(typename E::Stored* __restrict p, int64_t to, int rows, const T* __restrict in, int64_t stride,
-                        Peak<T>& peak) {
-    for (int i = 0; i < rows; ++i, p += to, in += stride)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-            const Vec<T> value = load<T>(in + v * kLanes<T>);
-            peak.note(value);
-            E::template store_vector<T>(p + v * kLanes<T>, value);
-        }
+// How a vector of results gets to its place: through the caches, or past them. Results that do not stay in cache until
+// they are used would first be read into it, only to be overwritten.
+struct Kept {
+    template <class E, class T>
+    static void put(typename E::Stored* p, Vec<T> x) {
+        E::template store_vector<T>(p, x);
+    }
+};
+
+struct Streamed {
+    template <class T, class Stored>
+    static constexpr int kBytes = kLanes<T> * int(sizeof(Stored));
+
+    // p lies at a multiple of the bytes of a vector.
+    template <class E, class T>
+    static void put(typename E::Stored* p, Vec<T> x) {
+        typename E::Stored rounded[kLanes<T>];
+        E::template store_vector<T>(rounded, x);
+#if defined(__AVX512F__)
+        constexpr int bytes = kBytes<T, typename E::Stored>;
+        void* at = p;
+        const void* from = rounded;
+        if constexpr (bytes == 64) return _mm512_stream_si512(static_cast<__m512i*>(at), _mm512_loadu_si512(from));
+        if constexpr (bytes == 32)
+            return _mm256_stream_si256(static_cast<__m256i*>(at),
+                                       _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+#endif
+        __builtin_memcpy(p, rounded, sizeof rounded);
+    }
+
+    // What is streamed is there for others after this.
+    static void finish() {
+#if defined(__AVX512F__)
+        _mm_sfence();
+#endif
+    }
+};
+
+template <class T, class Stored>
+bool is_aligned(const Stored* p, int64_t stride) {
+    constexpr int64_t bytes = Streamed::kBytes<T, Stored>;
+    return (reinterpret_cast<int64_t>(p) | stride * int64_t(sizeof(Stored))) % bytes == 0;
 }
 
-template <class E, class T>
-__attribute__((noinline)) void write_as(const Matrix& m, int64_t row, int64_t column, int rows, int columns,
-                                        const T* __restrict in, int64_t stride, Peak<T>& peak) {
+// Where results come from: sums [rows, stride] that are there already,
+template <class T>
+struct Sums {
+    const T* row;
+    int64_t stride;
+
+    void next_row() { row += stride; }
+    Vec<T> vector(int j) const { return load<T>(row + j); }
+    T one(int j) const { return row[j]; }
+};
+
+// or scale times a stored matrix, plus sums if there are any.
+template <class E, class T, bool kSums>
+struct ScaledPlusSums {
+    const typename E::Stored* from;
+    int64_t from_stride;
+    T scale;
+    const T* sums;
+    int64_t stride;
+
+    void next_row() {
+        from += from_stride;
+        if constexpr (kSums) sums += stride;
+    }
+    Vec<T> vector(int j) const {
+        const Vec<T> value = splat<T>(scale) * E::template load_vector<T>(from + j);
+        if constexpr (kSums) return value + load<T>(sums + j);
+        return value;
+    }
+    T one(int j) const {
+        const T value = scale * E::template load_one<T>(from + j);
+        if constexpr (kSums) return value + sums[j];
+        return value;
+    }
+};
+
+// kVectors: whole vectors a row, or 0 where rows are of any length.
+template <class Put, class E, class T, int kVectors, class Source>
+inline void write_rows_of(Source source, typename E::Stored* __restrict to, int64_t to_stride, int rows, int columns,
+                          Peak<T>& peak) {
     constexpr int lanes = kLanes<T>;
-    using Stored = typename E::Stored;
-    const int64_t to = m.stride;
-    Stored* __restrict p = reinterpret_cast<Stored*>(m.data) + row * to + column;
-    Peak<T> own = peak;
-    if (columns == lanes) {
-        write_whole<E, T, 1>(p, to, rows, in, stride, own);
-    } else if (columns == 2 * lanes) {
-        write_whole<E, T, 2>(p, to, rows, in, stride, own);
-    } else if (columns == 4 * lanes) {
-        write_whole<E, T, 4>(p, to, rows, in, stride, own);
-    } else {
-        for (int i = 0; i < rows; ++i, p += to, in += stride) {
-            int j = 0;
-            for (; j + lanes <= columns; j += lanes) {
-                const Vec<T> value = load<T>(in + j);
-                own.note(value);
-                E::template store_vector<T>(p + j, value);
+    for (int i = 0; i < rows; ++i, to += to_stride, source.next_row()) {
+        int j = 0;
+        if constexpr (kVectors > 0) {
+#pragma GCC unroll 4
+            for (; j < kVectors * lanes; j += lanes) {
+                const Vec<T> value = source.vector(j);
+                peak.note(value);
+                Put::template put<E, T>(to + j, value);
             }
-            for (; j < columns; ++j) {
-                own.note(in[j]);
-                E::template store_one<T>(p + j, in[j]);
-            }
+            continue;
+        }
+        for (; j + lanes <= columns; j += lanes) {
+            const Vec<T> value = source.vector(j);
+            peak.note(value);
+            Put::template put<E, T>(to + j, value);
+        }
+        for (; j < columns; ++j) {
+            const T value = source.one(j);
+            peak.note(value);
+            E::template store_one<T>(to + j, value);
         }
     }
+}
+
+// Not inlined: as read_as.
+template <class Put, class E, class T, class Source>
+__attribute__((noinline)) void write_from(Source source, typename E::Stored* to, int64_t to_stride, int rows,
+                                          int columns, Peak<T>& peak) {
+    constexpr int lanes = kLanes<T>;
+    Peak<T> own = peak;
+    if (columns == lanes)
+        write_rows_of<Put, E, T, 1>(source, to, to_stride, rows, columns, own);
+    else if (columns == 2 * lanes)
+        write_rows_of<Put, E, T, 2>(source, to, to_stride, rows, columns, own);
+    else if (columns == 4 * lanes)
+        write_rows_of<Put, E, T, 4>(source, to, to_stride, rows, columns, own);
+    else
+        write_rows_of<Put, E, T, 0>(source, to, to_stride, rows, columns, own);
     peak = own;
 }
 
 // The block [row, row + rows) x [column, column + columns) of a result.
-template <class T>
-inline void write_block(const Matrix& m, int64_t row, int64_t column, int rows, int columns, const T* in,
-                        int64_t stride, Peak<T>& peak) {
-    with_type(m, [&](auto e) { write_as<decltype(e), T>(m, row, column, rows, columns, in, stride, peak); });
-}
-
-// The block of out = scale * the block of x, + sums [rows, stride] if there are any.
-template <class E, class T, bool kSums>
-__attribute__((noinline)) void write_sum_as(const Matrix& out, const Matrix& x, int64_t row, int64_t column, int rows,
-                                            int columns, T scale, const T* __restrict sums, int64_t stride,
-                                            Peak<T>& peak) {
-    constexpr int lanes = kLanes<T>;
-    using Stored = typename E::Stored;
-    const Stored* __restrict from = reinterpret_cast<const Stored*>(x.data) + row * x.stride + column;
-    Stored* __restrict to = reinterpret_cast<Stored*>(out.data) + row * out.stride + column;
-    const Vec<T> factor = splat<T>(scale);
-    Peak<T> own = peak;
-    for (int i = 0; i < rows; ++i, from += x.stride, to += out.stride, sums += kSums ? stride : 0) {
-        int j = 0;
-        for (; j + lanes <= columns; j += lanes) {
-            Vec<T> value = factor * E::template load_vector<T>(from + j);
-            if constexpr (kSums) value += load<T>(sums + j);
-            own.note(value);
-            E::template store_vector<T>(to + j, value);
-        }
-        for (; j < columns; ++j) {
-            T value = scale * E::template load_one<T>(from + j);
-            if constexpr (kSums) value += sums[j];
-            own.note(value);
-            E::template store_one<T>(to + j, value);
-        }
-    }
-    peak = own;
-}
-
-template <class E, class T>
-void write_sum(const Matrix& out, const Matrix& x, int64_t row, int64_t column, int rows, int columns, T scale,
-               const T* sums, int64_t stride, Peak<T>& peak) {
-    if (sums)
-        write_sum_as<E, T, true>(out, x, row, column, rows, columns, scale, sums, stride, peak);
+template <class E, class T, class Source>
+inline void write_result(Source source, const Matrix& m, int64_t row, int64_t column, int rows, int columns,
+                         bool streams, Peak<T>& peak) {
+    auto* to = reinterpret_cast<typename E::Stored*>(m.data) + row * m.stride + column;
+    if (streams && is_aligned<T>(to, m.stride))
+        write_from<Streamed, E, T>(source, to, m.stride, rows, columns, peak);
     else
-        write_sum_as<E, T, false>(out, x, row, column, rows, columns, scale, sums, stride, peak);
+        write_from<Kept, E, T>(source, to, m.stride, rows, columns, peak);
+}
+
+template <class T>
+inline void write_sums(const Matrix& m, int64_t row, int64_t column, int rows, int columns, const T* sums,
+                       int64_t stride, bool streams, Peak<T>& peak) {
+    with_type(m, [&](auto e) {
+        write_result<decltype(e), T>(Sums<T>{sums, stride}, m, row, column, rows, columns, streams, peak);
+    });
+}
+
+// The block of out = scale * that of x, which has the same dtype, + sums [rows, stride] if there are any.
+template <class T>
+void write_scaled(const Matrix& out, const Matrix& x, int64_t row, int64_t column, int rows, int columns, T scale,
+                  const T* sums, int64_t stride, bool streams, Peak<T>& peak) {
+    with_type(x, [&](auto e) {
+        using E = decltype(e);
+        const auto* from = reinterpret_cast<const typename E::Stored*>(x.data) + row * x.stride + column;
+        if (sums)
+            write_result<E, T>(ScaledPlusSums<E, T, true>{from, x.stride, scale, sums, stride}, out, row, column, rows,
+                               columns, streams, peak);
+        else
+            write_result<E, T>(ScaledPlusSums<E, T, false>{from, x.stride, scale, sums, stride}, out, row, column, rows,
+                               columns, streams, peak);
+    });
 }
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -171,6 +171,26 @@ def test_problems_name_the_output(backend: str, tmp_path: Path) -> None:
     assert problem == WriteProblem(0, 0, errno.EBADF)
 
 
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_that_no_cache_holds_have_the_same_bits(dtype: torch.dtype, rows: bool) -> None:
+    """Large results go past the caches where their rows allow it: here some at even and some at odd addresses."""
+    n, ranks = 3000, (16, 16, 9)
+    x, wanted = factors_of(n, ranks, dtype, rows), terms_of(ranks, rows, 1.0)
+    shapes = [(w, n) if rows else (n, w) for w, _ in wanted]
+    few = [torch.empty(s, dtype=dtype) for s in shapes]
+    run([CombineJob(x, [CombineOutput.into(o, terms) for o, (_, terms) in zip(few, wanted, strict=True)], rows)])
+    jobs, many = [], []
+    for copy in range(12 * 2**20 // sum(o.nbytes for o in few)):
+        outs = [torch.empty(o.numel() + 8, dtype=dtype)[copy % 5 :][: o.numel()].view(o.shape) for o in few]
+        made = [CombineOutput.into(o, terms) for o, (_, terms) in zip(outs, wanted, strict=True)]
+        jobs.append(CombineJob(x, made, rows))
+        many.append(outs)
+    run(jobs)
+    assert sum(o.nbytes for outs in many for o in outs) > 8 * 2**20
+    assert all(torch.equal(a, b) for outs in many for a, b in zip(outs, few, strict=True))
+
+
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 EDGES = [
     # factor, result, the last value that fits and the first that does not
