@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -79,3 +81,19 @@ def test_threads_without_work_sleep() -> None:
     before = time.process_time()
     time.sleep(0.5)
     assert time.process_time() - before < 0.1
+
+
+def test_threads_are_there_after_they_were_needed() -> None:
+    program = """
+import os, torch
+from fastlora import ops
+x = torch.eye(12, dtype=torch.float64).expand(100, 12, 12).contiguous()
+def count(threads):
+    torch.set_num_threads(threads)
+    before = len(os.listdir("/proc/self/task"))
+    ops.eigh(x)
+    return len(os.listdir("/proc/self/task")) - before
+print(count(1), count(3), count(2), count(4))
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["0", "2", "0", "1"]
