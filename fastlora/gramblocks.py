@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastlora.adapter import Factor, Term, source_key
+from fastlora.adapter import Factor, source_key
 from fastlora.backends.passes import GramBlock, GramJob
 from fastlora.engine import device_of, run_pass
 from fastlora.gramcache import run_gram
@@ -61,27 +60,29 @@ class GramPass:
     def _put(self, modules: Sequence[Sequence[Factor]], out: Tensor, r: int, places: Sequence[GramBlock]) -> None:
         """Blocks ``(i, j)`` of every module into ``out``, rows of ``r``, at their offsets in the module's part."""
         size = out[0].numel()
-        joined: dict[Pieces, list[int]] = {}
-        layouts: dict[Pieces, Sequence[GramBlock]] = {}
+        axis = 0 if modules[0][0].side == "A" else 1
+        # Modules whose factors are made alike, by what their terms look like: there are few kinds.
+        kinds: dict[object, tuple[Sequence[GramBlock], Pieces, list[int]]] = {}
         for m, factors in enumerate(modules):
-            rows = factors[0].side == "A"
-            pieces = [f.joined for f in factors]
-            if any(p is None for p in pieces):
-                job, coefficients = _source_gram(factors, rows)
+            if any([f.joined is None for f in factors]):
+                job, coefficients = _source_gram(factors, axis == 0)
                 self._jobs.append(job)
                 self._finish.append(functools.partial(_put_products, job.out, coefficients, out[m], r, places))
                 continue
-            terms = [t for p in pieces for t in cast(tuple[Term, ...], p)]
-            axis = 0 if rows else 1
-            own = tuple(tuple((t.source.shape[axis], t.scale) for t in f.terms) for f in factors)
-            blocks = layouts.get(own)
-            if blocks is None:
-                blocks = layouts[own] = places if len(terms) == len(factors) else _pieces_of(own, r, places)
-            self._jobs.append(GramJob([t.source for t in terms], blocks, rows, out, r, m * size))
-            if blocks is not places or any(t.scale != 1.0 for t in terms):
-                joined.setdefault(own, []).append(m)
-        if joined:
-            self._finish.append(functools.partial(_finish_joined, joined, out.view(len(modules), size), r, places))
+            terms = [t for f in factors for t in f.terms]
+            sources = [t.source for t in terms]
+            looks = (*[len(f.terms) for f in factors], *[x.shape for x in sources], *[t.scale for t in terms])
+            kind = kinds.get(looks)
+            if kind is None:
+                pieces = tuple(tuple((t.source.shape[axis], t.scale) for t in f.terms) for f in factors)
+                blocks = places if len(terms) == len(factors) else _pieces_of(pieces, r, places)
+                kind = kinds[looks] = blocks, pieces, []
+            self._jobs.append(GramJob(sources, kind[0], axis == 0, out, r, m * size))
+            kind[2].append(m)
+        for blocks, pieces, owners in kinds.values():
+            if blocks is not places or any(scale != 1.0 for factor in pieces for _, scale in factor):
+                whole = out.view(len(modules), size)
+                self._finish.append(functools.partial(_finish_joined, pieces, owners, whole, r, places))
 
 
 def _pieces_of(pieces: Pieces, r: int, places: Sequence[GramBlock]) -> list[GramBlock]:
@@ -97,27 +98,26 @@ def _pieces_of(pieces: Pieces, r: int, places: Sequence[GramBlock]) -> list[Gram
     ]
 
 
-def _finish_joined(joined: Mapping[Pieces, Sequence[int]], out: Tensor, r: int, places: Sequence[GramBlock]) -> None:
-    """Mirrors the blocks on the diagonal and applies the scales of stored matrices: ``out [modules, size]``."""
-    for pieces, modules in joined.items():
-        whole = len(modules) == len(out)
-        own = out if whole else out[modules]
-        scales = None
-        if any(scale != 1.0 for factor in pieces for _, scale in factor):
-            ones = [[s for width, s in factor for _ in range(width)] for factor in pieces]
-            scales = torch.tensor([x + [1.0] * (r - len(x)) for x in ones], dtype=torch.float64).to(out.device)
-        for i, j, offset in places:
-            block = own[:, offset : offset + r * r].view(-1, r, r)
-            if i == j:
-                start = 0
-                for width, _ in pieces[i][:-1]:
-                    end = start + width
-                    block[:, end:, start:end] = block[:, start:end, end:].mT
-                    start = end
-            if scales is not None:
-                block *= scales[i, :, None] * scales[j]
-        if not whole:
-            out[modules] = own
+def _finish_joined(pieces: Pieces, modules: Sequence[int], out: Tensor, r: int, places: Sequence[GramBlock]) -> None:
+    """Mirrors the blocks on the diagonal of some modules, and applies the scales of stored matrices: ``out [.., size]``
+    of all."""
+    own = out if len(modules) == len(out) else out[modules]
+    scales = None
+    if any(scale != 1.0 for factor in pieces for _, scale in factor):
+        ones = [[s for width, s in factor for _ in range(width)] for factor in pieces]
+        scales = torch.tensor([x + [1.0] * (r - len(x)) for x in ones], dtype=torch.float64).to(out.device)
+    for i, j, offset in places:
+        block = own[:, offset : offset + r * r].view(-1, r, r)
+        if i == j:
+            start = 0
+            for width, _ in pieces[i][:-1]:
+                end = start + width
+                block[:, end:, start:end] = block[:, start:end, end:].mT
+                start = end
+        if scales is not None:
+            block *= scales[i, :, None] * scales[j]
+    if own is not out:
+        out[modules] = own
 
 
 def _put_products(
