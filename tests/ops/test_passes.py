@@ -13,7 +13,7 @@ from factors import BACKENDS, at_odd_address
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.backends import resolve
+from fastlora.backends import prepared, resolve
 from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, WriteProblem
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -230,6 +230,29 @@ def test_only_finite_results_are_written(
                 made = CombineOutput(shape, result, terms, None, file.fileno(), 0, True)
                 found = run([CombineJob(factors, [made], rows)])
                 assert found == (None if is_fine else WriteProblem(0, 0, None)), (width, value, len(terms))
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+def test_what_was_prepared_works_on_what_is_there_by_then(backend: str, tmp_path: Path) -> None:
+    """New values, also of a factor whose rows are not contiguous, and another file."""
+    x, columns = gaussian(40, 4, seed=1), gaussian(4, 40, seed=2).mT
+    c = gaussian(4, 4, seed=3, dtype=torch.float64)
+    out = torch.empty(40, 4)
+    terms: list[CombineTerm] = [(0, None, 0, 1.0), (1, c, 0, 1.0)]
+    into = CombineOutput.into(out, terms)
+    to_file = CombineOutput((40, 4), torch.float32, terms, None, -1, 0, True)
+    with fl.use_backend(backend):
+        ready = prepared("combine_pass", [CombineJob([x, columns], [into, to_file], False)])
+        for name in ("a", "b"):
+            x.neg_()
+            columns.mul_(3.0)
+            c.add_(1.0)
+            with (tmp_path / name).open("w+b") as file:
+                to_file.file = file.fileno()
+                assert ready.run() is None
+            expected = (x.double() + columns.double() @ c).float()
+            assert (out - expected).abs().max() < 1e-5
+            assert (tmp_path / name).read_bytes() == bytes(out.view(torch.uint8).numpy().tobytes())
 
 
 def test_random_results_of_random_sizes() -> None:
