@@ -73,9 +73,10 @@ def _supports_jobs(jobs: Sequence[GramJob | CombineJob]) -> str | None:
 def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
     """A row of the Matrix table; the last dimension is contiguous (or has one element)."""
     rows, columns = x.shape
-    if columns > 1 and x.stride(1) != 1:
+    stride, step = x.stride()
+    if columns > 1 and step != 1:
         raise ValueError(f"a factor must have contiguous rows, got strides {x.stride()} for shape {tuple(x.shape)}")
-    return x.data_ptr(), rows, columns, x.stride(0), DTYPES[x.dtype]
+    return x.data_ptr(), rows, columns, stride, DTYPES[x.dtype]
 
 
 def _factor(x: Tensor, alive: list[Tensor]) -> tuple[int, int, int, int, int]:

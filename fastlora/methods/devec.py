@@ -400,10 +400,12 @@ class Components:
 
     def _unique_update(self, result: ModuleResult, i: int, removals: Sequence[Tensor]) -> Update:
         update = self._pool_updates[result.names[i]][result.module]
-        projected, other = self._sides(result.names[i], result.module)
+        left = self.settings.side == "left"
+        projected, other = (update.B, update.A) if left else (update.A, update.B)
         terms = list(projected.terms)
         for name, removal in zip(result.names, removals, strict=False):
-            terms += self._sides(name, result.module)[0].times(removal).terms
+            mover = self._sides(name, result.module)[0]
+            terms += mover.applied(removal if left else removal.mT).terms
         unique = Factor(projected.side, projected.length, projected.rank, tuple(terms))
         floor = max(update.floor, result.rtol * result.norm(i))
         return self._assemble(update, unique, other, update.scaling, floor)

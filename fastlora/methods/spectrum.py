@@ -11,13 +11,15 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.adapter import Factor, Side, Update
-from fastlora.engine import check_diagonal, chunks
+from fastlora.engine import WIDTHS, check_diagonal, chunks
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.gramblocks import GramPass
 from fastlora.progress import track
 
 # The least relative size of a singular value that is a direction and not rounding; MATH section 2.
 MIN_RTOL = 1e-6
+
+EPSILON = {dtype: torch.finfo(dtype).eps for dtype in WIDTHS}
 
 LARGEST = 1e150
 """Of singular values: sums of a few squares stay finite."""
@@ -29,7 +31,7 @@ def default_rtol(updates: Sequence[Update]) -> float:
     Rounding a factor with relative error ε moves singular values by at most about ε·σ_max, whatever its size, so what
     lies below is not known from the file: float32 1e-6, float16 9.8e-4, bfloat16 7.8e-3.
     """
-    return max([MIN_RTOL] + [torch.finfo(d).eps for u in updates for d in u.dtypes()])
+    return max([MIN_RTOL, *[EPSILON[t.source.dtype] for u in updates for f in (u.B, u.A) for t in f.terms]])
 
 
 def sides(side: str) -> tuple[Side, Side]:
