@@ -33,18 +33,23 @@ outputs: list[OutputDirectory] = []
 _signals: list[tuple[int, float]] = []
 """What was received, and when."""
 
+_listening = False
+"""Whether a signal still stops the command: not once its exit code is known."""
+
 
 def _stop(number: int, _: object) -> None:
     # Senders like timeout(1) signal twice, and cleaning up takes less than a second. One later than that is
     # heard again: compiled code can lose an exception that is raised inside it.
     now = time.monotonic()
-    if not _signals or now - _signals[-1][1] > 1.0:
+    if _listening and (not _signals or now - _signals[-1][1] > 1.0):
         _signals.append((number, now))
         raise _Stopped
 
 
 def listen() -> None:
     """Makes the signals that ask a process to end stop the command, which then cleans up."""
+    global _listening
+    _listening = True
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = signal.Signals.__members__.get(name)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
@@ -53,14 +58,18 @@ def listen() -> None:
 
 def guarded(run: Callable[[], object]) -> int:
     """Runs a command; its exit code. Errors that are no user's are raised."""
+    global _listening
     try:
         code = run()
         sys.stdout.flush()
+        _listening = False
         return code if isinstance(code, int) else 0
     except BaseException as error:
+        _listening = bool(_signals)  # cleaning up may be stopped again, telling of an error may not
         if _signals:  # also where compiled code made another error of it
             for output in outputs:
                 output.discard()
+            _listening = False
             written = [str(output.path) for output in outputs if output.written]
             way_out = f"{written[0]} is complete" if written else "run the same command again"
             _complain(f"interrupted: no output is left half-written; {way_out}")

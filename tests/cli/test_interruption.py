@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,27 @@ def test_a_signal_at_any_moment(
             assert run.err.endswith("run the same command again\n")
             interrupted += 1
     assert interrupted >= MOMENTS // 2
+
+
+@pytest.mark.parametrize(("work", "code"), [("0", 0), ("1 / 0", None), ("fail()", 2)])
+def test_a_signal_after_the_end_changes_nothing(work: str, code: int | None, tmp_path: Path) -> None:
+    """Neither a traceback nor another exit code once that is known, whatever it is."""
+    program = f"""
+import os, signal
+from fastlora import exits
+from fastlora.errors import InputError
+def fail(): raise InputError("so")
+exits.listen()
+try:
+    code = exits.guarded(lambda: {work})
+except ZeroDivisionError:
+    code = None
+for number in (signal.SIGINT, signal.SIGTERM):
+    os.kill(os.getpid(), number)
+print(code, "and still here")
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout == f"{code} and still here\n"
 
 
 def test_a_kill_at_any_moment(command: list[str], whole: dict[str, str], tmp_path: Path) -> None:
