@@ -89,7 +89,7 @@ def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_round_repeats_a_short_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "ROUND_SECONDS", 0.05)
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 0.25)
     seen: list[str] = []
 
     def run(who: str, seconds: float) -> Seconds:
@@ -98,8 +98,8 @@ def test_a_round_repeats_a_short_run(monkeypatch: pytest.MonkeyPatch) -> None:
         return Seconds(len(seen))
 
     contenders = {
-        "short": Contender(partial(run, "short", 0.02), (1,), 2),
-        "long": Contender(partial(run, "long", 0.06), (1,), 2),
+        "short": Contender(partial(run, "short", 0.1), (1,), 2),
+        "long": Contender(partial(run, "long", 0.3), (1,), 2),
         "reset": Contender(partial(run, "reset", 0.0), (1,), 2, lambda: None),
         "once": Contender(partial(run, "once", 0.0), (1,), 1),
     }
