@@ -111,8 +111,6 @@ def _share(part: float, whole: float) -> float:
 def energy_kept(sigma: Sequence[float], kept: int) -> float:
     squares = [x * x for x in sigma]
     total = sum(squares)
-    if kept == len(squares) and total > 0:
-        return 1.0
     return sum(squares[:kept]) / total if total > 0 else 1.0
 
 

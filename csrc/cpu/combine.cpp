@@ -2,13 +2,14 @@
 //   B side: out[:, at:at+q] += scale * X [n, r] * C [r, q]
 //   A side: out[at:at+q, :] += scale * C [q, r] * X [r, n]
 // All outputs of a task share the tiles of its factors, so a factor is read once however many results it goes into.
-// The coefficients of one factor are gathered into a strip, one product with all results it goes into; identity terms
-// are added without a product, as the result is rounded and written.
+// The coefficients of one factor are gathered into a strip, one product with all results it goes into; strips that go
+// into the same results are one deeper product. Identity terms are added without one, as the result is rounded.
 // Half-precision outputs of half-precision factors are summed in float32 where no coefficient is extreme, everything
 // else in float64; a result is rounded once more, to the output's dtype. A result's row (B) or column (A) is computed
 // by one thread from its own inputs, so bits do not depend on threads or chunking.
 // Outputs with a file are computed in memory of the thread's own, one task after the other, and written from there
-// while they are in cache: what is saved needs no memory and is not read back.
+// while they are in cache: what is saved needs no memory and is not read back. Large results in memory go past the
+// caches (results.h).
 // Floor: reads each factor once and writes each output once; 2 * n * r * q operations a term.
 #include "ahead.h"
 #include "combine_tiles.h"
