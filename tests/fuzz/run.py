@@ -30,7 +30,8 @@ from pathlib import Path
 import numpy as np
 import oracle
 import torch
-from mutate import SHAPES, Case, healthy, mutation
+from cases import SHAPES, Case, healthy
+from mutate import mutation
 
 import fastlora as fl
 from fastlora.errors import FastloraError, NonFiniteError, OutputError, UnsupportedAdapter

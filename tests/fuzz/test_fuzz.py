@@ -17,7 +17,8 @@ from fastlora.formats.patterns import Patterns
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))
 
-import mutate  # noqa: E402
+import cases  # noqa: E402
+import damaged_config  # noqa: E402
 import run  # noqa: E402
 
 COUNT = 3000
@@ -43,11 +44,11 @@ def test_mutations_that_failed_once() -> None:
     assert violations(FAILED_ONCE) == []
 
 
-@pytest.mark.parametrize("template", mutate.SHAPES)
+@pytest.mark.parametrize("template", cases.SHAPES)
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F64"])
 def test_what_is_healthy_is_accepted(tmp_path: Path, template: str, dtype: str) -> None:
     run.prepare(tmp_path)
-    assert run.check(mutate.healthy(template, 7, dtype), tmp_path) == "accepted"
+    assert run.check(cases.healthy(template, 7, dtype), tmp_path) == "accepted"
 
 
 def test_a_worker_that_dies_or_hangs_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,20 +68,20 @@ def test_wrong_numbers_are_noticed(tmp_path: Path, factor: float) -> None:
     module = adapter.modules[0]
     adapter.updates[module].A.stored.mul_(factor)  # type: ignore[union-attr]
     with pytest.raises(run.Violation, match="off by"):
-        run.compare(mutate.healthy("linear", 12345), adapter, directory)
+        run.compare(cases.healthy("linear", 12345), adapter, directory)
 
 
-@pytest.mark.parametrize("pattern", mutate.FAST_PATTERNS)
+@pytest.mark.parametrize("pattern", damaged_config.FAST_PATTERNS)
 def test_patterns_match_as_regular_expressions_do(pattern: str) -> None:
     expression, found = re.compile(rf"(.*\.)?({pattern})$"), Patterns({pattern: 3}, "here")
-    for module in (mutate.Q, mutate.V, "conv", "q_proj", "a.b", "", "x.y.x"):
+    for module in (cases.Q, cases.V, "conv", "q_proj", "a.b", "", "x.y.x"):
         assert (found.value(module) == 3) == (expression.match(module) is not None), module
 
 
-@pytest.mark.parametrize("pattern", mutate.SLOW_PATTERNS)
+@pytest.mark.parametrize("pattern", damaged_config.SLOW_PATTERNS)
 def test_slow_patterns_are_answered_at_once(pattern: str) -> None:
     try:
-        assert Patterns({pattern: 3}, "here").value("a." * 200 + mutate.Q) is None
+        assert Patterns({pattern: 3}, "here").value("a." * 200 + cases.Q) is None
     except InputError as error:
         assert "forever" in str(error)
 
