@@ -242,7 +242,8 @@ int64_t length(const CombineJob& job) {
 template <class T>
 void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t begin, int64_t end, bool streams) {
     const bool rows = job.task->rows;
-    const int64_t step = rows ? kTileA<T> : kTileB, n = length(job), steps = products(job, w);
+    const int64_t step = rows ? kTileA<T> : w.on_tiles ? CombineTiles::kRows : kTileB;
+    const int64_t n = length(job), steps = products(job, w);
     for (int64_t o = 0; o < job.task->outputs; ++o) w.outputs[o].peak = {};
     const TileUnit unit(w.on_tiles);
     for (int64_t first = begin; first < end; first += step) {
@@ -251,9 +252,8 @@ void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t be
             __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs * kStrideA<T> : w.out_stride * kTileB));
         if constexpr (sizeof(T) == 4) {
             if (w.on_tiles)
-                for (int64_t s = 0; s < w.strips.count; ++s)
-                    w.tiles.add_strip(job, w.strips, s, first, count, w.result_tile,
-                                      rows ? kStrideA<float> : w.out_stride, w.is_covered && s == 0);
+                w.tiles.add_strips(job, w.strips, first, count, w.result_tile, rows ? kStrideA<float> : w.out_stride,
+                                   w.is_covered);
         }
         if (!w.on_tiles) {
             Ahead ahead(job.factors, job.task->factors, rows, first + step, min_(step, n - first - step), steps);

@@ -92,6 +92,7 @@ struct Sums {
     const T* row;
     int64_t stride;
 
+    void ahead() const {}
     void next_row() { row += stride; }
     Vec<T> vector(int j) const { return load<T>(row + j); }
     T one(int j) const { return row[j]; }
@@ -106,6 +107,8 @@ struct ScaledPlusSums {
     const T* sums;
     int64_t stride;
 
+    // Rows that come soon: of several factors in turn, which the processor does not foresee.
+    void ahead() const { __builtin_prefetch(reinterpret_cast<const char*>(from) + 512, 0, 2); }
     void next_row() {
         from += from_stride;
         if constexpr (kSums) sums += stride;
@@ -130,6 +133,7 @@ inline void write_rows_of(Source source, typename E::Stored* __restrict to, int6
     for (int i = 0; i < rows; ++i, to += to_stride, source.next_row()) {
         int j = 0;
         if constexpr (kVectors > 0) {
+            source.ahead();
 #pragma GCC unroll 4
             for (; j < kVectors * lanes; j += lanes) {
                 const Vec<T> value = source.vector(j);
