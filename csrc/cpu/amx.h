@@ -79,12 +79,14 @@ inline __mmask16 first_lanes(int64_t count) {
     return count >= kTileSide ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
 }
 
-// (a0, b0), (a1, b1), ...
-inline __m512i interleave_words(__m256i a, __m256i b) {
+// (a0, b0), (a1, b1), ... of a, then b
+inline __m512i interleave_halves(__m512i both) {
     alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i both = _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(a), b, 1);
     return _mm512_maskz_permutexvar_epi16(~__mmask32(0), _mm512_load_si512(order), both);
+}
+inline __m512i interleave_words(__m256i a, __m256i b) {
+    return interleave_halves(_mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(a), b, 1));
 }
 
 // out = from with its 32-bit words transposed. Quarters of rows are gathered by loads, which leaves two in-lane stages.
@@ -112,15 +114,23 @@ inline void transpose_pairs(const Tile& from, Tile& out) {
 }
 
 // The tile B of `depth` <= 32 rows (stride apart) and `width` <= 16 columns of a stored matrix, zeros beyond; with
-// kTwice of `depth` <= 16 rows, which fill both halves.
+// kTwice of `depth` <= 16 rows, which fill both halves. What lies `ahead` in the same way is asked for if it is whole.
 template <bool kTwice = false>
-inline void pack_pairs(const uint16_t* p, int64_t stride, int depth, int width, Tile& out) {
+inline void pack_pairs(const uint16_t* p, int64_t stride, int depth, int width, Tile& out,
+                       const uint16_t* ahead = nullptr) {
     constexpr int rows = kTwice ? kTileSide / 2 : kTileSide;
     const auto put = [&](int row, __m512i pairs) {
         _mm512_store_si512(out.pair[row], pairs);
         if constexpr (kTwice) _mm512_store_si512(out.pair[row + rows], pairs);
     };
     int i = 0;
+    if (!kTwice && ahead && stride == kTileSide && width == kTileSide && depth == kTileDepth) {
+        for (; i < rows; ++i, p += 2 * stride, ahead += 2 * stride) {
+            __builtin_prefetch(ahead);
+            put(i, interleave_halves(_mm512_loadu_si512(p)));
+        }
+        return;
+    }
     if (width == kTileSide) {
         for (; 2 * i + 2 <= depth; ++i, p += 2 * stride)
             put(i, interleave_words(load_words(p), load_words(p + stride)));
@@ -135,6 +145,10 @@ inline void pack_pairs(const uint16_t* p, int64_t stride, int depth, int width, 
 // The tile A of up to 16 rows and `depth` <= 32 columns of a stored matrix, zeros beyond.
 inline void pack_rows(const uint16_t* p, int64_t stride, int rows, int depth, Tile& out) {
     const __mmask32 columns = depth >= kTileDepth ? ~__mmask32(0) : (__mmask32(1) << depth) - 1;
+    if (rows == kTileSide && depth == kTileDepth) {
+        for (int i = 0; i < kTileSide; ++i, p += stride) _mm512_store_si512(out.pair[i], _mm512_loadu_si512(p));
+        return;
+    }
     for (int i = 0; i < kTileSide; ++i, p += stride)
         _mm512_store_si512(out.pair[i], i < rows ? _mm512_maskz_loadu_epi16(columns, p) : _mm512_setzero_si512());
 }
