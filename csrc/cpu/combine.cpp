@@ -50,8 +50,8 @@ template <class T>
 struct Work {
     Strips<T> strips;
     Output<T>* outputs;
-    T* factor_tile;  // B side [kTileB, factor_stride]; A side [factor_stride, kStrideA]
-    T* result_tile;  // B side [kTileB, out_stride]; A side [outs + kTileSide, kStrideA]
+    T* factor_tile;  // B side [kTileB<T>, factor_stride]; A side [factor_stride, kStrideA]
+    T* result_tile;  // B side [kTileB<T>, out_stride]; A side [outs + kTileSide, kStrideA]
     int64_t outs, out_stride, factor_stride;
     bool is_covered;  // the first strip reaches every column (B) or row (A) of the results that is read
     CombineTiles tiles;
@@ -72,8 +72,9 @@ size_t lay_out(char* base, const CombineJob& job, Work<T>& w) {
     }
     w.out_stride = padded<T>(w.outs) + 3 * kLanes<T>;  // vectors of the last strip may reach past the last column
     lay_out_strips<T>(arena, base != nullptr, job, w.strips);
-    w.factor_tile = arena.take<T>(size_t(w.factor_stride) * (rows ? kStrideA<T> : kTileB));
-    w.result_tile = arena.take<T>(rows ? size_t(w.outs + kResultMargin) * kStrideA<T> : size_t(w.out_stride) * kTileB);
+    w.factor_tile = arena.take<T>(size_t(w.factor_stride) * (rows ? kStrideA<T> : kTileB<T>));
+    w.result_tile =
+        arena.take<T>(rows ? size_t(w.outs + kResultMargin) * kStrideA<T> : size_t(w.out_stride) * kTileB<T>);
     w.on_tiles = false;
     if constexpr (sizeof(T) == 4) w.on_tiles = CombineTiles::takes(job) && w.tiles.lay_out(arena, base, job, w.strips);
     if (!base) return arena.used();
@@ -228,7 +229,7 @@ int64_t products(const CombineJob& job, const Work<T>& w) {
     int64_t sum = 0;
     for (int64_t s = 0; s < w.strips.count; s += strips_at_once(w.strips, s))
         sum += job.task->rows ? parts(w.strips.strip[s].width, kGroup) * parts(kTileA<T>, kSpan<T>)
-                              : parts(kTileB, kGroup);
+                              : parts(kTileB<T>, kGroup);
     return sum;
 }
 
@@ -242,14 +243,13 @@ int64_t length(const CombineJob& job) {
 template <class T>
 void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t begin, int64_t end, bool streams) {
     const bool rows = job.task->rows;
-    const int64_t step = rows ? kTileA<T> : w.on_tiles ? CombineTiles::kRows : kTileB;
-    const int64_t n = length(job), steps = products(job, w);
+    const int64_t step = rows ? kTileA<T> : kTileB<T>, n = length(job), steps = products(job, w);
     for (int64_t o = 0; o < job.task->outputs; ++o) w.outputs[o].peak = {};
     const TileUnit unit(w.on_tiles);
     for (int64_t first = begin; first < end; first += step) {
         const int count = int(min_(step, end - first));
         if (!w.is_covered)
-            __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs * kStrideA<T> : w.out_stride * kTileB));
+            __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs * kStrideA<T> : w.out_stride * kTileB<T>));
         if constexpr (sizeof(T) == 4) {
             if (w.on_tiles)
                 w.tiles.add_strips(job, w.strips, first, count, w.result_tile, rows ? kStrideA<float> : w.out_stride,

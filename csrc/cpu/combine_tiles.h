@@ -11,12 +11,11 @@ namespace fastlora::FASTLORA_ISA {
 
 #if defined(__AMX_BF16__)
 
+static_assert(kTileB<float> == kTileSide);
 constexpr int64_t kResultMargin = kTileSide;  // rows of results behind the last one that tiles may write zeros to
 
 class CombineTiles {
   public:
-    static constexpr int kRows = kTileSide;  // of a tile on the B side: it stays in L1 with all coefficients
-
     static bool takes(const CombineJob& job) {
         for (int64_t f = 0; f < job.task->factors; ++f)
             if (job.factors[f].dtype != int64_t(DType::bf16)) return false;
@@ -58,7 +57,7 @@ class CombineTiles {
         return true;
     }
 
-    // Within the life of a TileUnit: results [count, stride] (B side, count <= kRows) or [.., stride] with columns
+    // Within the life of a TileUnit: results [count, stride] (B side, count <= kTileSide) or [.., stride] with columns
     // [first, first + count) (A side) += all strips; is_fresh: the first one reaches all of them, which start with it.
     void add_strips(const CombineJob& job, const Strips<float>& strips, int64_t first, int count, float* results,
                     int64_t stride, bool is_fresh) const {
@@ -279,8 +278,6 @@ struct TileUnit {
 
 class CombineTiles {
   public:
-    static constexpr int kRows = kTileB;
-
     static bool takes(const CombineJob&) { return false; }
     bool lay_out(Arena&, bool, const CombineJob&, const Strips<float>&) { return false; }
     void add_strips(const CombineJob&, const Strips<float>&, int64_t, int, float*, int64_t, bool) const {}

@@ -5,7 +5,8 @@
 
 namespace fastlora::FASTLORA_ISA {
 
-constexpr int kTileB = 32;  // rows of a tile on the B side
+template <class T>
+constexpr int kTileB = 64 / int(sizeof(T));  // rows of a tile on the B side: with all its results it stays in L1
 template <class T>
 constexpr int kTileA = 1024 / int(sizeof(T));  // columns of a tile on the A side: a factor's rows of it stay in L1
 template <class T>

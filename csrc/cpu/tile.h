@@ -96,6 +96,32 @@ inline typename Bits<T>::Float to_float(Vec<T> x) {
     return __builtin_convertvector(x, typename Bits<T>::Float);
 }
 
+#if defined(__F16C__)
+// float16 to float32 and back, to the nearest, even: 16, 8 or 4 at once.
+template <class Float, class Half>
+inline Float from_halves(Half bits) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Float) == 64) return (Float)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
+#endif
+    if constexpr (sizeof(Float) == 32) return (Float)_mm256_cvtph_ps((__m128i)bits);
+    if constexpr (sizeof(Float) == 16) {
+        __m128i low = _mm_setzero_si128();
+        __builtin_memcpy(&low, &bits, sizeof bits);
+        return (Float)_mm_cvtph_ps(low);
+    }
+}
+
+template <class Float>
+inline auto to_halves(Float x) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Float) == 64) return _mm512_maskz_cvtps_ph(0xffff, (__m512)x, nearest);
+#endif
+    if constexpr (sizeof(Float) == 32) return _mm256_cvtps_ph((__m256)x, nearest);
+    if constexpr (sizeof(Float) == 16) return _mm_cvtps_ph((__m128)x, nearest);
+}
+#endif
+
 // Element types of a file: a value, and kLanes<T> values at once, to T and back.
 struct BF16 {
     using Stored = U16;
@@ -140,18 +166,27 @@ struct F16 {
     using Stored = U16;
     template <class T>
     static Vec<T> load_vector(const U16* p) {
-        using Word = typename Bits<T>::Word;
         using Float = typename Bits<T>::Float;
         typename Bits<T>::Half half;
         __builtin_memcpy(&half, p, sizeof half);
+#if defined(__F16C__)
+        return from_float<T>(from_halves<Float>(half));
+#else
+        using Word = typename Bits<T>::Word;
         const Word bits = widen<T>(half), sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
         const Word magnitude = (Word)((Float)(rest << 13) * 0x1p112f), special = (rest << 13) | 0x7f800000u;
         const Word size = rest >= 0x7c00u ? special : magnitude;
         return from_float<T>((Float)(size | sign));
+#endif
     }
     template <class T>
     static void store_vector(U16* p, Vec<T> x) {
+#if defined(__F16C__)
+        const auto halves = to_halves(to_float<T>(x));
+        __builtin_memcpy(p, &halves, sizeof(U16) * kLanes<T>);
+#else
         for (int i = 0; i < kLanes<T>; ++i) p[i].value = to_f16(float(x[i]));
+#endif
     }
     template <class T>
     static T load_one(const U16* p) {
