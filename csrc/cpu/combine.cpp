@@ -256,7 +256,10 @@ void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t be
                                    w.is_covered);
         }
         if (!w.on_tiles) {
-            Ahead ahead(job.factors, job.task->factors, rows, first + step, min_(step, n - first - step), steps);
+            // What only goes into results on the B side is asked for as they are written.
+            const bool reads_all = rows || w.strips.count == job.task->factors;
+            Ahead ahead(job.factors, reads_all ? job.task->factors : 0, rows, first + step,
+                        min_(step, n - first - step), steps);
             add_products<T>(job, w, first, count, ahead);
         }
         write_outputs<T>(job, w, outs, first, count, streams);
