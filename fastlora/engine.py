@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,17 +137,21 @@ def _materialise_side(
     jobs: list[CombineJob], factors: Sequence[Factor], stored: Sequence[Tensor | None], dtype: torch.dtype, room: Room
 ) -> list[Tensor]:
     """The tensors of some factors of one side; those that are not ``stored`` are put on the job list."""
-    results: list[Tensor] = []
+    computed = [factor for factor, found in zip(factors, stored, strict=True) if found is None]
+    outs = iter(
+        [
+            out
+            for shape, same in groupby([f.shape for f in computed])
+            for out in room.take(shape, dtype, len(list(same)))
+        ]
+    )
+    results = [next(outs) if found is None else found for found in stored]
     sources = Sources()
-    outputs = []
-    for factor, found in zip(factors, stored, strict=True):
-        if found is not None:
-            results.append(found)
-            continue
-        out = room.take(factor.shape, dtype)
-        results.append(out)
-        if factor.rank:
-            outputs.append(CombineOutput(factor.shape, dtype, sources.terms(factor), out))
+    outputs = [
+        CombineOutput(factor.shape, dtype, sources.terms(factor), out)
+        for factor, found, out in zip(factors, stored, results, strict=True)
+        if found is None and factor.rank
+    ]
     if outputs:
         jobs.append(CombineJob(sources.tensors, outputs, factors[0].side == "A"))
     return results

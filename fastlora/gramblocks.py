@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,14 +42,14 @@ class GramPass:
         Returns float64 ``[len(modules), k, k, r, r]``, zero-padded to ``r``, with the blocks of ``pairs`` filled.
         """
         k = len(modules[0])
-        out = torch.zeros(len(modules), k, k, r, r, dtype=torch.float64, device=device_of(modules))
+        out = _zeros(len(modules), k, k, r, r, device=device_of(modules))
         self._put(modules, out, r, [(i, j, (i * k + j) * r * r) for i, j in pairs])
         return out
 
     def diagonal(self, modules: Sequence[Sequence[Factor]], r: int) -> Tensor:
         """The diagonal blocks of :meth:`blocks` alone: ``[len(modules), k, r, r]``."""
         k = len(modules[0])
-        out = torch.zeros(len(modules), k, r, r, dtype=torch.float64, device=device_of(modules))
+        out = _zeros(len(modules), k, r, r, device=device_of(modules))
         self._put(modules, out, r, [(i, i, i * r * r) for i in range(k)])
         return out
 
@@ -83,6 +84,13 @@ class GramPass:
             if blocks is not places or any(scale != 1.0 for factor in pieces for _, scale in factor):
                 whole = out.view(len(modules), size)
                 self._finish.append(functools.partial(_finish_joined, pieces, owners, whole, r, places))
+
+
+def _zeros(*shape: int, device: torch.device) -> Tensor:
+    """Float64 zeros. On the CPU as the system hands memory out, so that blocks that nobody asks for cost nothing."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape))
+    return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
 def _pieces_of(pieces: Pieces, r: int, places: Sequence[GramBlock]) -> list[GramBlock]:

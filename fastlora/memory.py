@@ -9,7 +9,7 @@ import mmap
 import re
 import resource
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -100,15 +100,19 @@ class Room:
             if self._block.is_cpu:
                 _advise(self._block, getattr(mmap, "MADV_HUGEPAGE", 14))
 
-    def take(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised matrix in the room."""
+    def take(self, shape: tuple[int, int], dtype: torch.dtype, count: int = 1) -> Sequence[Tensor]:
+        """Uninitialised matrices of one shape in the room."""
         rows, columns = shape
-        start, self._used = self._used, self._used + padded(rows * columns * dtype.itemsize)
+        size = padded(rows * columns * dtype.itemsize)
+        start, self._used = self._used, self._used + count * size
         if self._used > self._block.nbytes:
             raise ValueError(f"{self._used} bytes are taken of a room for {self._block.nbytes}")
         if dtype not in self._typed:
             self._typed[dtype] = self._block.view(dtype)
-        return self._typed[dtype].as_strided(shape, (columns, 1), start // dtype.itemsize)
+        step = size // dtype.itemsize
+        return (
+            self._typed[dtype].as_strided((count, rows, columns), (step, columns, 1), start // dtype.itemsize).unbind()
+        )
 
 
 def padded(size: int) -> int:

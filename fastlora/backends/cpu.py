@@ -79,20 +79,21 @@ def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
     return x.data_ptr(), rows, columns, stride, DTYPES[x.dtype]
 
 
-def _factor(x: Tensor, alive: list[Tensor]) -> tuple[int, int, int, int, int]:
-    """:func:`_matrix` of what is only read: itself where its rows are contiguous, as loaded ones are, else a copy.
+def _factors(tensors: Sequence[Tensor], table: list[int], alive: list[Tensor]) -> None:
+    """Rows of the Matrix table for what is only read: itself where its rows are contiguous, as loaded ones are, else a
+    copy. They are put into ``alive``, to be kept until the kernel is done."""
+    for x in tensors:
+        rows, columns = x.shape
+        stride, step = x.stride()
+        if columns > 1 and step != 1:
+            x, stride = x.contiguous(), columns
+        alive.append(x)
+        table += (x.data_ptr(), rows, columns, stride, DTYPES[x.dtype])
 
-    It is put into ``alive``, to be kept until the kernel is done."""
-    rows, columns = x.shape
-    stride, step = x.stride()
-    if columns > 1 and step != 1:
-        x, stride = x.contiguous(), columns
-    alive.append(x)
-    return x.data_ptr(), rows, columns, stride, DTYPES[x.dtype]
 
-
-def _table(rows: list[Any], columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.array(rows, dtype=np.int64).reshape(-1, columns)
+def _table(numbers: Sequence[int], columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Rows of a table, one after the other: a list of tuples would take twice the time."""
+    return np.array(numbers, dtype=np.int64).reshape(-1, columns)
 
 
 def _address(table: np.ndarray[Any, Any]) -> int:
@@ -100,20 +101,20 @@ def _address(table: np.ndarray[Any, Any]) -> int:
 
 
 def _gram_pass(jobs: Sequence[GramJob]) -> None:
-    factors: list[tuple[int, ...]] = []
-    tasks: list[tuple[int, ...]] = []
+    factors: list[int] = []
+    tasks: list[int] = []
     blocks: list[np.ndarray[Any, Any]] = []
     alive: list[Tensor] = []  # until the kernel is done
     first_block = 0
     # Neighbouring jobs mostly share their list of blocks.
     for _, run in itertools.groupby(jobs, key=lambda job: (id(job.blocks), job.stride)):
         same = list(run)
-        own = _table(list(same[0].blocks), 3)
+        own = np.array(same[0].blocks, dtype=np.int64).reshape(-1, 3)
         starts = []
         for job in same:
-            tasks.append((len(factors), len(job.factors), first_block, len(own), job.rows))
+            tasks += (len(alive), len(job.factors), first_block, len(own), job.rows)
             first_block += len(own)
-            factors += [_factor(x, alive) for x in job.factors]
+            _factors(job.factors, factors, alive)
             starts.append(job.out.data_ptr() + 8 * job.start)
         table = np.empty((len(same), len(own), 4), dtype=np.int64)
         table[:, :, :2] = own[:, :2]
@@ -121,7 +122,7 @@ def _gram_pass(jobs: Sequence[GramJob]) -> None:
         table[:, :, 3] = same[0].stride
         blocks.append(table.reshape(-1, 4))
     tables = _table(factors, 5), _table(tasks, 5), np.concatenate(blocks) if blocks else _table([], 4)
-    _core.gram(*map(_address, tables), len(tasks), torch.get_num_threads())
+    _core.gram(*map(_address, tables), len(jobs), torch.get_num_threads())
 
 
 class CombinePlan:
@@ -130,24 +131,25 @@ class CombinePlan:
 
     def __init__(self, jobs: Sequence[CombineJob]) -> None:
         self._jobs = jobs
-        factors: list[tuple[int, ...]] = []
-        tasks: list[tuple[int, ...]] = []
-        outputs: list[tuple[int, ...]] = []
-        matrices: list[tuple[int, ...]] = []
-        terms: list[tuple[int, ...]] = []
+        factors: list[int] = []
+        tasks: list[int] = []
+        outputs: list[int] = []
+        matrices: list[int] = []
+        terms: list[int] = []
         scales: list[float] = []
         given: list[Tensor] = []
         self._alive: list[Tensor] = []
+        place = 0  # of the next output
         for job in jobs:
             rows = job.rows
-            tasks.append((len(factors), len(job.factors), len(outputs), len(job.outputs), rows))
-            factors += [_factor(x, self._alive) for x in job.factors]
+            tasks += (len(given), len(job.factors), place, len(job.outputs), rows)
+            _factors(job.factors, factors, self._alive)
             given += job.factors
             for output in job.outputs:
-                first = len(terms)
+                first = len(scales)
                 for factor, c, at, scale in output.terms:
                     if c is None:
-                        terms.append((factor, 0, 0, 0, at, 0))
+                        terms += (factor, 0, 0, 0, at, 0)
                     else:
                         r, q = c.shape
                         if not r or not q:  # an empty coefficient has no address, which in the table is the identity
@@ -157,14 +159,15 @@ class CombinePlan:
                             raise ValueError(
                                 f"a coefficient must be float64 with contiguous rows: {c.dtype} {c.stride()}"
                             )
-                        terms.append((factor, c.data_ptr(), stride, r if rows else q, at, 0))
+                        terms += (factor, c.data_ptr(), stride, r if rows else q, at, 0)
                     scales.append(scale)
-                outputs.append((len(matrices), first, len(terms) - first, -1, output.offset, output.check))
+                outputs += (place, first, len(scales) - first, -1, output.offset, output.check)
+                place += 1
                 if output.out is None:
                     height, width = output.shape
-                    matrices.append((0, height, width, width, DTYPES[output.dtype]))
+                    matrices += (0, height, width, width, DTYPES[output.dtype])
                 else:
-                    matrices.append(_matrix(output.out))
+                    matrices += _matrix(output.out)
         term_table = _table(terms, 6)
         term_table[:, 5] = np.array(scales, dtype=np.float64).view(np.int64)
         self._tasks, self._outputs = _table(tasks, 5), _table(outputs, 6)

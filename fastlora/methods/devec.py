@@ -97,7 +97,7 @@ class Coefficients:
         ``X_j``."""
         all_rows = list(rows) == list(range(len(self.H)))
         basis, H = (self.basis, self.H[:, i]) if all_rows else (self.basis[rows], self.H[rows, i])
-        products = -(basis @ H[:, None])
+        products = torch.matmul(-basis, H[:, None])
         movers = products.shape[1]
         each = list(products.flatten(0, 1).unbind())
         if any(rank < H.shape[-1] for rank in ranks):
@@ -136,10 +136,6 @@ class ModuleResult:
         """Singular values of every ``ΔW_i``, scaling included, descending."""
         own = self.coefficients.sigma[self.row].tolist()
         return tuple(tuple(x[:r]) for x, r in zip(own, self.ranks, strict=True))
-
-    def norm(self, i: int) -> float:
-        """The largest singular value of ``ΔW_i``."""
-        return float(self.coefficients.sigma[self.row, i, 0]) if self.ranks[i] else 0.0
 
     @property
     def values(self) -> Tensor:
@@ -323,9 +319,10 @@ class Components:
         updates = dict(adapter.updates)
         for coefficients, results in self._sharing(name).items():
             i, ranks = results[0].names.index(name), results[0].ranks
-            removals = coefficients.removals([r.row for r in results], i, ranks)
-            for result, own in zip(results, removals, strict=True):
-                updates[result.module] = self._unique_update(result, i, own)
+            rows = [r.row for r in results]
+            norms = coefficients.sigma[rows, i, 0].tolist()
+            for result, own, norm in zip(results, coefficients.removals(rows, i, ranks), norms, strict=True):
+                updates[result.module] = self._unique_update(result, i, own, norm)
         unique = self._adapter(f"unique_of({name})", updates, adapter.base, [name])
         unique.extras = dict(adapter.extras)
         return unique
@@ -398,7 +395,7 @@ class Components:
                     found[result.module] = self._assemble(like, basis, other, 1.0, 0.0)
         return found
 
-    def _unique_update(self, result: ModuleResult, i: int, removals: Sequence[Tensor]) -> Update:
+    def _unique_update(self, result: ModuleResult, i: int, removals: Sequence[Tensor], norm: float) -> Update:
         update = self._pool_updates[result.names[i]][result.module]
         left = self.settings.side == "left"
         projected, other = (update.B, update.A) if left else (update.A, update.B)
@@ -407,7 +404,7 @@ class Components:
             mover = self._sides(name, result.module)[0]
             terms += mover.applied(removal if left else removal.mT).terms
         unique = Factor(projected.side, projected.length, projected.rank, tuple(terms))
-        floor = max(update.floor, result.rtol * result.norm(i))
+        floor = max(update.floor, result.rtol * norm)
         return self._assemble(update, unique, other, update.scaling, floor)
 
 
