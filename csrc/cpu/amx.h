@@ -71,6 +71,15 @@ inline void for_each(F f) {
     }
 }
 
+// Calls f with a count as a constant: kLeast for less, kMost for more.
+template <int kLeast, int kMost, class F>
+inline void with_count(int64_t count, F f) {
+    if constexpr (kMost > kLeast) {
+        if (count < kMost) return with_count<kLeast, kMost - 1>(count, f);
+    }
+    f(Constant<kMost>{});
+}
+
 // Up to 16 values at any address, zeros behind them.
 inline __m256i load_words(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline __m256i load_words(const uint16_t* p, __mmask16 mask) { return _mm256_maskz_loadu_epi16(mask, p); }

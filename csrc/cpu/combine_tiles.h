@@ -139,7 +139,7 @@ class CombineTiles {
         }
         tile_load<4>(source_, 64);
         for (int64_t w = 0; w < own.widths; w += kMost)
-            with_count<kMost>(own.widths - w, [&](auto n) {
+            with_count<1, kMost>(own.widths - w, [&](auto n) {
                 const auto place = [&](int i) { return results + (w + i) * kTileSide; };
                 start<n>(place, stride, is_fresh);
                 for (int64_t c = 0; c < own.chunks; ++c) {
@@ -176,7 +176,7 @@ class CombineTiles {
             for (int s = 0; s < n; ++s)
                 to = pack_columns(own[s], job.factors[strips[s].factor], first + at, columns, to);
             for (int64_t w = 0; w < own->widths; ++w)
-                with_count<kMost>((columns + kTileSide - 1) / kTileSide, [&](auto k) {
+                with_count<1, kMost>((columns + kTileSide - 1) / kTileSide, [&](auto k) {
                     const auto place = [&](int i) { return results + w * kTileSide * stride + at + i * kTileSide; };
                     start<k>(place, stride, is_fresh);
                     const Tile* from = source_;
@@ -252,15 +252,6 @@ class CombineTiles {
             for_each<kCount>([](auto i) { tile_zero<i>(); });
         else
             for_each<kCount>([&](auto i) { tile_load<i>(place(i), stride * 4); });
-    }
-
-    // Calls f with min(count, kLargest), at least 1, as a constant.
-    template <int kLargest, class F>
-    static void with_count(int64_t count, F f) {
-        if constexpr (kLargest > 1) {
-            if (count < kLargest) return with_count<kLargest - 1>(count, f);
-        }
-        f(Constant<kLargest>{});
     }
 
     bool rows_ = false;

@@ -141,22 +141,13 @@ class GramTiles {
     void add_tile(int64_t f, int64_t tile, Stretch stretch) {
         const int64_t at = first_tile_[f] + tile, end = first_product_[at + 1];
         const Product* p = products_ + first_product_[at];
-        with_count<kMost>(products_ + end - p, [&](auto n) { pack_and_multiply<n>(f, tile, p, stretch); });
+        with_count<0, kMost>(products_ + end - p, [&](auto n) { pack_and_multiply<n>(f, tile, p, stretch); });
         for (p += kMost; p < products_ + end; p += kMost)
-            with_count<kMost>(products_ + end - p, [&](auto n) {
+            with_count<0, kMost>(products_ + end - p, [&](auto n) {
                 start<n>(p, stretch);
                 for (int s = 0; s < steps_of(stretch); ++s) multiply<n>(p, tile, s);
                 finish<n>(p, stretch);
             });
-    }
-
-    // Calls f with min(count, kLargest) as a constant.
-    template <int kLargest, class F>
-    static void with_count(int64_t count, F f) {
-        if constexpr (kLargest > 0) {
-            if (count < kLargest) return with_count<kLargest - 1>(count, f);
-        }
-        f(Constant<kLargest>{});
     }
 
     static int steps_of(Stretch stretch) { return (stretch.count + kTileDepth - 1) / kTileDepth; }

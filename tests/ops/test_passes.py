@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,23 @@ def test_every_half_survives(dtype: torch.dtype) -> None:
     out = torch.empty_like(every)
     run([CombineJob([every, zeros], [CombineOutput.into(out, [(0, None, 0, 1.0), (1, c, 0, 1.0)])], False)])
     assert torch.equal(out, every)
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_to_the_nearest_even(dtype: torch.dtype, rows: bool) -> None:
+    """Halfway between neighbours, next to it, beyond the largest value and below the smallest, as torch rounds."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    low = every[every.isfinite()].float()
+    high = torch.cat([low[1:], low[-1:]])
+    middle = low + (high - low) / 2
+    inf = torch.tensor(math.inf)
+    numbers = torch.cat([middle, middle.nextafter(inf), middle.nextafter(-inf), 1.01 * low, low / 3])
+    x = numbers[: len(numbers) // 32 * 32].reshape(-1, 32)
+    x = x.mT.contiguous() if rows else x
+    out = torch.empty_like(x, dtype=dtype)
+    run([CombineJob([x], [CombineOutput.into(out, [(0, None, 0, 1.0)])], rows)])
+    assert torch.equal(out, x.to(dtype))
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
