@@ -115,9 +115,9 @@ class Factor:
     def applied(self, C: Tensor) -> Factor:
         """``B C`` or ``C A``: a float64 coefficient as terms have them, ``[rank, q]`` (B side) or ``[q, rank]``."""
         axis = 0 if self.side == "B" else 1  # of the rank
+        joined = self.joined
         if self.terms:
             C = _with_contiguous_rows(_on(self.terms[0].source, C))
-        joined = self.joined
         if joined is None:
             terms = [
                 Term(source, coefficient @ C if axis == 0 else _with_contiguous_rows(C @ coefficient.mT))

@@ -137,14 +137,8 @@ def _materialise_side(
     jobs: list[CombineJob], factors: Sequence[Factor], stored: Sequence[Tensor | None], dtype: torch.dtype, room: Room
 ) -> list[Tensor]:
     """The tensors of some factors of one side; those that are not ``stored`` are put on the job list."""
-    computed = [factor for factor, found in zip(factors, stored, strict=True) if found is None]
-    outs = iter(
-        [
-            out
-            for shape, same in groupby([f.shape for f in computed])
-            for out in room.take(shape, dtype, len(list(same)))
-        ]
-    )
+    shapes = [factor.shape for factor, found in zip(factors, stored, strict=True) if found is None]
+    outs = iter([out for shape, same in groupby(shapes) for out in room.take(shape, dtype, len(list(same)))])
     results = [next(outs) if found is None else found for found in stored]
     sources = Sources()
     outputs = [

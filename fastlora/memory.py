@@ -100,7 +100,7 @@ class Room:
             if self._block.is_cpu:
                 _advise(self._block, getattr(mmap, "MADV_HUGEPAGE", 14))
 
-    def take(self, shape: tuple[int, int], dtype: torch.dtype, count: int = 1) -> Sequence[Tensor]:
+    def take(self, shape: tuple[int, int], dtype: torch.dtype, count: int) -> Sequence[Tensor]:
         """Uninitialised matrices of one shape in the room."""
         rows, columns = shape
         size = padded(rows * columns * dtype.itemsize)
@@ -109,10 +109,11 @@ class Room:
             raise ValueError(f"{self._used} bytes are taken of a room for {self._block.nbytes}")
         if dtype not in self._typed:
             self._typed[dtype] = self._block.view(dtype)
-        step = size // dtype.itemsize
-        return (
-            self._typed[dtype].as_strided((count, rows, columns), (step, columns, 1), start // dtype.itemsize).unbind()
+        strides = size // dtype.itemsize, columns, 1
+        matrices: Sequence[Tensor] = (
+            self._typed[dtype].as_strided((count, rows, columns), strides, start // dtype.itemsize).unbind()
         )
+        return matrices
 
 
 def padded(size: int) -> int:

@@ -107,8 +107,11 @@ struct ScaledPlusSums {
     const T* sums;
     int64_t stride;
 
-    // Rows that come soon: of several factors in turn, which the processor does not foresee.
-    void ahead() const { __builtin_prefetch(reinterpret_cast<const char*>(from) + 512, 0, 2); }
+    // Asks for rows that come soon, into L2: several factors are read in turn, which the processor does not foresee.
+    void ahead() const {
+        constexpr int bytes = 512;
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + bytes, 0, 2);
+    }
     void next_row() {
         from += from_stride;
         if constexpr (kSums) sums += stride;

@@ -97,7 +97,7 @@ class Coefficients:
         ``X_j``."""
         all_rows = list(rows) == list(range(len(self.H)))
         basis, H = (self.basis, self.H[:, i]) if all_rows else (self.basis[rows], self.H[rows, i])
-        products = torch.matmul(-basis, H[:, None])
+        products = -basis @ H[:, None]
         movers = products.shape[1]
         each = list(products.flatten(0, 1).unbind())
         if any(rank < H.shape[-1] for rank in ranks):
