@@ -128,7 +128,7 @@ def test_empty_and_other_batch_dimensions(backend: str, shape: tuple[int, ...], 
     assert got.shape == expected and (got == shape[-2]).all()
 
 
-LONG = [(1024, 16), (1025, 5), (2087, 33)]
+LONG = [(1024, 16), (1063, 16), (1025, 5), (2087, 33)]
 """``(n, r)`` of half-precision factors that are long enough for float32 sums: around the sizes of their tiles."""
 
 
@@ -176,6 +176,12 @@ def test_a_block_of_long_halves_does_not_depend_on_the_others(rows: bool) -> Non
         mask = torch.tensor([[wanted(i, j) for j in range(4)] for i in range(4)])
         assert torch.equal(fl.ops.gram(x, blocks=blocks, rows=rows), torch.where(mask[:, :, None, None], full, 0.0))
     assert torch.equal(fl.ops.gram(x[:, 1:3], rows=rows), full[:, 1:3, 1:3])
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+def test_many_long_halves(rows: bool) -> None:
+    """More products of one factor than fit into any registers."""
+    check_long(tall(1, 16, 1056, 5, dtype=torch.bfloat16, rows=rows), None, "full", rows)
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])

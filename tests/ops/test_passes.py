@@ -273,6 +273,25 @@ def test_what_was_prepared_works_on_what_is_there_by_then(backend: str, tmp_path
             assert (tmp_path / name).read_bytes() == bytes(out.view(torch.uint8).numpy().tobytes())
 
 
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+def test_neighbours_that_go_into_different_results(rows: bool) -> None:
+    """One after the other: results of different widths at the same place, and of the same width at different ones."""
+    ranks = (16, 16, 20, 20)
+    x = factors_of(300, ranks, torch.bfloat16, rows)
+    made, checks = [], []
+    for width, into in ((40, [(0, 16), (1, 40)]), (16, [(2, 16)]), (16, [(3, 16)])):
+        coefficients = [(i, gaussian(ranks[i], q, seed=i, dtype=torch.float64)) for i, q in into]
+        terms = [(i, c.mT.contiguous() if rows else c, 0, 1.0) for i, c in coefficients]
+        out = torch.empty((width, 300) if rows else (300, width), dtype=torch.bfloat16)
+        made.append(CombineOutput.into(out, terms))
+        checks.append((out, width, terms))
+    run([CombineJob(x, made, rows)])
+    for out, width, terms in checks:
+        total, size = exact(x, width, terms, rows)
+        error = ((out.mT if rows else out).double() - total).abs()
+        assert (error <= 2**-8 * 1.001 * total.abs() + 2.0**-21 * size).all()
+
+
 def test_random_results_of_random_sizes() -> None:
     """Layouts that no method makes: coefficients that leave gaps, results that few factors go into."""
     rng = generator(5)
