@@ -181,7 +181,7 @@ def test_a_block_of_long_halves_does_not_depend_on_the_others(rows: bool) -> Non
 @pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
 def test_many_long_halves(rows: bool) -> None:
     """More products of one factor than fit into any registers."""
-    check_long(tall(1, 16, 1056, 5, dtype=torch.bfloat16, rows=rows), None, "full", rows)
+    check_long(tall(1, 20, 1056, 5, dtype=torch.bfloat16, rows=rows), None, "full", rows)
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
