@@ -273,23 +273,29 @@ def test_what_was_prepared_works_on_what_is_there_by_then(backend: str, tmp_path
             assert (tmp_path / name).read_bytes() == bytes(out.view(torch.uint8).numpy().tobytes())
 
 
+def check_results(x: list[Tensor], wanted: list[tuple[int, list[CombineTerm]]], rows: bool) -> None:
+    """The bfloat16 results ``(width, terms)`` of one job."""
+    n = x[0].shape[1 if rows else 0]
+    outs = [torch.empty((width, n) if rows else (n, width), dtype=torch.bfloat16) for width, _ in wanted]
+    made = [CombineOutput.into(out, terms) for out, (_, terms) in zip(outs, wanted, strict=True)]
+    run([CombineJob(x, made, rows)])
+    for out, (width, terms) in zip(outs, wanted, strict=True):
+        total, size = exact(x, width, terms, rows)
+        error = ((out.mT if rows else out).double() - total).abs()
+        assert (error <= 2**-8 * 1.001 * total.abs() + 2.0**-21 * size).all()
+
+
 @pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
 def test_neighbours_that_go_into_different_results(rows: bool) -> None:
     """One after the other: results of different widths at the same place, and of the same width at different ones."""
     ranks = (16, 16, 20, 20)
     x = factors_of(300, ranks, torch.bfloat16, rows)
-    made, checks = [], []
+    wanted: list[tuple[int, list[CombineTerm]]] = []
     for width, into in ((40, [(0, 16), (1, 40)]), (16, [(2, 16)]), (16, [(3, 16)])):
         coefficients = [(i, gaussian(ranks[i], q, seed=i, dtype=torch.float64)) for i, q in into]
         terms = [(i, c.mT.contiguous() if rows else c, 0, 1.0) for i, c in coefficients]
-        out = torch.empty((width, 300) if rows else (300, width), dtype=torch.bfloat16)
-        made.append(CombineOutput.into(out, terms))
-        checks.append((out, width, terms))
-    run([CombineJob(x, made, rows)])
-    for out, width, terms in checks:
-        total, size = exact(x, width, terms, rows)
-        error = ((out.mT if rows else out).double() - total).abs()
-        assert (error <= 2**-8 * 1.001 * total.abs() + 2.0**-21 * size).all()
+        wanted.append((width, terms))
+    check_results(x, wanted, rows)
 
 
 def test_random_results_of_random_sizes() -> None:
@@ -303,7 +309,7 @@ def test_random_results_of_random_sizes() -> None:
         rows, n = bool(pick(0, 2)), pick(1, 600)
         ranks = tuple(pick(1, 40) for _ in range(pick(1, 5)))
         x = factors_of(n, ranks, torch.bfloat16, rows)
-        made, checks = [], []
+        wanted: list[tuple[int, list[CombineTerm]]] = []
         for _ in range(pick(1, 6)):
             width, terms = pick(1, 60), []
             for _ in range(pick(0, 4)):
@@ -313,11 +319,5 @@ def test_random_results_of_random_sizes() -> None:
                 whole = ranks[i] <= width and pick(0, 2) == 0
                 at = pick(0, width - (ranks[i] if whole else q) + 1)
                 terms.append((i, None if whole else c.mT.contiguous() if rows else c, at, float(pick(-2, 3))))
-            out = torch.empty((width, n) if rows else (n, width), dtype=torch.bfloat16)
-            made.append(CombineOutput.into(out, terms))
-            checks.append((out, width, terms))
-        run([CombineJob(x, made, rows)])
-        for out, width, terms in checks:
-            total, size = exact(x, width, terms, rows)
-            error = ((out.mT if rows else out).double() - total).abs()
-            assert (error <= 2**-8 * 1.001 * total.abs() + 2.0**-21 * size).all()
+            wanted.append((width, terms))
+        check_results(x, wanted, rows)
