@@ -151,11 +151,18 @@ def _rotated(op: Callable[[Tensor], object], inputs: list[Tensor]) -> Run:
 
 
 def _against(key: str, ours: float, opponent: Callable[[Tensor], Run], a: Tensor) -> dict[str, Any]:
+    """A row; an opponent that fails here, in whatever way, is named as not measured and stops nothing else."""
     try:
         theirs = device_seconds(opponent(a), 7)
     except Unavailable as reason:
         return {"key": key, "skipped": str(reason)}
+    except Exception as error:
+        return {"key": key, "skipped": f"{type(error).__name__}: {_last_line(error)}"}
     return {"key": key, "seconds": ours, "opponent": theirs}
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[-1]
 
 
 def _torch_eigh(a: Tensor) -> Run:
@@ -301,8 +308,8 @@ def main() -> int:
                     print(json.dumps(row), flush=True)
             except Exception as error:
                 traceback.print_exc()
-                last = str(error).strip().splitlines()[-1:] or [""]
-                print(json.dumps({"key": name, "failed": f"{type(error).__name__}: {last[0]}"}), file=file, flush=True)
+                failure = f"{type(error).__name__}: {_last_line(error)}"
+                print(json.dumps({"key": name, "failed": failure}), file=file, flush=True)
                 failed += 1
             torch.cuda.empty_cache()
             print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)

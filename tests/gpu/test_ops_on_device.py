@@ -73,7 +73,8 @@ def test_as_on_the_cpu(call: Call, make: Callable[[int], Tensor]) -> None:
     for got, expected in zip(tensors(found), tensors(wanted), strict=True):
         assert got.device.type == "cuda" and (got.dtype, got.shape) == (expected.dtype, expected.shape)
         if got.is_floating_point() or got.is_complex():
-            torch.testing.assert_close(got.cpu().abs(), expected.abs(), rtol=2e-4, atol=2e-5)
+            largest = float(expected.abs().max())  # what an eigenvalue is off by is small beside the largest one
+            torch.testing.assert_close(got.cpu().abs(), expected.abs(), rtol=2e-4, atol=2e-5 * max(1.0, largest))
         else:
             assert torch.equal(got.cpu(), expected)
 
