@@ -67,9 +67,7 @@ def test_opcheck(name: str) -> None:
 @every_op
 def test_as_on_the_cpu(call: Call, make: Callable[[int], Tensor]) -> None:
     x = make(0)
-    found, wanted = call(x), call_on_cpu(call, x)
-    if isinstance(found, fl.ops.Chain):  # any orthonormal basis of the shared space will do
-        found, wanted = found[1:], wanted[1:]
+    found, wanted = settled(call(x)), settled(call_on_cpu(call, x))
     for got, expected in zip(tensors(found), tensors(wanted), strict=True):
         assert got.device.type == "cuda" and (got.dtype, got.shape) == (expected.dtype, expected.shape)
         if got.is_floating_point() or got.is_complex():
@@ -77,6 +75,16 @@ def test_as_on_the_cpu(call: Call, make: Callable[[int], Tensor]) -> None:
             torch.testing.assert_close(got.cpu().abs(), expected.abs(), rtol=2e-4, atol=2e-5 * max(1.0, largest))
         else:
             assert torch.equal(got.cpu(), expected)
+
+
+def settled(result: Any) -> Any:
+    """What rounding cannot turn: not the basis of a shared space, nor vectors of eigenvalues that are close."""
+    if isinstance(result, fl.ops.Chain):
+        return result[1:]
+    if isinstance(result, tuple) and len(result) == 3:  # eigh_ex
+        values, vectors, info = result
+        return values, (vectors * values[..., None, :]) @ vectors.mT, info
+    return result
 
 
 def call_on_cpu(call: Call, x: Tensor) -> Any:
