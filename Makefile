@@ -2,6 +2,7 @@
 # make test   lint, types, tests, package build
 # make bench  timings on this machine
 # make gpu    on a machine with a GPU: build, tests and timings there, into benches/results/; installs nothing
+# make rehearsal  what make gpu runs, on a machine without a GPU: torch for CUDA on stand-ins for its libraries; 6 GB
 # make triton every test of the ops in Triton's interpreter, and all specialisations ahead of time: half an hour
 # make fuzz   100,000 damaged adapter directories: tests/fuzz/result.json
 # make sanitize  the kernels' and the writer's tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -11,7 +12,7 @@ SOURCES := $(shell git ls-files 'csrc/*' CMakeLists.txt setup.py pyproject.toml 
 ISAS := baseline avx2 avx512 avx512_bf16
 HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
-.PHONY: demo test lint types unit isas package bench gpu triton fuzz sanitize clean
+.PHONY: demo test lint types unit isas package bench gpu rehearsal triton fuzz sanitize clean
 
 $(VENV)/ready: $(SOURCES)
 	python3 -m venv $(VENV)
@@ -51,6 +52,21 @@ bench: $(VENV)/ready
 
 gpu:
 	python3 benches/gpu.py
+
+REHEARSAL := build/rehearsal
+REHEARSE := $(REHEARSAL)/venv/bin/python tests/gpu/rehearsal/run.py
+
+$(REHEARSAL)/ready: tests/gpu/rehearsal/requirements.txt
+	python3 -m venv $(REHEARSAL)/venv
+	$(REHEARSAL)/venv/bin/pip install -q --disable-pip-version-check -r tests/gpu/rehearsal/requirements.txt
+	touch $@
+
+rehearsal: $(REHEARSAL)/ready
+	CMAKE_ARGS=-DFASTLORA_CUDA_RUNTIME=Shared FASTLORA_CUDA=ON FASTLORA_CUDA_ARCHS=90-real \
+	  $(REHEARSAL)/venv/bin/pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
+	$(REHEARSE) -m pytest -q -p no:cacheprovider -m gpu tests/gpu tests/gpu/rehearsal/stand_in.py
+	$(REHEARSE) -m fastlora.bench.device --tiny $(REHEARSAL)/rows.jsonl
+	$(REHEARSE) tests/gpu/sanitized.py
 
 # Writing into files is left out, which the CPU alone does.
 # The limits of a change that is meant to take more: remove tests/triton/limits.json first.

@@ -186,7 +186,7 @@ def tests(report: Report, limit: float) -> str:
     ends = time.monotonic() + limit
     base = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=20"]
     if "xdist" not in report.facts["missing"]:
-        base += ["-n", "4"]
+        base += ["-n", str(max(2, min(8, (os.cpu_count() or 2) // 2)))]
     folders = [f"tests/{f}" for f in ("gpu", "cuda", "triton") if (ROOT / "tests" / f).is_dir()]
     ops = [f"tests/ops/test_{op}.py" for op in OPS]
     counts, failures = [], []

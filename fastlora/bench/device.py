@@ -1,6 +1,7 @@
 """Times on a CUDA device: by events, each answer checked first, inputs that are not in the L2 cache.
 
-``python3 -m fastlora.bench.device OUT`` writes one JSON object a line into ``OUT`` as it finishes each case.
+``python3 -m fastlora.bench.device OUT`` writes one JSON object a line into ``OUT`` as it finishes each case; ``--tiny``
+on inputs that show whether everything runs, and nothing about time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,32 +28,44 @@ import fastlora as fl
 from fastlora.bench.contest import Unavailable, require
 from fastlora.bench.solvers import gram, identity
 from fastlora.bench.targets import MAIN
+from fastlora.bench.workloads import Workload, make_pool, write_pool
 from fastlora.bench.workloads import find as find_workload
-from fastlora.bench.workloads import pool_of, write_pool
 from fastlora.plan import DecompositionPlan
 
 Run = Callable[[], object]
 
 TAU = 0.85
-ROUNDS = 21
-FLUSH = 256 * 2**20  # bytes written between rounds: several times the L2 cache
-CHECKED = 7  # modules of the workload whose results are compared with those of the CPU
-BATCH = 1792
-SLOW = 0.3  # seconds a run: fewer rounds above
+PATIENCE = 1.0  # seconds of rounds of one run: fewer where it is slow
 
 
-def device_seconds(run: Run, rounds: int = ROUNDS) -> float:
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of what is measured."""
+
+    workload: Workload
+    checked: int  # modules of the workload whose results are compared with those of the CPU
+    batch: int  # matrices
+    copied: int  # bytes
+    flush: int  # bytes written between rounds: several times the L2 cache
+    rounds: int
+
+
+FULL = Sizes(find_workload(MAIN), checked=7, batch=1792, copied=2**30, flush=2**28, rounds=21)
+SMALL = Workload({"a": (37, 29), "b": (64, 48)}, 3, 5, torch.bfloat16)
+TINY = Sizes(SMALL, checked=2, batch=4, copied=2**16, flush=2**16, rounds=1)
+
+
+def device_seconds(run: Run, sizes: Sizes) -> float:
     """Median seconds on the device between two events around a run, the L2 cache cleared before each."""
-    flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(sizes.flush, dtype=torch.uint8, device="cuda")
     run()
     torch.cuda.synchronize()
     start = time.perf_counter()
     run()
     torch.cuda.synchronize()
-    if time.perf_counter() - start > SLOW:
-        rounds = 3
+    rounds = int(PATIENCE / (time.perf_counter() - start))
     found = []
-    for _ in range(rounds):
+    for _ in range(max(1, min(rounds, sizes.rounds))):
         flush.zero_()
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         before.record()
@@ -74,22 +88,21 @@ def captured(run: Run) -> Run:
     return graph.replay
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth(sizes: Sizes) -> float:
     """Bytes read and written a second by a large copy on the device."""
-    source = torch.ones(2**30, dtype=torch.uint8, device="cuda")
+    source = torch.ones(sizes.copied, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / device_seconds(lambda: target.copy_(source))
+    return 2 * source.nbytes / device_seconds(lambda: target.copy_(source), sizes)
 
 
-def limits() -> Iterator[dict[str, Any]]:
-    yield {"key": "copy", "bytes_per_second": copy_bandwidth()}
+def limits(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    yield {"key": "copy", "bytes_per_second": copy_bandwidth(sizes)}
 
 
-def decompose() -> Iterator[dict[str, Any]]:
+def decompose(sizes: Sizes) -> Iterator[dict[str, Any]]:
     """The whole decomposition and its two passes, as CUDA graphs and launched from Python."""
-    pool = pool_of(MAIN)
-    head = pool_of(MAIN, CHECKED)
-    _require_same(head)
+    pool = make_pool(sizes.workload)
+    _require_same(make_pool(sizes.workload.head(sizes.checked)))
     plan = DecompositionPlan(pool.to("cuda"), TAU)
     read = sum(
         f.stored.nbytes for a in pool.adapters for u in a.updates.values() for f in (u.B, u.A) if f.stored is not None
@@ -97,18 +110,18 @@ def decompose() -> Iterator[dict[str, Any]]:
     written = sum(t.nbytes for own in plan.unique_parts.values() for t in own.values())
     written += sum(t.nbytes for pair in plan.shared_parts.values() for t in pair)
     blocks = plan.block_bytes
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(sizes)
     graph = plan.capture()
-    yield {"key": "decompose", "seconds": device_seconds(graph.replay), "floor": (read + written) / bandwidth,
+    yield {"key": "decompose", "seconds": device_seconds(graph.replay, sizes), "floor": (read + written) / bandwidth,
            "note": f"CUDA graph; {read / 1e6:.0f} MB read once, {written / 1e6:.0f} MB written"}  # fmt: skip
-    yield {"key": "decompose, eager", "seconds": device_seconds(plan.run), "floor": (read + written) / bandwidth}
+    yield {"key": "decompose, eager", "seconds": device_seconds(plan.run, sizes), "floor": (read + written) / bandwidth}
     for key, run, moved in (
         ("gram", plan.gram.run, read + blocks),
         ("combine", plan.combine.run, read + written),
     ):
-        yield {"key": key, "seconds": device_seconds(captured(run)), "floor": moved / bandwidth}
+        yield {"key": key, "seconds": device_seconds(captured(run), sizes), "floor": moved / bandwidth}
     for i, part in enumerate(plan.parts):
-        yield {"key": f"chain and coefficients, group {i}", "seconds": device_seconds(captured(part.run))}
+        yield {"key": f"chain and coefficients, group {i}", "seconds": device_seconds(captured(part.run), sizes)}
 
 
 def _require_same(pool: fl.Pool) -> None:
@@ -122,21 +135,23 @@ def _require_same(pool: fl.Pool) -> None:
             require(f"{place} {module}", own.delta(module), adapter.delta(module), 2e-5)
 
 
-def eigh() -> Iterator[dict[str, Any]]:
+def eigh(sizes: Sizes) -> Iterator[dict[str, Any]]:
     for n in (16, 32, 33, 64, 128):
-        a = gram(n, BATCH, torch.float32).to("cuda")
+        a = gram(n, sizes.batch, torch.float32).to("cuda")
         values, vectors = fl.ops.eigh(a)
         tolerance = 200 * torch.finfo(a.dtype).eps
         require("eigh", (vectors * values[..., None, :]) @ vectors.mT, a, tolerance)
-        require("orthogonality", vectors.mT @ vectors, identity(n, BATCH, a.dtype).to("cuda"), tolerance)
+        require("orthogonality", vectors.mT @ vectors, identity(n, sizes.batch, a.dtype).to("cuda"), tolerance)
         copies = [a.clone() for _ in range(8)]
-        ours = device_seconds(_rotated(fl.ops.eigh_ex, copies))
-        yield {"key": f"eigh {n}", "seconds": ours, "floor": None, "note": f"{BATCH} matrices"}
-        opponents: dict[str, Callable[[Tensor], Run]] = {"torch": _torch_eigh}
+        ours = device_seconds(_rotated(fl.ops.eigh_ex, copies), sizes)
+        yield {"key": f"eigh {n}", "seconds": ours, "floor": None, "note": f"{sizes.batch} matrices"}
+        opponents: dict[str, Callable[[], Run]] = {}
         if n != 33:
-            opponents |= {"cupy": _cupy_eigh, "cusolver": _cusolver_eigh}
+            opponents |= {"cupy": partial(_cupy_eigh, a, values), "cusolver": partial(_cusolver_eigh, a, values)}
+        if n > 32:
+            opponents["torch"] = partial(_torch, torch.linalg.eigh, a)
         for name, opponent in opponents.items():
-            yield _against(f"eigh {n} {name}", ours, opponent, a)
+            yield _against(f"eigh {n} {name}", ours, opponent, sizes)
 
 
 def _rotated(op: Callable[[Tensor], object], inputs: list[Tensor]) -> Run:
@@ -150,10 +165,10 @@ def _rotated(op: Callable[[Tensor], object], inputs: list[Tensor]) -> Run:
     return run
 
 
-def _against(key: str, ours: float, opponent: Callable[[Tensor], Run], a: Tensor) -> dict[str, Any]:
+def _against(key: str, ours: float, opponent: Callable[[], Run], sizes: Sizes) -> dict[str, Any]:
     """A row; an opponent that fails here, in whatever way, is named as not measured and stops nothing else."""
     try:
-        theirs = device_seconds(opponent(a), 7)
+        theirs = device_seconds(opponent(), replace(sizes, rounds=min(7, sizes.rounds)))
     except Unavailable as reason:
         return {"key": key, "skipped": str(reason)}
     except Exception as error:
@@ -165,25 +180,18 @@ def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[-1]
 
 
-def _torch_eigh(a: Tensor) -> Run:
-    return partial(torch.linalg.eigh, a)
+def _torch(op: Callable[..., object], a: Tensor, **options: Any) -> Run:
+    return partial(op, a, **options)
 
 
-def _cupy_eigh(a: Tensor) -> Run:
+def _cupy_eigh(a: Tensor, wanted: Tensor) -> Run:
     try:
         import cupy
     except ImportError as error:
         raise Unavailable(f"CuPy is not installed ({error})") from None
-    x = cupy.from_dlpack(a)
-    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
-
-    def run() -> None:
-        with stream:
-            cupy.linalg.eigh(x)
-
-    values = cupy.linalg.eigh(x)[0]
-    require("CuPy's values", from_dlpack(values), torch.linalg.eigvalsh(a.double()), 1e-4)
-    return run
+    x = cupy.from_dlpack(a)  # CuPy's and torch's current streams are both the default one
+    require("CuPy's values", from_dlpack(cupy.linalg.eigh(x)[0]), wanted, 1e-4)
+    return partial(cupy.linalg.eigh, x)
 
 
 def _cusolver() -> Any:
@@ -195,7 +203,7 @@ def _cusolver() -> Any:
     raise Unavailable("torch has loaded no libcusolver.so")
 
 
-def _cusolver_eigh(a: Tensor) -> Run:
+def _cusolver_eigh(a: Tensor, wanted: Tensor) -> Run:
     """``cusolverDnXsyevBatched`` on a copy of the input, which it overwrites with the vectors: the copy is counted."""
     library = _cusolver()
     if not hasattr(library, "cusolverDnXsyevBatched"):
@@ -235,26 +243,26 @@ def _cusolver_eigh(a: Tensor) -> Run:
 
     run()
     torch.cuda.synchronize()
-    require("cuSOLVER's values", values, torch.linalg.eigvalsh(a.double()), 1e-4)
+    require("cuSOLVER's values", values, wanted, 1e-4)
     return run
 
 
-def svd() -> Iterator[dict[str, Any]]:
-    for n, batch in ((16, BATCH), (32, BATCH), (64, 448)):
+def svd(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    for n, batch in ((16, sizes.batch), (32, sizes.batch), (64, sizes.batch // 4)):
         a = torch.randn(batch, n, n, generator=torch.Generator().manual_seed(0)).to("cuda")
         u, s, vh = fl.ops.svd(a)
         tolerance = 200 * torch.finfo(a.dtype).eps
         require("svd", (u * s[..., None, :]) @ vh, a, tolerance)
         require("orthogonality", vh @ vh.mT, identity(n, batch, a.dtype).to("cuda"), tolerance)
-        ours = device_seconds(_rotated(fl.ops.svd_ex, [a.clone() for _ in range(8)]))
-        yield _against(f"svd {n} torch", ours, lambda x: partial(torch.linalg.svd, x, full_matrices=False), a)
+        ours = device_seconds(_rotated(fl.ops.svd_ex, [a.clone() for _ in range(8)]), sizes)
+        yield _against(f"svd {n} torch", ours, partial(_torch, torch.linalg.svd, a, full_matrices=False), sizes)
 
 
-def files() -> Iterator[dict[str, Any]]:
+def files(sizes: Sizes) -> Iterator[dict[str, Any]]:
     """Wall time from files to files against copying as many bytes as are written."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        inputs = write_pool(find_workload(MAIN), root / "in")
+        inputs = write_pool(sizes.workload, root / "in")
 
         def ours() -> None:
             shutil.rmtree(root / "out", ignore_errors=True)
@@ -288,8 +296,8 @@ def files() -> Iterator[dict[str, Any]]:
                "note": f"wall time; {size / 1e6:.0f} MB written, shutil.copyfile on one thread"}  # fmt: skip
 
 
-CASES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-    "limits": limits, "decompose": decompose, "eigh": eigh, "svd": svd, "files": files,
+CASES: dict[str, Callable[[Sizes], Iterator[dict[str, Any]]]] = {
+    "limits": limits, "decompose": decompose, "files": files, "eigh": eigh, "svd": svd,
 }  # fmt: skip
 
 
@@ -297,13 +305,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--tiny", action="store_true", help="inputs that show whether everything runs")
     arguments = parser.parse_args()
+    sizes = TINY if arguments.tiny else FULL
     failed = 0
     with arguments.out.open("a", encoding="utf-8") as file:
         for name in arguments.cases:
             start = time.perf_counter()
             try:
-                for row in CASES[name]():
+                for row in CASES[name](sizes):
                     print(json.dumps(row), file=file, flush=True)
                     print(json.dumps(row), flush=True)
             except Exception as error:

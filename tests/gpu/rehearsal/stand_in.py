@@ -1,0 +1,70 @@
+"""The stand-in itself, where it stands in: work is late, and what a device would refuse or not see is not hidden."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+
+def test_work_is_done_when_somebody_waits() -> None:
+    x, host = torch.zeros(4, device="cuda"), torch.ones(4).pin_memory()
+    x.copy_(host, non_blocking=True)
+    host.fill_(7)
+    assert x.tolist() == [7.0] * 4
+    host.copy_(x + 1, non_blocking=True)
+    assert host.tolist() == [7.0] * 4
+    torch.cuda.synchronize()
+    assert host.tolist() == [8.0] * 4
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_missing_wait_between_streams_shows(waits: bool) -> None:
+    side, x = torch.cuda.Stream(), torch.zeros(4, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        x += 1
+    if waits:
+        torch.cuda.current_stream().wait_stream(side)
+    assert (x + 1).tolist() == [2.0 if waits else 1.0] * 4
+    torch.cuda.synchronize()
+
+
+def test_a_graph_does_nothing_until_it_is_replayed() -> None:
+    x = torch.ones(3, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x * 2 + 1
+    assert y.isnan().all()
+    for value in (5.0, 6.0):
+        x.fill_(value)
+        graph.replay()
+        assert y.tolist() == [2 * value + 1] * 3
+
+
+@pytest.mark.parametrize("what", ["a look at a value", "a copy to the host", "a copy from pageable memory"])
+def test_a_capture_refuses_to_wait(what: str) -> None:
+    x, host = torch.ones(3, device="cuda"), torch.zeros(3)
+    with pytest.raises(RuntimeError, match="captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        if what == "a look at a value":
+            x.sum().item()
+        elif what == "a copy to the host":
+            host.copy_(x)
+        else:
+            x.copy_(host)
+
+
+def test_memory_is_not_zero_and_devices_do_not_mix() -> None:
+    assert torch.empty(2**20, device="cuda").isnan().any()
+    with pytest.raises(RuntimeError, match="meets tensors on the device"):
+        torch.ones(2, device="cuda") + torch.ones(2)
+
+
+def test_a_launch_that_cuda_would_refuse() -> None:
+    driver = ctypes.CDLL("libcuda.so.1")
+    function = ctypes.c_void_p()
+    assert driver.cuModuleGetFunction(ctypes.byref(function), None, b"kernel") == 0
+    most_dynamic_shared = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    for size in (0, 227 * 1024, 227 * 1024 + 1):
+        assert (driver.cuFuncSetAttribute(function, most_dynamic_shared, size) == 0) == (size <= 227 * 1024)
