@@ -64,7 +64,9 @@ $(REHEARSAL)/ready: tests/gpu/rehearsal/requirements.txt
 rehearsal: $(REHEARSAL)/ready
 	CMAKE_ARGS=-DFASTLORA_CUDA_RUNTIME=Shared FASTLORA_CUDA=ON FASTLORA_CUDA_ARCHS=90-real \
 	  $(REHEARSAL)/venv/bin/pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
-	$(REHEARSE) -m pytest -q -p no:cacheprovider -m gpu tests/gpu tests/gpu/rehearsal/stand_in.py
+	$(REHEARSE) -m pytest -q -p no:cacheprovider tests/gpu/rehearsal/stand_in.py
+	$(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -m gpu tests/gpu
+	REHEARSAL_EARLY=1 $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -m gpu tests/gpu
 	$(REHEARSE) -m fastlora.bench.device --tiny $(REHEARSAL)/rows.jsonl
 	$(REHEARSE) tests/gpu/sanitized.py
 

@@ -45,7 +45,7 @@ class _LaunchedAndEmulated:
         def call(*arguments: Any, **options: Any) -> int:
             error: int = launched(*arguments, **options)
             if not error:
-                streams.enqueue(lambda: _require_done(name, emulated(*arguments, **options)))
+                streams.enqueue(lambda: _require_done(name, emulated(*arguments, **options)), stream=options["stream"])
             return error
 
         return call

@@ -1,10 +1,12 @@
 // Streams as queues of work that is done when somebody waits for it, in the order of each stream and of its events.
+// With REHEARSAL_EARLY in the environment the default stream does its work at once, before that of other streams.
 #pragma once
 #include <dlfcn.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <deque>
 #include <functional>
 #include <map>
@@ -30,6 +32,7 @@ struct Queue {
 
 inline std::recursive_mutex lock;
 inline std::map<Stream, Queue> all;
+inline const bool early = std::getenv("REHEARSAL_EARLY") != nullptr;
 
 // Holds the lock, and never waits for it while holding Python's own: work may be a call of Python.
 class Holding {
@@ -60,6 +63,7 @@ inline void do_until(Stream stream, long place) {
 inline void add(Stream stream, std::function<void()> work) {
     all[stream].work.push_back(std::move(work));
     all[stream].added++;
+    if (early && stream == nullptr) do_until(stream, all[stream].added);
 }
 
 }  // namespace queues

@@ -35,7 +35,7 @@ def _run(job: int) -> None:
         os._exit(1)
 
 
-def current() -> int:
+def _current() -> int:
     stream: int = torch.cuda.current_stream().cuda_stream
     return stream
 
@@ -48,8 +48,8 @@ def is_pinned(tensor: Tensor) -> bool:
     return bool(_runtime.rehearsal_pinned(tensor.data_ptr()))
 
 
-def enqueue(work: Work, *, captured: object = None, pinned: Tensor | None = None) -> None:
-    """Puts work on the current stream, or into the graph that is captured.
+def enqueue(work: Work, *, stream: int | None = None, captured: object = None, pinned: Tensor | None = None) -> None:
+    """Puts work on a stream, by default the current one, or into the graph that is captured.
 
     ``captured`` is kept as long as the graph: its memory is the graph's. Otherwise work must own no tensor, as work on
     a device owns none.
@@ -63,7 +63,7 @@ def enqueue(work: Work, *, captured: object = None, pinned: Tensor | None = None
     _jobs[job] = work
     if pinned is not None:
         _pinned[job] = pinned
-    _runtime.rehearsal_enqueue(current(), _run, job)
+    _runtime.rehearsal_enqueue(_current() if stream is None else stream, _run, job)
     for done in _pinned.keys() - _jobs.keys():
         _pinned.pop(done, None)
 
@@ -72,7 +72,7 @@ def wait() -> None:
     """Waits for the current stream."""
     if is_capturing():
         raise RuntimeError("rehearsal: the host waits for a stream that is captured")
-    _runtime.rehearsal_wait(current())
+    _runtime.rehearsal_wait(_current())
 
 
 def install() -> None:
