@@ -65,8 +65,9 @@ rehearsal: $(REHEARSAL)/ready
 	CMAKE_ARGS=-DFASTLORA_CUDA_RUNTIME=Shared FASTLORA_CUDA=ON FASTLORA_CUDA_ARCHS=90-real \
 	  $(REHEARSAL)/venv/bin/pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
 	$(REHEARSE) -m pytest -q -p no:cacheprovider tests/gpu/rehearsal/stand_in.py
-	$(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -m gpu tests/gpu
-	REHEARSAL_EARLY=1 $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -m gpu tests/gpu
+	for at_once in none default others; do \
+	  REHEARSAL_AT_ONCE=$$at_once $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -m gpu tests/gpu || exit 1; \
+	done
 	$(REHEARSE) -m fastlora.bench.device --tiny $(REHEARSAL)/rows.jsonl
 	$(REHEARSE) tests/gpu/sanitized.py
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlora.bench.targets import BANDWIDTH, PREDICTIONS, TARGETS
+from fastlora.bench.targets import BANDWIDTH, PREDICTIONS, TARGETS, WARPS
 
 Rows = Sequence[dict[str, Any]]
 NOT_MEASURED = "not measured"
@@ -72,10 +72,21 @@ def row_table(rows: Rows) -> list[str]:
 
 def prediction_table() -> list[str]:
     """What an H100 needs at the least by its peaks, from bytes and operations."""
-    lines = ["| kernel | work | bytes | operations | predicted | note |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| kernel | work | bytes | operations | blocks × warps | predicted | note |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for p in PREDICTIONS:
-        cells = f"{p.moved / 1e6:.4g} MB | {p.operations / 1e9:.4g} G {p.rate} | {seconds(p.seconds)}"
-        lines.append(f"| {p.kernel} | {p.work} | {cells} | {p.note} |")
+        cells = [
+            p.kernel,
+            p.work,
+            f"{p.moved / 1e6:.4g} MB",
+            f"{p.operations / 1e9:.4g} G {p.rate}",
+            ", ".join(map(str, p.resident)),
+            seconds(p.seconds),
+            p.note,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -98,6 +109,8 @@ def section() -> str:
     intro = (
         "Predictions for an H100, to hold a measurement against: bytes over "
         f"{BANDWIDTH / 1e12:.2f} TB/s, operations over the peak of the unit that does them, or the steps that depend "
-        "on each other ([gpu_kernels.md](gpu_kernels.md)), whichever is longest; a launch adds 2–4 µs in a CUDA graph."
+        "on each other ([gpu_kernels.md](gpu_kernels.md)), whichever is longest; a launch adds 2–4 µs in a CUDA graph. "
+        f"Blocks that a multiprocessor holds at once, of its {WARPS} warps, by the compiled kernels' registers and "
+        "shared memory."
     )
     return "\n".join(["", "## GPU", "", head, "", *target_table(rows), "", intro, "", *prediction_table(), ""])

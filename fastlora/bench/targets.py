@@ -9,6 +9,16 @@ from dataclasses import dataclass
 BANDWIDTH = 3.35e12
 RATES = {"fp32": 67e12, "fp64 tensor": 67e12, "fp64": 33.5e12, "bf16": 990e12}
 
+# Of one of its multiprocessors, for the blocks that are resident at once.
+REGISTERS, WARPS, BLOCKS, SHARED = 65536, 64, 32, 228 * 1024
+
+
+def resident_blocks(registers: int, warps: int, shared: int) -> int:
+    """Blocks of ``warps`` warps on a multiprocessor. Registers are given out by 256 a warp; a block costs 1 KiB of
+    shared memory beyond its own."""
+    taken = -(-32 * registers // 256) * 256 * warps
+    return min(BLOCKS, WARPS // warps, REGISTERS // taken, SHARED // (shared + 1024))
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -62,15 +72,30 @@ TARGETS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Resident:
+    """How many blocks of a compiled kernel, each of some warps, a multiprocessor holds at once."""
+
+    kernel: str
+    blocks: int
+    warps: int
+    shared: int = 0  # bytes that are asked for at the launch
+
+    def __str__(self) -> str:
+        return f"{self.blocks} × {self.warps}"
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
-    """Bytes moved and operations of a kernel on a workload; ``latency``: seconds of its steps that depend on each other
-    and the waves of its blocks, by the model of docs/gpu_kernels.md, where that is longer."""
+    """Bytes moved and operations of a kernel on a workload; ``resident``: its occupancy, by the resources that it was
+    compiled to; ``latency``: seconds of its steps that depend on each other and the waves of its blocks, by the model
+    of docs/gpu_kernels.md, where that is longer."""
 
     kernel: str
     work: str
     moved: float
     operations: float
     rate: str
+    resident: tuple[Resident, ...]
     latency: float = 0.0
     note: str = ""
 
@@ -88,37 +113,47 @@ _BLOCKS = 3 * _K - 3
 _BATCH = 1792
 
 
-def _eigh(n: int, latency: float) -> Prediction:
+def _eigh(n: int, latency: float, resident: Resident) -> Prediction:
     """9·n³: the tridiagonal form and Q, implicit QL with vectors."""
     moved, operations = 4 * _BATCH * (2 * n * n + n), 9 * n**3 * _BATCH
-    return Prediction(f"eigh n={n} (CUDA)", f"float32, batch {_BATCH}", moved, operations, "fp32", latency)
+    return Prediction(f"eigh n={n} (CUDA)", f"float32, batch {_BATCH}", moved, operations, "fp32", (resident,), latency)
 
 
-def _svd(n: int, batch: int, latency: float) -> Prediction:
+def _svd(n: int, batch: int, latency: float, resident: Resident) -> Prediction:
     """6·n³ a sweep of one-sided Jacobi, eight sweeps."""
     moved, operations = 12 * batch * n * n, 48 * n**3 * batch
-    return Prediction(f"svd n={n} (CUDA)", f"float32, batch {batch}", moved, operations, "fp32", latency)
+    return Prediction(f"svd n={n} (CUDA)", f"float32, batch {batch}", moved, operations, "fp32", (resident,), latency)
 
 
 PREDICTIONS = [
     Prediction(
         "gram (Triton)", f"{MAIN}: chain blocks of B, diagonal of A",
         2 * (_B + _A) + 8 * _MODULES * (_BLOCKS + _K) * _R * _R,
-        2 * _R * (1_359_872 * _BLOCKS * _R + 1_138_688 * _K * _R), "bf16", 225e-6,
+        2 * _R * (1_359_872 * _BLOCKS * _R + 1_138_688 * _K * _R), "bf16",
+        (Resident("half_sums B LL LR RR bf16", 1, 8), Resident("half_sums A LL bf16", 3, 4)), 225e-6, "B, A",
     ),
     Prediction(
         "chain (CUDA)", f"{MAIN}: {_MODULES} modules, k = {_K}, r = {_R}",
-        8 * _MODULES * _R * _R * (_K * (_K + 3) / 2 + _K), _MODULES * (53 * _K + 25) * _R**3, "fp64", 125e-6,
+        8 * _MODULES * _R * _R * (_K * (_K + 3) / 2 + _K), _MODULES * (53 * _K + 25) * _R**3, "fp64",
+        (Resident("chain_kernel<true>", 2, 8, 71 * 1024),), 125e-6,
     ),
     Prediction(
         "coefficients (CUDA)", MAIN,
-        8 * _MODULES * _K * 7 * _R * _R, 6 * _MODULES * _K * _R**3, "fp64", note="out of L2 less",
+        8 * _MODULES * _K * 7 * _R * _R, 6 * _MODULES * _K * _R**3, "fp64",
+        (Resident("coefficients_kernel", 4, 8),), note="out of L2 less",
     ),
     Prediction(
         "combine (Triton)", f"{MAIN}: {_K} unique parts, the shared part of width {_R}",
         2 * (2 * _B + _A + 1_359_872 * _R + 1_138_688 * _R),
-        2 * _R * (2 * _B + _A), "bf16", 450e-6, "three products: a coefficient is a sum of bfloat16 numbers",
+        2 * _R * (2 * _B + _A), "bf16",
+        (Resident("half_results B 16 bf16", 4, 4), Resident("half_results A 16 bf16", 4, 4)), 380e-6,
+        "B, A; three products: a coefficient is a sum of bfloat16 numbers",
     ),
-    *(_eigh(n, t) for n, t in ((16, 21e-6), (32, 84e-6), (64, 0.44e-3), (128, 3.7e-3))),
-    *(_svd(n, b, t) for n, b, t in ((16, _BATCH, 20e-6), (32, _BATCH, 0.13e-3), (64, 448, 3.5e-3 / 4))),
+    _eigh(16, 21e-6, Resident("eigh_warp_kernel<float>", 16, 2)),
+    _eigh(32, 84e-6, Resident("eigh_warp_kernel<float>", 16, 2)),
+    _eigh(64, 0.44e-3, Resident("eigh_block_kernel<float, false>", 10, 3)),
+    _eigh(128, 3.7e-3, Resident("eigh_block_kernel<float, false>", 3, 5)),
+    _svd(16, _BATCH, 20e-6, Resident("svd_warp_kernel<float, 16>", 7, 2)),
+    _svd(32, _BATCH, 0.13e-3, Resident("svd_warp_kernel<float, 32>", 6, 2)),
+    _svd(64, 448, 3.5e-3 / 4, Resident("svd_block_kernel<float, false>", 2, 8)),
 ]  # fmt: skip

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastlora.bench.targets import resident_blocks
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "gpu_kernels.md"
 BEGIN, END = "<!-- predictions -->\n\n", "\n<!-- end of predictions -->\n"
@@ -15,7 +17,6 @@ LIMITS = json.loads(Path(__file__).with_name("resources.json").read_text())["sm_
 # H100 SXM.
 CLOCK, PROCESSORS, SCHEDULERS = 1.755e9, 132, 4
 BANDWIDTH, L2_BANDWIDTH = 3.35e12, 5.5e12
-REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, 228 * 1024
 BATCH = 1792
 
 # Estimates, in cycles.
@@ -43,11 +44,9 @@ class Case:
 
     @property
     def blocks(self) -> int:
-        """Resident on a multiprocessor. Registers are given out by 256 a warp, and a block costs 1 KiB."""
+        """Resident on a multiprocessor."""
         limits = LIMITS[self.source][self.kernel]
-        registers = (limits["registers"] * 32 + 255) // 256 * 256 * (self.threads // 32)
-        shared = limits["shared"] + self.dynamic + 1024
-        return min(BLOCKS, THREADS // self.threads, REGISTERS // registers, SHARED // shared)
+        return resident_blocks(limits["registers"], self.threads // 32, limits["shared"] + self.dynamic)
 
     @property
     def bytes(self) -> float:

@@ -11,6 +11,8 @@ import predictions
 import pytest
 import resources
 
+from fastlora.bench.targets import PREDICTIONS, Prediction, Resident, resident_blocks
+
 LIMITS = json.loads(resources.LIMITS.read_text())
 
 
@@ -32,3 +34,17 @@ def test_kernels_stay_within_their_limits(source: str, architecture: str) -> Non
 def test_the_document_holds_the_predictions() -> None:
     """``python tests/cuda/predictions.py`` writes them anew."""
     assert predictions.table_in_document() == predictions.table()
+
+
+@pytest.mark.parametrize("row", [p for p in PREDICTIONS if "CUDA" in p.kernel], ids=lambda p: p.kernel)
+def test_predictions_are_those_of_the_compiled_kernels(row: Prediction) -> None:
+    (stated,) = row.resident
+    cases = [c for c in predictions.CASES if c.size == 4 and row.kernel.startswith(f"{c.source[:-3]} n={c.n} ")]
+    if cases:
+        (case,) = cases
+        assert stated == Resident(case.kernel, case.blocks, case.threads // 32)
+        waves = int(row.work.split()[-1]) / predictions.BATCH
+        assert row.seconds == pytest.approx(waves * case.seconds, rel=0.05)
+        return
+    (limits,) = [kernels[stated.kernel] for kernels in LIMITS["sm_90"].values() if stated.kernel in kernels]
+    assert stated.blocks == resident_blocks(limits["registers"], stated.warps, limits["shared"] + stated.shared)

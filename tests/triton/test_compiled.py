@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from processes import execute
 
+from fastlora.bench.targets import PREDICTIONS, resident_blocks
+
 HERE = Path(__file__).parent
 OLDEST = "3.6.0"
 
@@ -33,14 +35,25 @@ def check(found: dict[str, Any]) -> None:
             assert row["LDGSTS"] > 0, f"{name} has no tiles on their way while it computes: {row}"
 
 
+def check_occupancy(found: dict[str, Any]) -> None:
+    """At least the blocks that docs/benchmarks.md states, from which it predicts times."""
+    for stated in (r for p in PREDICTIONS if "Triton" in p.kernel for r in p.resident):
+        row = found["kernels"][f"sm_90 {stated.kernel}"]
+        blocks = resident_blocks(row["registers"], stated.warps, row["shared"])
+        assert blocks >= stated.blocks, f"{stated.kernel}: a multiprocessor holds {blocks} blocks: {row}"
+
+
 def test_this_version() -> None:
-    check(json.loads(execute(HERE / "compile.py")))
+    found = json.loads(execute(HERE / "compile.py"))
+    check(found)
+    check_occupancy(found)
 
 
 def test_the_oldest_version(oldest_triton: Path) -> None:
     found = json.loads(execute(HERE / "compile.py", "--triton", oldest_triton))
     assert found["version"] == OLDEST
     check(found)
+    check_occupancy(found)
 
 
 @pytest.mark.parametrize(("name", "column", "message"), [

@@ -1,5 +1,5 @@
 // Streams as queues of work that is done when somebody waits for it, in the order of each stream and of its events.
-// With REHEARSAL_EARLY in the environment the default stream does its work at once, before that of other streams.
+// REHEARSAL_AT_ONCE=default does the default stream's work at once, before that of other streams; =others theirs.
 #pragma once
 #include <dlfcn.h>
 
@@ -11,6 +11,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <string_view>
 #include <utility>
 
 struct CUstream_st;
@@ -32,7 +33,11 @@ struct Queue {
 
 inline std::recursive_mutex lock;
 inline std::map<Stream, Queue> all;
-inline const bool early = std::getenv("REHEARSAL_EARLY") != nullptr;
+
+inline bool is_at_once(Stream stream) {
+    static const char* const named = std::getenv("REHEARSAL_AT_ONCE");
+    return named && std::string_view(named) == (stream == nullptr ? "default" : "others");
+}
 
 // Holds the lock, and never waits for it while holding Python's own: work may be a call of Python.
 class Holding {
@@ -63,7 +68,7 @@ inline void do_until(Stream stream, long place) {
 inline void add(Stream stream, std::function<void()> work) {
     all[stream].work.push_back(std::move(work));
     all[stream].added++;
-    if (early && stream == nullptr) do_until(stream, all[stream].added);
+    if (is_at_once(stream)) do_until(stream, all[stream].added);
 }
 
 }  // namespace queues
