@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import fastlora as fl
+from fastlora import device as devices
+from fastlora import stream as streams
 from fastlora.bench.workloads import Workload, llama, make_pool
 
 TAU = 0.5
@@ -126,6 +128,20 @@ def test_streamed_through_little_memory(mode: str, tmp_path: Path) -> None:
     assert files
     for file in files:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "streamed" / file).read_bytes(), file
+
+
+def test_the_next_group_does_not_take_the_memory_of_one_in_use() -> None:
+    """Copies run ahead of what is computed from groups that the host has let go of."""
+    pool = make_pool(Workload({f"m{i}": (256, 256) for i in range(8)}, 2, 8, torch.float32))
+    names, adapters, modules = pool.names, list(pool.adapters), pool.adapters[0].modules
+    sums = []
+    torch.cuda._sleep(100_000_000)
+    with streams.streamed(streams.Stream(torch.device("cuda"), 1 << 20)):
+        for part in streams.parts(names, adapters, [[m] for m in modules]):
+            sums += [t.sum() for a in part.adapters for u in a.updates.values() for t in devices.tensors(u)]
+            del part
+    wanted = [t.sum() for m in modules for a in adapters for t in devices.tensors(a.updates[m])]
+    torch.testing.assert_close(torch.stack(sums).cpu(), torch.stack(wanted))
 
 
 def test_messages() -> None:

@@ -3,7 +3,8 @@
 ``python run.py -m MODULE ARGUMENTS…`` or ``python run.py SCRIPT ARGUMENTS…`` runs Python as if there were an H100 of
 8 GiB: torch built for CUDA makes its tensors and streams by the stand-in, the compiled CUDA kernels and Triton's are
 launched there and their launches checked, and values come from the kernels' emulator and Triton's interpreter. Work is
-done as late as a device may do it. Nothing here says how long anything takes.
+done as late as a device may do it; REHEARSAL_AT_ONCE=default or =others does that of some streams at once (queue.h).
+Nothing here says how long anything takes.
 """
 
 from __future__ import annotations
