@@ -1,8 +1,9 @@
 """``make gpu``: builds in place, tests on the device, times, and writes benches/results/gpu-<device>.{json,md}.
 
 Needs a CUDA device, nvcc, and an environment with torch, Triton, pybind11, CMake, ninja and pytest; uses the standard
-library alone itself, installs nothing and needs no network. Every stage has a limit and the whole has one of eight
-minutes; what the stages before a failure found is written. The exit code names the first stage that failed:
+library alone itself, installs nothing and needs no network. Every stage has a limit, to which comes what stages before
+it left of theirs, and the whole has one of eight minutes; what the stages before a failure found is written. The exit
+code names the first stage that failed:
 10 environment, 11 build, 12 tests, 13 sanitizer, 14 benches.
 """
 
@@ -247,7 +248,7 @@ def benches(report: Report, limit: float) -> str:
 
 Stage = Callable[[Report, float], str]
 
-# Name, exit code, seconds, what it needs of the stages before.
+# Name, exit code, seconds beside those that stages before it left, what it needs of them.
 STAGES: Mapping[str, tuple[Stage, int, float, tuple[str, ...]]] = {
     "environment": (environment, 10, 40, ()),
     "build": (build, 11, 150, ("environment",)),
@@ -262,13 +263,15 @@ def main() -> int:
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *map(str, CUDA)])
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "gpu.log").unlink(missing_ok=True)
-    ends = time.monotonic() + WHOLE
+    due = time.monotonic()
+    ends = due + WHOLE
     for name, (stage, failure, limit, needs) in STAGES.items():
         start = time.monotonic()
+        due += limit
         try:
             if not set(needs) <= good:
                 raise Skipped(f"needs {', '.join(needs)}")
-            detail, result = stage(report, min(limit, ends - start)), "done"
+            detail, result = stage(report, min(due, ends) - start), "done"
             good.add(name)
         except Skipped as reason:
             detail, result = str(reason), "skipped"

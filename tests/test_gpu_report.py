@@ -113,6 +113,21 @@ def test_what_was_found_before_a_failure_is_written(
     assert "ZeroDivisionError" in page and "eigh (AssertionError: wrong)" in page
 
 
+def test_what_a_stage_leaves_of_its_limit_goes_to_the_next(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+
+    def quick(report: Any, limit: float) -> str:
+        limits.append(limit)
+        return ""
+
+    needing = {"build": ("environment",), "tests": ("absent",)}
+    seconds = {"environment": 40.0, "build": 150.0, "tests": 100.0, "benches": 5.0, "sanitizer": 900.0}
+    stages = {name: (quick, 1, limit, needing.get(name, ())) for name, limit in seconds.items()}
+    monkeypatch.setattr(command, "STAGES", stages)
+    assert command.main() == 0
+    assert limits == pytest.approx([40, 190, 295, command.WHOLE], abs=5)
+
+
 def test_commands_are_stopped_at_their_limit(command: Any) -> None:
     with pytest.raises(command.TookTooLong, match="took more than 1 s"):
         command.run([sys.executable, "-c", "import time; print('early', flush=True); time.sleep(60)"], 1)
