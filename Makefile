@@ -3,7 +3,7 @@
 # make bench  timings on this machine
 # make gpu    on a machine with a GPU: build, tests and timings there, into benches/results/; installs nothing
 # make rehearsal  what make gpu runs, on a machine without a GPU: torch for CUDA on stand-ins for its libraries; 6 GB
-# make triton every test of the ops in Triton's interpreter, and all specialisations ahead of time: half an hour
+# make triton every test of the ops in Triton's interpreter, and all specialisations ahead of time: an hour and more
 # make fuzz   100,000 damaged adapter directories: tests/fuzz/result.json
 # make sanitize  the kernels' and the writer's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 VENV ?= .venv

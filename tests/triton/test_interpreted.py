@@ -1,7 +1,7 @@
 """The tests of the ops with the Triton kernels, which Triton's interpreter runs on the CPU.
 
-The interpreter takes milliseconds for a program, so the quick half of these tests runs here; all of them, in some
-twenty minutes, by `make triton`.
+The interpreter takes milliseconds for a program, so the quick half of these tests runs here; all of them, in an
+hour and more, by `make triton`.
 """
 
 from __future__ import annotations
