@@ -127,7 +127,8 @@ def resources(made: Any, folder: Path) -> dict[str, int]:
     counts["LDG.E.128 or LDGSTS"] = len(re.findall(r"\bLDG\.E\.128|\bLDGSTS", code))
     shared = int(made.metadata.shared)
     ftz = len(re.findall(r"\.ftz", made.asm["ptx"]))  # instructions that flush denormals
-    return {"registers": int(found[1]), "stack": int(found[2]), "shared": shared, "flushing": ftz, **counts}
+    taken = {"registers": int(found[1]), "stack": int(found[2]), "shared": shared, "warps": made.metadata.num_warps}
+    return {**taken, "flushing": ftz, **counts}
 
 
 def main() -> None:

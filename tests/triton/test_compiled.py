@@ -39,7 +39,8 @@ def check_occupancy(found: dict[str, Any]) -> None:
     """At least the blocks that docs/benchmarks.md states, from which it predicts times."""
     for stated in (r for p in PREDICTIONS if "Triton" in p.kernel for r in p.resident):
         row = found["kernels"][f"sm_90 {stated.kernel}"]
-        blocks = resident_blocks(row["registers"], stated.warps, row["shared"])
+        assert row["warps"] == stated.warps, f"{stated.kernel}: {row}"
+        blocks = resident_blocks(row["registers"], row["warps"], row["shared"])
         assert blocks >= stated.blocks, f"{stated.kernel}: a multiprocessor holds {blocks} blocks: {row}"
 
 

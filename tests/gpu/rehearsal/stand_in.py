@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,29 @@ def test_work_is_done_when_somebody_waits() -> None:
     assert host.tolist() == [7.0] * 4
     torch.cuda.synchronize()
     assert host.tolist() == [8.0] * 4
+
+
+ORDER = """
+import torch
+side = torch.cuda.Stream()
+x, y = torch.zeros(4, device="cuda"), torch.zeros(4, device="cuda")
+torch.cuda.synchronize()
+x += 1
+with torch.cuda.stream(side):
+    y += 1
+print(torch.cuda.current_stream().query(), side.query())
+"""
+
+
+@pytest.mark.parametrize(
+    ("at_once", "done"), [("none", "False False"), ("default", "True False"), ("others", "False True")]
+)
+def test_whose_work_is_done_at_once(at_once: str, done: str, tmp_path: Path) -> None:
+    script = tmp_path / "order.py"
+    script.write_text(ORDER, encoding="utf-8")
+    command = [sys.executable, Path(__file__).with_name("run.py"), script]
+    environment = {**os.environ, "REHEARSAL_AT_ONCE": at_once}
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split() == done.split()
 
 
 @pytest.mark.parametrize("waits", [False, True])
