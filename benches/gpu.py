@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fastlora.bench import gpu_table  # noqa: E402  (imports nothing but the standard library)
+from fastlora.bench.gpu import table  # noqa: E402  (imports nothing but the standard library)
 
 RESULTS = ROOT / "benches" / "results"
 CUDA = sorted(Path("/usr/local").glob("cuda*/bin"))  # where nvcc is when it is not on the PATH
@@ -77,11 +77,11 @@ class Report:
         (RESULTS / f"{self.stem}.md").write_text(self.markdown(), encoding="utf-8")
 
     def markdown(self) -> str:
-        lines = ["# On a GPU", "", gpu_table.facts_line(self.facts), ""]
+        lines = ["# On a GPU", "", table.facts_line(self.facts), ""]
         lines += ["| stage | result | seconds | |", "|---|---|---|---|"]
         for s in self.stages:
             lines.append(f"| {s['stage']} | {s['result']} | {s['seconds']:.0f} | {s['detail']} |")
-        lines += ["", *gpu_table.target_table(self.rows), "", *gpu_table.row_table(self.rows)]
+        lines += ["", *table.target_table(self.rows), "", *table.row_table(self.rows)]
         return "\n".join(lines) + "\n"
 
 

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 import fastlora as fl
-from fastlora.methods.spectrum import singular_forms
-from fastlora.plots import plot_energy, plot_overlap, plot_spectrum
+from fastlora.analysis.plots import plot_overlap
+from fastlora.decomposition.plots import plot_energy, plot_spectrum
+from fastlora.engine.spectrum import singular_forms
 from fastlora.reference.devec import devec
 
 ADAPTERS = Path(__file__).parent / "adapters"

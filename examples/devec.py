@@ -22,8 +22,8 @@ from digits import DOMAINS, NEEDED, POOLS, Digits, deltas_of
 from negation import STRENGTHS, forget, gather, kept, over_thresholds
 
 import fastlora as fl
-from fastlora.plots import plot_spectrum
-from fastlora.report import Report
+from fastlora.decomposition.plots import plot_spectrum
+from fastlora.decomposition.report import Report
 
 COEFFICIENTS = [0.1, 0.2, 0.3, 0.5, 0.8]
 LEVELS = [0.50, 0.40, 0.30, 0.20]

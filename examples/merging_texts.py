@@ -20,7 +20,7 @@ from multitask import Setting, compare
 from texts import NEEDED, Recipe, Texts
 
 import fastlora as fl
-from fastlora.learned import entropy
+from fastlora.coefficients.learned import entropy
 
 TASKS = {"movie": 500, "amazon": 500, "trec": 1000, "spam": 500}  # training rows
 VALIDATION = (1000, 1060)  # training rows that no adapter has seen, but for repeated ones of trec's rarest class

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.adapter import Adapter, Factor, Update
+from fastlora.adapters.lora import Adapter
+from fastlora.core.factors import Factor
+from fastlora.core.updates import Update
 
 ROWS, SHARED, OWN = 1000, 100, 100
 THRESHOLD = 0.85

@@ -13,8 +13,9 @@ from builders import MODULES, gaussian, make_adapter, make_factors, peft_tensors
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.adapter import Adapter, Extra
-from fastlora.expression import ExpressionError
+from fastlora.adapters.lora import Adapter
+from fastlora.core.data import Extra
+from fastlora.expressions.grammar import ExpressionError
 
 DATA = Path(__file__).parent / "data"
 EXAMPLES = Path(__file__).parents[1] / "examples" / "adapters"
@@ -249,7 +250,8 @@ def test_ia3() -> None:
 
 
 def test_ia3_of_different_models_are_refused() -> None:
-    from fastlora.ia3 import IA3, Scaling
+    from fastlora.adapters.ia3 import IA3
+    from fastlora.core.data import Scaling
 
     other = IA3("o", {"transformer.h.0.attn": Scaling(torch.ones(3, 1), False)})
     with pytest.raises(fl.InputError, match="'o' has no module in common with 'a'"):

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from fastlora.errors import InputError
-from fastlora.expression import DEEPEST, Call, ExpressionError, Name, Node, Number, Product, Sum, names, parse
+from fastlora.expressions.grammar import DEEPEST, Call, ExpressionError, Name, Node, Number, Product, Sum, names, parse
 
 
 def shape(node: Node) -> object:

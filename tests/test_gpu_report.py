@@ -13,21 +13,21 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.bench import gpu_table
-from fastlora.bench.targets import PREDICTIONS, TARGETS
+from fastlora.bench.gpu import table
+from fastlora.bench.gpu.targets import PREDICTIONS, TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def line(rows: list[dict[str, object]], key: str) -> str:
     place = next(i for i, t in enumerate(TARGETS) if t.key == key)
-    return gpu_table.target_table(rows)[2 + place]
+    return table.target_table(rows)[2 + place]
 
 
 def test_nothing_measured() -> None:
-    lines = gpu_table.target_table([])[2:]
+    lines = table.target_table([])[2:]
     assert len(lines) == len(TARGETS)
-    assert all(f"| {gpu_table.NOT_MEASURED} | – |" in own for own in lines)
+    assert all(f"| {table.NOT_MEASURED} | – |" in own for own in lines)
 
 
 @pytest.mark.parametrize(("row", "shown"), [
@@ -46,13 +46,13 @@ def test_how_a_measurement_stands(row: dict[str, object], shown: str) -> None:
 
 def test_every_prediction_has_a_time() -> None:
     assert all(0 < p.seconds < 1e-2 for p in PREDICTIONS)
-    assert len(gpu_table.prediction_table()) == 2 + len(PREDICTIONS)
+    assert len(table.prediction_table()) == 2 + len(PREDICTIONS)
 
 
 def test_the_page_has_the_section() -> None:
     """docs/benchmarks.md is what the code says, so no time stands there that is in no result."""
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert page.endswith(gpu_table.section())
+    assert page.endswith(table.section())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

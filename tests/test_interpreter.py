@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fastlora.interpreter import HANDOVER_SECONDS, paused_collector, quick_handover
+from fastlora.runtime.cpython import HANDOVER_SECONDS, paused_collector, quick_handover
 
 
 def test_it_is_paused_and_comes_back() -> None:

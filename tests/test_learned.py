@@ -11,8 +11,11 @@ from builders import gaussian
 from torch import Tensor, nn
 
 import fastlora as fl
-from fastlora.adapter import Adapter, Extra, Factor, Layout, Update
-from fastlora.learned import entropy, named_components
+from fastlora.adapters.lora import Adapter
+from fastlora.coefficients.learned import entropy, named_components
+from fastlora.core.data import Extra
+from fastlora.core.factors import Factor
+from fastlora.core.updates import Layout, Update
 
 
 class Net(nn.Module):

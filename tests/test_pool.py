@@ -10,10 +10,12 @@ import pytest
 import torch
 from builders import MODULES, gaussian, make_adapter, make_config, write_peft
 
-from fastlora.adapter import Adapter, Factor, Update
+from fastlora.adapters.lora import Adapter
+from fastlora.adapters.pool import Pool
+from fastlora.core.factors import Factor
+from fastlora.core.updates import Update
 from fastlora.errors import InputError
 from fastlora.formats import load
-from fastlora.pool import Pool
 
 Q0, V0, Q1, UP1 = MODULES
 

@@ -15,8 +15,8 @@ from pools import MODULE
 from test_poolgram import counted, ragged_pool, same_bits
 
 import fastlora as fl
-from fastlora import sweeps
-from fastlora.adapter import Adapter
+from fastlora.adapters.lora import Adapter
+from fastlora.coefficients import sweep
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_rows_are_kept_and_taken_up_again(pool: fl.Pool, tmp_path: Path) -> None
             raise KeyboardInterrupt
         return pool["a0"] * point["w"]
 
-    def run(**more: Any) -> sweeps.Sweep:
+    def run(**more: Any) -> sweep.Sweep:
         return fl.sweep(build, {"w": [1, 2, 3, 4]}, score=norm, **more)
 
     with pytest.raises(KeyboardInterrupt) as stopped:
@@ -107,7 +107,7 @@ def test_rows_are_kept_and_taken_up_again(pool: fl.Pool, tmp_path: Path) -> None
     assert "2 of 4 points" in stopped.value.__notes__[0]
     whole = run(save=file, key="weights of a0: norms")
     assert calls == [1, 2, 3, 3, 4] and [r.point["w"] for r in whole.rows] == [1, 2, 3, 4]
-    loaded = sweeps.Sweep.load(file)
+    loaded = sweep.Sweep.load(file)
     assert [r.scores for r in loaded.rows] == [r.scores for r in whole.rows]
     calls[:] = [3]
     assert [r.point["w"] for r in run(resume=partial, key="weights of a0: norms").rows] == [1, 2, 3, 4]
@@ -124,7 +124,7 @@ def never(adapter: Adapter) -> float:
 def test_rows_of_what_may_be_another_sweep_are_refused(pool: fl.Pool, tmp_path: Path) -> None:
     file, grid = tmp_path / "sweep.json", {"w": [1.0, 2.0]}
 
-    def run(score: Any = norm, expression: Any = "w*a0 - a1", adapters: Any = pool, **more: Any) -> sweeps.Sweep:
+    def run(score: Any = norm, expression: Any = "w*a0 - a1", adapters: Any = pool, **more: Any) -> sweep.Sweep:
         return fl.sweep(expression, grid, adapters=adapters, score=score, save=file, **more)
 
     first = run(key="norms")
@@ -155,7 +155,7 @@ def test_rows_of_what_may_be_another_sweep_are_refused(pool: fl.Pool, tmp_path: 
 def test_a_file_without_a_key_needs_the_users_word(pool: fl.Pool, tmp_path: Path) -> None:
     file = tmp_path / "sweep.json"
 
-    def run(score: Any, points: list[float], **more: Any) -> sweeps.Sweep:
+    def run(score: Any, points: list[float], **more: Any) -> sweep.Sweep:
         return fl.sweep(lambda p: p["w"] * pool["a0"], {"w": points}, score=score, save=file, **more)
 
     first = run(norm, [1.0, 2.0])
@@ -163,18 +163,18 @@ def test_a_file_without_a_key_needs_the_users_word(pool: fl.Pool, tmp_path: Path
         with pytest.raises(fl.InputError, match=r"holds 2 rows of a sweep of .* cannot be known"):
             run(never, [1.0, 2.0], **more)
     with pytest.raises(fl.InputError, match="holds rows that resume= lacks"):
-        run(never, [1.0], resume=sweeps.Sweep(first.of, first.rows[:1]))
-    again = run(never, [2.0, 1.0], resume=sweeps.Sweep.load(file))
+        run(never, [1.0], resume=sweep.Sweep(first.of, first.rows[:1]))
+    again = run(never, [2.0, 1.0], resume=sweep.Sweep.load(file))
     assert [r.scores for r in again.rows] == [r.scores for r in reversed(first.rows)]
     with pytest.raises(fl.InputError, match="the rows of resume= are of 'x', not of"):
-        run(never, [1.0], resume=sweeps.Sweep("x", first.rows))
+        run(never, [1.0], resume=sweep.Sweep("x", first.rows))
 
 
 def test_scalings_and_task_vectors_are_told_apart(tmp_path: Path) -> None:
     file = tmp_path / "sweep.json"
     zero, one = ({"w": torch.full((2, 2), v)} for v in (0.0, 1.0))
 
-    def run(vector: fl.TaskVector) -> sweeps.Sweep:
+    def run(vector: fl.TaskVector) -> sweep.Sweep:
         score = lambda x: x.norm  # noqa: E731
         return fl.sweep("c*t", {"c": [1.0]}, adapters={"t": vector}, score=score, save=file, key="norms")  # type: ignore[dict-item]
 
@@ -187,7 +187,7 @@ def test_scalings_and_task_vectors_are_told_apart(tmp_path: Path) -> None:
 def test_scores_that_are_no_number_in_json(pool: fl.Pool, tmp_path: Path) -> None:
     found = fl.sweep(lambda p: pool["a0"], {"w": [1]}, score=lambda a: math.inf, save=tmp_path / "s.json")
     assert found.rows[0].scores == {"score": math.inf}
-    assert math.isnan(sweeps.Sweep.load(tmp_path / "s.json").rows[0].scores["score"])
+    assert math.isnan(sweep.Sweep.load(tmp_path / "s.json").rows[0].scores["score"])
 
 
 def test_plots(pool: fl.Pool, tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlora.backends import Kernel, padded
+from fastlora.backends import padded
 from fastlora.backends.padded import aligned
-from fastlora.backends.passes import CombineJob, GramJob, WriteProblem
 from fastlora.ops.chain import CHAINS, results, width
+from fastlora.ops.dispatch import Kernel
+from fastlora.ops.passes import CombineJob, GramJob, WriteProblem
 from fastlora.reference.coefficients import coefficients
 
 try:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends import Kernel
 from fastlora.backends.padded import aligned
 from fastlora.ops.chain import CHAINS, Chain, results, width
-from fastlora.reference.coefficients import Coefficients
+from fastlora.ops.coefficients import Coefficients
+from fastlora.ops.dispatch import Kernel
 
 try:
     from fastlora import _core

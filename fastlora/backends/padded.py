@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramJob
 from fastlora.ops.gram import blocks_of
+from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm, GramJob
 
 
 def unpadded(x: Tensor, ranks: list[int] | None, rows: bool) -> list[Tensor]:

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastlora.backends import Kernel, always
-from fastlora.backends.passes import CombineJob, CombineOutput, GramJob, WriteProblem
+from fastlora.ops.dispatch import Kernel, always
 from fastlora.ops.gram import blocks_of
+from fastlora.ops.passes import CombineJob, CombineOutput, GramJob, WriteProblem
 from fastlora.reference.chain import chain
 from fastlora.reference.coefficients import coefficients
 from fastlora.reference.combine import combine

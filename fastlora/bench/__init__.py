@@ -1,1 +1,3 @@
 """The project's own numbers on this machine, beside plain torch: what ``fastlora bench`` prints."""
+
+from __future__ import annotations

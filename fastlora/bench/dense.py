@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 import fastlora as fl
+from fastlora.adapters.pool import Pool
 from fastlora.bench.contest import OURS, Contest, Task, require
 from fastlora.bench.opponents import dense_projection, dense_unique, plain_decompose, shared_part
 from fastlora.bench.passes import TAU, unique_factors
 from fastlora.bench.timing import Contender, Seconds, thread_counts
 from fastlora.bench.workloads import Workload, make_pool
-from fastlora.engine import materialise
-from fastlora.memory import Room
-from fastlora.pool import Pool
+from fastlora.engine.buffers import Room
+from fastlora.engine.materialise import materialise
 
 PAPER = "the paper's dense algorithm"
 ONCE = f"{PAPER}, run once"

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 import fastlora as fl
+from fastlora.adapters.pool import Pool
 from fastlora.bench.contest import OURS, Contest, Task, require
 from fastlora.bench.opponents import plain_decompose
 from fastlora.bench.passes import CHECKED, TAU
 from fastlora.bench.timing import ROUNDS, Contender, Seconds, thread_counts
 from fastlora.bench.workloads import REAL, find, real_adapters, write_pool
-from fastlora.engine import materialise
-from fastlora.pool import Pool
+from fastlora.engine.materialise import materialise
 
 WRITTEN = "shutil.copyfile of as many bytes as are written"
 READ = "shutil.copyfile of the files that are read"

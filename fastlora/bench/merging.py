@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import fastlora as fl
+from fastlora.adapters.pool import Pool
 from fastlora.bench.contest import OURS, Contest, Task, Unavailable, require
 from fastlora.bench.dense import RANK, squares
 from fastlora.bench.opponents import merge_by_dense_svd, merge_by_peft, merge_by_qr, peft_model
 from fastlora.bench.timing import Contender, thread_counts
 from fastlora.bench.workloads import Workload, make_pool
-from fastlora.engine import materialise_groups
-from fastlora.pool import Pool
+from fastlora.engine.materialise import materialise_groups
 
 QR = "torch QR and small SVD"
 DENSE = "torch dense SVD"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.pool import Pool
+from fastlora.adapters.pool import Pool
 
 
 def shared_directions(B: list[Tensor], A: list[Tensor], threshold: float) -> tuple[Tensor, Tensor]:

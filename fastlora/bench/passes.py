@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.adapter import Update
-from fastlora.backends import resolve
-from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, GramBlock, GramJob
+from fastlora.adapters.pool import Pool
 from fastlora.bench.contest import OURS, Contest, Task, require
 from fastlora.bench.opponents import plain_decompose
 from fastlora.bench.timing import Contender, thread_counts
 from fastlora.bench.workloads import pool_of
-from fastlora.engine import materialise_groups
-from fastlora.memory import Room
+from fastlora.core.updates import Update
+from fastlora.engine.buffers import Room
+from fastlora.engine.materialise import materialise_groups
+from fastlora.ops.dispatch import resolve
 from fastlora.ops.gram import blocks_of
-from fastlora.pool import Pool
+from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm, GramBlock, GramJob
 
 TAU = 0.85
 BLOCKS = "torch float32 blocks"

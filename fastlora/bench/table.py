@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastlora.bench import gpu_table
 from fastlora.bench.contest import Row
+from fastlora.bench.gpu import table
 from fastlora.bench.timing import Machine, describe
 
 HEADER = (
@@ -88,4 +88,4 @@ def as_markdown(machine: Machine, rows: list[Row]) -> str:
     lines = [PREAMBLE, machine_line(machine), "", "| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     lines += ["", *(f"* {note}." for note in notes(rows))] if notes(rows) else []
-    return "\n".join(lines) + "\n" + gpu_table.section()
+    return "\n".join(lines) + "\n" + table.section()

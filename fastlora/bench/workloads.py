@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 import fastlora
-from fastlora.adapter import Adapter, Factor, Update
+from fastlora.adapters.lora import Adapter
+from fastlora.adapters.pool import Pool
 from fastlora.bench.contest import Unavailable
+from fastlora.core.factors import Factor
+from fastlora.core.updates import Update
 from fastlora.errors import InputError
-from fastlora.output import OutputDirectory
-from fastlora.pool import Pool
+from fastlora.files.output import OutputDirectory
 
 Shape = tuple[int, int]
 
@@ -153,7 +155,7 @@ def write_pool(workload: Workload, folder: Path, seed: int = 0) -> list[Path]:
     The values are those of :func:`make_pool`, with the scaling inside ``B`` (a power of two: no rounding); one module
     is in memory at a time.
     """
-    from fastlora.formats.peft_write import AdapterFile
+    from fastlora.formats.peft.write import AdapterFile
 
     names = [f"adapter{i}" for i in range(workload.adapters)]
     with OutputDirectory(folder) as staging:

@@ -4,14 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastlora.adapter import Adapter
+import torch
+
+from fastlora.adapters.ia3 import IA3
+from fastlora.adapters.lora import Adapter
+from fastlora.adapters.task_vector import TaskVector
+from fastlora.core.names import check_name
+from fastlora.engine.write import write_adapters
 from fastlora.errors import InputError, UnsupportedAdapter
-from fastlora.finetune import TaskVector
-from fastlora.formats import ia3, peft, task_vector
-from fastlora.formats.peft_config import CONFIG_NAME, read_fields
-from fastlora.ia3 import IA3
-from fastlora.locate import check_name, find
-from fastlora.output import partial_of
+from fastlora.files.locate import find
+from fastlora.files.output import partial_of
+from fastlora.formats import task_vector
+from fastlora.formats.peft import ia3, read
+from fastlora.formats.peft.config import CONFIG_NAME, read_fields
+
+
+def save_adapter(
+    adapter: Adapter, path: Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False
+) -> Path:
+    """Writes one adapter as a PEFT directory, atomically."""
+    from fastlora.files.output import OutputDirectory
+
+    with OutputDirectory(path, overwrite=overwrite) as staging:
+        write_adapter(adapter, staging, dtype)
+    return path
+
+
+def write_adapter(adapter: Adapter, directory: Path, dtype: torch.dtype | str | None = None) -> None:
+    """Writes one adapter into a directory that is being staged."""
+    write_adapters({directory: adapter}, dtype)
+
 
 __all__ = ["load"]
 
@@ -43,7 +65,7 @@ def load(path: str | Path, name: str | None = None) -> Adapter | IA3 | TaskVecto
     fields = read_fields(directory)
     if fields.values.get("peft_type") == "IA3":
         return ia3.read(directory, name, fields)
-    return peft.read(directory, name, fields)
+    return read.read(directory, name, fields)
 
 
 def _refuse_file(path: Path) -> None:

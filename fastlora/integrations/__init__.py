@@ -1,1 +1,3 @@
 """Bridges to other toolkits."""
+
+from __future__ import annotations

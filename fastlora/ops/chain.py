@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlora.errors import InputError
-from fastlora.ops._op import Op, require_dims
+from fastlora.ops.op import Op, require_dims
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 CHAINS = ("product", "palindrome", "mean")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlora.errors import InputError
-from fastlora.ops._op import Op, require_dims, require_floating
+from fastlora.ops.op import Op, require_dims, require_floating
 
 FACTOR_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 BLOCKS = ("full", "pairs", "chain", "diagonal")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlora.ops._op import Op, require_dims, require_floating
 from fastlora.ops.eigh import raise_if_bad
+from fastlora.ops.op import Op, require_dims, require_floating
 
 
 def _check(a: Tensor) -> None:

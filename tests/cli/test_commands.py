@@ -21,7 +21,7 @@ from builders import make_adapter
 from command import ADAPTERS, COMMAND, ROOT, done, environment, places, refused, run, tree
 
 import fastlora as fl
-from fastlora import progress
+from fastlora.runtime import progress
 
 SPAM, MOVIE = ADAPTERS / "spam", ADAPTERS / "movie_a"
 TREC = ADAPTERS / "trec_r16", ADAPTERS / "trec_rslora"

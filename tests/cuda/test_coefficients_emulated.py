@@ -11,7 +11,8 @@ from builders import gaussian
 from torch import Tensor
 
 from fastlora.backends import cuda
-from fastlora.reference.coefficients import Coefficients, coefficients
+from fastlora.ops.coefficients import Coefficients
+from fastlora.reference.coefficients import coefficients
 
 # groups, k, r, movers: one of everything, odd sizes, more adapters than warps, the mean chain's width k·r
 SHAPES = [(1, 1, 1, 1), (3, 3, 5, 1), (2, 2, 4, 2), (1, 11, 3, 1), (2, 3, 3, 3), (1, 2, 17, 1)]

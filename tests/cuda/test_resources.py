@@ -11,7 +11,7 @@ import predictions
 import pytest
 import resources
 
-from fastlora.bench.targets import PREDICTIONS, Prediction, Resident, resident_blocks
+from fastlora.bench.gpu.targets import PREDICTIONS, Prediction, Resident, resident_blocks
 
 LIMITS = json.loads(resources.LIMITS.read_text())
 

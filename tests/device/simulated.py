@@ -20,9 +20,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fastlora import backends, device, engine, stream
-from fastlora.backends import Kernel, cpu
-from fastlora.backends.passes import CombineJob, GramJob
+from fastlora.backends import cpu
+from fastlora.engine import stream
+from fastlora.ops import dispatch
+from fastlora.ops.dispatch import Kernel
+from fastlora.ops.passes import CombineJob, GramJob
+from fastlora.runtime import devices
 
 DEVICE = torch.device("cuda", 0)
 MAKERS = {
@@ -137,7 +140,7 @@ def _kernel(launch: Callable[..., Any]) -> Kernel:
             result = launch(*tree_map(_held, args))
             return tree_map(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, result)
 
-    return Kernel(on_held, backends.always)
+    return Kernel(on_held, dispatch.always)
 
 
 class _Threads(ThreadPoolExecutor):
@@ -157,12 +160,12 @@ def simulated_device() -> Iterator[None]:
     module = types.ModuleType("fastlora.backends.simulated")
     module.KERNELS = {op: _kernel(k.launch) for op, k in cpu.KERNELS.items()}  # type: ignore[attr-defined]
     module.unavailable = lambda: None  # type: ignore[attr-defined]
-    rules = {op: {"cpu": own["cpu"], "cuda": ("simulated",)} for op, own in backends.RULES.items()}
-    real = device.parse
+    rules = {op: {"cpu": own["cpu"], "cuda": ("simulated",)} for op, own in dispatch.RULES.items()}
+    real = devices.parse
     with pytest.MonkeyPatch.context() as patch, _Making():
         patch.setitem(sys.modules, "fastlora.backends.simulated", module)
-        patch.setattr(backends, "RULES", rules)
+        patch.setattr(dispatch, "RULES", rules)
         for user in (engine, stream):
             patch.setattr(user, "ThreadPoolExecutor", _Threads)
-        patch.setattr(device, "parse", lambda d: DEVICE if _is_device(d) else real(d))
+        patch.setattr(devices, "parse", lambda d: DEVICE if _is_device(d) else real(d))
         yield

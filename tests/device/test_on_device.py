@@ -11,7 +11,7 @@ from simulated import DEVICE, OnDevice
 from test_plan import ragged_pool
 
 import fastlora as fl
-from fastlora import device as devices
+from fastlora.engine import buffers
 
 
 def same_files(one: Path, two: Path) -> None:
@@ -68,7 +68,7 @@ def test_one_buffer_an_adapter_and_aligned_views(device: None) -> None:
         stored = [t.source for u in adapter.updates.values() for f in (u.B, u.A) for t in f.terms]
         assert len({t.untyped_storage().data_ptr() for t in stored}) == 1
         start = stored[0].untyped_storage().data_ptr()
-        assert all((t.data_ptr() - start) % devices.ALIGNMENT == 0 for t in stored)
+        assert all((t.data_ptr() - start) % buffers.ALIGNMENT == 0 for t in stored)
 
 
 def test_there_and_back_is_the_same_matrix(device: None) -> None:

@@ -10,7 +10,7 @@ import torch
 from simulated import DEVICE
 
 import fastlora as fl
-from fastlora.adapter import Adapter
+from fastlora.adapters.lora import Adapter
 
 THRESHOLD = 0.5
 

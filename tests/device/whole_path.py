@@ -17,8 +17,8 @@ sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("c
 import pools
 
 import fastlora as fl
-from fastlora import backends
-from fastlora.adapter import Adapter
+from fastlora.adapters.lora import Adapter
+from fastlora.ops import dispatch
 
 TAU = 0.5
 PASSES = ("gram_pass", "combine_pass")
@@ -65,7 +65,7 @@ def check() -> None:
 
 def main() -> None:
     for op in PASSES:
-        backends.RULES[op] = {"cpu": ("triton",)}
+        dispatch.RULES[op] = {"cpu": ("triton",)}
     if sys.argv[1:] == ["emulated"]:
         import emulation
 
@@ -73,7 +73,7 @@ def main() -> None:
 
         cuda._module, cuda._device = emulation.build(), "cpu"
         for op in ("chain", "coefficients"):
-            backends.RULES[op] = {"cpu": ("cuda",)}
+            dispatch.RULES[op] = {"cpu": ("cuda",)}
     check()
 
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastlora as fl
+from fastlora.adapters.ia3 import IA3
+from fastlora.core.data import Scaling
 from fastlora.errors import InputError, UnsupportedAdapter
-from fastlora.ia3 import IA3, Scaling
 
 DATA = Path(__file__).parents[1] / "data"
 PREFIX = "base_model.model."

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from fastlora.cli.arguments import parse, parse_all
+from fastlora.core.names import check_name, check_names_differ
 from fastlora.errors import InputError
-from fastlora.locate import check_name, check_names_differ, find, parse, parse_all
+from fastlora.files.locate import find
 
 
 @pytest.fixture

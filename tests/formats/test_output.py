@@ -11,8 +11,8 @@ from builders import make_adapter
 from safetensors import SafetensorError
 
 from fastlora.errors import InputError, OutputError
+from fastlora.files.output import OutputDirectory, partial_of
 from fastlora.formats import load
-from fastlora.output import OutputDirectory, partial_of
 
 
 def left_in(directory: Path) -> list[str]:

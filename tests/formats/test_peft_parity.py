@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapter import Adapter, Layout
+from fastlora.adapters.lora import Adapter
+from fastlora.core.updates import Layout
 from fastlora.formats import load
-from fastlora.formats.peft_write import write
+from fastlora.formats.peft.write import write
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'fastlora[peft]')")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -385,7 +386,8 @@ def test_experts_of_different_ranks(tmp_path: Path) -> None:
 
 
 def adapter_of_experts(container: str, factors: dict[str, tuple[Tensor, Tensor]], experts: int) -> Adapter:
-    from fastlora.adapter import Factor, Update
+    from fastlora.core.factors import Factor
+    from fastlora.core.updates import Update
 
     updates = {}
     for module, (left, right) in factors.items():

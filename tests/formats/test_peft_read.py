@@ -15,9 +15,10 @@ from builders import MODULES, PREFIX, gaussian, make_adapter, make_config, make_
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastlora.adapter import Update
+from fastlora.core.updates import Update
 from fastlora.errors import InputError, UnsupportedAdapter
-from fastlora.formats import load, tensors
+from fastlora.files import tensor_files
+from fastlora.formats import load
 
 DATA = Path(__file__).parent.parent / "data"
 EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "adapters"
@@ -60,14 +61,17 @@ def test_a_header_that_was_checked_before_is_no_passport(tmp_path: Path) -> None
 
 
 def test_few_and_small_headers_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "LARGEST_KNOWN", 200)
-    for n in range(1, tensors.MOST_KNOWN + 5):
+    monkeypatch.setattr(tensor_files, "LARGEST_KNOWN", 200)
+    for n in range(1, tensor_files.MOST_KNOWN + 5):
         save_file({"x": torch.full((n, 3), float(n))}, tmp_path / f"{n}")
-        assert torch.equal(tensors.read_safetensors(tmp_path / f"{n}")["x"], torch.full((n, 3), float(n)))
-    assert len(tensors._known) == tensors.MOST_KNOWN
+        assert torch.equal(tensor_files.read_safetensors(tmp_path / f"{n}")["x"], torch.full((n, 3), float(n)))
+    assert len(tensor_files._known) == tensor_files.MOST_KNOWN
     save_file({"x" * 300: torch.zeros(2)}, tmp_path / "long")
-    tensors.read_safetensors(tmp_path / "long")
-    assert len(tensors._known) == tensors.MOST_KNOWN and max(len(header) for header, _ in tensors._known) <= 200
+    tensor_files.read_safetensors(tmp_path / "long")
+    assert (
+        len(tensor_files._known) == tensor_files.MOST_KNOWN
+        and max(len(header) for header, _ in tensor_files._known) <= 200
+    )
 
 
 def test_nothing_is_copied_and_the_mapping_outlives_the_file(tmp_path: Path) -> None:
@@ -356,7 +360,7 @@ def replaced(key: str, tensor: Tensor | None) -> Callable[[Path], None]:
 
     def apply(directory: Path) -> None:
         tensors = peft_tensors(make_factors())
-        tensors.pop(f"{PREFIX}{key}", None)
+        tensor_files.pop(f"{PREFIX}{key}", None)
         if tensor is not None:
             tensors[f"{PREFIX}{key}"] = tensor
         save_file(tensors, directory / "adapter_model.safetensors")

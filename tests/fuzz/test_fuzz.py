@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastlora.errors import FastloraError, InputError
-from fastlora.formats.patterns import Patterns
+from fastlora.formats.peft.patterns import Patterns
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))

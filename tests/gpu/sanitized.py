@@ -8,7 +8,7 @@ import torch
 
 import fastlora as fl
 from fastlora.bench.workloads import Workload, make_pool
-from fastlora.plan import DecompositionPlan
+from fastlora.decomposition.plan import DecompositionPlan
 
 
 def require_finite(what: str, *tensors: torch.Tensor) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora.backends import resolve, triton
-from fastlora.backends.passes import CombineJob, GramJob
+from fastlora.backends import triton
+from fastlora.ops.dispatch import resolve
+from fastlora.ops.passes import CombineJob, GramJob
 
 sys.path.append(str(Path(__file__).parents[1] / "triton"))
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fastlora as fl
-from fastlora import device as devices
-from fastlora import stream as streams
 from fastlora.bench.workloads import Workload, llama, make_pool
+from fastlora.core import updates
+from fastlora.engine import stream as streams
 
 TAU = 0.5
 SMALL = {"q": (96, 64), "k": (32, 64), "up": (160, 64), "down": (64, 160)}
@@ -138,9 +138,9 @@ def test_the_next_group_does_not_take_the_memory_of_one_in_use() -> None:
     torch.cuda._sleep(100_000_000)
     with streams.streamed(streams.Stream(torch.device("cuda"), 1 << 20)):
         for part in streams.parts(names, adapters, [[m] for m in modules]):
-            sums += [t.sum() for a in part.adapters for u in a.updates.values() for t in devices.tensors(u)]
+            sums += [t.sum() for a in part.adapters for u in a.updates.values() for t in updates.tensors(u)]
             del part
-    wanted = [t.sum() for m in modules for a in adapters for t in devices.tensors(a.updates[m])]
+    wanted = [t.sum() for m in modules for a in adapters for t in updates.tensors(a.updates[m])]
     torch.testing.assert_close(torch.stack(sums).cpu(), torch.stack(wanted))
 
 

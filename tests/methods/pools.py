@@ -9,9 +9,11 @@ import torch
 from builders import gaussian
 from torch import Tensor
 
-from fastlora.adapter import Adapter, Factor, Update
-from fastlora.engine import materialise
-from fastlora.pool import Pool
+from fastlora.adapters.lora import Adapter
+from fastlora.adapters.pool import Pool
+from fastlora.core.factors import Factor
+from fastlora.core.updates import Update
+from fastlora.engine.materialise import materialise
 
 Part = tuple[Tensor, Tensor, float]
 """``(B [n, r], A [r, m], scaling)``."""

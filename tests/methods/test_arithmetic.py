@@ -13,8 +13,11 @@ from pools import MODULE, Part
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.adapter import Adapter, BaseInfo, Extra, Factor, Layout, Term
-from fastlora.methods.arithmetic import combination, combine_extras
+from fastlora.adapters.lora import Adapter, combination
+from fastlora.core.data import BaseInfo, Extra
+from fastlora.core.factors import Factor, Term
+from fastlora.core.sums import combine_extras
+from fastlora.core.updates import Layout
 
 PARTS: list[Part] = [
     (gaussian(20, 3, seed=1), gaussian(3, 14, seed=2), 2.0),

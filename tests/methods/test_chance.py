@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import generator
 
-from fastlora.methods.chance import (
+from fastlora.analysis.chance import (
     chain_values,
     chance_edge,
     expected_by_chance,

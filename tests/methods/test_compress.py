@@ -10,8 +10,8 @@ from pools import MODULE, Part
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.adapter import Adapter
-from fastlora.methods.spectrum import singular_forms
+from fastlora.adapters.lora import Adapter
+from fastlora.engine.spectrum import singular_forms
 
 
 def graded(r: int = 8, base: float = 10.0, dtype: torch.dtype = torch.float64) -> Part:

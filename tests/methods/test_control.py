@@ -12,8 +12,8 @@ from test_poolgram import counted
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.adapter import Adapter
-from fastlora.methods import control as module
+from fastlora.adapters.lora import Adapter
+from fastlora.coefficients import control as module
 
 
 def ragged(k: int = 3) -> list[Part]:

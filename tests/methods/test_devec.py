@@ -12,10 +12,11 @@ from pools import MODULE, Part
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.engine import materialise
+from fastlora.core.updates import factor, sides
+from fastlora.decomposition.components import Components
+from fastlora.decomposition.devec import ModuleResult
+from fastlora.engine.materialise import materialise
 from fastlora.errors import NonFiniteError
-from fastlora.methods.devec import Components, ModuleResult
-from fastlora.methods.spectrum import factor, sides
 from fastlora.reference.devec import Dense, devec
 
 CHAINS = ["product", "palindrome", "mean"]

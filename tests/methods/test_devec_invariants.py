@@ -17,8 +17,8 @@ from test_devec import CHAINS, basis_of, close
 from torch import Tensor
 
 import fastlora as fl
-from fastlora import engine
-from fastlora.methods.devec import Components
+from fastlora.decomposition.components import Components
+from fastlora.engine import schedule
 from fastlora.reference.devec import devec
 
 SIDES = ["left", "right"]
@@ -237,7 +237,7 @@ def test_same_bits_whatever_the_threads_and_chunks(
     expected = results()
     for count, size in ((1, 256 * 2**20), (2, 256 * 2**20), (2, 1), (1, 40_000)):
         threads(count)
-        monkeypatch.setattr(engine, "CHUNK_BYTES", size)
+        monkeypatch.setattr(schedule, "CHUNK_BYTES", size)
         for got, wanted in zip(results(), expected, strict=True):
             assert torch.equal(got, wanted), f"{count} threads, {size} bytes"
 

@@ -13,8 +13,8 @@ from pools import MODULE, Part
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.adapter import Adapter
-from fastlora.methods.dipm import Operator
+from fastlora.adapters.lora import Adapter
+from fastlora.dipm import Operator
 from fastlora.reference import dipm as dense
 
 N, M, R = 22, 17, 4

@@ -12,7 +12,7 @@ from pools import MODULE
 from test_dipm import INPUTS, M, N, adapters, part
 
 import fastlora as fl
-from fastlora.adapter import Extra
+from fastlora.core.data import Extra
 
 
 def test_messages(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.adapter import BaseInfo, Extra
-from fastlora.ia3 import IA3, Scaling
+from fastlora.adapters.ia3 import IA3
+from fastlora.core.data import BaseInfo, Extra, Scaling
 
 SHAPES = {"layers.0.key": (24, 1), "layers.0.up": (1, 16), "conv": (1, 6, 1, 1)}
 

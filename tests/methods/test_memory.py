@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import fastlora as fl
-from fastlora.adapter import Adapter, Factor, Update
-from fastlora.backends import Kernel, cpu
-from fastlora.backends.passes import GramJob
+from fastlora.adapters.lora import Adapter
+from fastlora.backends import cpu
+from fastlora.core.factors import Factor
+from fastlora.core.updates import Update
 from fastlora.errors import InputError
-from fastlora.memory import parse
+from fastlora.ops.dispatch import Kernel
+from fastlora.ops.passes import GramJob
+from fastlora.runtime.memory import parse
 
 MODULES, WIDTH, RANK, ADAPTERS = 60, 4096, 16, 4  # 31 MB an adapter in each direction: 126 MB in, 150 MB out
 

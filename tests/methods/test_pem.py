@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.adapter import Adapter, Extra, Layout, Update
+from fastlora.adapters.lora import Adapter
+from fastlora.core.data import Extra
+from fastlora.core.updates import Layout, Update
 
 SHAPES = {"layers.0.q": (24, 16), "layers.0.up": (40, 16), "layers.1.q": (7, 30)}
 Dense = dict[str, tuple[Tensor, Tensor, float]]

@@ -16,10 +16,13 @@ from pools import MODULE
 from torch import Tensor
 
 import fastlora as fl
-from fastlora import backends, engine
-from fastlora.adapter import Adapter, source_key
-from fastlora.backends import Kernel, resolve
-from fastlora.backends.passes import GramJob
+from fastlora.adapters.lora import Adapter
+from fastlora.core import updates
+from fastlora.core.factors import source_key
+from fastlora.engine import materialise
+from fastlora.ops import dispatch
+from fastlora.ops.dispatch import Kernel, resolve
+from fastlora.ops.passes import GramJob
 
 
 @contextmanager
@@ -39,7 +42,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[object]]:
         return replace(kernel, launch=launch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(backends, "resolve", spying)
+        patch.setattr(dispatch, "resolve", spying)
         yield reads
 
 
@@ -54,7 +57,7 @@ def ragged_pool(dtype: torch.dtype = torch.float32) -> fl.Pool:
 
 
 def factors_of(adapter: Adapter) -> list[Tensor]:
-    return [t for m in adapter.modules for t in engine.materialise([adapter.updates[m].baked()], torch.float64)[0]]
+    return [t for m in adapter.modules for t in materialise.materialise([adapter.updates[m].baked()], torch.float64)[0]]
 
 
 def same_bits(one: Adapter, two: Adapter) -> None:
@@ -124,7 +127,7 @@ def test_cached_blocks_give_the_same_bits_and_read_nothing(
     expected = use(pool)
     with counted(monkeypatch) as reads:
         gram = fl.PoolGram(pool)
-    stored = {source_key(s) for s in engine.sources(u for a in pool.adapters for u in a.updates.values())}
+    stored = {source_key(s) for s in updates.sources(u for a in pool.adapters for u in a.updates.values())}
     assert set(reads) == stored and set(reads.values()) == {1}
     with counted(monkeypatch) as reads, gram:
         found = use(pool)

@@ -12,9 +12,10 @@ from builders import gaussian
 from pools import MODULE, Part
 
 import fastlora as fl
-from fastlora.adapter import Adapter, Extra
+from fastlora.adapters.lora import Adapter
+from fastlora.core.data import Extra
+from fastlora.decomposition.report import Report
 from fastlora.reference.devec import devec
-from fastlora.report import Report
 
 
 def report(parts: list[Part], threshold: float = 0.85, **settings: object) -> Report:

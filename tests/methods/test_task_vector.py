@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastlora as fl
-from fastlora.finetune import TaskVector
+from fastlora.adapters.task_vector import TaskVector
 
 SHAPES = {
     "embeddings.word_embeddings.weight": (30, 8), "layers.0.q.weight": (12, 8), "layers.0.q.bias": (12,),

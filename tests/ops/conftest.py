@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import fastlora as fl
-from fastlora.backends import current_backend, use_backend
+from fastlora.ops.dispatch import current_backend, use_backend
 
 DEVICE = os.environ.get("FASTLORA_TEST_DEVICE", "")
 OPS = ("gram", "combine", "eigh", "eigh_ex", "svd", "svd_ex", "chain")

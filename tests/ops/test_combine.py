@@ -9,8 +9,9 @@ from factors import BACKENDS, DTYPES, SHAPES, columns, fill_padding, ragged_rank
 from torch import Tensor
 
 import fastlora as fl
-from fastlora import engine
-from fastlora.adapter import Factor, Term, Update
+from fastlora.core.factors import Factor, Term
+from fastlora.core.updates import Update
+from fastlora.engine import materialise
 
 
 def small(batch: int, k: int, r: int, q: int, *, rows: bool, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -133,7 +134,7 @@ def test_the_engine_writes_ragged_terms_rounded_once(backend: str, dtype: torch.
     factor = Factor(side, 130, 13, terms)
     update = Update(other, factor) if rows else Update(factor, other)
     with fl.use_backend(backend):
-        left, right = engine.materialise([update], dtype)[0]
+        left, right = materialise.materialise([update], dtype)[0]
     got = (right.mT if rows else left).double()
     assert ((got - exact).abs() <= torch.finfo(dtype).eps * 0.501 * exact.abs() + 1e-7 * (dtype == torch.float16)).all()
     assert (left if rows else right).data_ptr() == other.terms[0].source.data_ptr()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import fastlora as fl
-from fastlora import backends
+from fastlora.ops import dispatch
 
 Call = Callable[[Tensor], Any]
 
@@ -190,14 +190,14 @@ def test_a_missing_core_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_which_backend_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
-    assert backends.current_backend() == "auto"
+    assert dispatch.current_backend() == "auto"
     monkeypatch.setenv("FASTLORA_BACKEND", "reference")
-    assert backends.current_backend() == "reference"
+    assert dispatch.current_backend() == "reference"
     with fl.use_backend("cpu"):
-        assert backends.current_backend() == "cpu"
+        assert dispatch.current_backend() == "cpu"
         with fl.use_backend("auto"):
-            assert backends.current_backend() == "auto"
-        assert backends.current_backend() == "cpu"
+            assert dispatch.current_backend() == "auto"
+        assert dispatch.current_backend() == "cpu"
     monkeypatch.setenv("FASTLORA_BACKEND", "gpu")
     with pytest.raises(fl.InputError, match="backend 'gpu' does not exist: use one of auto, cuda"):
         fl.ops.gram(TALL)
@@ -207,28 +207,28 @@ def test_which_backend_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_device_is_refused() -> None:
     with fl.use_backend("cpu"), pytest.raises(RuntimeError, match="a tensor is on meta, this backend needs the CPU"):
-        backends.resolve("gram", TALL.to("meta"))
+        dispatch.resolve("gram", TALL.to("meta"))
 
 
 def test_rules_name_backends_that_have_the_op() -> None:
-    for op, by_device in backends.RULES.items():
+    for op, by_device in dispatch.RULES.items():
         assert set(by_device) == {"cpu", "cuda"}
         for device, names in by_device.items():
             tables = [importlib.import_module(f"fastlora.backends.{name}").KERNELS for name in names]
-            assert set(names) <= set(backends.ORDER)
+            assert set(names) <= set(dispatch.ORDER)
             assert any(op in table for table in tables), f"nothing computes {op} on {device}"
             assert "reference" not in names or device == "cpu", "the slow formulas run on a GPU when they are forced"
-    every = {op for name in backends.ORDER for op in importlib.import_module(f"fastlora.backends.{name}").KERNELS}
-    assert every == set(backends.RULES)
+    every = {op for name in dispatch.ORDER for op in importlib.import_module(f"fastlora.backends.{name}").KERNELS}
+    assert every == set(dispatch.RULES)
 
 
 def test_auto_goes_by_the_device() -> None:
-    assert backends.candidates("eigh", "cuda")[0] == "cuda"
-    assert backends.candidates("gram", "cuda")[0] == "triton"
-    assert backends.candidates("eigh", "cpu")[0] == "cpu"
+    assert dispatch.candidates("eigh", "cuda")[0] == "cuda"
+    assert dispatch.candidates("gram", "cuda")[0] == "triton"
+    assert dispatch.candidates("eigh", "cpu")[0] == "cpu"
     with pytest.raises(RuntimeError, match=r"there are no kernels for tensors on meta: move them with `.to\('cpu'\)`"):
-        backends.resolve("gram", TALL.to("meta"))
-    assert backends.device_of() == backends.device_of([]) == "cpu"
+        dispatch.resolve("gram", TALL.to("meta"))
+    assert dispatch.device_of() == dispatch.device_of([]) == "cpu"
 
 
 def test_tensors_on_different_devices() -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from builders import gaussian
 
-from fastlora.backends import resolve
-from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm
+from fastlora.ops.dispatch import resolve
+from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])

@@ -14,8 +14,8 @@ from factors import BACKENDS, at_odd_address
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.backends import prepared, resolve
-from fastlora.backends.passes import CombineJob, CombineOutput, CombineTerm, WriteProblem
+from fastlora.ops.dispatch import prepared, resolve
+from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm, WriteProblem
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, (1,)), (33, (5, 16)), (700, (16, 17, 40)), (1100, (16,) * 4), (515, (3, 70))]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import fastlora as fl
 from fastlora.backends import triton
-from fastlora.backends.passes import CombineJob, CombineOutput, GramBlock, GramJob
 from fastlora.ops.gram import blocks_of
+from fastlora.ops.passes import CombineJob, CombineOutput, GramBlock, GramJob
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from processes import execute
 
-from fastlora.bench.targets import PREDICTIONS, resident_blocks
+from fastlora.bench.gpu.targets import PREDICTIONS, resident_blocks
 
 HERE = Path(__file__).parent
 OLDEST = "3.6.0"

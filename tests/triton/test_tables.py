@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastlora.backends import combine_tables, gram_tables
-from fastlora.backends.tables import Matrix, Sections
+from fastlora.backends.triton import combine_tables, gram_tables
+from fastlora.backends.triton.tables import Matrix, Sections
 
 BF16, FP32 = 3, 0
 FAR = 2**47 - 2**20  # near the end of the address space

@@ -1,0 +1,139 @@
+"""(IA)³ adapters: vectors that rescale what goes into a module or comes out of it (arXiv 2205.05638)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastlora.core.data import BaseInfo, Extra, Scaling
+from fastlora.core.vector_space import Operators, expression
+from fastlora.errors import InputError
+
+
+class IA3(Operators):
+    """An (IA)³ adapter: one :class:`Scaling` per module of the base model, named by its path in it.
+
+    Arithmetic is centred at one, where an adapter changes nothing (MATH section 4): ``Σ w_i x_i`` has
+    ``l = 1 + Σ w_i (l_i − 1)``, so ``-a`` is ``2 − l``, and a module that an adapter lacks counts as ``l = 1``.
+    """
+
+    kind = "an (IA)³ adapter"
+
+    def __init__(
+        self,
+        name: str,
+        vectors: Mapping[str, Scaling],
+        *,
+        extras: Mapping[str, Extra] | None = None,
+        base: BaseInfo | None = None,
+        dtype: torch.dtype = torch.float32,
+        provenance: Mapping[str, object] | None = None,
+        notes: Iterable[str] = (),
+    ) -> None:
+        self.name = name
+        self.vectors = dict(vectors)
+        self.extras = dict(extras or {})
+        self.base = base or BaseInfo()
+        self.dtype = dtype
+        self.provenance: dict[str, object] = dict(provenance or {"adapter": name})
+        self.notes = list(notes)
+
+    @property
+    def modules(self) -> list[str]:
+        """Module paths, in the order of the file."""
+        return list(self.vectors)
+
+    def __contains__(self, module: str) -> bool:
+        return module in self.vectors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.vectors)
+
+    def __repr__(self) -> str:
+        return f"IA3({self.name!r}, {len(self.vectors)} modules, {str(self.dtype)[6:]})"
+
+    def vector(self, module: str) -> Tensor:
+        """``l`` of one module, flat, float64 ``[in]`` or ``[out]``."""
+        if module not in self.vectors:
+            raise InputError(
+                f"(IA)³ adapter {self.name!r} has no module {module!r}, which so is not scaled (`.modules` lists all "
+                f"{len(self.vectors)})"
+            )
+        return self.vectors[module].vector.double().flatten()
+
+    def renamed(self, strip: str, put: str) -> IA3:
+        """The adapter under module names without the prefix ``strip`` and with ``put`` before them."""
+        return IA3(
+            self.name,
+            {put + m.removeprefix(strip): s for m, s in self.vectors.items()},
+            extras={put + p.removeprefix(strip): e for p, e in self.extras.items()},
+            base=self.base,
+            dtype=self.dtype,
+            provenance=self.provenance,
+            notes=self.notes,
+        )
+
+    def without_extras(self) -> IA3:
+        """The vectors alone, without replaced modules."""
+        return IA3(
+            self.name,
+            self.vectors,
+            base=replace(self.base, modules_to_save=()),
+            dtype=self.dtype,
+            provenance={"without_extras": self.provenance},
+            notes=self.notes,
+        )
+
+    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
+        """Writes a PEFT directory, atomically. ``dtype=None`` keeps the widest dtype of the inputs."""
+        from fastlora.files.output import OutputDirectory
+        from fastlora.formats.peft.ia3 import write
+
+        with OutputDirectory(path, overwrite=overwrite) as staging:
+            write(staging, self, dtype)
+        return Path(path)
+
+    @classmethod
+    def weighted_sum(cls, terms: Sequence[tuple[float, IA3]], name: str | None = None) -> IA3:
+        """``l = 1 + Σ w_i (l_i − 1)`` in every module that some adapter has."""
+        from fastlora.core.dtypes import widest
+        from fastlora.core.sums import combine_extras, common_base
+
+        adapters = [a for _, a in terms]
+        modules = list(dict.fromkeys(m for a in adapters for m in a))
+        return cls(
+            name or expression([(w, a.name) for w, a in terms]),
+            {m: _sum(m, [(w, a) for w, a in terms if m in a]) for m in modules},
+            extras=combine_extras(terms),
+            base=common_base(adapters),
+            dtype=widest(a.dtype for a in adapters),
+            provenance={"sum": [{"weight": w, "of": a.provenance} for w, a in terms], "semantics": "exact"},
+            notes=list(dict.fromkeys(n for a in adapters for n in a.notes)),
+        )
+
+
+def check_same(module: str, first: IA3, second: IA3) -> None:
+    """Refuses vectors of different shapes, or of which one scales inputs and the other outputs."""
+    one, two = first.vectors[module], second.vectors[module]
+    if one.shape != two.shape or one.feedforward != two.feedforward:
+        raise InputError(
+            f"module {module!r}: {first.name!r} scales its {one.scales} ({list(one.shape)}), {second.name!r} its "
+            f"{two.scales} ({list(two.shape)}); these adapters are of different base models or were set up differently "
+            "(`feedforward_modules`), and their sum is no (IA)³ adapter"
+        )
+
+
+def _sum(module: str, terms: Sequence[tuple[float, IA3]]) -> Scaling:
+    first = terms[0][1]
+    for _, other in terms[1:]:
+        check_same(module, first, other)
+    if len(terms) == 1 and terms[0][0] == 1.0:
+        return first.vectors[module]
+    total = torch.ones(first.vectors[module].shape, dtype=torch.float64)
+    for weight, adapter in terms:
+        total += weight * (adapter.vectors[module].vector.double() - 1.0)
+    return replace(first.vectors[module], vector=total)

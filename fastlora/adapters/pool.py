@@ -1,0 +1,203 @@
+"""Pools: adapters of one base model, whose modules are aligned by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from fastlora.adapters.alignment import alignment, renamed
+from fastlora.adapters.lora import Adapter
+from fastlora.core.names import check_name, check_names_differ
+from fastlora.core.updates import Layout
+from fastlora.core.vector_space import Operators
+from fastlora.errors import InputError, UnsupportedAdapter
+from fastlora.files.locate import find
+from fastlora.formats import load
+from fastlora.runtime import devices
+from fastlora.runtime.cpython import paused_collector
+
+
+def on_device(pool: Pool, device: str | torch.device | None) -> Pool:
+    """The pool where it is computed on: on ``device``, or where all of it is."""
+    return pool.to(devices.parse(device) or pool.device)
+
+
+Source = str | os.PathLike[str]
+
+
+class Pool:
+    """Adapters of one base model, in a fixed order and by name.
+
+    Ranks, dtypes and the modules that are adapted may differ. ``notices`` says what was noticed while the
+    adapters were put together: differing base models, aligned names, adapters that share no module. ``align=False``
+    takes module names as they are.
+
+    Raises :class:`InputError` when names repeat, shapes of a module disagree or nothing overlaps.
+    """
+
+    def __init__(self, adapters: Iterable[Operators], *, align: bool = True) -> None:
+        given = [require_updates(adapter) for adapter in adapters]
+        if not given:
+            raise InputError("a pool needs adapters, none was given")
+        for adapter in given:
+            check_name(adapter.name)
+        check_names_differ((a.name, repr(a)) for a in given)
+        self.notices: list[str] = []
+        self._adapters: dict[str, Adapter] = {}
+        self._owners: dict[str, list[int]] = {}
+        for adapter in given:
+            self._add(adapter, align)
+        self._compare_bases()
+
+    @classmethod
+    def load(cls, sources: Iterable[Source | Operators] | Mapping[str, Source]) -> Pool:
+        """Loads a list of PEFT directories or Hub ids, named by their folders, or ``{name: path}``."""
+        if isinstance(sources, str | os.PathLike):
+            raise InputError(
+                f"a pool is loaded from a list of paths or {{name: path}}, not from the one path {sources}"
+            )
+        with paused_collector():
+            if isinstance(sources, Mapping):
+                return cls(load(os.fspath(path), name) for name, path in sources.items())
+            given = [s if isinstance(s, Operators) else os.fspath(s) for s in sources]
+            check_names_differ((find(s).name, s) for s in given if isinstance(s, str))
+            return cls(load(s) if isinstance(s, str) else s for s in given)
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        return list(self._adapters.values())
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._adapters)
+
+    @property
+    def modules(self) -> list[str]:
+        """Every module that some adapter has, in order of first appearance."""
+        return list(self._owners)
+
+    def present(self, module: str) -> list[int]:
+        """Positions in the pool of the adapters that have ``module``."""
+        return list(self._owners.get(module, ()))
+
+    def __getitem__(self, name: str) -> Adapter:
+        try:
+            return self._adapters[name]
+        except KeyError:
+            raise InputError(f"the pool has no adapter {name!r}; it has {', '.join(self._adapters)}") from None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters are. Raises :class:`InputError` when they are on different devices."""
+        found = {a.device: a.name for a in reversed(self._adapters.values())}
+        if len(found) > 1:
+            where = ", ".join(f"{name!r} on {device}" for device, name in reversed(found.items()))
+            raise InputError(f"the adapters of the pool are on different devices ({where}); use `pool.to(…)`")
+        return next(iter(found))
+
+    def to(self, device: torch.device | str) -> Pool:
+        """The pool on a device (``"cpu"``, ``"cuda"``, ``"cuda:1"``): one buffer and one copy an adapter.
+
+        A pool that is there already is returned as it is."""
+        adapters = [a.to(device) for a in self.adapters]
+        if all(a is b for a, b in zip(adapters, self.adapters, strict=True)):
+            return self
+        moved = Pool(adapters, align=False)
+        moved.notices = list(self.notices)
+        return moved
+
+    def subset(self, names: Iterable[str]) -> Pool:
+        """A pool of some of the adapters, in the order given, under the module names that they have here."""
+        return Pool((self[name] for name in names), align=False)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._adapters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __repr__(self) -> str:
+        return f"Pool({', '.join(self._adapters)}: {len(self._owners)} modules)"
+
+    def _add(self, adapter: Adapter, align: bool) -> None:
+        if self._adapters and align:
+            adapter = self._aligned(adapter)
+        earlier = self.adapters
+        for module in adapter.updates:
+            owners = self._owners.setdefault(module, [])
+            if owners:
+                self._check_module(module, earlier[owners[0]], adapter)
+            owners.append(len(earlier))
+        self._adapters[adapter.name] = adapter
+
+    def _check_module(self, module: str, first: Adapter, second: Adapter) -> None:
+        one, two = first.updates[module], second.updates[module]
+        if one.shape != two.shape:
+            raise InputError(
+                f"module {module!r} is {_shape(one.shape)} in adapter {first.name!r} and "
+                f"{_shape(two.shape)} in adapter {second.name!r}; they belong to different base models (or "
+                "to different vocabularies)"
+            )
+        if one.layout is not two.layout and one.layout != two.layout:
+            raise InputError(
+                f"module {module!r} is {_layout(one.layout)} in adapter {first.name!r} and "
+                f"{_layout(two.layout)} in adapter {second.name!r}; they belong to different base models"
+            )
+
+    def _aligned(self, adapter: Adapter) -> Adapter:
+        """The adapter under the module names of the pool."""
+        change, notice = alignment(adapter.name, adapter.modules, self._owners.keys(), self._adapters)
+        if notice is not None:
+            self.notices.append(notice)
+        return adapter if change is None else renamed(adapter, *change)
+
+    def _compare_bases(self) -> None:
+        first, *rest = self.adapters
+        for other in rest:
+            if other.base.layer_replication != first.base.layer_replication:
+                raise InputError(
+                    f"adapters {first.name!r} and {other.name!r} repeat layers of the base model differently "
+                    f"(layer_replication {first.base.layer_replication} and "
+                    f"{other.base.layer_replication}), so their layer numbers mean different layers; "
+                    "combine only adapters that agree"
+                )
+        for what, values in (
+            ("base models", {a.name: a.base.model for a in self.adapters}),
+            ("revisions of the base model", {a.name: a.base.revision for a in self.adapters}),
+        ):
+            told = {name: value for name, value in values.items() if value is not None}
+            if len(set(told.values())) > 1:
+                listed = ", ".join(f"{name}: {value}" for name, value in told.items())
+                self.notices.append(f"the adapters name different {what} ({listed})")
+
+
+def require_updates(element: Operators, what: str = "a pool") -> Adapter:
+    """The element if it is a LoRA adapter. Raises :class:`UnsupportedAdapter` for ``what`` needs ``ΔW = s·B·A``."""
+    if isinstance(element, Adapter):
+        return element
+    if element.kind == "a task vector":
+        out = "make a LoRA adapter of it first: `.extract(rank=…)` or `.extract(energy=…)`"
+    else:
+        out = "combine (IA)³ adapters with +, − and *, `fl.add`, `fl.negate`, `fl.analogy`, `fl.compose` or "
+        out += "`fastlora compose`"
+    raise UnsupportedAdapter(
+        f"{element.name!r} is {element.kind} and has no low-rank updates s·B·A, which {what} needs (to merge, "
+        f"decompose, compress, compare); {out}"
+    )
+
+
+def _shape(shape: tuple[int, int]) -> str:
+    return f"[{shape[0]}, {shape[1]}]"
+
+
+def _layout(layout: Layout) -> str:
+    if layout.kind == "conv":
+        return f"a convolution with kernel {list(layout.kernel)}"
+    if layout.kind == "expert":
+        return f"expert {layout.expert} of {layout.experts}"
+    return {"linear": "a linear module", "embedding": "an embedding"}[layout.kind]

@@ -1,0 +1,214 @@
+"""Full fine-tunes as task vectors: the change of every parameter, ``τ = θ − θ₀`` (arXiv 2212.04089). For small models:
+everything here is dense."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastlora.adapters.lora import Adapter
+from fastlora.core.vector_space import Operators, expression
+from fastlora.errors import InputError, NonFiniteError
+
+State = Mapping[str, Tensor]
+Source = State | str | os.PathLike[str]
+
+LISTED = 4
+"""Names in a message."""
+
+
+class TaskVector(Operators):
+    """The change of every parameter between a base model and a fine-tune of it.
+
+    ``deltas``: ``{parameter: change}``, float32 (float64 where the model is); parameters that did not change are left
+    out and count as zero. Arithmetic is that of the changes.
+    """
+
+    kind = "a task vector"
+
+    def __init__(
+        self,
+        name: str,
+        deltas: State,
+        *,
+        provenance: Mapping[str, object] | None = None,
+        notes: Iterable[str] = (),
+    ) -> None:
+        self.name = name
+        self.deltas = dict(deltas)
+        self.provenance: dict[str, object] = dict(provenance or {"task_vector": name})
+        self.notes = list(notes)
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the parameters that change."""
+        return list(self.deltas)
+
+    @property
+    def norm(self) -> float:
+        """``‖τ‖``, over all parameters."""
+        return math.sqrt(sum(float(d.double().square().sum()) for d in self.deltas.values()))
+
+    def __contains__(self, parameter: str) -> bool:
+        return parameter in self.deltas
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.deltas)
+
+    def __repr__(self) -> str:
+        return f"TaskVector({self.name!r}, {len(self.deltas)} parameters)"
+
+    @classmethod
+    def weighted_sum(cls, terms: Sequence[tuple[float, TaskVector]], name: str | None = None) -> TaskVector:
+        """``Σ w_i τ_i``, parameter by parameter."""
+        vectors = [v for _, v in terms]
+        deltas: dict[str, Tensor] = {}
+        for parameter in dict.fromkeys(p for v in vectors for p in v):
+            own = [(w, v.deltas[parameter]) for w, v in terms if parameter in v]
+            shapes = {tuple(d.shape) for _, d in own}
+            if len(shapes) > 1:
+                found = " and ".join(str(list(s)) for s in sorted(shapes))
+                raise InputError(
+                    f"{parameter}: cannot add changes of shapes {found}: these are of different base models"
+                )
+            total = sum(w * d.double() for w, d in own)
+            assert isinstance(total, Tensor)
+            deltas[parameter] = total.to(_widest(d for _, d in own))
+        return cls(
+            name or expression([(w, v.name) for w, v in terms]),
+            deltas,
+            provenance={"sum": [{"weight": w, "of": v.provenance} for w, v in terms], "semantics": "exact"},
+            notes=list(dict.fromkeys(n for v in vectors for n in v.notes)),
+        )
+
+    def apply(self, base: Source) -> dict[str, Tensor]:
+        """``θ₀ + τ`` as a state dict, each parameter in the base model's dtype; ``base`` is left as it is.
+
+        Raises :class:`InputError` for parameters that the base model lacks or has in another shape.
+        """
+        state = read_state(base)
+        lacking = [p for p in self.deltas if p not in state]
+        if lacking:
+            raise InputError(
+                f"task vector {self.name!r} changes {_listed(lacking)}, which the base model does not have; it belongs "
+                "to another model"
+            )
+        for parameter, delta in self.deltas.items():
+            _check_shapes(parameter, state[parameter], delta)
+        changed = {p: (state[p].to(d.dtype) + d).to(state[p].dtype) for p, d in self.deltas.items()}
+        return {p: changed[p] if p in changed else value.clone() for p, value in state.items()}
+
+    def extract(
+        self,
+        rank: int | None = None,
+        *,
+        energy: float | None = None,
+        embeddings: Sequence[str] | None = None,
+        fan_in_fan_out: bool = False,
+        biases: bool = False,
+        base_model: str | None = None,
+    ) -> Adapter:
+        """A LoRA adapter: the best approximation of every weight matrix's change. See
+        :func:`fastlora.methods.extract.extract`."""
+        from fastlora.adapters.extract import extract
+
+        return extract(
+            self,
+            rank,
+            energy=energy,
+            embeddings=embeddings,
+            fan_in_fan_out=fan_in_fan_out,
+            biases=biases,
+            base_model=base_model,
+        )
+
+    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
+        """Writes one ``.safetensors`` file, atomically; :func:`fastlora.load` reads it. ``dtype=None``: float32."""
+        from fastlora.formats.task_vector import write
+
+        return write(Path(path), self, dtype, overwrite=overwrite)
+
+
+def task_vector(base: Source, finetuned: Source, name: str | None = None, *, common_only: bool = False) -> TaskVector:
+    """``τ = θ − θ₀`` of two state dicts, each a mapping, a ``.safetensors`` or ``.bin``/``.pt`` file, or a model's
+    directory.
+
+    name: of the result; that of the fine-tune's file or folder by default.
+    common_only: leave out parameters that only one of the two has (a new head) instead of refusing them; the result's
+        ``notes`` name them.
+
+    Whole numbers and flags (buffers) are no parameters: they take part in nothing, and a note names those that differ.
+
+    Raises :class:`InputError` for files that cannot be read, parameters that only one has or whose shapes differ, and
+    NaN or Inf. Differences are taken in float64 and kept in float32 (float64 where the model is).
+    """
+    first, second = read_state(base), read_state(finetuned)
+    if name is None:
+        name = "task" if isinstance(finetuned, Mapping) else _name(Path(finetuned).expanduser().absolute())
+    notes = []
+    alone = [p for p in (*first, *second) if (p in first) != (p in second)]
+    if alone and not common_only:
+        raise InputError(
+            f"only one of the two models has {_listed(alone)}, whose change is unknown; leave such parameters out with "
+            "common_only=True"
+        )
+    if alone:
+        notes.append(f"task vector {name!r}: only one of the models has {_listed(alone)}, left out")
+    deltas: dict[str, Tensor] = {}
+    counted = []
+    for parameter in (p for p in first if p in second):
+        old, new = first[parameter], second[parameter]
+        _check_shapes(parameter, old, new)
+        if not (old.is_floating_point() and new.is_floating_point()):
+            if not torch.equal(old, new):
+                counted.append(parameter)
+            continue
+        delta = new.double() - old.double()
+        if not bool(delta.isfinite().all()):
+            raise NonFiniteError(
+                f"{parameter} holds NaN or Inf in the base model or in the fine-tune, so its change would mean "
+                "nothing; save the models again"
+            )
+        if bool(delta.any()):
+            deltas[parameter] = delta.to(_widest((old, new)))
+    if counted:
+        notes.append(f"task vector {name!r}: {_listed(counted)} differ and are no parameters, left out")
+    return TaskVector(name, deltas, notes=notes)
+
+
+def read_state(source: Source) -> dict[str, Tensor]:
+    """A state dict from a mapping, a file of tensors or a model's directory; files are mapped."""
+    if isinstance(source, Mapping):
+        wrong = next((k for k, v in source.items() if not isinstance(v, Tensor)), None)
+        if wrong is not None:
+            raise InputError(f"the state dict holds {wrong!r}, which is no tensor; pass `model.state_dict()`")
+        return {k: v.detach() for k, v in source.items()}
+    from fastlora.files.shards import read_model
+
+    return read_model(Path(source))
+
+
+def _name(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
+
+
+def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _check_shapes(parameter: str, first: Tensor, second: Tensor) -> None:
+    if first.shape != second.shape:
+        raise InputError(
+            f"{parameter} is {list(first.shape)} in one and {list(second.shape)} in the other; these are different "
+            "models"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

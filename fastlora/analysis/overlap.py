@@ -1,0 +1,93 @@
+"""How similar the adapters of a pool are: cosines of updates (13) and overlap of their column spaces (14)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlora import ops
+from fastlora.adapters.pool import Pool, on_device
+from fastlora.engine.blocks import Blocks, read_blocks
+from fastlora.engine.checks import raise_for_info
+from fastlora.engine.gram import gram_blocks
+from fastlora.engine.schedule import module_parts
+from fastlora.ops.gram import blocks_of
+
+
+def overlap(pool: Pool, *, device: str | torch.device | None = None) -> Overlap:
+    """Similarity of every pair: cosine of ``ΔW`` (13) and subspace overlap (14), per module and in total."""
+    return pool_overlap(on_device(pool, device))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Overlap:
+    """Similarity matrices in the order of ``names``; NaN where a pair has no module in common or a zero update.
+
+    ``cosine [k, k]``: ``⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖·‖ΔW_j‖)`` over the modules that both have. ``subspace [k, k]``: mean
+    over those modules of ``‖U_iᵀU_j‖_F² / min(q_i, q_j)``. ``modules``: the same two matrices for every module.
+    """
+
+    names: list[str]
+    cosine: Tensor
+    subspace: Tensor
+    modules: dict[str, tuple[Tensor, Tensor]]
+
+
+def pool_overlap(pool: Pool) -> Overlap:
+    """Both similarities of every pair, from one read of the factors."""
+    k = len(pool)
+    products = torch.zeros(k, k, dtype=torch.float64)
+    squares = torch.zeros(k, k, dtype=torch.float64)  # Σ‖ΔW_i‖² over the modules that j has too
+    shares = torch.zeros(k, k, dtype=torch.float64)
+    counts = torch.zeros(k, k, dtype=torch.float64)
+    modules = {}
+    for source, group, part in module_parts(pool, None, "comparing"):
+        blocks = read_blocks(source, group, part, "left", "pairs")
+        inner, subspace = (x.cpu() for x in _similarities(blocks, group.rtols))
+        index = torch.tensor(group.members)
+        for g, module in enumerate(part):
+            norms = inner[g].diagonal().sqrt()
+            cosine, space = (torch.full((k, k), torch.nan, dtype=torch.float64) for _ in range(2))
+            cosine[index[:, None], index] = inner[g] / (norms[:, None] * norms)
+            space[index[:, None], index] = subspace[g]
+            modules[module] = (cosine, space)
+            products[index[:, None], index] += inner[g]
+            squares[index[:, None], index] += inner[g].diagonal()[:, None].expand_as(inner[g])
+            known = subspace[g].isfinite()
+            shares[index[:, None], index] += torch.where(known, subspace[g], 0.0)
+            counts[index[:, None], index] += known
+    cosine = products / (squares * squares.mT).sqrt()
+    ordered = {m: modules[m] for m in pool.modules if m in modules}
+    return Overlap(list(pool.names), cosine, shares / counts, ordered)
+
+
+def _similarities(blocks: Blocks, rtols: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """``⟨ΔW_i, ΔW_j⟩`` and ``‖U_iᵀU_j‖²/min(q_i, q_j)`` of every module: ``[g, k, k]`` each."""
+    k = len(blocks.group.members)
+    device = blocks.projected.device
+    upper = torch.ones(k, k, dtype=torch.bool, device=device).triu()
+    full = torch.where(upper[:, :, None, None], blocks.projected, blocks.projected.transpose(1, 2).mT)
+    r = full.shape[-1]
+    other = gram_blocks([[u.A for u in row] for row in blocks.updates], r, blocks_of("pairs", k))
+    other = torch.where(upper[:, :, None, None], other, other.transpose(1, 2).mT)
+    scaling = torch.tensor([[u.scaling for u in row] for row in blocks.updates], dtype=torch.float64).to(device)
+    inner = (full * other).sum((-1, -2)) * scaling[:, :, None] * scaling[:, None]
+
+    # Each adapter alone, with its own noise floor: its whitening T_i [r, r], columns beyond the kept directions zero.
+    alone = [
+        ops.chain(
+            full[:, i, i, None, None].contiguous(), blocks.other[:, i, None].contiguous(), threshold=0.0,
+            rtol=rtols[i], floor=blocks.floor[:, i, None].contiguous(),
+        )
+        for i in range(k)
+    ]  # fmt: skip
+    for found in alone:
+        raise_for_info(blocks.modules, found.info)
+    T = torch.stack([found.basis[:, 0] for found in alone], 1)  # [g, k, r, r]
+    kept = torch.cat([found.kept for found in alone], 1).double()  # [g, k]
+    cosines = T[:, :, None].mT @ full @ T[:, None]  # U_iᵀU_j
+    smaller = torch.minimum(kept[:, :, None], kept[:, None])
+    return inner, cosines.square().sum((-1, -2)) / smaller

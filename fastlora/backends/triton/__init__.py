@@ -1,0 +1,236 @@
+"""The Triton kernels: tensors on a CUDA device become tables of addresses here, and are checked here.
+
+A plan holds the tables of a pass on the device and launches it again and again, on whatever the tensors hold by then:
+``plan.run()`` allocates nothing and waits for nothing, so it can be captured in a CUDA graph, once each of its kernels
+has been compiled by a first run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.backends import padded
+from fastlora.backends.triton import combine_tables, gram_tables
+from fastlora.backends.triton.tables import Matrix, Sections
+from fastlora.ops.dispatch import Kernel
+from fastlora.ops.passes import CombineJob, CombineOutput, GramJob
+
+OLDEST = (3, 6)
+HOPPER = 9  # major compute capability whose tensor cores leave registers for three products in one program
+
+
+def is_interpreted() -> bool:
+    """Whether the kernels run on CPU tensors, in Triton's interpreter: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _installed() -> str | None:
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed: `pip install 'fastlora[triton]'`, or use the cpu backend"
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        return f"Triton {found} is installed, but {'.'.join(map(str, OLDEST))} or later is needed"
+    return None
+
+
+def unavailable() -> str | None:
+    if not is_interpreted() and not torch.cuda.is_available():
+        return "there is no CUDA device that torch can use; use the cpu backend"
+    return _installed()
+
+
+def _refused(tensors: Sequence[object]) -> str | None:
+    """Why tensors cannot be used together, or ``None``."""
+    kind = "cpu" if is_interpreted() else "cuda"
+    devices: set[torch.device] = set()
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.device.type != kind:
+            return f"a tensor is on {tensor.device}, this backend needs {'the CPU' if kind == 'cpu' else 'CUDA'}"
+        devices.add(tensor.device)
+    if len(devices) > 1:
+        return f"tensors are on {' and '.join(sorted(map(str, devices)))}: move them to one device first"
+    return None
+
+
+def _supports(*args: object) -> str | None:
+    return _refused(args)
+
+
+def _supports_gram(jobs: Sequence[GramJob]) -> str | None:
+    return _refused([x for job in jobs for x in (*job.factors, job.out)])
+
+
+def _supports_combine(jobs: Sequence[CombineJob]) -> str | None:
+    outputs = [output for job in jobs for output in job.outputs]
+    if any(output.file >= 0 for output in outputs):
+        return "results that go to files are computed on the CPU: move the factors there, or give each result memory"
+    coefficients = [c for output in outputs for _, c, _, _ in output.terms]
+    return _refused([*(x for job in jobs for x in job.factors), *(output.out for output in outputs), *coefficients])
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Launches of one pass in order, and the tensors that they read and write."""
+
+    launches: tuple[Any, ...]  # tritonkernels.launch.Launch
+    device: torch.device
+    alive: tuple[Tensor, ...]
+
+    def run(self) -> None:
+        """Launches on the current stream of the plan's device."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            for launch in self.launches:
+                launch.run()
+
+
+def _require(reason: str | None) -> None:
+    if reason is not None:
+        raise ValueError(f"triton: {reason}")
+
+
+def gram_plan(jobs: Sequence[GramJob]) -> Plan:
+    """The gram pass of some jobs, for as long as their tensors stay where they are. Rows must be contiguous."""
+    _require(_supports_gram(jobs))
+    alive = tuple(x for job in jobs for x in (*job.factors, job.out))
+    device = alive[0].device if alive else torch.device("cpu")
+    own = [
+        gram_tables.Job(
+            tuple(Matrix.of(x, job.rows) for x in job.factors),
+            job.blocks, job.rows, job.out.data_ptr() + 8 * job.start, job.stride,
+        )
+        for job in jobs
+    ]  # fmt: skip
+    return _gram_launches(list(gram_tables.chunks(own, _forms_three(device))), device, alive)
+
+
+def _forms_three(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= HOPPER
+
+
+def _gram_launches(chunks: Sequence[gram_tables.Chunk], device: torch.device, alive: tuple[Tensor, ...]) -> Plan:
+    from tritonkernels import gram
+
+    sections = Sections()
+    places = [
+        (sections.add(c.slabs), {k: sections.add(t) for k, t in c.sums.items()}, sections.add(c.blocks)) for c in chunks
+    ]
+    buffer = sections.to(device)
+    # The chunks take turns with the workspace.
+    parts = torch.empty(max((c.size for c in chunks), default=0), dtype=torch.float64, device=device)
+    launches = []
+    for chunk, (slabs, sums, blocks) in zip(chunks, places, strict=True):
+        rows, half, code, odd, vector = chunk.kind
+        for products, place in sums.items():
+            programs = len(chunk.sums[products])
+            if not programs:
+                continue
+            tables = buffer[place], buffer[slabs], parts
+            if products is None:
+                launches.append(gram.exact_sums_launch(programs, *tables, rows=rows, code=code, odd=odd))
+            else:
+                launches.append(
+                    gram.half_sums_launch(
+                        programs, *tables, rows=rows, code=code, odd=odd, vector=vector, products=products
+                    )
+                )
+        tables = buffer[blocks], buffer[slabs], parts
+        launches.append(gram.write_blocks_launch(len(chunk.blocks), *tables))
+        if half:
+            launches.append(gram.repair_blocks_launch(len(chunk.blocks), *tables, rows=rows, code=code, odd=odd))
+    return Plan(tuple(launches), device, (*alive, buffer, parts))
+
+
+def combine_plan(jobs: Sequence[CombineJob]) -> Plan:
+    """The combine pass of some jobs, for as long as their tensors stay where they are. Rows must be contiguous."""
+    from tritonkernels import combine
+
+    _require(_supports_combine(jobs))
+    alive: list[Tensor] = []
+    own = [[_result(output, job, alive) for output in job.outputs] for job in jobs]
+    device = alive[0].device if alive else torch.device("cpu")
+    half = tuple((tall, wide) for wide, tall in combine.HALF_TILES.items())
+    shapes = combine_tables.Tiles(half, combine.ROUGH_TILES, combine.EXACT_TILE)
+    batches = list(combine_tables.batches(own, shapes))
+    sections = Sections()
+    places = [[sections.add(t) for t in (b.tiles, b.results, b.terms, b.chosen)] for b in batches]
+    buffer = sections.to(device)
+    launches = []
+    for batch, own_places in zip(batches, places, strict=True):
+        tiles, results, terms, chosen = (buffer[p] for p in own_places)
+        rows, is_half, code, out, odd, vector, tall, wide = batch.kind
+        common = {"rows": rows, "code": code, "out": out, "odd": odd}
+        tables = results, terms
+        if not is_half:
+            launches.append(combine.exact_results_launch(len(batch.tiles), tiles, *tables, **common))
+            continue
+        launches.append(
+            combine.half_results_launch(len(batch.tiles), tiles, terms, vector=vector, tall=tall, wide=wide, **common)
+        )
+        if len(batch.chosen):
+            launches.append(combine.extreme_results_launch(len(batch.chosen), chosen, *tables, **common))
+    return Plan(tuple(launches), device, (*alive, buffer))
+
+
+def _result(output: CombineOutput, job: CombineJob, alive: list[Tensor]) -> combine_tables.Result:
+    if output.out is None:
+        raise ValueError("triton: a result without memory has nowhere to go")
+    out = Matrix.of(output.out, job.rows)
+    if not combine_tables.is_writable(out):
+        raise ValueError(f"triton: a result lies at address {out.address}, which its dtype {output.dtype} cannot have")
+    alive.append(output.out)
+    terms = []
+    for f, c, at, scale in output.terms:
+        x = Matrix.of(job.factors[f], job.rows)
+        if not x.width:
+            continue
+        alive.append(job.factors[f])
+        if c is None:
+            terms.append(combine_tables.Term(x, 0, 0, x.width, at, scale))
+            continue
+        width = c.shape[0 if job.rows else 1]
+        if not width:
+            continue
+        if c.dtype != torch.float64 or (c.shape[1] > 1 and c.stride(1) != 1) or c.data_ptr() % 8:
+            raise ValueError(f"a coefficient must be float64 with contiguous rows: {c.dtype} {c.stride()}")
+        alive.append(c)
+        terms.append(combine_tables.Term(x, c.data_ptr(), c.stride(0), width, at, scale))
+    return combine_tables.Result(out, tuple(terms), job.rows)
+
+
+def _with_contiguous_rows(x: Tensor) -> Tensor:
+    return x.contiguous() if x.shape[1] > 1 and x.stride(1) != 1 else x
+
+
+def _gram_pass(jobs: Sequence[GramJob]) -> None:
+    gram_plan([replace(job, factors=[_with_contiguous_rows(x) for x in job.factors]) for job in jobs]).run()
+
+
+def _combine_pass(jobs: Sequence[CombineJob]) -> None:
+    combine_plan([replace(job, factors=[_with_contiguous_rows(x) for x in job.factors]) for job in jobs]).run()
+
+
+def _finite(x: Tensor) -> bool:
+    """One read: the largest absolute value is NaN or Inf exactly when an element is."""
+    return not x.numel() or bool(torch.linalg.vector_norm(x, ord=torch.inf).isfinite())
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "gram": Kernel(functools.partial(padded.gram, _gram_pass), _supports),
+    "combine": Kernel(functools.partial(padded.combine, _combine_pass), _supports),
+    "finite": Kernel(_finite, _supports),
+    "gram_pass": Kernel(_gram_pass, _supports_gram, gram_plan),
+    "combine_pass": Kernel(_combine_pass, _supports_combine, combine_plan),
+}

@@ -1,0 +1,337 @@
+"""Times on a CUDA device: by events, each answer checked first, inputs that are not in the L2 cache.
+
+``python3 -m fastlora.bench.device OUT`` writes one JSON object a line into ``OUT`` as it finishes each case; ``--tiny``
+on inputs that show whether everything runs, and nothing about time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import shutil
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+import fastlora as fl
+from fastlora.bench.contest import Unavailable, require
+from fastlora.bench.gpu.targets import MAIN
+from fastlora.bench.solvers import gram, identity
+from fastlora.bench.workloads import Workload, make_pool, write_pool
+from fastlora.bench.workloads import find as find_workload
+from fastlora.decomposition.plan import DecompositionPlan
+
+Run = Callable[[], object]
+
+TAU = 0.85
+PATIENCE = 1.0  # seconds of rounds of one run: fewer where it is slow
+HEAD_START = 2_000_000  # cycles, a millisecond
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of what is measured."""
+
+    workload: Workload
+    checked: int  # modules of the workload whose results are compared with those of the CPU
+    batch: int  # matrices
+    copied: int  # bytes
+    flush: int  # bytes written between rounds: several times the L2 cache
+    rounds: int
+
+
+FULL = Sizes(find_workload(MAIN), checked=7, batch=1792, copied=2**30, flush=2**28, rounds=21)
+SMALL = Workload({"a": (37, 29), "b": (64, 48)}, 3, 5, torch.bfloat16)
+TINY = Sizes(SMALL, checked=2, batch=4, copied=2**16, flush=2**16, rounds=1)
+
+
+def device_seconds(run: Run, sizes: Sizes, head_start: int = HEAD_START) -> float:
+    """Median seconds on the device between two events around a run, the L2 cache cleared before each.
+
+    The device waits for ``head_start`` cycles before the first event, so that what the host takes to launch the run is
+    not counted where it is less and the run does not wait for the device.
+    """
+    flush = torch.empty(sizes.flush, dtype=torch.uint8, device="cuda")
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    rounds = int(PATIENCE / (time.perf_counter() - start))
+    found = []
+    for _ in range(max(1, min(rounds, sizes.rounds))):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        flush.zero_()
+        torch.cuda._sleep(head_start)  # type: ignore[no-untyped-call]
+        before.record()
+        run()
+        after.record()
+        after.synchronize()
+        found.append(float(before.elapsed_time(after)) / 1e3)
+    return statistics.median(found)
+
+
+def captured(run: Run) -> Run:
+    """A run as a CUDA graph: what the device takes, without what the host takes to launch it."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
+
+
+def copy_bandwidth(sizes: Sizes) -> float:
+    """Bytes read and written a second by a large copy on the device."""
+    source = torch.ones(sizes.copied, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / device_seconds(lambda: target.copy_(source), sizes)
+
+
+def limits(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    yield {"key": "copy", "bytes_per_second": copy_bandwidth(sizes)}
+
+
+def decompose(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """The whole decomposition and its two passes, as CUDA graphs and launched from Python."""
+    pool = make_pool(sizes.workload)
+    _require_same(make_pool(sizes.workload.head(sizes.checked)))
+    plan = DecompositionPlan(pool.to("cuda"), TAU)
+    read = sum(
+        f.stored.nbytes for a in pool.adapters for u in a.updates.values() for f in (u.B, u.A) if f.stored is not None
+    )
+    written = sum(t.nbytes for own in plan.unique_parts.values() for t in own.values())
+    written += sum(t.nbytes for pair in plan.shared_parts.values() for t in pair)
+    blocks = plan.block_bytes
+    bandwidth = copy_bandwidth(sizes)
+    graph = plan.capture()
+    yield {"key": "decompose", "seconds": device_seconds(graph.replay, sizes), "floor": (read + written) / bandwidth,
+           "note": f"CUDA graph; {read / 1e6:.0f} MB read once, {written / 1e6:.0f} MB written"}  # fmt: skip
+    eager = device_seconds(plan.run, sizes, head_start=0)
+    yield {"key": "decompose, eager", "seconds": eager, "floor": (read + written) / bandwidth}
+    for key, run, moved in (
+        ("gram", plan.gram.run, read + blocks),
+        ("combine", plan.combine.run, read + written),
+    ):
+        yield {"key": key, "seconds": device_seconds(captured(run), sizes), "floor": moved / bandwidth}
+    for i, part in enumerate(plan.parts):
+        yield {"key": f"chain and coefficients, group {i}", "seconds": device_seconds(captured(part.run), sizes)}
+
+
+def _require_same(pool: fl.Pool) -> None:
+    """The plan on the device against the CPU backend: ``ΔW`` of every result."""
+    plan = DecompositionPlan(pool.to("cuda"), TAU, dtype=torch.float32)
+    plan.run()
+    found, wanted = plan.adapters(), fl.decompose(pool, TAU).adapters()
+    for place, adapter in wanted.items():
+        own = found[place].to("cpu")
+        for module in adapter.modules:
+            require(f"{place} {module}", own.delta(module), adapter.delta(module), 2e-5)
+
+
+def eigh(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    for n in (16, 32, 33, 64, 128):
+        a = gram(n, sizes.batch, torch.float32).to("cuda")
+        values, vectors = fl.ops.eigh(a)
+        tolerance = 200 * torch.finfo(a.dtype).eps
+        require("eigh", (vectors * values[..., None, :]) @ vectors.mT, a, tolerance)
+        require("orthogonality", vectors.mT @ vectors, identity(n, sizes.batch, a.dtype).to("cuda"), tolerance)
+        copies = [a.clone() for _ in range(8)]
+        ours = device_seconds(_rotated(fl.ops.eigh_ex, copies), sizes)
+        yield {"key": f"eigh {n}", "seconds": ours, "floor": None, "note": f"{sizes.batch} matrices"}
+        opponents: dict[str, Callable[[], Run]] = {}
+        if n != 33:
+            opponents |= {"cupy": partial(_cupy_eigh, a, values), "cusolver": partial(_cusolver_eigh, a, values)}
+        if n > 32:
+            opponents["torch"] = partial(_torch, torch.linalg.eigh, a)
+        for name, opponent in opponents.items():
+            yield _against(f"eigh {n} {name}", ours, opponent, sizes)
+
+
+def _rotated(op: Callable[[Tensor], object], inputs: list[Tensor]) -> Run:
+    """Calls an op on one input after the other."""
+    state = {"next": 0}
+
+    def run() -> object:
+        state["next"] += 1
+        return op(inputs[state["next"] % len(inputs)])
+
+    return run
+
+
+def _against(key: str, ours: float, opponent: Callable[[], Run], sizes: Sizes) -> dict[str, Any]:
+    """A row; an opponent that fails here, in whatever way, is named as not measured and stops nothing else."""
+    try:
+        theirs = device_seconds(opponent(), replace(sizes, rounds=min(7, sizes.rounds)))
+    except Unavailable as reason:
+        return {"key": key, "skipped": str(reason)}
+    except Exception as error:
+        return {"key": key, "skipped": f"{type(error).__name__}: {_last_line(error)}"}
+    return {"key": key, "seconds": ours, "opponent": theirs}
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[-1]
+
+
+def _torch(op: Callable[..., object], a: Tensor, **options: Any) -> Run:
+    return partial(op, a, **options)
+
+
+def _cupy_eigh(a: Tensor, wanted: Tensor) -> Run:
+    try:
+        import cupy
+    except ImportError as error:
+        raise Unavailable(f"CuPy is not installed ({error})") from None
+    x = cupy.from_dlpack(a)  # CuPy's and torch's current streams are both the default one
+    require("CuPy's values", from_dlpack(cupy.linalg.eigh(x)[0]), wanted, 1e-4)
+    return partial(cupy.linalg.eigh, x)
+
+
+def _cusolver() -> Any:
+    """cuSOLVER as torch has loaded it."""
+    torch.linalg.eigh(torch.eye(2, device="cuda"))
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "libcusolver.so" in line:
+            return ctypes.CDLL(line.split()[-1])
+    raise Unavailable("torch has loaded no libcusolver.so")
+
+
+def _cusolver_eigh(a: Tensor, wanted: Tensor) -> Run:
+    """``cusolverDnXsyevBatched`` on a copy of the input, which it overwrites with the vectors: the copy is counted."""
+    library = _cusolver()
+    if not hasattr(library, "cusolverDnXsyevBatched"):
+        raise Unavailable("this cuSOLVER has no cusolverDnXsyevBatched")
+    batch, n = a.shape[0], a.shape[-1]
+    handle, parameters = ctypes.c_void_p(), ctypes.c_void_p()
+    work, values = torch.empty_like(a), a.new_empty(batch, n)
+    info = torch.zeros(batch, dtype=torch.int32, device="cuda")
+
+    def call(name: str, *arguments: Any) -> None:
+        status = getattr(library, name)(*arguments)
+        if status:
+            raise Unavailable(f"{name} returned {status}")
+
+    def address(t: Tensor) -> ctypes.c_void_p:
+        return ctypes.c_void_p(t.data_ptr())
+
+    call("cusolverDnCreate", ctypes.byref(handle))
+    call("cusolverDnCreateParams", ctypes.byref(parameters))
+    call("cusolverDnSetStream", handle, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+    vectors, lower, real, wide = 1, 0, 0, ctypes.c_int64  # CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER, CUDA_R_32F
+    problem = (
+        handle, parameters, vectors, lower, wide(n), real, address(work), wide(n), real, address(values), real,
+    )  # fmt: skip
+    on_device, on_host = ctypes.c_size_t(), ctypes.c_size_t()
+    sizes = ctypes.byref(on_device), ctypes.byref(on_host), wide(batch)
+    call("cusolverDnXsyevBatched_bufferSize", *problem, *sizes)
+    device_room = torch.empty(max(1, on_device.value), dtype=torch.uint8, device="cuda")
+    host_room = torch.empty(max(1, on_host.value), dtype=torch.uint8)
+
+    def run() -> None:
+        work.copy_(a)
+        call(
+            "cusolverDnXsyevBatched", *problem, address(device_room), on_device, address(host_room), on_host,
+            address(info), wide(batch),
+        )  # fmt: skip
+
+    run()
+    torch.cuda.synchronize()
+    require("cuSOLVER's values", values, wanted, 1e-4)
+    return run
+
+
+def svd(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    for n, batch in ((16, sizes.batch), (32, sizes.batch), (64, sizes.batch // 4)):
+        a = torch.randn(batch, n, n, generator=torch.Generator().manual_seed(0)).to("cuda")
+        u, s, vh = fl.ops.svd(a)
+        tolerance = 200 * torch.finfo(a.dtype).eps
+        require("svd", (u * s[..., None, :]) @ vh, a, tolerance)
+        require("orthogonality", vh @ vh.mT, identity(n, batch, a.dtype).to("cuda"), tolerance)
+        ours = device_seconds(_rotated(fl.ops.svd_ex, [a.clone() for _ in range(8)]), sizes)
+        yield _against(f"svd {n} torch", ours, partial(_torch, torch.linalg.svd, a, full_matrices=False), sizes)
+
+
+def files(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Wall time from files to files against copying as many bytes as are written."""
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        inputs = write_pool(sizes.workload, root / "in")
+
+        def ours() -> None:
+            shutil.rmtree(root / "out", ignore_errors=True)
+            start = time.perf_counter()
+            fl.decompose(fl.Pool.load(inputs), TAU, device="cuda").save(root / "out")
+            times.append(time.perf_counter() - start)
+
+        def copy() -> None:
+            shutil.rmtree(root / "copy", ignore_errors=True)
+            (root / "copy").mkdir()
+            start = time.perf_counter()
+            for i, source in enumerate(results):
+                shutil.copyfile(source, root / "copy" / str(i))
+            times.append(time.perf_counter() - start)
+
+        times: list[float] = []
+        ours()
+        results = sorted((root / "out").rglob("*.safetensors"))
+        for source in results:
+            source.rename(root / f"{len(list(root.iterdir()))}.safetensors")
+        results = sorted(root.glob("*.safetensors"))
+        found = {}
+        for name, run in (("ours", ours), ("copy", copy)):
+            run()
+            times.clear()
+            for _ in range(3):
+                run()
+            found[name] = statistics.median(times)
+        size = sum(f.stat().st_size for f in results)
+        yield {"key": "files", "seconds": found["ours"], "floor": found["copy"],
+               "note": f"wall time; {size / 1e6:.0f} MB written, shutil.copyfile on one thread"}  # fmt: skip
+
+
+CASES: dict[str, Callable[[Sizes], Iterator[dict[str, Any]]]] = {
+    "limits": limits, "decompose": decompose, "files": files, "eigh": eigh, "svd": svd,
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--tiny", action="store_true", help="inputs that show whether everything runs")
+    arguments = parser.parse_args()
+    sizes = TINY if arguments.tiny else FULL
+    failed = 0
+    with arguments.out.open("a", encoding="utf-8") as file:
+        for name in arguments.cases:
+            start = time.perf_counter()
+            try:
+                for row in CASES[name](sizes):
+                    print(json.dumps(row), file=file, flush=True)
+                    print(json.dumps(row), flush=True)
+            except Exception as error:
+                traceback.print_exc()
+                failure = f"{type(error).__name__}: {_last_line(error)}"
+                print(json.dumps({"key": name, "failed": failure}), file=file, flush=True)
+                failed += 1
+            torch.cuda.empty_cache()
+            print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

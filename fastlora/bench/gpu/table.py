@@ -1,0 +1,116 @@
+"""Measurements of a GPU as tables, beside what was to be reached and what was predicted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastlora.bench.gpu.targets import BANDWIDTH, PREDICTIONS, TARGETS, WARPS
+
+Rows = Sequence[dict[str, Any]]
+NOT_MEASURED = "not measured"
+
+FACTS = (
+    "device",
+    "driver",
+    "cuda",
+    "nvcc",
+    "torch",
+    "triton",
+    "cupy-cuda13x",
+    "cupy-cuda12x",
+    "python",
+    "commit",
+    "time",
+)
+
+
+def facts_line(facts: dict[str, Any]) -> str:
+    """Device, versions and commit: a result without them means nothing."""
+    return "; ".join(f"{name} {facts[name]}" for name in FACTS if facts.get(name)) + "."
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{1e6 * value:.3g} µs" if value < 1e-3 else f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def target_table(rows: Rows) -> list[str]:
+    """What was to be reached, with what was measured or "not measured"."""
+    by_key = {r["key"]: r for r in rows}
+    lines = ["| what | floor | must | aim | measured | reached |", "|---|---|---|---|---|---|"]
+    for t in TARGETS:
+        row = by_key.get(t.key, {})
+        measured, reached = NOT_MEASURED, "–"
+        reference = row.get("opponent") if t.unit == "opponent" else row.get("floor")
+        if "seconds" in row and (reference or t.unit == "s"):
+            value = t.reached(row["seconds"], reference or 1.0)
+            measured = seconds(row["seconds"]) + (f" ({value:.2f} ×)" if t.unit != "s" else "")
+            reached = "aim" if t.holds(value, t.aim) else "must" if t.holds(value, t.must) else "no"
+        elif "skipped" in row or "failed" in row:
+            measured = f"{NOT_MEASURED}: {row.get('skipped') or row.get('failed')}"
+        floor = seconds(row["floor"]) if row.get("floor") else t.floor
+        lines.append(f"| {t.what} | {floor} | {t.limit(t.must)} | {t.limit(t.aim)} | {measured} | {reached} |")
+    return lines
+
+
+def row_table(rows: Rows) -> list[str]:
+    """Every measurement as it came."""
+    lines = ["| case | ours | floor | opponent | note |", "|---|---|---|---|---|"]
+    for r in rows:
+        if r["key"] == "copy" and "bytes_per_second" in r:
+            lines.append(f"| copy on the device | {r['bytes_per_second'] / 1e12:.2f} TB/s, read + written | – | – | |")
+            continue
+        note = r.get("note") or r.get("skipped") or r.get("failed") or ""
+        cells = (seconds(r.get(k)) for k in ("seconds", "floor", "opponent"))
+        lines.append(f"| {r['key']} | {' | '.join(cells)} | {note} |")
+    return lines
+
+
+def prediction_table() -> list[str]:
+    """What an H100 needs at the least by its peaks, from bytes and operations."""
+    lines = [
+        "| kernel | work | bytes | operations | blocks × warps | predicted | note |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for p in PREDICTIONS:
+        cells = [
+            p.kernel,
+            p.work,
+            f"{p.moved / 1e6:.4g} MB",
+            f"{p.operations / 1e9:.4g} G {p.rate}",
+            ", ".join(map(str, p.resident)),
+            seconds(p.seconds),
+            p.note,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def latest() -> dict[str, Any] | None:
+    """The newest result beside the source, or ``None``."""
+    folder = Path(__file__).resolve().parents[2] / "benches" / "results"
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("gpu-*.json")]
+    return max(found, key=lambda d: str(d["facts"].get("time", "")), default=None)
+
+
+def section() -> str:
+    """The part of docs/benchmarks.md about GPUs."""
+    result = latest()
+    rows: Rows = result["rows"] if result else []
+    head = (
+        facts_line(result["facts"])
+        if result
+        else "Not measured: no result of `make gpu` lies in benches/results/. Only a real device's times stand here."
+    )
+    intro = (
+        "Predictions for an H100, to hold a measurement against: bytes over "
+        f"{BANDWIDTH / 1e12:.2f} TB/s, operations over the peak of the unit that does them, or the steps that depend "
+        "on each other ([gpu_kernels.md](gpu_kernels.md)), whichever is longest; a launch adds 2–4 µs in a CUDA graph. "
+        f"Blocks that a multiprocessor holds at once, of its {WARPS} warps, by the compiled kernels' registers and "
+        "shared memory."
+    )
+    return "\n".join(["", "## GPU", "", head, "", *target_table(rows), "", intro, "", *prediction_table(), ""])

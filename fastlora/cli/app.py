@@ -1,0 +1,42 @@
+"""The command line: its commands, its version, its entry point. Imports nothing heavy until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from fastlora.cli.exits import guarded, listen
+
+app = typer.Typer(
+    name="fastlora",
+    help="Merge, decompose and edit pools of LoRA adapters, exactly and without dense matrices.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich would double the time that --help takes
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        import fastlora
+
+        typer.echo(f"fastlora {fastlora.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point: 0 done, 2 wrong use or bad input (one message), 1 internal error, 128 + n stopped by signal n."""
+    listen()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # σ and ‖ where the encoding has none
+    sys.exit(guarded(lambda: app(standalone_mode=False)))

@@ -1,0 +1,75 @@
+"""``NAME=PATH:WEIGHT``: an adapter as an argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastlora.core.names import check_name, check_names_differ
+from fastlora.errors import InputError
+from fastlora.files.locate import exists, find
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """One adapter as the command line names it: ``PATH``, ``PATH:WEIGHT`` or ``NAME=PATH[:WEIGHT]``.
+
+    ``weight`` is ``None`` where none was given.
+    """
+
+    name: str
+    path: Path
+    weight: float | None = None
+
+
+def parse(text: str) -> AdapterSpec:
+    """Reads one adapter argument; an existing path wins over a reading with ``:`` or ``=``.
+
+    Raises :class:`InputError` for what exists in no reading, a weight that is no finite number, or an
+    unusable name.
+    """
+    readings = list(_readings(text))
+    exists = next((r for r in readings if exists(r[1])), None)
+    # Where nothing exists, the reading with the most parts is what was meant: it gives the clearest message,
+    # and a Hub id is not there yet.
+    name, path, weight = exists or readings[-1]
+    found = find(path)
+    name = found.name if name is None else name
+    check_name(name)
+    return AdapterSpec(name, found.path, None if weight is None else _weight(weight, text))
+
+
+def parse_all(texts: Iterable[str]) -> list[AdapterSpec]:
+    """Reads the adapter arguments of one command, whose names must differ."""
+    specs = [parse(text) for text in texts]
+    check_names_differ((s.name, str(s.path)) for s in specs)
+    return specs
+
+
+def _readings(text: str) -> Iterable[tuple[str | None, str, str | None]]:
+    """``(name, path, weight)`` as ``text`` can be split, from no split to every split."""
+    yield None, text, None
+    head, colon, weight = text.rpartition(":")
+    if colon and head:
+        yield None, head, weight
+    # A separator before "=" means that "=" belongs to the path.
+    name, equals, rest = text.partition("=")
+    if equals and "/" not in name:
+        yield name, rest, None
+        head, colon, weight = rest.rpartition(":")
+        if colon and head:
+            yield name, head, weight
+
+
+def _weight(text: str, argument: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise InputError(
+            f"in {argument!r} the weight {text!r} is no finite number; write PATH:WEIGHT, such as legal:0.7"
+        )
+    return weight

@@ -1,0 +1,54 @@
+"""``fastlora extract``: a full fine-tune as a task vector or a LoRA adapter. Imports nothing heavy until it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastlora.cli.app import app
+from fastlora.cli.commands.compose import Out
+from fastlora.cli.options import DType, Energy, Json, Overwrite, Quiet, Rank
+from fastlora.cli.run import output_target, running, write_element
+from fastlora.errors import InputError
+
+MODEL_HELP = "a file of tensors (.safetensors, .bin, .pt) or a model's directory."
+Base = Annotated[Path, typer.Argument(help=f"The base model: {MODEL_HELP}", metavar="BASE", show_default=False)]
+Tuned = Annotated[Path, typer.Argument(help=f"Its fine-tune: {MODEL_HELP}", metavar="TUNED", show_default=False)]
+
+
+@app.command()
+def extract(
+    base: Base,
+    tuned: Tuned,
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+    common_only: Annotated[
+        bool, typer.Option("--common-only", help="Leave out parameters that only one of the models has.")
+    ] = False,
+    biases: Annotated[bool, typer.Option("--biases", help="Keep the changes of biases in the adapter.")] = False,
+    dtype: DType = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """The change from a model to its fine-tune: a task vector, or with --rank or --energy a LoRA adapter."""
+    with running("auto", None, quiet):
+        lowrank = rank is not None or energy is not None
+        if biases and not lowrank:
+            raise InputError("--biases is for an adapter; a task vector holds every parameter (or give --rank N)")
+        if lowrank != (out.suffix != ".safetensors"):
+            raise InputError(
+                f"--out {out}: "
+                + ("an adapter is a directory" if lowrank else "a task vector is a file, NAME.safetensors")
+                + ("; leave out --rank and --energy for a task vector" if lowrank else "; give --rank N for an adapter")
+            )
+        target = output_target(out, overwrite, [base, tuned])
+        from fastlora.adapters.task_vector import task_vector
+
+        vector = task_vector(base, tuned, out.stem, common_only=common_only)
+        result = vector.extract(rank, energy=energy, biases=biases) if lowrank else vector
+        result.notes = list(dict.fromkeys([*vector.notes, *result.notes]))
+        write_element(result, target, out, dtype, as_json, quiet, overwrite)

@@ -1,0 +1,115 @@
+"""How a command ends: exit codes, signals, one message for whatever went wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fastlora.errors import FastloraError
+
+if TYPE_CHECKING:
+    from fastlora.files.output import OutputDirectory
+
+
+# Newer typer has a copy of click inside, older typer uses click: this is the class in both.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+UNPRINTABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+class _Stopped(BaseException):
+    """A signal asked to stop; no ``except Exception`` on the way takes this for an error."""
+
+
+outputs: list[OutputDirectory] = []
+"""What the command writes; nothing of it is left when a signal stops the command."""
+
+_signals: list[tuple[int, float]] = []
+"""What was received, and when."""
+
+_listening = False
+"""Whether a signal still stops the command: not once its exit code is known."""
+
+
+def _stop(number: int, _: object) -> None:
+    # Senders like timeout(1) signal twice, and cleaning up takes less than a second. One later than that is
+    # heard again: compiled code can lose an exception that is raised inside it.
+    now = time.monotonic()
+    if _listening and (not _signals or now - _signals[-1][1] > 1.0):
+        _signals.append((number, now))
+        raise _Stopped
+
+
+def listen() -> None:
+    """Makes the signals that ask a process to end stop the command, which then cleans up."""
+    global _listening
+    _listening = True
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = signal.Signals.__members__.get(name)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
+
+
+def guarded(run: Callable[[], object]) -> int:
+    """Runs a command; its exit code. Errors that are no user's are raised."""
+    global _listening
+    try:
+        code = run()
+        sys.stdout.flush()
+        _listening = False
+        return code if isinstance(code, int) else 0
+    except BaseException as error:
+        _listening = bool(_signals)  # cleaning up may be stopped again, telling of an error may not
+        if _signals:  # also where compiled code made another error of it
+            for output in outputs:
+                output.discard()
+            _listening = False
+            written = [str(output.path) for output in outputs if output.written]
+            way_out = f"{written[0]} is complete" if written else "run the same command again"
+            _complain(f"interrupted: no output is left half-written; {way_out}")
+            return 128 + _signals[0][0]
+        # typer makes SystemExit(1) of a broken pipe.
+        cause = error.__context__ if isinstance(error, SystemExit) else error
+        if isinstance(cause, BrokenPipeError):
+            _leave_stdout()  # the reader went away: not an error of ours, and nothing more to say
+            return 0
+        message = _message(error)
+        if message is None:
+            raise
+        _complain(f"error: {message}")
+        return 2
+
+
+def _message(error: BaseException) -> str | None:
+    """What to tell about an error that is none of the program; ``None`` for those that are."""
+    if isinstance(error, FastloraError):
+        return str(error)
+    if isinstance(error, UsageError):
+        return _usage(error)
+    if isinstance(error, MemoryError):
+        return "out of memory; close other programs or use fewer adapters at once"
+    if isinstance(error, OSError) and error.errno in UNPRINTABLE:
+        _leave_stdout()
+        return f"the result could not be printed: {error.strerror}"
+    return None
+
+
+def _usage(error: Any) -> str:
+    message = str(error.format_message()).rstrip(".")
+    return message if error.ctx is None else f"{message}; see `{error.ctx.command_path} --help`"
+
+
+def _complain(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _leave_stdout() -> None:
+    """Python writes what is left in the buffer when it ends: into nothing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

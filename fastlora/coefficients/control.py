@@ -1,0 +1,150 @@
+"""Controls for shared components: as many random or principal directions, with the same rank and norm."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastlora import ops
+from fastlora.adapters.lora import Adapter
+from fastlora.coefficients.pool_gram import PoolGram
+from fastlora.core.updates import Update
+from fastlora.decomposition.components import Components
+from fastlora.decomposition.devec import ModuleResult
+from fastlora.decomposition.result import Decomposition
+from fastlora.engine.blocks import PairBlocks, pair_blocks
+from fastlora.engine.gram import gram_blocks
+from fastlora.errors import InputError
+
+KINDS = ("random", "top")
+# Directions below it, relative to the largest, are not taken for the adapters' own: what a Gram matrix says about them
+# is rounding to 1e-6 and worse.
+RTOL = 1e-5
+
+
+def control(parts: Decomposition, kind: str = "random", *, seed: int = 0) -> dict[str, Adapter]:
+    """What shared components are to be compared with: the same construction, MATH (10), with other directions.
+
+    In every module where a component shares ``q`` directions, ``Z [n, q]`` is replaced by other orthonormal directions
+    of the column space of its adapters (the row space with ``side="right"``), ``Σ_i ω_i Z Zᵀ ΔW_i`` is formed with the
+    ``ω_i`` of these directions, and scaled to the Frobenius norm of the shared component. *Our definition.*
+
+    Args:
+        parts: a decomposition of ``mode="pool"`` or ``"pairs"``.
+        kind: ``"random"``: a random subspace, uniform among the ``q``-dimensional subspaces of the space that
+            ``[ΔW_1 … ΔW_k]`` spans; drawn by ``seed``, the names of the adapters and the module, so that it does not
+            depend on what else is computed. ``"top"``: the ``q`` leading left (right) singular vectors of ``[ΔW_1 …
+            ΔW_k]``.
+        seed: of ``kind="random"``.
+
+    Returns:
+        ``{"shared": adapter}``, or ``{"a+b": adapter}`` for every pair; the modules, ranks and norms are those of the
+        shared components, also where they are empty.
+
+    Raises:
+        InputError: an unknown kind, or ``mode="iterative"``, which has no shared component.
+
+    Cost: two passes over the factors and ``O((Σr_i)³)`` operations a module of every component.
+    """
+    if kind not in KINDS:
+        raise InputError(f"control: kind={kind!r} does not exist: use one of {', '.join(KINDS)}")
+    if parts.mode == "iterative":
+        raise InputError("control: mode='iterative' has no shared component to compare with; use 'pool' or 'pairs'")
+    if parts.mode == "pairs":
+        found = {"+".join(names): pair.components for names, pair in parts.pairs.items()}
+    else:
+        found = {"shared": parts.components}
+    with PoolGram(parts.pool):
+        return {name: _control(components, kind, seed, name) for name, components in found.items()}
+
+
+def _control(components: Components, kind: str, seed: int, name: str) -> Adapter:
+    results: dict[str, ModuleResult] = {}
+    for blocks in pair_blocks(components.pool, f"control of {name}"):
+        for g, module in enumerate(blocks.modules):
+            shared = components.results.get(module)
+            if shared is not None and shared.count:
+                results[module] = _replaced(shared, blocks, g, components.settings.side, kind, seed)
+    other = Components(components.pool, components.results | results, components.settings, components.label).shared
+    whole = components.shared
+    norms, wanted = (_norms({m: a.updates[m] for m in results}) for a in (other, whole))
+    for module in results:
+        factor = wanted[module] / norms[module] if norms[module] > 0 else 0.0
+        other.updates[module] = replace(other.updates[module], scaling=factor)
+    other.name = f"{kind}_control({name})"
+    other.provenance = {"control": kind, "seed": seed if kind == "random" else None, "of": whole.provenance}
+    return other
+
+
+def _replaced(shared: ModuleResult, blocks: PairBlocks, g: int, side: str, kind: str, seed: int) -> ModuleResult:
+    """The result of a module with other directions ``Z = Σ_j X_j C_j``."""
+    ranks = shared.ranks
+    k = len(ranks)
+    projected, other = (blocks.left[g], blocks.right[g]) if side == "left" else (blocks.right[g], blocks.left[g])
+    # Stacked over the adapters: G [R, R] of the projected factors, W [R, R] with ΔW ΔWᵀ = Σ_i X_i W_ii X_iᵀ.
+    gram = torch.cat([torch.cat([projected[i, j, : ranks[i], : ranks[j]] for j in range(k)], 1) for i in range(k)])
+    scaling = blocks.scaling[g]
+    starts = torch.tensor([0, *ranks]).cumsum(0).tolist()
+    inner = torch.zeros_like(gram)
+    for i in range(k):
+        own = slice(starts[i], starts[i + 1])
+        inner[own, own] = scaling[i].square() * other[i, i, : ranks[i], : ranks[i]]
+    C = _directions(gram, inner, shared, kind, seed)  # [R, q]
+    H = [C.mT @ gram[:, starts[i] : starts[i + 1]] for i in range(k)]
+    norms = [
+        float(scaling[i].abs() * ((h.mT @ h) * other[i, i, : ranks[i], : ranks[i]]).sum().clamp(min=0).sqrt())
+        for i, h in enumerate(H)
+    ]
+    basis = [C[starts[i] : starts[i + 1]] for i in range(k)]
+    before, row = shared.coefficients, slice(shared.row, shared.row + 1)
+    coefficients = replace(
+        before, sigma=before.sigma[row], values=before.values[row], basis=_padded(basis)[None], H=_padded(H)[None]
+    )
+    return replace(shared, coefficients=coefficients, row=0, shared_norms=tuple(norms))
+
+
+def _padded(blocks: list[Tensor]) -> Tensor:
+    """``[k, …]`` of matrices that differ in size, zeros behind the smaller ones."""
+    rows, columns = (max(b.shape[d] for b in blocks) for d in (0, 1))
+    return torch.stack([torch.nn.functional.pad(b, (0, columns - b.shape[1], 0, rows - b.shape[0])) for b in blocks])
+
+
+def _directions(gram: Tensor, inner: Tensor, shared: ModuleResult, kind: str, seed: int) -> Tensor:
+    """``C [R, q]`` with ``X C`` orthonormal, in the span of the updates; ``X`` the stacked projected factors."""
+    values, vectors = ops.eigh(gram)
+    kept = values > RTOL**2 * values[-1]
+    root = values[kept].sqrt()
+    whitening = vectors[:, kept] / root  # X · whitening is orthonormal
+    unwhitening = vectors[:, kept] * root  # its transpose times X's coordinates
+    spectrum, E = ops.eigh(unwhitening.mT @ inner @ unwhitening)  # σ² of [ΔW_1 … ΔW_k], ascending
+    spanned = int((spectrum > RTOL**2 * spectrum[-1]).sum())
+    E = E.flip(-1)[:, :spanned]
+    if kind == "top":
+        return whitening @ E[:, : shared.count]
+    label = "\0".join((shared.module, *shared.names))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}\0{label}".encode()))
+    drawn = torch.randn(spanned, shared.count, generator=generator, dtype=torch.float64)
+    Q: Tensor = torch.linalg.qr(drawn).Q
+    return whitening @ (E @ Q)
+
+
+def _norms(updates: dict[str, Update]) -> dict[str, float]:
+    """``‖ΔW‖_F`` of every module, from the Gram matrices of its factors."""
+    groups: dict[int, list[str]] = {}
+    for module, update in updates.items():
+        groups.setdefault(update.rank, []).append(module)
+    norms: dict[str, float] = {}
+    for rank, modules in groups.items():
+        left, right = (_grams([updates[m] for m in modules], side, rank) for side in ("B", "A"))
+        squares = (left * right).sum((-1, -2)).clamp(min=0).sqrt()
+        for module, value in zip(modules, squares.tolist(), strict=True):
+            norms[module] = value * abs(updates[module].scaling)
+    return norms
+
+
+def _grams(updates: Sequence[Update], side: str, rank: int) -> Tensor:
+    return gram_blocks([[u.B if side == "B" else u.A] for u in updates], rank, [(0, 0)])[:, 0, 0]

@@ -1,0 +1,364 @@
+"""Sweeps: one adapter for every point of a grid of coefficients, each scored."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import numbers
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastlora.adapters.lora import Adapter
+from fastlora.adapters.pool import Pool
+from fastlora.coefficients.pool_gram import PoolGram
+from fastlora.coefficients.sweep_identity import Identity, identify
+from fastlora.core.vector_space import Operators
+from fastlora.errors import InputError
+from fastlora.files.output import writing
+from fastlora.runtime.progress import track
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+Point = dict[str, Any]
+Build = Callable[[Point], Operators]
+Score = Callable[[Any], float | Mapping[str, float]] | Mapping[str, Callable[[Any], float]]
+Adapters = Pool | PoolGram | Mapping[str, Adapter]
+
+FORMAT = "fastlora sweep 2"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One point of a sweep: its coefficients, its scores and the seconds that they took."""
+
+    point: Point
+    scores: dict[str, float]
+    seconds: float
+
+
+@dataclass(eq=False)
+class Sweep:
+    """The rows of a sweep, in the order of the grid. ``of``: the expression, or what was swept."""
+
+    of: str
+    rows: list[Row] = field(default_factory=list)
+    key: str | None = None
+    adapters: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.of, self.key, self.adapters)
+
+    @property
+    def variables(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row.point))
+
+    @property
+    def scores(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row.scores))
+
+    def best(self, score: str | None = None, *, maximize: bool = True) -> Row:
+        """The row with the highest (lowest) ``score``, by default the first one; the earliest of equals. NaN never
+        wins."""
+        name = self._score(score)
+        known = self._known(name)
+        if not known:
+            raise InputError(f"the sweep of {self.of} has no row with a {name!r} that is a number")
+        return (max if maximize else min)(known, key=lambda r: r.scores[name])
+
+    def _score(self, name: str | None) -> str:
+        if not self.scores:
+            raise InputError(f"the sweep of {self.of} has no rows yet")
+        if name is None:
+            return self.scores[0]
+        if name not in self.scores:
+            raise InputError(f"the sweep has no score {name!r}; it has {', '.join(self.scores)}")
+        return name
+
+    def table(self) -> Table:
+        """A :class:`rich.table.Table` of all rows; a star marks the highest value of every score."""
+        from rich.table import Table
+
+        table = Table(title=self.of, title_justify="left")
+        for name in [*self.variables, *self.scores]:
+            table.add_column(name, justify="right")
+        best = {name: self.best(name) for name in self.scores if self._known(name)}
+        for row in self.rows:
+            cells = [_cell(row.point.get(v)) for v in self.variables]
+            for name in self.scores:
+                star = " *" if best.get(name) is row else ""
+                cells.append(_cell(row.scores.get(name)) + star)
+            table.add_row(*cells)
+        return table
+
+    def _known(self, name: str) -> list[Row]:
+        return [r for r in self.rows if not math.isnan(r.scores.get(name, math.nan))]
+
+    def plot(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """A picture: curves over one variable, a map over two, else scores in the order of the rows. Needs matplotlib
+        (``pip install fastlora[plot]``)."""
+        from fastlora.coefficients.plots import plot_sweep
+        from fastlora.files.pictures import check_picture
+
+        check_picture(Path(path), overwrite)
+        self._score(None)
+        return plot_sweep(self, Path(path))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data; scores that are no numbers are ``None``."""
+        rows = [
+            {
+                "point": row.point,
+                "scores": {n: v if math.isfinite(v) else None for n, v in row.scores.items()},
+                "seconds": round(row.seconds, 6),
+            }
+            for row in self.rows
+        ]
+        return {"format": FORMAT, **self.identity.as_dict(), "rows": rows}
+
+    def save(self, path: str | Path) -> Path:
+        """Writes all rows as JSON; the file exists whole or as it was before."""
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        with writing(path):
+            try:
+                unfinished.write_text(json.dumps(self.as_dict(), allow_nan=False, indent=1) + "\n", encoding="utf-8")
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sweep:
+        """Reads what :meth:`save` wrote."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                raise ValueError(f"its format is {data['format']!r}")
+            rows = [
+                Row(r["point"], {n: math.nan if v is None else float(v) for n, v in r["scores"].items()}, r["seconds"])
+                for r in data["rows"]
+            ]
+            found = Identity.from_dict(data)
+            return cls(found.of, rows, found.key, found.adapters)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is no saved sweep ({error}); choose another file, or delete it") from None
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def sweep(
+    expression: str | Build,
+    grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]],
+    *,
+    score: Score,
+    adapters: Adapters | None = None,
+    save: str | Path | None = None,
+    key: str | None = None,
+    resume: Sweep | None = None,
+) -> Sweep:
+    """Builds and scores an adapter for every point of a grid.
+
+    With ``adapters``, their Gram blocks are computed once (:class:`fastlora.PoolGram`: two passes over the factors),
+    and whatever a point merges, decomposes or compresses of them reads no factor again but to form its result.
+
+        fl.sweep("lam*a + (1 - lam)*b", {"lam": [0.1, 0.5, 0.9]}, adapters=pool, score=accuracy)
+        fl.sweep(lambda p: fl.decompose(pool, p["tau"]).shared, {"tau": [0.3, 0.6]}, adapters=pool, score=accuracy)
+
+    Args:
+        expression: an expression of :func:`fastlora.compose` in which the names of the grid stand for their values, or
+            a function ``build(point) -> Adapter``.
+        grid: ``{name: values}`` for all combinations, the last name fastest, or a list of points.
+        score: ``score(adapter)`` returns a number, or several by name; or ``{name: function}``.
+        adapters: what the expression names, as a pool or ``{name: adapter}``; a PoolGram is used as it is.
+        save: JSON file that every row is added to. With ``key``, a file of the same sweep is taken up again: the points
+            it has are not computed a second time.
+        key: a text that names what cannot be compared, which is the functions: what is built, from what, and how it is
+            scored. Choose another one when any of it changes. The expression or the function's name, and the inner
+            products of ``adapters``, are compared besides. Without a key, a file that exists is refused.
+        resume: rows of an earlier, unfinished sweep, or of a file (:meth:`Sweep.load`): you say that they are of this
+            sweep. What is known to differ is refused; a file ``save`` may hold these rows alone.
+
+    Returns:
+        :class:`Sweep`. When a point fails or Ctrl-C is pressed, the error is passed on with the rows that are done in
+        its attribute ``sweep``; they are also in the file ``save``.
+
+    Raises:
+        InputError: an empty grid, points that name different variables, scores that are no numbers, a file that belongs
+            to another sweep, or may do so.
+    """
+    points = grid_points(grid)
+    scorers = _scorers(score)
+    gram, names = _prepared(adapters)
+    if isinstance(expression, str):
+        label = expression
+        build = expression_builder(expression, list(points[0]), names)
+    else:
+        label, build = getattr(expression, "__qualname__", type(expression).__qualname__), expression
+    own = identify(label, key, gram, names)
+    result = Sweep(label, key=key, adapters=own.adapters)
+    done = _earlier(save, resume, own)
+    try:
+        with gram or contextlib.nullcontext():
+            for point in track(points, "sweeping"):
+                row = done.get(_key(point))
+                if row is None:
+                    row = _run(build, dict(point), scorers)
+                    _require_same_scores(row, done)
+                result.rows.append(row)
+                if save is not None:
+                    result.save(save)
+    except BaseException as error:
+        error.sweep = result  # type: ignore[attr-defined]
+        error.add_note(f"{len(result.rows)} of {len(points)} points of the sweep are done: see the error's `.sweep`")
+        raise
+    return result
+
+
+def grid_points(grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Every point of a grid."""
+    if isinstance(grid, Mapping):
+        values = {name: list(v) for name, v in grid.items()}
+        points = [dict(zip(values, v, strict=True)) for v in itertools.product(*values.values())]
+    else:
+        points = [dict(p) for p in grid]
+    if not points or not points[0]:
+        raise InputError("sweep: the grid has no points; give {name: [values…]} or a list of {name: value}")
+    for point in points:
+        if point.keys() != points[0].keys():
+            raise InputError(
+                "sweep: the points of a grid name the same variables, but one has "
+                f"{', '.join(point) or 'none'} and the first {', '.join(points[0])}"
+            )
+        for name, value in point.items():
+            if hasattr(value, "item") and not getattr(value, "shape", ()):  # numbers of numpy and torch
+                point[name] = value = value.item()
+            if isinstance(value, numbers.Real) and not isinstance(value, bool):
+                point[name] = int(value) if isinstance(value, numbers.Integral) else float(value)
+    return points
+
+
+def _scorers(score: Score) -> Callable[[Operators], dict[str, float]]:
+    def run(adapter: Operators) -> dict[str, float]:
+        if isinstance(score, Mapping):
+            found: Any = {name: function(adapter) for name, function in score.items()}
+        else:
+            found = score(adapter)
+        named = dict(found) if isinstance(found, Mapping) else {"score": found}
+        try:
+            return {str(name): float(value) for name, value in named.items()}
+        except (TypeError, ValueError):
+            raise InputError(f"sweep: a score must be a number or numbers by name, not {found!r}") from None
+
+    return run
+
+
+def _prepared(adapters: Adapters | None) -> tuple[PoolGram | None, dict[str, Adapter]]:
+    """The Gram blocks of the adapters, and the adapters by name."""
+    if adapters is None:
+        return None, {}
+    if isinstance(adapters, Pool):
+        adapters = PoolGram(adapters)
+    if isinstance(adapters, PoolGram):
+        return adapters, {name: adapters.pool[name] for name in adapters.pool.names}
+    low_rank = {name: a for name, a in adapters.items() if isinstance(a, Adapter)}
+    pool = [
+        Adapter(name, a.updates, extras=a.extras, base=a.base, dtype=a.dtype, provenance=a.provenance, notes=a.notes)
+        for name, a in low_rank.items()
+    ]
+    return PoolGram(Pool(pool)) if pool else None, dict(adapters)
+
+
+def expression_builder(expression: str, variables: Sequence[str], names: Mapping[str, Adapter]) -> Build:
+    """``build(point)`` for an expression: every variable is replaced by its value, then the rest is composed."""
+    if not names:
+        raise InputError("sweep: an expression needs adapters=…, the adapters that it names")
+    for variable in variables:
+        if variable in names:
+            raise InputError(f"sweep: {variable!r} is an adapter and a variable of the grid; rename one of them")
+        if not _occurrences(variable).search(expression):
+            raise InputError(f"sweep: the grid's variable {variable!r} does not occur in {expression!r}")
+
+    def build(point: Point) -> Operators:
+        from fastlora import compose
+
+        text = expression
+        for name, value in point.items():
+            text = _occurrences(name).sub(_literal(name, value), text)
+        return compose(text, names)
+
+    return build
+
+
+def _occurrences(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![\w.]){re.escape(name)}(?!\w)")
+
+
+def _literal(name: str, value: Any) -> str:
+    """A number as an expression: without exponent, in parentheses."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"sweep: {name}={value!r}: the variables of an expression stand for finite numbers")
+    return f"({Decimal(repr(value)):f})"
+
+
+def _run(build: Build, point: Point, scorers: Callable[[Operators], dict[str, float]]) -> Row:
+    start = time.perf_counter()
+    adapter = build(point)
+    if not hasattr(adapter, "save"):
+        raise InputError(f"sweep: what was built for {point} is a {type(adapter).__name__}, not an adapter")
+    return Row(point, scorers(adapter), time.perf_counter() - start)
+
+
+def _key(point: Point) -> str:
+    return json.dumps(point, sort_keys=True, default=str)
+
+
+def _earlier(save: str | Path | None, resume: Sweep | None, own: Identity) -> dict[str, Row]:
+    """Rows that are there already, by point."""
+    found: dict[str, Row] = {}
+    if resume is not None:
+        _require_same(resume, own, "the rows of resume=")
+        found = {_key(row.point): row for row in resume.rows}
+    if save is not None and Path(save).exists():
+        there = Sweep.load(save)
+        _require_same(there, own, f"the rows of {save}")
+        rows = {_key(row.point): row for row in there.rows}
+        known = own.key is not None and there.key == own.key
+        if not known and resume is None:
+            raise InputError(
+                f"sweep: {save} holds {len(rows)} rows of a sweep of {there.of!r}, but whether their function and "
+                "score are those of this call cannot be known. Give key='…', a name for them, when a sweep starts and "
+                "when it is taken up again; or say that the rows are of this sweep, with resume=fl.Sweep.load(…); or "
+                "choose another file"
+            )
+        if not known and rows.keys() - found.keys():
+            raise InputError(f"sweep: {save} holds rows that resume= lacks and that would be lost; choose another file")
+        found = (rows if known else {}) | found
+    return found
+
+
+def _require_same(earlier: Sweep, own: Identity, what: str) -> None:
+    difference = own.difference(earlier.identity)
+    if difference is not None:
+        raise InputError(f"sweep: {what} {difference}; choose another file, or leave them out")
+
+
+def _require_same_scores(row: Row, done: Mapping[str, Row]) -> None:
+    for earlier in done.values():
+        if earlier.scores.keys() != row.scores.keys():
+            raise InputError(
+                f"sweep: the earlier rows have the scores {', '.join(earlier.scores)}, but this call computes "
+                f"{', '.join(row.scores)}; they are of another sweep: choose another file"
+            )

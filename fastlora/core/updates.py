@@ -1,0 +1,153 @@
+"""``ΔW = s·B·A`` of one module in two factors, and what follows from them alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastlora.adapters.lora import Adapter
+from fastlora.core.dtypes import WIDTHS
+from fastlora.core.factors import Factor, Side, source_key
+from fastlora.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a module's factors lie in a file; in memory they are always ``B [out, r]`` and ``A [r, in]``.
+
+    ``linear``: as they are. ``embedding``: ``A [r, vocabulary]``, ``B [dim, r]``, and ``ΔW [dim, vocabulary]``.
+    ``conv``: ``A [r, in, *kernel]``, flattened to ``[r, in·Πkernel]``. ``expert``: expert ``expert`` of ``experts``
+    of the parameter ``container`` (mixture-of-experts parameters adapted through ``target_parameters``).
+    """
+
+    kind: Literal["linear", "embedding", "conv", "expert"] = "linear"
+    kernel: tuple[int, ...] = ()
+    container: str = ""
+    expert: int = 0
+    experts: int = 1
+
+
+LINEAR, EMBEDDING = Layout(), Layout("embedding")
+
+
+@dataclass(slots=True, eq=False)
+class Update:
+    """``ΔW = scaling · B · A`` of one module, ``[out, in]``.
+
+    ``floor``: singular values of ``ΔW`` at or below it are rounding noise of what it was computed from
+    (0 for a loaded update).
+    """
+
+    B: Factor
+    A: Factor
+    scaling: float = 1.0
+    layout: Layout = LINEAR
+    floor: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.B.length, self.A.length
+
+    @property
+    def rank(self) -> int:
+        return self.B.rank
+
+    def baked(self) -> Update:
+        """The same update with scaling 1: the scaling moves into ``B``."""
+        if self.scaling == 1.0:
+            return self
+        return Update(self.B.scaled(self.scaling), self.A, 1.0, self.layout, self.floor)
+
+    def dtypes(self) -> set[torch.dtype]:
+        return {t.source.dtype for f in (self.B, self.A) for t in f.terms}
+
+
+def tensors(update: Update) -> list[Tensor]:
+    """Matrices and coefficients, those of ``B`` first."""
+    return [x for f in (update.B, update.A) for t in f.terms for x in (t.source, t.coefficient) if x is not None]
+
+
+def distinct(updates: Iterable[Update]) -> dict[object, Tensor]:
+    """The matrices and coefficients of some updates by identity, each once; those of ``B`` first."""
+    found: dict[object, Tensor] = {}
+    for side in ("B", "A"):
+        for update in updates:
+            for term in (update.B if side == "B" else update.A).terms:
+                for tensor in (term.source, term.coefficient):
+                    if tensor is not None:
+                        found.setdefault(source_key(tensor), tensor)
+    return found
+
+
+def replaced(update: Update, places: dict[object, Tensor]) -> Update:
+    """The update on other tensors, by the identity of its own."""
+    return replace(update, B=_factor(update.B, places), A=_factor(update.A, places))
+
+
+def _factor(factor: Factor, places: dict[object, Tensor]) -> Factor:
+    terms = tuple(
+        replace(
+            t,
+            source=places[source_key(t.source)],
+            coefficient=None if t.coefficient is None else places[source_key(t.coefficient)],
+        )
+        for t in factor.terms
+    )
+    return replace(factor, terms=terms)
+
+
+def sources(updates: Iterable[Update]) -> list[Tensor]:
+    """Every stored matrix behind some updates."""
+    return [t.source for u in updates for f in (u.B, u.A) for t in f.terms]
+
+
+def zero_factors(adapter: Adapter, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rank-1 zeros for the first module, so that an empty result can be loaded."""
+    for module, update in adapter.updates.items():
+        n, m = update.shape
+        return {module: (torch.zeros(n, 1, dtype=dtype), torch.zeros(1, m, dtype=dtype))}
+    raise InputError(f"adapter {adapter.name!r} has no modules, so there is nothing to write")
+
+
+def with_rank_zero(update: Update) -> Update:
+    """An update of the same module that is zero."""
+    empty = {"rank": 0, "terms": ()}
+    return replace(update, B=replace(update.B, **empty), A=replace(update.A, **empty), scaling=1.0)  # type: ignore[arg-type]
+
+
+# The least relative size of a singular value that is a direction and not rounding; MATH section 2.
+MIN_RTOL = 1e-6
+
+EPSILON = {dtype: torch.finfo(dtype).eps for dtype in WIDTHS}
+
+
+def default_rtol(updates: Sequence[Update]) -> float:
+    """The relative rounding of the coarsest dtype among the stored factors, 1e-6 at the least.
+
+    Rounding a factor with relative error ε moves singular values by at most about ε·σ_max, whatever its size, so what
+    lies below is not known from the file: float32 1e-6, float16 9.8e-4, bfloat16 7.8e-3.
+    """
+    return max([MIN_RTOL, *[EPSILON[t.source.dtype] for u in updates for f in (u.B, u.A) for t in f.terms]])
+
+
+def sides(side: str) -> tuple[Side, Side]:
+    """(projected factor, other factor) of a decomposition side."""
+    if side == "left":
+        return "B", "A"
+    if side == "right":
+        return "A", "B"
+    raise InputError(f"side={side!r} does not exist: use 'left' (column spaces, the paper) or 'right' (row spaces)")
+
+
+def factor(update: Update, side: Side) -> Factor:
+    return update.B if side == "B" else update.A
+
+
+def unscaled_floor(update: Update) -> float:
+    """The noise floor in units of the singular values of ``BA``; above all of them for a scaling of 0."""
+    return update.floor / abs(update.scaling) if update.scaling else math.inf

@@ -1,0 +1,171 @@
+"""``fl.decompose``: checks its arguments, then runs one of three modes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fastlora.adapters.pool import Pool
+from fastlora.decomposition import devec
+from fastlora.decomposition.components import BLOCKS_OF_PAIR, Components
+from fastlora.decomposition.devec import ModuleResult, Settings, shared_directions
+from fastlora.decomposition.result import Decomposition
+from fastlora.engine import stream as streams
+from fastlora.engine.blocks import Blocks, read_blocks
+from fastlora.engine.schedule import Group, chunks, module_parts
+from fastlora.errors import InputError
+from fastlora.ops.chain import check_cuts
+from fastlora.runtime import devices
+from fastlora.runtime.cpython import paused_collector
+from fastlora.runtime.memory import bounded
+from fastlora.runtime.memory import parse as parse_memory
+
+MODES = ("pool", "pairs", "iterative")
+
+
+def decompose(
+    pool: Pool,
+    threshold: float = 0.85,
+    *,
+    chain: str = "product",
+    mode: str = "pool",
+    side: str = "left",
+    rank: int | None = None,
+    energy: float | None = None,
+    rtol: float | None = None,
+    target: str | None = None,
+    order: Sequence[str] | None = None,
+    memory: int | str | None = None,
+    device: str | torch.device | None = None,
+) -> Decomposition:
+    r"""Shared and unique components of a pool: DeVec (arXiv 2512.22511), MATH section 3, in factor space.
+
+    ``ΔW_i = shared_i + unique_i`` with ``shared_i = P ΔW_i``, where ``P`` projects on the eigenvectors of the chained
+    column-space projections whose eigenvalue is above ``threshold``.
+
+    Args:
+        pool: two adapters or more; ranks, dtypes and modules may differ.
+        threshold: ``τ`` in ``[0, 1)``; the paper uses 0.85.
+        chain: ``"product"`` ``P_1 P_2 … P_k`` (the paper; depends on the order of the pool for ``k > 2``),
+            ``"palindrome"`` (symmetric), ``"mean"`` ``(1/k) Σ P_i`` (no order).
+        mode: ``"pool"``: all at once. ``"pairs"``: every pair. ``"iterative"``: take from ``target`` what it shares
+            with each other adapter in turn, in ``order`` (default: pool order).
+        side: ``"left"``: column spaces (the paper). ``"right"``: row spaces.
+        rank, energy: cut every ``ΔW_i`` to its ``rank`` largest directions, or the fewest with this share of ``Σσ²``,
+            before projecting.
+        rtol: directions with ``σ <= rtol·σ_max`` are noise. Default: rounding of the stored dtype, 1e-6 at the least.
+        memory: bound on the peak resident memory of computing and saving, as bytes or ``"1GiB"``; factors that were
+            loaded from files are given back to the system after use. The result has the same bits. With a ``device`` it
+            bounds the memory taken there: modules are streamed through it when the pool does not fit.
+        device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the pool is. See docs/gpu.md.
+
+    Returns:
+        :class:`fastlora.Decomposition`.
+
+    Raises:
+        InputError: a pool of one adapter, a parameter out of range, NaN or Inf in a factor (by adapter and module).
+
+    Cost: one read of all factors and ``O(k·r³)`` small operations a module; nothing of size ``n×n`` or ``n×m``.
+    """
+    if mode not in MODES:
+        raise InputError(f"mode={mode!r} does not exist: use one of {', '.join(MODES)}")
+    if rank is not None and rank < 1:
+        raise InputError(f"rank={rank}: must be at least 1")
+    check_cuts(threshold, chain, rtol or 0.0, rank or 0, 1.0 if energy is None else energy)
+    if rank is not None and energy is not None:
+        raise InputError("give a rank or an energy cut, not both")
+    if len(pool) < 2:
+        raise InputError("decompose: a pool of one adapter has nothing to share; give two adapters or more")
+    settings = devec.Settings(float(threshold), chain, side, rank, energy, rtol)
+    bound = parse_memory(memory)
+    where = devices.parse(device) or pool.device
+    stream = streams.needed(pool.adapters, where, bound)
+    pool = pool.to(where if stream is None else "cpu")
+    if where.type != "cpu":
+        bound = None  # it is the device's memory that is bounded
+    if mode == "iterative":
+        if target is None:
+            raise InputError("mode='iterative' needs target=NAME (`--target NAME`), the adapter to clean")
+        others = [n for n in pool.names if n != pool[target].name] if order is None else list(order)
+        if target in others or len(set(others)) != len(others) or not others:
+            raise InputError(f"order={others}: name each other adapter once, without the target {target!r}")
+        with bounded(bound), streams.streamed(stream), paused_collector():
+            steps = decompose_iteratively(pool, settings, target, others)
+        return Decomposition(pool, mode, steps=steps, target=target, memory=bound, stream=stream)
+    if target is not None or order is not None:
+        raise InputError(f"target and order belong to mode='iterative', not to mode={mode!r}")
+    with bounded(bound), streams.streamed(stream), paused_collector():
+        if mode == "pairs":
+            return Decomposition(pool, mode, pairs=decompose_pairs(pool, settings), memory=bound, stream=stream)
+        return Decomposition(pool, mode, whole=decompose_pool(pool, settings), memory=bound, stream=stream)
+
+
+def decompose_pool(pool: Pool, settings: Settings) -> Components:
+    """One decomposition of all adapters."""
+    results: dict[str, ModuleResult] = {}
+    kind = "pairs" if settings.chain == "mean" else "chain"
+    for own, group, part in module_parts(pool, settings.rtol, "decomposing"):
+        for result in shared_directions(read_blocks(own, group, part, settings.side, kind), settings):
+            results[result.module] = result
+    return Components(pool, {m: results[m] for m in pool.modules if m in results}, settings, "pool")
+
+
+def decompose_pairs(pool: Pool, settings: Settings) -> dict[tuple[str, str], Components]:
+    """A decomposition of every pair, from one read of the factors."""
+    results: dict[tuple[str, str], dict[str, ModuleResult]] = {
+        (a, b): {} for i, a in enumerate(pool.names) for b in pool.names[i + 1 :]
+    }
+    for source, group, part in module_parts(pool, settings.rtol, "decomposing pairs"):
+        blocks = read_blocks(source, group, part, settings.side, "pairs")
+        for pairs in _pairs(blocks):
+            for result in shared_directions(pairs, settings):
+                results[result.names[0], result.names[1]][result.module] = result
+    return {
+        pair: Components(pool.subset(list(pair)), {m: own[m] for m in pool.modules if m in own}, settings, "pairs")
+        for pair, own in results.items()
+    }
+
+
+def _pairs(blocks: Blocks) -> Iterator[Blocks]:
+    """The blocks of every two of the adapters, many pairs at once: those of the same ranks and noise floors, at their
+    own padded size, so that results do not depend on the rest of the pool."""
+    group, k = blocks.group, len(blocks.group.members)
+    alike: dict[Group, list[tuple[int, int]]] = {}
+    for i in range(k):
+        for j in range(i + 1, k):
+            of_two = Group((0, 1), (group.ranks[i], group.ranks[j]), (group.rtols[i], group.rtols[j]))
+            alike.setdefault(of_two, []).append((i, j))
+    for of_two, pairs in alike.items():
+        r = max(1, *of_two.ranks)
+        for part in chunks(len(pairs), BLOCKS_OF_PAIR * 8 * r * r * len(blocks.modules)):
+            some = [pairs[p] for p in part]
+            index = torch.tensor(some, device=blocks.projected.device)  # [p, 2]
+            rows = [(g, pair) for g in range(len(blocks.modules)) for pair in some]
+            yield Blocks(
+                [blocks.modules[g] for g, _ in rows],
+                [(blocks.names[g][i], blocks.names[g][j]) for g, (i, j) in rows],
+                [[blocks.updates[g][i], blocks.updates[g][j]] for g, (i, j) in rows],
+                blocks.projected[:, index[:, :, None], index[:, None]][..., :r, :r].flatten(0, 1).contiguous(),
+                blocks.other[:, index][..., :r, :r].flatten(0, 1).contiguous(),
+                blocks.floor[:, index].flatten(0, 1).contiguous(),
+                of_two,
+            )
+
+
+def decompose_iteratively(pool: Pool, settings: Settings, target: str, order: Sequence[str]) -> list[Components]:
+    """The target against each other adapter in turn, every time keeping the unique part: one step a list entry.
+
+    The unique part of a first adapter stays in its own column space, ``B_t → B_t (I − basis H)``, so the loop runs on
+    small matrices; the pool of step ``i`` holds the target as step ``i − 1`` left it.
+    """
+    steps: list[Components] = []
+    current = pool[target]
+    for other in order:
+        pair = Pool([current, pool[other]], align=False)
+        found = decompose_pool(pair, settings)
+        steps.append(Components(pair, found.results, settings, "iterative"))
+        unique = steps[-1].unique_of(target)
+        unique.name = target
+        current = unique
+    return steps

@@ -1,0 +1,263 @@
+"""What a decomposition found, beside what chance alone would give, with the warnings a user should read first."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastlora.analysis.chance import chance_edge, expected_by_chance
+from fastlora.decomposition.components import Components
+from fastlora.decomposition.devec import ModuleResult
+
+EIGENVALUES_LISTED = 8
+COMMON_INITIALISATION = 0.9  # right-side eigenvalues above this mean one initialisation of A
+LOST_TOO_MUCH = 0.7  # a unique part below this share of the norm
+CHANCE_SHARE = 0.1  # of the shared directions
+UNDECIDABLE = 1e-6  # distance of an eigenvalue to τ
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRow:
+    """One module. ``eigenvalues``: a threshold just below the j-th would share j directions. Energies are shares of
+    ``‖ΔW_i‖_F²``; ``norm_kept`` is ``‖unique_i‖ / ‖ΔW_i‖``; ``gap`` the distance of τ to the nearest eigenvalue."""
+
+    module: str
+    shape: tuple[int, int]
+    adapters: tuple[str, ...]
+    ranks: tuple[int, ...]
+    directions: tuple[int, ...]
+    shared: int
+    eigenvalues: tuple[float, ...]
+    chance_edge: float
+    expected_by_chance: float
+    gap: float
+    energy_shared: dict[str, float]
+    energy_in_cut: dict[str, float]
+    norm_kept: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Rows per module and the totals that the command line prints."""
+
+    title: str
+    settings: dict[str, Any]
+    rows: list[ModuleRow]
+    warnings: list[str]
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def shared_directions(self) -> int:
+        return sum(r.shared for r in self.rows)
+
+    @property
+    def expected_by_chance(self) -> float:
+        return sum(r.expected_by_chance for r in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "title": self.title,
+            "settings": self.settings,
+            "warnings": self.warnings,
+            "notices": self.notices,
+            "totals": {"shared_directions": self.shared_directions, "expected_by_chance": self.expected_by_chance},
+            "rows": [{name: getattr(row, name) for name in ModuleRow.__slots__} for row in self.rows],
+        }
+
+
+def build_report(components: Components, title: str, notices: Sequence[str] = ()) -> Report:
+    """The report of one chain over one pool."""
+    rows = [module_row(components, r) for r in components.results.values()]
+    settings = {**asdict(components.settings), "adapters": components.pool.names, "mode": components.label}
+    warnings = [w for w in _warnings(components, rows) if w]
+    return Report(title, settings, rows, warnings, [*notices, *_notices(components, rows)])
+
+
+def module_row(components: Components, result: ModuleResult) -> ModuleRow:
+    settings = components.settings
+    n = result.shape[0] if settings.side == "left" else result.shape[1]
+    real = sorted(result.values.real.tolist(), reverse=True)
+    listed = tuple(real[: max(EIGENVALUES_LISTED, result.count)])
+    dimensions = result.kept
+    unique = {name: _unique_norm(result, i) for i, name in enumerate(result.names)}
+    return ModuleRow(
+        module=result.module,
+        shape=result.shape,
+        adapters=result.names,
+        ranks=result.ranks,
+        directions=result.kept,
+        shared=result.count,
+        eigenvalues=listed,
+        chance_edge=chance_edge(n, dimensions),
+        expected_by_chance=expected_by_chance(n, dimensions, settings.chain, settings.threshold),
+        gap=min((abs(v - settings.threshold) for v in real), default=1.0),
+        energy_shared={
+            m: _share(s, t) for m, s, t in zip(result.names, result.shared_norms, result.norms, strict=True)
+        },
+        energy_in_cut={
+            m: energy_kept(own, kept) for m, own, kept in zip(result.names, result.sigma, result.kept, strict=True)
+        },
+        norm_kept=unique,
+    )
+
+
+def _share(part: float, whole: float) -> float:
+    return (part / whole) ** 2 if whole > 0 else 0.0
+
+
+def energy_kept(sigma: Sequence[float], kept: int) -> float:
+    squares = [x * x for x in sigma]
+    total = sum(squares)
+    return sum(squares[:kept]) / total if total > 0 else 1.0
+
+
+def _unique_norm(result: ModuleResult, i: int) -> float:
+    """``‖unique‖/‖ΔW‖``: the two parts are orthogonal."""
+    return math.sqrt(max(0.0, 1.0 - _share(result.shared_norms[i], result.norms[i])))
+
+
+def _warnings(components: Components, rows: list[ModuleRow]) -> list[str]:
+    if not rows:
+        return ["No module is present in two adapters, so nothing can be shared: every unique part is the original."]
+    return [
+        _full_rank(components, rows),
+        _mean_threshold(components, rows),
+        _common_initialisation(components, rows),
+        _chance(rows),
+        _empty(components, rows),
+        _undecidable(components, rows),
+        _lost(rows),
+    ]
+
+
+def _full_rank(components: Components, rows: list[ModuleRow]) -> str:
+    axis = 0 if components.settings.side == "left" else 1
+    full = [r for r in rows if r.directions and max(r.directions) >= r.shape[axis]]
+    if not full:
+        return ""
+    return (
+        f"{len(full)} modules (first: {full[0].module}) have full rank: their subspace is the whole space, so "
+        "everything "
+        "counts as shared. Give a rank or an energy cut (rank=N, `--rank N`; energy=0.9, `--energy 0.9`)."
+    )
+
+
+def _mean_threshold(components: Components, rows: list[ModuleRow]) -> str:
+    if components.settings.chain != "mean":
+        return ""
+    k = max(len(r.adapters) for r in rows)
+    if components.settings.threshold > (k - 1) / k:
+        return ""
+    return (
+        f"chain='mean' with {k} adapters: a direction that one of them lacks altogether still has eigenvalue up to "
+        f"{(k - 1) / k:.3f}, above τ = {components.settings.threshold:g}. Use a threshold above {(k - 1) / k:.3f}."
+    )
+
+
+def _common_initialisation(components: Components, rows: list[ModuleRow]) -> str:
+    if components.settings.side != "right":
+        return ""
+    high = [r for r in rows if r.eigenvalues and r.eigenvalues[0] > COMMON_INITIALISATION]
+    if len(high) * 2 < len(rows):
+        return ""
+    return (
+        f"Right-side eigenvalues are above {COMMON_INITIALISATION:g} in {len(high)} of {len(rows)} modules: these "
+        "adapters "
+        "started from the same random A (one seed), which training barely moves. That is a common initialisation, not "
+        "shared knowledge."
+    )
+
+
+def _chance(rows: list[ModuleRow]) -> str:
+    shared, expected = sum(r.shared for r in rows), sum(r.expected_by_chance for r in rows)
+    if not shared or expected <= CHANCE_SHARE * shared:
+        return ""
+    return (
+        f"Random subspaces of these ranks would share about {expected:.1f} directions where {shared} were found: "
+        "more than "
+        f"{CHANCE_SHARE:.0%} of the result is chance. Cut the ranks or raise the threshold."
+    )
+
+
+def _empty(components: Components, rows: list[ModuleRow]) -> str:
+    if any(r.shared for r in rows):
+        return ""
+    zero = sum(1 for r in rows if 0 in r.directions)
+    top = sorted((v for r in rows for v in r.eigenvalues), reverse=True)
+    if not top or top[0] <= 0:
+        return f"Nothing is shared at any threshold ({zero} of {len(rows)} modules hold a zero update)."
+    edge = max(r.chance_edge for r in rows)
+    text = (
+        f"Nothing is shared at τ = {components.settings.threshold:g}: the largest eigenvalues are "
+        f"{', '.join(f'{v:.3f}' for v in top[:4])} (by chance alone up to {edge:.3f}), so a threshold just below "
+        "these would "
+        "share 1, 2, … directions. An empty shared part is normal for LoRAs that were trained independently. "
+    )
+    if len(components.pool.names) > 2:
+        text += "A product chain over three or more adapters hides what pairs share: try mode='pairs' or 'iterative'. "
+    suggestion = max(0.3, 2 * edge)
+    if suggestion < components.settings.threshold:
+        text += (
+            f"To look for weaker common directions, opt in to τ = max(0.3, twice the chance edge) = {suggestion:.2f}."
+        )
+    return text.rstrip()
+
+
+def _undecidable(components: Components, rows: list[ModuleRow]) -> str:
+    close = [r for r in rows if r.gap < UNDECIDABLE]
+    if not close:
+        return ""
+    return (
+        f"{len(close)} modules (first: {close[0].module}) have an eigenvalue within {UNDECIDABLE:g} of τ: whether that "
+        "direction counts as shared is decided by rounding. Move the threshold a little."
+    )
+
+
+def _lost(rows: list[ModuleRow]) -> str:
+    counts = Counter(name for r in rows for name, kept in r.norm_kept.items() if kept < LOST_TOO_MUCH)
+    if not counts:
+        return ""
+    most, modules = counts.most_common(1)[0]
+    return (
+        f"The unique part of {most!r} keeps less than {LOST_TOO_MUCH:g} of the norm in {modules} of {len(rows)} "
+        "modules: it "
+        "has probably lost more than the interference. Raise the threshold."
+    )
+
+
+def _notices(components: Components, rows: list[ModuleRow]) -> list[str]:
+    pool, notices = components.pool, []
+    alone = [m for m in pool.modules if m not in components.results]
+    if alone:
+        notices.append(
+            f"{len(alone)} modules are in one adapter only (first: {alone[0]}): they stay with its unique part."
+        )
+    gaps = [r for r in rows if len(r.adapters) < len(pool.names)]
+    if gaps:
+        notices.append(
+            f"{len(gaps)} modules are missing in some adapters (first: {gaps[0].module}): decomposed among the rest."
+        )
+    zero = [r for r in rows if 0 in r.directions]
+    if zero:
+        notices.append(
+            f"{len(zero)} modules hold a zero update (first: {zero[0].module}): a product or palindrome chain "
+            "shares nothing there."
+        )
+    dropped = sum(1 for r in components.results.values() for i, k in enumerate(r.kept) if k < r.ranks[i])
+    if dropped:
+        notices.append(
+            f"{dropped} factors have directions below the noise floor or cut by rank or energy; they took no part "
+            "in the chain "
+            "and stay with the unique part."
+        )
+    for name in pool.names:
+        if pool[name].extras:
+            notices.append(
+                f"{name}: {len(pool[name].extras)} parameters that are no low-rank updates (first: "
+                f"{next(iter(pool[name].extras))}) stay with its unique part."
+            )
+    return notices

@@ -1,0 +1,202 @@
+"""The result of :func:`fastlora.decompose`, in any mode: adapters, spectra, report, and saving them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from fastlora.adapters.lora import Adapter
+from fastlora.adapters.pool import Pool
+from fastlora.decomposition.components import Components
+from fastlora.decomposition.report import Report, build_report
+from fastlora.engine.schedule import chunks
+from fastlora.engine.stream import Stream, streamed
+from fastlora.engine.write import WRITE_BYTES, write_adapters
+from fastlora.errors import InputError
+from fastlora.files.output import OutputDirectory
+from fastlora.runtime.cpython import paused_collector
+from fastlora.runtime.memory import bounded
+
+
+class Pair:
+    """What two adapters share and what is left of each: one entry of :attr:`Decomposition.pairs`."""
+
+    def __init__(self, components: Components) -> None:
+        self.components = components
+
+    @property
+    def shared(self) -> Adapter:
+        return self.components.shared
+
+    @property
+    def spectrum(self) -> dict[str, Tensor]:
+        return self.components.spectrum
+
+    def shared_of(self, name: str) -> Adapter:
+        return self.components.shared_of(name)
+
+    def unique_of(self, name: str) -> Adapter:
+        return self.components.unique_of(name)
+
+
+class Decomposition:
+    """Shared and unique components of a pool. Adapters are formed when they are saved or looked at."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        mode: str,
+        *,
+        whole: Components | None = None,
+        pairs: Mapping[tuple[str, str], Components] | None = None,
+        steps: list[Components] | None = None,
+        target: str | None = None,
+        memory: int | None = None,
+        stream: Stream | None = None,
+    ) -> None:
+        self.pool = pool
+        self.mode = mode
+        self.target = target
+        self.memory = memory
+        self.stream = stream
+        self._whole = whole
+        self._pairs = dict(pairs or {})
+        self._steps = list(steps or [])
+        self._report: list[Report] | None = None
+
+    @property
+    def shared(self) -> Adapter:
+        """One adapter of what all share, MATH (10). ``mode="pool"`` only."""
+        return self._pool_mode("shared").shared
+
+    @property
+    def components(self) -> Components:
+        """The coefficients of the parts on the loaded factors. ``mode="pool"`` only."""
+        return self._pool_mode("components")
+
+    def shared_of(self, name: str) -> Adapter:
+        """The shared part of one adapter, MATH (7). ``mode="pool"`` only."""
+        return self._pool_mode("shared_of").shared_of(name)
+
+    def unique_of(self, name: str) -> Adapter:
+        """The unique part of one adapter, MATH (8); in ``mode="iterative"`` that of the target after all steps."""
+        if self.mode == "iterative":
+            if name != self.target:
+                raise InputError(
+                    f"mode='iterative' makes the unique part of its target {self.target!r} only, not of {name!r}"
+                )
+            last = self._steps[-1].unique_of(name)
+            last.extras = dict(self.pool[name].extras)
+            return last
+        return self._pool_mode("unique_of").unique_of(name)
+
+    @property
+    def pairs(self) -> dict[tuple[str, str], Pair]:
+        """``{(a, b): Pair}`` for every pair in pool order. ``mode="pairs"`` only."""
+        if self.mode != "pairs":
+            raise InputError(f"pairs: this decomposition has mode={self.mode!r}; use decompose(…, mode='pairs')")
+        return {names: Pair(c) for names, c in self._pairs.items()}
+
+    @property
+    def spectrum(self) -> dict[Any, Any]:
+        """``{module: eigenvalues}``; pairs: ``{(a, b): {module: …}}``; iterative: ``{other: {module: …}}``."""
+        if self._whole is not None:
+            return dict(self._whole.spectrum)
+        if self.mode == "pairs":
+            return {names: c.spectrum for names, c in self._pairs.items()}
+        return {c.pool.names[1]: c.spectrum for c in self._steps}
+
+    @property
+    def reports(self) -> list[Report]:
+        """One :class:`fastlora.report.Report` a chain: one for a pool, one a pair, one a step."""
+        if self._report is None:
+            self._report = list(self._built_reports())
+        return self._report
+
+    def _built_reports(self) -> Iterator[Report]:
+        if self._whole is not None:
+            yield build_report(self._whole, " + ".join(self.pool.names), self.pool.notices)
+        elif self.mode == "pairs":
+            for names, c in self._pairs.items():
+                yield build_report(c, " + ".join(names))
+        else:
+            for i, c in enumerate(self._steps):
+                yield build_report(c, f"{self.target} without {c.pool.names[1]} (step {i + 1})")
+
+    @property
+    def report(self) -> Report:
+        """The report of ``mode="pool"``; see :attr:`reports` for the other modes."""
+        self._pool_mode("report")
+        return self.reports[0]
+
+    def adapters(self) -> dict[str, Adapter]:
+        """Every result by its place in the output directory: ``shared``, ``unique/<name>``, ``pairs/<a>+<b>/…``."""
+        return {place: adapter for part in self._parts() for place, adapter in part.items()}
+
+    def _parts(self) -> Iterator[dict[str, Adapter]]:
+        """The results, those of a pool of many pairs some pairs at a time: as many as have room together."""
+        if self.mode == "iterative":
+            assert self.target is not None
+            yield {f"unique/{self.target}": self.unique_of(self.target)}
+        elif self.mode == "pool":
+            yield {"shared": self.shared} | {f"unique/{n}": self.unique_of(n) for n in self.pool.names}
+        else:
+            pairs = list(self.pairs.items())
+            for part in chunks(len(pairs), max(_written_bytes(c) for c in self._pairs.values()), WRITE_BYTES):
+                found = {}
+                for (a, b), pair in (pairs[p] for p in part):
+                    found[f"pairs/{a}+{b}/shared"] = pair.shared
+                    found |= {f"pairs/{a}+{b}/unique/{n}": pair.unique_of(n) for n in (a, b)}
+                yield found
+
+    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
+        """Writes every adapter and ``report.json`` below ``path``, atomically: nothing appears until all is there."""
+        with OutputDirectory(Path(path), overwrite=overwrite) as staging:
+            self.write(staging, dtype)
+        return Path(path)
+
+    def write(self, staging: Path, dtype: torch.dtype | str | None = None) -> None:
+        """Writes into a directory that is being staged."""
+        empty = []
+        with (
+            (staging / "report.json").open("w") as file,
+            bounded(self.memory),
+            streamed(self.stream),
+            paused_collector(),
+        ):
+            for i, adapters in enumerate(self._parts()):
+                for place in adapters:
+                    (staging / place).mkdir(parents=True)
+                # Reports need no kernels, so they are made while results are written.
+                meanwhile = functools.partial(self._write_reports, file) if i == 0 else lambda: None
+                write_adapters({staging / place: a for place, a in adapters.items()}, dtype, meanwhile)
+                empty += [p for p, a in adapters.items() if not any(u.rank for u in a.updates.values())]
+            file.write(f', "empty_adapters": {json.dumps(empty)}}}\n')
+
+    def _write_reports(self, file: TextIO) -> None:
+        """The start of ``report.json``; pool by pool, since there can be thousands of pairs."""
+        file.write(f'{{"mode": {json.dumps(self.mode)}, "reports": [')
+        for i, report in enumerate(self._report or self._built_reports()):
+            file.write(", " * (i > 0) + json.dumps(report.as_dict(), allow_nan=False))
+        file.write("]")
+
+    def _pool_mode(self, what: str) -> Components:
+        if self._whole is None:
+            hint = "use .pairs[(a, b)]" if self.mode == "pairs" else "use .unique_of(target), .spectrum or .reports"
+            raise InputError(
+                f"{what}: this decomposition has mode={self.mode!r}; {hint}, or decompose with mode='pool'"
+            )
+        return self._whole
+
+
+def _written_bytes(components: Components) -> int:
+    """Of the largest module of one pair: its results are in memory together."""
+    updates = [a.updates[m] for a in components.pool.adapters for m in components.results]
+    sizes = [4 * u.rank * sum(u.shape) for u in updates]
+    return 3 * max(sizes, default=1)

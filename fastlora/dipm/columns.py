@@ -1,0 +1,64 @@
+"""Columns: of ``ΔW`` and of ``A`` one an input feature, of ``B`` one a rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastlora.core.factors import Factor, concatenate
+from fastlora.core.updates import Update
+from fastlora.dipm.module import Module, dense, storage
+
+# A column of ΔW that is shorter than this, relative to ‖B‖·‖a‖, is rounding of the Gram matrix: it counts as zero.
+NOISE = 1e-7
+
+
+def gram(module: Module, on: str) -> Tensor:
+    """Inner products of the members' vectors in every place: ``[k, k, P]``."""
+    k = len(module.members)
+    if on == "B":
+        module.require_equal_ranks("granularity='column', on='B'")
+        r = module.present[0].rank
+        return module.scaled(module.left.diagonal(dim1=-2, dim2=-1)[..., :r])
+    if on == "A":
+        module.require_equal_ranks("granularity='column', on='A'")
+    rows = [dense(u.A) for u in module.present]  # [r_k, m]
+    result = rows[0].new_zeros(k, k, rows[0].shape[1])
+    for i in range(k):
+        for j in range(i, k):
+            inner = rows[j] if on == "A" else module.left[i, j, : len(rows[i]), : len(rows[j])] @ rows[j]
+            result[i, j] = result[j, i] = (rows[i] * inner).sum(0)
+    if on == "A":
+        return result
+    # μ_c² = s² a_cᵀ G^B a_c, or nothing but its rounding
+    for i in range(k):
+        bound = module.left[i, i].trace() * rows[i].square().sum(0)
+        result[i, :, result[i, i] <= NOISE**2 * bound] = 0.0
+    result = module.scaled(result)
+    for i, own in enumerate(module.present):  # below the noise of what a lazy update was computed from
+        result[i, :, result[i, i] <= own.floor**2] = 0.0
+    return torch.where(_both(result), result, 0.0)
+
+
+def _both(products: Tensor) -> Tensor:
+    """Where both vectors of an inner product are there."""
+    there = products.diagonal(dim1=0, dim2=1).mT > 0  # [k, P]
+    return there[:, None] & there
+
+
+def update(module: Module, weights: Tensor, on: str) -> Update:
+    """The update with the columns ``Σ_k weights_k x_k``, ``weights [K, P]``."""
+    if on == "B":
+        return module.factor_sum(list(weights), "B")
+    used = [(u, w) for u, w in zip(module.updates, weights, strict=True) if u is not None and bool(w.any())]
+    dtype = storage([u for u, _ in used])
+    if on == "A":
+        total = sum(dense(u.A) * w for u, w in used)
+        assert isinstance(total, Tensor)
+        return replace(module.own, A=Factor.of("A", total.to(dtype)), floor=0.0)
+    # Σ_k s_k B_k (A_k diag(w_k)): ranks add up
+    left = [u.B.scaled(u.scaling) for u, _ in used]
+    right = [Factor.of("A", (dense(u.A) * w).to(dtype)) for u, w in used]
+    return Update(concatenate(left), concatenate(right), 1.0, used[0][0].layout)

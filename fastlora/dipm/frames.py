@@ -1,0 +1,110 @@
+"""The decoupler: inner products of what is decoupled, and how an update is put together from combinations of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastlora.adapters.pool import Pool
+from fastlora.core.sums import combine_updates
+from fastlora.core.updates import Update, with_rank_zero
+from fastlora.dipm import columns, components
+from fastlora.dipm.module import Module, only_own
+from fastlora.engine.blocks import pair_blocks
+from fastlora.errors import InputError
+
+GRANULARITIES = ("component", "column", "matrix")
+SIDES = ("product", "B", "A")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """One module of ``K`` adapters, the first of which is modulated.
+
+    ``gram [K, K, P]``: inner products of their vectors at the ``P`` places, zero for adapters that lack the module.
+    """
+
+    module: Module
+    gram: Tensor
+    parts: components.Components | None
+    events: Counter[str]
+    granularity: str
+    on: str
+
+    def update(self, weights: Tensor) -> Update | None:
+        """The update whose vectors are ``Σ_k weights_k x_k``, ``weights [K, P]``; ``None`` where it is zero and the
+        modulated adapter lacks the module."""
+        own = self.module.updates[0]
+        if not bool(weights.any()):
+            return None if own is None else with_rank_zero(own)
+        if (factor := only_own(weights, self.gram)) is not None and own is not None:
+            return replace(own, scaling=own.scaling * factor, floor=own.floor * abs(factor))
+        if self.on != "product" and own is None:
+            return None
+        if self.granularity == "component":
+            assert self.parts is not None
+            return components.update(self.module, self.parts, weights, self.on)
+        if self.granularity == "column":
+            return columns.update(self.module, weights, self.on)
+        return _matrix_update(self.module, weights[:, 0], self.on)
+
+
+def frames(pool: Pool, granularity: str, on: str) -> Iterator[Frame]:
+    """The frame of every module of a pool; costs one pass over the factors (two for signs of components)."""
+    if granularity not in GRANULARITIES:
+        raise InputError(f"granularity={granularity!r} does not exist: use one of {', '.join(GRANULARITIES)}")
+    if on not in SIDES:
+        raise InputError(f"on={on!r} does not exist: use 'product' (ΔW), 'B' or 'A'")
+    k = len(pool)
+    for blocks in pair_blocks(pool, "decoupling"):
+        forms = components.forms(blocks) if granularity == "component" else None
+        for g, name in enumerate(blocks.modules):
+            updates: list[Update | None] = [None] * k
+            for i, member in enumerate(blocks.members):
+                updates[member] = blocks.updates[g][i]
+            module = Module(name, tuple(pool.names), updates, blocks.members, blocks.left[g], blocks.right[g])
+            parts = None if forms is None else components.of_module(forms[g], module, on)
+            events: Counter[str] = Counter()
+            if granularity == "component":
+                assert parts is not None
+                own = components.gram(parts, on)
+                if k > 1 and components.is_ambiguous(parts):
+                    events["modules with equal singular values, whose components are not unique"] += 1
+            elif granularity == "column":
+                own = columns.gram(module, on)
+            else:
+                own = _matrix_gram(module, on)
+            index = torch.tensor(blocks.members)
+            full = torch.zeros(k, k, own.shape[-1], dtype=torch.float64)
+            full[index[:, None], index] = own
+            yield Frame(module, full, parts, events, granularity, on)
+
+
+def _matrix_gram(module: Module, on: str) -> Tensor:
+    """``⟨X_k, X_l⟩`` of whole matrices: ``[k, k, 1]``."""
+    if on == "product":
+        products = module.scaled((module.left * module.right).sum((-1, -2)))
+        # Singular values at or below the floor are the noise of what a lazy update was computed from.
+        noise = torch.tensor([u.floor * u.rank**0.5 for u in module.present], dtype=torch.float64)
+        real = products.diagonal() > noise.square()
+        products = torch.where(real[:, None] & real, products, 0.0)
+    elif on == "B":
+        module.require_equal_ranks("granularity='matrix', on='B'")
+        products = module.scaled(module.left.diagonal(dim1=-2, dim2=-1).sum(-1))
+    else:
+        module.require_equal_ranks("granularity='matrix', on='A'")
+        products = module.right.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return products[..., None]
+
+
+def _matrix_update(module: Module, weights: Tensor, on: str) -> Update:
+    values: Sequence[float] = weights.tolist()
+    if on == "product":
+        return combine_updates(
+            [(w, u) for w, u in zip(values, module.updates, strict=True) if u is not None], module.name
+        )
+    return module.factor_sum([w * torch.ones(1, dtype=torch.float64) for w in values], on)

@@ -1,0 +1,206 @@
+"""The modulator: operators on directions and magnitudes, as small programs on inner products.
+
+What is decoupled are vectors at *places* (columns, components, or one whole matrix). Every adapter involved has one
+vector ``x_k`` a place; a direction is a combination of them, so an operator needs their inner products alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastlora import ops
+from fastlora.adapters.lora import Adapter
+from fastlora.errors import InputError
+
+# A difference of unit vectors that is shorter than this, relative to what it is made of, is rounding and no direction.
+FLOOR = 1e-6
+# Eigenvalues of the Gram matrix of unit vectors at or below it: the vectors do not differ.
+SPAN = 1e-10
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class State:
+    """Direction and magnitude at the ``P`` places of one module.
+
+    ``gram [K, K, P]``: ``⟨x_k, x_l⟩``. ``weights [K, P]``: the modulated vector is ``Σ_k weights_k x_k``. ``magnitude
+    [P]``: its norm ``μ``; its direction is ``D = Σ_k (weights_k / μ) x_k``, zero where ``μ`` is zero. All float64.
+    ``events``: what users should know, counted.
+    """
+
+    gram: Tensor
+    weights: Tensor
+    magnitude: Tensor
+    events: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def direction(self) -> Tensor:
+        """Coefficients of ``D``: ``[K, P]``."""
+        return _divided(self.weights, self.magnitude)
+
+    def unit(self, index: int) -> Tensor:
+        """Coefficients of the direction of adapter ``index`` as it was decoupled: ``[K, P]``."""
+        result = torch.zeros_like(self.weights)
+        norm = self.gram[index, index].sqrt()
+        result[index] = _divided(torch.ones_like(norm), norm)
+        return result
+
+    def dot(self, first: Tensor, second: Tensor) -> Tensor:
+        """Inner products of two combinations: ``[P]``."""
+        return torch.einsum("kp,klp,lp->p", first, self.gram, second)
+
+    def normalised(self, combination: Tensor) -> Tensor:
+        """The combination at unit length, or zero where nothing but rounding is left of it."""
+        norm = self.dot(combination, combination).clamp(min=0).sqrt()
+        parts = (combination.abs() * self.gram.diagonal(dim1=0, dim2=1).mT.sqrt()).sum(0)
+        norm = torch.where(norm > FLOOR * parts, norm, 0.0)
+        return _divided(combination, norm)
+
+    def turned(self, direction: Tensor, magnitude: Tensor) -> State:
+        """The state of a new direction and magnitude; a zero direction has no magnitude."""
+        there = direction.any(0)
+        magnitude = magnitude * there
+        return replace(self, weights=direction * magnitude, magnitude=magnitude)
+
+
+def _divided(values: Tensor, by: Tensor) -> Tensor:
+    return torch.where(by > 0, values / by, 0.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operator:
+    """One operator: a name, its strength, and the adapters that it looks at."""
+
+    name: str
+    strength: float
+    others: tuple[Adapter, ...] = ()
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing, whatever it is applied to: it is then left out, not computed."""
+        if self.name == "scale":
+            return self.strength == 1.0
+        if self.name == "shift" and self.others[0] is self.others[1]:
+            return True
+        return self.name != "reverse" and self.strength == 0.0
+
+    def run(self, state: State, others: Sequence[int]) -> State:
+        """The state after it; ``others``: places of its adapters in the Gram matrix."""
+        return _RUN[self.name](state, self.strength, others)
+
+
+def reverse(strength: float = 1.0) -> Operator:
+    """``D' = −D``, ``μ' = λμ``, for unlearning; ``λ ≥ 0``."""
+    return Operator("reverse", _not_negative("reverse", strength))
+
+
+def scale(strength: float) -> Operator:
+    """``μ' = λμ``, ``λ ≥ 0``. The identity at ``λ = 1``."""
+    return Operator("scale", _not_negative("scale", strength))
+
+
+def shift(source: Adapter, target: Adapter, strength: float = 1.0) -> Operator:
+    """``D' = normalise(D + λ (D_target − D_source))``, ``μ' = μ``, for transfer. The identity at ``λ = 0``."""
+    require_adapters("shift", source, target)
+    return Operator("shift", _finite("shift", strength), (source, target))
+
+
+def interpolate(other: Adapter, t: float) -> Operator:
+    """Spherical on ``D``, linear on ``μ``: from the adapter itself at ``t = 0`` to ``other`` at ``t = 1``.
+
+    Opposite directions have no shortest way between them: there the nearer end is taken, which the result's ``notes``
+    tell. Where one of the two is zero, the other's direction is kept.
+    """
+    require_adapters("interpolate", other)
+    t = _finite("interpolate", t)
+    if not 0.0 <= t <= 1.0:
+        raise InputError(f"interpolate: t={t} must be between 0 and 1")
+    return Operator("interpolate", t, (other,))
+
+
+def remove(others: Adapter | Sequence[Adapter], strength: float = 1.0) -> Operator:
+    """``D' = normalise(D − λ · projection of D on the span of the others' directions)``, ``μ' = μ``. The identity at
+    ``λ = 0``; where nothing of a direction is left at ``λ = 1``, it becomes zero."""
+    given = (others,) if isinstance(others, Adapter) else tuple(others)
+    if not given:
+        raise InputError("remove: give at least one adapter whose directions are to be removed")
+    require_adapters("remove", *given)
+    return Operator("remove", _finite("remove", strength), given)
+
+
+def require_adapters(name: str, *adapters: Adapter) -> None:
+    """Only low-rank adapters have factors to work on."""
+    for adapter in adapters:
+        if not isinstance(adapter, Adapter):
+            raise InputError(f"{name}: direction and magnitude are those of LoRA adapters, not of {adapter!r}")
+
+
+def _finite(name: str, strength: float) -> float:
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+        raise InputError(f"{name}: the strength is {strength!r}; it must be a finite number")
+    return float(strength)
+
+
+def _not_negative(name: str, strength: float) -> float:
+    if _finite(name, strength) < 0:
+        raise InputError(f"{name}: the strength {strength} makes a negative magnitude; use 0 or more, `reverse` turns")
+    return float(strength)
+
+
+def _reverse(state: State, strength: float, others: Sequence[int]) -> State:
+    return replace(state, weights=-strength * state.weights, magnitude=strength * state.magnitude)
+
+
+def _scale(state: State, strength: float, others: Sequence[int]) -> State:
+    return replace(state, weights=strength * state.weights, magnitude=strength * state.magnitude)
+
+
+def _shift(state: State, strength: float, others: Sequence[int]) -> State:
+    source, target = (state.unit(k) for k in others)
+    turned = state.normalised(state.direction + strength * (target - source))
+    return state.turned(turned, state.magnitude)
+
+
+def _interpolate(state: State, t: float, others: Sequence[int]) -> State:
+    own, other = state.direction, state.unit(others[0])
+    cosine = state.dot(own, other).clamp(-1.0, 1.0)
+    gap, sum_ = (2 - 2 * cosine).sqrt(), (2 + 2 * cosine).sqrt()  # ‖D − D_o‖, ‖D + D_o‖
+    angle = 2 * torch.atan2(gap, sum_)
+    near = gap < 1e-4  # where the chord is the arc, to rounding
+    sine = torch.where(near, 1.0, angle.sin())
+    first = torch.where(near, 1 - t, ((1 - t) * angle).sin() / sine)
+    second = torch.where(near, t, (t * angle).sin() / sine)
+    there, other_there = own.any(0), other.any(0)
+    opposite = there & other_there & (sum_ <= FLOOR)
+    first = torch.where(opposite, float(t <= 0.5), first)
+    second = torch.where(opposite, float(t > 0.5), second)
+    turned = torch.where(there & other_there, state.normalised(first * own + second * other), own + other)
+    count = int(opposite.sum())
+    if count:
+        state.events["opposite directions, where interpolation keeps the nearer end"] += count
+    magnitude = (1 - t) * state.magnitude + t * state.gram[others[0], others[0]].sqrt()
+    return state.turned(turned, magnitude)
+
+
+def _remove(state: State, strength: float, others: Sequence[int]) -> State:
+    own = state.direction
+    units = torch.stack([state.unit(k) for k in others])  # [q, K, P]
+    gram = torch.einsum("akp,klp,blp->pab", units, state.gram, units).contiguous()
+    cosines = torch.einsum("akp,klp,lp->pa", units, state.gram, own)
+    values, vectors = ops.eigh(gram)
+    inverse = torch.where(values > SPAN * values[:, -1:], 1.0 / values, 0.0)
+    inverse = torch.where(values > 0, inverse, 0.0)
+    amounts = (vectors @ (inverse[..., None] * (vectors.mT @ cosines[..., None])))[..., 0]  # [p, q]
+    turned = state.normalised(own - strength * torch.einsum("pa,akp->kp", amounts, units))
+    lost = int((own.any(0) & ~turned.any(0)).sum())
+    if lost:
+        state.events["directions that lay in the span of what was removed: nothing is left of them"] += lost
+    return state.turned(turned, state.magnitude)
+
+
+_RUN = {"reverse": _reverse, "scale": _scale, "shift": _shift, "interpolate": _interpolate, "remove": _remove}

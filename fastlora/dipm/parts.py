@@ -1,0 +1,250 @@
+"""Decouple, modulate, recombine: the objects that users hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastlora.adapters.compress import best_approximation
+from fastlora.adapters.lora import Adapter
+from fastlora.adapters.pool import Pool
+from fastlora.core.dtypes import widest
+from fastlora.core.names import check_name
+from fastlora.core.sums import common_base
+from fastlora.core.sums import is_base_copy as is_base_copy
+from fastlora.core.updates import Update
+from fastlora.dipm.frames import GRANULARITIES, SIDES, Frame, frames
+from fastlora.dipm.operators import Operator, State, require_adapters
+from fastlora.errors import InputError
+
+
+def require_host(adapter: Adapter, what: str) -> None:
+    """Refuses an adapter on a device where ``what`` computes on the CPU alone."""
+    if adapter.device.type != "cpu":
+        raise InputError(
+            f"{what} computes on the CPU, and adapter {adapter.name!r} is on {adapter.device}: use `.to('cpu')`"
+        )
+
+
+class Parts:
+    """Directions and magnitudes of an adapter, and the operators that were applied to them; made by :func:`decouple`.
+
+    Nothing is computed until magnitudes or directions are looked at or recombined.
+    """
+
+    def __init__(self, adapter: Adapter, granularity: str, on: str, operators: Sequence[Operator] = ()) -> None:
+        self.adapter = adapter
+        self.granularity = granularity
+        self.on = on
+        self.operators = tuple(operators)
+
+    def apply(self, *operators: Operator) -> Parts:
+        """These parts with some more operators, from left to right."""
+        return Parts(self.adapter, self.granularity, self.on, (*self.operators, *operators))
+
+    @property
+    def changes(self) -> list[Operator]:
+        """The operators that change something."""
+        return [o for o in self.operators if not o.is_identity]
+
+    @property
+    def magnitudes(self) -> dict[str, Tensor]:
+        """``μ`` of every module: float64, one number a component, a column or a module. Zero where there is no
+        direction."""
+        return {frame.module.name: state.magnitude.clone() for frame, state in self._states()}
+
+    def directions(self) -> Adapter:
+        """``D`` as an adapter: every vector at length one (or zero). With ``on="B"`` or ``"A"``, of that factor, beside
+        the other one as it is."""
+        return self._adapter({f.module.name: f.update(s.direction) for f, s in self._states()}, "directions")
+
+    def recombined(self, magnitudes: Mapping[str, Tensor] | None) -> tuple[Adapter, dict[str, Tensor]]:
+        """The adapter ``D ∘ μ``, and the ``μ`` that it has."""
+        updates: dict[str, Update | None] = {}
+        used: dict[str, Tensor] = {}
+        pool = self._pool()
+        events: Counter[str] = Counter()
+        for frame, state in self._states(pool):
+            name, weights = frame.module.name, state.weights
+            used[name] = state.magnitude
+            if magnitudes is not None and name in magnitudes:
+                used[name] = _checked(magnitudes[name], state, name)
+                weights = state.direction * used[name]
+            updates[name] = frame.update(weights)
+            events += frame.events + state.events
+        if magnitudes is not None and (unknown := magnitudes.keys() - updates.keys()):
+            raise InputError(f"recombine: magnitudes for {sorted(unknown)[0]!r}, a module that these parts do not have")
+        result = self._adapter(updates, "recombined")
+        result.notes += [*pool.notices, *(f"{count} {what}" for what, count in events.items())]
+        return result, used
+
+    @property
+    def _adapters(self) -> list[Adapter]:
+        """The modulated adapter, then every other one that takes part, once."""
+        return list({id(a): a for a in (self.adapter, *(a for o in self.changes for a in o.others))}.values())
+
+    def _pool(self) -> Pool:
+        refuse_extras(self._adapters)
+        return Pool(named(self._adapters))
+
+    def _states(self, pool: Pool | None = None) -> Iterator[tuple[Frame, State]]:
+        places = {id(a): i for i, a in enumerate(self._adapters)}
+        for frame in frames(pool or self._pool(), self.granularity, self.on):
+            own = frame.gram[0, 0]
+            weights = torch.zeros(frame.gram.shape[1:], dtype=torch.float64)
+            weights[0] = (own > 0).double()
+            state = State(frame.gram, weights, own.clamp(min=0).sqrt())
+            for operator in self.changes:
+                state = operator.run(state, [places[id(a)] for a in operator.others])
+            yield frame, state
+
+    def _adapter(self, updates: Mapping[str, Update | None], what: str) -> Adapter:
+        adapters = self._adapters
+        operators = [
+            {"operator": o.name, "strength": o.strength, "others": [a.provenance for a in o.others]}
+            for o in self.changes
+        ]
+        order = dict.fromkeys([*self.adapter.updates, *updates])
+        return Adapter(
+            self.adapter.name,
+            {m: u for m in order if (u := updates.get(m)) is not None},
+            extras=self.adapter.extras,
+            base=common_base(adapters),
+            dtype=widest(a.dtype for a in adapters),
+            provenance={
+                "dipm": what,
+                "of": self.adapter.provenance,
+                "granularity": self.granularity,
+                "on": self.on,
+                "operators": operators,
+            },
+            notes=self.adapter.notes,
+        )
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{o.name}({o.strength:g})" for o in self.operators) or "as decoupled"
+        return f"Parts({self.adapter.name!r}, {self.granularity} on {self.on}: {names})"
+
+
+def decouple(adapter: Adapter, granularity: str = "column", on: str = "product") -> Parts:
+    """Directions ``D`` and magnitudes ``μ ≥ 0`` with ``X = D ∘ μ``, MATH (11); computed when they are looked at.
+
+    Args:
+        granularity: ``"column"``: a magnitude for every input column of ``ΔW``. ``"component"``: for every rank-one
+            component of the singular value form, in order of ``σ``. ``"matrix"``: one a module.
+        on: what is decoupled: ``"product"`` is ``ΔW = sBA``; ``"B"`` is ``sB`` and ``"A"`` is ``A``, which depend on
+            how ``ΔW`` was factored (``column`` on ``B``: one magnitude a rank). ``component`` is the pair
+            ``(u_j, v_j)`` in every case: ``on`` says whether operators turn ``u_j`` (B), ``v_j`` (A) or ``u_j v_jᵀ``
+            (product).
+    """
+    require_adapters("decouple", adapter)
+    require_host(adapter, "modulate")
+    if granularity not in GRANULARITIES:
+        raise InputError(f"granularity={granularity!r} does not exist: use one of {', '.join(GRANULARITIES)}")
+    if on not in SIDES:
+        raise InputError(f"on={on!r} does not exist: use 'product' (ΔW), 'B' or 'A'")
+    return Parts(adapter, granularity, on)
+
+
+def recombine(
+    parts: Parts,
+    *,
+    magnitudes: Mapping[str, Tensor] | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Adapter:
+    """The adapter ``X' = D' ∘ μ'``, MATH (12), exact in factor space.
+
+    Without operators that change something it is the adapter itself, untouched. Directions of other adapters add their
+    ranks to a result on the product; ``rank`` or ``energy`` compresses it (:func:`fastlora.compress`), after which
+    columns and matrices are brought back to the magnitudes ``μ'`` from the Gram matrix of what was compressed
+    (components are those of the compressed update).
+
+    Args:
+        magnitudes: other ``μ'`` for some modules, as many numbers as :attr:`Parts.magnitudes` has.
+
+    Raises:
+        InputError: NaN or Inf in a factor, by adapter and module; biases or replaced modules, which have no direction;
+            unequal ranks with ``on="A"`` or ``"B"``.
+
+    Cost: one pass over the factors of all adapters involved (two with ``granularity="component"`` on ``A`` or ``B``);
+    on columns, two more over the ``A`` factors, of which the result holds its own copy (float32; float64 for
+    float64).
+    """
+    if not parts.changes and magnitudes is None:
+        return (
+            parts.adapter
+            if rank is None and energy is None
+            else best_approximation(parts.adapter, rank=rank, energy=energy)
+        )
+    result, wanted = parts.recombined(magnitudes)
+    if rank is None and energy is None:
+        return result
+    smaller = best_approximation(result, rank=rank, energy=energy)
+    if parts.on != "product" or parts.granularity == "component":
+        return smaller
+    again, _ = Parts(smaller.without_extras(), parts.granularity, parts.on).recombined(
+        {m: wanted[m] for m in smaller.updates}
+    )
+    smaller.updates = again.updates
+    return smaller
+
+
+def modulate(
+    adapter: Adapter,
+    operators: Operator | Sequence[Operator],
+    *,
+    granularity: str = "column",
+    on: str = "product",
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Adapter:
+    """Decouple, apply operators from left to right, recombine: see :func:`decouple` and :func:`recombine`.
+
+    fl.modulate(toxic, fl.dipm.reverse(0.5))
+    fl.modulate(model, [fl.dipm.shift(source, target, 0.3), fl.dipm.scale(0.8)], granularity="column", rank=16)
+    """
+    given = [operators] if isinstance(operators, Operator) else list(operators)
+    return recombine(decouple(adapter, granularity, on).apply(*given), rank=rank, energy=energy)
+
+
+def named(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters under names that differ, for one pool."""
+    taken: set[str] = set()
+    result = []
+    for i, adapter in enumerate(adapters):
+        name = adapter.name
+        try:
+            check_name(name)
+        except InputError:  # the name of a long sum
+            name = f"adapter {i + 1}"
+        while name.casefold() in taken:
+            name += "'"
+        taken.add(name.casefold())
+        result.append(Adapter(name, adapter.updates, base=adapter.base, dtype=adapter.dtype))
+    return result
+
+
+def refuse_extras(adapters: Sequence[Adapter]) -> None:
+    """Biases and replaced modules have no direction and magnitude here; copies of adapted embeddings are no change."""
+    terms = [(1.0, a) for a in adapters]
+    for adapter in adapters:
+        for name, extra in adapter.extras.items():
+            if extra.kind == "delta" or not is_base_copy(name, extra, terms):
+                raise InputError(
+                    f"adapter {adapter.name!r} also changes {name} of its base model (a bias or modules_to_save), "
+                    "which has no direction and magnitude here. Use `adapter.without_extras()` (`--drop-extras`) to "
+                    "leave such parameters out"
+                )
+
+
+def _checked(values: Tensor, state: State, module: str) -> Tensor:
+    values = values.to(torch.float64)
+    if values.shape != state.magnitude.shape or not bool((values.isfinite() & (values >= 0)).all()):
+        raise InputError(
+            f"recombine: magnitudes of {module} must be {list(state.magnitude.shape)} finite numbers of 0 or more"
+        )
+    return values

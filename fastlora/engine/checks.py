@@ -1,0 +1,83 @@
+"""Refusals that need a look at the numbers: NaN, Inf, and what overflows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from fastlora.adapters.lora import Adapter
+from fastlora.core.updates import sources
+from fastlora.errors import InputError, NonFiniteError
+from fastlora.ops import dispatch
+from fastlora.runtime.memory import release
+from fastlora.runtime.progress import track
+
+
+def require_finite(adapters: Iterable[Adapter]) -> None:
+    """Raises for the first stored matrix that holds NaN or Inf. Costs one read; gram passes find the same for free."""
+    for adapter in adapters:
+        for module in track(adapter.modules, f"checking {adapter.name}"):
+            for factor in (adapter.updates[module].B, adapter.updates[module].A):
+                for term in factor.terms:
+                    if not is_finite(term.source):
+                        raise not_finite(adapter.name, module, factor.side)
+            release(sources([adapter.updates[module]]))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a matrix holds neither NaN nor Inf."""
+    return bool(dispatch.run("finite", tensor))
+
+
+def not_finite(adapter: str, module: str, side: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"adapter {adapter!r}: lora_{side} of {module} holds NaN or Inf, so nothing computed from it would mean "
+        "anything. Leave this adapter out, or save it again from a training step that did not diverge"
+    )
+
+
+def check_diagonal(names: Sequence[str], modules: Sequence[str], gram: Tensor, side: str) -> None:
+    """Raises when a factor holds NaN or Inf, as its diagonal Gram block shows: ``gram [len(modules), k, k, r, r]`` or
+    its diagonal blocks ``[len(modules), k, r, r]``."""
+    blocks = gram.diagonal(dim1=1, dim2=2).movedim(-1, 1) if gram.dim() == 5 else gram
+    squares = blocks.diagonal(dim1=2, dim2=3)
+    if math.isfinite(float(squares.sum())):  # a sum may overflow where no square does
+        return
+    bad = (~squares.isfinite()).any(-1).nonzero().tolist()
+    if bad:
+        module, adapter = bad[0]
+        raise not_finite(names[adapter], modules[module], side)
+
+
+LARGEST = 1e150
+"""Of singular values: sums of a few squares stay finite."""
+
+
+def check_size(names: Sequence[Sequence[str]], modules: Sequence[str], sigma: Tensor) -> None:
+    """Raises for singular values whose squares overflow: ``sigma [len(modules), k, r]``, scaling included, of the
+    adapters ``names[module]``."""
+    if not sigma.numel() or float(sigma.max()) <= LARGEST:  # not so with NaN, either
+        return
+    bad = (~(sigma <= LARGEST)).any(-1).nonzero().tolist()
+    if bad:
+        module, adapter = bad[0]
+        size = float(sigma[module, adapter].max())
+        raise NonFiniteError(
+            f"adapter {names[module][adapter]!r}: its update of {modules[module]} has a singular value of {size:.3g}, "
+            "whose square overflows. No weight is that large: correct 'lora_alpha', 'alpha_pattern' or 'r' in its "
+            "configuration, or the weight that it is multiplied by"
+        )
+
+
+def raise_for_info(modules: Sequence[str], info: Tensor) -> None:
+    """A decomposition that did not converge is an error with the module's name, never a wrong result."""
+    bad = info.nonzero().flatten().tolist()
+    if bad:
+        what = (
+            "its Gram matrix is not finite" if int(info[bad[0]]) == 1 else "the eigenvalue iteration did not converge"
+        )
+        raise InputError(
+            f"{modules[bad[0]]}: {what}; check the adapters with `fastlora inspect`, or leave the module out"
+        )

@@ -1,0 +1,174 @@
+"""Gram blocks of the factors of modules, in one pass over the matrices that they are made of."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlora.core.factors import Factor, device_of, source_key
+from fastlora.engine.gram_cache import run_gram
+from fastlora.ops.dispatch import run_pass
+from fastlora.ops.passes import GramBlock, GramJob
+
+Pairs = Sequence[tuple[int, int]]
+
+Pieces = tuple[tuple[tuple[int, float], ...], ...]
+"""Columns (B sides) or rows (A sides) and scale of the stored matrices side by side that each factor is."""
+
+
+def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Tensor:
+    """One pass of its own for :meth:`GramPass.blocks`."""
+    wanted = GramPass()
+    out = wanted.blocks(modules, r, pairs)
+    wanted.run()
+    return out
+
+
+class GramPass:
+    """Gram blocks of lists of factors, put together and computed at once by :meth:`run`."""
+
+    def __init__(self) -> None:
+        self._jobs: list[GramJob] = []
+        self._finish: list[Callable[[], None]] = []
+
+    def blocks(self, modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Tensor:
+        """Gram blocks of the ``k`` factors of each module, all of one side.
+
+        Returns float64 ``[len(modules), k, k, r, r]``, zero-padded to ``r``, with the blocks of ``pairs`` filled.
+        """
+        k = len(modules[0])
+        out = _zeros(len(modules), k, k, r, r, device=device_of(modules))
+        self._put(modules, out, r, [(i, j, (i * k + j) * r * r) for i, j in pairs])
+        return out
+
+    def diagonal(self, modules: Sequence[Sequence[Factor]], r: int) -> Tensor:
+        """The diagonal blocks of :meth:`blocks` alone: ``[len(modules), k, r, r]``."""
+        k = len(modules[0])
+        out = _zeros(len(modules), k, r, r, device=device_of(modules))
+        self._put(modules, out, r, [(i, i, i * r * r) for i in range(k)])
+        return out
+
+    def run(self) -> None:
+        run_gram(self._jobs, functools.partial(run_pass, "gram_pass"))
+        for finish in self._finish:
+            finish()
+
+    def _put(self, modules: Sequence[Sequence[Factor]], out: Tensor, r: int, places: Sequence[GramBlock]) -> None:
+        """Blocks ``(i, j)`` of every module into ``out``, rows of ``r``, at their offsets in the module's part."""
+        size = out[0].numel()
+        axis = 0 if modules[0][0].side == "A" else 1
+        # Modules whose factors are made alike, by what their terms look like: there are few kinds.
+        kinds: dict[object, tuple[Sequence[GramBlock], Pieces, list[int]]] = {}
+        for m, factors in enumerate(modules):
+            if any([f.joined is None for f in factors]):
+                job, coefficients = _source_gram(factors, axis == 0)
+                self._jobs.append(job)
+                self._finish.append(functools.partial(_put_products, job.out, coefficients, out[m], r, places))
+                continue
+            terms = [t for f in factors for t in f.terms]
+            sources = [t.source for t in terms]
+            looks = (*[len(f.terms) for f in factors], *[x.shape for x in sources], *[t.scale for t in terms])
+            kind = kinds.get(looks)
+            if kind is None:
+                pieces = tuple(tuple((t.source.shape[axis], t.scale) for t in f.terms) for f in factors)
+                blocks = places if len(terms) == len(factors) else _pieces_of(pieces, r, places)
+                kind = kinds[looks] = blocks, pieces, []
+            self._jobs.append(GramJob(sources, kind[0], axis == 0, out, r, m * size))
+            kind[2].append(m)
+        for blocks, pieces, owners in kinds.values():
+            if blocks is not places or any(scale != 1.0 for factor in pieces for _, scale in factor):
+                whole = out.view(len(modules), size)
+                self._finish.append(functools.partial(_finish_joined, pieces, owners, whole, r, places))
+
+
+def _zeros(*shape: int, device: torch.device) -> Tensor:
+    """Float64 zeros. On the CPU as the system hands memory out, so that blocks that nobody asks for cost nothing."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape))
+    return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+def _pieces_of(pieces: Pieces, r: int, places: Sequence[GramBlock]) -> list[GramBlock]:
+    """Blocks of factors as blocks of the stored matrices that they are made of; of a block on the diagonal the upper
+    ones."""
+    first = [0, *itertools.accumulate(len(own) for own in pieces)]
+    starts = [[0, *itertools.accumulate(width for width, _ in own)] for own in pieces]
+    return [
+        (first[i] + a, first[j] + b, offset + starts[i][a] * r + starts[j][b])
+        for i, j, offset in places
+        for a in range(len(pieces[i]))
+        for b in range(a if i == j else 0, len(pieces[j]))
+    ]
+
+
+def _finish_joined(pieces: Pieces, modules: Sequence[int], out: Tensor, r: int, places: Sequence[GramBlock]) -> None:
+    """Mirrors the blocks on the diagonal of some modules, and applies the scales of stored matrices: ``out [.., size]``
+    of all."""
+    own = out if len(modules) == len(out) else out[modules]
+    scales = None
+    if any(scale != 1.0 for factor in pieces for _, scale in factor):
+        ones = [[s for width, s in factor for _ in range(width)] for factor in pieces]
+        scales = torch.tensor([x + [1.0] * (r - len(x)) for x in ones], dtype=torch.float64).to(out.device)
+    for i, j, offset in places:
+        block = own[:, offset : offset + r * r].view(-1, r, r)
+        if i == j:
+            start = 0
+            for width, _ in pieces[i][:-1]:
+                end = start + width
+                block[:, end:, start:end] = block[:, start:end, end:].mT
+                start = end
+        if scales is not None:
+            block *= scales[i, :, None] * scales[j]
+    if own is not out:
+        out[modules] = own
+
+
+def _put_products(
+    gram: Tensor, coefficients: Sequence[tuple[Tensor, Tensor]], out: Tensor, r: int, places: Sequence[GramBlock]
+) -> None:
+    """Blocks of factors from the upper triangle of the Gram matrix of what they are made of: ``C_iᵀ G C_j``."""
+    full = gram.triu() + gram.triu(1).mT
+    for i, j, offset in places:
+        (at, left), (to, right) = coefficients[i], coefficients[j]
+        shape = left.shape[1], right.shape[1]
+        out.view(-1)[offset:].as_strided(shape, (r, 1)).copy_(left.mT @ full[at][:, to] @ right)
+
+
+def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[tuple[Tensor, Tensor]]]:
+    """The Gram matrix of the distinct stored matrices behind some factors, and each factor's coefficients on them.
+
+    The coefficients are ``(index, C)``: ``C`` belongs to the rows ``index`` of the Gram matrix. The others are left out
+    and not multiplied by zero, so that NaN or Inf in one adapter is not found in another.
+    """
+    places: dict[object, int] = {}
+    sources: list[Tensor] = []
+    total = 0
+    for factor in factors:
+        for term in factor.terms:
+            if source_key(term.source) not in places:
+                places[source_key(term.source)] = total
+                sources.append(term.source)
+                total += term.source.shape[0 if rows else 1]
+    coefficients = []
+    device = sources[0].device if sources else torch.device("cpu")
+    for factor in factors:
+        own = factor.coefficients()
+        index = [torch.arange(c.shape[0], device=device) + places[source_key(source)] for source, c in own]
+        stacked = [c for _, c in own]
+        coefficients.append(
+            (torch.cat(index), torch.cat(stacked))
+            if own
+            else (
+                torch.zeros(0, dtype=torch.int64, device=device),
+                torch.zeros(0, factor.rank, dtype=torch.float64, device=device),
+            )
+        )
+    starts = [places[source_key(s)] for s in sources]
+    blocks = [(i, j, starts[i] * total + starts[j]) for i in range(len(sources)) for j in range(i, len(sources))]
+    gram = torch.zeros(total, total, dtype=torch.float64, device=device)
+    return GramJob(sources, blocks, rows, gram, total), coefficients

@@ -1,0 +1,83 @@
+"""Gram blocks that were computed before, so that a factor is not read again for the same inner products."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from fastlora.core.factors import source_key
+from fastlora.ops.passes import GramJob
+
+Key = tuple[int, int, tuple[int, ...]]
+
+
+class GramCache:
+    """Gram blocks ``X_iᵀ X_j`` of pairs of held matrices, by the place of the matrices in memory.
+
+    Only blocks of two *held* matrices are kept: what is computed along the way would otherwise fill the memory. Held
+    matrices stay alive as long as the cache, so no other matrix can take their place, and must not be changed.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[Key, Tensor] = {}
+        self._blocks: dict[tuple[Key, Key, bool], Tensor] = {}
+
+    def hold(self, sources: Iterable[Tensor]) -> None:
+        for source in sources:
+            self._held.setdefault(source_key(source), source)
+
+    def run(self, jobs: Sequence[GramJob], launch: Callable[[list[GramJob]], object]) -> None:
+        """Fills the blocks of the jobs: known ones are copied, the others computed by ``launch`` and kept."""
+        missing, owners = [], []
+        for job in jobs:
+            keys = [source_key(f) for f in job.factors]
+            absent = [b for b in job.blocks if not self._copy(keys[b[0]], keys[b[1]], job.rows, job.block(b))]
+            if absent:
+                used = sorted({i for i, _, _ in absent} | {j for _, j, _ in absent})
+                at = {i: place for place, i in enumerate(used)}
+                blocks = [(at[i], at[j], offset) for i, j, offset in absent]
+                missing.append(replace(job, factors=[job.factors[i] for i in used], blocks=blocks))
+                owners.append([keys[i] for i in used])
+        if missing:
+            launch(missing)
+        for job, keys in zip(missing, owners, strict=True):
+            for block in job.blocks:
+                first, second = keys[block[0]], keys[block[1]]
+                if first in self._held and second in self._held:
+                    self._blocks[first, second, job.rows] = job.block(block).clone()
+
+    def _copy(self, first: Key, second: Key, rows: bool, out: Tensor) -> bool:
+        found = self._blocks.get((first, second, rows))
+        if found is None:
+            swapped = self._blocks.get((second, first, rows))
+            if swapped is None:
+                return False
+            found = swapped.mT
+        out.copy_(found)
+        return True
+
+
+_active: contextvars.ContextVar[GramCache | None] = contextvars.ContextVar("fastlora_gram_cache", default=None)
+
+
+@contextlib.contextmanager
+def use_cache(cache: GramCache) -> Iterator[None]:
+    """Inside the block, Gram blocks that the cache has are not computed again."""
+    token = _active.set(cache)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def run_gram(jobs: list[GramJob], launch: Callable[[list[GramJob]], object]) -> None:
+    """One Gram pass, through the cache in use."""
+    cache = _active.get()
+    if cache is None:
+        launch(jobs)
+    else:
+        cache.run(jobs, launch)

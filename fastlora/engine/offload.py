@@ -1,0 +1,110 @@
+"""Results that are computed on a device and saved from the host: one buffer and one copy an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastlora.adapters.lora import Adapter
+from fastlora.core.factors import Factor, Side
+from fastlora.core.updates import Update
+from fastlora.engine import buffers
+from fastlora.ops.passes import CombineJob, CombineOutput
+from fastlora.runtime import devices
+
+Key = TypeVar("Key")
+Place = tuple[str, Side]
+"""``(module, side)``."""
+
+
+def on_host(adapters: Mapping[Key, Adapter], dtypes: Mapping[Key, torch.dtype]) -> Mapping[Key, Adapter]:
+    """The adapters as they are saved, in host memory: factors in ``dtypes``, scaling inside ``B``.
+
+    Adapters on the host are returned as they are. Those of a device are computed there in one pass, so that a matrix
+    that several share is read once, and copied together; matrices that are saved as they were loaded are not copied
+    where the host still has them.
+    """
+    found = dict(adapters)
+    on_device = {key: a for key, a in adapters.items() if a.device.type != "cpu"}
+    if not on_device:
+        return found
+    baked = {key: {m: u.baked() for m, u in a.updates.items() if u.rank} for key, a in on_device.items()}
+    computed, buffers = _computed(baked, {key: a.device for key, a in on_device.items()}, dtypes)
+    for key, adapter in on_device.items():
+        places = _fetched(baked[key], computed[key], buffers[key], dtypes[key])
+        updates = dict(adapter.updates)
+        for module, update in baked[key].items():
+            B, A = Factor.of("B", places[module, "B"]), Factor.of("A", places[module, "A"])
+            updates[module] = replace(update, B=B, A=A)
+        empty = {m: u for m, u in updates.items() if not u.rank}
+        updates |= {m: replace(u, B=replace(u.B, terms=()), A=replace(u.A, terms=())) for m, u in empty.items()}
+        found[key] = Adapter(
+            adapter.name,
+            updates,
+            extras=adapter.extras,
+            base=adapter.base,
+            dtype=adapter.dtype,
+            provenance=adapter.provenance,
+            notes=adapter.notes,
+        )
+    return found
+
+
+def _computed(
+    baked: Mapping[Key, Mapping[str, Update]],
+    where: Mapping[Key, torch.device],
+    dtypes: Mapping[Key, torch.dtype],
+) -> tuple[dict[Key, dict[Place, tuple[int, Tensor]]], dict[Key, Tensor]]:
+    """What has to be computed, by adapter and place: where it starts in the adapter's buffer and the result there."""
+    from fastlora.engine.materialise import Sources
+    from fastlora.ops.dispatch import run_pass
+
+    computed: dict[Key, dict[Place, tuple[int, Tensor]]] = {}
+    buffers: dict[Key, Tensor] = {}
+    sources: dict[Place, Sources] = {}
+    outputs: dict[Place, list[CombineOutput]] = {}
+    for key, updates in baked.items():
+        dtype = dtypes[key]
+        wanted = {(m, f.side): f for m, u in updates.items() for f in (u.B, u.A) if not _is_saved(f, dtype)}
+        layout = [(f.shape, dtype) for f in wanted.values()]
+        starts, size = buffers.offsets(layout)
+        with devices.memory_told("computing results"):
+            buffers[key] = torch.empty(size, dtype=torch.uint8, device=where[key])
+        results = buffers.views(buffers[key], starts, layout)
+        computed[key] = dict(zip(wanted, zip(starts, results, strict=True), strict=True))
+        for (place, factor), out in zip(wanted.items(), results, strict=True):
+            terms = sources.setdefault(place, Sources()).terms(factor)
+            outputs.setdefault(place, []).append(CombineOutput.into(out, terms))
+    run_pass("combine_pass", [CombineJob(sources[p].tensors, own, p[1] == "A") for p, own in outputs.items()])
+    return computed, buffers
+
+
+def _is_saved(factor: Factor, dtype: torch.dtype) -> bool:
+    stored = factor.stored
+    return stored is not None and stored.dtype == dtype
+
+
+def _fetched(
+    updates: Mapping[str, Update], computed: Mapping[Place, tuple[int, Tensor]], buffer: Tensor, dtype: torch.dtype
+) -> dict[Place, Tensor]:
+    """Every factor of an adapter on the host."""
+    here = buffers.staging(buffer.nbytes)
+    here.copy_(buffer)
+    layout = [(tuple(out.shape), dtype) for _, out in computed.values()]
+    found = dict(zip(computed, buffers.views(here, [at for at, _ in computed.values()], layout), strict=True))
+    kept = {(m, f.side): f.stored for m, u in updates.items() for f in (u.B, u.A) if (m, f.side) not in found}
+    missing: dict[Place, Tensor] = {}
+    for place, stored in kept.items():
+        assert stored is not None
+        home = buffers.origin(stored)
+        if home is None:
+            missing[place] = stored
+        else:
+            found[place] = home
+    if missing:
+        found |= zip(missing, buffers.moved(list(missing.values()), torch.device("cpu")), strict=True)
+    return found

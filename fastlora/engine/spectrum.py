@@ -1,0 +1,121 @@
+"""Singular forms of updates from their Gram blocks, and where to cut them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlora import ops
+from fastlora.core.updates import Update, default_rtol, unscaled_floor
+from fastlora.engine.checks import check_diagonal, check_size, raise_for_info
+from fastlora.engine.gram import GramPass
+from fastlora.engine.schedule import chunks
+from fastlora.errors import InputError
+from fastlora.runtime.progress import track
+
+
+@dataclass(slots=True, eq=False)
+class SingularForm:
+    """``ΔW = s·(B T) Σ (…)`` of one module: ``U = B T [n, kept]`` orthonormal.
+
+    ``sigma``: all singular values of ``ΔW``, scaling included, descending, as many as the factors' rank.
+    ``T [r, kept]`` and ``D [kept, r]``: ``B' = B T``, ``A' = D A`` is the cut update (scaling not included).
+    """
+
+    sigma: Tensor
+    T: Tensor
+    D: Tensor
+    kept: int
+    norm: float
+    """``‖ΔW‖_F``."""
+    retained: float
+    """``Σσ²`` of the kept directions over that of all; 1 for a zero update."""
+
+
+def singular_forms(
+    name: str,
+    updates: Mapping[str, Update],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    rtol: float | None = None,
+) -> dict[str, SingularForm]:
+    """The singular value form of every module of an adapter, cut by noise floor, rank or energy.
+
+    Modules of one rank are computed together; costs one read of the factors and about 20·r³ operations a module.
+    """
+    forms: dict[str, SingularForm] = {}
+    groups: dict[tuple[int, float], list[str]] = {}
+    for module, update in updates.items():
+        groups.setdefault((update.rank, default_rtol([update]) if rtol is None else rtol), []).append(module)
+    for (r, cut), members in groups.items():
+        if r == 0:
+            empty = torch.zeros(0, dtype=torch.float64)
+            forms |= {m: SingularForm(empty, empty.reshape(0, 0), empty.reshape(0, 0), 0, 0.0, 1.0) for m in members}
+            continue
+        for part in track(list(chunks(len(members), 6 * 8 * r * r)), f"singular values of {name}"):
+            names = [members[i] for i in part]
+            forms |= _one_chunk(name, names, [updates[m] for m in names], r, cut, rank, energy)
+    return {m: forms[m] for m in updates}
+
+
+def _one_chunk(
+    name: str, modules: list[str], updates: list[Update], r: int, rtol: float, rank: int | None, energy: float | None
+) -> dict[str, SingularForm]:
+    grams = GramPass()
+    left = grams.blocks([[u.B] for u in updates], r, [(0, 0)])  # [g, 1, 1, r, r]
+    right = grams.blocks([[u.A] for u in updates], r, [(0, 0)])
+    grams.run()
+    check_diagonal([name], modules, left, "B")
+    check_diagonal([name], modules, right, "A")
+    floor = torch.tensor([[unscaled_floor(u)] for u in updates], dtype=torch.float64).to(left.device)
+    chain = ops.chain(
+        left,
+        right[:, 0],
+        threshold=0.0,
+        rtol=rtol,
+        rank=rank or 0,
+        energy=1.0 if energy is None else energy,
+        floor=floor,
+    )
+    raise_for_info(modules, chain.info)
+    most = int(chain.kept.max())
+    T = chain.basis[:, 0, :, :most].contiguous()  # [g, r, most]
+    D = T.mT @ left[:, 0, 0]  # [g, most, r]
+    scalings = torch.tensor([abs(u.scaling) for u in updates], dtype=torch.float64)
+    kept, sigma = chain.kept.cpu(), chain.sigma[:, 0].cpu() * scalings[:, None]
+    check_size([[name]] * len(modules), modules, sigma[:, None])
+    energies = torch.nn.functional.pad(sigma.square().cumsum(1), (1, 0))  # [g, r + 1]
+    # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
+    counts = kept[:, 0].tolist()
+    totals = energies[:, -1].tolist()
+    kept_energies = energies.gather(1, kept).flatten().tolist()
+    forms = {}
+    rows = zip(modules, counts, totals, kept_energies, sigma.unbind(), T.unbind(), D.unbind(), strict=True)
+    for module, count, total, part, own_sigma, own_T, own_D in rows:
+        if count < most:
+            own_T, own_D = own_T[:, :count], own_D[:count]
+        retained = part / total if total > 0 else 1.0
+        forms[module] = SingularForm(own_sigma, own_T, own_D, count, math.sqrt(total), retained)
+    return forms
+
+
+def cut(update: Update, form: SingularForm) -> Update:
+    """``B' = B T = U``, ``A' = D A = Σ Vᵀ`` (scaling kept apart)."""
+    return Update(update.B.times(form.T), update.A.applied(form.D), update.scaling, update.layout, update.floor)
+
+
+def check_cut(rank: int | None, energy: float | None) -> None:
+    """Raises unless there is one cut, with a meaning."""
+    if rank is None and energy is None:
+        raise InputError("compress: give rank=N or energy=X (the share of Σσ² to keep, above 0 and at most 1)")
+    if rank is not None and energy is not None:
+        raise InputError("compress: give a rank or a share of the energy, not both")
+    if rank is not None and rank < 1:
+        raise InputError(f"compress: rank={rank} must be at least 1")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise InputError(f"compress: energy={energy} must be above 0 and at most 1")

@@ -1,0 +1,201 @@
+"""Expressions over adapters, evaluated: :func:`compose`. The language is in :mod:`fastlora.expression`."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+
+from fastlora.adapters.alignment import alignment
+from fastlora.adapters.ia3 import IA3
+from fastlora.adapters.lora import Adapter
+from fastlora.adapters.pool import Pool
+from fastlora.adapters.task_vector import TaskVector
+from fastlora.core.vector_space import Operators, linear, require_one_kind
+from fastlora.engine.checks import require_finite
+from fastlora.errors import InputError
+from fastlora.expressions.check import Plan, number, options
+from fastlora.expressions.functions import FUNCTIONS, WORDS
+from fastlora.expressions.grammar import Call, ExpressionError, Name, Node, Product, Sum, bind, names, parse, walk
+from fastlora.formats import load
+from fastlora.runtime.memory import bounded
+from fastlora.runtime.memory import parse as parse_memory
+from fastlora.runtime.progress import track
+
+Element = Adapter | IA3 | TaskVector
+Source = Element | str | os.PathLike[str]
+
+
+def compose(
+    expression: str,
+    adapters: Mapping[str, Source],
+    *,
+    numbers: Mapping[str, float] | None = None,
+    name: str | None = None,
+    drop_extras: bool = False,
+    memory: int | str | None = None,
+) -> Element:
+    """The adapter that an expression such as ``"0.6*a + 0.4*b - 0.3*unique(c | a, b)"`` stands for.
+
+    Numbers, parentheses, ``+ - * /`` and the functions ``unique(x | a, b, …)``, ``shared(a, b, …)``,
+    ``compress(x, r)``, ``negate(x, λ)``, ``analogy(a, b, c, c0, c1)`` and ``add(a, b, …)``; docs/compose.md
+    has them all. Sums are exact, as the operators of :class:`Adapter`; an adapter that is named several times takes
+    part once, with its weights added up.
+
+    adapters: ``{name: adapter, or path or Hub id of one}``; only those that the expression names are loaded, and
+        ``notes`` of the result name the others.
+    numbers: ``{name: value}`` of what in the expression is no adapter but a number, such as ``λ`` in ``"a - λ*b"``.
+    name: of the result; the expression by default.
+    drop_extras: leave out biases and replaced modules (``modules_to_save``), which sums refuse.
+    memory: bound on the peak resident memory, as in :func:`fastlora.decompose`.
+
+    Raises:
+        ExpressionError: an :class:`InputError` that shows the expression and the place: what cannot be parsed, unknown
+            names, a number where an adapter is needed, what a function refuses. InputError: adapters that cannot be
+            read, or that belong to different base models.
+    """
+    values = dict(numbers or {})
+    _check_numbers(values, adapters)
+    tree = bind(parse(expression), values, WORDS)
+    plan = Plan(expression, list(adapters))
+    if not plan.check(tree):
+        raise ExpressionError("this is a number; an expression over adapters is needed", expression, tree.at)
+    used = names(tree)
+    bound = parse_memory(memory)
+    with bounded(bound):
+        notices, elements = _prepare({n: adapters[n] for n in used}, drop_extras)
+        result = copy.copy(Evaluator(expression, elements, bound).element(tree))
+    result.name = expression.strip() if name is None else name
+    bound_to = {"numbers": values} if values else {}
+    result.provenance = {"expression": expression.strip(), **bound_to, "result": result.provenance}
+    unused = [f"{n} is not used by the expression" for n in adapters if n not in used]
+    result.notes = list(dict.fromkeys([*result.notes, *notices, *unused]))
+    assert isinstance(result, Adapter | IA3 | TaskVector)
+    return result
+
+
+def _check_numbers(values: Mapping[str, float], adapters: Mapping[str, Source]) -> None:
+    for name, value in values.items():
+        if name in adapters:
+            raise InputError(f"{name!r} is the name of an adapter and of a number; rename one")
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise InputError(f"the number {name!r} is {value!r}: it must be a finite number")
+
+
+def _prepare(sources: Mapping[str, Source], drop_extras: bool) -> tuple[list[str], dict[str, Operators]]:
+    """Notices, and the adapters under their names in the expression and one naming of modules."""
+    elements: dict[str, Operators] = {}
+    for name, source in track(list(sources.items()), "loading"):
+        if not isinstance(source, Element | str | os.PathLike):
+            raise InputError(
+                f"{name!r} is of type {type(source).__name__}; an adapter is needed, or the path or Hub id of one"
+            )
+        element: Element = copy.copy(source) if isinstance(source, Element) else load(os.fspath(source), name)
+        if drop_extras and isinstance(element, Adapter | IA3):
+            element = element.without_extras()
+        element.name = name
+        elements[name] = element
+    notices: list[str] = []
+    updates = [e for e in elements.values() if isinstance(e, Adapter)]
+    if updates:
+        require_finite(updates)
+        pool = Pool(updates)
+        elements |= {a.name: a for a in pool.adapters}
+        notices += pool.notices
+    known: dict[str, None] = {}
+    earlier: list[str] = []
+    for scalings in [e for e in elements.values() if isinstance(e, IA3)]:
+        change, notice = alignment(scalings.name, scalings.modules, known.keys(), earlier)
+        notices += [] if notice is None else [notice]
+        aligned = scalings if change is None else scalings.renamed(*change)
+        elements[aligned.name] = aligned
+        known |= dict.fromkeys(aligned.modules)
+        earlier.append(aligned.name)
+    return notices, elements
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """``Σ w_i x_i`` that is not summed yet; by identity, so that an element takes part once."""
+
+    terms: dict[int, tuple[float, Operators]] = field(default_factory=dict)
+
+    def add(self, weight: float, element: Operators) -> None:
+        before = self.terms[id(element)][0] if id(element) in self.terms else 0.0
+        self.terms[id(element)] = before + weight, element
+
+    def element(self) -> Operators:
+        found = list(self.terms.values())
+        kept = [(w, x) for w, x in found if w != 0.0] or found[:1]
+        return kept[0][1] if len(kept) == 1 and kept[0][0] == 1.0 else linear(kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluator:
+    """Evaluates a checked expression. Sums of sums become one sum."""
+
+    text: str
+    elements: Mapping[str, Operators]
+    memory: int | None
+
+    def element(self, node: Node) -> Operators:
+        total = Linear()
+        self._accumulate(node, 1.0, total)
+        try:
+            return total.element()
+        except InputError as error:
+            raise self._placed(error, node) from error
+
+    def _placed(self, error: InputError, node: Node) -> InputError:
+        return error if isinstance(error, ExpressionError) else ExpressionError(str(error), self.text, node.at)
+
+    def _accumulate(self, node: Node, weight: float, total: Linear) -> None:
+        if isinstance(node, Sum):
+            for sign, term in node.terms:
+                self._accumulate(term, sign * weight, total)
+        elif isinstance(node, Product):
+            inner = next(f for _, f in node.factors if not _is_number(f))
+            for divides, factor in node.factors:
+                if factor is not inner:
+                    other = number(factor, self.text)
+                    weight = weight / other if divides else weight * other
+            self._accumulate(inner, weight, total)
+        else:
+            element = self.elements[node.name] if isinstance(node, Name) else self._call(node)
+            try:
+                require_one_kind([*(x for _, x in total.terms.values()), element])
+            except InputError as error:
+                raise self._placed(error, node) from error
+            total.add(weight, element)
+
+    def _call(self, node: Node) -> Operators:
+        assert isinstance(node, Call)
+        function = FUNCTIONS[node.function]
+        adapters = [a for a in node.arguments if not _is_number(a)]
+        given = [*([] if node.target is None else [node.target]), *adapters]
+        elements = self._distinct(node.function, given) if function.needs_names else [self.element(a) for a in given]
+        numbers = [number(a, self.text) for a in node.arguments[len(adapters) :]]
+        try:
+            return function.run(elements, numbers, options(node, function, self.text), self.memory)
+        except InputError as error:
+            raise self._placed(error, node) from error
+
+    def _distinct(self, function: str, nodes: list[Node]) -> list[Operators]:
+        """Elements with names that differ, as pools need them: their own, or their place."""
+        found: list[Operators] = []
+        for i, node in enumerate(nodes):
+            element = self.element(node)
+            if any(element is other for other in found):
+                raise ExpressionError(f"{function} has {element.name} twice", self.text, node.at)
+            if not isinstance(node, Name):
+                element = copy.copy(element)
+                element.name = f"argument {i + 1}"
+            found.append(element)
+        return found
+
+
+def _is_number(node: Node) -> bool:
+    return all(not isinstance(n, Name | Call) for n in walk(node))

@@ -1,0 +1,193 @@
+"""(IA)³ adapters in PEFT directories: one tensor ``base_model.model.<module path>.ia3_l`` a module.
+
+A vector that scales inputs (PEFT's *feed-forward* modules) is ``[1, in]``, one that scales outputs ``[out, 1]``. Both
+are ``[1, channels, 1, …]`` for convolutions, where only the configuration says which it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora._version import __version__
+from fastlora.adapters.ia3 import IA3
+from fastlora.core.data import BaseInfo, Extra, Scaling
+from fastlora.core.dtypes import parse_dtype
+from fastlora.engine.checks import is_finite
+from fastlora.errors import InputError, NonFiniteError, OutputError
+from fastlora.files.output import writing
+from fastlora.files.tensor_files import TensorFile, cast_tensor
+from fastlora.formats.peft.config import CONFIG_NAME, HEADS, Fields, refuse_unknown
+from fastlora.formats.peft.patterns import Unsupported, compiled_whole
+from fastlora.formats.peft.read import PREFIX, WEIGHTS_NAME, add_values, check_tensor, read_tensors
+from fastlora.formats.peft.write import Contents, exclude_pattern
+from fastlora.formats.peft.write import add_values as add_written_values
+
+PART = ".ia3_l"
+
+KNOWN = frozenset(
+    "auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out feedforward_modules inference_mode"
+    " init_ia3_weights modules_to_save peft_type peft_version revision runtime_config target_modules task_type".split()
+)
+
+
+def read(directory: Path, name: str, fields: Fields) -> IA3:
+    """The (IA)³ adapter in a PEFT directory.
+
+    Raises :class:`InputError` for missing or damaged files and tensors, vectors that hold NaN or Inf, and vectors that
+    are not what the configuration says, each with the way out.
+    """
+    base, is_feedforward = _read_config(fields, name)
+    file, tensors = read_tensors(directory)
+    vectors: dict[str, Scaling] = {}
+    keys: dict[str, str] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        plain = key.removeprefix(PREFIX)
+        if not plain.endswith(PART):
+            others[plain] = tensor
+            continue
+        module = plain.removesuffix(PART)
+        if module in keys:
+            raise InputError(f"{file}: tensors {keys[module]!r} and {key!r} are the same vector; remove one")
+        keys[module] = key
+        check_tensor(key, tensor, file)
+        if not is_finite(tensor.reshape(1, -1)):
+            raise NonFiniteError(
+                f"{file}: tensor {key!r} holds NaN or Inf, so nothing computed from it would mean anything; leave this "
+                "adapter out, or save it again from a training step that did not diverge"
+            )
+        vectors[module] = Scaling(tensor, _feedforward(key, module, tensor, is_feedforward, fields, file))
+    if not vectors:
+        raise InputError(
+            f"{file} has no ia3_l tensors, so adapter {name!r} is empty; "
+            "it was saved before it was trained, or from a model that is no PEFT model"
+        )
+    extras: dict[str, Extra] = {}
+    add_values(extras, others, vectors, base, file)
+    dtype = functools.reduce(torch.promote_types, (s.vector.dtype for s in vectors.values()))
+    return IA3(name, vectors, extras=extras, base=base, dtype=dtype)
+
+
+def _read_config(fields: Fields, name: str) -> tuple[BaseInfo, Callable[[str], bool] | None]:
+    """What the adapter says about its base model, and which modules it calls feed-forward, if it says so."""
+    refuse_unknown(fields, name, KNOWN)
+    base = BaseInfo(
+        model=fields.text("base_model_name_or_path"),
+        revision=fields.text("revision"),
+        task_type=fields.text("task_type"),
+        fan_in_fan_out=fields.flag("fan_in_fan_out"),
+        modules_to_save=tuple(dict.fromkeys(fields.texts("modules_to_save"))),
+    )
+    found = fields.values.get("feedforward_modules")
+    if found is None:
+        return base, None
+    if not isinstance(found, str):
+        ends = tuple(fields.texts("feedforward_modules"))
+        return base, lambda module: module.endswith(ends)
+    try:
+        return base, compiled_whole(found)
+    except (re.error, Unsupported, RecursionError, OverflowError) as error:
+        raise _refused_pattern(fields, error) from None
+
+
+def _refused_pattern(fields: Fields, error: Exception) -> InputError:
+    return InputError(
+        f"{fields.path}: field 'feedforward_modules' is a pattern that cannot be used ({error}); list the modules"
+    )
+
+
+def _feedforward(
+    key: str, module: str, tensor: Tensor, says: Callable[[str], bool] | None, fields: Fields, file: Path
+) -> bool:
+    """Whether a vector scales inputs: by its shape, and by the configuration, which must agree."""
+    shape = list(tensor.shape)
+    if tensor.dim() not in (2, 4, 5) or max(shape) != tensor.numel() or (tensor.dim() > 2 and shape[1] != max(shape)):
+        raise InputError(
+            f"{file}: tensor {key!r} is {shape}; needed is [1, in] or [out, 1], or [1, channels, 1, …] for a "
+            "convolution; save or download the adapter again"
+        )
+    by_shape = None if tensor.dim() > 2 or tensor.numel() == 1 else shape[0] == 1
+    try:
+        by_config = None if says is None else says(module)
+    except Unsupported as error:
+        raise _refused_pattern(fields, error) from None
+    if by_shape is None and by_config is None:
+        raise InputError(
+            f"{fields.path}: field 'feedforward_modules' is missing, and the shape {shape} of {key!r} does not say "
+            "whether it scales inputs or outputs; restore that field"
+        )
+    if by_shape is not None and by_config is not None and by_shape != by_config:
+        raise InputError(
+            f"{file}: tensor {key!r} is {shape}, as for a module that scales its {'inputs' if by_shape else 'outputs'},"
+            f" but 'feedforward_modules' in {fields.path} says the opposite; restore the configuration it was saved "
+            "with"
+        )
+    return bool(by_config if by_shape is None else by_shape)
+
+
+def write(directory: Path, adapter: IA3, dtype: torch.dtype | str | None = None) -> None:
+    """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into a directory that is being staged.
+
+    Raises :class:`OutputError` for values that overflow ``dtype`` and when writing fails.
+    """
+    target = parse_dtype(dtype, adapter.dtype)
+    if not adapter.vectors:
+        raise OutputError(f"{directory} was not written: (IA)³ adapter {adapter.name!r} has no modules")
+    vectors = {f"{PREFIX}{m}{PART}": cast_tensor(s.vector, target, m) for m, s in adapter.vectors.items()}
+    values = Contents(modules=adapter.modules)
+    add_written_values(values, {p: e.tensor for p, e in adapter.extras.items()}, adapter.base)
+    directory.mkdir(parents=True, exist_ok=True)
+    data = {"version": __version__, "provenance": adapter.provenance}
+    file = TensorFile(
+        directory / WEIGHTS_NAME,
+        vectors | values.tensors,
+        {"format": "pt", "fastlora": json.dumps(data, default=str)},
+    )
+    file.write(vectors, check=True)
+    file.write(values.tensors)
+    file.close()
+    config = json.dumps(_config(adapter, values.modules_to_save), indent=2) + "\n"
+    with writing(directory / CONFIG_NAME):
+        (directory / CONFIG_NAME).write_text(config, encoding="utf-8")
+
+
+def _config(adapter: IA3, modules_to_save: list[str]) -> Mapping[str, Any]:
+    base = adapter.base
+    heads = HEADS.get(base.task_type or "", ())
+    # For these tasks PEFT insists on a trained head in the file; without one, the adapter loads for any task.
+    task = base.task_type if not heads or set(heads) & set(modules_to_save) else None
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": base.model,
+        "exclude_modules": exclude_pattern(adapter.modules),
+        "fan_in_fan_out": base.fan_in_fan_out,
+        "feedforward_modules": _feedforward_modules(adapter.vectors),
+        "inference_mode": True,
+        "init_ia3_weights": True,
+        "modules_to_save": modules_to_save or None,
+        "peft_type": "IA3",
+        "revision": base.revision,
+        "target_modules": adapter.modules,
+        "task_type": task,
+    }
+
+
+def _feedforward_modules(vectors: Mapping[str, Scaling]) -> list[str] | str:
+    """Paths of the modules whose inputs are scaled.
+
+    PEFT takes a module for one of them whose path *ends* with a listed one. Where that would take another module along,
+    a pattern lists them, which PEFT matches whole.
+    """
+    inputs = [m for m, s in vectors.items() if s.feedforward]
+    others = [m for m, s in vectors.items() if not s.feedforward]
+    if any(m.endswith(tuple(inputs)) for m in others):
+        return "|".join(map(re.escape, inputs))
+    return inputs

@@ -1,0 +1,178 @@
+"""PEM (arXiv 2306.14870): addition, negation and analogy of adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from fastlora.adapters.lora import Adapter
+from fastlora.core.dtypes import widest
+from fastlora.core.factors import add as add_factors
+from fastlora.core.sums import combine_extras, common_base
+from fastlora.core.updates import Update
+from fastlora.core.vector_space import Operators, expression, linear, require_one_kind
+from fastlora.errors import InputError
+
+SEMANTICS = ("exact", "pem")
+
+X = TypeVar("X", bound=Operators)
+
+
+def add(elements: Sequence[X], weights: Sequence[float] | None = None, *, semantics: str = "exact") -> X:
+    """The weighted sum of adapters of one kind.
+
+    ``exact``: ``Σ w_i x_i``, where ``x`` is ``ΔW`` (LoRA, ranks add up), ``l − 1`` ((IA)³) or the change of every
+    parameter (task vectors); weights of 1 by default; what one lacks counts as no change. ``pem``: elementwise on the
+    parameters with weights that sum to one, ``λ_i = w_i / Σw``, equal by default: ``B = Σ λ_iB_i``, ``A = Σ λ_iA_i``,
+    ``l = Σ λ_i l_i``. ``provenance`` of the result says which.
+
+    Raises:
+        InputError: mixed kinds; weights that are not finite; ``pem``: weights that sum to zero or less, LoRA adapters
+            whose modules, ranks or scalings differ.
+    """
+    _check(elements, semantics)
+    if weights is not None and len(weights) != len(elements):
+        raise InputError(f"add: {len(elements)} adapters and {len(weights)} weights; give one weight for each adapter")
+    given = [1.0] * len(elements) if weights is None else [float(w) for w in weights]
+    if semantics == "exact":
+        return linear(zip(given, elements, strict=True))
+    for weight, element in zip(given, elements, strict=True):
+        _check_number(weight, f"the weight of {element.name!r}")
+    total = sum(given)
+    if not total > 0:
+        raise InputError(
+            f"add: the weights {given} sum to {total:g}, and the semantics 'pem' divides by their sum, which must be "
+            "above 0; use semantics='exact', which does not"
+        )
+    shares = [w / total for w in given]
+    name = expression(list(zip(shares, (e.name for e in elements), strict=True)))
+    terms = list(zip(shares, shares, elements, strict=True))
+    result = _elementwise(terms, f"pem({name})", "addition")
+    if weights is not None and not math.isclose(total, 1.0, rel_tol=1e-9):
+        result.notes.append(f"pem: the weights were divided by their sum {total:g}")
+    return result
+
+
+def negate(element: X, strength: float = 1.0, *, semantics: str = "exact") -> X:
+    """What undoes an adapter: ``ΔW → −λ ΔW`` (``B`` is negated, ``A`` kept), ``l → (1+λ) − λ l`` ((IA)³, so ``2 − l``
+    at full strength), every change times ``−λ`` (task vectors). Both semantics give the same numbers.
+    """
+    _check([element], semantics)
+    _check_number(strength, "negate: the strength")
+    result = linear([(-strength, element)])
+    result.provenance = {"negate": element.provenance, "strength": strength, "semantics": semantics}
+    return result
+
+
+def analogy(
+    first: X,
+    second: X,
+    third: X,
+    c0: float | None = None,
+    c1: float | None = None,
+    *,
+    semantics: str = "exact",
+) -> X:
+    """``first`` is to the result as ``third`` is to ``second``: domain transfer.
+
+    ``exact``: ``c_0ΔW_1 + c_1(ΔW_2 − ΔW_3)``, ``c_0 = c_1 = 1`` by default. ``pem``: ``B = c_0B_1 + c_1B_2 − c_1B_3``,
+    ``A = c_0A_1 + c_1A_2 + c_1A_3`` (only ``B`` is negated), ``c_0 = c_1 = 1/2`` by default. (IA)³ in both:
+    ``l = (1 − c_0)·1 + c_0l_1 + c_1(l_2 − l_3)``. In the paper's domain transfer, ``first`` is the classifier trained
+    on the auxiliary domain, ``second`` the language model of the target domain, ``third`` that of the auxiliary one.
+    """
+    elements = [first, second, third]
+    _check(elements, semantics)
+    default = 1.0 if semantics == "exact" else 0.5
+    c0, c1 = (default if c is None else float(c) for c in (c0, c1))
+    for name, value in (("c0", c0), ("c1", c1)):
+        _check_number(value, f"analogy: {name}")
+    if semantics == "pem":
+        label = f"pem({expression([(c0, first.name), (c1, second.name), (-c1, third.name)])})"
+        return _elementwise([(c0, c0, first), (c1, c1, second), (-c1, c1, third)], label, "analogy")
+    result = linear([(c0, first), (c1, second), (-c1, third)])
+    result.provenance = {"analogy": [e.provenance for e in elements], "c0": c0, "c1": c1, "semantics": "exact"}
+    return result
+
+
+def _check(elements: Sequence[Operators], semantics: str) -> None:
+    if semantics not in SEMANTICS:
+        raise InputError(f"semantics={semantics!r} does not exist: use one of {', '.join(SEMANTICS)}")
+    if not elements:
+        raise InputError("add: no adapter was given")
+    other = next((e for e in elements if not isinstance(e, Operators)), None)
+    if other is not None:
+        raise InputError(
+            f"an adapter is needed, not a {type(other).__name__}; load it with `fl.load` (a pool: .adapters)"
+        )
+    require_one_kind(elements)
+
+
+def _check_number(value: float, what: str) -> None:
+    if not math.isfinite(value):
+        raise InputError(f"{what} is {value}: it must be a finite number")
+
+
+def _elementwise(terms: Sequence[tuple[float, float, X]], name: str, operation: str) -> X:
+    """``B = Σ β_i B_i``, ``A = Σ α_i A_i`` for ``(β, α, adapter)``; other kinds have one parameter, weighted ``β``."""
+    kept = [(b, a, x) for b, a, x in terms if (b, a) != (0.0, 0.0)] or list(terms)
+    first = kept[0][2]
+    used: list[dict[str, object]] = [{"weight": b, "of": x.provenance} for b, _, x in terms]
+    if isinstance(first, Adapter):
+        result: X = _elementwise_lora(kept, name)  # type: ignore[arg-type, assignment]
+        used = [{"weight_A": a, **term} for (_, a, _), term in zip(terms, used, strict=True)]
+    else:
+        result = linear([(b, x) for b, _, x in kept], name)
+    result.provenance = {operation: used, "semantics": "pem"}
+    return result
+
+
+def _elementwise_lora(terms: Sequence[tuple[float, float, Adapter]], name: str) -> Adapter:
+    adapters = [x for _, _, x in terms]
+    base = common_base(adapters)
+    first = adapters[0]
+    for other in adapters[1:]:
+        _require_correspondence(first, other)
+    updates: dict[str, Update] = {}
+    for module, like in first.updates.items():
+        own = [x.updates[module] for x in adapters]
+        left = add_factors(u.B.scaled(b) for (b, _, _), u in zip(terms, own, strict=True))
+        right = add_factors(u.A.scaled(a) for (_, a, _), u in zip(terms, own, strict=True))
+        floor = max(u.floor * abs(b) for (b, _, _), u in zip(terms, own, strict=True))
+        updates[module] = replace(like, B=left, A=right, floor=floor)
+    return Adapter(
+        name,
+        updates,
+        extras=combine_extras([(b, x) for b, _, x in terms]),
+        base=base,
+        dtype=widest(a.dtype for a in adapters),
+        notes=list(dict.fromkeys(n for a in adapters for n in a.notes)),
+    )
+
+
+def _require_correspondence(first: Adapter, other: Adapter) -> None:
+    """Refuses factors that cannot be added elementwise, or whose sum would not mean what the paper's does."""
+    names = f"{first.name!r} and {other.name!r}"
+    out = "use the semantics 'exact' (linear in ΔW), which has no such limit"
+    lacking = [m for m in first.modules if m not in other] or [m for m in other.modules if m not in first]
+    if lacking:
+        raise InputError(f"pem: only one of {names} adapts {lacking[0]}, so there is no factor to add; {out}")
+    for module in first.modules:
+        one, two = first.updates[module], other.updates[module]
+        if one.shape != two.shape or one.layout != two.layout:
+            raise InputError(
+                f"pem: {module} is {one.shape[0]}×{one.shape[1]} in {first.name!r} and {two.shape[0]}×{two.shape[1]} "
+                f"in {other.name!r}: these adapters are of different base models"
+            )
+        if one.rank != two.rank:
+            raise InputError(
+                f"pem: {module} has rank {one.rank} in {first.name!r} and {two.rank} in {other.name!r}, and factors of "
+                f"different ranks cannot be added elementwise; {out}"
+            )
+        if not math.isclose(one.scaling, two.scaling, rel_tol=1e-12):
+            raise InputError(
+                f"pem: {module} has the scaling {one.scaling:g} in {first.name!r} and {two.scaling:g} in "
+                f"{other.name!r}, so equal weights would not weigh them equally; {out}, or save both with the scaling "
+                "inside the factors (`adapter.save`)"
+            )

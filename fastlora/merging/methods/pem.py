@@ -1,0 +1,25 @@
+"""The sum of the factors, arXiv 2306.14870."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastlora.adapters.lora import Adapter
+from fastlora.adapters.pool import Pool
+from fastlora.engine.checks import require_finite
+from fastlora.merging.arithmetic import add
+from fastlora.merging.registry import method
+
+
+@method(
+    "pem",
+    summary="elementwise on the factors, (ΣλᵢBᵢ)(ΣλᵢAᵢ), λᵢ = wᵢ/Σw",
+    parameters={},
+    source="PEM, arXiv 2306.14870; MATH section 4",
+)
+def pem(pool: Pool, weights: Mapping[str, float]) -> Adapter:
+    """The paper's addition of LoRA adapters of equal ranks and scalings."""
+    require_finite(pool.adapters)  # no Gram pass here would find NaN
+    merged = add(pool.adapters, [weights[name] for name in pool.names], semantics="pem")
+    merged.name = "pem"
+    return merged

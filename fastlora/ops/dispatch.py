@@ -1,0 +1,176 @@
+"""Which backend runs an op, and why not another."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fastlora.errors import BackendError, InputError
+from fastlora.ops.passes import CombineJob, GramJob, WriteProblem
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+
+# What "auto" takes: for tensors on a device, the first of these backends that supports the call. On a GPU the slow
+# reference is not among them: it runs there when it is forced.
+STREAMING = {"cuda": ("triton", "cuda"), "cpu": ("cpu", "reference")}  # passes over tall factors: bound by memory
+SOLVING = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}  # small matrices on chip
+RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
+    "gram": STREAMING,
+    "combine": STREAMING,
+    "finite": STREAMING,
+    "gram_pass": STREAMING,
+    "combine_pass": STREAMING,
+    "coefficients": SOLVING,
+    "eigh": SOLVING,
+    "svd": SOLVING,
+    "chain": SOLVING,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One op on one backend. ``supports`` returns ``None`` for yes, else the reason for no.
+
+    ``plan``: takes the arguments of a call (of a chain, its results too) and returns an object whose ``run()`` starts
+    it as often as wanted, without allocating or waiting; ``None`` where the backend has no such form.
+    """
+
+    launch: Callable[..., Any]
+    supports: Callable[..., str | None]
+    plan: Callable[..., Any] | None = None
+
+
+class Launches(Protocol):
+    """Work that was prepared: tables and outputs are there, and :meth:`run` starts it on the current stream."""
+
+    def run(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Direct:
+    """A backend that prepares nothing: it is called anew every time."""
+
+    op: str
+    arguments: tuple[Any, ...]
+
+    def run(self) -> Any:
+        return run(self.op, *self.arguments)
+
+
+def always(*_: object, **__: object) -> None:
+    """``supports`` of a kernel that takes every call."""
+    return None
+
+
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastlora_backend", default=None)
+
+
+def checked_name(name: str) -> str:
+    if name not in (*ORDER, "auto"):
+        raise InputError(f"backend {name!r} does not exist: use one of auto, {', '.join(ORDER)}")
+    return name
+
+
+def current_backend() -> str:
+    """The forced backend, or ``"auto"``."""
+    return _chosen.get() or checked_name(os.environ.get("FASTLORA_BACKEND") or "auto")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces a backend inside the block; ``"auto"`` takes the fastest that supports each call.
+
+    A forced backend never falls back to another: a call that it does not support raises.
+    """
+    token = _chosen.set(checked_name(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def kernels(backend: str) -> Mapping[str, Kernel] | str:
+    """The kernels of a backend, or the reason why there are none."""
+    module = importlib.import_module(f"fastlora.backends.{backend}")
+    reason: str | None = module.unavailable()
+    table: Mapping[str, Kernel] = module.KERNELS
+    return table if reason is None else reason
+
+
+def candidates(op: str, device: str) -> tuple[str, ...]:
+    """The backends that ``"auto"`` tries for tensors on a kind of device, in order; none for a kind without a rule."""
+    return RULES[op].get(device, ())
+
+
+def device_of(*args: Any) -> str:
+    """The kind of device of the first tensor of a call or of its jobs; ``"cpu"`` where there is none."""
+    for arg in args:
+        if hasattr(arg, "device"):
+            return str(arg.device.type)
+        if isinstance(arg, list | tuple):
+            for job in arg:
+                for tensor in (*job.factors, *(o.out for o in getattr(job, "outputs", ()))):
+                    if tensor is not None:
+                        return str(tensor.device.type)
+    return "cpu"
+
+
+def resolve(op: str, *args: Any) -> Kernel:
+    """The kernel that takes this call, or a :class:`BackendError` that lists why no backend does."""
+    chosen, reasons = current_backend(), []
+    device = device_of(*args)
+    for name in candidates(op, device) if chosen == "auto" else (chosen,):
+        table = kernels(name)
+        if isinstance(table, str):
+            reason: str | None = table
+        elif op not in table:
+            reason = f"has no kernel for {op}"
+        else:
+            reason = table[op].supports(*args)
+            if reason is None:
+                return table[op]
+        reasons.append(f"  {name}: {reason}")
+    head = f"fastlora.{op}: no usable backend (requested {chosen!r})"
+    raise BackendError("\n".join([head, *reasons, _way_out(device)]))
+
+
+def _way_out(device: str) -> str:
+    if device == "cpu":
+        return "  `fastlora info` says which backends work here, and why others do not"
+    if device == "cuda":
+        return (
+            "  compute on the CPU (`.to('cpu')`, `--device cpu`), or by the slow formulas where the tensors are: "
+            "use_backend('reference')"
+        )
+    return f"  there are no kernels for tensors on {device}: move them with `.to('cpu')` or `.to('cuda')`"
+
+
+def run(op: str, *args: Any) -> Any:
+    """The result of an op on the backend that takes the call; memory that runs out on a device is told by name."""
+    kernel = resolve(op, *args)
+    try:
+        return kernel.launch(*args)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's: importing torch is left to those who compute
+            raise
+        from fastlora.runtime.devices import out_of_memory
+
+        raise out_of_memory(f"fastlora.{op}") from None
+
+
+def prepared(op: str, *args: Any) -> Launches:
+    """The op on the backend that takes the call, prepared where that backend can."""
+    kernel = resolve(op, *args)
+    found: Launches = _Direct(op, args) if kernel.plan is None else kernel.plan(*args)
+    return found
+
+
+def run_pass(op: str, jobs: Sequence[GramJob] | Sequence[CombineJob]) -> WriteProblem | None:
+    """One pass on the backend that takes it."""
+    problem: WriteProblem | None = run(op, jobs) if jobs else None
+    return problem

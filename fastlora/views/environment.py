@@ -1,0 +1,71 @@
+"""Versions, devices and backends, as data and as text."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+from rich.table import Table
+
+from fastlora.views.tables import console_of
+
+
+def environment() -> dict[str, Any]:
+    """Versions, and each backend with ``"usable"`` or the reason why it is not."""
+    import torch
+
+    import fastlora
+    from fastlora.backends import cpu
+    from fastlora.ops.dispatch import ORDER, current_backend
+    from fastlora.runtime import devices
+
+    backends = {name: _state(name) for name in ORDER}
+    data: dict[str, Any] = {
+        "fastlora": fastlora.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "backend": current_backend(),
+        "backends": backends,
+        "devices": devices.describe(),
+        "threads": torch.get_num_threads(),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
+    }
+    for package in ("numpy", "safetensors", "lark", "peft", "triton", "matplotlib", "huggingface_hub"):
+        try:
+            data[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            data[package] = "not installed"
+    if cpu.unavailable() is None:
+        try:
+            data["instruction set"] = cpu.isa()
+        except RuntimeError as error:  # FASTLORA_ISA names what does not exist or does not run here
+            data["instruction set"] = backends["cpu"] = str(error)
+        data["CUDA build"] = cpu.cuda_build()
+    return data
+
+
+def _state(backend: str) -> str:
+    """``"usable"`` and for which ops, or the reason why a backend is not."""
+    from fastlora.ops.dispatch import RULES, kernels
+
+    found = kernels(backend)
+    if isinstance(found, str):
+        return found
+    own = [op for op in RULES if op in found and not op.endswith("_pass")]
+    return "usable" if set(own) >= {op for op in RULES if not op.endswith("_pass")} else f"usable: {', '.join(own)}"
+
+
+def show_environment(data: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None)
+    for key, value in data.items():
+        if key == "backends":
+            for name, state in value.items():
+                table.add_row(f"backend {name}", state)
+        elif key == "devices":
+            for state in value:
+                table.add_row("device", state)
+        else:
+            table.add_row(key, str(value))
+    console_of().print(table)
