@@ -8,76 +8,76 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+from fastlora._version import __version__
 
 _EXPORTS = {
-    "Adapter": "fastlora.adapter",
-    "Decomposition": "fastlora.decomposition",
-    "DecompositionPlan": "fastlora.plan",
+    "Adapter": "fastlora.adapters.lora",
+    "Decomposition": "fastlora.decomposition.result",
+    "DecompositionPlan": "fastlora.decomposition.plan",
     "FastloraError": "fastlora.errors",
-    "IA3": "fastlora.ia3",
+    "IA3": "fastlora.adapters.ia3",
     "InputError": "fastlora.errors",
-    "LearnedMerge": "fastlora.learned",
+    "LearnedMerge": "fastlora.coefficients.learned",
     "OutputError": "fastlora.errors",
-    "Pool": "fastlora.pool",
-    "PoolGram": "fastlora.poolgram",
-    "Sweep": "fastlora.sweeps",
-    "TaskVector": "fastlora.finetune",
+    "Pool": "fastlora.adapters.pool",
+    "PoolGram": "fastlora.coefficients.pool_gram",
+    "Sweep": "fastlora.coefficients.sweep",
+    "TaskVector": "fastlora.adapters.task_vector",
     "UnsupportedAdapter": "fastlora.errors",
-    "add": "fastlora.methods.pem",
-    "analogy": "fastlora.methods.pem",
-    "compose": "fastlora.composition",
-    "compress": "fastlora.api",
-    "control": "fastlora.methods.control",
-    "decompose": "fastlora.api",
-    "load": "fastlora.api",
-    "merge": "fastlora.api",
-    "methods": "fastlora.api",
-    "modulate": "fastlora.methods.dipm",
-    "negate": "fastlora.methods.pem",
-    "overlap": "fastlora.api",
-    "sweep": "fastlora.sweeps",
-    "task_vector": "fastlora.finetune",
-    "use_backend": "fastlora.backends",
-    "weights": "fastlora.methods.weights",
+    "add": "fastlora.merging.arithmetic",
+    "analogy": "fastlora.merging.arithmetic",
+    "compose": "fastlora.expressions.compose",
+    "compress": "fastlora.merging.compress",
+    "control": "fastlora.coefficients.control",
+    "decompose": "fastlora.decomposition.decompose",
+    "load": "fastlora.adapters.loading",
+    "merge": "fastlora.merging.merge",
+    "methods": "fastlora.merging.merge",
+    "modulate": "fastlora.dipm.parts",
+    "negate": "fastlora.merging.arithmetic",
+    "overlap": "fastlora.analysis.overlap",
+    "sweep": "fastlora.coefficients.sweep",
+    "task_vector": "fastlora.adapters.task_vector",
+    "use_backend": "fastlora.ops.dispatch",
+    "weights": "fastlora.coefficients.weights",
 }
 
-_MODULES = {"dipm": "fastlora.methods.dipm", "ops": "fastlora.ops"}
+_MODULES = {"dipm": "fastlora.dipm", "ops": "fastlora.ops"}
 
 __all__ = ["__version__", *_MODULES, *_EXPORTS]
 
 if TYPE_CHECKING:
+    from fastlora import dipm as dipm
     from fastlora import ops as ops
-    from fastlora.adapter import Adapter as Adapter
-    from fastlora.api import compress as compress
-    from fastlora.api import decompose as decompose
-    from fastlora.api import load as load
-    from fastlora.api import merge as merge
-    from fastlora.api import methods as methods
-    from fastlora.api import overlap as overlap
-    from fastlora.backends import use_backend as use_backend
-    from fastlora.composition import compose as compose
-    from fastlora.decomposition import Decomposition as Decomposition
+    from fastlora.adapters.ia3 import IA3 as IA3
+    from fastlora.adapters.loading import load as load
+    from fastlora.adapters.lora import Adapter as Adapter
+    from fastlora.adapters.pool import Pool as Pool
+    from fastlora.adapters.task_vector import TaskVector as TaskVector
+    from fastlora.adapters.task_vector import task_vector as task_vector
+    from fastlora.analysis.overlap import overlap as overlap
+    from fastlora.coefficients.control import control as control
+    from fastlora.coefficients.learned import LearnedMerge as LearnedMerge
+    from fastlora.coefficients.pool_gram import PoolGram as PoolGram
+    from fastlora.coefficients.sweep import Sweep as Sweep
+    from fastlora.coefficients.sweep import sweep as sweep
+    from fastlora.coefficients.weights import weights as weights
+    from fastlora.decomposition.decompose import decompose as decompose
+    from fastlora.decomposition.plan import DecompositionPlan as DecompositionPlan
+    from fastlora.decomposition.result import Decomposition as Decomposition
+    from fastlora.dipm.parts import modulate as modulate
     from fastlora.errors import FastloraError as FastloraError
     from fastlora.errors import InputError as InputError
     from fastlora.errors import OutputError as OutputError
     from fastlora.errors import UnsupportedAdapter as UnsupportedAdapter
-    from fastlora.finetune import TaskVector as TaskVector
-    from fastlora.finetune import task_vector as task_vector
-    from fastlora.ia3 import IA3 as IA3
-    from fastlora.learned import LearnedMerge as LearnedMerge
-    from fastlora.methods import dipm as dipm
-    from fastlora.methods.control import control as control
-    from fastlora.methods.dipm import modulate as modulate
-    from fastlora.methods.pem import add as add
-    from fastlora.methods.pem import analogy as analogy
-    from fastlora.methods.pem import negate as negate
-    from fastlora.methods.weights import weights as weights
-    from fastlora.plan import DecompositionPlan as DecompositionPlan
-    from fastlora.pool import Pool as Pool
-    from fastlora.poolgram import PoolGram as PoolGram
-    from fastlora.sweeps import Sweep as Sweep
-    from fastlora.sweeps import sweep as sweep
+    from fastlora.expressions.compose import compose as compose
+    from fastlora.merging.arithmetic import add as add
+    from fastlora.merging.arithmetic import analogy as analogy
+    from fastlora.merging.arithmetic import negate as negate
+    from fastlora.merging.compress import compress as compress
+    from fastlora.merging.merge import merge as merge
+    from fastlora.merging.merge import methods as methods
+    from fastlora.ops.dispatch import use_backend as use_backend
 
 
 def __getattr__(name: str) -> Any:

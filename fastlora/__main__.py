@@ -1,6 +1,6 @@
 """``python -m fastlora``: the command line."""
 
-from fastlora.cli import main
+from fastlora.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -10,12 +10,12 @@ import pytest
 import torch
 from builders import MODULES, gaussian, make_adapter, make_config, write_peft
 
+from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.factors import Factor
 from fastlora.core.updates import Update
 from fastlora.errors import InputError
-from fastlora.formats import load
 
 Q0, V0, Q1, UP1 = MODULES
 

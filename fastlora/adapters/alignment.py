@@ -72,15 +72,7 @@ def renamed(adapter: Adapter, strip: str, put: str) -> Adapter:
         else update
         for module, update in adapter.updates.items()
     }
-    return Adapter(
-        adapter.name,
-        updates,
-        extras={rename(path): extra for path, extra in adapter.extras.items()},
-        base=adapter.base,
-        dtype=adapter.dtype,
-        provenance=adapter.provenance,
-        notes=adapter.notes,
-    )
+    return replace(adapter, updates=updates, extras={rename(path): extra for path, extra in adapter.extras.items()})
 
 
 def _blocks(names: Iterable[str]) -> set[str]:

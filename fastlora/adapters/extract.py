@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastlora.adapters.lora import Adapter
-from fastlora.core.data import BaseInfo, Extra
+from fastlora.core.data import BaseInfo, DeltaData, Extra
 from fastlora.core.dtypes import parse_dtype
 from fastlora.core.factors import Factor
+from fastlora.core.names import EMBEDDINGS
 from fastlora.core.updates import MIN_RTOL, Layout, Update
 from fastlora.errors import InputError
-from fastlora.formats.peft.read import EMBEDDINGS
 from fastlora.runtime.progress import track
-
-if TYPE_CHECKING:
-    from fastlora.adapters.task_vector import TaskVector
-
 
 WEIGHT, BIAS = ".weight", ".bias"
 
 
 def extract(
-    vector: TaskVector,
+    vector: DeltaData,
     rank: int | None = None,
     *,
     energy: float | None = None,
@@ -87,7 +82,7 @@ def extract(
         base=BaseInfo(model=base_model, fan_in_fan_out=fan_in_fan_out),
         dtype=parse_dtype(None, torch.float32),
         provenance={"extract": vector.provenance, "rank": rank, "energy": energy, "retained_energy": kept / total},
-        notes=notes,
+        notes=tuple(notes),
     )
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastlora.core.data import BaseInfo, Extra, Scaling
-from fastlora.core.vector_space import Operators, expression
+from fastlora import formats
+from fastlora.core.data import Ia3Data, Scaling
+from fastlora.core.dtypes import widest
+from fastlora.core.sums import combine_extras, common_base
+from fastlora.core.vector_space import VectorSpace, expression
 from fastlora.errors import InputError
 
 
-class IA3(Operators):
+class IA3(Ia3Data, VectorSpace):
     """An (IA)³ adapter: one :class:`Scaling` per module of the base model, named by its path in it.
 
     Arithmetic is centred at one, where an adapter changes nothing (MATH section 4): ``Σ w_i x_i`` has
@@ -22,36 +25,6 @@ class IA3(Operators):
     """
 
     kind = "an (IA)³ adapter"
-
-    def __init__(
-        self,
-        name: str,
-        vectors: Mapping[str, Scaling],
-        *,
-        extras: Mapping[str, Extra] | None = None,
-        base: BaseInfo | None = None,
-        dtype: torch.dtype = torch.float32,
-        provenance: Mapping[str, object] | None = None,
-        notes: Iterable[str] = (),
-    ) -> None:
-        self.name = name
-        self.vectors = dict(vectors)
-        self.extras = dict(extras or {})
-        self.base = base or BaseInfo()
-        self.dtype = dtype
-        self.provenance: dict[str, object] = dict(provenance or {"adapter": name})
-        self.notes = list(notes)
-
-    @property
-    def modules(self) -> list[str]:
-        """Module paths, in the order of the file."""
-        return list(self.vectors)
-
-    def __contains__(self, module: str) -> bool:
-        return module in self.vectors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.vectors)
 
     def __repr__(self) -> str:
         return f"IA3({self.name!r}, {len(self.vectors)} modules, {str(self.dtype)[6:]})"
@@ -67,42 +40,24 @@ class IA3(Operators):
 
     def renamed(self, strip: str, put: str) -> IA3:
         """The adapter under module names without the prefix ``strip`` and with ``put`` before them."""
-        return IA3(
-            self.name,
-            {put + m.removeprefix(strip): s for m, s in self.vectors.items()},
+        return replace(
+            self,
+            vectors={put + m.removeprefix(strip): s for m, s in self.vectors.items()},
             extras={put + p.removeprefix(strip): e for p, e in self.extras.items()},
-            base=self.base,
-            dtype=self.dtype,
-            provenance=self.provenance,
-            notes=self.notes,
         )
 
     def without_extras(self) -> IA3:
         """The vectors alone, without replaced modules."""
-        return IA3(
-            self.name,
-            self.vectors,
-            base=replace(self.base, modules_to_save=()),
-            dtype=self.dtype,
-            provenance={"without_extras": self.provenance},
-            notes=self.notes,
-        )
+        base = replace(self.base, modules_to_save=())
+        return replace(self, extras={}, base=base, provenance={"without_extras": self.provenance}, details={})
 
     def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
         """Writes a PEFT directory, atomically. ``dtype=None`` keeps the widest dtype of the inputs."""
-        from fastlora.files.output import OutputDirectory
-        from fastlora.formats.peft.ia3 import write
-
-        with OutputDirectory(path, overwrite=overwrite) as staging:
-            write(staging, self, dtype)
-        return Path(path)
+        return formats.save(self, Path(path), dtype=dtype, overwrite=overwrite)
 
     @classmethod
     def weighted_sum(cls, terms: Sequence[tuple[float, IA3]], name: str | None = None) -> IA3:
         """``l = 1 + Σ w_i (l_i − 1)`` in every module that some adapter has."""
-        from fastlora.core.dtypes import widest
-        from fastlora.core.sums import combine_extras, common_base
-
         adapters = [a for _, a in terms]
         modules = list(dict.fromkeys(m for a in adapters for m in a))
         return cls(
@@ -112,7 +67,7 @@ class IA3(Operators):
             base=common_base(adapters),
             dtype=widest(a.dtype for a in adapters),
             provenance={"sum": [{"weight": w, "of": a.provenance} for w, a in terms], "semantics": "exact"},
-            notes=list(dict.fromkeys(n for a in adapters for n in a.notes)),
+            notes=tuple(dict.fromkeys(n for a in adapters for n in a.notes)),
         )
 
 

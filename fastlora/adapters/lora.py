@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastlora.core.data import BaseInfo, Extra
+from fastlora import formats
+from fastlora.core.data import LoraData
 from fastlora.core.dtypes import widest
-from fastlora.core.sums import Weighted, combine_extras, combine_updates, common_base, require_one_device
+from fastlora.core.sums import combine_extras, combine_updates, common_base, require_one_device
 from fastlora.core.updates import Update, distinct, replaced
-from fastlora.core.vector_space import Operators, expression
-from fastlora.engine.buffers import moved, origin, remember
+from fastlora.core.vector_space import VectorSpace, expression
+from fastlora.engine.buffers import moved_once
+from fastlora.engine.materialise import materialise
+from fastlora.engine.spectrum import check_cut, cut, singular_forms
 from fastlora.errors import InputError
+from fastlora.runtime import devices
 from fastlora.runtime.devices import memory_told
 
 
-class Adapter(Operators):
+class Adapter(LoraData, VectorSpace):
     """A low-rank adapter: one :class:`Update` per module of the base model, named by its path in it.
 
     Arithmetic is exact on ``ΔW``: ``0.7 * a + 0.3 * b - c`` concatenates factors (MATH section 4, *exact*) and
@@ -28,49 +32,17 @@ class Adapter(Operators):
 
     kind = "a LoRA adapter"
 
-    def __init__(
-        self,
-        name: str,
-        updates: Mapping[str, Update],
-        *,
-        extras: Mapping[str, Extra] | None = None,
-        base: BaseInfo | None = None,
-        dtype: torch.dtype = torch.float32,
-        provenance: Mapping[str, object] | None = None,
-        notes: Iterable[str] = (),
-    ) -> None:
-        self.name = name
-        self.updates = dict(updates)
-        self.extras = dict(extras or {})
-        self.base = base or BaseInfo()
-        self.dtype = dtype
-        self.provenance: dict[str, object] = dict(provenance or {"adapter": name})
-        self.notes = list(notes)
-        self.details: dict[str, object] = {}
-
-    @property
-    def modules(self) -> list[str]:
-        """Module paths, in the order of the file."""
-        return list(self.updates)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the matrices are: those of an adapter are together. An adapter without matrices is on the CPU."""
-        terms = (t for u in self.updates.values() for t in (*u.B.terms, *u.A.terms))
-        first = next(terms, None)
-        return torch.device("cpu") if first is None else first.source.device
-
     def to(self, device: torch.device | str) -> Adapter:
-        """The adapter on a device (``"cpu"``, ``"cuda"``, ``"cuda:1"``), by one copy; itself where it is there."""
-        from fastlora.runtime import devices
+        """The adapter on a device (``"cpu"``, ``"cuda"``, ``"cuda:1"``), by one copy; itself where it is there.
 
-        return to(self, devices.parse(device) or self.device)
-
-    def __contains__(self, module: str) -> bool:
-        return module in self.updates
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.updates)
+        Extras stay on the host. A matrix that came from the host is not copied back: its original is taken.
+        """
+        target = devices.parse(device) or self.device
+        if self.device == target:
+            return self
+        with memory_told(f"moving adapter {self.name!r} to {target}"):
+            places = moved_once(distinct(self.updates.values()), target)
+        return replace(self, updates={m: replaced(u, places) for m, u in self.updates.items()})
 
     def __repr__(self) -> str:
         ranks = sorted({u.rank for u in self.updates.values()})
@@ -89,8 +61,6 @@ class Adapter(Operators):
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """``(B [out, r], A [r, in])`` of one module in float32, the scaling inside ``B``."""
-        from fastlora.engine.materialise import materialise
-
         return materialise([self.update(module).baked()], torch.float32)[0]
 
     def delta(self, module: str) -> Tensor:
@@ -100,79 +70,46 @@ class Adapter(Operators):
 
     def compress(self, rank: int | None = None, *, energy: float | None = None) -> Adapter:
         """The best approximation of every ``ΔW`` at a rank or a share of its energy: see :func:`fastlora.compress`."""
-        from fastlora.merging.compress import compress
-
-        return compress(self, rank=rank, energy=energy)
+        check_cut(rank, energy)
+        forms = singular_forms(self.name, self.updates, rank=rank, energy=energy)
+        total = sum(f.norm**2 for f in forms.values())
+        kept = sum(f.retained * f.norm**2 for f in forms.values())
+        return replace(
+            self,
+            updates={m: cut(u, forms[m]) for m, u in self.updates.items()},
+            provenance={
+                "compress": self.provenance,
+                "rank": rank,
+                "energy": energy,
+                "retained_energy": kept / total if total > 0 else 1.0,
+            },
+            details={"retained_energy": {m: f.retained for m, f in forms.items()}},
+        )
 
     def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
         """Writes a PEFT directory, atomically. ``dtype=None`` keeps the widest dtype of the inputs."""
-        from fastlora.formats import save_adapter
-
-        return save_adapter(self, Path(path), dtype=dtype, overwrite=overwrite)
+        return formats.save(self, Path(path), dtype=dtype, overwrite=overwrite)
 
     def without_extras(self) -> Adapter:
         """The adapter's low-rank updates alone, without biases and replaced modules."""
-        return Adapter(
-            self.name,
-            self.updates,
-            base=replace(self.base, modules_to_save=(), bias="none"),
-            dtype=self.dtype,
-            provenance={"without_extras": self.provenance},
-            notes=self.notes,
-        )
+        base = replace(self.base, modules_to_save=(), bias="none")
+        return replace(self, extras={}, base=base, provenance={"without_extras": self.provenance}, details={})
 
     @classmethod
     def weighted_sum(cls, terms: Sequence[tuple[float, Adapter]], name: str | None = None) -> Adapter:
-        """``ΔW = Σ w_i ΔW_i``, exactly."""
-        from fastlora.adapters.lora import combination
+        """``ΔW = Σ w_i ΔW_i`` in every module, exactly: ranks add up, scalings go into ``B``.
 
-        return combination(terms, name)
-
-
-def to(adapter: Adapter, device: torch.device) -> Adapter:
-    """The adapter with its matrices and coefficients on a device: one buffer, one copy. Extras stay on the host.
-
-    A matrix that came from the host is not copied back: its original is taken.
-    """
-    if adapter.device == device:
-        return adapter
-    by_key = distinct(adapter.updates.values())
-    home = {key: origin(t) for key, t in by_key.items()} if device.type == "cpu" else {}
-    wanted = [key for key in by_key if home.get(key) is None]
-    with memory_told(f"moving adapter {adapter.name!r} to {device}"):
-        found = dict(zip(wanted, moved([by_key[k] for k in wanted], device), strict=True)) if wanted else {}
-    if device.type != "cpu":
-        for key, tensor in found.items():
-            remember(tensor, by_key[key])
-    places = found | {key: own for key, own in home.items() if own is not None}
-    result = Adapter(
-        adapter.name,
-        {m: replaced(u, places) for m, u in adapter.updates.items()},
-        extras=adapter.extras,
-        base=adapter.base,
-        dtype=adapter.dtype,
-        provenance=adapter.provenance,
-        notes=adapter.notes,
-    )
-    result.details = dict(adapter.details)
-    return result
-
-
-def combination(terms: Weighted, name: str | None = None) -> Adapter:
-    """The adapter with ``ΔW = Σ_i w_i ΔW_i`` in every module, exactly: ranks add up, scalings go into ``B``.
-
-    A module that an adapter lacks counts as zero. Nothing is computed until the result is used.
-    """
-    require_one_device([a for _, a in terms])
-    base = common_base([a for _, a in terms])
-    modules = list(dict.fromkeys(m for _, a in terms for m in a.updates))
-    updates = {m: combine_updates([(w, a.updates[m]) for w, a in terms if m in a.updates], m) for m in modules}
-    return Adapter(
-        name or expression([(w, a.name) for w, a in terms]),
-        updates,
-        extras=combine_extras(terms),
-        base=base,
-        dtype=widest(a.dtype for _, a in terms),
-        provenance={"sum": [{"weight": w, "of": a.provenance} for w, a in terms], "semantics": "exact"},
-        notes=list(dict.fromkeys(n for _, a in terms for n in a.notes)),
-    )
+        A module that an adapter lacks counts as zero. Nothing is computed until the result is used.
+        """
+        adapters = [a for _, a in terms]
+        require_one_device(adapters)
+        modules = list(dict.fromkeys(m for a in adapters for m in a.updates))
+        return cls(
+            name or expression([(w, a.name) for w, a in terms]),
+            {m: combine_updates([(w, a.updates[m]) for w, a in terms if m in a.updates], m) for m in modules},
+            extras=combine_extras(terms),
+            base=common_base(adapters),
+            dtype=widest(a.dtype for a in adapters),
+            provenance={"sum": [{"weight": w, "of": a.provenance} for w, a in terms], "semantics": "exact"},
+            notes=tuple(dict.fromkeys(n for a in adapters for n in a.notes)),
+        )

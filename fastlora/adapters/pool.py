@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from fastlora.adapters.alignment import alignment, renamed
+from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
 from fastlora.core.names import check_name, check_names_differ
 from fastlora.core.updates import Layout
-from fastlora.core.vector_space import Operators
+from fastlora.core.vector_space import VectorSpace
 from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.files.locate import find
-from fastlora.formats import load
 from fastlora.runtime import devices
 from fastlora.runtime.cpython import paused_collector
 
@@ -37,7 +37,7 @@ class Pool:
     Raises :class:`InputError` when names repeat, shapes of a module disagree or nothing overlaps.
     """
 
-    def __init__(self, adapters: Iterable[Operators], *, align: bool = True) -> None:
+    def __init__(self, adapters: Iterable[VectorSpace], *, align: bool = True) -> None:
         given = [require_updates(adapter) for adapter in adapters]
         if not given:
             raise InputError("a pool needs adapters, none was given")
@@ -52,7 +52,7 @@ class Pool:
         self._compare_bases()
 
     @classmethod
-    def load(cls, sources: Iterable[Source | Operators] | Mapping[str, Source]) -> Pool:
+    def load(cls, sources: Iterable[Source | VectorSpace] | Mapping[str, Source]) -> Pool:
         """Loads a list of PEFT directories or Hub ids, named by their folders, or ``{name: path}``."""
         if isinstance(sources, str | os.PathLike):
             raise InputError(
@@ -61,7 +61,7 @@ class Pool:
         with paused_collector():
             if isinstance(sources, Mapping):
                 return cls(load(os.fspath(path), name) for name, path in sources.items())
-            given = [s if isinstance(s, Operators) else os.fspath(s) for s in sources]
+            given = [s if isinstance(s, VectorSpace) else os.fspath(s) for s in sources]
             check_names_differ((find(s).name, s) for s in given if isinstance(s, str))
             return cls(load(s) if isinstance(s, str) else s for s in given)
 
@@ -176,7 +176,7 @@ class Pool:
                 self.notices.append(f"the adapters name different {what} ({listed})")
 
 
-def require_updates(element: Operators, what: str = "a pool") -> Adapter:
+def require_updates(element: VectorSpace, what: str = "a pool") -> Adapter:
     """The element if it is a LoRA adapter. Raises :class:`UnsupportedAdapter` for ``what`` needs ``ΔW = s·B·A``."""
     if isinstance(element, Adapter):
         return element

@@ -3,17 +3,21 @@ everything here is dense."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastlora import formats
+from fastlora.adapters.extract import extract
 from fastlora.adapters.lora import Adapter
-from fastlora.core.vector_space import Operators, expression
-from fastlora.errors import InputError, NonFiniteError
+from fastlora.core.data import DeltaData
+from fastlora.core.vector_space import VectorSpace, expression
+from fastlora.errors import InputError, NonFiniteError, OutputError
+from fastlora.files.shards import read_model
+from fastlora.files.tensor_files import SAFETENSORS
 
 State = Mapping[str, Tensor]
 Source = State | str | os.PathLike[str]
@@ -22,7 +26,7 @@ LISTED = 4
 """Names in a message."""
 
 
-class TaskVector(Operators):
+class TaskVector(DeltaData, VectorSpace):
     """The change of every parameter between a base model and a fine-tune of it.
 
     ``deltas``: ``{parameter: change}``, float32 (float64 where the model is); parameters that did not change are left
@@ -30,35 +34,6 @@ class TaskVector(Operators):
     """
 
     kind = "a task vector"
-
-    def __init__(
-        self,
-        name: str,
-        deltas: State,
-        *,
-        provenance: Mapping[str, object] | None = None,
-        notes: Iterable[str] = (),
-    ) -> None:
-        self.name = name
-        self.deltas = dict(deltas)
-        self.provenance: dict[str, object] = dict(provenance or {"task_vector": name})
-        self.notes = list(notes)
-
-    @property
-    def parameters(self) -> list[str]:
-        """Names of the parameters that change."""
-        return list(self.deltas)
-
-    @property
-    def norm(self) -> float:
-        """``‖τ‖``, over all parameters."""
-        return math.sqrt(sum(float(d.double().square().sum()) for d in self.deltas.values()))
-
-    def __contains__(self, parameter: str) -> bool:
-        return parameter in self.deltas
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.deltas)
 
     def __repr__(self) -> str:
         return f"TaskVector({self.name!r}, {len(self.deltas)} parameters)"
@@ -83,7 +58,7 @@ class TaskVector(Operators):
             name or expression([(w, v.name) for w, v in terms]),
             deltas,
             provenance={"sum": [{"weight": w, "of": v.provenance} for w, v in terms], "semantics": "exact"},
-            notes=list(dict.fromkeys(n for v in vectors for n in v.notes)),
+            notes=tuple(dict.fromkeys(n for v in vectors for n in v.notes)),
         )
 
     def apply(self, base: Source) -> dict[str, Tensor]:
@@ -114,9 +89,7 @@ class TaskVector(Operators):
         base_model: str | None = None,
     ) -> Adapter:
         """A LoRA adapter: the best approximation of every weight matrix's change. See
-        :func:`fastlora.methods.extract.extract`."""
-        from fastlora.adapters.extract import extract
-
+        :func:`fastlora.adapters.extract.extract`."""
         return extract(
             self,
             rank,
@@ -129,9 +102,11 @@ class TaskVector(Operators):
 
     def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
         """Writes one ``.safetensors`` file, atomically; :func:`fastlora.load` reads it. ``dtype=None``: float32."""
-        from fastlora.formats.task_vector import write
-
-        return write(Path(path), self, dtype, overwrite=overwrite)
+        if Path(path).suffix != SAFETENSORS:
+            raise OutputError(f"{path}: a task vector is one file; give a name that ends in {SAFETENSORS}")
+        if not self.deltas:
+            raise OutputError(f"{path} was not written: task vector {self.name!r} changes nothing")
+        return formats.save(self, Path(path), dtype=dtype, overwrite=overwrite)
 
 
 def task_vector(base: Source, finetuned: Source, name: str | None = None, *, common_only: bool = False) -> TaskVector:
@@ -178,7 +153,7 @@ def task_vector(base: Source, finetuned: Source, name: str | None = None, *, com
             deltas[parameter] = delta.to(_widest((old, new)))
     if counted:
         notes.append(f"task vector {name!r}: {_listed(counted)} differ and are no parameters, left out")
-    return TaskVector(name, deltas, notes=notes)
+    return TaskVector(name, deltas, notes=tuple(notes))
 
 
 def read_state(source: Source) -> dict[str, Tensor]:
@@ -188,8 +163,6 @@ def read_state(source: Source) -> dict[str, Tensor]:
         if wrong is not None:
             raise InputError(f"the state dict holds {wrong!r}, which is no tensor; pass `model.state_dict()`")
         return {k: v.detach() for k, v in source.items()}
-    from fastlora.files.shards import read_model
-
     return read_model(Path(source))
 
 

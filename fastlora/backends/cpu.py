@@ -14,9 +14,9 @@ from torch import Tensor
 from fastlora.backends import padded
 from fastlora.backends.padded import aligned
 from fastlora.ops.chain import CHAINS, results, width
+from fastlora.ops.coefficients import fill
 from fastlora.ops.dispatch import Kernel
 from fastlora.ops.passes import CombineJob, GramJob, WriteProblem
-from fastlora.reference.coefficients import coefficients
 
 try:
     from fastlora import _core
@@ -246,7 +246,7 @@ KERNELS: Mapping[str, Kernel] = {
     "svd": Kernel(_svd, _supports),
     "chain": Kernel(_chain, _supports),
     "combine": Kernel(functools.partial(padded.combine, _combine_pass), _supports),
-    "coefficients": Kernel(coefficients, _supports),
+    "coefficients": Kernel(fill, _supports),
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_jobs),
     "combine_pass": Kernel(_combine_pass, _supports_jobs, CombinePlan),

@@ -155,7 +155,7 @@ def write_pool(workload: Workload, folder: Path, seed: int = 0) -> list[Path]:
     The values are those of :func:`make_pool`, with the scaling inside ``B`` (a power of two: no rounding); one module
     is in memory at a time.
     """
-    from fastlora.formats.peft.write import AdapterFile
+    from fastlora.formats.peft.writing import AdapterFile
 
     names = [f"adapter{i}" for i in range(workload.adapters)]
     with OutputDirectory(folder) as staging:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fastlora._version import __version__
+from fastlora.cli.commands import bench, compose, compress, decompose, extract, info, inspect, merge, modulate, overlap
 from fastlora.cli.exits import guarded, listen
 
 app = typer.Typer(
@@ -19,15 +21,25 @@ app = typer.Typer(
 )
 
 
+app.command()(decompose.decompose)
+app.command()(merge.merge)
+app.command()(compress.compress)
+app.command()(inspect.inspect)
+app.command()(overlap.overlap)
+app.command()(bench.bench)
+app.command()(info.info)
+app.command()(modulate.modulate)
+app.command(cls=compose.Command)(compose.compose)
+app.command()(extract.extract)
+
+
 @app.callback(invoke_without_command=True)
 def _start(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        import fastlora
-
-        typer.echo(f"fastlora {fastlora.__version__}")
+        typer.echo(f"fastlora {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)

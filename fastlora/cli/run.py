@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,10 @@ from fastlora.cli.exits import outputs
 from fastlora.errors import InputError
 
 if TYPE_CHECKING:
+    from fastlora.adapters.loading import Element
     from fastlora.adapters.lora import Adapter
     from fastlora.adapters.pool import Pool
     from fastlora.cli.arguments import AdapterSpec
-    from fastlora.expressions.compose import Element
 
 
 @contextmanager
@@ -62,8 +62,8 @@ def load_pool(texts: list[str], weighted: bool, device: str) -> tuple[Pool, list
     specs = parse_all(texts)  # before the imports that take a second: a wrong path is told at once
     if not weighted:
         refuse_weights(specs)
+    from fastlora.adapters.loading import load
     from fastlora.adapters.pool import Pool
-    from fastlora.formats import load
 
     require_backend()
     pool = Pool([load(s.path, s.name) for s in track(specs, "loading")])
@@ -115,7 +115,7 @@ def print_notices(lines: list[str], quiet: bool) -> None:
 
 
 def write_one(
-    adapter: Adapter, target: Any, out: Path, dtype: str | None, as_json: bool, quiet: bool, notices: list[str]
+    adapter: Adapter, target: Any, out: Path, dtype: str | None, as_json: bool, quiet: bool, notices: Sequence[str]
 ) -> None:
     from fastlora.formats import write_adapter
 

@@ -72,12 +72,12 @@ def _control(components: Components, kind: str, seed: int, name: str) -> Adapter
     other = Components(components.pool, components.results | results, components.settings, components.label).shared
     whole = components.shared
     norms, wanted = (_norms({m: a.updates[m] for m in results}) for a in (other, whole))
+    updates = dict(other.updates)
     for module in results:
         factor = wanted[module] / norms[module] if norms[module] > 0 else 0.0
-        other.updates[module] = replace(other.updates[module], scaling=factor)
-    other.name = f"{kind}_control({name})"
-    other.provenance = {"control": kind, "seed": seed if kind == "random" else None, "of": whole.provenance}
-    return other
+        updates[module] = replace(updates[module], scaling=factor)
+    provenance = {"control": kind, "seed": seed if kind == "random" else None, "of": whole.provenance}
+    return replace(other, name=f"{kind}_control({name})", updates=updates, provenance=provenance)
 
 
 def _replaced(shared: ModuleResult, blocks: PairBlocks, g: int, side: str, kind: str, seed: int) -> ModuleResult:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapters.lora import Adapter, combination
+from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.coefficients.sites import Site, make_site
 from fastlora.core.sums import combine_updates
@@ -128,14 +129,14 @@ class LearnedMerge(nn.Module):
             "of": {n: a.provenance for n, a in self.components.items()},
         }
         if self.per == "task":
-            result = combination(list(zip(values, adapters, strict=True)), name=name)
-        else:
-            result = combination([(1.0, a) for a in adapters], name=name)
-            for module, row in zip(self.modules_adapted, values, strict=True):
-                terms = [(w, a.updates[module]) for w, a in zip(row, adapters, strict=True) if module in a.updates]
-                result.updates[module] = combine_updates(terms, module)
-        result.provenance = provenance
-        return result
+            result = Adapter.weighted_sum(list(zip(values, adapters, strict=True)), name)
+            return replace(result, provenance=provenance)
+        result = Adapter.weighted_sum([(1.0, a) for a in adapters], name)
+        updates = dict(result.updates)
+        for module, row in zip(self.modules_adapted, values, strict=True):
+            terms = [(w, a.updates[module]) for w, a in zip(row, adapters, strict=True) if module in a.updates]
+            updates[module] = combine_updates(terms, module)
+        return replace(result, updates=updates, provenance=provenance)
 
     def fit(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,8 +91,7 @@ class PoolGram:
             if self._svd is None:
                 self._svd = WeightedSVD(self.pool)
             merged = self._svd.merge(counted, rank, energy)
-        merged.notes += notes
-        return merged
+        return replace(merged, notes=(*merged.notes, *notes))
 
     def decompose(self, threshold: float = 0.85, **settings: Any) -> Decomposition:
         """:func:`fastlora.decompose` of the pool."""

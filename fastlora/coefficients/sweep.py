@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
+from fastlora.coefficients.plots import plot_sweep
 from fastlora.coefficients.pool_gram import PoolGram
 from fastlora.coefficients.sweep_identity import Identity, identify
-from fastlora.core.vector_space import Operators
+from fastlora.core.vector_space import VectorSpace
 from fastlora.errors import InputError
+from fastlora.expressions.compose import compose
 from fastlora.files.output import writing
+from fastlora.files.pictures import check_picture
 from fastlora.runtime.progress import track
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
 
 Point = dict[str, Any]
-Build = Callable[[Point], Operators]
+Build = Callable[[Point], VectorSpace]
 Score = Callable[[Any], float | Mapping[str, float]] | Mapping[str, Callable[[Any], float]]
 Adapters = Pool | PoolGram | Mapping[str, Adapter]
 
@@ -107,12 +110,11 @@ class Sweep:
     def plot(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """A picture: curves over one variable, a map over two, else scores in the order of the rows. Needs matplotlib
         (``pip install fastlora[plot]``)."""
-        from fastlora.coefficients.plots import plot_sweep
-        from fastlora.files.pictures import check_picture
-
         check_picture(Path(path), overwrite)
         self._score(None)
-        return plot_sweep(self, Path(path))
+        points = [{name: row.point.get(name) for name in self.variables} for row in self.rows]
+        scores = {name: [row.scores.get(name) for row in self.rows] for name in self.scores}
+        return plot_sweep(points, scores, self.of, Path(path))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; scores that are no numbers are ``None``."""
@@ -250,8 +252,8 @@ def grid_points(grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]])
     return points
 
 
-def _scorers(score: Score) -> Callable[[Operators], dict[str, float]]:
-    def run(adapter: Operators) -> dict[str, float]:
+def _scorers(score: Score) -> Callable[[VectorSpace], dict[str, float]]:
+    def run(adapter: VectorSpace) -> dict[str, float]:
         if isinstance(score, Mapping):
             found: Any = {name: function(adapter) for name, function in score.items()}
         else:
@@ -291,9 +293,7 @@ def expression_builder(expression: str, variables: Sequence[str], names: Mapping
         if not _occurrences(variable).search(expression):
             raise InputError(f"sweep: the grid's variable {variable!r} does not occur in {expression!r}")
 
-    def build(point: Point) -> Operators:
-        from fastlora import compose
-
+    def build(point: Point) -> VectorSpace:
         text = expression
         for name, value in point.items():
             text = _occurrences(name).sub(_literal(name, value), text)
@@ -313,7 +313,7 @@ def _literal(name: str, value: Any) -> str:
     return f"({Decimal(repr(value)):f})"
 
 
-def _run(build: Build, point: Point, scorers: Callable[[Operators], dict[str, float]]) -> Row:
+def _run(build: Build, point: Point, scorers: Callable[[VectorSpace], dict[str, float]]) -> Row:
     start = time.perf_counter()
     adapter = build(point)
     if not hasattr(adapter, "save"):

@@ -11,7 +11,7 @@ from fastlora.adapters.ia3 import IA3
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.task_vector import TaskVector
 from fastlora.coefficients.pool_gram import PoolGram
-from fastlora.core.vector_space import Operators
+from fastlora.core.vector_space import VectorSpace
 from fastlora.errors import InputError
 
 # Inner products of the same adapters, relative to their norms: other machines and threads sum in another order.
@@ -56,7 +56,7 @@ class Identity:
         return None
 
 
-def identify(of: str, key: str | None, gram: PoolGram | None, elements: Mapping[str, Operators]) -> Identity:
+def identify(of: str, key: str | None, gram: PoolGram | None, elements: Mapping[str, VectorSpace]) -> Identity:
     """The identity of a sweep over these adapters; costs nothing that a sweep does not need anyway."""
     if key is not None and (not isinstance(key, str) or not key):
         raise InputError(f"sweep: key={key!r} must be a text that names the function, the adapters and the score")
@@ -70,7 +70,7 @@ def identify(of: str, key: str | None, gram: PoolGram | None, elements: Mapping[
     return Identity(of, key, found)
 
 
-def _energy(element: Operators) -> float:
+def _energy(element: VectorSpace) -> float:
     """``‖τ‖²`` of a task vector, ``Σ ‖l − 1‖²`` of (IA)³."""
     if isinstance(element, TaskVector):
         return element.norm**2

@@ -69,7 +69,7 @@ class WeightedSVD:
         for core in track(self.cores, "merging"):
             _merge(core, [w for w, _ in terms], rank, energy, updates, squares)
         kept, total = (sum(s[i] for s in squares.values()) for i in range(2))
-        result = Adapter(
+        return Adapter(
             "svd",
             {m: updates[m] for m in self.pool.modules},
             extras=combine_extras(terms),
@@ -81,10 +81,9 @@ class WeightedSVD:
                 "energy": energy,
                 "retained_energy": kept / total if total > 0 else 1.0,
             },
-            notes=list(dict.fromkeys(n for a in self.pool.adapters for n in a.notes)),
+            notes=tuple(dict.fromkeys(n for a in self.pool.adapters for n in a.notes)),
+            details={"retained_energy": {m: k / t if t > 0 else 1.0 for m, (k, t) in squares.items()}},
         )
-        result.details["retained_energy"] = {m: k / t if t > 0 else 1.0 for m, (k, t) in squares.items()}
-        return result
 
 
 def _core(blocks: PairBlocks) -> Core:

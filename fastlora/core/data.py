@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+from fastlora.core.updates import Update
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,3 +59,98 @@ class Scaling:
     def scales(self) -> str:
         """What is scaled, in words."""
         return "inputs" if self.feedforward else "outputs and bias"
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterData:
+    """What every kind of adapter says of itself. Records are frozen: another one is made by ``replace``.
+
+    ``dtype``: the widest of what it was read from, in which it is saved by default. ``provenance``: what it was made
+    of, as JSON. ``notes``: what a user should know. ``details``: measured while it was made, such as the energy that
+    a compression kept; not saved.
+    """
+
+    name: str
+    _: KW_ONLY
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+    base: BaseInfo = BaseInfo()
+    dtype: torch.dtype = torch.float32
+    provenance: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.provenance:
+            object.__setattr__(self, "provenance", {"adapter": self.name})
+        object.__setattr__(self, "notes", tuple(self.notes))
+
+
+@dataclass(frozen=True, eq=False)
+class LoraData(AdapterData):
+    """A low-rank adapter: ``updates {module: Update}``, named by the modules' paths in the base model."""
+
+    updates: Mapping[str, Update]
+
+    @property
+    def modules(self) -> list[str]:
+        """Module paths, in the order of the file."""
+        return list(self.updates)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrices are: those of an adapter are together. An adapter without matrices is on the CPU."""
+        terms = (t for u in self.updates.values() for t in (*u.B.terms, *u.A.terms))
+        first = next(terms, None)
+        return torch.device("cpu") if first is None else first.source.device
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.updates
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.updates)
+
+
+@dataclass(frozen=True, eq=False)
+class Ia3Data(AdapterData):
+    """An (IA)³ adapter: ``vectors {module: Scaling}``."""
+
+    vectors: Mapping[str, Scaling]
+
+    @property
+    def modules(self) -> list[str]:
+        """Module paths, in the order of the file."""
+        return list(self.vectors)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.vectors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.vectors)
+
+
+@dataclass(frozen=True, eq=False)
+class DeltaData(AdapterData):
+    """The change of every parameter of a model: ``deltas {parameter: change}``."""
+
+    deltas: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        if not self.provenance:
+            object.__setattr__(self, "provenance", {"task_vector": self.name})
+        super().__post_init__()
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the parameters that change."""
+        return list(self.deltas)
+
+    @property
+    def norm(self) -> float:
+        """``‖τ‖``, over all parameters."""
+        return math.sqrt(sum(float(d.double().square().sum()) for d in self.deltas.values()))
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self.deltas
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.deltas)

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastlora.adapters.lora import Adapter
-from fastlora.core.data import BaseInfo, Extra
+from fastlora.core.data import BaseInfo, Extra, Ia3Data, LoraData
 from fastlora.core.factors import concatenate
-from fastlora.core.updates import Update
+from fastlora.core.updates import Update, with_rank_zero
 from fastlora.errors import InputError
 
-if TYPE_CHECKING:
-    from fastlora.adapters.ia3 import IA3
+WithExtras = LoraData | Ia3Data
+"""The kinds that may hold biases and replaced modules."""
 
 
-Weighted = Sequence[tuple[float, Adapter]]
-WeightedKind = Sequence[tuple[float, "Adapter | IA3"]]
-
-
-def require_one_device(adapters: Sequence[Adapter]) -> None:
+def require_one_device(adapters: Sequence[LoraData]) -> None:
     """Refuses matrices that no kernel could read together."""
     first = adapters[0]
     for other in adapters[1:]:
@@ -47,8 +41,6 @@ def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Updat
         )
     kept = [(w, u) for w, u in terms if w != 0.0]
     if not kept:
-        from fastlora.core.updates import with_rank_zero
-
         return with_rank_zero(first)
     if len(kept) == 1:
         weight, update = kept[0]
@@ -58,7 +50,7 @@ def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Updat
     return Update(left, concatenate([u.A for _, u in kept]), 1.0, kept[0][1].layout, floor)
 
 
-def combine_extras(terms: WeightedKind) -> dict[str, Extra]:
+def combine_extras(terms: Sequence[tuple[float, WithExtras]]) -> dict[str, Extra]:
     """Extras of a sum: known deltas add up; a replaced value is kept where the sum leaves it as it is, else refused."""
     alone = len(terms) == 1 and terms[0][0] == 1.0
     total: dict[str, Tensor] = {}
@@ -80,7 +72,7 @@ def combine_extras(terms: WeightedKind) -> dict[str, Extra]:
     return values | {name: Extra("delta", t.float()) for name, t in total.items()}
 
 
-def is_base_copy(name: str, extra: Extra, terms: WeightedKind) -> bool:
+def is_base_copy(name: str, extra: Extra, terms: Sequence[tuple[float, WithExtras]]) -> bool:
     """Whether a value is the base model's own: PEFT saves the weight of an embedding along with its LoRA update.
 
     Such a copy belongs to a module that has an update, and is the same in every adapter that holds it.
@@ -91,7 +83,7 @@ def is_base_copy(name: str, extra: Extra, terms: WeightedKind) -> bool:
     return all(torch.equal(a.extras[name].tensor, extra.tensor) for _, a in terms if name in a.extras)
 
 
-def common_base(adapters: Sequence[Adapter | IA3]) -> BaseInfo:
+def common_base(adapters: Sequence[WithExtras]) -> BaseInfo:
     """What a result says about its base model: the first adapter's word, where the others do not contradict."""
     first = adapters[0].base
     for adapter in adapters[1:]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastlora.adapters.lora import Adapter
 from fastlora.core.dtypes import WIDTHS
 from fastlora.core.factors import Factor, Side, source_key
 from fastlora.errors import InputError
@@ -106,12 +105,12 @@ def sources(updates: Iterable[Update]) -> list[Tensor]:
     return [t.source for u in updates for f in (u.B, u.A) for t in f.terms]
 
 
-def zero_factors(adapter: Adapter, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rank-1 zeros for the first module, so that an empty result can be loaded."""
-    for module, update in adapter.updates.items():
+def zero_factors(name: str, updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rank-1 zeros for the first module of adapter ``name``, so that an empty result can be loaded."""
+    for module, update in updates.items():
         n, m = update.shape
         return {module: (torch.zeros(n, 1, dtype=dtype), torch.zeros(1, m, dtype=dtype))}
-    raise InputError(f"adapter {adapter.name!r} has no modules, so there is nothing to write")
+    raise InputError(f"adapter {name!r} has no modules, so there is nothing to write")
 
 
 def with_rank_zero(update: Update) -> Update:

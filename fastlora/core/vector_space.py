@@ -12,19 +12,17 @@ from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import ClassVar, Self, TypeVar
 
+from fastlora.core.data import AdapterData
 from fastlora.errors import InputError
 
-X = TypeVar("X", bound="Operators")
+X = TypeVar("X", bound="VectorSpace")
 
 
-class Operators(ABC):
+class VectorSpace(AdapterData, ABC):
     """An element of a vector space; a kind defines :meth:`weighted_sum`, the operators follow."""
 
     kind: ClassVar[str]
     """What messages call it, with its article."""
-    name: str
-    provenance: dict[str, object]
-    notes: list[str]
 
     @classmethod
     @abstractmethod
@@ -49,10 +47,10 @@ class Operators(ABC):
         return linear([(-1.0, self)])
 
     def __add__(self, other: Self) -> Self:
-        return linear([(1.0, self), (1.0, other)]) if isinstance(other, Operators) else NotImplemented
+        return linear([(1.0, self), (1.0, other)]) if isinstance(other, VectorSpace) else NotImplemented
 
     def __sub__(self, other: Self) -> Self:
-        return linear([(1.0, self), (-1.0, other)]) if isinstance(other, Operators) else NotImplemented
+        return linear([(1.0, self), (-1.0, other)]) if isinstance(other, VectorSpace) else NotImplemented
 
 
 def linear(terms: Iterable[tuple[float, X]], name: str | None = None) -> X:
@@ -65,7 +63,7 @@ def linear(terms: Iterable[tuple[float, X]], name: str | None = None) -> X:
     return found[0][1].weighted_sum(found, name)
 
 
-def require_one_kind(elements: Sequence[Operators]) -> None:
+def require_one_kind(elements: Sequence[VectorSpace]) -> None:
     """Refuses to combine different kinds, with the way out."""
     first = elements[0]
     other = next((e for e in elements if type(e) is not type(first)), None)

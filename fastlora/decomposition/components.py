@@ -66,8 +66,7 @@ class Components:
             for result, own, norm in zip(results, coefficients.removals(rows, i, ranks), norms, strict=True):
                 updates[result.module] = self._unique_update(result, i, own, norm)
         unique = self._adapter(f"unique_of({name})", updates, adapter.base, [name])
-        unique.extras = dict(adapter.extras)
-        return unique
+        return replace(unique, extras=adapter.extras)
 
     def _adapter(self, name: str, updates: Mapping[str, Update], base: BaseInfo, names: Sequence[str]) -> Adapter:
         own = [self.pool[n] for n in names]

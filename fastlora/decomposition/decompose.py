@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -165,7 +166,5 @@ def decompose_iteratively(pool: Pool, settings: Settings, target: str, order: Se
         pair = Pool([current, pool[other]], align=False)
         found = decompose_pool(pair, settings)
         steps.append(Components(pair, found.results, settings, "iterative"))
-        unique = steps[-1].unique_of(target)
-        unique.name = target
-        current = unique
+        current = replace(steps[-1].unique_of(target), name=target)
     return steps

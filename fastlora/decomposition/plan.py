@@ -270,24 +270,24 @@ class DecompositionPlan:
         They lie in the plan's own memory: the next run overwrites them, so save or clone them before."""
         components = self.components()
         shared = components.shared
+        updates = dict(shared.updates)
         for module, (Z, mixed) in self.shared_parts.items():
             result = components.results[module]
             if result.count and shared.updates[module].rank:
                 left, right = (Z, mixed) if self._left else (mixed, Z)
                 own = Factor.of("B", left[:, : result.count]), Factor.of("A", right[: result.count])
-                shared.updates[module] = replace(shared.updates[module], B=own[0], A=own[1])
-        found = {"shared": shared}
+                updates[module] = replace(updates[module], B=own[0], A=own[1])
+        found = {"shared": replace(shared, updates=updates, dtype=self.dtype)}
         for name in self.pool.names:
             unique = components.unique_of(name)
+            updates = dict(unique.updates)
             for module, out in self.unique_parts[name].items():
-                update = unique.updates[module]
+                update = updates[module]
                 if self._left:
-                    unique.updates[module] = replace(update, B=Factor.of("B", out), scaling=1.0)
+                    updates[module] = replace(update, B=Factor.of("B", out), scaling=1.0)
                 else:
-                    unique.updates[module] = replace(update, A=Factor.of("A", out))
-            found[f"unique/{name}"] = unique
-        for adapter in found.values():
-            adapter.dtype = self.dtype
+                    updates[module] = replace(update, A=Factor.of("A", out))
+            found[f"unique/{name}"] = replace(unique, updates=updates, dtype=self.dtype)
         return found
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,9 +18,10 @@ from fastlora.decomposition.components import Components
 from fastlora.decomposition.report import Report, build_report
 from fastlora.engine.schedule import chunks
 from fastlora.engine.stream import Stream, streamed
-from fastlora.engine.write import WRITE_BYTES, write_adapters
+from fastlora.engine.write import WRITE_BYTES
 from fastlora.errors import InputError
 from fastlora.files.output import OutputDirectory
+from fastlora.formats import write_adapters
 from fastlora.runtime.cpython import paused_collector
 from fastlora.runtime.memory import bounded
 
@@ -91,9 +93,7 @@ class Decomposition:
                 raise InputError(
                     f"mode='iterative' makes the unique part of its target {self.target!r} only, not of {name!r}"
                 )
-            last = self._steps[-1].unique_of(name)
-            last.extras = dict(self.pool[name].extras)
-            return last
+            return replace(self._steps[-1].unique_of(name), extras=self.pool[name].extras)
         return self._pool_mode("unique_of").unique_of(name)
 
     @property

@@ -5,10 +5,16 @@
 :func:`modulate` is all three in one call.
 """
 
-from __future__ import annotations
-
 from fastlora.dipm.operators import Operator as Operator
+from fastlora.dipm.operators import interpolate as interpolate
+from fastlora.dipm.operators import remove as remove
+from fastlora.dipm.operators import reverse as reverse
+from fastlora.dipm.operators import scale as scale
+from fastlora.dipm.operators import shift as shift
 from fastlora.dipm.parts import Parts as Parts
+from fastlora.dipm.parts import decouple as decouple
+from fastlora.dipm.parts import modulate as modulate
+from fastlora.dipm.parts import recombine as recombine
 
 __all__ = [
     "Operator",

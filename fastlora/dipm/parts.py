@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastlora.adapters.compress import best_approximation
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.dtypes import widest
@@ -77,9 +77,8 @@ class Parts:
             events += frame.events + state.events
         if magnitudes is not None and (unknown := magnitudes.keys() - updates.keys()):
             raise InputError(f"recombine: magnitudes for {sorted(unknown)[0]!r}, a module that these parts do not have")
-        result = self._adapter(updates, "recombined")
-        result.notes += [*pool.notices, *(f"{count} {what}" for what, count in events.items())]
-        return result, used
+        notes = [*pool.notices, *(f"{count} {what}" for what, count in events.items())]
+        return self._adapter(updates, "recombined", notes), used
 
     @property
     def _adapters(self) -> list[Adapter]:
@@ -101,7 +100,7 @@ class Parts:
                 state = operator.run(state, [places[id(a)] for a in operator.others])
             yield frame, state
 
-    def _adapter(self, updates: Mapping[str, Update | None], what: str) -> Adapter:
+    def _adapter(self, updates: Mapping[str, Update | None], what: str, notes: Sequence[str] = ()) -> Adapter:
         adapters = self._adapters
         operators = [
             {"operator": o.name, "strength": o.strength, "others": [a.provenance for a in o.others]}
@@ -121,7 +120,7 @@ class Parts:
                 "on": self.on,
                 "operators": operators,
             },
-            notes=self.adapter.notes,
+            notes=(*self.adapter.notes, *notes),
         )
 
     def __repr__(self) -> str:
@@ -175,22 +174,17 @@ def recombine(
     float64).
     """
     if not parts.changes and magnitudes is None:
-        return (
-            parts.adapter
-            if rank is None and energy is None
-            else best_approximation(parts.adapter, rank=rank, energy=energy)
-        )
+        return parts.adapter if rank is None and energy is None else parts.adapter.compress(rank, energy=energy)
     result, wanted = parts.recombined(magnitudes)
     if rank is None and energy is None:
         return result
-    smaller = best_approximation(result, rank=rank, energy=energy)
+    smaller = result.compress(rank, energy=energy)
     if parts.on != "product" or parts.granularity == "component":
         return smaller
     again, _ = Parts(smaller.without_extras(), parts.granularity, parts.on).recombined(
         {m: wanted[m] for m in smaller.updates}
     )
-    smaller.updates = again.updates
-    return smaller
+    return replace(smaller, updates=again.updates)
 
 
 def modulate(

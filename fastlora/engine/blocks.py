@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlora.adapters.pool import Pool
 from fastlora.core.factors import SIDES, Side
 from fastlora.core.updates import Update, factor, sides, sources, unscaled_floor
 from fastlora.engine.checks import check_diagonal
+from fastlora.engine.contracts import PoolView
 from fastlora.engine.gram import GramPass, gram_blocks
 from fastlora.engine.schedule import Group, chunks
-from fastlora.engine.stream import PoolPart
 from fastlora.ops.gram import blocks_of
 from fastlora.runtime.memory import release
 from fastlora.runtime.progress import track
@@ -41,7 +40,7 @@ class PairBlocks:
         return products * self.scaling[:, :, None] * self.scaling[:, None]
 
 
-def pair_blocks(pool: Pool, label: str = "inner products") -> Iterator[PairBlocks]:
+def pair_blocks(pool: PoolView, label: str = "inner products") -> Iterator[PairBlocks]:
     """:class:`PairBlocks` of every module of a pool, some modules at a time."""
     groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
     for module in pool.modules:
@@ -63,7 +62,7 @@ def pair_blocks(pool: Pool, label: str = "inner products") -> Iterator[PairBlock
 
 
 def _full(
-    pool: Pool, modules: list[str], members: tuple[int, ...], rows: list[list[Update]], side: Side, r: int
+    pool: PoolView, modules: list[str], members: tuple[int, ...], rows: list[list[Update]], side: Side, r: int
 ) -> Tensor:
     """Both triangles of one side's blocks: ``[g, k, k, r, r]``."""
     k = len(members)
@@ -90,7 +89,7 @@ class Blocks:
     group: Group
 
 
-def read_blocks(pool: Pool | PoolPart, group: Group, modules: list[str], side: str, kind: str) -> Blocks:
+def read_blocks(pool: PoolView, group: Group, modules: list[str], side: str, kind: str) -> Blocks:
     """One pass over both sides' factors of some modules of a group."""
     projected_side, other_side = sides(side)
     names = tuple(pool.names[i] for i in group.members)

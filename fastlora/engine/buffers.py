@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from fastlora.adapters.lora import Adapter
+from fastlora.core.data import LoraData
 from fastlora.core.updates import tensors
 from fastlora.runtime.memory import advise
 
@@ -88,7 +88,19 @@ def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         target.copy_(tensor)
 
 
-def refill(target: Adapter, source: Adapter) -> None:
+def moved_once(tensors: Mapping[object, Tensor], device: torch.device) -> dict[object, Tensor]:
+    """Tensors by their identity on another device, in one buffer, by one copy. What came from the host is not copied
+    back: its original is taken."""
+    home = {key: origin(t) for key, t in tensors.items()} if device.type == "cpu" else {}
+    wanted = [key for key in tensors if home.get(key) is None]
+    there = dict(zip(wanted, moved([tensors[k] for k in wanted], device), strict=True)) if wanted else {}
+    if device.type != "cpu":
+        for key, tensor in there.items():
+            _remember(tensor, tensors[key])
+    return there | {key: host for key, host in home.items() if host is not None}
+
+
+def refill(target: LoraData, source: LoraData) -> None:
     """Copies the matrices of an adapter into those of another of the same shapes, on the current stream: from the host
     by one copy into the buffer that :func:`to` made."""
     pairs = [
@@ -109,10 +121,10 @@ def refill(target: Adapter, source: Adapter) -> None:
     _fill(places, [other for _, other in pairs])
     buffer.copy_(here, non_blocking=True)
     for mine, other in pairs:
-        remember(mine, other)
+        _remember(mine, other)
 
 
-def remember(tensor: Tensor, host: Tensor) -> None:
+def _remember(tensor: Tensor, host: Tensor) -> None:
     tensor.fastlora_host = host  # type: ignore[attr-defined]
 
 

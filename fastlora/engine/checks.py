@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from fastlora.adapters.lora import Adapter
+from fastlora.core.data import LoraData
 from fastlora.core.updates import sources
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.ops import dispatch
@@ -15,7 +15,7 @@ from fastlora.runtime.memory import release
 from fastlora.runtime.progress import track
 
 
-def require_finite(adapters: Iterable[Adapter]) -> None:
+def require_finite(adapters: Iterable[LoraData]) -> None:
     """Raises for the first stored matrix that holds NaN or Inf. Costs one read; gram passes find the same for free."""
     for adapter in adapters:
         for module in track(adapter.modules, f"checking {adapter.name}"):

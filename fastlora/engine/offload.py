@@ -9,10 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastlora.adapters.lora import Adapter
+from fastlora.core.data import LoraData
 from fastlora.core.factors import Factor, Side
 from fastlora.core.updates import Update
-from fastlora.engine import buffers
+from fastlora.engine.buffers import moved, offsets, origin, staging, views
+from fastlora.engine.materialise import Sources
+from fastlora.ops.dispatch import run_pass
 from fastlora.ops.passes import CombineJob, CombineOutput
 from fastlora.runtime import devices
 
@@ -21,7 +23,7 @@ Place = tuple[str, Side]
 """``(module, side)``."""
 
 
-def on_host(adapters: Mapping[Key, Adapter], dtypes: Mapping[Key, torch.dtype]) -> Mapping[Key, Adapter]:
+def on_host(adapters: Mapping[Key, LoraData], dtypes: Mapping[Key, torch.dtype]) -> Mapping[Key, LoraData]:
     """The adapters as they are saved, in host memory: factors in ``dtypes``, scaling inside ``B``.
 
     Adapters on the host are returned as they are. Those of a device are computed there in one pass, so that a matrix
@@ -42,15 +44,7 @@ def on_host(adapters: Mapping[Key, Adapter], dtypes: Mapping[Key, torch.dtype]) 
             updates[module] = replace(update, B=B, A=A)
         empty = {m: u for m, u in updates.items() if not u.rank}
         updates |= {m: replace(u, B=replace(u.B, terms=()), A=replace(u.A, terms=())) for m, u in empty.items()}
-        found[key] = Adapter(
-            adapter.name,
-            updates,
-            extras=adapter.extras,
-            base=adapter.base,
-            dtype=adapter.dtype,
-            provenance=adapter.provenance,
-            notes=adapter.notes,
-        )
+        found[key] = replace(adapter, updates=updates)
     return found
 
 
@@ -60,9 +54,6 @@ def _computed(
     dtypes: Mapping[Key, torch.dtype],
 ) -> tuple[dict[Key, dict[Place, tuple[int, Tensor]]], dict[Key, Tensor]]:
     """What has to be computed, by adapter and place: where it starts in the adapter's buffer and the result there."""
-    from fastlora.engine.materialise import Sources
-    from fastlora.ops.dispatch import run_pass
-
     computed: dict[Key, dict[Place, tuple[int, Tensor]]] = {}
     buffers: dict[Key, Tensor] = {}
     sources: dict[Place, Sources] = {}
@@ -71,10 +62,10 @@ def _computed(
         dtype = dtypes[key]
         wanted = {(m, f.side): f for m, u in updates.items() for f in (u.B, u.A) if not _is_saved(f, dtype)}
         layout = [(f.shape, dtype) for f in wanted.values()]
-        starts, size = buffers.offsets(layout)
+        starts, size = offsets(layout)
         with devices.memory_told("computing results"):
             buffers[key] = torch.empty(size, dtype=torch.uint8, device=where[key])
-        results = buffers.views(buffers[key], starts, layout)
+        results = views(buffers[key], starts, layout)
         computed[key] = dict(zip(wanted, zip(starts, results, strict=True), strict=True))
         for (place, factor), out in zip(wanted.items(), results, strict=True):
             terms = sources.setdefault(place, Sources()).terms(factor)
@@ -92,19 +83,19 @@ def _fetched(
     updates: Mapping[str, Update], computed: Mapping[Place, tuple[int, Tensor]], buffer: Tensor, dtype: torch.dtype
 ) -> dict[Place, Tensor]:
     """Every factor of an adapter on the host."""
-    here = buffers.staging(buffer.nbytes)
+    here = staging(buffer.nbytes)
     here.copy_(buffer)
     layout = [(tuple(out.shape), dtype) for _, out in computed.values()]
-    found = dict(zip(computed, buffers.views(here, [at for at, _ in computed.values()], layout), strict=True))
+    found = dict(zip(computed, views(here, [at for at, _ in computed.values()], layout), strict=True))
     kept = {(m, f.side): f.stored for m, u in updates.items() for f in (u.B, u.A) if (m, f.side) not in found}
     missing: dict[Place, Tensor] = {}
     for place, stored in kept.items():
         assert stored is not None
-        home = buffers.origin(stored)
+        home = origin(stored)
         if home is None:
             missing[place] = stored
         else:
             found[place] = home
     if missing:
-        found |= zip(missing, buffers.moved(list(missing.values()), torch.device("cpu")), strict=True)
+        found |= zip(missing, moved(list(missing.values()), torch.device("cpu")), strict=True)
     return found

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from fastlora.adapters.pool import Pool
 from fastlora.core.updates import default_rtol, sources
-from fastlora.engine.stream import PoolPart
+from fastlora.engine.contracts import PoolView
 from fastlora.engine.stream import current as streaming
 from fastlora.engine.stream import parts as stream_parts
 from fastlora.runtime.memory import batch_bytes, is_bounded
@@ -36,7 +35,7 @@ class Group(NamedTuple):
         return max(self.rtols)
 
 
-def group_modules(pool: Pool, modules: Sequence[str], rtol: float | None) -> dict[Group, list[str]]:
+def group_modules(pool: PoolView, modules: Sequence[str], rtol: float | None) -> dict[Group, list[str]]:
     """Modules with at least two adapters, by :class:`Group`."""
     groups: dict[Group, list[str]] = {}
     for module in modules:
@@ -50,7 +49,7 @@ def group_modules(pool: Pool, modules: Sequence[str], rtol: float | None) -> dic
     return groups
 
 
-def module_parts(pool: Pool, rtol: float | None, label: str) -> Iterator[tuple[Pool | PoolPart, Group, list[str]]]:
+def module_parts(pool: PoolView, rtol: float | None, label: str) -> Iterator[tuple[PoolView, Group, list[str]]]:
     """Modules that are computed together, and where their factors are: in the pool, or on the device of a stream."""
     work: list[tuple[Group, list[str]]] = []
     stream = streaming()

@@ -11,15 +11,17 @@ import contextvars
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlora.adapters.lora import Adapter
-from fastlora.core import updates
+from fastlora.core.data import LoraData
+from fastlora.core.updates import distinct, replaced, tensors
 from fastlora.engine import buffers
+from fastlora.ops.dispatch import run_pass
 from fastlora.ops.passes import CombineJob, CombineOutput, WriteProblem
 from fastlora.runtime import devices
 
@@ -39,11 +41,16 @@ class Stream(NamedTuple):
         return max(1, self.bound // SHARE)
 
 
-class PoolPart(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PoolPart:
     """Some modules of a pool, on the device."""
 
     names: list[str]
-    adapters: list[Adapter]
+    adapters: list[LoraData]
+    modules: list[str]
+
+    def present(self, module: str) -> list[int]:
+        return [i for i, adapter in enumerate(self.adapters) if module in adapter]
 
 
 _current: contextvars.ContextVar[Stream | None] = contextvars.ContextVar("fastlora_stream", default=None)
@@ -63,26 +70,26 @@ def current() -> Stream | None:
     return _current.get()
 
 
-def needed(adapters: Sequence[Adapter], device: torch.device, bound: int | None) -> Stream | None:
+def needed(adapters: Sequence[LoraData], device: torch.device, bound: int | None) -> Stream | None:
     """The stream for adapters that do not fit into the bound together with their results; else ``None``, as for those
     that are on the device already."""
     if bound is None or device.type == "cpu" or all(a.device == device for a in adapters):
         return None
-    size = sum(t.nbytes for a in adapters for u in a.updates.values() for t in updates.tensors(u))
+    size = sum(t.nbytes for a in adapters for u in a.updates.values() for t in tensors(u))
     return Stream(device, bound) if SHARE * size > bound else None
 
 
-def parts(names: list[str], adapters: Sequence[Adapter], modules: Sequence[Sequence[str]]) -> Iterator[PoolPart]:
+def parts(names: list[str], adapters: Sequence[LoraData], modules: Sequence[Sequence[str]]) -> Iterator[PoolPart]:
     """The adapters with some modules after others, on the device of the stream in use."""
     stream = current()
     assert stream is not None
     groups = [[(a, m) for a in adapters for m in some if m in a.updates] for some in modules]
-    wanted = [updates.distinct([a.updates[m] for a, m in group]) for group in groups]
-    for group, places in zip(groups, _ahead(wanted, stream.device), strict=True):
+    wanted = [distinct([a.updates[m] for a, m in group]) for group in groups]
+    for some, group, places in zip(modules, groups, _ahead(wanted, stream.device), strict=True):
         updates: dict[str, dict[str, Any]] = {a.name: {} for a in adapters}
         for adapter, module in group:
-            updates[adapter.name][module] = updates.replaced(adapter.updates[module], places)
-        yield PoolPart(names, [Adapter(a.name, updates[a.name], dtype=a.dtype) for a in adapters])
+            updates[adapter.name][module] = replaced(adapter.updates[module], places)
+        yield PoolPart(names, [LoraData(a.name, updates[a.name], dtype=a.dtype) for a in adapters], list(some))
 
 
 def _ahead(groups: Sequence[dict[object, Tensor]], device: torch.device) -> Iterator[dict[object, Tensor]]:
@@ -117,8 +124,6 @@ def combine(jobs: Sequence[CombineJob]) -> WriteProblem | None:
 
     Threads that call it have streams of their own, so that one copies while the other computes.
     """
-    from fastlora.ops.dispatch import run_pass
-
     stream = current()
     assert stream is not None
     with _own_stream(stream.device), devices.memory_told("computing results"):

@@ -10,16 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastlora.adapters.lora import Adapter
-from fastlora.core.dtypes import parse_dtype
+from fastlora.core.data import LoraData
 from fastlora.core.factors import SIDES, Factor, Side
 from fastlora.core.updates import Update, sources, zero_factors
 from fastlora.engine import stream
+from fastlora.engine.contracts import OpenSink, Sink
 from fastlora.engine.materialise import Sources, materialise_groups
 from fastlora.engine.offload import on_host
 from fastlora.ops import dispatch
@@ -28,10 +27,6 @@ from fastlora.runtime.cpython import paused_collector, quick_handover
 from fastlora.runtime.memory import batch_bytes, release
 from fastlora.runtime.progress import track
 
-if TYPE_CHECKING:
-    from fastlora.formats.peft.write import AdapterFile
-
-# Results whose computing and writing is prepared while as many are computed and written.
 WRITE_BYTES = 128 * 2**20
 PREPARED = 2  # batches of modules that are ready while one is written
 # Files that are written at once: a decomposition of many pairs has more of them than a process may hold open.
@@ -39,33 +34,39 @@ OPEN_FILES = 128
 
 
 def write_adapters(
-    adapters: Mapping[Path, Adapter],
-    dtype: torch.dtype | str | None = None,
-    meanwhile: Callable[[], object] = lambda: None,
+    adapters: Mapping[Path, LoraData],
+    targets: Mapping[Path, torch.dtype],
+    open_sink: OpenSink,
+    meanwhile: Callable[[], object],
 ) -> None:
-    """Writes adapters that share stored matrices, reading each of those once.
+    """Writes adapters that share stored matrices into the sinks of their directories, in the ``targets``' dtypes; each
+    stored matrix is read once.
 
     Modules of rank 0 are left out; an adapter with nothing in it is written as zeros of rank 1, which PEFT can load.
     Factors are computed where they are written from, a module at a time in every thread, so memory does not grow with
     the model; one thread prepares the next modules meanwhile. ``meanwhile`` is called while the last are written.
     """
     with paused_collector(), quick_handover():
-        targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
-        _write_adapters(on_host(adapters, targets), targets, meanwhile)
+        _write_adapters(on_host(adapters, targets), targets, open_sink, meanwhile)
 
 
 def _write_adapters(
-    adapters: Mapping[Path, Adapter], targets: Mapping[Path, torch.dtype], meanwhile: Callable[[], object]
+    adapters: Mapping[Path, LoraData],
+    targets: Mapping[Path, torch.dtype],
+    open_sink: OpenSink,
+    meanwhile: Callable[[], object],
 ) -> None:
-    from fastlora.formats.peft.write import AdapterFile
-
-    empty = {d: zero_factors(a, targets[d]) for d, a in adapters.items() if not any(u.rank for u in a.updates.values())}
-    files: dict[Path, AdapterFile] = {}
+    empty = {
+        d: zero_factors(a.name, a.updates, targets[d])
+        for d, a in adapters.items()
+        if not any(u.rank for u in a.updates.values())
+    }
+    files: dict[Path, Sink] = {}
     for directory, adapter in adapters.items():
         outlines = {m: _outline(u, targets[directory]) for m, u in adapter.updates.items() if u.rank} or empty[
             directory
         ]
-        files[directory] = AdapterFile(directory, adapter, outlines, targets[directory])
+        files[directory] = open_sink(directory, adapter, outlines, targets[directory])
     shares = [list(files.items())[i : i + OPEN_FILES] for i in range(0, len(files), OPEN_FILES)]
     # Of results that go through a device, one batch is computed while another is copied.
     with ThreadPoolExecutor(1 if stream.current() is None else stream.THREADS) as worker:
@@ -97,7 +98,7 @@ def _meta(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype, device="meta")
 
 
-def _module_batches(adapters: Sequence[Adapter]) -> list[list[str]]:
+def _module_batches(adapters: Sequence[LoraData]) -> list[list[str]]:
     """Module names in batches that are prepared together; the experts of one parameter stay together."""
     sizes: dict[str, int] = {}
     units: dict[str, list[str]] = {}
@@ -124,7 +125,7 @@ def _module_batches(adapters: Sequence[Adapter]) -> list[list[str]]:
 class _Prepared:
     """Some modules of some adapters, ready to be computed and written."""
 
-    files: dict[Path, AdapterFile]
+    files: dict[Path, Sink]
     jobs: list[CombineJob]
     places: list[list[tuple[Path, str]]]  # (directory, tensor) of every output
     packed: dict[str, list[tuple[Path, Update]]]  # modules whose tensors hold more than one factor
@@ -160,7 +161,7 @@ class _Prepared:
 
 
 def _prepare(
-    files: dict[Path, AdapterFile], adapters: Mapping[Path, Adapter], modules: Sequence[str], owners: Sequence[Path]
+    files: dict[Path, Sink], adapters: Mapping[Path, LoraData], modules: Sequence[str], owners: Sequence[Path]
 ) -> _Prepared:
     prepared = _Prepared(files, [], [], {}, [])
     for module in modules:

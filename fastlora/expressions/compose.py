@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 
 from fastlora.adapters.alignment import alignment
 from fastlora.adapters.ia3 import IA3
+from fastlora.adapters.loading import Element, load
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.adapters.task_vector import TaskVector
-from fastlora.core.vector_space import Operators, linear, require_one_kind
+from fastlora.core.vector_space import VectorSpace, linear, require_one_kind
 from fastlora.engine.checks import require_finite
 from fastlora.errors import InputError
 from fastlora.expressions.check import Plan, number, options
 from fastlora.expressions.functions import FUNCTIONS, WORDS
 from fastlora.expressions.grammar import Call, ExpressionError, Name, Node, Product, Sum, bind, names, parse, walk
-from fastlora.formats import load
 from fastlora.runtime.memory import bounded
 from fastlora.runtime.memory import parse as parse_memory
 from fastlora.runtime.progress import track
 
-Element = Adapter | IA3 | TaskVector
 Source = Element | str | os.PathLike[str]
 
 
@@ -67,14 +65,16 @@ def compose(
     bound = parse_memory(memory)
     with bounded(bound):
         notices, elements = _prepare({n: adapters[n] for n in used}, drop_extras)
-        result = copy.copy(Evaluator(expression, elements, bound).element(tree))
-    result.name = expression.strip() if name is None else name
+        result = Evaluator(expression, elements, bound).element(tree)
     bound_to = {"numbers": values} if values else {}
-    result.provenance = {"expression": expression.strip(), **bound_to, "result": result.provenance}
     unused = [f"{n} is not used by the expression" for n in adapters if n not in used]
-    result.notes = list(dict.fromkeys([*result.notes, *notices, *unused]))
     assert isinstance(result, Adapter | IA3 | TaskVector)
-    return result
+    return replace(
+        result,
+        name=expression.strip() if name is None else name,
+        provenance={"expression": expression.strip(), **bound_to, "result": result.provenance},
+        notes=tuple(dict.fromkeys([*result.notes, *notices, *unused])),
+    )
 
 
 def _check_numbers(values: Mapping[str, float], adapters: Mapping[str, Source]) -> None:
@@ -85,19 +85,18 @@ def _check_numbers(values: Mapping[str, float], adapters: Mapping[str, Source]) 
             raise InputError(f"the number {name!r} is {value!r}: it must be a finite number")
 
 
-def _prepare(sources: Mapping[str, Source], drop_extras: bool) -> tuple[list[str], dict[str, Operators]]:
+def _prepare(sources: Mapping[str, Source], drop_extras: bool) -> tuple[list[str], dict[str, VectorSpace]]:
     """Notices, and the adapters under their names in the expression and one naming of modules."""
-    elements: dict[str, Operators] = {}
+    elements: dict[str, VectorSpace] = {}
     for name, source in track(list(sources.items()), "loading"):
         if not isinstance(source, Element | str | os.PathLike):
             raise InputError(
                 f"{name!r} is of type {type(source).__name__}; an adapter is needed, or the path or Hub id of one"
             )
-        element: Element = copy.copy(source) if isinstance(source, Element) else load(os.fspath(source), name)
+        element: Element = source if isinstance(source, Element) else load(os.fspath(source), name)
         if drop_extras and isinstance(element, Adapter | IA3):
             element = element.without_extras()
-        element.name = name
-        elements[name] = element
+        elements[name] = replace(element, name=name)
     notices: list[str] = []
     updates = [e for e in elements.values() if isinstance(e, Adapter)]
     if updates:
@@ -121,13 +120,13 @@ def _prepare(sources: Mapping[str, Source], drop_extras: bool) -> tuple[list[str
 class Linear:
     """``Σ w_i x_i`` that is not summed yet; by identity, so that an element takes part once."""
 
-    terms: dict[int, tuple[float, Operators]] = field(default_factory=dict)
+    terms: dict[int, tuple[float, VectorSpace]] = field(default_factory=dict)
 
-    def add(self, weight: float, element: Operators) -> None:
+    def add(self, weight: float, element: VectorSpace) -> None:
         before = self.terms[id(element)][0] if id(element) in self.terms else 0.0
         self.terms[id(element)] = before + weight, element
 
-    def element(self) -> Operators:
+    def element(self) -> VectorSpace:
         found = list(self.terms.values())
         kept = [(w, x) for w, x in found if w != 0.0] or found[:1]
         return kept[0][1] if len(kept) == 1 and kept[0][0] == 1.0 else linear(kept)
@@ -138,10 +137,10 @@ class Evaluator:
     """Evaluates a checked expression. Sums of sums become one sum."""
 
     text: str
-    elements: Mapping[str, Operators]
+    elements: Mapping[str, VectorSpace]
     memory: int | None
 
-    def element(self, node: Node) -> Operators:
+    def element(self, node: Node) -> VectorSpace:
         total = Linear()
         self._accumulate(node, 1.0, total)
         try:
@@ -171,7 +170,7 @@ class Evaluator:
                 raise self._placed(error, node) from error
             total.add(weight, element)
 
-    def _call(self, node: Node) -> Operators:
+    def _call(self, node: Node) -> VectorSpace:
         assert isinstance(node, Call)
         function = FUNCTIONS[node.function]
         adapters = [a for a in node.arguments if not _is_number(a)]
@@ -183,16 +182,15 @@ class Evaluator:
         except InputError as error:
             raise self._placed(error, node) from error
 
-    def _distinct(self, function: str, nodes: list[Node]) -> list[Operators]:
+    def _distinct(self, function: str, nodes: list[Node]) -> list[VectorSpace]:
         """Elements with names that differ, as pools need them: their own, or their place."""
-        found: list[Operators] = []
+        found: list[VectorSpace] = []
         for i, node in enumerate(nodes):
             element = self.element(node)
             if any(element is other for other in found):
                 raise ExpressionError(f"{function} has {element.name} twice", self.text, node.at)
             if not isinstance(node, Name):
-                element = copy.copy(element)
-                element.name = f"argument {i + 1}"
+                element = replace(element, name=f"argument {i + 1}")
             found.append(element)
         return found
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastlora.adapters.pool import Pool, require_updates
-from fastlora.core.vector_space import Operators
+from fastlora.core.vector_space import VectorSpace
 from fastlora.decomposition.decompose import decompose
 from fastlora.errors import InputError
 from fastlora.merging import arithmetic
 from fastlora.merging.compress import compress
 
 Options = dict[str, Any]
-Run = Callable[[Sequence[Operators], Sequence[float], Options, int | None], Operators]
+Run = Callable[[Sequence[VectorSpace], Sequence[float], Options, int | None], VectorSpace]
 MANY = 1 << 20
 
 
@@ -45,29 +45,30 @@ CUT_WORDS = {"chain": "product", "side": "left"}
 SEMANTICS = {"semantics": Word}
 
 
-def _pool(elements: Sequence[Operators], what: str) -> Pool:
+def _pool(elements: Sequence[VectorSpace], what: str) -> Pool:
     return Pool([require_updates(e, what) for e in elements], align=False)
 
 
-def _unique(elements: Sequence[Operators], numbers: Sequence[float], options: Options, memory: int | None) -> Operators:
+def _unique(
+    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, memory: int | None
+) -> VectorSpace:
     pool = _pool(elements, "unique")
     target, *others = pool.names
     found = decompose(pool, mode="iterative", target=target, order=others, memory=memory, **options)
-    result = found.unique_of(target)
-    result.name = f"unique({target} | {', '.join(others)})"
-    return result
+    return replace(found.unique_of(target), name=f"unique({target} | {', '.join(others)})")
 
 
-def _shared(elements: Sequence[Operators], numbers: Sequence[float], options: Options, memory: int | None) -> Operators:
+def _shared(
+    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, memory: int | None
+) -> VectorSpace:
     pool = _pool(elements, "shared")
-    result = decompose(pool, memory=memory, **options).shared
-    result.name = f"shared({', '.join(pool.names)})"
-    return result
+    shared = decompose(pool, memory=memory, **options).shared
+    return replace(shared, name=f"shared({', '.join(pool.names)})")
 
 
 def _compress(
-    elements: Sequence[Operators], numbers: Sequence[float], options: Options, memory: int | None
-) -> Operators:
+    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, memory: int | None
+) -> VectorSpace:
     if numbers and "rank" in options:
         raise InputError("compress: the rank is given twice")
     if any(n != int(n) for n in numbers):
@@ -76,18 +77,22 @@ def _compress(
     return compress(require_updates(elements[0], "compress"), rank, energy=options.get("energy"))
 
 
-def _negate(elements: Sequence[Operators], numbers: Sequence[float], options: Options, memory: int | None) -> Operators:
+def _negate(
+    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, memory: int | None
+) -> VectorSpace:
     return arithmetic.negate(elements[0], *numbers, **options)
 
 
 def _analogy(
-    elements: Sequence[Operators], numbers: Sequence[float], options: Options, memory: int | None
-) -> Operators:
+    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, memory: int | None
+) -> VectorSpace:
     first, second, third = elements
     return arithmetic.analogy(first, second, third, *numbers, **options)
 
 
-def _add(elements: Sequence[Operators], numbers: Sequence[float], options: Options, memory: int | None) -> Operators:
+def _add(
+    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, memory: int | None
+) -> VectorSpace:
     return arithmetic.add(elements, numbers or None, **options)
 
 

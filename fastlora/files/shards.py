@@ -6,10 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import InputError
-from fastlora.files.tensor_files import read_safetensors, read_torch
-from fastlora.formats.peft.config import CONFIG_NAME
-from fastlora.formats.task_vector import SUFFIX
+from fastlora.files.tensor_files import SAFETENSORS, read_safetensors, read_torch
 
 
 def read_model(path: Path) -> dict[str, Tensor]:
@@ -39,4 +38,4 @@ def read_model(path: Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    return read_safetensors(path) if path.suffix == SUFFIX else read_torch(path)
+    return read_safetensors(path) if path.suffix == SAFETENSORS else read_torch(path)

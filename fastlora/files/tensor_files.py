@@ -50,6 +50,9 @@ def cast_tensor(tensor: Tensor, dtype: torch.dtype, module: str) -> Tensor:
     return result
 
 
+SAFETENSORS = ".safetensors"
+"""The suffix of such files."""
+
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",

@@ -1,45 +1,58 @@
-"""Adapter files. :func:`load` finds out which format a path holds."""
+"""Adapter files: from a path to a record, from a record to files. One module a format, found by listing this folder.
+
+A format has ``detects(path)``, ``read(path, name) -> AdapterData`` and ``WRITES``, the kinds of record that it writes
+(none for a format that is only read). It writes low-rank adapters through ``sink(…)``, which the engine fills, and
+other kinds through ``write(…)``; with ``SUFFIX`` they are single files, else directories.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol, cast
 
 import torch
+from torch import Tensor
 
-from fastlora.adapters.ia3 import IA3
-from fastlora.adapters.lora import Adapter
-from fastlora.adapters.task_vector import TaskVector
-from fastlora.core.names import check_name
-from fastlora.engine.write import write_adapters
+from fastlora.core.data import AdapterData, LoraData
+from fastlora.core.dtypes import parse_dtype
+from fastlora.core.names import CONFIG_NAME, check_name
+from fastlora.engine import write as engine
+from fastlora.engine.contracts import Sink
 from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.files.locate import find
-from fastlora.files.output import partial_of
-from fastlora.formats import task_vector
-from fastlora.formats.peft import ia3, read
-from fastlora.formats.peft.config import CONFIG_NAME, read_fields
+from fastlora.files.output import OutputDirectory, partial_of, replacing
+from fastlora.files.tensor_files import SAFETENSORS
 
 
-def save_adapter(
-    adapter: Adapter, path: Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False
-) -> Path:
-    """Writes one adapter as a PEFT directory, atomically."""
-    from fastlora.files.output import OutputDirectory
+class Format(Protocol):
+    """A module of this folder."""
 
-    with OutputDirectory(path, overwrite=overwrite) as staging:
-        write_adapter(adapter, staging, dtype)
-    return path
+    WRITES: tuple[type[AdapterData], ...]
 
+    def detects(self, path: Path) -> bool: ...
 
-def write_adapter(adapter: Adapter, directory: Path, dtype: torch.dtype | str | None = None) -> None:
-    """Writes one adapter into a directory that is being staged."""
-    write_adapters({directory: adapter}, dtype)
+    def read(self, path: Path, name: str) -> AdapterData: ...
 
+    def sink(
+        self, directory: Path, adapter: LoraData, outlines: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
+    ) -> Sink: ...
 
-__all__ = ["load"]
+    def write(self, path: Path, record: AdapterData, dtype: torch.dtype | str | None) -> None: ...
 
 
-def load(path: str | Path, name: str | None = None) -> Adapter | IA3 | TaskVector:
-    """Loads an adapter without copying its tensors.
+@functools.cache
+def all_formats() -> dict[str, Format]:
+    """Every format by its name, that of its module."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return {name: cast(Format, importlib.import_module(f"{__name__}.{name}")) for name in names}
+
+
+def read(path: str | Path, name: str | None = None) -> AdapterData:
+    """The adapter at a path, as a record, without copying its tensors.
 
     path: a PEFT directory, the Hub id (``org/name``) of one, or the file of a task vector.
     name: what the adapter is called from here on; the folder name by default.
@@ -47,31 +60,73 @@ def load(path: str | Path, name: str | None = None) -> Adapter | IA3 | TaskVecto
     Raises :class:`InputError` where nothing can be read and :class:`UnsupportedAdapter` for adapters whose
     numbers would come out wrong.
     """
-    found = find(path)
-    name = found.name if name is None else name
+    location = find(path)
+    name = location.name if name is None else name
     check_name(name)
-    directory = found.path
-    if directory.is_file():
-        if directory.suffix == task_vector.SUFFIX and task_vector.is_task_vector(directory):
-            return task_vector.read(directory, name.removesuffix(task_vector.SUFFIX))
-        _refuse_file(directory)
-    unfinished = partial_of(directory)
+    unfinished = None if location.path.is_file() else partial_of(location.path)
     if unfinished is not None:
         raise InputError(
-            f"{directory} lies in {unfinished.name}, an output that was never finished; run that command again"
+            f"{location.path} lies in {unfinished.name}, an output that was never finished; run that command again"
         )
-    if not (directory / CONFIG_NAME).exists():
-        _refuse_directory(directory)
-    fields = read_fields(directory)
-    if fields.values.get("peft_type") == "IA3":
-        return ia3.read(directory, name, fields)
-    return read.read(directory, name, fields)
+    for format in all_formats().values():
+        if format.detects(location.path):
+            return format.read(location.path, name)
+    if location.path.is_file():
+        _refuse_file(location.path)
+    _refuse_directory(location.path)
+    raise AssertionError("unreachable")
+
+
+def save(record: AdapterData, path: Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
+    """Writes one adapter, atomically: a directory, or the one file of a format that has a suffix.
+
+    ``dtype=None`` keeps the widest dtype of the inputs (task vectors: float32).
+    """
+    if hasattr(writer_of(record), "SUFFIX"):
+        with replacing(path, overwrite=overwrite) as staging:
+            writer_of(record).write(staging, record, dtype)
+    else:
+        with OutputDirectory(path, overwrite=overwrite) as staging:
+            write_adapter(record, staging, dtype)
+    return path
+
+
+def writer_of(record: AdapterData) -> Format:
+    """The format that a kind of record is written in."""
+    return next(f for f in all_formats().values() if isinstance(record, f.WRITES))
+
+
+def write_adapter(record: AdapterData, directory: Path, dtype: torch.dtype | str | None = None) -> None:
+    """Writes one adapter into a directory that is being staged."""
+    if isinstance(record, LoraData):
+        write_adapters({directory: record}, dtype)
+    else:
+        writer_of(record).write(directory, record, dtype)
+
+
+def write_adapters(
+    adapters: Mapping[Path, LoraData],
+    dtype: torch.dtype | str | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> None:
+    """Writes low-rank adapters that share stored matrices into directories, reading each of those matrices once.
+
+    ``meanwhile`` is called while the last of them are written; see :func:`fastlora.engine.write.write_adapters`.
+    """
+    targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
+    engine.write_adapters(adapters, targets, _open_sink, meanwhile)
+
+
+def _open_sink(
+    directory: Path, adapter: LoraData, outlines: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> Sink:
+    return writer_of(adapter).sink(directory, adapter, outlines, dtype)
 
 
 def _refuse_file(path: Path) -> None:
     if (path.parent / CONFIG_NAME).exists():
         raise InputError(f"{path} is one file of an adapter; pass its directory {path.parent}")
-    if path.suffix == ".safetensors":
+    if path.suffix == SAFETENSORS:
         raise UnsupportedAdapter(
             f"{path} is a single file without {CONFIG_NAME}; adapters are read from PEFT directories: "
             "convert it with diffusers (`pipe.load_lora_weights(...)`, then `save_pretrained` of the "

@@ -9,20 +9,20 @@ import torch
 from safetensors import safe_open
 
 from fastlora._version import __version__
-from fastlora.adapters.task_vector import TaskVector
+from fastlora.core.data import AdapterData, DeltaData
 from fastlora.core.dtypes import parse_dtype
 from fastlora.engine.checks import is_finite
-from fastlora.errors import InputError, NonFiniteError, OutputError
-from fastlora.files.output import replacing
-from fastlora.files.tensor_files import TensorFile, cast_tensor, read_safetensors
+from fastlora.errors import InputError, NonFiniteError
+from fastlora.files.tensor_files import SAFETENSORS, TensorFile, cast_tensor, read_safetensors
 
 KIND = "task_vector"
-SUFFIX = ".safetensors"
+SUFFIX = SAFETENSORS
+WRITES = (DeltaData,)
 
 
-def is_task_vector(path: Path) -> bool:
-    """Whether a safetensors file says that it is a task vector."""
-    return _metadata(path).get("kind") == KIND
+def detects(path: Path) -> bool:
+    """Whether a path is a safetensors file that says that it is a task vector."""
+    return path.suffix == SUFFIX and path.is_file() and _metadata(path).get("kind") == KIND
 
 
 def _metadata(path: Path) -> dict[str, object]:
@@ -34,7 +34,7 @@ def _metadata(path: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def read(path: Path, name: str) -> TaskVector:
+def read(path: Path, name: str) -> DeltaData:
     """The task vector in a file that :func:`write` wrote."""
     deltas = read_safetensors(path)
     for parameter, delta in deltas.items():
@@ -43,20 +43,15 @@ def read(path: Path, name: str) -> TaskVector:
         if not is_finite(delta.reshape(1, -1)):
             raise NonFiniteError(f"{path}: {parameter} holds NaN or Inf; make the task vector again")
     provenance = _metadata(path).get("provenance")
-    return TaskVector(name, deltas, provenance=provenance if isinstance(provenance, dict) else {"task_vector": name})
+    return DeltaData(name.removesuffix(SUFFIX), deltas, provenance=provenance if isinstance(provenance, dict) else {})
 
 
-def write(path: Path, vector: TaskVector, dtype: torch.dtype | str | None, *, overwrite: bool) -> Path:
+def write(path: Path, vector: AdapterData, dtype: torch.dtype | str | None) -> None:
     """Writes a file of the changes, in ``dtype`` (float32 by default), whose metadata say what it is."""
-    if path.suffix != SUFFIX:
-        raise OutputError(f"{path}: a task vector is one file; give a name that ends in {SUFFIX}")
-    if not vector.deltas:
-        raise OutputError(f"{path} was not written: task vector {vector.name!r} changes nothing")
+    assert isinstance(vector, DeltaData)
     target = parse_dtype(dtype, torch.float32)
     tensors = {p: cast_tensor(d, target, p) for p, d in vector.deltas.items()}
     data = {"kind": KIND, "version": __version__, "provenance": vector.provenance}
-    with replacing(path, overwrite=overwrite) as staging:
-        file = TensorFile(staging, tensors, {"format": "pt", "fastlora": json.dumps(data, default=str)})
-        file.write(tensors, check=True)
-        file.close()
-    return path
+    file = TensorFile(path, tensors, {"format": "pt", "fastlora": json.dumps(data, default=str)})
+    file.write(tensors, check=True)
+    file.close()

@@ -12,12 +12,12 @@ from fastlora.core.dtypes import widest
 from fastlora.core.factors import add as add_factors
 from fastlora.core.sums import combine_extras, common_base
 from fastlora.core.updates import Update
-from fastlora.core.vector_space import Operators, expression, linear, require_one_kind
+from fastlora.core.vector_space import VectorSpace, expression, linear, require_one_kind
 from fastlora.errors import InputError
 
 SEMANTICS = ("exact", "pem")
 
-X = TypeVar("X", bound=Operators)
+X = TypeVar("X", bound=VectorSpace)
 
 
 def add(elements: Sequence[X], weights: Sequence[float] | None = None, *, semantics: str = "exact") -> X:
@@ -51,7 +51,7 @@ def add(elements: Sequence[X], weights: Sequence[float] | None = None, *, semant
     terms = list(zip(shares, shares, elements, strict=True))
     result = _elementwise(terms, f"pem({name})", "addition")
     if weights is not None and not math.isclose(total, 1.0, rel_tol=1e-9):
-        result.notes.append(f"pem: the weights were divided by their sum {total:g}")
+        return replace(result, notes=(*result.notes, f"pem: the weights were divided by their sum {total:g}"))
     return result
 
 
@@ -61,9 +61,8 @@ def negate(element: X, strength: float = 1.0, *, semantics: str = "exact") -> X:
     """
     _check([element], semantics)
     _check_number(strength, "negate: the strength")
-    result = linear([(-strength, element)])
-    result.provenance = {"negate": element.provenance, "strength": strength, "semantics": semantics}
-    return result
+    provenance = {"negate": element.provenance, "strength": strength, "semantics": semantics}
+    return replace(linear([(-strength, element)]), provenance=provenance)
 
 
 def analogy(
@@ -92,16 +91,16 @@ def analogy(
         label = f"pem({expression([(c0, first.name), (c1, second.name), (-c1, third.name)])})"
         return _elementwise([(c0, c0, first), (c1, c1, second), (-c1, c1, third)], label, "analogy")
     result = linear([(c0, first), (c1, second), (-c1, third)])
-    result.provenance = {"analogy": [e.provenance for e in elements], "c0": c0, "c1": c1, "semantics": "exact"}
-    return result
+    provenance = {"analogy": [e.provenance for e in elements], "c0": c0, "c1": c1, "semantics": "exact"}
+    return replace(result, provenance=provenance)
 
 
-def _check(elements: Sequence[Operators], semantics: str) -> None:
+def _check(elements: Sequence[VectorSpace], semantics: str) -> None:
     if semantics not in SEMANTICS:
         raise InputError(f"semantics={semantics!r} does not exist: use one of {', '.join(SEMANTICS)}")
     if not elements:
         raise InputError("add: no adapter was given")
-    other = next((e for e in elements if not isinstance(e, Operators)), None)
+    other = next((e for e in elements if not isinstance(e, VectorSpace)), None)
     if other is not None:
         raise InputError(
             f"an adapter is needed, not a {type(other).__name__}; load it with `fl.load` (a pool: .adapters)"
@@ -124,8 +123,7 @@ def _elementwise(terms: Sequence[tuple[float, float, X]], name: str, operation: 
         used = [{"weight_A": a, **term} for (_, a, _), term in zip(terms, used, strict=True)]
     else:
         result = linear([(b, x) for b, _, x in kept], name)
-    result.provenance = {operation: used, "semantics": "pem"}
-    return result
+    return replace(result, provenance={operation: used, "semantics": "pem"})
 
 
 def _elementwise_lora(terms: Sequence[tuple[float, float, Adapter]], name: str) -> Adapter:
@@ -147,7 +145,7 @@ def _elementwise_lora(terms: Sequence[tuple[float, float, Adapter]], name: str) 
         extras=combine_extras([(b, x) for b, _, x in terms]),
         base=base,
         dtype=widest(a.dtype for a in adapters),
-        notes=list(dict.fromkeys(n for a in adapters for n in a.notes)),
+        notes=tuple(dict.fromkeys(n for a in adapters for n in a.notes)),
     )
 
 

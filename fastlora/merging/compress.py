@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fastlora.adapters import compress
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import require_updates
 
@@ -13,4 +12,4 @@ def compress(adapter: Adapter, rank: int | None = None, *, energy: float | None 
     Exact in factor space, MATH section 6; the retained energy of each module is in ``.details["retained_energy"]`` of
     the result, the total in ``.provenance``. Costs one read of the factors and ``O(r³)`` operations a module.
     """
-    return compress.best_approximation(require_updates(adapter, "compress"), rank=rank, energy=energy)
+    return require_updates(adapter, "compress").compress(rank, energy=energy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -37,8 +38,7 @@ def merge(
     except NonFiniteError:
         require_finite(pool.adapters)  # names the adapter of the pool; the method only knows their sum
         raise InputError(f"the weighted sum overflows: lower the weights {counted}") from None
-    merged.notes += notes
-    return merged
+    return replace(merged, notes=(*merged.notes, *notes))
 
 
 def full_weights(pool: Pool, weights: Mapping[str, float] | None) -> tuple[dict[str, float], list[str]]:

@@ -1,25 +1,19 @@
-"""Merge methods by name."""
+"""Merge methods by name: what ``method=`` and ``--method`` accept. One file of ``merging/methods/`` a method."""
 
 from __future__ import annotations
 
+import functools
 import importlib
-import sys
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING
 
+from fastlora.adapters.lora import Adapter
+from fastlora.adapters.pool import Pool
 from fastlora.errors import InputError
 
-if TYPE_CHECKING:
-    from fastlora.adapters.lora import Adapter
-    from fastlora.adapters.pool import Pool
+Merge = Callable[..., Adapter]
 
-
-Merge = Callable[..., "Adapter"]
-
-# Modules that register merge methods.
-_FILES = ("cat", "pem", "svd")
 _registry: dict[str, Method] = {}
 
 
@@ -51,26 +45,21 @@ def method(name: str, *, summary: str, parameters: Mapping[str, str], source: st
     return register
 
 
+@functools.cache
+def _loaded() -> None:
+    methods = importlib.import_module("fastlora.merging.methods")
+    for module in pkgutil.iter_modules(methods.__path__):
+        importlib.import_module(f"{methods.__name__}.{module.name}")
+
+
 def all_methods() -> dict[str, Method]:
     """Every registered merge method, in the order of names."""
-    for file in _FILES:
-        importlib.import_module(f"fastlora.methods.{file}")
+    _loaded()
     return dict(sorted(_registry.items()))
 
 
 def find_method(name: str) -> Method:
-    found = all_methods()
-    if name not in found:
-        raise InputError(f"method {name!r} does not exist: use one of {', '.join(found)} (`fastlora.methods()`)")
-    return found[name]
-
-
-class _Methods(ModuleType):
-    """This module has the name of the public function ``fastlora.methods``, and hides it once it is imported: so it is
-    that function too."""
-
-    def __call__(self) -> dict[str, Method]:
-        return all_methods()
-
-
-sys.modules[__name__].__class__ = _Methods
+    known = all_methods()
+    if name not in known:
+        raise InputError(f"method {name!r} does not exist: use one of {', '.join(known)} (`fastlora.methods()`)")
+    return known[name]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
-from fastlora.views.tables import ROWS, console_of, table_of, without_common
+from fastlora.views.tables import ROWS, console_of, show_extras, table_of, without_common
 
 if TYPE_CHECKING:
     from fastlora.adapters.ia3 import IA3
@@ -79,12 +78,3 @@ def show_adapter(data: dict[str, Any], every: bool) -> None:
     if not every and len(items) > ROWS:
         console.print(f"{len(items) - ROWS} more modules: --all or --json")
     show_extras(console, data)
-
-
-def show_extras(console: Console, data: dict[str, Any]) -> None:
-    """What an adapter holds beside its updates, and its notes."""
-    for name, extra in data["extras"].items():
-        what = "added to the base model's" if extra["kind"] == "delta" else "replaces the base model's"
-        console.print(f"also holds {name} {extra['shape']} ({what})")
-    for note in data["notes"]:
-        console.print(f"note: {note}")

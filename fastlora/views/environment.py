@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fastlora._version import __version__
 from fastlora.views.tables import console_of
 
 
@@ -16,14 +17,13 @@ def environment() -> dict[str, Any]:
     """Versions, and each backend with ``"usable"`` or the reason why it is not."""
     import torch
 
-    import fastlora
     from fastlora.backends import cpu
     from fastlora.ops.dispatch import ORDER, current_backend
     from fastlora.runtime import devices
 
     backends = {name: _state(name) for name in ORDER}
     data: dict[str, Any] = {
-        "fastlora": fastlora.__version__,
+        "fastlora": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "backend": current_backend(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -39,3 +40,12 @@ def without_common(modules: Sequence[str]) -> dict[str, str]:
     while len(parts) > 1 and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
         common += 1
     return {m: ".".join(p[common:]) for m, p in zip(modules, parts, strict=True)}
+
+
+def show_extras(console: Console, data: dict[str, Any]) -> None:
+    """What an adapter holds beside its updates, and its notes."""
+    for name, extra in data["extras"].items():
+        what = "added to the base model's" if extra["kind"] == "delta" else "replaces the base model's"
+        console.print(f"also holds {name} {extra['shape']} ({what})")
+    for note in data["notes"]:
+        console.print(f"note: {note}")

@@ -8,8 +8,7 @@ from rich.text import Text
 
 from fastlora.adapters.ia3 import IA3
 from fastlora.adapters.task_vector import TaskVector
-from fastlora.views.adapters import show_extras
-from fastlora.views.tables import ROWS, console_of, table_of, without_common
+from fastlora.views.tables import ROWS, console_of, show_extras, table_of, without_common
 
 
 def ia3_data(adapter: IA3) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import pytest
 from builders import make_adapter
 from safetensors import SafetensorError
 
+from fastlora.adapters.loading import load
 from fastlora.errors import InputError, OutputError
 from fastlora.files.output import OutputDirectory, partial_of
-from fastlora.formats import load
 
 
 def left_in(directory: Path) -> list[str]:

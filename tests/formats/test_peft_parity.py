@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from fastlora.formats.peft.write import write
 from torch import Tensor, nn
 
+from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
 from fastlora.core.updates import Layout
-from fastlora.formats import load
-from fastlora.formats.peft.write import write
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'fastlora[peft]')")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -15,10 +15,10 @@ from builders import MODULES, PREFIX, gaussian, make_adapter, make_config, make_
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastlora.adapters.loading import load
 from fastlora.core.updates import Update
 from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.files import tensor_files
-from fastlora.formats import load
 
 DATA = Path(__file__).parent.parent / "data"
 EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "adapters"

@@ -15,19 +15,19 @@ from typing import Any
 import pytest
 import torch
 from builders import MODULES, gaussian, make_adapter, make_factors
+from fastlora.formats.peft.write import exclude_pattern, write
 from safetensors import safe_open
 from torch import Tensor
 
+from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
 from fastlora.core.data import BaseInfo, Extra
 from fastlora.core.factors import Factor
 from fastlora.core.updates import Layout, Update
 from fastlora.errors import OutputError
 from fastlora.files.tensor_files import TensorFile
-from fastlora.formats import load
 from fastlora.formats.peft.config import exact_pattern
 from fastlora.formats.peft.patterns import Patterns
-from fastlora.formats.peft.write import exclude_pattern, write
 from fastlora.ops.dispatch import use_backend
 
 Q = "model.layers.0.self_attn.q_proj"

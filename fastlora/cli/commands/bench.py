@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlora.cli.app import app
 from fastlora.cli.options import Json, Quiet
 from fastlora.cli.run import print_json, print_notices, running
 from fastlora.errors import InputError
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from fastlora.bench.timing import Machine
 
 
-@app.command()
 def bench(
     names: Annotated[
         list[str] | None,

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from fastlora.cli.app import app
 from fastlora.cli.options import Backend, Device, DropExtras, DType, Json, Memory, Overwrite, Quiet
 from fastlora.cli.run import output_target, refuse_weights, require_backend, running, write_element
 from fastlora.errors import InputError
@@ -36,7 +35,7 @@ Out = Annotated[
 ]
 
 
-class _Command(TyperCommand):
+class Command(TyperCommand):
     """Takes ``-a + b`` for an expression, where other commands look for an option ``-a``."""
 
     def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
@@ -50,7 +49,6 @@ def _is_expression(argument: str) -> bool:
     return argument[1] not in "oqh" or any(c in " +*(|" for c in argument)
 
 
-@app.command(cls=_Command)
 def compose(
     expression: Expression,
     adapters: Named,

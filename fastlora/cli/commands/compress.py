@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from fastlora.cli.app import app
 from fastlora.cli.options import Backend, Device, DType, Energy, Json, One, Out, Overwrite, Quiet, Rank
 from fastlora.cli.run import load_pool, output_directory, paths_of, running, write_one
 
 
-@app.command()
 def compress(
     adapter: One,
     out: Out,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastlora.cli.app import app
 from fastlora.cli.options import Adapters, Backend, Device, DType, Energy, Json, Memory, Out, Overwrite, Quiet, Rank
 from fastlora.cli.run import load_pool, output_directory, paths_of, print_json, print_notices, running
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from fastlora.adapters.pool import Pool
 
 
-@app.command()
 def decompose(
     adapters: Adapters,
     out: Out,

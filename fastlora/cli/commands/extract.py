@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastlora.cli.app import app
 from fastlora.cli.commands.compose import Out
 from fastlora.cli.options import DType, Energy, Json, Overwrite, Quiet, Rank
 from fastlora.cli.run import output_target, running, write_element
@@ -18,7 +18,6 @@ Base = Annotated[Path, typer.Argument(help=f"The base model: {MODEL_HELP}", meta
 Tuned = Annotated[Path, typer.Argument(help=f"Its fine-tune: {MODEL_HELP}", metavar="TUNED", show_default=False)]
 
 
-@app.command()
 def extract(
     base: Base,
     tuned: Tuned,
@@ -50,5 +49,5 @@ def extract(
 
         vector = task_vector(base, tuned, out.stem, common_only=common_only)
         result = vector.extract(rank, energy=energy, biases=biases) if lowrank else vector
-        result.notes = list(dict.fromkeys([*vector.notes, *result.notes]))
+        result = replace(result, notes=tuple(dict.fromkeys([*vector.notes, *result.notes])))
         write_element(result, target, out, dtype, as_json, quiet, overwrite)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from fastlora.cli.app import app
 from fastlora.cli.options import Json
 from fastlora.cli.run import print_json
 
 
-@app.command()
 def info(as_json: Json = False) -> None:
     """Versions, backends, and why each is or is not usable."""
     from fastlora.views.environment import environment, show_environment

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlora.cli.app import app
 from fastlora.cli.options import Backend, Device, Json, One, Quiet
 from fastlora.cli.run import print_json, refuse_weights, require_backend, running
 
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     pass
 
 
-@app.command()
 def inspect(
     adapter: One,
     every: Annotated[bool, typer.Option("--all", help="Print every module, not the first ones.")] = False,
@@ -30,8 +28,8 @@ def inspect(
         spec = parse(adapter)
         refuse_weights([spec])
         require_backend()
+        from fastlora.adapters.loading import load
         from fastlora.adapters.lora import Adapter
-        from fastlora.formats import load
         from fastlora.views.adapters import describe
 
         element = load(spec.path, spec.name)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlora.cli.app import app
 from fastlora.cli.options import Adapters, Backend, Device, DropExtras, DType, Energy, Json, Out, Overwrite, Quiet, Rank
 from fastlora.cli.run import load_pool, output_directory, paths_of, running, write_one
 
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     pass
 
 
-@app.command()
 def merge(
     adapters: Adapters,
     out: Out,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlora.cli.app import app
 from fastlora.cli.options import Backend, Device, DropExtras, DType, Energy, Json, One, Out, Overwrite, Quiet, Rank
 from fastlora.cli.run import output_directory, require_backend, running, write_one
 from fastlora.errors import InputError
@@ -27,7 +26,6 @@ FORMS = {
 }
 
 
-@app.command()
 def modulate(
     adapter: One,
     out: Out,
@@ -56,9 +54,9 @@ def modulate(
         parsed = [_parse(text) for text in op or ()]
         paths = {text: _path(text) for text in dict.fromkeys([adapter, *(o for p in parsed for o in p[1])])}
         target = output_directory(out, overwrite, list(paths.values()))
+        from fastlora.adapters.loading import load
         from fastlora.adapters.pool import require_updates
         from fastlora.dipm import modulate as run
-        from fastlora.formats import load
         from fastlora.runtime.progress import track
 
         require_backend()

@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
-from fastlora.cli.app import app
 from fastlora.cli.options import Adapters, Backend, Device, Json, Overwrite, Quiet
 from fastlora.cli.run import load_pool, print_json, print_notices, running
 from fastlora.errors import InputError
 
 
-@app.command()
 def overlap(
     adapters: Adapters,
     plot: Annotated[Path | None, typer.Option(help="Write the two matrices as a picture.", show_default=False)] = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Set
 from dataclasses import dataclass, field
@@ -11,20 +10,13 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from fastlora.core.data import BaseInfo
+from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.files.json_files import is_plain, parse_object, require_file, shown
 from fastlora.formats.peft.patterns import Patterns
 
-CONFIG_NAME = "adapter_config.json"
 LARGEST_CONFIG = 64 << 20
 LARGEST_RANK = 1 << 24
-
-HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-"""Modules that PEFT trains and saves beside the adapter because of the task alone."""
 
 USED = frozenset(
     "alpha_pattern base_model_name_or_path bias fan_in_fan_out layer_replication lora_alpha lora_bias"
@@ -96,11 +88,6 @@ class PeftConfig:
         """``s = α/r``, or ``α/√r`` with rsLoRA, with this module's own ``α``."""
         alpha = self.alpha_pattern.value(module)
         return (self.alpha if alpha is None else alpha) / (math.sqrt(rank) if self.rslora else rank)
-
-
-def exact_pattern(module: str) -> str:
-    """A pattern that PEFT matches with this module and no other."""
-    return "^" + re.escape(module)
 
 
 def read_fields(directory: Path) -> Fields:

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from fastlora._version import __version__
-from fastlora.adapters.ia3 import IA3
-from fastlora.core.data import BaseInfo, Extra, Scaling
+from fastlora.core.data import BaseInfo, Extra, Ia3Data, Scaling
 from fastlora.core.dtypes import parse_dtype
+from fastlora.core.names import CONFIG_NAME
 from fastlora.engine.checks import is_finite
 from fastlora.errors import InputError, NonFiniteError, OutputError
 from fastlora.files.output import writing
 from fastlora.files.tensor_files import TensorFile, cast_tensor
-from fastlora.formats.peft.config import CONFIG_NAME, HEADS, Fields, refuse_unknown
+from fastlora.formats.peft.config import Fields, refuse_unknown
+from fastlora.formats.peft.names import HEADS, PREFIX, WEIGHTS_NAME
 from fastlora.formats.peft.patterns import Unsupported, compiled_whole
-from fastlora.formats.peft.read import PREFIX, WEIGHTS_NAME, add_values, check_tensor, read_tensors
-from fastlora.formats.peft.write import Contents, exclude_pattern
-from fastlora.formats.peft.write import add_values as add_written_values
+from fastlora.formats.peft.reading import add_values, check_tensor, read_tensors
+from fastlora.formats.peft.writing import Contents, exclude_pattern, place_values
 
 PART = ".ia3_l"
 
@@ -38,7 +38,7 @@ KNOWN = frozenset(
 )
 
 
-def read(directory: Path, name: str, fields: Fields) -> IA3:
+def read(directory: Path, name: str, fields: Fields) -> Ia3Data:
     """The (IA)³ adapter in a PEFT directory.
 
     Raises :class:`InputError` for missing or damaged files and tensors, vectors that hold NaN or Inf, and vectors that
@@ -73,7 +73,7 @@ def read(directory: Path, name: str, fields: Fields) -> IA3:
     extras: dict[str, Extra] = {}
     add_values(extras, others, vectors, base, file)
     dtype = functools.reduce(torch.promote_types, (s.vector.dtype for s in vectors.values()))
-    return IA3(name, vectors, extras=extras, base=base, dtype=dtype)
+    return Ia3Data(name, vectors, extras=extras, base=base, dtype=dtype)
 
 
 def _read_config(fields: Fields, name: str) -> tuple[BaseInfo, Callable[[str], bool] | None]:
@@ -133,7 +133,7 @@ def _feedforward(
     return bool(by_config if by_shape is None else by_shape)
 
 
-def write(directory: Path, adapter: IA3, dtype: torch.dtype | str | None = None) -> None:
+def write(directory: Path, adapter: Ia3Data, dtype: torch.dtype | str | None = None) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into a directory that is being staged.
 
     Raises :class:`OutputError` for values that overflow ``dtype`` and when writing fails.
@@ -143,7 +143,7 @@ def write(directory: Path, adapter: IA3, dtype: torch.dtype | str | None = None)
         raise OutputError(f"{directory} was not written: (IA)³ adapter {adapter.name!r} has no modules")
     vectors = {f"{PREFIX}{m}{PART}": cast_tensor(s.vector, target, m) for m, s in adapter.vectors.items()}
     values = Contents(modules=adapter.modules)
-    add_written_values(values, {p: e.tensor for p, e in adapter.extras.items()}, adapter.base)
+    place_values(values, {p: e.tensor for p, e in adapter.extras.items()}, adapter.base)
     directory.mkdir(parents=True, exist_ok=True)
     data = {"version": __version__, "provenance": adapter.provenance}
     file = TensorFile(
@@ -159,7 +159,7 @@ def write(directory: Path, adapter: IA3, dtype: torch.dtype | str | None = None)
         (directory / CONFIG_NAME).write_text(config, encoding="utf-8")
 
 
-def _config(adapter: IA3, modules_to_save: list[str]) -> Mapping[str, Any]:
+def _config(adapter: Ia3Data, modules_to_save: list[str]) -> Mapping[str, Any]:
     base = adapter.base
     heads = HEADS.get(base.task_type or "", ())
     # For these tasks PEFT insists on a trained head in the file; without one, the adapter loads for any task.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fastlora.adapters.lora import Adapter, combination
+from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.engine.checks import require_finite
 from fastlora.merging.registry import method
@@ -14,4 +14,4 @@ from fastlora.merging.registry import method
 def cat(pool: Pool, weights: Mapping[str, float]) -> Adapter:
     """``ΔW = Σ w_i ΔW_i`` exactly."""
     require_finite(pool.adapters)  # no Gram pass here would find NaN
-    return combination([(weights[name], pool[name]) for name in pool.names], name="cat")
+    return Adapter.weighted_sum([(weights[name], pool[name]) for name in pool.names], name="cat")

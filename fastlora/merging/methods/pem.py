@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
@@ -20,6 +21,4 @@ from fastlora.merging.registry import method
 def pem(pool: Pool, weights: Mapping[str, float]) -> Adapter:
     """The paper's addition of LoRA adapters of equal ranks and scalings."""
     require_finite(pool.adapters)  # no Gram pass here would find NaN
-    merged = add(pool.adapters, [weights[name] for name in pool.names], semantics="pem")
-    merged.name = "pem"
-    return merged
+    return replace(add(pool.adapters, [weights[name] for name in pool.names], semantics="pem"), name="pem")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fastlora.adapters.compress import best_approximation
-from fastlora.adapters.lora import Adapter, combination
+from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.merging.registry import method
 
@@ -23,7 +22,7 @@ def default_rank(pool: Pool) -> int:
 )
 def svd(pool: Pool, weights: Mapping[str, float], *, rank: int | None = None, energy: float | None = None) -> Adapter:
     """The best approximation of ``Σ w_i ΔW_i``; without ``rank`` and ``energy``, at the largest rank of the pool."""
-    total = combination([(weights[name], pool[name]) for name in pool.names], name="svd")
+    total = Adapter.weighted_sum([(weights[name], pool[name]) for name in pool.names], name="svd")
     if rank is None and energy is None:
         rank = default_rank(pool)
-    return best_approximation(total, rank=rank, energy=energy)
+    return total.compress(rank, energy=energy)

@@ -7,26 +7,29 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastlora.adapters.lora import Adapter
-from fastlora.core.data import BaseInfo, Extra
+from fastlora.core.data import BaseInfo, Extra, LoraData
 from fastlora.core.factors import Factor
+from fastlora.core.names import CONFIG_NAME, EMBEDDINGS
 from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update
 from fastlora.errors import InputError, NonFiniteError, UnsupportedAdapter
 from fastlora.files.tensor_files import DTYPE_NAMES, read_safetensors, read_torch
-from fastlora.formats.peft.config import CONFIG_NAME, HEADS, MERGE_FIRST, Fields, PeftConfig, read_config
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-OLD_WEIGHTS_NAME = "adapter_model.bin"
-PREFIX = "base_model.model."
-WRAPPED = ".base_layer"
-"""What a wrapped module is called inside its wrapper."""
+from fastlora.formats.peft.config import MERGE_FIRST, Fields, PeftConfig, read_config
+from fastlora.formats.peft.names import (
+    HEADS,
+    OLD_WEIGHTS_NAME,
+    PREFIX,
+    REGISTRATION_ORDER,
+    WEIGHTS_NAME,
+    WRAPPED,
+    saved_module,
+)
 
 PARTS = {
     "lora_A.weight": "A",
@@ -44,17 +47,10 @@ MARKS = {
 }
 """Tensors that only adapters have that are no ``s·B·A``, whatever their configuration says."""
 
-EMBEDDINGS = frozenset("embed_tokens lm_head wte wpe word_embeddings embed_in embed_out shared tok_embeddings".split())
-"""Modules that PEFT saves whole, unasked, when they are adapted or the vocabulary was resized."""
-
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
 
 MOST_EXPERTS = 8192
 """Of one parameter; each becomes a module of its own."""
-
-REGISTRATION_ORDER = ("gate_up_proj", "gate_up_proj_bias", "w1", "v1", "w2", "down_proj", "down_proj_bias")
-"""The order in which mixture-of-experts modules create their parameters: PEFT wraps the last one outermost,
-and the file does not say which parameter a wrapper belongs to."""
 
 
 @dataclass(slots=True)
@@ -71,7 +67,7 @@ class _Module:
         self.tensors[part], self.keys[part] = tensor, key
 
 
-def read(directory: Path, name: str, fields: Fields) -> Adapter:
+def read(directory: Path, name: str, fields: Fields) -> LoraData:
     """The LoRA adapter in a PEFT directory; its factors are views of the mapped file.
 
     Raises :class:`InputError` for missing or damaged files and tensors, and :class:`UnsupportedAdapter` for
@@ -100,13 +96,13 @@ def read(directory: Path, name: str, fields: Fields) -> Adapter:
             else:
                 updates.update(_experts(path, module, config, file))
     add_values(extras, others, modules, config.base, file)
-    return Adapter(
+    return LoraData(
         name,
         updates,
         extras=extras,
         base=config.base,
         dtype=functools.reduce(torch.promote_types, (d for u in updates.values() for d in u.dtypes())),
-        notes=[*config.notes, *notes],
+        notes=(*config.notes, *notes),
     )
 
 
@@ -374,13 +370,6 @@ def _is_trained(path: str, wrapped: bool, base: BaseInfo) -> bool:
     if parameter == "weight" and (wrapped or module.rpartition(".")[2] in EMBEDDINGS):
         return True
     return saved_module(path, (*base.modules_to_save, *HEADS.get(base.task_type or "", ()))) is not None
-
-
-def saved_module(path: str, names: Iterable[str]) -> str | None:
-    """The first of ``names`` that is the end of a module that holds the parameter ``path``."""
-    parts = path.split(".")[:-1]
-    parents = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return next((n for n in names if any(p.endswith(n) for p in parents)), None)
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -19,15 +19,22 @@ import torch
 from torch import Tensor
 
 from fastlora._version import __version__
-from fastlora.adapters.lora import Adapter
-from fastlora.core.data import BaseInfo, Extra
+from fastlora.core.data import BaseInfo, LoraData
 from fastlora.core.factors import Side
+from fastlora.core.names import CONFIG_NAME, EMBEDDINGS
 from fastlora.core.updates import Layout
 from fastlora.errors import OutputError
 from fastlora.files.output import writing
 from fastlora.files.tensor_files import TensorFile, cast_tensor
-from fastlora.formats.peft.config import CONFIG_NAME, HEADS, exact_pattern
-from fastlora.formats.peft.read import EMBEDDINGS, PREFIX, REGISTRATION_ORDER, WEIGHTS_NAME, WRAPPED, saved_module
+from fastlora.formats.peft.names import (
+    HEADS,
+    PREFIX,
+    REGISTRATION_ORDER,
+    WEIGHTS_NAME,
+    WRAPPED,
+    exact_pattern,
+    saved_module,
+)
 
 NAMES: Mapping[Side, str] = {"A": "lora_A.weight", "B": "lora_B.weight"}
 EMBEDDING_NAMES: Mapping[Side, str] = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
@@ -60,17 +67,15 @@ class AdapterFile:
     def __init__(
         self,
         directory: Path,
-        adapter: Adapter,
+        adapter: LoraData,
         outlines: Mapping[str, tuple[Tensor, Tensor]],
         dtype: torch.dtype,
-        extras: Mapping[str, Extra] | None = None,
     ) -> None:
-        extras = adapter.extras if extras is None else extras
         self.directory = directory
         self.adapter = adapter
         self.dtype = dtype
-        self._shifts = {p.removesuffix(".bias"): e.tensor for p, e in extras.items() if e.kind == "delta"}
-        self._values = {p: e.tensor for p, e in extras.items() if e.kind == "value"}
+        self._shifts = {p.removesuffix(".bias"): e.tensor for p, e in adapter.extras.items() if e.kind == "delta"}
+        self._values = {p: e.tensor for p, e in adapter.extras.items() if e.kind == "value"}
         self._zeros = _zeros_for(self._shifts.keys() - outlines.keys(), adapter, dtype)
         every = {**outlines, **self._zeros}.items()
         self._outlines = {
@@ -79,7 +84,7 @@ class AdapterFile:
         self._contents = Contents()
         _add_factors(self._contents, adapter, self._outlines, dtype)
         _add_shifts(self._contents, self._shifts, adapter, self._outlines, dtype)
-        add_values(self._contents, self._values, adapter.base)
+        place_values(self._contents, self._values, adapter.base)
         if not self._contents.ranks:
             raise OutputError(
                 f"{directory} was not written: adapter {adapter.name!r} has no factors, and PEFT needs one "
@@ -120,7 +125,7 @@ class AdapterFile:
         """Writes some last modules and what belongs to no module."""
         self.put({**self._zeros, **factors})
         others = Contents(modules=self._contents.modules)
-        add_values(others, self._values, self.adapter.base)
+        place_values(others, self._values, self.adapter.base)
         _add_shifts(others, self._shifts, self.adapter, self._outlines, self.dtype)
         self._file.write(others.tensors)
 
@@ -137,30 +142,7 @@ class AdapterFile:
         return {"format": "pt", "fastlora": json.dumps(data, default=str)}
 
 
-def write(
-    directory: Path,
-    adapter: Adapter,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    dtype: torch.dtype,
-    extras: Mapping[str, Extra] | None = None,
-) -> None:
-    """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into ``directory``, all at once.
-
-    adapter: says what the factors belong to: layouts, base model, provenance.
-    factors: ``{module: (B [out, r], A [r, in])}`` with the scaling inside and ``r ≥ 1``. Modules of
-        ``adapter`` that are not there are not written. Tensors that have ``dtype`` already are written from
-        where they lie.
-    extras: what else to write; those of ``adapter`` by default. Values keep their dtype.
-
-    Raises :class:`OutputError` for values that overflow ``dtype``, for contents that no PEFT directory can
-    express and when writing fails.
-    """
-    file = AdapterFile(directory, adapter, factors, dtype, extras)
-    file.finish(factors)
-    file.close()
-
-
-def _zeros_for(modules: Iterable[str], adapter: Adapter, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+def _zeros_for(modules: Iterable[str], adapter: LoraData, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     """Rank-1 zeros for modules whose bias alone changes: PEFT stores that change beside ``lora_B``."""
     zeros = {}
     for module in sorted(modules):
@@ -175,7 +157,7 @@ def _zeros_for(modules: Iterable[str], adapter: Adapter, dtype: torch.dtype) -> 
 
 
 def _add_factors(
-    contents: Contents, adapter: Adapter, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
+    contents: Contents, adapter: LoraData, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> None:
     containers: dict[str, dict[str, Layout]] = {}
     for module, (left, right) in factors.items():
@@ -241,7 +223,7 @@ def _wrapper(container: str, containers: Iterable[str]) -> str:
 def _add_shifts(
     contents: Contents,
     shifts: Mapping[str, Tensor],
-    adapter: Adapter,
+    adapter: LoraData,
     factors: Mapping[str, tuple[Tensor, Tensor]],
     dtype: torch.dtype,
 ) -> None:
@@ -260,7 +242,7 @@ def _add_shifts(
     contents.lora_bias = True
 
 
-def add_values(contents: Contents, values: Mapping[str, Tensor], base: BaseInfo) -> None:
+def place_values(contents: Contents, values: Mapping[str, Tensor], base: BaseInfo) -> None:
     """Puts parameters that replace those of the base model beside the modules of ``contents``."""
     wrapped = set(contents.modules)
     free_biases = adapted_biases = False

@@ -1,3 +1,0 @@
-"""Bridges to other toolkits."""
-
-from __future__ import annotations
