@@ -18,10 +18,24 @@ from fastlora.errors import InputError
 
 
 class IA3(Ia3Data, VectorSpace):
-    """An (IA)³ adapter: one :class:`Scaling` per module of the base model, named by its path in it.
+    """An (IA)³ adapter (arXiv 2205.05638): a vector ``l`` for every adapted module, which rescales its activations.
 
-    Arithmetic is centred at one, where an adapter changes nothing (MATH section 4): ``Σ w_i x_i`` has
-    ``l = 1 + Σ w_i (l_i − 1)``, so ``-a`` is ``2 − l``, and a module that an adapter lacks counts as ``l = 1``.
+    A feed-forward module computes ``y = W (l ∘ x) + b`` with ``l [in]``, any other ``y = l ∘ (W x + b)`` with
+    ``l [out]``. Modules are named by their paths in the model. :func:`fastlora.load` makes adapters from files.
+
+    Arithmetic is centred at one, where an adapter changes nothing (MATH section 4): ``Σ_i w_i x_i`` has
+    ``l = 1 + Σ_i w_i (l_i − 1)``, so ``-a`` is ``2 − l``. A module that an adapter lacks counts as ``l = 1``. The
+    operators raise :class:`InputError` for different kinds or shapes, for weights that are not finite, and for
+    replaced modules, which cannot be summed.
+
+    Args:
+        name: what messages and expressions call it.
+        vectors: ``{module: scaling}``: ``l`` as it is stored, and whether it scales inputs or outputs.
+        extras: ``{parameter: extra}``: replaced modules.
+        base: what the adapter says about its base model.
+        dtype: what the adapter is saved in by default. Results of arithmetic are float64 until then.
+        provenance: how the adapter came about, as plain data; it is saved with the adapter.
+        notes: what a user should know about the result, in sentences.
     """
 
     kind = "an (IA)³ adapter"
@@ -30,7 +44,10 @@ class IA3(Ia3Data, VectorSpace):
         return f"IA3({self.name!r}, {len(self.vectors)} modules, {str(self.dtype)[6:]})"
 
     def vector(self, module: str) -> Tensor:
-        """``l`` of one module, flat, float64 ``[in]`` or ``[out]``."""
+        """``l`` of one ``module``, flat: float64 ``[in]`` or ``[out]``.
+
+        Raises :class:`InputError` for a module that is not adapted.
+        """
         if module not in self.vectors:
             raise InputError(
                 f"(IA)³ adapter {self.name!r} has no module {module!r}, which so is not scaled (`.modules` lists all "
@@ -39,7 +56,10 @@ class IA3(Ia3Data, VectorSpace):
         return self.vectors[module].vector.double().flatten()
 
     def renamed(self, strip: str, put: str) -> IA3:
-        """The adapter under module names without the prefix ``strip`` and with ``put`` before them."""
+        """The adapter under module names without the prefix ``strip`` and with ``put`` before them.
+
+        No vector is copied. A name that does not start with ``strip`` only gets ``put`` before it.
+        """
         return replace(
             self,
             vectors={put + m.removeprefix(strip): s for m, s in self.vectors.items()},
@@ -47,17 +67,43 @@ class IA3(Ia3Data, VectorSpace):
         )
 
     def without_extras(self) -> IA3:
-        """The vectors alone, without replaced modules."""
+        """The vectors alone, without replaced modules. No vector is copied."""
         base = replace(self.base, modules_to_save=())
         return replace(self, extras={}, base=base, provenance={"without_extras": self.provenance}, details={})
 
     def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
-        """Writes a PEFT directory, atomically. ``dtype=None`` keeps the widest dtype of the inputs."""
+        """Writes a PEFT directory, atomically: it is complete or not there, and then as it was before.
+
+        Args:
+            path: the directory to make.
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; by default the widest of the inputs.
+            overwrite: replace an earlier output of fastlora; other directories are never replaced.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            InputError: an unknown dtype.
+            OutputError: a path that exists or cannot be written, a number that overflows ``dtype``.
+
+        Cost: one write of all vectors.
+        """
         return formats.save(self, Path(path), dtype=dtype, overwrite=overwrite)
 
     @classmethod
     def weighted_sum(cls, terms: Sequence[tuple[float, IA3]], name: str | None = None) -> IA3:
-        """``l = 1 + Σ w_i (l_i − 1)`` in every module that some adapter has."""
+        """``l = 1 + Σ_i w_i (l_i − 1)`` in every module that some adapter has, in float64.
+
+        Args:
+            terms: ``(w_i, adapter)``, one pair at the least; the weights are finite.
+            name: of the sum; by default its expression, such as ``0.7*a - b``.
+
+        Raises:
+            InputError: vectors of different shapes, or of which one scales inputs and the other outputs; replaced
+                modules, which cannot be summed.
+
+        Cost: one read of all vectors.
+        """
         adapters = [a for _, a in terms]
         modules = list(dict.fromkeys(m for a in adapters for m in a))
         return cls(

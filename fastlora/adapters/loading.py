@@ -20,12 +20,23 @@ KINDS: dict[type[AdapterData], type[Element]] = {LoraData: Adapter, Ia3Data: IA3
 
 
 def load(path: str | Path, name: str | None = None) -> Element:
-    """Loads one adapter, LoRA or (IA)³, or a saved task vector; the format is detected. Tensors stay in the file,
-    memory-mapped.
+    """Loads one adapter: LoRA, (IA)³ or a saved task vector. The format is detected from the files.
+
+    Args:
+        path: a PEFT directory, the Hub id (``org/name``) of one, or the ``.safetensors`` file of a task vector. A Hub
+            id is looked up in the local cache first, and is downloaded where ``huggingface_hub`` is installed.
+        name: what the adapter is called from here on. By default it is the name of the folder or file.
+
+    Returns:
+        :class:`Adapter`, :class:`IA3` or :class:`TaskVector`, on the CPU and in the dtype of the file.
 
     Raises:
-        InputError: a path, file, field or tensor that cannot be used. UnsupportedAdapter: a kind whose numbers would
-            come out wrong (DoRA, …). Both say what was found and what to do.
+        InputError: a path, file, field or tensor that cannot be used.
+        UnsupportedAdapter: a kind whose numbers would come out wrong (DoRA, …), or a file without a configuration.
+            Both errors say what was found and what to do.
+
+    Cost: one read of the configuration and of the file's header. Tensors of ``.safetensors`` files stay in the file,
+    memory-mapped, until a result needs them. A task vector is read once, to refuse NaN and Inf.
     """
     with paused_collector():
         record = formats.read(Path(path), name)

@@ -24,18 +24,39 @@ from fastlora.runtime.devices import memory_told
 
 
 class Adapter(LoraData, VectorSpace):
-    """A low-rank adapter: one :class:`Update` per module of the base model, named by its path in it.
+    """A LoRA adapter: one update ``ΔW = s B A`` for every adapted module of the base model.
 
-    Arithmetic is exact on ``ΔW``: ``0.7 * a + 0.3 * b - c`` concatenates factors (MATH section 4, *exact*) and
-    computes nothing until the result is saved or looked at.
+    ``B [n, r]``, ``A [r, m]`` and the scaling ``s`` belong to a module, which is named by its path in the model. The
+    rank ``r`` may differ between modules. :func:`fastlora.load` makes adapters from files.
+
+    Arithmetic is exact on ``ΔW`` (MATH section 4): ``0.7 * a + 0.3 * b - c / 2`` puts the factors side by side, so that
+    ranks add up. It computes nothing until the result is saved or looked at; :meth:`compress` cuts the rank again.
+    The operators raise :class:`InputError` for different kinds, shapes, layouts or devices, for weights that are not
+    finite, and for biases or replaced modules that cannot be summed.
+
+    Args:
+        name: what messages and expressions call it.
+        updates: ``{module: update}``, in the order of the file.
+        extras: ``{parameter: extra}``: biases and replaced modules, which are no ``[n, m]`` update.
+        base: what the adapter says about its base model.
+        dtype: what the adapter is saved in by default: float16, bfloat16 or float32. Factors keep their own dtypes.
+        provenance: how the adapter came about, as plain data; it is saved with the adapter.
+        notes: what a user should know about the result, in sentences.
     """
 
     kind = "a LoRA adapter"
 
     def to(self, device: torch.device | str) -> Adapter:
-        """The adapter on a device (``"cpu"``, ``"cuda"``, ``"cuda:1"``), by one copy; itself where it is there.
+        """The adapter with all factors on a device; the adapter itself when it is there already.
 
-        Extras stay on the host. A matrix that came from the host is not copied back: its original is taken.
+        Args:
+            device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or a :class:`torch.device`.
+
+        Raises:
+            InputError: a device that cannot be used, with the reason.
+            DeviceMemoryError: the factors do not fit there.
+
+        Cost: one buffer and one copy. Factors that came from the host are not copied back.
         """
         target = devices.parse(device) or self.device
         if self.device == target:
@@ -60,16 +81,25 @@ class Adapter(LoraData, VectorSpace):
             ) from None
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
-        """``(B [out, r], A [r, in])`` of one module in float32, the scaling inside ``B``."""
+        """``(B [n, r], A [r, m])`` of one ``module`` with ``ΔW = B A``: float32, the scaling inside ``B``.
+
+        Raises :class:`InputError` for a module that is not adapted. Reads the module's factors once.
+        """
         return materialise([self.update(module).baked()], torch.float32)[0]
 
     def delta(self, module: str) -> Tensor:
-        """Dense ``ΔW [out, in]`` of one module, float32, scaling included. For tests and small models."""
+        """``ΔW [n, m]`` of one ``module`` as a dense matrix, float32, scaling included. For tests and small models.
+
+        Raises :class:`InputError` for a module that is not adapted. Costs ``2·n·m·r`` operations in float64.
+        """
         left, right = self.factors(module)
         return (left.double() @ right.double()).float()
 
     def compress(self, rank: int | None = None, *, energy: float | None = None) -> Adapter:
-        """The best approximation of every ``ΔW`` at a rank or a share of its energy: see :func:`fastlora.compress`."""
+        """The best approximation of every ``ΔW`` of at most ``rank``, or with the share ``energy`` of its ``Σσ²``.
+
+        :func:`fastlora.compress` has the formula, the shapes, the cost and what it raises (:class:`InputError`).
+        """
         check_cut(rank, energy)
         forms = singular_forms(self.name, self.updates, rank=rank, energy=energy)
         total = sum(f.norm**2 for f in forms.values())
@@ -87,19 +117,48 @@ class Adapter(LoraData, VectorSpace):
         )
 
     def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
-        """Writes a PEFT directory, atomically. ``dtype=None`` keeps the widest dtype of the inputs."""
+        """Writes a PEFT directory, atomically: it is complete or not there, and then as it was before.
+
+        Every module is saved with ``B [n, r]``, ``A [r, m]`` and the scaling inside ``B`` (``lora_alpha = r``), so that
+        PEFT and readers that ignore patterns see the same ``ΔW``. Modules of rank 0 are left out.
+
+        Args:
+            path: the directory to make.
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; by default the widest of the inputs.
+            overwrite: replace an earlier output of fastlora; other directories are never replaced.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            InputError: an unknown dtype, an adapter without modules.
+            OutputError: a path that exists or cannot be written, a full disk, a number that holds NaN or Inf or that
+                overflows ``dtype``.
+
+        Cost: one read of the factors, one write of the result. Memory does not grow with the model.
+        """
         return formats.save(self, Path(path), dtype=dtype, overwrite=overwrite)
 
     def without_extras(self) -> Adapter:
-        """The adapter's low-rank updates alone, without biases and replaced modules."""
+        """The low-rank updates alone, without biases and replaced modules. No factor is read or copied."""
         base = replace(self.base, modules_to_save=(), bias="none")
         return replace(self, extras={}, base=base, provenance={"without_extras": self.provenance}, details={})
 
     @classmethod
     def weighted_sum(cls, terms: Sequence[tuple[float, Adapter]], name: str | None = None) -> Adapter:
-        """``ΔW = Σ w_i ΔW_i`` in every module, exactly: ranks add up, scalings go into ``B``.
+        """``ΔW = Σ_i w_i ΔW_i`` in every module, exactly: ``B = [w_1 s_1 B_1 | …]`` and ``A = [A_1; …]``.
 
-        A module that an adapter lacks counts as zero. Nothing is computed until the result is used.
+        The rank of a module is ``Σ_i r_i``; terms of weight 0 add nothing.
+
+        Args:
+            terms: ``(w_i, adapter)``, one pair at the least; the weights are finite.
+            name: of the sum; by default its expression, such as ``0.7*a - b``.
+
+        Raises:
+            InputError: different shapes, layouts, devices or repeated layers; biases or replaced modules that cannot
+                be summed.
+
+        Cost: no factor is read until the sum is used.
         """
         adapters = [a for _, a in terms]
         require_one_device(adapters)

@@ -28,13 +28,27 @@ Source = str | os.PathLike[str]
 
 
 class Pool:
-    """Adapters of one base model, in a fixed order and by name.
+    """LoRA adapters of one base model, in a fixed order and by name.
 
-    Ranks, dtypes and the modules that are adapted may differ. ``notices`` says what was noticed while the
-    adapters were put together: differing base models, aligned names, adapters that share no module. ``align=False``
-    takes module names as they are.
+    For every module a pool holds the updates ``ΔW_i = s_i B_i A_i`` of the adapters that have it: ``B_i [n, r_i]`` and
+    ``A_i [r_i, m]``. Ranks, dtypes and the adapted modules may differ; ``n`` and ``m`` of a module may not. A pool is
+    a container of adapters by name: ``len``, ``in``, iteration over names and ``pool[name]`` work.
 
-    Raises :class:`InputError` when names repeat, shapes of a module disagree or nothing overlaps.
+    ``notices`` is a list of what was noticed while the adapters were put together: different base models, names that
+    were aligned, adapters that share no module.
+
+    Args:
+        adapters: one LoRA adapter at the least, each with a name of its own.
+        align: adapters of one model may call its modules differently, because the model was wrapped differently.
+            Where one prefix makes the names fit those of the first adapters, it is exchanged and ``notices`` say so.
+            ``False`` takes the names as they are.
+
+    Raises:
+        InputError: no adapters, a name that repeats or cannot be a folder, a module whose shape or layout differs, an
+            adapter that has no module in common with the others and lies in other layers.
+        UnsupportedAdapter: an (IA)³ adapter or a task vector, which have no factors.
+
+    Cost: names and shapes are compared; no factor is read.
     """
 
     def __init__(self, adapters: Iterable[VectorSpace], *, align: bool = True) -> None:
@@ -53,7 +67,18 @@ class Pool:
 
     @classmethod
     def load(cls, sources: Iterable[Source | VectorSpace] | Mapping[str, Source]) -> Pool:
-        """Loads a list of PEFT directories or Hub ids, named by their folders, or ``{name: path}``."""
+        """Loads adapters with :func:`fastlora.load` and puts them into a pool.
+
+        Args:
+            sources: PEFT directories, Hub ids or adapters that are loaded already, in the order of the pool; they are
+                called after their folders. Or ``{name: path}``.
+
+        Raises:
+            InputError: what :func:`fastlora.load` and :class:`Pool` refuse; one path instead of a list.
+            UnsupportedAdapter: a kind whose numbers would come out wrong, an (IA)³ adapter, a task vector.
+
+        Cost: that of :func:`fastlora.load` for each; tensors stay in their files.
+        """
         if isinstance(sources, str | os.PathLike):
             raise InputError(
                 f"a pool is loaded from a list of paths or {{name: path}}, not from the one path {sources}"
@@ -79,7 +104,7 @@ class Pool:
         return list(self._owners)
 
     def present(self, module: str) -> list[int]:
-        """Positions in the pool of the adapters that have ``module``."""
+        """Positions in the pool of the adapters that have ``module``, ascending; empty for an unknown module."""
         return list(self._owners.get(module, ()))
 
     def __getitem__(self, name: str) -> Adapter:
@@ -98,9 +123,17 @@ class Pool:
         return next(iter(found))
 
     def to(self, device: torch.device | str) -> Pool:
-        """The pool on a device (``"cpu"``, ``"cuda"``, ``"cuda:1"``): one buffer and one copy an adapter.
+        """The pool with all factors on a device; a pool that is there already is returned as it is.
 
-        A pool that is there already is returned as it is."""
+        Args:
+            device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or a :class:`torch.device`.
+
+        Raises:
+            InputError: a device that cannot be used, with the reason.
+            DeviceMemoryError: an adapter that does not fit there.
+
+        Cost: one buffer and one copy an adapter. Factors that came from the host are not copied back.
+        """
         adapters = [a.to(device) for a in self.adapters]
         if all(a is b for a, b in zip(adapters, self.adapters, strict=True)):
             return self
@@ -109,7 +142,10 @@ class Pool:
         return moved
 
     def subset(self, names: Iterable[str]) -> Pool:
-        """A pool of some of the adapters, in the order given, under the module names that they have here."""
+        """A pool of the adapters with these ``names``, in the order given, under the module names that they have here.
+
+        Raises :class:`InputError` for a name that the pool does not have, and for no names. Nothing is copied.
+        """
         return Pool((self[name] for name in names), align=False)
 
     def __contains__(self, name: object) -> bool:

@@ -27,10 +27,18 @@ LISTED = 4
 
 
 class TaskVector(DeltaData, VectorSpace):
-    """The change of every parameter between a base model and a fine-tune of it.
+    """The change of every parameter by a full fine-tune, ``τ = θ − θ₀`` (arXiv 2212.04089).
 
-    ``deltas``: ``{parameter: change}``, float32 (float64 where the model is); parameters that did not change are left
-    out and count as zero. Arithmetic is that of the changes.
+    :func:`fastlora.task_vector` makes one from two models. Arithmetic is that of the changes: ``0.5 * a - b`` is
+    ``0.5 τ_a − τ_b``, parameter by parameter. The operators raise :class:`InputError` for different kinds or shapes
+    and for weights that are not finite. Everything here is dense and meant for small models.
+
+    Args:
+        name: what messages and expressions call it.
+        deltas: ``{parameter: change}``, in the shape of the parameter; float32, or float64 where the model is. A
+            parameter that is left out did not change and counts as zero.
+        provenance: how the task vector came about, as plain data; it is saved with it.
+        notes: what a user should know about it, in sentences.
     """
 
     kind = "a task vector"
@@ -40,7 +48,17 @@ class TaskVector(DeltaData, VectorSpace):
 
     @classmethod
     def weighted_sum(cls, terms: Sequence[tuple[float, TaskVector]], name: str | None = None) -> TaskVector:
-        """``Σ w_i τ_i``, parameter by parameter."""
+        """``Σ_i w_i τ_i``, parameter by parameter: summed in float64, kept in the widest dtype of the terms.
+
+        Args:
+            terms: ``(w_i, task vector)``, one pair at the least; the weights are finite.
+            name: of the sum; by default its expression, such as ``0.7*a - b``.
+
+        Raises:
+            InputError: a parameter whose shapes differ.
+
+        Cost: one read of all changes.
+        """
         vectors = [v for _, v in terms]
         deltas: dict[str, Tensor] = {}
         for parameter in dict.fromkeys(p for v in vectors for p in v):
@@ -62,9 +80,16 @@ class TaskVector(DeltaData, VectorSpace):
         )
 
     def apply(self, base: Source) -> dict[str, Tensor]:
-        """``θ₀ + τ`` as a state dict, each parameter in the base model's dtype; ``base`` is left as it is.
+        """``θ₀ + τ`` as a state dict ``{parameter: tensor}``, in the shapes and dtypes of the base model.
 
-        Raises :class:`InputError` for parameters that the base model lacks or has in another shape.
+        Args:
+            base: a state dict, a file of tensors or a model's directory, as for :func:`fastlora.task_vector`. It is
+                left as it is.
+
+        Raises:
+            InputError: a file that cannot be read, a parameter that the base model lacks or has in another shape.
+
+        Cost: one copy of the model.
         """
         state = read_state(base)
         lacking = [p for p in self.deltas if p not in state]
@@ -88,8 +113,30 @@ class TaskVector(DeltaData, VectorSpace):
         biases: bool = False,
         base_model: str | None = None,
     ) -> Adapter:
-        """A LoRA adapter: the best approximation of every weight matrix's change. See
-        :func:`fastlora.adapters.extract.extract`."""
+        """A LoRA adapter ``ΔW = B A`` that approximates the change of every weight matrix best (Eckart–Young).
+
+        With the singular value decomposition ``θ − θ₀ = U Σ Vᵀ`` of a weight, ``B = U √Σ`` ``[n, r]`` and ``A = √Σ Vᵀ``
+        ``[r, m]``, cut to the ``r`` largest singular values. Only ``<module>.weight`` of two dimensions or more (with
+        convolutions) can be approximated.
+
+        Args:
+            rank: the largest ``r`` of a module, at least 1.
+            energy: instead of ``rank``: the smallest ``r`` that keeps this share of ``Σσ²``, in ``(0, 1]``.
+            embeddings: ends of the paths of embeddings, whose weight is ``[vocabulary, dim]``; by default the usual
+                names and what ends in ``embeddings``.
+            fan_in_fan_out: weights are stored as ``[in, out]`` (GPT-2).
+            biases: keep the changes of the biases of these modules (``lora_bias`` of PEFT).
+            base_model: what the adapter names as its base model.
+
+        Returns:
+            :class:`Adapter` in float32. Its ``notes`` say what was left out, ``provenance["retained_energy"]`` what
+            share of ``‖τ‖²`` is kept.
+
+        Raises:
+            InputError: no cut, both cuts or one out of range, a task vector that changes no weight matrix.
+
+        Cost: a dense singular value decomposition of every weight, ``O(n·m·min(n, m))``.
+        """
         return extract(
             self,
             rank,
@@ -101,7 +148,23 @@ class TaskVector(DeltaData, VectorSpace):
         )
 
     def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
-        """Writes one ``.safetensors`` file, atomically; :func:`fastlora.load` reads it. ``dtype=None``: float32."""
+        """Writes one ``.safetensors`` file, which is complete or not there; :func:`fastlora.load` reads it.
+
+        Args:
+            path: the file to make; its name ends in ``.safetensors``.
+            dtype: ``"float32"`` (the default), ``"bfloat16"``, ``"float16"`` or a torch dtype.
+            overwrite: replace a file that exists.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            InputError: an unknown dtype.
+            OutputError: another ending, a task vector without changes, a path that exists or cannot be written, a
+                change that overflows ``dtype``.
+
+        Cost: one write of all changes.
+        """
         if Path(path).suffix != SAFETENSORS:
             raise OutputError(f"{path}: a task vector is one file; give a name that ends in {SAFETENSORS}")
         if not self.deltas:
@@ -110,17 +173,25 @@ class TaskVector(DeltaData, VectorSpace):
 
 
 def task_vector(base: Source, finetuned: Source, name: str | None = None, *, common_only: bool = False) -> TaskVector:
-    """``τ = θ − θ₀`` of two state dicts, each a mapping, a ``.safetensors`` or ``.bin``/``.pt`` file, or a model's
-    directory.
+    """Subtracts two models: ``τ = θ − θ₀``, the change of every parameter by a fine-tune (arXiv 2212.04089).
 
-    name: of the result; that of the fine-tune's file or folder by default.
-    common_only: leave out parameters that only one of the two has (a new head) instead of refusing them; the result's
-        ``notes`` name them.
+    Args:
+        base: ``θ₀``: a state dict, a ``.safetensors`` or ``.bin``/``.pt`` file, or a model's directory.
+        finetuned: ``θ``, in the same ways.
+        name: of the result; by default that of the fine-tune's file or folder.
+        common_only: leave out parameters that only one of the two has (a new head) instead of refusing them. The
+            result's ``notes`` name them.
 
-    Whole numbers and flags (buffers) are no parameters: they take part in nothing, and a note names those that differ.
+    Returns:
+        :class:`TaskVector`. Differences are taken in float64 and kept in float32, or in float64 where the model is.
+        Parameters that are equal are left out. Whole numbers and flags (buffers) take part in nothing; a note names
+        those that differ.
 
-    Raises :class:`InputError` for files that cannot be read, parameters that only one has or whose shapes differ, and
-    NaN or Inf. Differences are taken in float64 and kept in float32 (float64 where the model is).
+    Raises:
+        InputError: a file that cannot be read, a parameter that only one of them has or whose shapes differ.
+        NonFiniteError: NaN or Inf in a parameter of either.
+
+    Cost: one read of both models, and memory for every parameter that changed.
     """
     first, second = read_state(base), read_state(finetuned)
     if name is None:

@@ -18,7 +18,28 @@ from fastlora.ops.gram import blocks_of
 
 
 def overlap(pool: Pool, *, device: str | torch.device | None = None) -> Overlap:
-    """Similarity of every pair: cosine of ``ΔW`` (13) and subspace overlap (14), per module and in total."""
+    """Compares every pair of adapters: the cosine of their updates and the overlap of their column spaces.
+
+    With ``⟨X, Y⟩ = Σ_ab X_ab Y_ab`` and orthonormal bases ``U_i [n, q_i]`` of the column spaces, MATH (13) and (14):
+
+        cosine(i, j)   = ⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖ ‖ΔW_j‖)       in [-1, 1]
+        subspace(i, j) = ‖U_iᵀ U_j‖_F² / min(q_i, q_j)         in [0, 1]
+
+    Args:
+        pool: the ``k`` adapters. A pair is compared in the modules that both have.
+        device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the pool is.
+
+    Returns:
+        An object with ``names`` and, in their order, ``cosine`` and ``subspace``: float64 ``[k, k]`` over all modules,
+        NaN where a pair has no module in common or a zero update. ``cosine`` sums its three products over the modules
+        first; ``subspace`` is the mean over the modules. ``modules`` is ``{module: (cosine, subspace)}``.
+
+    Raises:
+        InputError: adapters on different devices, a device that cannot be used.
+        NonFiniteError: a factor that holds NaN or Inf, by adapter and module.
+
+    Cost: one read of all factors and ``O(k² r³)`` operations a module.
+    """
     return pool_overlap(on_device(pool, device))
 
 

@@ -121,7 +121,10 @@ class LearnedMerge(nn.Module):
         return dict(zip(self.modules_adapted, rows, strict=True))
 
     def adapter(self, name: str = "learned") -> Adapter:
-        """``Σ_k λ_k ΔW_k`` with the ``λ`` as they are, exactly: ranks add up (:func:`fastlora.compress` cuts them)."""
+        """``Σ_k λ_k ΔW_k`` with the ``λ`` as they are now, exactly, under a ``name``.
+
+        Ranks add up; :func:`fastlora.compress` cuts them. No factor is read until the adapter is used.
+        """
         adapters = list(self.components.values())
         values = self.used().detach().double().tolist()
         provenance: dict[str, object] = {
@@ -155,6 +158,8 @@ class LearnedMerge(nn.Module):
                 mapping of keyword arguments of the model.
             loss: ``loss(output, batch)`` returns a scalar; default: :func:`entropy` of the output's logits. With tasks,
                 ``{task: loss}`` too.
+            steps: how many steps Adam takes, at least 1.
+            lr, betas: Adam's.
 
         Returns:
             The loss of every step, before it was taken. The model is in evaluation mode meanwhile (no dropout), and its
@@ -162,6 +167,8 @@ class LearnedMerge(nn.Module):
 
         Raises:
             InputError: batches that run out, a loss that is no finite scalar (``λ`` are then as before that step).
+
+        Cost: one forward and one backward pass of the model a step and task.
         """
         if steps < 1:
             raise InputError(f"fit: steps={steps} must be at least 1")

@@ -58,8 +58,11 @@ class PoolGram:
         self._inner = {m: found[m] for m in pool.modules}
 
     def inner(self, module: str | None = None) -> Tensor:
-        """``⟨ΔW_i, ΔW_j⟩`` of one module or summed over all, MATH (13): float64 ``[k, k]`` in the order of the pool;
-        an adapter that lacks a module counts as zero there."""
+        """``⟨ΔW_i, ΔW_j⟩`` of one ``module`` or summed over all, MATH (13).
+
+        Returns float64 ``[k, k]`` in the order of the pool; an adapter that lacks a module counts as zero there. Raises
+        :class:`InputError` for an unknown module. No factor is read.
+        """
         if module is None:
             return torch.stack(list(self._inner.values())).sum(0)
         if module not in self._inner:
@@ -67,7 +70,7 @@ class PoolGram:
         return self._inner[module].clone()
 
     def norms(self, module: str | None = None) -> dict[str, float]:
-        """``‖ΔW_i‖_F`` by name, of one module or of all together."""
+        """``‖ΔW_i‖_F`` by name, of one ``module`` or of all together. Raises as :meth:`inner`; no factor is read."""
         values = self.inner(module).diagonal().clamp(min=0).sqrt().tolist()
         return dict(zip(self.pool.names, values, strict=True))
 
@@ -79,8 +82,12 @@ class PoolGram:
         rank: int | None = None,
         energy: float | None = None,
     ) -> Adapter:
-        """:func:`fastlora.merge` of the pool, equal to rounding. With ``method="svd"`` the second one and all after it
-        take a fraction of the time: what does not depend on the weights is kept."""
+        """:func:`fastlora.merge` of the pool, equal to rounding.
+
+        ``weights``, ``method``, ``rank`` and ``energy`` are those of :func:`fastlora.merge`, and so is what is raised.
+        With ``method="svd"`` the second merge and all after it take a fraction of the time: what does not depend on the
+        weights is kept.
+        """
         from fastlora.coefficients.weighted_svd import WeightedSVD
         from fastlora.merging.merge import full_weights, merge
 
@@ -94,7 +101,7 @@ class PoolGram:
         return replace(merged, notes=(*merged.notes, *notes))
 
     def decompose(self, threshold: float = 0.85, **settings: Any) -> Decomposition:
-        """:func:`fastlora.decompose` of the pool."""
+        """:func:`fastlora.decompose` of the pool with a ``threshold`` and other settings of that function."""
         from fastlora.decomposition.decompose import decompose
 
         with self:

@@ -51,7 +51,11 @@ class Row:
 
 @dataclass(eq=False)
 class Sweep:
-    """The rows of a sweep, in the order of the grid. ``of``: the expression, or what was swept."""
+    """The rows of a sweep, in the order of the grid: what :func:`fastlora.sweep` returns.
+
+    ``of`` is the expression, or what was swept. A row has ``point`` (``{variable: value}``), ``scores``
+    (``{name: number}``) and ``seconds``. ``key`` and ``adapters`` say what the sweep belongs to.
+    """
 
     of: str
     rows: list[Row] = field(default_factory=list)
@@ -71,8 +75,11 @@ class Sweep:
         return list(dict.fromkeys(name for row in self.rows for name in row.scores))
 
     def best(self, score: str | None = None, *, maximize: bool = True) -> Row:
-        """The row with the highest (lowest) ``score``, by default the first one; the earliest of equals. NaN never
-        wins."""
+        """The row with the highest value of a score, or the lowest with ``maximize=False``.
+
+        ``score`` is the first one by default. The earliest of equal rows is returned, and NaN never wins. Raises
+        :class:`InputError` for an unknown score, or where no row has a number.
+        """
         name = self._score(score)
         known = self._known(name)
         if not known:
@@ -108,8 +115,12 @@ class Sweep:
         return [r for r in self.rows if not math.isnan(r.scores.get(name, math.nan))]
 
     def plot(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """A picture: curves over one variable, a map over two, else scores in the order of the rows. Needs matplotlib
-        (``pip install fastlora[plot]``)."""
+        """Draws the scores into the file ``path`` (``.png``, ``.pdf``, ``.svg`` or ``.jpg``).
+
+        One variable gives curves, two give a map, and more give the scores in the order of the rows. An existing file
+        is replaced with ``overwrite=True`` only. Needs matplotlib (``pip install fastlora[plot]``). Raises
+        :class:`InputError` without rows or for another ending, :class:`OutputError` for a path that cannot be written.
+        """
         check_picture(Path(path), overwrite)
         self._score(None)
         points = [{name: row.point.get(name) for name in self.variables} for row in self.rows]
@@ -129,7 +140,10 @@ class Sweep:
         return {"format": FORMAT, **self.identity.as_dict(), "rows": rows}
 
     def save(self, path: str | Path) -> Path:
-        """Writes all rows as JSON; the file exists whole or as it was before."""
+        """Writes all rows as JSON to ``path``; the file exists whole or as it was before.
+
+        Raises :class:`OutputError` when it cannot be written.
+        """
         path = Path(path)
         unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
         with writing(path):
@@ -142,7 +156,7 @@ class Sweep:
 
     @classmethod
     def load(cls, path: str | Path) -> Sweep:
-        """Reads what :meth:`save` wrote."""
+        """Reads the file that :meth:`save` wrote to ``path``. Raises :class:`InputError` for any other file."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
@@ -200,6 +214,9 @@ def sweep(
     Raises:
         InputError: an empty grid, points that name different variables, scores that are no numbers, a file that belongs
             to another sweep, or may do so.
+
+    Cost: two passes over the factors of ``adapters``. After that every point costs small matrices, the forming of its
+    result where the score reads it, and the score itself.
     """
     points = grid_points(grid)
     scorers = _scorers(score)

@@ -180,8 +180,12 @@ class DecompositionPlan:
         graph.replay()
         plan.decomposition().report; plan.adapters()["shared"].save("shared")
 
-    Args as in :func:`fastlora.decompose` with ``mode="pool"``; ``dtype``: of the results, by default the widest of the
-    pool, as when saving. Memory: the pool, results of the same size, and ``8·(k² + 4k)·r²`` bytes a module.
+    Args:
+        pool: two adapters or more, all on one device.
+        threshold, chain, side, rank, energy, rtol: as in :func:`fastlora.decompose` with ``mode="pool"``.
+        dtype: of the results, by default the widest of the pool, as when saving.
+
+    Memory: the pool, results of the same size, and ``8·(k² + 4k)·r²`` bytes a module.
 
     Raises:
         InputError: factors that are no stored matrices (a sum of adapters: save and load it), adapters
@@ -228,7 +232,10 @@ class DecompositionPlan:
         return sum(8 * len(j.blocks) * j.stride**2 for part in self.parts for j in part.gram_jobs())
 
     def capture(self) -> torch.cuda.CUDAGraph:
-        """A CUDA graph of :meth:`run`; replay it after :meth:`fill` for other data."""
+        """A CUDA graph of :meth:`run`; replay it after :meth:`fill` for other data.
+
+        Raises :class:`InputError` for a plan that is not on a CUDA device.
+        """
         if self.device.type != "cuda":
             raise InputError(f"plan: a CUDA graph needs a pool on a CUDA device, not on {self.device}")
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -243,7 +250,10 @@ class DecompositionPlan:
         return graph
 
     def fill(self, pool: Pool) -> None:
-        """Copies the factors of another pool of the same shapes into this plan's, on the current stream."""
+        """Copies the factors of another ``pool`` into this plan's, on the current stream.
+
+        Raises :class:`InputError` unless adapters, modules, shapes, dtypes and scalings are those of the plan.
+        """
         if len(pool) != len(self.pool):
             raise InputError(f"plan: it was made for {len(self.pool)} adapters, not for {len(pool)}")
         for mine, other in zip(self.pool.adapters, pool.adapters, strict=True):

@@ -48,7 +48,16 @@ class Pair:
 
 
 class Decomposition:
-    """Shared and unique components of a pool. Adapters are formed when they are saved or looked at."""
+    """Shared and unique parts of a pool, ``ΔW_i = shared_i + unique_i``: what :func:`fastlora.decompose` returns.
+
+    What there is depends on the mode. ``"pool"``: :attr:`shared`, :meth:`shared_of`, :meth:`unique_of` and
+    :attr:`report`. ``"pairs"``: :attr:`pairs`. ``"iterative"``: :meth:`unique_of` of the target. All modes:
+    :attr:`spectrum`, :attr:`reports`, :meth:`adapters` and :meth:`save`. What a mode does not have raises
+    :class:`InputError`, which names what it has.
+
+    Every part is an :class:`Adapter` on the stored factors of the pool: asking for one reads no factor, and saving it
+    reads them once. Its dtype is the widest of the adapters that it is made of.
+    """
 
     def __init__(
         self,
@@ -74,20 +83,33 @@ class Decomposition:
 
     @property
     def shared(self) -> Adapter:
-        """One adapter of what all share, MATH (10). ``mode="pool"`` only."""
+        """What all share, as one adapter: ``Σ_i ω_i shared_i`` with ``ω_i = ‖shared_i‖ / Σ_j ‖shared_j‖``, MATH (10).
+
+        Its rank in a module is the number ``q`` of shared directions, 0 where there are none: ``B [n, q]``,
+        ``A [q, m]``. ``mode="pool"`` only, else :class:`InputError`.
+        """
         return self._pool_mode("shared").shared
 
     @property
     def components(self) -> Components:
-        """The coefficients of the parts on the loaded factors. ``mode="pool"`` only."""
+        """The parts as coefficients on the stored factors, module by module. ``mode="pool"`` only."""
         return self._pool_mode("components")
 
     def shared_of(self, name: str) -> Adapter:
-        """The shared part of one adapter, MATH (7). ``mode="pool"`` only."""
+        """The shared part of the adapter ``name``, ``s_i Z (Zᵀ B_i) A_i``, MATH (7).
+
+        ``Z [n, q]`` is an orthonormal basis of the ``q`` shared directions, so the part has ``B [n, q]`` and
+        ``A [q, m]``. Raises :class:`InputError` for an unknown name and in other modes than ``"pool"``.
+        """
         return self._pool_mode("shared_of").shared_of(name)
 
     def unique_of(self, name: str) -> Adapter:
-        """The unique part of one adapter, MATH (8); in ``mode="iterative"`` that of the target after all steps."""
+        """The unique part of the adapter ``name``, ``s_i (B_i − Z Zᵀ B_i) A_i``, MATH (8).
+
+        It has the rank of the adapter, and its factor ``A_i`` bit for bit (``side="left"``); biases and replaced
+        modules stay with it. In ``mode="iterative"`` it is what is left of the target after all steps. Raises
+        :class:`InputError` for an unknown name and in ``mode="pairs"``.
+        """
         if self.mode == "iterative":
             if name != self.target:
                 raise InputError(
@@ -98,14 +120,20 @@ class Decomposition:
 
     @property
     def pairs(self) -> dict[tuple[str, str], Pair]:
-        """``{(a, b): Pair}`` for every pair in pool order. ``mode="pairs"`` only."""
+        """``{(a, b): pair}`` for every pair in pool order. ``mode="pairs"`` only, else :class:`InputError`.
+
+        A pair has ``shared``, ``shared_of(name)``, ``unique_of(name)`` and ``spectrum``, as a decomposition of two.
+        """
         if self.mode != "pairs":
             raise InputError(f"pairs: this decomposition has mode={self.mode!r}; use decompose(…, mode='pairs')")
         return {names: Pair(c) for names, c in self._pairs.items()}
 
     @property
     def spectrum(self) -> dict[Any, Any]:
-        """``{module: eigenvalues}``; pairs: ``{(a, b): {module: …}}``; iterative: ``{other: {module: …}}``."""
+        """``{module: eigenvalues}``; pairs: ``{(a, b): {module: …}}``; iterative: ``{other: {module: …}}``.
+
+        The eigenvalues are those of the chain in a module, float64 or complex128, descending by their real parts.
+        """
         if self._whole is not None:
             return dict(self._whole.spectrum)
         if self.mode == "pairs":
@@ -114,7 +142,10 @@ class Decomposition:
 
     @property
     def reports(self) -> list[Report]:
-        """One :class:`fastlora.report.Report` a chain: one for a pool, one a pair, one a step."""
+        """What was found, with chance levels and warnings: one report for a pool, one a pair, one a step.
+
+        A report has ``title``, ``settings``, ``rows`` (one a module), ``warnings``, ``notices`` and ``as_dict()``.
+        """
         if self._report is None:
             self._report = list(self._built_reports())
         return self._report
@@ -131,12 +162,15 @@ class Decomposition:
 
     @property
     def report(self) -> Report:
-        """The report of ``mode="pool"``; see :attr:`reports` for the other modes."""
+        """The report of ``mode="pool"``, else :class:`InputError`; other modes have :attr:`reports`."""
         self._pool_mode("report")
         return self.reports[0]
 
     def adapters(self) -> dict[str, Adapter]:
-        """Every result by its place in the output directory: ``shared``, ``unique/<name>``, ``pairs/<a>+<b>/…``."""
+        """Every part by its place in the output directory: ``shared``, ``unique/<name>``, ``pairs/<a>+<b>/…``.
+
+        No factor is read; :meth:`save` writes them all with one read.
+        """
         return {place: adapter for part in self._parts() for place, adapter in part.items()}
 
     def _parts(self) -> Iterator[dict[str, Adapter]]:
@@ -156,13 +190,29 @@ class Decomposition:
                 yield found
 
     def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
-        """Writes every adapter and ``report.json`` below ``path``, atomically: nothing appears until all is there."""
+        """Writes every part as a PEFT directory, and ``report.json``, below ``path``: complete or not at all.
+
+        Args:
+            path: the directory to make; :meth:`adapters` has the names of the folders in it.
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; by default each part's own.
+            overwrite: replace an earlier output of fastlora; other directories are never replaced.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            InputError: an unknown dtype.
+            OutputError: a path that exists or cannot be written, a full disk, a number that overflows ``dtype``.
+
+        Cost: one read of all factors and one write of all parts. Memory does not grow with the model, and stays below
+        the ``memory`` of :func:`fastlora.decompose`.
+        """
         with OutputDirectory(Path(path), overwrite=overwrite) as staging:
             self.write(staging, dtype)
         return Path(path)
 
     def write(self, staging: Path, dtype: torch.dtype | str | None = None) -> None:
-        """Writes into a directory that is being staged."""
+        """Writes into the directory ``staging``, which exists; see :meth:`save` for ``dtype`` and what it raises."""
         empty = []
         with (
             (staging / "report.json").open("w") as file,

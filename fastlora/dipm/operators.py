@@ -74,7 +74,7 @@ def _divided(values: Tensor, by: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operator:
-    """One operator: a name, its strength, and the adapters that it looks at."""
+    """One operator: its ``name``, its ``strength``, and the ``others``, the adapters that it looks at."""
 
     name: str
     strength: float
@@ -90,31 +90,63 @@ class Operator:
         return self.name != "reverse" and self.strength == 0.0
 
     def run(self, state: State, others: Sequence[int]) -> State:
-        """The state after it; ``others``: places of its adapters in the Gram matrix."""
+        """The ``state`` after it; ``others``: places of its adapters in the Gram matrix."""
         return _RUN[self.name](state, self.strength, others)
 
 
 def reverse(strength: float = 1.0) -> Operator:
-    """``D' = −D``, ``μ' = λμ``, for unlearning; ``λ ≥ 0``."""
+    """Turns every direction around, for unlearning: ``D' = −D``, ``μ' = λμ``.
+
+    Args:
+        strength: ``λ ≥ 0``.
+
+    Raises:
+        InputError: a strength that is negative or not finite.
+    """
     return Operator("reverse", _not_negative("reverse", strength))
 
 
 def scale(strength: float) -> Operator:
-    """``μ' = λμ``, ``λ ≥ 0``. The identity at ``λ = 1``."""
+    """Scales every magnitude: ``D' = D``, ``μ' = λμ``.
+
+    Args:
+        strength: ``λ ≥ 0``; the identity at 1.
+
+    Raises:
+        InputError: a strength that is negative or not finite.
+    """
     return Operator("scale", _not_negative("scale", strength))
 
 
 def shift(source: Adapter, target: Adapter, strength: float = 1.0) -> Operator:
-    """``D' = normalise(D + λ (D_target − D_source))``, ``μ' = μ``, for transfer. The identity at ``λ = 0``."""
+    """Moves every direction as two adapters differ, for transfer: ``D' = normalise(D + λ (D_target − D_source))``.
+
+    Magnitudes stay, ``μ' = μ``.
+
+    Args:
+        source, target: LoRA adapters of the same base model.
+        strength: ``λ``; the identity at 0.
+
+    Raises:
+        InputError: something that is no LoRA adapter, a strength that is not finite.
+    """
     require_adapters("shift", source, target)
     return Operator("shift", _finite("shift", strength), (source, target))
 
 
 def interpolate(other: Adapter, t: float) -> Operator:
-    """Spherical on ``D``, linear on ``μ``: from the adapter itself at ``t = 0`` to ``other`` at ``t = 1``.
+    """Goes from the adapter to another one: spherically on ``D``, linearly on ``μ``.
 
-    Opposite directions have no shortest way between them: there the nearer end is taken, which the result's ``notes``
-    tell. Where one of the two is zero, the other's direction is kept.
+    With the angle ``θ`` between two directions, ``D' = (sin((1−t)θ) D + sin(tθ) D_other) / sin θ`` and
+    ``μ' = (1−t) μ + t μ_other``. Opposite directions have no shortest way between them: there the nearer end is taken,
+    which the result's ``notes`` tell. Where one of the two is zero, the other's direction is kept.
+
+    Args:
+        other: a LoRA adapter of the same base model.
+        t: in ``[0, 1]``: the adapter itself at 0, ``other`` at 1.
+
+    Raises:
+        InputError: something that is no LoRA adapter, a ``t`` out of range.
     """
     require_adapters("interpolate", other)
     t = _finite("interpolate", t)
@@ -124,8 +156,18 @@ def interpolate(other: Adapter, t: float) -> Operator:
 
 
 def remove(others: Adapter | Sequence[Adapter], strength: float = 1.0) -> Operator:
-    """``D' = normalise(D − λ · projection of D on the span of the others' directions)``, ``μ' = μ``. The identity at
-    ``λ = 0``; where nothing of a direction is left at ``λ = 1``, it becomes zero."""
+    """Takes other adapters' directions out: ``D' = normalise(D − λ Π D)``, ``μ' = μ``.
+
+    ``Π`` projects onto the span of the others' directions at the same place. Where nothing of a direction is left at
+    ``λ = 1``, it becomes zero, which the result's ``notes`` tell.
+
+    Args:
+        others: one LoRA adapter of the same base model, or several.
+        strength: ``λ``; the identity at 0.
+
+    Raises:
+        InputError: no adapters, something that is no LoRA adapter, a strength that is not finite.
+    """
     given = (others,) if isinstance(others, Adapter) else tuple(others)
     if not given:
         raise InputError("remove: give at least one adapter whose directions are to be removed")

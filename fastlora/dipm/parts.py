@@ -32,6 +32,7 @@ def require_host(adapter: Adapter, what: str) -> None:
 class Parts:
     """Directions and magnitudes of an adapter, and the operators that were applied to them; made by :func:`decouple`.
 
+    ``adapter``, ``granularity`` and ``on`` are those of :func:`decouple`, ``operators`` what :meth:`apply` added.
     Nothing is computed until magnitudes or directions are looked at or recombined.
     """
 
@@ -62,7 +63,10 @@ class Parts:
         return self._adapter({f.module.name: f.update(s.direction) for f, s in self._states()}, "directions")
 
     def recombined(self, magnitudes: Mapping[str, Tensor] | None) -> tuple[Adapter, dict[str, Tensor]]:
-        """The adapter ``D ∘ μ``, and the ``μ`` that it has."""
+        """The adapter ``D ∘ μ``, and the ``μ`` that it has; ``magnitudes`` are put in place of ``μ`` where given.
+
+        Raises :class:`InputError` for magnitudes of another shape or of a module that these parts do not have.
+        """
         updates: dict[str, Update | None] = {}
         used: dict[str, Tensor] = {}
         pool = self._pool()
@@ -129,15 +133,24 @@ class Parts:
 
 
 def decouple(adapter: Adapter, granularity: str = "column", on: str = "product") -> Parts:
-    """Directions ``D`` and magnitudes ``μ ≥ 0`` with ``X = D ∘ μ``, MATH (11); computed when they are looked at.
+    """Splits every update into directions ``D`` of length one and magnitudes ``μ ≥ 0``, ``X = D ∘ μ``, MATH (11).
 
     Args:
+        adapter: a LoRA adapter on the CPU.
         granularity: ``"column"``: a magnitude for every input column of ``ΔW``. ``"component"``: for every rank-one
             component of the singular value form, in order of ``σ``. ``"matrix"``: one a module.
         on: what is decoupled: ``"product"`` is ``ΔW = sBA``; ``"B"`` is ``sB`` and ``"A"`` is ``A``, which depend on
             how ``ΔW`` was factored (``column`` on ``B``: one magnitude a rank). ``component`` is the pair
             ``(u_j, v_j)`` in every case: ``on`` says whether operators turn ``u_j`` (B), ``v_j`` (A) or ``u_j v_jᵀ``
             (product).
+
+    Returns:
+        :class:`Parts`, on which operators are applied and which :func:`recombine` makes an adapter of.
+
+    Raises:
+        InputError: something that is no LoRA adapter, an adapter on a device, an unknown ``granularity`` or ``on``.
+
+    Cost: nothing; directions and magnitudes are computed when they are looked at or recombined.
     """
     require_adapters("decouple", adapter)
     require_host(adapter, "modulate")
@@ -163,6 +176,7 @@ def recombine(
     (components are those of the compressed update).
 
     Args:
+        parts: directions and magnitudes, from :func:`decouple`, with the operators that were applied.
         magnitudes: other ``μ'`` for some modules, as many numbers as :attr:`Parts.magnitudes` has.
 
     Raises:
@@ -196,10 +210,26 @@ def modulate(
     rank: int | None = None,
     energy: float | None = None,
 ) -> Adapter:
-    """Decouple, apply operators from left to right, recombine: see :func:`decouple` and :func:`recombine`.
+    """Changes the directions and magnitudes of an adapter (DiPM), MATH section 5.
 
-    fl.modulate(toxic, fl.dipm.reverse(0.5))
-    fl.modulate(model, [fl.dipm.shift(source, target, 0.3), fl.dipm.scale(0.8)], granularity="column", rank=16)
+    It is :func:`decouple`, the operators from left to right, and :func:`recombine`: ``ΔW = D ∘ μ → D' ∘ μ'``.
+
+        fl.modulate(toxic, fl.dipm.reverse(0.5))
+        fl.modulate(model, [fl.dipm.shift(source, target, 0.3), fl.dipm.scale(0.8)], granularity="column", rank=16)
+
+    Args:
+        adapter: a LoRA adapter on the CPU.
+        operators: one of ``fl.dipm``'s operators, or several.
+        granularity, on: what has a direction and a magnitude, see :func:`decouple`.
+        rank, energy: compress the result, see :func:`recombine`.
+
+    Returns:
+        :class:`Adapter`; the adapter itself where no operator changes anything and nothing is compressed.
+
+    Raises:
+        InputError: what :func:`decouple` and :func:`recombine` refuse.
+
+    Cost: that of :func:`recombine`.
     """
     given = [operators] if isinstance(operators, Operator) else list(operators)
     return recombine(decouple(adapter, granularity, on).apply(*given), rank=rank, energy=energy)

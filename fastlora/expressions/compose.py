@@ -36,24 +36,30 @@ def compose(
     drop_extras: bool = False,
     memory: int | str | None = None,
 ) -> Element:
-    """The adapter that an expression such as ``"0.6*a + 0.4*b - 0.3*unique(c | a, b)"`` stands for.
+    """Computes the adapter that an expression such as ``"0.6*a + 0.4*b - 0.3*unique(c | a, b)"`` stands for.
 
-    Numbers, parentheses, ``+ - * /`` and the functions ``unique(x | a, b, …)``, ``shared(a, b, …)``,
-    ``compress(x, r)``, ``negate(x, λ)``, ``analogy(a, b, c, c0, c1)`` and ``add(a, b, …)``; docs/compose.md
-    has them all. Sums are exact, as the operators of :class:`Adapter`; an adapter that is named several times takes
-    part once, with its weights added up.
+    Args:
+        expression: numbers, parentheses, ``+ - * /`` and the functions ``unique(x | a, b, …)``, ``shared(a, b, …)``,
+            ``compress(x, r)``, ``negate(x, λ)``, ``analogy(a, b, c, c0, c1)`` and ``add(a, b, …)``; docs/compose.md
+            has them all. Sums are exact, as the operators of :class:`Adapter`. An adapter that is named several times
+            takes part once, with its weights added up.
+        adapters: ``{name: adapter, or path or Hub id of one}``. Only those that the expression names are loaded;
+            ``notes`` of the result name the others.
+        numbers: ``{name: value}`` of what in the expression is a number and no adapter, such as ``λ`` in ``"a - λ*b"``.
+        name: of the result; the expression by default.
+        drop_extras: leave out biases and replaced modules (``modules_to_save``), which sums refuse.
+        memory: bound on the peak resident memory, as in :func:`fastlora.decompose`.
 
-    adapters: ``{name: adapter, or path or Hub id of one}``; only those that the expression names are loaded, and
-        ``notes`` of the result name the others.
-    numbers: ``{name: value}`` of what in the expression is no adapter but a number, such as ``λ`` in ``"a - λ*b"``.
-    name: of the result; the expression by default.
-    drop_extras: leave out biases and replaced modules (``modules_to_save``), which sums refuse.
-    memory: bound on the peak resident memory, as in :func:`fastlora.decompose`.
+    Returns:
+        An adapter of the kind of the inputs: :class:`Adapter`, :class:`IA3` or :class:`TaskVector`.
 
     Raises:
         ExpressionError: an :class:`InputError` that shows the expression and the place: what cannot be parsed, unknown
-            names, a number where an adapter is needed, what a function refuses. InputError: adapters that cannot be
-            read, or that belong to different base models.
+            names, a number where an adapter is needed, what a function refuses.
+        InputError: adapters that cannot be read, or that belong to different base models.
+
+    Cost: that of the functions in the expression. Sums and negations of LoRA adapters read no factor until the result
+    is saved; every ``unique``, ``shared`` or ``compress`` is one read of the factors of its arguments.
     """
     values = dict(numbers or {})
     _check_numbers(values, adapters)

@@ -21,16 +21,30 @@ X = TypeVar("X", bound=VectorSpace)
 
 
 def add(elements: Sequence[X], weights: Sequence[float] | None = None, *, semantics: str = "exact") -> X:
-    """The weighted sum of adapters of one kind.
+    """Adds adapters of one kind with weights (PEM, arXiv 2306.14870; MATH section 4).
 
-    ``exact``: ``Σ w_i x_i``, where ``x`` is ``ΔW`` (LoRA, ranks add up), ``l − 1`` ((IA)³) or the change of every
-    parameter (task vectors); weights of 1 by default; what one lacks counts as no change. ``pem``: elementwise on the
-    parameters with weights that sum to one, ``λ_i = w_i / Σw``, equal by default: ``B = Σ λ_iB_i``, ``A = Σ λ_iA_i``,
-    ``l = Σ λ_i l_i``. ``provenance`` of the result says which.
+    ``"exact"`` is ``Σ_i w_i x_i``. Here ``x`` is ``ΔW`` (LoRA), ``l − 1`` ((IA)³) or the change of every parameter
+    (task vectors). ``"pem"`` works elementwise on the stored parameters, with ``λ_i = w_i / Σ_j w_j``:
+
+        B = Σ_i λ_i B_i,  A = Σ_i λ_i A_i         LoRA: ΔW = s B A, MATH (10b), and not Σ_i λ_i ΔW_i
+        l = Σ_i λ_i l_i,  θ − θ₀ = Σ_i λ_i (θ_i − θ₀)     (IA)³, task vectors
+
+    Args:
+        elements: one adapter at the least, all LoRA, all (IA)³ or all task vectors.
+        weights: one finite number for each; 1 by default, so that ``"pem"`` takes the mean.
+        semantics: ``"exact"`` or ``"pem"``.
+
+    Returns:
+        An adapter of the same kind. LoRA: with ``"exact"`` the rank of a module is ``Σ_i r_i`` and what one adapter
+        lacks counts as zero; with ``"pem"`` shapes and ranks stay; the dtype is the widest. (IA)³ vectors are float64
+        until they are saved, task vectors float32 (float64 where the models are). ``provenance`` has the semantics.
 
     Raises:
-        InputError: mixed kinds; weights that are not finite; ``pem``: weights that sum to zero or less, LoRA adapters
+        InputError: no adapters, mixed kinds or shapes, weights that are not finite or not one for each, biases or
+            replaced modules that cannot be summed; with ``"pem"``, a sum of weights of 0 or less, or LoRA adapters
             whose modules, ranks or scalings differ.
+
+    Cost: nothing for LoRA until the result is used, then one read of all factors. The other kinds are summed at once.
     """
     _check(elements, semantics)
     if weights is not None and len(weights) != len(elements):
@@ -56,8 +70,26 @@ def add(elements: Sequence[X], weights: Sequence[float] | None = None, *, semant
 
 
 def negate(element: X, strength: float = 1.0, *, semantics: str = "exact") -> X:
-    """What undoes an adapter: ``ΔW → −λ ΔW`` (``B`` is negated, ``A`` kept), ``l → (1+λ) − λ l`` ((IA)³, so ``2 − l``
-    at full strength), every change times ``−λ`` (task vectors). Both semantics give the same numbers.
+    """Turns an adapter around, so that applying it forgets what it taught (PEM, arXiv 2306.14870; MATH section 4).
+
+        ΔW → −λ ΔW             LoRA: the sign and λ go to the side of B, A stays as it is
+        l → (1 + λ) − λ l      (IA)³: 2 − l at λ = 1
+        θ − θ₀ → −λ (θ − θ₀)   task vectors
+
+    Args:
+        element: a LoRA adapter, an (IA)³ adapter or a task vector.
+        strength: ``λ``, a finite number.
+        semantics: ``"exact"`` or ``"pem"``. Both give the same numbers; ``provenance`` has the name.
+
+    Returns:
+        An adapter of the same kind, modules, shapes and ranks. LoRA keeps its dtype, (IA)³ vectors are float64 until
+        they are saved.
+
+    Raises:
+        InputError: an unknown semantics, something that is no adapter, a strength that is not finite, replaced
+            modules, which cannot be scaled.
+
+    Cost: nothing for LoRA until the result is used; the other kinds are scaled at once.
     """
     _check([element], semantics)
     _check_number(strength, "negate: the strength")
@@ -74,12 +106,32 @@ def analogy(
     *,
     semantics: str = "exact",
 ) -> X:
-    """``first`` is to the result as ``third`` is to ``second``: domain transfer.
+    """Carries a skill to another domain: the result is to ``first`` as ``second`` is to ``third``.
 
-    ``exact``: ``c_0ΔW_1 + c_1(ΔW_2 − ΔW_3)``, ``c_0 = c_1 = 1`` by default. ``pem``: ``B = c_0B_1 + c_1B_2 − c_1B_3``,
-    ``A = c_0A_1 + c_1A_2 + c_1A_3`` (only ``B`` is negated), ``c_0 = c_1 = 1/2`` by default. (IA)³ in both:
-    ``l = (1 − c_0)·1 + c_0l_1 + c_1(l_2 − l_3)``. In the paper's domain transfer, ``first`` is the classifier trained
-    on the auxiliary domain, ``second`` the language model of the target domain, ``third`` that of the auxiliary one.
+    The source is PEM (arXiv 2306.14870), MATH section 4. In the paper's domain transfer ``first`` is the classifier
+    trained on the auxiliary domain, ``second`` the language model of the target domain and ``third`` that of the
+    auxiliary one.
+
+        ΔW = c_0 ΔW_1 + c_1 (ΔW_2 − ΔW_3)                                     LoRA, "exact"
+        B = c_0 B_1 + c_1 B_2 − c_1 B_3,  A = c_0 A_1 + c_1 A_2 + c_1 A_3     LoRA, "pem": only B is negated
+        l = (1 − c_0) + c_0 l_1 + c_1 (l_2 − l_3)                             (IA)³, both
+        τ = c_0 τ_1 + c_1 (τ_2 − τ_3)                                         task vectors, both
+
+    Args:
+        first, second, third: adapters of one kind.
+        c0, c1: finite numbers; by default 1 with ``"exact"`` and 1/2 with ``"pem"``.
+        semantics: ``"exact"`` or ``"pem"``.
+
+    Returns:
+        An adapter of the same kind. LoRA: with ``"exact"`` the rank of a module is ``r_1 + r_2 + r_3`` and what one
+        adapter lacks counts as zero; with ``"pem"`` shapes and ranks stay; the dtype is the widest. (IA)³ vectors are
+        float64 until they are saved, task vectors float32 (float64 where the models are).
+
+    Raises:
+        InputError: an unknown semantics, mixed kinds or shapes, coefficients that are not finite, biases or replaced
+            modules that cannot be summed; with ``"pem"``, LoRA adapters whose modules, ranks or scalings differ.
+
+    Cost: nothing for LoRA until the result is used, then one read of all factors. The other kinds are summed at once.
     """
     elements = [first, second, third]
     _check(elements, semantics)

@@ -7,9 +7,26 @@ from fastlora.adapters.pool import require_updates
 
 
 def compress(adapter: Adapter, rank: int | None = None, *, energy: float | None = None) -> Adapter:
-    """The best approximation of every ``ΔW``, of at most ``rank`` or with at least the share ``energy`` of ``Σσ²``.
+    """Cuts every ``ΔW = U Σ Vᵀ`` of an adapter to its ``q`` largest singular values, ``U_q Σ_q V_qᵀ``.
 
-    Exact in factor space, MATH section 6; the retained energy of each module is in ``.details["retained_energy"]`` of
-    the result, the total in ``.provenance``. Costs one read of the factors and ``O(r³)`` operations a module.
+    This is the best approximation of rank ``q`` in the Frobenius norm (Eckart–Young). It is computed exactly in factor
+    space, MATH (3) and section 6: ``B' = B T`` is ``U_q`` and ``A' = D A`` is ``Σ_q V_qᵀ``, with small ``T`` and ``D``.
+
+    Args:
+        adapter: a LoRA adapter ``B [n, r]``, ``A [r, m]`` a module, stored or a sum.
+        rank: the largest ``q`` that a module may have, at least 1.
+        energy: instead of ``rank``: the smallest ``q`` that keeps this share of ``Σσ²``, in ``(0, 1]``.
+
+    Returns:
+        :class:`Adapter` with ``B' [n, q]`` and ``A' [q, m]``, in the dtype of ``adapter``. ``q`` may differ between
+        modules, and is 0 for an update of zero. ``details["retained_energy"]`` has the share of ``Σσ²`` that each
+        module keeps, ``provenance["retained_energy"]`` the share of all modules together.
+
+    Raises:
+        InputError: no cut, both cuts, or one out of range.
+        NonFiniteError: a factor that holds NaN or Inf, or a singular value whose square overflows, by module.
+        UnsupportedAdapter: an (IA)³ adapter or a task vector, which have no factors.
+
+    Cost: one read of the factors and ``O(r³)`` operations a module.
     """
     return require_updates(adapter, "compress").compress(rank, energy=energy)

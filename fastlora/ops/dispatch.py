@@ -83,9 +83,17 @@ def current_backend() -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces a backend inside the block; ``"auto"`` takes the fastest that supports each call.
+    """Forces a backend inside a ``with`` block; ``"auto"`` takes the fastest that supports each call.
 
-    A forced backend never falls back to another: a call that it does not support raises.
+    Args:
+        name: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``; ``fastlora info`` says which of them
+            can be used here, and why the others cannot. Outside of blocks the environment's ``FASTLORA_BACKEND``
+            counts.
+
+    Raises:
+        InputError: a name that does not exist.
+        BackendError: from a call inside the block that the backend does not take, with its reason. A forced backend
+            never falls back to another.
     """
     token = _chosen.set(checked_name(name))
     try:

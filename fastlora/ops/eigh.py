@@ -25,7 +25,17 @@ _eigh = Op("eigh(Tensor a) -> (Tensor values, Tensor vectors, Tensor info)", _ch
 def eigh_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`eigh` that never looks at its results: ``(values, vectors, info)``.
 
-    ``info`` is int32 ``[...]``: 0 done, 1 the matrix holds NaN or Inf (its results are NaN), 2 not converged.
+    Args:
+        a: ``[..., n, n]``, float32 or float64.
+
+    Returns:
+        ``λ [..., n]`` and ``V [..., n, n]`` as :func:`eigh`, and int32 ``info [...]``: 0 done, 1 the matrix holds NaN
+        or Inf (its results are NaN), 2 not converged.
+
+    Raises:
+        TypeError, ValueError: dtype or shape, before anything is computed. Numbers never raise.
+
+    Cost: that of :func:`eigh`, without the wait for a device that looking at results would be.
     """
     result: tuple[Tensor, Tensor, Tensor] = _eigh(a)
     return result

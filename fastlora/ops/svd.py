@@ -25,7 +25,20 @@ _svd = Op("svd(Tensor a) -> (Tensor u, Tensor s, Tensor vh, Tensor info)", _chec
 
 
 def svd_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(U, S, Vh, info)`` of :func:`svd`, which never raises; ``info`` as in :func:`fastlora.ops.eigh_ex`."""
+    """:func:`svd` that never looks at its results: ``(U, S, Vh, info)``.
+
+    Args:
+        a: ``[..., p, q]``, float32 or float64.
+
+    Returns:
+        ``U [..., p, m]``, ``σ [..., m]`` and ``Vᵀ [..., m, q]`` as :func:`svd`, and int32 ``info [...]`` as in
+        :func:`fastlora.ops.eigh_ex`.
+
+    Raises:
+        TypeError, ValueError: dtype or shape, before anything is computed. Numbers never raise.
+
+    Cost: that of :func:`svd`, without the wait for a device that looking at results would be.
+    """
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _svd(a)
     return result
 
