@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fastlora.core.data import Extra, LoraData
+from fastlora.formats.peft.writing import AdapterFile
 
 PREFIX = "base_model.model."
 
@@ -48,6 +52,21 @@ def make_factors(
         right = gaussian(r, m, seed=1000 * seed + 2 * i + 1, dtype=torch.float64)
         factors[module] = left.to(dtype), right.to(dtype)
     return factors
+
+
+def write(
+    directory: Path,
+    adapter: LoraData,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
+    extras: Mapping[str, Extra] | None = None,
+) -> None:
+    """Writes a PEFT directory through the sink of the format, all factors at once; ``factors`` with the scaling
+    inside. ``extras``: what else to write; those of ``adapter`` by default."""
+    whole = adapter if extras is None else replace(adapter, extras=extras)
+    file = AdapterFile(directory, whole, factors, dtype)
+    file.finish(factors)
+    file.close()
 
 
 def make_config(**fields: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pools
@@ -119,7 +120,7 @@ def test_what_is_no_adapter_is_refused() -> None:
 
 def test_names_that_are_not_used_are_told_and_not_loaded() -> None:
     got = fl.compose("a", {**POOL, "missing": "/nowhere"})
-    assert got.notes == [f"{n} is not used by the expression" for n in ("b", "c", "missing")]
+    assert list(got.notes) == [f"{n} is not used by the expression" for n in ("b", "c", "missing")]
 
 
 def test_functions_are_what_they_say(tmp_path: Path) -> None:
@@ -172,8 +173,7 @@ def test_unique_has_lost_what_is_shared(tmp_path: Path) -> None:
 def test_parts_of_expressions_are_adapters_too(tmp_path: Path) -> None:
     paths = {f"p{i}": p for i, p in enumerate(shared_pool(tmp_path, 3, shared=2))}
     p0, p1, p2 = fl.Pool.load(paths).adapters
-    mixed = p0 + p1
-    mixed.name = "mixed"
+    mixed = replace(p0 + p1, name="mixed")
     expected = fl.decompose(fl.Pool([mixed, p2]), 0.3).shared
     same(fl.compose("shared(p0 + p1, p2, threshold=0.3)", paths), expected, 1e-6)
     same(fl.compose("unique(unique(p0 | p1) | p2)", paths), fl.compose("unique(p0 | p1, p2)", paths), 1e-6)
@@ -205,8 +205,7 @@ def test_adapters_of_different_models_are_refused(tmp_path: Path) -> None:
 
 
 def test_replaced_modules_are_refused_or_dropped() -> None:
-    a = adapter("a", 1)
-    a.extras["head.weight"] = Extra("value", torch.ones(3))
+    a = replace(adapter("a", 1), extras={"head.weight": Extra("value", torch.ones(3))})
     with pytest.raises(ExpressionError, match=r"replaces head.weight .*\n  a \+ b\n  \^"):
         fl.compose("a + b", {**POOL, "a": a})
     assert fl.compose("a + b", {**POOL, "a": a}, drop_extras=True).extras == {}

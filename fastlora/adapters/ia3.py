@@ -36,6 +36,7 @@ class IA3(Ia3Data, VectorSpace):
         dtype: what the adapter is saved in by default. Results of arithmetic are float64 until then.
         provenance: how the adapter came about, as plain data; it is saved with the adapter.
         notes: what a user should know about the result, in sentences.
+        details: what was measured while it was made, by name; it is not saved.
     """
 
     kind = "an (IA)³ adapter"

@@ -42,6 +42,7 @@ class Adapter(LoraData, VectorSpace):
         dtype: what the adapter is saved in by default: float16, bfloat16 or float32. Factors keep their own dtypes.
         provenance: how the adapter came about, as plain data; it is saved with the adapter.
         notes: what a user should know about the result, in sentences.
+        details: what was measured while it was made, by name; it is not saved.
     """
 
     kind = "a LoRA adapter"
@@ -71,6 +72,7 @@ class Adapter(LoraData, VectorSpace):
         return f"Adapter({self.name!r}, {len(self.updates)} modules, rank {span}, {str(self.dtype)[6:]})"
 
     def update(self, module: str) -> Update:
+        """The update of one ``module``, in factors. Raises :class:`InputError` for a module that is not adapted."""
         try:
             return self.updates[module]
         except KeyError:

@@ -92,10 +92,12 @@ class Pool:
 
     @property
     def adapters(self) -> list[Adapter]:
+        """The adapters, in the order of the pool."""
         return list(self._adapters.values())
 
     @property
     def names(self) -> list[str]:
+        """The names of the adapters, in the order of the pool."""
         return list(self._adapters)
 
     @property
@@ -108,6 +110,7 @@ class Pool:
         return list(self._owners.get(module, ()))
 
     def __getitem__(self, name: str) -> Adapter:
+        """The adapter of that name. Raises :class:`InputError` when there is none."""
         try:
             return self._adapters[name]
         except KeyError:

@@ -39,6 +39,7 @@ class TaskVector(DeltaData, VectorSpace):
             parameter that is left out did not change and counts as zero.
         provenance: how the task vector came about, as plain data; it is saved with it.
         notes: what a user should know about it, in sentences.
+        details: what was measured while it was made, by name; it is not saved.
     """
 
     kind = "a task vector"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ try:
 except ImportError:
     _core = None  # type: ignore[assignment]
 
-# The compiled module, and the type of device that its kernels run on. The tests put the emulator's in their place.
+# The compiled module, and the type of device that its kernels run on.
 _module: Any = _core if _core is not None and _core.has_cuda else None
 _device = "cuda"
 
@@ -30,9 +30,22 @@ LONGEST = 4096  # of max(p, q) in svd
 LARGEST_RANK, LARGEST_MEAN = 256, 512  # r, and k·r for the mean, in chain, as in csrc/cuda/chain_layout.h
 
 
+@contextlib.contextmanager
+def use_module(module: Any, device: str = "cuda") -> Iterator[None]:
+    """Inside the block, in all threads, the kernels are those of another compiled module, for tensors on this type of
+    device: an emulator's run on the CPU. ``None`` is a build without kernels."""
+    global _module, _device
+    before = _module, _device
+    _module, _device = module, device
+    try:
+        yield
+    finally:
+        _module, _device = before
+
+
 def unavailable() -> str | None:
     if _module is not None:
-        return _without_device() if _device == "cuda" else None
+        return _without_device(_module) if _device == "cuda" else None
     if _core is None:
         return "the compiled module fastlora._core cannot be imported; the cpu backend says why"
     return (
@@ -42,8 +55,8 @@ def unavailable() -> str | None:
 
 
 @functools.cache
-def _without_device() -> str | None:
-    count, reason = _module.cuda_device_count()
+def _without_device(module: Any) -> str | None:
+    count, reason = module.cuda_device_count()
     return None if count else f"there is no CUDA device that can be used ({reason}); use the cpu backend"
 
 

@@ -15,7 +15,7 @@ from fastlora.ops.passes import CombineJob, CombineOutput, GramJob, WriteProblem
 from fastlora.reference.chain import chain
 from fastlora.reference.combine import combine
 from fastlora.reference.eigh import eigh
-from fastlora.reference.gram import gram
+from fastlora.reference.gram import gram, symmetric
 from fastlora.reference.svd import svd
 
 
@@ -31,7 +31,9 @@ def _gram_pass(jobs: Sequence[GramJob]) -> None:
     for job in jobs:
         columns = [(x.mT if job.rows else x).double() for x in job.factors]
         for block in job.blocks:
-            job.block(block).copy_(columns[block[0]].mT @ columns[block[1]])
+            i, j, _ = block
+            product = columns[i].mT @ columns[j]
+            job.block(block).copy_(symmetric(product) if i == j else product)
 
 
 def _combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:

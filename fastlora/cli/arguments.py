@@ -31,10 +31,10 @@ def parse(text: str) -> AdapterSpec:
     unusable name.
     """
     readings = list(_readings(text))
-    exists = next((r for r in readings if exists(r[1])), None)
+    existing = next((r for r in readings if exists(r[1])), None)
     # Where nothing exists, the reading with the most parts is what was meant: it gives the clearest message,
     # and a Hub id is not there yet.
-    name, path, weight = exists or readings[-1]
+    name, path, weight = existing or readings[-1]
     found = find(path)
     name = found.name if name is None else name
     check_name(name)

@@ -64,14 +64,17 @@ class Sweep:
 
     @property
     def identity(self) -> Identity:
+        """What tells this sweep from others: its expression, key and adapters."""
         return Identity(self.of, self.key, self.adapters)
 
     @property
     def variables(self) -> list[str]:
+        """The names of the grid, in order of first appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row.point))
 
     @property
     def scores(self) -> list[str]:
+        """The names of the scores, in order of first appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row.scores))
 
     def best(self, score: str | None = None, *, maximize: bool = True) -> Row:

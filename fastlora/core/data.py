@@ -63,18 +63,14 @@ class Scaling:
 
 @dataclass(frozen=True, eq=False)
 class AdapterData:
-    """What every kind of adapter says of itself. Records are frozen: another one is made by ``replace``.
+    """What every kind says of itself. Records are frozen: another one is made by :func:`dataclasses.replace`.
 
-    ``dtype``: the widest of what it was read from, in which it is saved by default. ``provenance``: what it was made
-    of, as JSON. ``notes``: what a user should know. ``details``: measured while it was made, such as the energy that
-    a compression kept; not saved.
+    ``provenance``: how it came about, as plain data; it is saved. ``notes``: what a user should know, in sentences.
+    ``details``: what was measured while it was made, such as the energy that a compression kept; it is not saved.
     """
 
     name: str
     _: KW_ONLY
-    extras: Mapping[str, Extra] = field(default_factory=dict)
-    base: BaseInfo = BaseInfo()
-    dtype: torch.dtype = torch.float32
     provenance: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     details: Mapping[str, object] = field(default_factory=dict)
@@ -86,7 +82,21 @@ class AdapterData:
 
 
 @dataclass(frozen=True, eq=False)
-class LoraData(AdapterData):
+class ModulesData(AdapterData):
+    """A kind that adapts modules of a base model.
+
+    ``extras``: what it holds beside them. ``dtype``: the widest of what it was read from, in which it is saved by
+    default.
+    """
+
+    _: KW_ONLY
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+    base: BaseInfo = BaseInfo()
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class LoraData(ModulesData):
     """A low-rank adapter: ``updates {module: Update}``, named by the modules' paths in the base model."""
 
     updates: Mapping[str, Update]
@@ -111,7 +121,7 @@ class LoraData(AdapterData):
 
 
 @dataclass(frozen=True, eq=False)
-class Ia3Data(AdapterData):
+class Ia3Data(ModulesData):
     """An (IA)³ adapter: ``vectors {module: Scaling}``."""
 
     vectors: Mapping[str, Scaling]

@@ -102,8 +102,26 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+_given: dict[str, Mapping[str, Kernel]] = {}
+
+
+@contextlib.contextmanager
+def use_kernels(backend: str, table: Mapping[str, Kernel]) -> Iterator[None]:
+    """Inside the block, in all threads, the kernels of a backend are those of ``table``: kernels that are being
+    developed, or of a device that is simulated."""
+    before = dict(_given)
+    _given[checked_name(backend)] = table
+    try:
+        yield
+    finally:
+        _given.clear()
+        _given.update(before)
+
+
 def kernels(backend: str) -> Mapping[str, Kernel] | str:
     """The kernels of a backend, or the reason why there are none."""
+    if backend in _given:
+        return _given[backend]
     module = importlib.import_module(f"fastlora.backends.{backend}")
     reason: str | None = module.unavailable()
     table: Mapping[str, Kernel] = module.KERNELS

@@ -11,8 +11,8 @@ def coefficients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(H, norms, shared, removal, mixing)`` as :class:`fastlora.ops.coefficients.Coefficients` has them.
 
-    ``projected [g, k, k, r, r]`` (``i <= j``), ``other [g, k, r, r]``: Gram blocks. ``basis [g, k, r, w]``, of which the
-    first ``movers`` count. ``scaling [g, k]``: the ``s_i``; ``strength [g, k]``: of the removals."""
+    ``projected [g, k, k, r, r]`` (``i <= j``), ``other [g, k, r, r]``: Gram blocks. ``basis [g, k, r, w]``, of which
+    the first ``movers`` count. ``scaling [g, k]``: the ``s_i``; ``strength [g, k]``: of the removals."""
     k = projected.shape[1]
     H = basis[:, 0, None].mT @ projected[:, 0]
     for j in range(1, movers):

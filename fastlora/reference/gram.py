@@ -9,12 +9,20 @@ from torch import Tensor
 def gram(factors: Tensor, ranks: Tensor | None, blocks: list[tuple[int, int]], mirror: bool, rows: bool) -> Tensor:
     x = factors.double().mT if rows else factors.double()  # [..., k, n, r]
     x = mask_columns(x, ranks)
-    full = torch.einsum("...ina,...jnb->...ijab", x, x)  # [..., k, k, r, r]
+    *batch, k, _, r = x.shape
+    products = torch.einsum("...ina,...jnb->...iajb", x, x).reshape(*batch, k * r, k * r)
+    full = symmetric(products).reshape(*batch, k, r, k, r).transpose(-3, -2)  # [..., k, k, r, r]
     wanted = torch.zeros(x.shape[-3], x.shape[-3], dtype=torch.bool, device=x.device)
     for i, j in blocks:
         wanted[i, j] = True
         wanted[j, i] |= mirror
     return torch.where(wanted[:, :, None, None], full, 0.0).contiguous()
+
+
+def symmetric(x: Tensor) -> Tensor:
+    """The upper triangle in both: a library may sum ``X_aᵀX_b`` and ``X_bᵀX_a`` in different orders."""
+    upper = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu()
+    return torch.where(upper, x, x.mT)
 
 
 def mask_columns(x: Tensor, ranks: Tensor | None) -> Tensor:

@@ -71,7 +71,8 @@ def run_settings(settings: Settings) -> list[Stopped]:
 def main() -> None:
     import torch
 
-    from fastlora.cli import app, exits
+    from fastlora.cli import app as cli
+    from fastlora.cli import exits
 
     settings = Settings(**json.load(sys.stdin))
     torch.set_num_threads(1)
@@ -80,7 +81,7 @@ def main() -> None:
     sys.argv = ["fastlora", *settings.arguments]
     os.chdir(_made(root / "first"))
     try:
-        app.main()
+        cli.main()
     except SystemExit as end:
         assert not end.code
     exits.outputs.clear()
@@ -165,15 +166,15 @@ def _start(cli: Any, directory: Path, limit: int = 0) -> tuple[int, int]:
 
 
 def _become(cli: Any, begun: int) -> NoReturn:
-    app, code = app.app, 99
+    app, code = cli.app, 99
 
     def telling(**settings: Any) -> Any:
         os.write(begun, b"x")
         return app(**settings)
 
-    app.app = telling
+    cli.app = telling
     try:
-        app.main()
+        cli.main()
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:

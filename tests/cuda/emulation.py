@@ -52,15 +52,10 @@ def build() -> Any:
 @contextlib.contextmanager
 def emulated(module: Any, schedule: int = 0, shared_limit: int = SHARED_LIMIT) -> Iterator[None]:
     """Ops run on the emulated CUDA backend, on CPU tensors, with the threads of a block in the order ``schedule``."""
-    before = cuda._module, cuda._device
-    cuda._module, cuda._device = module, "cpu"
     module.set_schedule(schedule)
     module.set_shared_limit(shared_limit)
-    try:
-        with fl.use_backend("cuda"):
-            yield
-    finally:
-        cuda._module, cuda._device = before
+    with cuda.use_module(module, "cpu"), fl.use_backend("cuda"):
+        yield
 
 
 def barriers_not_missed(module: Any, call: Callable[[], object], of_warp: bool) -> tuple[int, list[int]]:

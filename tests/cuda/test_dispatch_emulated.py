@@ -47,18 +47,21 @@ def test_what_is_not_supported_is_named(emulator: Any, call: Any, message: str) 
         call()
 
 
-def test_a_cpu_tensor_is_refused_and_auto_goes_on(monkeypatch: pytest.MonkeyPatch, emulator: Any) -> None:
-    monkeypatch.setattr(cuda, "_module", emulator)
+def test_a_cpu_tensor_is_refused_and_auto_goes_on(emulator: Any) -> None:
     a = torch.eye(3)
-    with fl.use_backend("cuda"), pytest.raises(RuntimeError, match="a tensor is on cpu, this backend needs a CUDA"):
-        fl.ops.eigh(a)
-    with fl.use_backend("auto"):
-        fl.ops.eigh(a)
+    with cuda.use_module(emulator):
+        with fl.use_backend("cuda"), pytest.raises(RuntimeError, match="a tensor is on cpu, this backend needs a CUDA"):
+            fl.ops.eigh(a)
+        with fl.use_backend("auto"):
+            fl.ops.eigh(a)
 
 
-def test_a_build_without_cuda_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_module", None)
-    with fl.use_backend("cuda"), pytest.raises(RuntimeError, match="this build has no CUDA kernels"):
+def test_a_build_without_cuda_is_explained() -> None:
+    with (
+        cuda.use_module(None),
+        fl.use_backend("cuda"),
+        pytest.raises(RuntimeError, match="this build has no CUDA kernels"),
+    ):
         fl.ops.eigh(torch.eye(3))
 
 

@@ -32,7 +32,8 @@ def test_kernels_stay_within_their_limits(source: str, architecture: str) -> Non
 
 
 def test_the_document_holds_the_predictions() -> None:
-    """``python tests/cuda/predictions.py`` writes them anew."""
+    """Against forgetting: the table is written by the code that it is held against, ``python
+    tests/cuda/predictions.py``."""
     assert predictions.table_in_document() == predictions.table()
 
 

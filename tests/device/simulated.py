@@ -7,8 +7,6 @@ are, and nothing is copied back and forth by accident. Kernels are those of the 
 from __future__ import annotations
 
 import contextlib
-import sys
-import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastlora.backends import cpu
-from fastlora.engine import stream
 from fastlora.ops import dispatch
 from fastlora.ops.dispatch import Kernel
 from fastlora.ops.passes import CombineJob, GramJob
@@ -135,6 +132,8 @@ def _held(x: Any) -> Any:
 
 
 def _kernel(launch: Callable[..., Any]) -> Kernel:
+    """A kernel of the CPU, on the values held."""
+
     def on_held(*args: Any) -> Any:
         with torch._C.DisableTorchFunction():
             result = launch(*tree_map(_held, args))
@@ -143,29 +142,30 @@ def _kernel(launch: Callable[..., Any]) -> Kernel:
     return Kernel(on_held, dispatch.always)
 
 
-class _Threads(ThreadPoolExecutor):
-    """Threads that make tensors on the device too: modes of torch belong to a thread."""
+_submit = ThreadPoolExecutor.submit
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        def making() -> Any:
-            with _Making():
-                return fn(*args, **kwargs)
 
-        return super().submit(making)
+def _submit_making(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    """Threads make tensors on the device too: modes of torch belong to a thread."""
+
+    def making() -> Any:
+        with _Making():
+            return fn(*args, **kwargs)
+
+    return _submit(self, making)
 
 
 @contextlib.contextmanager
 def simulated_device() -> Iterator[None]:
-    """Inside the block, ``"cuda"`` is the simulated device."""
-    module = types.ModuleType("fastlora.backends.simulated")
-    module.KERNELS = {op: _kernel(k.launch) for op, k in cpu.KERNELS.items()}  # type: ignore[attr-defined]
-    module.unavailable = lambda: None  # type: ignore[attr-defined]
-    rules = {op: {"cpu": own["cpu"], "cuda": ("simulated",)} for op, own in dispatch.RULES.items()}
-    real = devices.parse
-    with pytest.MonkeyPatch.context() as patch, _Making():
-        patch.setitem(sys.modules, "fastlora.backends.simulated", module)
-        patch.setattr(dispatch, "RULES", rules)
-        for user in (engine, stream):
-            patch.setattr(user, "ThreadPoolExecutor", _Threads)
-        patch.setattr(devices, "parse", lambda d: DEVICE if _is_device(d) else real(d))
+    """Inside the block, ``"cuda"`` is the simulated device, there for fastlora and not for torch's own functions."""
+    table = {op: _kernel(kernel.launch) for op, kernel in cpu.KERNELS.items()}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        dispatch.use_kernels("cuda", table),
+        dispatch.use_kernels("triton", {}),
+        _Making(),
+    ):
+        patch.setattr(devices, "unavailable", lambda index=None: None)
+        patch.setattr(torch.cuda, "current_device", lambda: DEVICE.index)
+        patch.setattr(ThreadPoolExecutor, "submit", _submit_making)
         yield

@@ -6,8 +6,10 @@ emulator for the chain where it is given. Its own process: the interpreter must 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,10 +20,13 @@ import pools
 
 import fastlora as fl
 from fastlora.adapters.lora import Adapter
+from fastlora.backends import cpu, cuda, triton
 from fastlora.ops import dispatch
+from fastlora.ops.dispatch import Kernel
 
 TAU = 0.5
 PASSES = ("gram_pass", "combine_pass")
+SMALL = ("chain", "coefficients")
 
 
 def pool_of(dtype: torch.dtype) -> fl.Pool:
@@ -40,7 +45,8 @@ def require_close(found: dict[str, Adapter], wanted: dict[str, Adapter], toleran
             assert error < tolerance, f"{place} {module}: {error:.1e}"
 
 
-def check() -> None:
+def check(table: Mapping[str, Kernel]) -> None:
+    """Plans on the kernels of the table, against the CPU's own."""
     for dtype, side, chain in (
         (torch.bfloat16, "left", "product"),
         (torch.float32, "right", "product"),
@@ -48,33 +54,27 @@ def check() -> None:
     ):
         start = time.perf_counter()
         pool = pool_of(dtype)
-        with fl.use_backend("cpu"):
-            wanted = fl.decompose(pool, TAU, chain=chain, side=side)
-            expected = wanted.adapters()
-        plan = fl.DecompositionPlan(pool, TAU, chain=chain, side=side, dtype=torch.float32)
-        plan.run()
-        report = plan.decomposition().report
+        wanted = fl.decompose(pool, TAU, chain=chain, side=side)
+        with dispatch.use_kernels("cpu", table):
+            plan = fl.DecompositionPlan(pool, TAU, chain=chain, side=side, dtype=torch.float32)
+            plan.run()
+            report, found = plan.decomposition().report, plan.adapters()
         for got, right in zip(report.rows, wanted.report.rows, strict=True):
             assert (got.module, got.shared, got.directions) == (right.module, right.shared, right.directions)
         assert any(row.shared for row in report.rows)
-        found = plan.adapters()
-        with fl.use_backend("cpu"):
-            require_close(found, expected, 2e-5)
+        require_close(found, wanted.adapters(), 2e-5)
         print(f"{dtype} {side} {chain}: {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def main() -> None:
-    for op in PASSES:
-        dispatch.RULES[op] = {"cpu": ("triton",)}
-    if sys.argv[1:] == ["emulated"]:
-        import emulation
+    table = {**cpu.KERNELS, **{op: triton.KERNELS[op] for op in PASSES}}
+    with contextlib.ExitStack() as stack:
+        if sys.argv[1:] == ["emulated"]:
+            import emulation
 
-        from fastlora.backends import cuda
-
-        cuda._module, cuda._device = emulation.build(), "cpu"
-        for op in ("chain", "coefficients"):
-            dispatch.RULES[op] = {"cpu": ("cuda",)}
-    check()
+            stack.enter_context(cuda.use_module(emulation.build(), "cpu"))
+            table |= {op: cuda.KERNELS[op] for op in SMALL}
+        check(table)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastlora.formats.peft.write import write
+from builders import write
 from torch import Tensor, nn
 
 from fastlora.adapters.loading import load

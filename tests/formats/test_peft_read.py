@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from builders import MODULES, PREFIX, gaussian, make_adapter, make_config, make_factors, peft_tensors, write_peft
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,17 +62,35 @@ def test_a_header_that_was_checked_before_is_no_passport(tmp_path: Path) -> None
 
 
 def test_few_and_small_headers_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header that is remembered is not checked by the library again; one that is forgotten is."""
+    checked: list[str] = []
+
+    def checking(path: Path, **options: Any) -> Any:
+        checked.append(path.name)
+        return safe_open(path, **options)
+
+    def checks_of(names: list[str]) -> list[str]:
+        checked.clear()
+        for name in names:
+            tensor_files.read_safetensors(tmp_path / name)
+        return list(checked)
+
+    monkeypatch.setattr(tensor_files, "safe_open", checking)
     monkeypatch.setattr(tensor_files, "LARGEST_KNOWN", 200)
-    for n in range(1, tensor_files.MOST_KNOWN + 5):
-        save_file({"x": torch.full((n, 3), float(n))}, tmp_path / f"{n}")
-        assert torch.equal(tensor_files.read_safetensors(tmp_path / f"{n}")["x"], torch.full((n, 3), float(n)))
-    assert len(tensor_files._known) == tensor_files.MOST_KNOWN
+    names = [f"{n}" for n in range(1, tensor_files.MOST_KNOWN + 5)]
+    for name in names:  # headers that no other test has
+        save_file({f"{tmp_path.name}": torch.full((int(name), 3), float(name))}, tmp_path / name)
     save_file({"x" * 300: torch.zeros(2)}, tmp_path / "long")
-    tensor_files.read_safetensors(tmp_path / "long")
-    assert (
-        len(tensor_files._known) == tensor_files.MOST_KNOWN
-        and max(len(header) for header, _ in tensor_files._known) <= 200
-    )
+    assert checks_of(names) == names
+    latest = names[-tensor_files.MOST_KNOWN :]
+    assert checks_of(latest) == []
+    for name in latest:
+        assert torch.equal(
+            tensor_files.read_safetensors(tmp_path / name)[tmp_path.name], torch.full((int(name), 3), float(name))
+        )
+    assert checks_of(["long", "long"]) == ["long", "long"]
+    assert checks_of(latest) == [], "what is too long to be remembered takes the place of nothing"
+    assert checks_of(names[:4]) == names[:4]
 
 
 def test_nothing_is_copied_and_the_mapping_outlives_the_file(tmp_path: Path) -> None:
@@ -360,7 +379,7 @@ def replaced(key: str, tensor: Tensor | None) -> Callable[[Path], None]:
 
     def apply(directory: Path) -> None:
         tensors = peft_tensors(make_factors())
-        tensor_files.pop(f"{PREFIX}{key}", None)
+        tensors.pop(f"{PREFIX}{key}", None)
         if tensor is not None:
             tensors[f"{PREFIX}{key}"] = tensor
         save_file(tensors, directory / "adapter_model.safetensors")

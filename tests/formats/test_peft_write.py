@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import MODULES, gaussian, make_adapter, make_factors
-from fastlora.formats.peft.write import exclude_pattern, write
+from builders import MODULES, gaussian, make_adapter, make_factors, write
 from safetensors import safe_open
 from torch import Tensor
 
@@ -26,8 +25,9 @@ from fastlora.core.factors import Factor
 from fastlora.core.updates import Layout, Update
 from fastlora.errors import OutputError
 from fastlora.files.tensor_files import TensorFile
-from fastlora.formats.peft.config import exact_pattern
+from fastlora.formats.peft.names import exact_pattern
 from fastlora.formats.peft.patterns import Patterns
+from fastlora.formats.peft.writing import exclude_pattern
 from fastlora.ops.dispatch import use_backend
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -194,9 +194,8 @@ def test_metadata_says_where_it_comes_from(tmp_path: Path) -> None:
 SAME_BYTES = """
 import hashlib, sys, torch
 from pathlib import Path
-from builders import make_factors
+from builders import make_factors, write
 from test_peft_write import adapter_of
-from fastlora.formats.peft_write import write
 factors = make_factors()
 write(Path(sys.argv[1]), adapter_of(factors), factors, torch.float32)
 """

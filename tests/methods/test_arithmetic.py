@@ -13,7 +13,7 @@ from pools import MODULE, Part
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.adapters.lora import Adapter, combination
+from fastlora.adapters.lora import Adapter
 from fastlora.core.data import BaseInfo, Extra
 from fastlora.core.factors import Factor, Term
 from fastlora.core.sums import combine_extras
@@ -59,7 +59,7 @@ def test_an_adapter_minus_itself_is_zero() -> None:
 
 def test_weights_of_zero_leave_an_adapter_out() -> None:
     a, b, _ = adapters()
-    result = combination([(1.0, a), (0.0, b)])
+    result = Adapter.weighted_sum([(1.0, a), (0.0, b)])
     assert result.update(MODULE).rank == 3
     close(delta(result), A)
 
@@ -79,7 +79,7 @@ def test_shapes_that_differ_are_refused() -> None:
 
 def test_layouts_that_differ_are_refused() -> None:
     a, b = adapters()[:2]
-    b.updates[MODULE] = replace(b.updates[MODULE], layout=Layout("embedding"))
+    b = replace(b, updates={MODULE: replace(b.updates[MODULE], layout=Layout("embedding"))})
     with pytest.raises(fl.InputError, match=r"different layouts \(linear and embedding\)"):
         a + b
 
@@ -125,8 +125,7 @@ def test_gram_blocks_of_lazy_sums() -> None:
     """A sum that uses a matrix twice, beside the adapters it is made of."""
     pool = pools.make_pool(pools.cast(pools.planted(2), torch.float32))
     a0, a1 = pool.adapters
-    total = a0 + 0.5 * a1 + a0
-    total.name = "total"
+    total = replace(a0 + 0.5 * a1 + a0, name="total")
     lazy = fl.overlap(fl.Pool([total, a0, a1]))
     deltas = [pools.exact(x.update(MODULE)) for x in (total, a0, a1)]
     gram = torch.tensor([[float((x * y).sum()) for x in deltas] for y in deltas], dtype=torch.float64)
@@ -196,7 +195,7 @@ def test_merge_weights() -> None:
     close(delta(fl.merge(pool, method="cat")), A + B + C)
     merged = fl.merge(pool, {"a": 2.0, "c": -1.0}, method="cat")
     close(delta(merged), 2 * A - C)
-    assert merged.notes == ["b has no weight and counts 0"]
+    assert merged.notes == ("b has no weight and counts 0",)
     with pytest.raises(fl.InputError, match="weights name 'd', which the pool does not have: a, b, c"):
         fl.merge(pool, {"d": 1.0})
     with pytest.raises(fl.InputError, match="weight of 'a' is nan: it must be a finite number"):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import fastlora as fl
 from fastlora.decomposition.components import Components
-from fastlora.engine import schedule
 from fastlora.reference.devec import devec
+from fastlora.runtime import memory
 
 SIDES = ["left", "right"]
 THRESHOLD = {"product": 0.7, "palindrome": 0.7, "mean": 0.87}
@@ -34,9 +34,7 @@ def near(k: int, side: str = "left", dtype: torch.dtype = torch.float32) -> list
 
 def whole(parts: list[Part], chain: str = "product", side: str = "left", threshold: float | None = None) -> Components:
     tau = THRESHOLD[chain] if threshold is None else threshold
-    found = fl.decompose(pools.make_pool(parts), tau, chain=chain, side=side)._whole
-    assert found is not None
-    return found
+    return fl.decompose(pools.make_pool(parts), tau, chain=chain, side=side).components
 
 
 def z_of(components: Components) -> Tensor:
@@ -229,16 +227,19 @@ def test_same_bits_whatever_the_threads_and_chunks(
     modules = [{f"m{j}": near(3, side)[i] if j else pools.planted(3, seed=9)[i] for j in range(5)} for i in range(3)]
     pool = fl.Pool(pools.make_adapter(f"a{i}", m) for i, m in enumerate(modules))
 
-    def results() -> list[Tensor]:
-        found = fl.decompose(pool, 0.7, mode=mode, chain=chain, side=side, target="a0" if mode == "iterative" else None)
+    target = "a0" if mode == "iterative" else None
+
+    def results(bound: int | None = None) -> list[Tensor]:
+        found = fl.decompose(pool, 0.7, mode=mode, chain=chain, side=side, target=target, memory=bound)
         adapters = found.adapters().values()
         return [t for a in adapters for m in a for t in a.factors(m)]
 
     expected = results()
-    for count, size in ((1, 256 * 2**20), (2, 256 * 2**20), (2, 1), (1, 40_000)):
+    for count, size in ((1, None), (2, None), (2, 1), (1, 40_000)):
         threads(count)
-        monkeypatch.setattr(schedule, "CHUNK_BYTES", size)
-        for got, wanted in zip(results(), expected, strict=True):
+        # Beyond a bound that is used up, as many modules at once as fit into this many bytes: one, and two or three.
+        monkeypatch.setattr(memory, "LEAST", size or memory.LEAST)
+        for got, wanted in zip(results(size), expected, strict=True):
             assert torch.equal(got, wanted), f"{count} threads, {size} bytes"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pools
@@ -17,12 +18,12 @@ from fastlora.core.data import Extra
 
 def test_messages(tmp_path: Path) -> None:
     own, other, ragged = adapters(part(1), part(3), part(5, rank=2))
-    own.name = "own"
+    own = replace(own, name="own")
 
-    def refused(message: str, **arguments: object) -> None:
+    def refused(message: str, adapter: fl.Adapter = own, **arguments: object) -> None:
         given: Mapping[str, object] = {"operators": fl.dipm.shift(other, ragged), **arguments}
         with pytest.raises(fl.InputError, match=message):
-            fl.modulate(own, **given)  # type: ignore[arg-type]
+            fl.modulate(adapter, **given)  # type: ignore[arg-type]
 
     refused("'row' does not exist: use one of component, column, matrix", granularity="row")
     refused("on='C' does not exist", on="C")
@@ -46,10 +47,10 @@ def test_messages(tmp_path: Path) -> None:
         fl.dipm.recombine(fl.dipm.decouple(own), magnitudes={MODULE: -torch.ones(M)})
     with pytest.raises(fl.InputError, match="magnitudes for 'x', a module"):
         fl.dipm.recombine(fl.dipm.decouple(own), magnitudes={"x": torch.ones(M)})
-    for holder in (own, other):
-        holder.extras["head.weight"] = Extra("value", torch.ones(2))
-        refused(f"'{holder.name}' also changes head.weight .*without_extras")
-        holder.extras.clear()
+    head = {"head.weight": Extra("value", torch.ones(2))}
+    refused("'own' also changes head.weight .*without_extras", replace(own, extras=head))
+    shift = fl.dipm.shift(replace(other, extras=head), ragged)
+    refused(f"'{other.name}' also changes head.weight .*without_extras", operators=shift)
     broken = pools.make_adapter("broken", {MODULE: (part(1)[0] * torch.nan, part(1)[1], 1.0)})
     refused("'broken': lora_B of .* holds NaN", operators=fl.dipm.shift(other, broken))
     wider = pools.make_adapter("wider", {MODULE: (torch.ones(N + 1, 2), torch.ones(2, M), 1.0)})
@@ -59,10 +60,10 @@ def test_messages(tmp_path: Path) -> None:
 def test_copies_of_adapted_embeddings_are_kept_where_all_agree() -> None:
     own, other, third = adapters(*INPUTS["plain"])
     name = f"{MODULE}.weight"  # as peft saves an embedding beside its update
-    for adapter in (own, other):
-        adapter.extras[name] = Extra("value", torch.ones(N, M))
+    copy = {name: Extra("value", torch.ones(N, M))}
+    own, other = replace(own, extras=copy), replace(other, extras=copy)
     assert list(fl.modulate(own, fl.dipm.shift(other, third)).extras) == [name]
-    other.extras[name] = Extra("value", torch.zeros(N, M))
+    other = replace(other, extras={name: Extra("value", torch.zeros(N, M))})
     with pytest.raises(fl.InputError, match="also changes"):
         fl.modulate(own, fl.dipm.shift(other, third))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pools
@@ -100,7 +101,7 @@ def test_default_weights() -> None:
     expected = elementwise([(third, third, x) for x in (A, B, C)])
     result = fl.add([a, b, c], semantics="pem")
     assert_close(deltas(result), expected)
-    assert result.notes == []
+    assert result.notes == ()
 
 
 def test_nothing_is_computed_before_it_is_needed() -> None:
@@ -179,15 +180,15 @@ def test_merge_method() -> None:
     pool = fl.Pool(adapters(a=A, b=B, c=C))
     merged = fl.merge(pool, {"a": 0.75, "b": 0.25}, method="pem")
     assert_close(deltas(merged), elementwise([(0.75, 0.75, A), (0.25, 0.25, B)]))
-    assert merged.notes == ["c has no weight and counts 0"]
+    assert merged.notes == ("c has no weight and counts 0",)
     assert_close(deltas(fl.merge(pool, method="pem")), elementwise([(1 / 3, 1 / 3, x) for x in (A, B, C)]))
     assert fl.methods()["pem"].source.startswith("PEM, arXiv 2306.14870")
 
 
 def test_biases_take_part() -> None:
     a, b = adapters(a=A, b=B)
-    a.extras["layers.0.q.bias"] = Extra("delta", torch.full((24,), 2.0))
-    b.extras["layers.0.q.bias"] = Extra("delta", torch.full((24,), 10.0))
+    a = replace(a, extras={"layers.0.q.bias": Extra("delta", torch.full((24,), 2.0))})
+    b = replace(b, extras={"layers.0.q.bias": Extra("delta", torch.full((24,), 10.0))})
     result = fl.add([a, b], [0.25, 0.75], semantics="pem")
     assert result.extras["layers.0.q.bias"].tensor.unique().tolist() == [8.0]
 
@@ -232,7 +233,7 @@ def test_layouts_must_agree() -> None:
     a, b = adapters(a=A, b=B)
     first = next(iter(SHAPES))
     u = b.updates[first]
-    b.updates[first] = Update(u.B, u.A, u.scaling, Layout("embedding"))
+    b = replace(b, updates={**b.updates, first: Update(u.B, u.A, u.scaling, Layout("embedding"))})
     with pytest.raises(fl.InputError, match="different base models"):
         fl.add([a, b], semantics="pem")
 

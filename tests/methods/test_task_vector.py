@@ -169,13 +169,13 @@ def test_what_is_refused(case: str) -> None:
 def test_common_parameters_only() -> None:
     got = fl.task_vector(BASE, changed("head.weight", torch.ones(2)), "x", common_only=True)
     assert_close(got.deltas, exact(ONE), 1e-7)
-    assert got.notes == ["task vector 'x': only one of the models has head.weight, left out"]
+    assert got.notes == ("task vector 'x': only one of the models has head.weight, left out",)
 
 
 def test_buffers_are_no_parameters() -> None:
     first = {**BASE, "steps": torch.tensor(3), "positions": torch.arange(4)}
     got = fl.task_vector(first, {**ONE, "steps": torch.tensor(7), "positions": torch.arange(4)}, "x")
-    assert "steps" not in got and got.notes == ["task vector 'x': steps differ and are no parameters, left out"]
+    assert "steps" not in got and got.notes == ("task vector 'x': steps differ and are no parameters, left out",)
 
 
 def test_applying_it_to_another_model_is_refused() -> None:
@@ -231,7 +231,7 @@ def test_extracting_what_has_low_rank() -> None:
     assert kinds == {"embeddings.word_embeddings": "embedding", "layers.0.q": "linear", "conv": "conv"}
     weights = {n: d.double() for n, d in one.deltas.items()}
     assert_close(dense(adapter, BASE), weights, 1e-5)
-    assert adapter.provenance["retained_energy"] == pytest.approx(1.0) and adapter.notes == []
+    assert adapter.provenance["retained_energy"] == pytest.approx(1.0) and adapter.notes == ()
 
 
 @pytest.mark.parametrize(("rank", "energy"), [(1, None), (3, None), (None, 0.5), (None, 0.9), (None, 1.0)])

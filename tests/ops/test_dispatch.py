@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastlora as fl
 from fastlora.ops import dispatch
+from fastlora.ops.dispatch import Kernel
 
 Call = Callable[[Tensor], Any]
 
@@ -170,14 +172,25 @@ def test_a_forced_backend_never_falls_back(call: Call, x: Tensor) -> None:
     assert "cpu:" not in str(error.value)
 
 
-def test_a_missing_kernel_is_listed_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastlora.backends import cpu
+def test_a_missing_kernel_is_listed_and_not_replaced() -> None:
+    with dispatch.use_kernels("cpu", {}):
+        with fl.use_backend("cpu"), pytest.raises(RuntimeError, match="cpu: has no kernel for gram"):
+            fl.ops.gram(TALL)
+        with fl.use_backend("auto"):
+            fl.ops.gram(TALL)
 
-    monkeypatch.setattr(cpu, "KERNELS", {})
-    with fl.use_backend("cpu"), pytest.raises(RuntimeError, match="cpu: has no kernel for gram"):
-        fl.ops.gram(TALL)
-    with fl.use_backend("auto"):
-        fl.ops.gram(TALL)
+
+def test_kernels_can_be_given_for_a_block() -> None:
+    """Nested, in every thread, and no longer than the block."""
+    own = dispatch.kernels("cpu")
+    given = {"eigh": Kernel(lambda *_: None, dispatch.always)}
+    with dispatch.use_kernels("cpu", given):
+        with dispatch.use_kernels("cpu", {}), ThreadPoolExecutor(1) as thread:
+            assert thread.submit(dispatch.kernels, "cpu").result() == {}
+        assert dispatch.resolve("eigh", torch.eye(3)) is given["eigh"]
+    assert dispatch.kernels("cpu") is own
+    with pytest.raises(fl.InputError, match="backend 'gpu' does not exist"), dispatch.use_kernels("gpu", {}):
+        pass
 
 
 def test_a_missing_core_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

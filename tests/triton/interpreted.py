@@ -48,7 +48,7 @@ def test_units_and_tiles_of_tensor_cores(kind: str, rows: bool) -> None:
 @pytest.mark.parametrize("three", [False, True])
 def test_bits_do_not_depend_on_the_tiles(three: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without programs of three products, in a small workspace, among other jobs, alone."""
-    monkeypatch.setattr(triton, "_forms_three", lambda device: three)
+    monkeypatch.setattr(triton, "forms_three", lambda device: three)
     x = [gaussian(1100, 16, seed=i, dtype=torch.bfloat16) for i in range(6)]
     blocks = places("full", 6, 16)
     jobs = [GramJob(x, blocks, False, torch.zeros(6, 6, 16, 16, dtype=torch.float64), 16) for _ in range(2)]

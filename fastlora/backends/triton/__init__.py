@@ -113,10 +113,10 @@ def gram_plan(jobs: Sequence[GramJob]) -> Plan:
         )
         for job in jobs
     ]  # fmt: skip
-    return _gram_launches(list(gram_tables.chunks(own, _forms_three(device))), device, alive)
+    return _gram_launches(list(gram_tables.chunks(own, forms_three(device))), device, alive)
 
 
-def _forms_three(device: torch.device) -> bool:
+def forms_three(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= HOPPER
 
 

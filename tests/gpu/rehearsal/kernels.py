@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -93,11 +94,14 @@ class _Language:
                 delattr(owner, name)
 
 
+_installed = contextlib.ExitStack()  # for as long as the process runs
+
+
 def install() -> None:
     from tritonkernels import combine, gram, launch
 
     assert gram and combine
-    cuda._module = _LaunchedAndEmulated()
+    _installed.enter_context(cuda.use_module(_LaunchedAndEmulated()))
     interpreted, language, lock = _interpreted_copy(), _Language(), threading.Lock()
     real = launch.Launch.run
 
