@@ -92,8 +92,8 @@ def test_bad_pages_are_found() -> None:
     )
     assert too_wide(text) == [2, 11]
     page = ROOT / "docs" / "none.md"
-    links = "[a](../README.md#first-use) [b](#a-page) [c](../README.md#no) [d](nothing.md) ![e](../docs/no.svg)"
-    assert broken_links(page, links.replace("#a-page", "../CHANGELOG.md")) == [
+    links = "[a](../README.md#first-use) [b](../CHANGELOG.md) [c](../README.md#no) [d](nothing.md) ![e](../docs/no.svg)"
+    assert broken_links(page, links) == [
         "../README.md#no", "nothing.md", "../docs/no.svg",
     ]  # fmt: skip
     assert anchors("# What *is* `read`, and written?\n## 4. Two") == {"what-is-read-and-written", "4-two"}
@@ -114,3 +114,12 @@ def test_the_first_use_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
     exec(compile(block[1], "README.md", "exec"), {})
     made = {str(p.parent.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("adapter_config.json")}
     assert made == {"both", "parts/shared", "parts/unique/trec_r16", "parts/unique/trec_rslora"}
+
+
+def test_results_of_experiments_are_those_of_the_book() -> None:
+    """A number with its error that stands on the page of results stands in the laboratory book."""
+    numbers = re.compile(r"-?\d\.\d{3} ± \d\.\d{3}")
+    pages = ("experiments.md", "experiments_book.md")
+    page, book = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in pages)
+    assert len(numbers.findall(page)) > 30
+    assert set(numbers.findall(page)) <= set(numbers.findall(book))

@@ -22,19 +22,23 @@ HEADER = (
 
 PREAMBLE = """# Benchmarks
 
-Written by `fastlora bench --markdown docs/benchmarks.md`; every answer was checked before it was timed. Times are
-medians of seven alternated rounds, or of as many as the notes say; a round repeats a short run until 50 ms have passed
-and counts the median. Machines differ and are noisy, so the ratios are what counts: the opponent's time over ours on
-one thread and on two. The opponent runs at its best thread count, which is named. `1 thread ÷ 2` is what the second
-thread brings. The floor is what the operation must at least cost on the most threads measured: bytes read and written
-over the speed of a large copy in memory, or operations over the speed of a large matrix product, whichever is longer.
-Operations are counted for the Gram pass, for `eigh` (14/3·n³, as divide and conquer takes; 10/3·n³ where eigenvalues
-cluster, none for the identity) and for `svd` (9·n³: that, AᵀA, A·V and a check); bytes everywhere. A processor with
-AMX multiplies bfloat16 faster than that product, so a Gram pass can be below its floor.
+`fastlora bench --markdown docs/benchmarks.md` writes this page. Every answer is checked before it is timed.
 
-The workloads are seeded adapters with the shapes of real models (`fastlora/bench/workloads.py`): decaying spectra and
-four planted common directions; `minilm` is the trained adapters in examples/adapters. `fastlora bench --list` names
-all cases and workloads.
+* **Times** are medians of seven alternated rounds, or of as many as the notes say. A round repeats a short run until
+  50 ms have passed and counts the median.
+* **Ratios** are what counts, since machines differ and are noisy: the opponent's time over ours on one thread and on
+  two. The opponent runs at its best thread count, which is named.
+* **1 thread ÷ 2** is what the second thread brings.
+* **Floor** is what the operation must at least cost on the most threads measured. It is the longer of two times: bytes
+  read and written over the speed of a large copy in memory, and operations over the speed of a large matrix product.
+* **Operations** are counted for three ops; bytes are counted everywhere. `eigh` takes 14/3·n³, as divide and conquer
+  does, 10/3·n³ where eigenvalues cluster, and none for the identity. `svd` takes 9·n³: that, AᵀA, A·V and a check. The
+  third is the Gram pass. A processor with AMX multiplies bfloat16 faster than that product, so a Gram pass can be
+  below its floor.
+
+The workloads are seeded adapters with the shapes of real models (`fastlora/bench/workloads.py`). They have decaying
+spectra and four planted common directions; `minilm` is the trained adapters in `examples/adapters`.
+`fastlora bench --list` names all cases and workloads.
 """
 
 
@@ -85,7 +89,8 @@ def machine_line(machine: Machine) -> str:
 
 
 def as_markdown(machine: Machine, rows: list[Row]) -> str:
-    lines = [PREAMBLE, machine_line(machine), "", "| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
+    head = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
+    lines = [PREAMBLE, table.wrapped(machine_line(machine)), "", *head]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    lines += ["", *(f"* {note}." for note in notes(rows))] if notes(rows) else []
+    lines += ["", *(table.wrapped(f"* {note}.", "  ") for note in notes(rows))] if notes(rows) else []
     return "\n".join(lines) + "\n" + table.section()

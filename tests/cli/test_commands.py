@@ -281,8 +281,8 @@ HEAVY = ("torch", "numpy", "safetensors", "rich.progress", "matplotlib", "huggin
 @pytest.mark.parametrize("arguments", [["--help"], ["decompose", "--help"], ["compose", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
-        "import sys, fastlora.cli\n"
-        "try: fastlora.cli.main()\n"
+        "import sys, fastlora.cli.app\n"
+        "try: fastlora.cli.app.main()\n"
         f"finally: print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)\n"
     )
     found = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from fastlora.bench.gpu.targets import BANDWIDTH, PREDICTIONS, TARGETS, WARPS
 
 Rows = Sequence[dict[str, Any]]
 NOT_MEASURED = "not measured"
+WIDTH = 120  # columns of prose in documents
 
 FACTS = (
     "device",
@@ -30,6 +32,11 @@ FACTS = (
 def facts_line(facts: dict[str, Any]) -> str:
     """Device, versions and commit: a result without them means nothing."""
     return "; ".join(f"{name} {facts[name]}" for name in FACTS if facts.get(name)) + "."
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """A paragraph of a document, or an item of a list whose further lines are indented."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def seconds(value: float | None) -> str:
@@ -92,7 +99,7 @@ def prediction_table() -> list[str]:
 
 def latest() -> dict[str, Any] | None:
     """The newest result beside the source, or ``None``."""
-    folder = Path(__file__).resolve().parents[2] / "benches" / "results"
+    folder = Path(__file__).resolve().parents[3] / "benches" / "results"
     found = [json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("gpu-*.json")]
     return max(found, key=lambda d: str(d["facts"].get("time", "")), default=None)
 
@@ -107,10 +114,11 @@ def section() -> str:
         else "Not measured: no result of `make gpu` lies in benches/results/. Only a real device's times stand here."
     )
     intro = (
-        "Predictions for an H100, to hold a measurement against: bytes over "
-        f"{BANDWIDTH / 1e12:.2f} TB/s, operations over the peak of the unit that does them, or the steps that depend "
-        "on each other ([gpu_kernels.md](gpu_kernels.md)), whichever is longest; a launch adds 2–4 µs in a CUDA graph. "
-        f"Blocks that a multiprocessor holds at once, of its {WARPS} warps, by the compiled kernels' registers and "
-        "shared memory."
+        "Predictions for an H100, to hold a measurement against, are the longest of three times: bytes over "
+        f"{BANDWIDTH / 1e12:.2f} TB/s, operations over the peak of the unit that does them, and the steps that depend "
+        "on each other ([gpu_kernels.md](gpu_kernels.md)). A launch adds 2–4 µs in a CUDA graph. Blocks × warps are "
+        f"what a multiprocessor holds at once, of its {WARPS} warps, by the compiled kernels' registers and shared "
+        "memory."
     )
-    return "\n".join(["", "## GPU", "", head, "", *target_table(rows), "", intro, "", *prediction_table(), ""])
+    tables = [*target_table(rows), "", wrapped(intro), "", *prediction_table()]
+    return "\n".join(["", "## GPU", "", wrapped(head), "", *tables, ""])
