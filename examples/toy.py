@@ -18,9 +18,6 @@ import torch
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.adapters.lora import Adapter
-from fastlora.core.factors import Factor
-from fastlora.core.updates import Update
 
 ROWS, SHARED, OWN = 1000, 100, 100
 THRESHOLD = 0.85
@@ -48,7 +45,7 @@ def run_trial(noise: float, seed: int) -> Trial:
         # With A = I the columns of B are those of ΔW.
         B = torch.cat([common + noise * normal(SHARED), normal(OWN)], 1)
         A = torch.eye(SHARED + OWN, dtype=torch.float64)
-        adapters.append(Adapter(name, {"toy": Update(Factor.of("B", B), Factor.of("A", A))}))
+        adapters.append(fl.Adapter.from_tensors({"toy": (B, A)}, name=name))
     found = fl.decompose(fl.Pool(adapters), THRESHOLD)
     count = found.shared.update("toy").rank
     recovered = torch.linalg.qr(found.shared.factors("toy")[0].double()).Q

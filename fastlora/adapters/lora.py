@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fastlora import formats
-from fastlora.core.data import LoraData
-from fastlora.core.dtypes import widest
+from fastlora.adapters.tensors import tensors_of, updates_of
+from fastlora.core.data import BaseInfo, LoraData
+from fastlora.core.dtypes import parse_dtype, widest
+from fastlora.core.names import check_name
 from fastlora.core.sums import combine_extras, combine_updates, common_base, require_one_device
 from fastlora.core.updates import Update, distinct, replaced
 from fastlora.core.vector_space import VectorSpace, expression
@@ -46,6 +48,64 @@ class Adapter(LoraData, VectorSpace):
     """
 
     kind = "a LoRA adapter"
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, tuple[Tensor, Tensor] | tuple[Tensor, Tensor, float]],
+        *,
+        name: str = "adapter",
+        base: str | None = None,
+        embeddings: Collection[str] = (),
+    ) -> Adapter:
+        """An adapter on tensors in memory: ``ΔW = s B A`` for every module. Tensors are not copied.
+
+        Args:
+            tensors: ``{module: (B, A)}`` or ``{module: (B, A, s)}``; ``s`` is 1 where it is left out (LoRA's
+                ``lora_alpha / r``). ``B [n, r]`` and ``A [r, m]`` are float16, bfloat16, float32 or float64, on any
+                device. A convolution has ``B [n, r, 1, …]`` and ``A [r, channels, *kernel]``. Modules are named by
+                their paths in the model, without prefixes of a file format.
+            name: what messages, expressions and outputs call it.
+            base: what it names as its base model: a Hub id or a path.
+            embeddings: the modules that are embeddings, whose weight is ``[vocabulary, dim]``. They have
+                ``B [dim, r]`` and ``A [r, vocabulary]``, and PEFT keeps them under other names.
+
+        Returns:
+            The adapter. It holds views of the tensors, which must not be changed while it is in use; only a tensor
+            whose rows are not contiguous is copied. NaN and Inf are found when it is computed with or saved.
+
+        Raises:
+            InputError: no module, shapes that do not fit, other dtypes, a scaling that is not finite, tensors on
+                different devices, a name that cannot be a folder.
+
+        Cost: no factor is read.
+        """
+        check_name(name)
+        updates = updates_of(tensors, embeddings)
+        dtype = widest(d for u in updates.values() for d in u.dtypes())
+        return cls(name, updates, base=BaseInfo(model=base), dtype=dtype)
+
+    def tensors(
+        self, dtype: torch.dtype | str | None = None, uniform_rank: int | bool | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """``{module: (B, A)}`` with ``ΔW = B A``: the scaling is inside ``B``. All modules are computed in one pass.
+
+        Args:
+            dtype: of the result, as when saving; by default ``.dtype`` of the adapter, float32 for float64.
+            uniform_rank: ``True`` fills every module with zeros up to the largest rank, a number up to that rank, for
+                readers that take one rank only. By default ranks are what they are, 0 among them.
+
+        Returns:
+            ``B [n, r]`` and ``A [r, m]``, for convolutions with their kernel as :meth:`from_tensors` takes them, where
+            the adapter is. A factor that is stored in that dtype, and not scaled, is the stored tensor itself. What the
+            adapter holds beside its factors is in ``.extras``.
+
+        Raises:
+            InputError: an unknown dtype; a ``uniform_rank`` below the adapter's own.
+
+        Cost: one read of all factors and one write of the results.
+        """
+        return tensors_of(self.updates, parse_dtype(dtype, self.dtype), uniform_rank)
 
     def to(self, device: torch.device | str) -> Adapter:
         """The adapter with all factors on a device; the adapter itself when it is there already.
