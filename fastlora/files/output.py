@@ -61,6 +61,7 @@ class OutputDirectory:
         self.written = False
         self._files = (*OUTPUT_FILES, *files)
         self._staging: Path | None = None
+        self._placing = False  # whether the rename that ends the work may have been made
         self._replaced: Path | None = None
         self._made: list[Path] = []
         if not self.path.name:
@@ -104,8 +105,8 @@ class OutputDirectory:
             if error is None:
                 with writing(self.path):
                     self._check_target()
+                    self._placing = True
                     self._put_in_place(staging)
-                    self.written = True
         finally:
             self.discard()
         translated = None if error is None else _translated(error, self.path)
@@ -115,6 +116,9 @@ class OutputDirectory:
     def discard(self) -> None:
         """Removes what is unfinished. Leaving the block does so too, unless a signal comes just before it is entered or
         while it is left."""
+        if self._placing:  # seen on the disk, since a signal may come right after the rename
+            self.written = self._staging is not None and not os.path.lexists(self._staging)
+            self._placing = False
         for path in (self._staging, self._replaced):
             if path is not None:
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,14 +1,22 @@
-"""Runs the installed command as a user does, and looks at what it printed and left behind."""
+"""Runs the command as a user does, and looks at what it printed and left behind.
+
+It runs in this process, from its entry point on: a process of its own takes two seconds for its imports. Where the
+process is the point, as with limits, signals or what is read when Python starts, there is :func:`run_process`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +24,16 @@ from typing import Any, NoReturn
 
 import pytest
 
+from fastlora.cli import app, exits
+
 ROOT = Path(__file__).parents[2]
 ADAPTERS = ROOT / "examples" / "adapters"
 DATA = ROOT / "tests" / "data"
 SCRIPT = Path(sys.executable).parent / "fastlora"
 COMMAND = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-m", "fastlora"]
 SETTINGS = ("FASTLORA_BACKEND", "FASTLORA_ISA", "PYTHONIOENCODING", "FORCE_COLOR", "COLUMNS")
+READ_LATER = {"FASTLORA_BACKEND"}  # settings that are read when they are used, and not once in a process
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,71 @@ def environment(changes: dict[str, str] | None = None) -> dict[str, str]:
 def run(
     *arguments: object, cwd: Path, env: dict[str, str] | None = None, before: Callable[[], None] | None = None
 ) -> Run:
-    """One run; ``before`` is called in the child before it becomes the command."""
+    """One run; in a process of its own where ``before`` is to be called in it, or ``env`` has what is read once."""
+    if before is not None or not set(env or {}) <= READ_LATER:
+        return run_process(*arguments, cwd=cwd, env=env, before=before)
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2)]
+    with _as_process(list(map(str, arguments)), cwd, environment(env), *streams):
+        code = _exit_code()
+    for stream in streams:
+        stream.flush()
+    out, err = (stream.buffer.getvalue().decode() for stream in streams)
+    return Run(code, out, err)
+
+
+@contextlib.contextmanager
+def _as_process(
+    arguments: list[str], cwd: Path, env: dict[str, str], out: io.TextIOWrapper, err: io.TextIOWrapper
+) -> Iterator[None]:
+    """What a process has of its own is that of the command inside the block, and as it was after it."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        patch.setattr(sys, "argv", ["fastlora", *arguments])
+        patch.setattr(sys.modules["__main__"], "__package__", None)  # else the help would name pytest
+        patch.setattr(sys, "stdin", io.StringIO())
+        for name in os.environ.keys() - env.keys():
+            patch.delenv(name)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        # Python's own defaults, which a user sees on standard error; pytest keeps warnings for itself.
+        warnings.resetwarnings()
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        patch.setattr(warnings, "showwarning", _show_warning)
+        try:
+            yield
+        finally:
+            exits.outputs.clear()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+
+def _exit_code() -> int:
+    """What the process would end with: an error that nothing handles is printed, and ends it with 1."""
+    try:
+        app.main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def run_process(
+    *arguments: object, cwd: Path, env: dict[str, str] | None = None, before: Callable[[], None] | None = None
+) -> Run:
+    """One run in a process of its own; ``before`` is called in it before it becomes the command."""
     done = subprocess.run(
         [*COMMAND, *map(str, arguments)],
         cwd=cwd,
