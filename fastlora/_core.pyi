@@ -1,67 +1,51 @@
 has_cuda: bool
 cuda_archs: str
 
-# Arguments are addresses and sizes in the order of csrc/bind/cpu.cpp.
+# Numbers of csrc/include/fastlora/kernels.h.
+DTYPES: dict[str, int]  # by torch's name
+CHAIN_KINDS: dict[str, int]
+INFO: dict[str, int]
+SYSTEM_ERROR: int  # first of what combine returns: the third is an errno
+LEAST_MEAN: float
+
+# The largest matrices that the CUDA kernels take: csrc/include/fastlora/cuda.h.
+CUDA_LARGEST_EIGH: int
+CUDA_LARGEST_SVD: int
+CUDA_LONGEST_SVD: int
+CUDA_LARGEST_RANK: int
+CUDA_LARGEST_MEAN: int
+
+# Rows: the name of every field, and its code in struct.
+CHAIN_FIELDS: tuple[tuple[str, str], ...]
+COEFFICIENT_FIELDS: tuple[tuple[str, str], ...]
+
+# Arguments are addresses, sizes, and rows as fastlora.backends.rows packs them.
 def isa() -> str: ...
-def gram(*arguments: int) -> None: ...
-def combine(*arguments: int) -> tuple[int, int, int]: ...
+def gram(factors: int, tasks: int, blocks: int, n_tasks: int, threads: int) -> None: ...
+def combine(
+    factors: int,
+    tasks: int,
+    outputs: int,
+    matrices: int,
+    terms: int,
+    n_tasks: int,
+    to_files: bool,
+    threads: int,
+) -> tuple[int, int, int]: ...
 def finite(data: int, rows: int, cols: int, stride: int, dtype: int) -> bool: ...
-def chain(*arguments: float) -> None: ...
+def chain(row: bytes) -> None: ...
 def eigh(a: int, values: int, vectors: int, info: int, batch: int, n: int, is_double: bool, threads: int) -> None: ...
 def svd(
     a: int, ut: int, s: int, vt: int, info: int, batch: int, p: int, q: int, is_double: bool, threads: int
 ) -> None: ...
 def cuda_device_count() -> tuple[int, str]: ...
 def cuda_error_message(error: int) -> str: ...
-def cuda_self_test(out: int, count: int, stream: int) -> int: ...
 def cuda_eigh(
     a: int, values: int, vectors: int, info: int, batch: int, n: int, is_double: bool, stream: int
 ) -> int: ...
 def cuda_svd(
     a: int, ut: int, s: int, vt: int, info: int, batch: int, p: int, q: int, is_double: bool, stream: int
 ) -> int: ...
-def cuda_coefficients(
-    projected: int,
-    other: int,
-    basis: int,
-    scaling: int,
-    strength: int,
-    H: int,
-    norms: int,
-    shared: int,
-    removal: int,
-    mixing: int,
-    groups: int,
-    k: int,
-    r: int,
-    w: int,
-    movers: int,
-    removal_row: int,
-    removal_column: int,
-    mixing_row: int,
-    mixing_column: int,
-    stream: int,
-) -> int: ...
+def cuda_coefficients(row: bytes, stream: int) -> int: ...
 def cuda_chain_workspace(groups: int, k: int, r: int, width: int, kind: int) -> tuple[int, int]: ...
-def cuda_chain(
-    left: int,
-    right: int,
-    floor: int,
-    basis: int,
-    values: int,
-    shared: int,
-    kept: int,
-    sigma: int,
-    info: int,
-    groups: int,
-    k: int,
-    r: int,
-    width: int,
-    kind: int,
-    threshold: float,
-    rtol: float,
-    rank: int,
-    energy: float,
-    workspace: int,
-    stream: int,
-) -> int: ...
+def cuda_chain(row: bytes, workspace: int, stream: int) -> int: ...

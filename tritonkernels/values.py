@@ -8,7 +8,9 @@ import triton.language as tl
 from tritonkernels.launch import INTERPRETED
 
 DTYPES = (tl.float32, tl.float64, tl.float16, tl.bfloat16)  # by dtype code, as in the tables
+FLOAT32, FLOAT64, FLOAT16 = (tl.constexpr(DTYPES.index(dtype)) for dtype in DTYPES[:3])
 SLAB = tl.constexpr(16)  # columns (B side) or rows (A side) of a factor that are handled together
+SLAB_COLUMNS = tl.constexpr(4)  # of `slabs`: address, stride, width, dtype code
 
 # The interpreter multiplies the bit patterns of bfloat16, loses its denormals and truncates instead of rounding.
 EMULATED = tl.constexpr(INTERPRETED)
@@ -68,11 +70,11 @@ def load_double(
     if DTYPE is not None:
         values = _double(load_values(address, offsets, mask, DTYPE, BYTES))
     else:
-        if code == 0:
+        if code == FLOAT32:
             values = load_values(address, offsets, mask, tl.float32, BYTES).to(tl.float64)
-        elif code == 1:
+        elif code == FLOAT64:
             values = load_values(address, offsets, mask, tl.float64, BYTES)
-        elif code == 2:
+        elif code == FLOAT16:
             values = load_values(address, offsets, mask, tl.float16, BYTES).to(tl.float64)
         else:
             values = _double(load_values(address, offsets, mask, tl.bfloat16, BYTES))

@@ -1,4 +1,5 @@
-// CPU kernels for Python. Tables arrive as addresses of int64 rows whose columns are the fields of kernels.h.
+// CPU kernels for Python. Tables arrive as addresses of int64 rows whose columns are the fields of kernels.h, single
+// rows as bytes.
 #include <new>
 
 #if defined(__linux__)
@@ -12,11 +13,6 @@ namespace py = pybind11;
 
 namespace fastlora {
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 void check(int status) {
     if (status == kOutOfMemory) throw std::bad_alloc();
@@ -77,35 +73,12 @@ void bind_cpu(py::module_& m) {
         py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("stride"), py::arg("dtype"));
     m.def(
         "chain",
-        [](uintptr_t left, uintptr_t right, uintptr_t floor, uintptr_t basis, uintptr_t values, uintptr_t shared,
-           uintptr_t kept, uintptr_t sigma, uintptr_t info, int64_t groups, int64_t k, int64_t r, int64_t width,
-           int64_t kind, double threshold, double rtol, int64_t rank, double energy, int threads) {
-            const ChainArgs args{at<const double>(left),
-                                 at<const double>(right),
-                                 at<const double>(floor),
-                                 at<double>(basis),
-                                 at<double>(values),
-                                 at<int64_t>(shared),
-                                 at<int64_t>(kept),
-                                 at<double>(sigma),
-                                 at<int32_t>(info),
-                                 groups,
-                                 k,
-                                 r,
-                                 width,
-                                 kind,
-                                 threshold,
-                                 rtol,
-                                 rank,
-                                 energy,
-                                 threads};
+        [](const py::bytes& row) {
+            const auto args = read_row<ChainArgs>(row);
             py::gil_scoped_release release;
             check(kernels().chain(args));
         },
-        py::arg("left"), py::arg("right"), py::arg("floor"), py::arg("basis"), py::arg("values"), py::arg("shared"),
-        py::arg("kept"), py::arg("sigma"), py::arg("info"), py::arg("groups"), py::arg("k"), py::arg("r"),
-        py::arg("width"), py::arg("kind"), py::arg("threshold"), py::arg("rtol"), py::arg("rank"), py::arg("energy"),
-        py::arg("threads"));
+        py::arg("row"), "row: CHAIN_FIELDS");
     m.def(
         "eigh",
         [](uintptr_t a, uintptr_t values, uintptr_t vectors, uintptr_t info, int64_t batch, int n, bool is_double,

@@ -8,14 +8,11 @@
 // Floor: about 9·k·r³ (two eigendecompositions a whitening) + 2·k·r³ (blocks) + 10·r³ operations a module; the
 // blocks, k²·r² values, are read once.
 #include "parallel.h"
-#include "passes.h"
-#include "solvers.h"
+#include "table.h"
 #include "tile.h"
 
 namespace fastlora::FASTLORA_ISA {
 namespace {
-
-enum Kind : int64_t { kProduct = 0, kPalindrome = 1, kMean = 2 };
 
 // c [m, n] = op(a) · b with row-major operands; a is [m, k], or [k, m] when transposed.
 void multiply(int m, int n, int k, const double* a, int64_t a_stride, bool a_transposed, const double* b,
@@ -207,10 +204,6 @@ void fill_mean(const ChainArgs& a, const Buffers& b, int64_t group, double* scra
     }
 }
 
-// z = Σ_i U_i y_i / √(kλ) is the unit eigenvector of (1/k)ΣP_i for M y = λ y. Where λ is at the rounding level, z is
-// the difference of nearly equal vectors and no direction, whatever the threshold.
-constexpr double kLeastMean = 1e-10;
-
 void finish_mean(const ChainArgs& a, const Buffers& b, int64_t group) {
     const int64_t r = a.r, w = a.width;
     const double *values = b.singular + group * w, *vectors = b.left + group * w * w;
@@ -236,18 +229,18 @@ void finish_mean(const ChainArgs& a, const Buffers& b, int64_t group) {
 int whiten_all(const ChainArgs& a, const Buffers& b) {
     const int64_t n = a.groups * a.k;
     const int r = int(a.r);
-    int status = eigh<double>(a.right, b.values, b.vectors, b.info_a, n, r, a.threads);
+    int status = eigh<double>(a.right, b.values, b.vectors, b.info_a, n, r, int(a.threads));
     if (status != kDone) return status;
-    for_stretches(a.threads, n, [&](int64_t i) {
+    for_stretches(int(a.threads), n, [&](int64_t i) {
         const double* gram = block(a, i / a.k, i % a.k, i % a.k);
         double *root = b.root + i * r * r, *core = b.core + i * r * r, *scratch = b.vectors + i * r * r;
         take_root(b.values + i * r, scratch, r, root);
         multiply(r, r, r, gram, r, false, root, r, scratch, r);
         multiply(r, r, r, root, r, true, scratch, r, core, r);
     });
-    status = eigh<double>(b.core, b.values, b.vectors, b.info_b, n, r, a.threads);
+    status = eigh<double>(b.core, b.values, b.vectors, b.info_b, n, r, int(a.threads));
     if (status != kDone) return status;
-    for_stretches(a.threads, n, [&](int64_t i) { whiten(a, i, b, b.core + i * r * r); });
+    for_stretches(int(a.threads), n, [&](int64_t i) { whiten(a, i, b, b.core + i * r * r); });
     return kDone;
 }
 
@@ -281,7 +274,7 @@ int chain(const ChainArgs& a) {
     Buffers b{};
     const size_t scratch_values = size_t(4 * a.r * a.r + 2 * a.r);
     if (!memory.reserve(lay_out(nullptr, a, b)) ||
-        !scratch_memory.reserve(sizeof(double) * scratch_values * size_t(max_(a.threads, 1))))
+        !scratch_memory.reserve(sizeof(double) * scratch_values * size_t(max_<int64_t>(a.threads, 1))))
         return kOutOfMemory;
     lay_out(memory.data(), a, b);
     int status = whiten_all(a, b);
@@ -290,7 +283,7 @@ int chain(const ChainArgs& a) {
     const bool symmetric = a.kind == kPalindrome || (a.kind == kProduct && a.k == 2);
 
     // Every slice of the groups works in its own slice of the scratch memory.
-    const int slices = max_(a.threads, 1);
+    const int slices = int(max_<int64_t>(a.threads, 1));
     double* scratch_base = reinterpret_cast<double*>(scratch_memory.data());
     for_stretches(slices, slices, [&](int64_t slice) {
         for (int64_t g = slice; g < a.groups; g += slices) {
@@ -318,13 +311,13 @@ int chain(const ChainArgs& a) {
     });
     if (alone) return kDone;
     if (a.kind == kMean)
-        status = eigh<double>(b.chain, b.singular, b.left, b.info_chain, a.groups, int(a.width), a.threads);
+        status = eigh<double>(b.chain, b.singular, b.left, b.info_chain, a.groups, int(a.width), int(a.threads));
     else if (symmetric)
-        status =
-            svd<double>(b.chain, b.left, b.singular, b.right, b.info_chain, a.groups, int(a.r), int(a.r), a.threads);
+        status = svd<double>(b.chain, b.left, b.singular, b.right, b.info_chain, a.groups, int(a.r), int(a.r),
+                             int(a.threads));
     if (status != kDone || (a.kind == kProduct && !symmetric)) return status;
 
-    for_stretches(a.threads, a.groups, [&](int64_t g) {
+    for_stretches(int(a.threads), a.groups, [&](int64_t g) {
         if (a.info[g] == kOk) a.info[g] = b.info_chain[g];
         if (a.info[g] != kOk) return;
         if (a.kind == kMean)

@@ -9,15 +9,15 @@
 // by one thread from its own inputs, so bits do not depend on threads or chunking.
 // Outputs with a file are computed in memory of the thread's own, one task after the other, and written from there
 // while they are in cache: what is saved needs no memory and is not read back. Large results in memory go past the
-// caches (results.h).
+// caches (combine_results.h).
 // Floor: reads each factor once and writes each output once; 2 * n * r * q operations a term.
 #include "ahead.h"
-#include "combine_tiles.h"
-#include "fastlora/io.h"
+#include "combine_amx.h"
+#include "combine_files.h"
+#include "combine_results.h"
+#include "combine_strips.h"
 #include "parallel.h"
-#include "passes.h"
-#include "results.h"
-#include "strips.h"
+#include "table.h"
 #include "tile.h"
 
 namespace fastlora::FASTLORA_ISA {
@@ -26,7 +26,6 @@ namespace {
 constexpr int64_t kChunk = 512;         // positions along the long dimension
 constexpr int64_t kChunksAtOnce = 4;    // that are given to one thread
 constexpr int64_t kStreamed = 4 << 20;  // bytes of results in memory that no cache of a core holds
-constexpr int64_t kWritten = 4096;      // rows that are computed before they are written
 constexpr int kGroup = 8;               // rows of results that one product computes
 template <class T>
 constexpr int kSpan = 6 * kLanes<T>;                  // and, on the A side, columns
@@ -233,17 +232,10 @@ int64_t products(const CombineJob& job, const Work<T>& w) {
     return sum;
 }
 
-// Of the long dimension of what has to be computed.
-int64_t length(const CombineJob& job) {
-    for (int64_t o = 0; o < job.task->outputs; ++o)
-        if (!job.is_stored(o)) return job.task->rows ? job.matrix(o).cols : job.matrix(o).rows;
-    return 0;
-}
-
 template <class T>
 void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t begin, int64_t end, bool streams) {
     const bool rows = job.task->rows;
-    const int64_t step = rows ? kTileA<T> : kTileB<T>, n = length(job), steps = products(job, w);
+    const int64_t step = rows ? kTileA<T> : kTileB<T>, n = job.length(), steps = products(job, w);
     for (int64_t o = 0; o < job.task->outputs; ++o) w.outputs[o].peak = {};
     const TileUnit unit(w.on_tiles);
     for (int64_t first = begin; first < end; first += step) {
@@ -321,80 +313,6 @@ class Prepared {
     Work<double> f64_{};
 };
 
-// The matrices of a task's outputs. Those without an address get one in `memory`, for `lines` rows (B side; A sides are
-// whole) from row `first` on; returns what that takes when `memory` is null.
-size_t place_outputs(const CombineJob& job, char* memory, int64_t first, int64_t lines, Matrix* outs) {
-    Arena arena(memory);
-    for (int64_t o = 0; o < job.task->outputs; ++o) {
-        Matrix out = job.matrix(o);
-        if (!out.data) {
-            const int64_t row = out.stride * element_size(out);
-            const int64_t rows = job.task->rows ? out.rows : min_(lines, out.rows);
-            out.data = int64_t(arena.take<char>(size_t(rows * row))) - (job.task->rows ? 0 : first * row);
-        }
-        if (outs) outs[o] = out;
-    }
-    return arena.used();
-}
-
-// What went wrong first, in whichever thread.
-class FirstProblem {
-  public:
-    void note(const CombineProblem& found) {
-        if (found.kind != kNoProblem && !__atomic_exchange_n(&is_there_, true, __ATOMIC_RELAXED)) problem_ = found;
-    }
-    bool is_there() const { return __atomic_load_n(&is_there_, __ATOMIC_RELAXED); }
-    const CombineProblem& get() const { return problem_; }
-
-  private:
-    bool is_there_ = false;
-    CombineProblem problem_{kNoProblem, 0, 0};
-};
-
-// Rows [first, last) of an output to its file; those that are not known to be finite are looked at.
-CombineProblem write_rows(const CombineJob& job, int64_t o, Matrix m, int64_t first, int64_t last, bool is_finite) {
-    const CombineOutput& output = job.outputs[o];
-    const int64_t row = m.stride * element_size(m);
-    m.data += first * row;
-    m.rows = last - first;
-    if (output.check && !is_finite && !finite(m)) return {kNotFinite, job.task->first_output + o, 0};
-    const char* data = reinterpret_cast<const char*>(m.data);
-    const int error = write_all(int(output.file), data, m.rows * row, output.offset + first * row);
-    return {error ? kSystemError : kNoProblem, job.task->first_output + o, error};
-}
-
-// A task whose outputs go to files. What is computed is written some rows at a time, while they are in L2. `turn`: how
-// far through the outputs, from 0 to 1, writing starts: threads that begin together write to different files.
-CombineProblem run_and_write(const CombineJob& job, int64_t index, double turn, Prepared& own, Workspace& results,
-                             Workspace& places) {
-    const int64_t n = length(job), step = job.task->rows ? n : kWritten;
-    if (!places.reserve(sizeof(Matrix) * job.task->outputs) ||
-        !results.reserve(place_outputs(job, nullptr, 0, step, nullptr)) || (n && !own.prepare(job, index)))
-        return {kNoMemory, 0, 0};
-    Matrix* outs = reinterpret_cast<Matrix*>(places.data());
-    const int64_t n_outputs = job.task->outputs, shift = int64_t(double(n_outputs) * turn);
-    for (int64_t first = 0; first < n; first += step) {
-        const int64_t last = min_(first + step, n);
-        place_outputs(job, results.data(), first, step, outs);
-        own.run(job, outs, first, last, false);
-        for (int64_t i = 0; i < n_outputs; ++i) {
-            const int64_t o = (i + shift) % n_outputs;
-            if (job.outputs[o].file < 0 || job.is_stored(o)) continue;
-            const CombineProblem found = job.task->rows
-                                             ? write_rows(job, o, outs[o], 0, outs[o].rows, own.is_finite(job, o))
-                                             : write_rows(job, o, outs[o], first, last, own.is_finite(job, o));
-            if (found.kind != kNoProblem) return found;
-        }
-    }
-    for (int64_t i = 0; i < n_outputs; ++i) {
-        const int64_t o = (i + shift) % n_outputs;
-        if (!job.is_stored(o)) continue;
-        const CombineProblem found = write_rows(job, o, job.matrix(o), 0, job.matrix(o).rows, false);
-        if (found.kind != kNoProblem) return found;
-    }
-    return {kNoProblem, 0, 0};
-}
-
 int64_t result_bytes(const CombineTables& tables) {
     int64_t sum = 0;
     for (int64_t t = 0; t < tables.n_tasks; ++t)
@@ -431,7 +349,7 @@ CombineProblem combine(const CombineTables& tables, int threads) {
     if (!starts_memory.reserve(sizeof(int64_t) * (n_tasks + 1))) return {kNoMemory, 0, 0};
     int64_t* starts = reinterpret_cast<int64_t*>(starts_memory.data());
     starts[0] = 0;
-    for (int64_t t = 0; t < n_tasks; ++t) starts[t + 1] = starts[t] + (length(job_of(t)) + kChunk - 1) / kChunk;
+    for (int64_t t = 0; t < n_tasks; ++t) starts[t + 1] = starts[t] + (job_of(t).length() + kChunk - 1) / kChunk;
     const bool streams = result_bytes(tables) >= kStreamed;
     Queue queue(starts[n_tasks], kChunksAtOnce);
     on_team(int(min_<int64_t>(threads, starts[n_tasks])), [&](int, int) {
@@ -448,7 +366,7 @@ CombineProblem combine(const CombineTables& tables, int threads) {
                 return problem.note({kNoMemory, 0, 0});
             Matrix* outs = reinterpret_cast<Matrix*>(places.data());
             place_outputs(job, nullptr, 0, 0, outs);
-            const int64_t begin = (chunk - starts[low]) * kChunk, end = min_(begin + kChunk, length(job));
+            const int64_t begin = (chunk - starts[low]) * kChunk, end = min_(begin + kChunk, job.length());
             own.run(job, outs, begin, end, streams);
         });
         Streamed::finish();

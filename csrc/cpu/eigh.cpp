@@ -2,16 +2,16 @@
 //   a [batch, n, n] row-major, lower triangle read     values [batch, n] ascending
 //   vectors [batch, n, n]: row j is eigenvector j; its entry of largest magnitude (the first of equals) is
 //   positive, so the result is a function of the matrix alone
-// Large matrices are solved one at a time (eigh_large.h), small ones kLanes at a time, one per lane: scale by a
-// power of two, reduce to tridiagonal form (tridiagonal.h), diagonalise by implicit QL (ql.h), rank, and unpack.
-// A matrix with a NaN or an infinity becomes zero in its lane and NaN in the output.
-// Floor: small, (8/3 + 10) n^3 flops per matrix, n <= 32 bound by the rotation recurrence; large, 14/3 n^3.
-#include "eigh_large.h"
-#include "interleave.h"
+// Large matrices are solved one at a time (large_eigh.h), small ones kLanes at a time, one per lane: scale by a
+// power of two, reduce to tridiagonal form (lanes_tridiagonal.h), diagonalise by implicit QL (lanes_ql.h), rank, and
+// unpack. A matrix with a NaN or an infinity becomes zero in its lane and NaN in the output. Floor: small, (8/3 + 10)
+// n^3 flops per matrix, n <= 32 bound by the rotation recurrence; large, 14/3 n^3.
+#include "lanes_interleave.h"
+#include "lanes_ql.h"
+#include "lanes_tridiagonal.h"
+#include "large_eigh.h"
 #include "parallel.h"
-#include "ql.h"
-#include "solvers.h"
-#include "tridiagonal.h"
+#include "table.h"
 
 namespace fastlora::FASTLORA_ISA {
 namespace {

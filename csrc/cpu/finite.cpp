@@ -1,5 +1,5 @@
 // finite: whether a stored matrix holds neither NaN nor infinity. Bound by reading it once.
-#include "passes.h"
+#include "table.h"
 #include "tile.h"
 
 namespace fastlora::FASTLORA_ISA {

@@ -13,9 +13,9 @@
 // factors are. Sums run over the long dimension in order and in one thread: bits depend on the two factors of a block
 // alone. Floor: reads each factor once, n * sum(r_i) values; 2 * n * r_i * r_j operations a block.
 #include "ahead.h"
-#include "gram_tiles.h"
+#include "gram_amx.h"
 #include "parallel.h"
-#include "passes.h"
+#include "table.h"
 #include "tile.h"
 
 namespace fastlora::FASTLORA_ISA {

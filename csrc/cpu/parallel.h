@@ -1,6 +1,6 @@
 // Work on several threads. Results never depend on how many there are.
 #pragma once
-#include "fastlora/team.h"
+#include "fastlora/threads.h"
 #include "simd.h"
 
 namespace fastlora::FASTLORA_ISA {

@@ -3,7 +3,7 @@
 // working precision whatever the rounding, so the small singular values of graded columns stay accurate.
 // After Drmac & Veselic 2008, who start from QR.   Floor: 3 p m^2 flops and an eigendecomposition, p >= m.
 #pragma once
-#include "eigh_large.h"
+#include "large_eigh.h"
 
 namespace fastlora::FASTLORA_ISA {
 

@@ -6,12 +6,11 @@
 // moved up by swapping neighbours: an orthogonal basis of the lower block's invariant subspace is rotated to
 // the front. Algorithm: LAPACK gehrd, lahqr, lanv2, trexc/laexc (Bai and Demmel's direct swap).
 // Floor: about 25 n^3 flops. Scalar: it serves chains that are not symmetric, one matrix at a time.
-#include "solvers.h"
+#include "../common/small_blocks.h"
+#include "table.h"
 
 namespace fastlora::FASTLORA_ISA {
 namespace {
-
-constexpr int kStepsPerValue = 30;
 
 struct Schur {
     double* h;
@@ -75,8 +74,13 @@ void reflect_columns(double* m, int n, const Reflector& r, int first, int count,
     }
 }
 
-// Applies [c s; -s c] as a similarity of rows and columns (k, k+1) outside the 2x2 block itself.
-void rotate_outside(Schur s, int k, double c, double sn) {
+// Applies a turn to rows and columns (k, k+1); the 2x2 block itself becomes turn.block.
+void rotate(const Schur& s, int k, const Turn& turn) {
+    const double c = turn.cosine, sn = turn.sine;
+    s.at(k, k) = turn.block.a;
+    s.at(k, k + 1) = turn.block.b;
+    s.at(k + 1, k) = turn.block.c;
+    s.at(k + 1, k + 1) = turn.block.d;
     double *top = s.row(k), *bottom = s.row(k + 1);
     for (int j = k + 2; j < s.n; ++j) {
         const double x = top[j], y = bottom[j];
@@ -129,66 +133,24 @@ void reduce_to_hessenberg(Schur s, double* v, double* w) {
     }
 }
 
-double sign_of(double x) { return x < 0 ? -1 : 1; }
-
-// Makes the 2x2 block at k, whose eigenvalues are real, upper triangular: the first column of the rotation
-// is the eigenvector (z, c) of the eigenvalue d + z.
-void split_real_pair(Schur s, int k) {
-    double &a = s.at(k, k), &b = s.at(k, k + 1), &c = s.at(k + 1, k), &d = s.at(k + 1, k + 1);
-    const double half = 0.5 * (a - d);
-    const double z = half + sign_of(half) * sqrt_(max_(0.0, half * half + b * c));
-    const double length = __builtin_hypot(z, c), cosine = z / length, sine = c / length;
-    const double product = b * c;
-    a = d + z;
-    d = z != 0 ? d - product / z : d;
-    b = b - c;
-    c = 0;
-    rotate_outside(s, k, cosine, sine);
-}
-
-// Gives the 2x2 block at k equal diagonal entries, or splits it if its eigenvalues are real.
-void standardise(Schur s, int k) {
-    double &a = s.at(k, k), &b = s.at(k, k + 1), &c = s.at(k + 1, k), &d = s.at(k + 1, k + 1);
-    if (c == 0) return;
-    const double difference = a - d;
-    if (0.25 * difference * difference + b * c >= 0) return split_real_pair(s, k);
-    if (difference == 0) return;
-    const double sum = b + c, length = __builtin_hypot(sum, difference);
-    const double cosine = sqrt_(0.5 * (1 + abs_(sum) / length));
-    const double sine = -difference / (2 * length * cosine) * sign_of(sum);
-    const double aa = a * cosine + b * sine, bb = b * cosine - a * sine;
-    const double cc = c * cosine + d * sine, dd = d * cosine - c * sine;
-    b = bb * cosine + dd * sine;
-    c = cc * cosine - aa * sine;
-    a = d = 0.5 * (a + d);
-    rotate_outside(s, k, cosine, sine);
-    // Rounding may have turned a nearly equal pair real.
-    if (c != 0 && b * c >= 0) split_real_pair(s, k);
-}
-
-struct Shifts {
-    double re1, im1, re2, im2;
+// Shifts of a block of any size: it is scaled to size one, and they are scaled back.
+struct ScaledShifts {
+    double re1, re2, im;
 };
 
-// Eigenvalues of the trailing 2x2 block; two real ones are both replaced by the one nearer to the corner.
-Shifts choose_shifts(double a, double b, double c, double d) {
-    const double scale = abs_(a) + abs_(b) + abs_(c) + abs_(d);
-    if (scale == 0) return {0, 0, 0, 0};
-    a /= scale, b /= scale, c /= scale, d /= scale;
-    const double mean = 0.5 * (a + d), half = 0.5 * (a - d), square = half * half + b * c;
-    const double root = sqrt_(abs_(square));
-    if (square < 0) return {mean * scale, root * scale, mean * scale, -root * scale};
-    const double upper = mean + root, lower = mean - root;
-    const double nearest = (abs_(upper - d) < abs_(lower - d) ? upper : lower) * scale;
-    return {nearest, 0, nearest, 0};
+ScaledShifts choose_shifts(Block m) {
+    const double scale = abs_(m.a) + abs_(m.b) + abs_(m.c) + abs_(m.d);
+    if (scale == 0) return {0, 0, 0};
+    const Shifts shift = shifts_of({m.a / scale, m.b / scale, m.c / scale, m.d / scale});
+    return {shift.re1 * scale, shift.re2 * scale, sqrt_(shift.im_square) * scale};
 }
 
 // First column of (H - s1)(H - s2) for the block that starts at m, up to scale.
-void bulge_column(Schur s, int m, const Shifts& shift, double* v) {
+void bulge_column(Schur s, int m, const ScaledShifts& shift, double* v) {
     const double h11 = s.at(m, m), h22 = s.at(m + 1, m + 1);
-    const double scale = abs_(h11 - shift.re2) + abs_(shift.im2) + abs_(s.at(m + 1, m));
+    const double scale = abs_(h11 - shift.re2) + abs_(shift.im) + abs_(s.at(m + 1, m));
     const double h21 = s.at(m + 1, m) / scale;
-    v[0] = h21 * s.at(m, m + 1) + (h11 - shift.re1) * ((h11 - shift.re2) / scale) - shift.im1 * (shift.im2 / scale);
+    v[0] = h21 * s.at(m, m + 1) + (h11 - shift.re1) * ((h11 - shift.re2) / scale) + shift.im * (shift.im / scale);
     v[1] = h21 * (h11 + h22 - shift.re1 - shift.re2);
     v[2] = h21 * s.at(m + 2, m + 1);
     const double size = abs_(v[0]) + abs_(v[1]) + abs_(v[2]);
@@ -196,7 +158,7 @@ void bulge_column(Schur s, int m, const Shifts& shift, double* v) {
 }
 
 // One double-shift QR step on rows and columns low .. high.
-void francis_step(Schur s, int low, int high, const Shifts& shift) {
+void francis_step(Schur s, int low, int high, const ScaledShifts& shift) {
     const int n = s.n;
     double v[3];
     int start = high - 2;
@@ -249,15 +211,7 @@ bool reduce_to_schur(Schur s, double norm) {
         }
         if (--steps_left < 0) return false;
         ++tries;
-        const int last = high - 1;
-        Shifts shift = choose_shifts(s.at(last, last), s.at(last, high), s.at(high, last), s.at(high, high));
-        if (tries % 10 == 0) {  // the usual shifts cycle: try an unrelated pair, from the two ends in turn
-            const bool top = tries % 20 == 10;
-            const int at = top ? low : high;
-            const double off = top ? abs_(s.at(low + 1, low)) + abs_(s.at(low + 2, low + 1))
-                                   : abs_(s.at(high, high - 1)) + abs_(s.at(high - 1, high - 2));
-            shift = choose_shifts(0.75 * off + s.at(at, at), -0.4375 * off, off, 0.75 * off + s.at(at, at));
-        }
+        const ScaledShifts shift = choose_shifts(shift_block(s, low, high, tries));
         francis_step(s, low, high, shift);
     }
     return true;
@@ -265,79 +219,20 @@ bool reduce_to_schur(Schur s, double norm) {
 
 int block_size(Schur s, int k) { return k + 1 < s.n && s.at(k + 1, k) != 0 ? 2 : 1; }
 
-// Solves m x = b, order <= 4, by elimination with complete pivoting; pivots below `floor` are raised to it.
-void solve_small(double m[4][4], double* b, double* x, int order, double floor) {
-    int column_of[4] = {0, 1, 2, 3};
-    for (int k = 0; k < order; ++k) {
-        int row = k, column = k;
-        for (int i = k; i < order; ++i)
-            for (int j = k; j < order; ++j)
-                if (abs_(m[i][j]) > abs_(m[row][column])) row = i, column = j;
-        for (int j = 0; j < order; ++j) {
-            const double t = m[k][j];
-            m[k][j] = m[row][j], m[row][j] = t;
-        }
-        const double t = b[k];
-        b[k] = b[row], b[row] = t;
-        for (int i = 0; i < order; ++i) {
-            const double u = m[i][k];
-            m[i][k] = m[i][column], m[i][column] = u;
-        }
-        const int c = column_of[k];
-        column_of[k] = column_of[column], column_of[column] = c;
-        if (abs_(m[k][k]) < floor) m[k][k] = floor;
-        for (int i = k + 1; i < order; ++i) {
-            const double factor = m[i][k] / m[k][k];
-            for (int j = k; j < order; ++j) m[i][j] -= factor * m[k][j];
-            b[i] -= factor * b[k];
-        }
-    }
-    for (int k = order - 1; k >= 0; --k) {
-        for (int j = k + 1; j < order; ++j) b[k] -= m[k][j] * b[j];
-        b[k] /= m[k][k];
-    }
-    for (int k = 0; k < order; ++k) x[column_of[k]] = b[k];
-}
-
-// Columns [-X; I] with T11 X - X T22 = T12 span the invariant subspace of the lower block T22.
-void lower_subspace(Schur s, int k, int n1, int n2, double subspace[2][4]) {
-    const int order = n1 * n2, k2 = k + n1;
-    double m[4][4] = {}, b[4], x[4], largest = 0;
-    for (int i = 0; i < n1 + n2; ++i)
-        for (int j = 0; j < n1 + n2; ++j) largest = max_(largest, abs_(s.at(k + i, k + j)));
-    for (int i = 0; i < n1; ++i) {
-        for (int j = 0; j < n2; ++j) {
-            const int at = i * n2 + j;
-            b[at] = s.at(k + i, k2 + j);
-            for (int l = 0; l < n1; ++l) m[at][l * n2 + j] += s.at(k + i, k + l);
-            for (int l = 0; l < n2; ++l) m[at][i * n2 + l] -= s.at(k2 + l, k2 + j);
-        }
-    }
-    solve_small(m, b, x, order, max_(kEpsilon<double> * largest, 1e-290));
-    for (int j = 0; j < n2; ++j) {
-        for (int i = 0; i < n1; ++i) subspace[j][i] = -x[i * n2 + j];
-        for (int i = 0; i < n2; ++i) subspace[j][n1 + i] = i == j;
-    }
-}
-
 // Swaps the neighbouring blocks of sizes n1 at k and n2 at k + n1.
 void swap_blocks(Schur s, int k, int n1, int n2) {
     const int n = s.n, size = n1 + n2;
-    if (size == 2) {
-        const double a = s.at(k, k), d = s.at(k + 1, k + 1), x = s.at(k, k + 1), y = d - a;
-        const double length = __builtin_hypot(x, y);
-        s.at(k, k) = d;
-        s.at(k + 1, k + 1) = a;
-        return rotate_outside(s, k, length > 0 ? x / length : 0, length > 0 ? y / length : 1);
-    }
-    double subspace[2][4];
-    lower_subspace(s, k, n1, n2, subspace);
+    if (size == 2) return rotate(s, k, exchanging(block_at(s, k)));
+    double scratch[kSwapScratch];
+    double* subspace = scratch + kSubspaceWork;
+    lower_subspace(s, k, n1, n2, subspace, scratch);
     for (int j = 0; j < n2; ++j) {
-        const Reflector r = reflector_of(subspace[j] + j, size - j);
+        const Reflector r = reflector_of(subspace + 4 * j + j, size - j);
         for (int l = j + 1; l < n2; ++l) {
+            double* other = subspace + 4 * l + j;
             double sum = 0;
-            for (int i = 0; i < size - j; ++i) sum += r.v[i] * subspace[l][j + i];
-            for (int i = 0; i < size - j; ++i) subspace[l][j + i] -= r.tau * sum * r.v[i];
+            for (int i = 0; i < size - j; ++i) sum += r.v[i] * other[i];
+            for (int i = 0; i < size - j; ++i) other[i] -= r.tau * sum * r.v[i];
         }
         reflect_rows(s.h, n, r, k + j, size - j, k);
         reflect_columns(s.h, n, r, k + j, size - j, k + size);

@@ -10,11 +10,12 @@
 #include <immintrin.h>
 #endif
 
-#include "fastlora/kernels.h"
-
 #ifndef FASTLORA_ISA
 #error "compile with -DFASTLORA_ISA=<name>"
 #endif
+
+#include "../common/numbers.h"
+#include "fastlora/kernels.h"
 
 namespace fastlora::FASTLORA_ISA {
 
@@ -50,13 +51,12 @@ using Mask = typename Simd<T>::Mask;
 template <class T>
 constexpr int kLanes = Simd<T>::kLanes;
 
-template <class T>
-constexpr T kEpsilon = sizeof(T) == 4 ? T(5.9604644775390625e-8) : T(1.1102230246251565e-16);
-
 inline float abs_(float x) { return __builtin_fabsf(x); }
 inline double abs_(double x) { return __builtin_fabs(x); }
 inline float sqrt_(float x) { return __builtin_sqrtf(x); }
 inline double sqrt_(double x) { return __builtin_sqrt(x); }
+inline double hypot_(double x, double y) { return __builtin_hypot(x, y); }
+inline double sum_of_products(double a, double b, double c, double d) { return a * b + c * d; }
 template <class T>
 inline T max_(T a, T b) {
     return a > b ? a : b;

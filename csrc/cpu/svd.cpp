@@ -11,34 +11,17 @@
 // Algorithm: Hestenes / LAPACK gesvj, row-cyclic, keeping the larger column first.
 // Floor: per sweep m^2/2 pairs of 8 p' + 6 m flops, p' = max(p, q); 5 to 8 sweeps, or 1 to 3 after a start. Bound
 // by L2 from m = 64.
-#include "interleave.h"
+#include "lanes_interleave.h"
 #include "parallel.h"
 #include "precondition.h"
-#include "solvers.h"
+#include "table.h"
 
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-constexpr int kMaxJacobiSweeps = 40;
-
 // From this short side a start from A'A is faster than the sweeps it saves.
 template <class T>
 constexpr int kPreconditionFrom = sizeof(T) == 4 ? 48 : 32;
-
-// Entries are scaled to below 2^e so that products of two squared norms neither overflow (squares of singular
-// values stay below 2^62 in float32) nor, for columns of squared norm above kSmallSquare, underflow. kBoost
-// lifts the columns below it.
-template <class T>
-inline int largest_exponent(int64_t entries) {
-    if (sizeof(T) == 8) return 0;
-    int bits = 0;
-    while (entries > int64_t(1) << bits) ++bits;
-    return (62 - bits) / 2;
-}
-template <class T>
-constexpr T kSmallSquare = sizeof(T) == 4 ? T(0x1p-40) : T(0x1p-400);
-template <class T>
-constexpr T kBoost = sizeof(T) == 4 ? T(0x1p80) : T(0x1p600);
 
 template <class T>
 struct SvdWork {

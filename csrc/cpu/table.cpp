@@ -1,6 +1,5 @@
 // The kernel table of one instruction set.
-#include "passes.h"
-#include "solvers.h"
+#include "table.h"
 
 #define FASTLORA_STRING_(x) #x
 #define FASTLORA_STRING(x) FASTLORA_STRING_(x)

@@ -122,9 +122,27 @@ inline auto to_halves(Float x) {
 }
 #endif
 
-// Element types of a file: a value, and kLanes<T> values at once, to T and back.
-struct BF16 {
-    using Stored = U16;
+template <class T>
+inline T same(T x) {
+    return x;
+}
+
+// Element types of a file: a value, and kLanes<T> values at once, to T and back. kDecode and kEncode are those of a
+// value.
+template <class S, auto kDecode, auto kEncode>
+struct Element {
+    using Stored = S;
+    template <class T>
+    static T load_one(const S* p) {
+        return T(kDecode(p->value));
+    }
+    template <class T>
+    static void store_one(S* p, T x) {
+        p->value = kEncode(x);
+    }
+};
+
+struct BF16 : Element<U16, from_bf16, to_bf16> {
     template <class T>
     static Vec<T> load_vector(const U16* p) {
         typename Bits<T>::Half bits;
@@ -152,18 +170,9 @@ struct BF16 {
         const auto half = narrow<T>(chosen);
         __builtin_memcpy(p, &half, sizeof half);
     }
-    template <class T>
-    static T load_one(const U16* p) {
-        return T(from_bf16(p->value));
-    }
-    template <class T>
-    static void store_one(U16* p, T x) {
-        p->value = to_bf16(float(x));
-    }
 };
 
-struct F16 {
-    using Stored = U16;
+struct F16 : Element<U16, from_f16, to_f16> {
     template <class T>
     static Vec<T> load_vector(const U16* p) {
         using Float = typename Bits<T>::Float;
@@ -188,18 +197,9 @@ struct F16 {
         for (int i = 0; i < kLanes<T>; ++i) p[i].value = to_f16(float(x[i]));
 #endif
     }
-    template <class T>
-    static T load_one(const U16* p) {
-        return T(from_f16(p->value));
-    }
-    template <class T>
-    static void store_one(U16* p, T x) {
-        p->value = to_f16(float(x));
-    }
 };
 
-struct Single {
-    using Stored = F32;
+struct Single : Element<F32, same<float>, same<float>> {
     template <class T>
     static Vec<T> load_vector(const F32* p) {
         typename Bits<T>::Float x;
@@ -211,18 +211,9 @@ struct Single {
         const auto single = to_float<T>(x);
         __builtin_memcpy(p, &single, sizeof single);
     }
-    template <class T>
-    static T load_one(const F32* p) {
-        return T(p->value);
-    }
-    template <class T>
-    static void store_one(F32* p, T x) {
-        p->value = float(x);
-    }
 };
 
-struct Double {
-    using Stored = F64;
+struct Double : Element<F64, same<double>, same<double>> {
     template <class T>
     static Vec<T> load_vector(const F64* p) {
         typename Bits<T>::Double x;
@@ -233,14 +224,6 @@ struct Double {
     static void store_vector(F64* p, Vec<T> x) {
         const auto wide = __builtin_convertvector(x, typename Bits<T>::Double);
         __builtin_memcpy(p, &wide, sizeof wide);
-    }
-    template <class T>
-    static T load_one(const F64* p) {
-        return T(p->value);
-    }
-    template <class T>
-    static void store_one(F64* p, T x) {
-        p->value = double(x);
     }
 };
 

@@ -13,12 +13,9 @@
 // modules at once; predicted 0.13 ms on an H100 (docs/gpu_kernels.md).
 #pragma once
 #include "chain_whitening.cuh"
-#include "ordered_schur.cuh"
+#include "schur.cuh"
 
 namespace fastlora::cuda {
-
-// Below it, z = Σ U_i y_i/√(kλ) is the difference of nearly equal vectors, and no direction.
-constexpr double kLeastMean = 1e-10;
 
 // A module with a bad block reports it and shares nothing.
 __device__ __forceinline__ void refuse(const Module& m) {

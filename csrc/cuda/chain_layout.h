@@ -2,18 +2,14 @@
 #pragma once
 #include <cstdint>
 
-#include "fastlora/kernels.h"
-#include "ordered_schur.cuh"
+#include "fastlora/cuda.h"
 #include "orthogonalise.cuh"
+#include "schur.cuh"
 
 namespace fastlora::cuda {
 
-enum ChainKind : int64_t { kProduct = 0, kPalindrome = 1, kMean = 2 };
-
 constexpr int kChainThreads = 256;
-constexpr int kChainLargestRank = 256;  // in the workspace; what fits on chip is the device's
-constexpr int kChainLargestMean = 512;  // k·r
-constexpr int kWarpRank = 32;           // up to it one warp whitens an adapter, and solves the chain's matrix
+constexpr int kWarpRank = 32;  // up to it one warp whitens an adapter, and solves the chain's matrix
 
 struct ChainLayout {
     int k, r, width, order;  // order of the chain's matrix: k·r for mean, else r

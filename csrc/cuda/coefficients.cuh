@@ -5,8 +5,8 @@
 // Bytes: 8 (2 r² + r w + 2 r w + movers r²) an adapter, in L2 after the chain: 18 KB at r = w = 16, 33 MB and 10 µs for
 // 224 modules of 8. Operations: 2 r² w (2 movers + 1) an adapter. No shared memory.
 #pragma once
-#include "crew.cuh"
 #include "fastlora/cuda.h"
+#include "groups.cuh"
 
 namespace fastlora::cuda {
 

@@ -1,7 +1,7 @@
 // Orthonormal rows in place of those that are too short to have a direction, by one warp. Rare, so made for clarity:
 // a lane keeps to its own entries, and reads the rows again where a table would save it.
 #pragma once
-#include "team.cuh"
+#include "groups.cuh"
 
 namespace fastlora::cuda {
 

@@ -17,7 +17,7 @@ int launch_eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch,
     }
     int largest = 0;
     if (const int error = largest_shared(&largest)) return error;
-    const int threads = BlockTeam<T>::threads(n);
+    const int threads = BlockGroup<T>::threads(n);
     const size_t bytes = eigh_shared_bytes<T>(n, true);
     if (bytes + kStaticShared <= size_t(largest))
         return launch_kernel(eigh_block_kernel<T, false>, batch, threads, bytes, stream, a, values, vectors, info, n);

@@ -6,7 +6,7 @@
 // write. A warp a matrix up to n = 32; a block a matrix in shared memory while it fits; then a block a matrix in the
 // memory of its vectors, which L2 holds. All three do the same arithmetic, in an order that n alone decides.
 #pragma once
-#include "info.cuh"
+#include "fastlora/cuda.h"
 #include "permute.cuh"
 #include "ql.cuh"
 
@@ -14,7 +14,6 @@ namespace fastlora::cuda {
 
 constexpr int kWarpEighLargest = 32;
 constexpr int kWarpsPerBlock = 2;
-constexpr int kEighLargest = 256;
 constexpr int kEighThreads = kWarpSize + kEighLargest;
 
 // What a solver keeps in shared memory beside the matrix: vectors of T, then integers.
@@ -39,23 +38,23 @@ struct EighWork {
 };
 
 // Fills both triangles of the matrix from the lower one of a, scaled.
-template <class T, class Team>
-__device__ void load_symmetric(const T* __restrict__ a, const Scale<T>& scale, const Tridiagonal<T>& m, Team& team) {
-    const int t = team.index();
+template <class T, class Group>
+__device__ void load_symmetric(const T* __restrict__ a, const Scale<T>& scale, const Tridiagonal<T>& m, Group& group) {
+    const int t = group.index();
     for (int i = t < 0 ? m.n : t; i < m.n; ++i) {
         const T x = scale.apply(a[i * m.n + t]);
         m.matrix[i * m.ld + t] = x;
         if (i != t) m.matrix[t * m.ld + i] = x;
     }
-    team.sync();
+    group.sync();
 }
 
-template <class T, class Team>
-__device__ T largest_in_lower(const T* __restrict__ a, int n, Team& team) {
-    const int t = team.index();
+template <class T, class Group>
+__device__ T largest_in_lower(const T* __restrict__ a, int n, Group& group) {
+    const int t = group.index();
     T largest = 0;
     for (int i = t < 0 ? n : t; i < n; ++i) largest = fmax(largest, magnitude_or_infinity(a[i * n + t]));
-    return team.max(largest);
+    return group.max(largest);
 }
 
 template <class T>
@@ -68,10 +67,10 @@ __device__ void transpose_in_place(const Tridiagonal<T>& m, int t) {
 }
 
 // Writes the values in ascending order, equal ones as they stand; leaves work.order and the signs of the vectors.
-template <class T, class Team>
+template <class T, class Group>
 __device__ void rank_and_sign(const EighWork<T>& work, const Scale<T>& scale, int vector_step, int component_step,
-                              T* __restrict__ values, Team& team) {
-    const int n = work.tri.n, t = team.index();
+                              T* __restrict__ values, Group& group) {
+    const int n = work.tri.n, t = group.index();
     if (t >= 0 && t < n) {
         const T key = work.tri.diagonal[t];
         int rank = 0;
@@ -90,7 +89,7 @@ __device__ void rank_and_sign(const EighWork<T>& work, const Scale<T>& scale, in
         }
         work.sign[t] = entry < 0 ? T(-1) : T(1);
     }
-    team.sync();
+    group.sync();
 }
 
 // Row r of `vectors` becomes vector order[r]; adding zero turns -0 into +0.
@@ -105,12 +104,12 @@ __device__ void write_vectors(const EighWork<T>& work, int t, T* __restrict__ ve
 
 // kInPlace: the matrix is in the memory of the vectors, and is transposed for the rotations so that neighbouring
 // threads touch neighbouring addresses.
-template <bool kInPlace, class T, class Team>
+template <bool kInPlace, class T, class Group>
 __device__ void solve_eigh(const T* __restrict__ a, T* __restrict__ values, T* __restrict__ vectors, int32_t* info,
-                           const EighWork<T>& work, Team& team) {
-    const int n = work.tri.n, ld = work.tri.ld, t = team.index();
+                           const EighWork<T>& work, Group& group) {
+    const int n = work.tri.n, ld = work.tri.ld, t = group.index();
     const bool owns = t >= 0 && t < n;
-    const T largest = largest_in_lower(a, n, team);
+    const T largest = largest_in_lower(a, n, group);
     if (!(largest - largest == 0)) {
         if (owns) values[t] = T(NAN);
         for (int i = 0; owns && i < n; ++i) vectors[i * n + t] = T(NAN);
@@ -118,14 +117,14 @@ __device__ void solve_eigh(const T* __restrict__ a, T* __restrict__ values, T* _
         return;
     }
     const Scale<T> scale = choose_scale(largest, 0);
-    load_symmetric(a, scale, work.tri, team);
-    tridiagonalise(work.tri, team);
-    form_q(work.tri, team);
+    load_symmetric(a, scale, work.tri, group);
+    tridiagonalise(work.tri, group);
+    form_q(work.tri, group);
     if (kInPlace && owns) transpose_in_place(work.tri, t);  // the rotations come after a barrier
     const int vector_step = kInPlace ? n : 1, component_step = kInPlace ? 1 : ld;
     const bool converged =
-        diagonalise(work.tri, work.rotations, work.tri.matrix + t * component_step, vector_step, team);
-    rank_and_sign(work, scale, vector_step, component_step, values, team);
+        diagonalise(work.tri, work.rotations, work.tri.matrix + t * component_step, vector_step, group);
+    rank_and_sign(work, scale, vector_step, component_step, values, group);
     if (owns) {
         if (kInPlace)
             permute_rows(work.tri.matrix + t, n, n, work.order, work.sign);
@@ -157,14 +156,14 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize, 1)
     const Traced<int> numbers =
         dynamic_shared<int>() + (warp + 1) * int(share / sizeof(int)) - EighWork<T>::integers(n);
     const EighWork<T> work(n, memory, padded(n), memory + n * padded(n), numbers);
-    WarpTeam<T> team;
-    solve_eigh<false>(a + at * n * n, values + at * n, vectors + at * n * n, info + at, work, team);
+    WarpGroup<T> group;
+    solve_eigh<false>(a + at * n * n, values + at * n, vectors + at * n * n, info + at, work, group);
 }
 
 template <class T, bool kInPlace>
 __global__ void __launch_bounds__(kEighThreads, 1)
     eigh_block_kernel(const T* __restrict__ a, T* __restrict__ values, T* __restrict__ vectors, int32_t* info, int n) {
-    FASTLORA_SHARED(T, partial, 2 * BlockTeam<T>::kMaxWarps);
+    FASTLORA_SHARED(T, partial, 2 * BlockGroup<T>::kMaxWarps);
     const int64_t at = blockIdx.x;
     T* const out = vectors + at * n * n;
     const Traced<T> memory = dynamic_shared<T>();
@@ -173,8 +172,8 @@ __global__ void __launch_bounds__(kEighThreads, 1)
     const Traced<int> numbers =
         dynamic_shared<int>() + int(eigh_shared_bytes<T>(n, !kInPlace) / sizeof(int)) - EighWork<T>::integers(n);
     const EighWork<T> work(n, matrix, ld, kInPlace ? memory : memory + n * ld, numbers);
-    BlockTeam<T> team(partial);
-    solve_eigh<kInPlace>(a + at * n * n, values + at * n, out, info + at, work, team);
+    BlockGroup<T> group(partial);
+    solve_eigh<kInPlace>(a + at * n * n, values + at * n, out, info + at, work, group);
 }
 
 }  // namespace fastlora::cuda

@@ -6,24 +6,6 @@
 
 namespace fastlora::cuda {
 
-constexpr int kMaxJacobiSweeps = 40;
-
-// Columns with squared norms at or below kSmallSquare are left alone; kBoost lifts them to measure them. Entries are
-// scaled so that products of two squared norms neither overflow nor, above kSmallSquare, underflow.
-template <class T>
-constexpr T kSmallSquare = sizeof(T) == 4 ? T(0x1p-40) : T(0x1p-400);
-template <class T>
-constexpr T kBoost = sizeof(T) == 4 ? T(0x1p80) : T(0x1p600);
-
-// Exponent below which entries are brought: squares of singular values stay below 2^62 in float32.
-template <class T>
-__device__ int largest_exponent(int64_t entries) {
-    if (sizeof(T) == 8) return 0;
-    int bits = 0;
-    while (entries > int64_t(1) << bits) ++bits;
-    return (62 - bits) / 2;
-}
-
 // A bound on dot^2 / (a b) for columns that count as orthogonal.
 template <class T>
 __device__ T orthogonality_tolerance(int rows) {

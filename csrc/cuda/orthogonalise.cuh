@@ -6,7 +6,7 @@
 // scaled to largest entries near one. 8 rows + 16 rows/turn operations a pair, n²/2 pairs a sweep, 5 to 8 sweeps.
 // Algorithm: Hestenes; Brent and Luk's ordering; stop test of LAPACK gesvj.
 #pragma once
-#include "crew.cuh"
+#include "groups.cuh"
 #include "scalar.cuh"
 
 namespace fastlora::cuda {

@@ -1,6 +1,6 @@
 // Sorting of rows where they lie, by threads that each move one column.
 #pragma once
-#include "team.cuh"
+#include "groups.cuh"
 
 namespace fastlora::cuda {
 

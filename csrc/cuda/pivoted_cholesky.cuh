@@ -5,7 +5,7 @@
 // Left-looking: step t costs one dot product of length t per row, and two barriers. n³/3 operations.
 // Algorithm: Higham, Accuracy and Stability of Numerical Algorithms, section 10.3.
 #pragma once
-#include "crew.cuh"
+#include "groups.cuh"
 #include "scalar.cuh"
 
 namespace fastlora::cuda {

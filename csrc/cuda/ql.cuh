@@ -119,16 +119,16 @@ __device__ void next_sweep(const Tridiagonal<T>& m, const Rotations<T>& rotation
 
 // Leaves the eigenvalues, unsorted, in m.diagonal; `component` points to this thread's component of vector 0, and
 // `step` elements on is that of the next vector. Returns whether it converged.
-template <class T, class Team>
+template <class T, class Group>
 __device__ bool diagonalise(const Tridiagonal<T>& m, const Rotations<T>& rotations, Traced<T> component, int step,
-                            Team& team) {
-    const int t = team.index();
+                            Group& group) {
+    const int t = group.index();
     int from = 0;
     for (int k = 0;; ++k) {
         const int half = k % 2;
-        if (team.leads()) next_sweep(m, rotations, k, from);
+        if (group.leads()) next_sweep(m, rotations, k, from);
         // One barrier a sweep: the other half is written next, which everyone has read before coming here.
-        team.sync();
+        group.sync();
         const int first = rotations.range[2 * half], last = rotations.range[2 * half + 1];
         if (first < 0) return first == kConverged;
         if (t >= 0 && t < m.n)

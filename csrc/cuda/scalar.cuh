@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "team.cuh"
+#include "groups.cuh"
 
 namespace fastlora::cuda {
 
@@ -58,6 +58,11 @@ struct PowerOfTwo {
     __device__ double operator*(double x) const { return x * half * rest; }
 };
 
-__device__ __forceinline__ double copy_sign(double size, double sign) { return sign < 0 ? -size : size; }
+// Under the names that common/small_blocks.h has for them.
+__device__ __forceinline__ double abs_(double x) { return fabs(x); }
+__device__ __forceinline__ double sqrt_(double x) { return sqrt(x); }
+__device__ __forceinline__ double max_(double a, double b) { return fmax(a, b); }
+__device__ __forceinline__ double hypot_(double x, double y) { return hypot(x, y); }
+__device__ __forceinline__ double sum_of_products(double a, double b, double c, double d) { return fma(a, b, c * d); }
 
 }  // namespace fastlora::cuda

@@ -2,7 +2,7 @@
 #pragma once
 #include <math.h>
 
-#include "team.cuh"
+#include "groups.cuh"
 
 namespace fastlora::cuda {
 

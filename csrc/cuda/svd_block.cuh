@@ -9,8 +9,6 @@
 
 namespace fastlora::cuda {
 
-constexpr int kSvdLargest = 256;   // of min(p, q)
-constexpr int kSvdLongest = 4096;  // of max(p, q)
 constexpr int kSvdBlockWarps = 8;  // at most
 constexpr int kSvdBlockThreads = kSvdBlockWarps * kWarpSize;
 
@@ -156,12 +154,12 @@ __device__ void fill_nan(Traced<T> out, int count) {
 
 template <bool kInPlace, class T>
 __device__ void solve_svd(const T* __restrict__ a, Traced<T> along, T* __restrict__ s, Traced<T> across, int32_t* info,
-                          bool tall, const SvdWork<T>& w, BlockTeam<T>& team) {
+                          bool tall, const SvdWork<T>& w, BlockGroup<T>& group) {
     const int rows = w.rows, columns = w.columns, threads = int(blockDim.x);
     T largest = 0;
     for (int i = int(threadIdx.x); i < rows * columns; i += threads)
         largest = fmax(largest, magnitude_or_infinity(a[i]));
-    largest = team.max(largest);
+    largest = group.max(largest);
     if (!(largest - largest == 0)) {
         fill_nan(along, rows * columns);
         fill_nan(across, columns * columns);
@@ -197,7 +195,7 @@ __device__ void solve_svd(const T* __restrict__ a, Traced<T> along, T* __restric
 
 template <class T, bool kInPlace>
 __global__ void __launch_bounds__(kSvdBlockThreads, 2) svd_block_kernel(SvdArrays<T> arrays) {
-    FASTLORA_SHARED(T, partial, 2 * BlockTeam<T>::kMaxWarps);
+    FASTLORA_SHARED(T, partial, 2 * BlockGroup<T>::kMaxWarps);
     const bool tall = arrays.p >= arrays.q;
     const int rows = tall ? arrays.p : arrays.q, columns = tall ? arrays.q : arrays.p;
     const int64_t at = blockIdx.x;
@@ -218,9 +216,9 @@ __global__ void __launch_bounds__(kSvdBlockThreads, 2) svd_block_kernel(SvdArray
                           value + columns,
                           numbers,
                           numbers + columns};
-    BlockTeam<T> team(partial);
+    BlockGroup<T> group(partial);
     solve_svd<kInPlace>(arrays.a + at * rows * columns, along, arrays.s + at * columns, across, arrays.info + at, tall,
-                        work, team);
+                        work, group);
 }
 
 }  // namespace fastlora::cuda

@@ -6,7 +6,7 @@
 // for each; 5 to 8 sweeps.
 #pragma once
 #include "complete.cuh"
-#include "info.cuh"
+#include "fastlora/cuda.h"
 #include "jacobi.cuh"
 
 namespace fastlora::cuda {

@@ -62,9 +62,9 @@ __device__ T update_and_multiply(const Tridiagonal<T>& m, int t, int first, bool
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-template <class T, class Team>
-__device__ void tridiagonalise(const Tridiagonal<T>& m, Team& team) {
-    const int n = m.n, t = team.index();
+template <class T, class Group>
+__device__ void tridiagonalise(const Tridiagonal<T>& m, Group& group) {
+    const int n = m.n, t = group.index();
     PendingUpdate<T> old{m.work, m.work + 2 * n, 0, 0};
     bool pending = false;
     int turn = 0;
@@ -78,12 +78,12 @@ __device__ void tridiagonalise(const Tridiagonal<T>& m, Team& team) {
         if (t == j + 1 && t < n) m.off[j] = x;
         if (j + 2 >= n) continue;
 
-        const T tail = team.sum(t > j + 1 && t < n ? x * x : T(0));
+        const T tail = group.sum(t > j + 1 && t < n ? x * x : T(0));
         const Reflector<T> reflector(m.off[j], tail);
         const T v = t == j + 1 ? T(1) : t > j + 1 ? x * reflector.inverse : T(0);
         const Traced<T> new_v = m.work + turn * n, new_w = new_v + 2 * n;
         if (t > j && t < n) m.matrix[j * m.ld + t] = new_v[t] = v;
-        team.sync();
+        group.sync();
         if (t == j + 1) {
             m.off[j] = reflector.beta;
             m.tau[j] = reflector.tau;
@@ -92,16 +92,16 @@ __device__ void tridiagonalise(const Tridiagonal<T>& m, Team& team) {
 
         T y = 0;
         if (t > j && t < n) y = update_and_multiply(m, t, j + 1, pending, old, new_v);
-        const T dot = team.sum(t > j && t < n ? y * v : T(0));
+        const T dot = group.sum(t > j && t < n ? y * v : T(0));
         // w = tau (y - tau/2 (y'v) v)
         const T w = reflector.tau * (y - T(0.5) * reflector.tau * dot * v);
         if (t > j && t < n) new_w[t] = w;
         old = {new_v, new_w, v, w};
         pending = reflector.tau != 0;
         turn ^= 1;
-        team.sync();
+        group.sync();
     }
-    team.sync();
+    group.sync();
 }
 
 // Column t of rows first.. : x -= v * factor; returns the product of the new column with u.
@@ -126,9 +126,9 @@ __device__ T reflect_and_multiply(const Tridiagonal<T>& m, int t, int first, Tra
 // Turns the Householder vectors, row j of the matrix from j + 1 on, into Q. Rows and columns up to j are those of the
 // identity while reflector j is applied, so Q grows from the corner over the vectors that are used up. Vectors reach
 // the other threads through three buffers: a thread may still be in the step before.
-template <class T, class Team>
-__device__ void form_q(const Tridiagonal<T>& m, Team& team) {
-    const int n = m.n, t = team.index();
+template <class T, class Group>
+__device__ void form_q(const Tridiagonal<T>& m, Group& group) {
+    const int n = m.n, t = group.index();
     const bool owns = t >= 0 && t < n;
     T product = 0;  // of column t with the vector to come
     if (owns && n >= 3) {
@@ -140,7 +140,7 @@ __device__ void form_q(const Tridiagonal<T>& m, Team& team) {
     for (int j = n - 3; j >= 0; --j) {
         const Traced<T> v = m.work + j % 3 * n, next = m.work + (j + 2) % 3 * n;
         if (owns) next[t] = j > 0 && t >= j ? T(m.matrix[(j - 1) * m.ld + t]) : T(0);
-        team.sync();
+        group.sync();
         if (!owns || t < j) continue;
         if (t > j) {
             product = reflect_and_multiply(m, t, j + 1, v, m.tau[j] * product, next);
@@ -150,7 +150,7 @@ __device__ void form_q(const Tridiagonal<T>& m, Team& team) {
         }
         m.matrix[j * m.ld + t] = T(t == j);
     }
-    team.sync();
+    group.sync();
 }
 
 }  // namespace fastlora::cuda

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastlora.backends import padded
 from fastlora.backends.padded import aligned
-from fastlora.ops.chain import CHAINS, results, width
+from fastlora.backends.rows import ChainRow, packed
+from fastlora.ops.chain import results
 from fastlora.ops.coefficients import fill
 from fastlora.ops.dispatch import Kernel
 from fastlora.ops.passes import CombineJob, GramJob, WriteProblem
@@ -24,9 +25,9 @@ except ImportError as error:
     _core = None  # type: ignore[assignment]
     _import_error = str(error)
 
-# As in csrc/include/fastlora/kernels.h.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
-SYSTEM_ERROR = 3
+DTYPES: dict[torch.dtype, int] = {}
+if _core is not None:
+    DTYPES.update((getattr(torch, name), code) for name, code in _core.DTYPES.items())
 
 
 def unavailable() -> str | None:
@@ -123,7 +124,8 @@ def _gram_pass(jobs: Sequence[GramJob]) -> None:
         table[:, :, 3] = same[0].stride
         blocks.append(table.reshape(-1, 4))
     tables = _table(factors, 5), _table(tasks, 5), np.concatenate(blocks) if blocks else _table([], 4)
-    _core.gram(*map(_address, tables), len(jobs), torch.get_num_threads())
+    factor_table, task_table, block_table = map(_address, tables)
+    _core.gram(factor_table, task_table, block_table, n_tasks=len(jobs), threads=torch.get_num_threads())
 
 
 class CombinePlan:
@@ -181,11 +183,14 @@ class CombinePlan:
         files = [output.file for job in self._jobs for output in job.outputs]
         self._outputs[:, 3] = files
         to_files, threads = max(files, default=-1) >= 0, torch.get_num_threads()
-        kind, place, errno = _core.combine(*map(_address, self._tables), len(self._tasks), to_files, threads)
+        factors, tasks, outputs, matrices, terms = map(_address, self._tables)
+        kind, place, errno = _core.combine(
+            factors, tasks, outputs, matrices, terms, n_tasks=len(self._tasks), to_files=to_files, threads=threads
+        )
         if not kind:
             return None
         job = int(np.searchsorted(self._tasks[:, 2], place, side="right")) - 1
-        return WriteProblem(job, place - int(self._tasks[job, 2]), errno if kind == SYSTEM_ERROR else None)
+        return WriteProblem(job, place - int(self._tasks[job, 2]), errno if kind == _core.SYSTEM_ERROR else None)
 
 
 def _combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:
@@ -229,14 +234,13 @@ def _chain(
     rank: int,
     energy: float,
 ) -> tuple[Tensor, ...]:
-    *_, k, _, r, _ = left.shape
     left, right = aligned(left), aligned(right)
     floor = left.new_zeros(left.shape[:-3]) if floor is None else aligned(floor)
     out = results(left, kind)
     if left.numel():
-        sizes = out.info.numel(), k, r, width(kind, k, r), CHAINS.index(kind)
-        addresses = (t.data_ptr() for t in (left, right, floor, *out))
-        _core.chain(*addresses, *sizes, threshold, rtol, rank, energy, torch.get_num_threads())
+        cuts = threshold, rtol, rank, energy
+        row = ChainRow.of(left, right, floor, out, _core.CHAIN_KINDS, kind, *cuts, threads=torch.get_num_threads())
+        _core.chain(packed(row, _core.CHAIN_FIELDS))
     return tuple(out)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastlora.backends.padded import aligned
-from fastlora.ops.chain import CHAINS, Chain, results, width
+from fastlora.backends.rows import ChainRow, CoefficientsRow, packed
+from fastlora.ops.chain import Chain, results
 from fastlora.ops.coefficients import Coefficients
 from fastlora.ops.dispatch import Kernel
 
@@ -23,11 +24,6 @@ except ImportError:
 # The compiled module, and the type of device that its kernels run on.
 _module: Any = _core if _core is not None and _core.has_cuda else None
 _device = "cuda"
-
-# As in csrc/cuda/eigh.cuh and svd_block.cuh.
-LARGEST = 256  # of n in eigh, of min(p, q) in svd
-LONGEST = 4096  # of max(p, q) in svd
-LARGEST_RANK, LARGEST_MEAN = 256, 512  # r, and k·r for the mean, in chain, as in csrc/cuda/chain_layout.h
 
 
 @contextlib.contextmanager
@@ -70,11 +66,11 @@ def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
-def _launch(op: str, function: Callable[..., int], device: torch.device, *tensors: Tensor, **sizes: Any) -> None:
+def _launch(op: str, function: Callable[..., int], device: torch.device, *arguments: Any, **sizes: Any) -> None:
     """Calls a kernel of the module on the current stream of the device; it does not wait for the kernel."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     with _on(device):
-        error = function(*(t.data_ptr() for t in tensors), **sizes, stream=stream)
+        error = function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), **sizes, stream=stream)
     _raise_for(op, error)
 
 
@@ -88,8 +84,9 @@ def _raise_for(op: str, error: int) -> None:
 
 
 def _supports_eigh(a: Tensor) -> str | None:
-    if a.shape[-1] > LARGEST:
-        return f"eigh takes n up to {LARGEST}, got n = {a.shape[-1]}; use torch.linalg.eigh, or the cpu backend"
+    largest = _core.CUDA_LARGEST_EIGH
+    if a.shape[-1] > largest:
+        return f"eigh takes n up to {largest}, got n = {a.shape[-1]}; use torch.linalg.eigh, or the cpu backend"
     return _elsewhere(a)
 
 
@@ -106,9 +103,10 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _supports_svd(a: Tensor) -> str | None:
     p, q = a.shape[-2:]
-    if min(p, q) > LARGEST or max(p, q) > LONGEST:
+    largest, longest = _core.CUDA_LARGEST_SVD, _core.CUDA_LONGEST_SVD
+    if min(p, q) > largest or max(p, q) > longest:
         return (
-            f"svd takes min(p, q) up to {LARGEST} and max(p, q) up to {LONGEST}, got {p} x {q}; use torch.linalg.svd, "
+            f"svd takes min(p, q) up to {largest} and max(p, q) up to {longest}, got {p} x {q}; use torch.linalg.svd, "
             "or the cpu backend"
         )
     return _elsewhere(a)
@@ -138,11 +136,12 @@ def _supports_chain(
     energy: float,
 ) -> str | None:
     k, r = left.shape[-4], left.shape[-1]
-    if r > LARGEST_RANK:
-        return f"chain takes ranks up to {LARGEST_RANK}, got r = {r}; compress the adapters, or use the cpu backend"
-    if kind == "mean" and k * r > LARGEST_MEAN:
+    largest, largest_mean = _core.CUDA_LARGEST_RANK, _core.CUDA_LARGEST_MEAN
+    if r > largest:
+        return f"chain takes ranks up to {largest}, got r = {r}; compress the adapters, or use the cpu backend"
+    if kind == "mean" and k * r > largest_mean:
         return (
-            f"the mean chain takes k·r up to {LARGEST_MEAN}, got {k}·{r} = {k * r}; use the product or palindrome "
+            f"the mean chain takes k·r up to {largest_mean}, got {k}·{r} = {k * r}; use the product or palindrome "
             "chain, or the cpu backend"
         )
     for tensor in (left, right, floor):
@@ -175,17 +174,16 @@ class ChainPlan:
         for tensor in self._tensors:
             if not tensor.is_contiguous() or tensor.data_ptr() % tensor.element_size():
                 raise ValueError(f"chain: a plan needs contiguous tensors, got strides {tensor.stride()}")
-        *_, k, _, r, _ = left.shape
-        sizes = {"groups": out.info.numel(), "k": k, "r": r, "width": width(kind, k, r), "kind": CHAINS.index(kind)}
+        cuts = threshold, rtol, rank, energy
+        row = ChainRow.of(left, right, floor, out, _core.CHAIN_KINDS, kind, *cuts, threads=0)
         with _on(left.device):
-            error, size = _module.cuda_chain_workspace(**sizes)
+            error, size = _module.cuda_chain_workspace(row.groups, row.k, row.r, row.width, row.kind)
         _raise_for("chain", error)
         self._workspace = left.new_empty(size // left.element_size())
-        cuts = {"threshold": threshold, "rtol": rtol, "rank": rank, "energy": energy}
-        self._numbers = {**sizes, **cuts, "workspace": self._workspace.data_ptr()}
+        self._row = packed(row, _core.CHAIN_FIELDS)
 
     def run(self) -> None:
-        _launch("chain", _module.cuda_chain, self._workspace.device, *self._tensors, **self._numbers)
+        _launch("chain", _module.cuda_chain, self._workspace.device, self._row, self._workspace)
 
 
 def _chain(
@@ -227,13 +225,12 @@ class CoefficientsPlan:
         self, projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, strength: Tensor, out: Coefficients
     ) -> None:
         self._tensors = (projected, other, basis, scaling, strength, *out)
-        groups, k, w, r = out.H.shape
-        self._numbers = {"groups": groups, "k": k, "r": r, "w": w, "movers": out.removal.shape[2]}
-        for name, tensor in (("removal", out.removal), ("mixing", out.mixing)):
-            self._numbers[f"{name}_row"], self._numbers[f"{name}_column"] = tensor.stride()[-2:]
+        self._row = packed(
+            CoefficientsRow.of(projected, other, basis, scaling, strength, out), _core.COEFFICIENT_FIELDS
+        )
 
     def run(self) -> None:
-        _launch("coefficients", _module.cuda_coefficients, self._tensors[0].device, *self._tensors, **self._numbers)
+        _launch("coefficients", _module.cuda_coefficients, self._tensors[0].device, self._row)
 
 
 def _coefficients(*arguments: Any) -> None:

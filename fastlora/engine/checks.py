@@ -11,6 +11,7 @@ from fastlora.core.data import LoraData
 from fastlora.core.updates import sources
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.ops import dispatch
+from fastlora.ops.eigh import NOT_FINITE
 from fastlora.runtime.memory import release
 from fastlora.runtime.progress import track
 
@@ -76,7 +77,9 @@ def raise_for_info(modules: Sequence[str], info: Tensor) -> None:
     bad = info.nonzero().flatten().tolist()
     if bad:
         what = (
-            "its Gram matrix is not finite" if int(info[bad[0]]) == 1 else "the eigenvalue iteration did not converge"
+            "its Gram matrix is not finite"
+            if int(info[bad[0]]) == NOT_FINITE
+            else "the eigenvalue iteration did not converge"
         )
         raise InputError(
             f"{modules[bad[0]]}: {what}; check the adapters with `fastlora inspect`, or leave the module out"

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from fastlora.ops.op import Op, require_dims, require_floating
 
+NOT_FINITE, NOT_CONVERGED = 1, 2
+"""What the ``info`` of a solver says of a matrix or module; 0: it is done."""
+
 
 def _check(a: Tensor) -> None:
     require_dims("eigh", "a", a, "[..., n, n]", 2)
@@ -68,7 +71,7 @@ def raise_if_bad(op: str, info: Tensor) -> None:
     if torch.compiler.is_compiling() or not bool(info.any()):
         return
     parts = []
-    for code, what in ((1, "hold NaN or Inf"), (2, "did not converge")):
+    for code, what in ((NOT_FINITE, "hold NaN or Inf"), (NOT_CONVERGED, "did not converge")):
         hits = (info == code).nonzero().tolist()
         if hits:
             names = ", ".join("·".join(map(str, h)) or "the input" for h in hits[:8]) + (", …" if len(hits) > 8 else "")

@@ -7,7 +7,6 @@ from typing import Any
 
 import emulation
 import pytest
-import torch
 
 
 @pytest.mark.parametrize("schedule", emulation.SCHEDULES.values(), ids=emulation.SCHEDULES)
@@ -35,9 +34,3 @@ def test_what_the_emulator_finds(emulator: Any, sample: str, found: str, schedul
 
 def test_undefined_behaviour_is_looked_for(emulator: Any) -> None:
     assert b"__ubsan_handle" in Path(emulator.__file__).read_bytes()
-
-
-def test_launcher_and_binding(emulator: Any) -> None:
-    out = torch.zeros(300, dtype=torch.int32)
-    assert emulator.cuda_self_test(out.data_ptr(), count=300, stream=0) == 0
-    assert torch.equal(out, torch.arange(1, 301, dtype=torch.int32))

@@ -7,26 +7,29 @@
 
 namespace fastlora::cuda {
 
+// The largest matrices that the kernels take.
+constexpr int kEighLargest = 256;       // n
+constexpr int kSvdLargest = 256;        // min(p, q)
+constexpr int kSvdLongest = 4096;       // max(p, q)
+constexpr int kChainLargestRank = 256;  // r, in the workspace; what fits on chip is the device's
+constexpr int kChainLargestMean = 512;  // k·r, for the mean
+
 // Number of devices in *count; a machine without a driver gives an error, not a crash.
 int device_count(int* count);
 
-// Writes 1 + index to each of `count` ints on the current device: proves that the built code runs there.
-int self_test(int* out, int count, void* stream);
-
 const char* error_message(int error);
 
-// Batched solvers of float or double matrices; info as in kernels.h, shapes in csrc/cuda/eigh.cuh and svd.cu. n, and
-// min(p, q), up to 256; max(p, q) up to 4096.
+// Batched solvers of float or double matrices; info as in kernels.h, shapes in csrc/cuda/eigh.cuh and svd.cu.
 int eigh(const void* a, void* values, void* vectors, int32_t* info, int64_t batch, int n, bool is_double, void* stream);
 int svd(const void* a, void* ut, void* s, void* vt, int32_t* info, int64_t batch, int p, int q, bool is_double,
         void* stream);
 
-// Arguments as on the CPU, with addresses on the device; `threads` is not read. Every output is written. r up to 256,
-// and k·r up to 512 for the mean. `workspace`: chain_workspace bytes on the device; none where a module fits on chip.
+// Arguments as on the CPU, with addresses on the device; `threads` is not read. Every output is written. `workspace`:
+// chain_workspace bytes on the device; none where a module fits on chip.
 int chain(const ChainArgs& args, void* workspace, void* stream);
 int chain_workspace(const ChainArgs& args, int64_t* bytes);
 
-// Arguments of the coefficients kernel: see csrc/cuda/coefficients.cuh.
+// Arguments of the coefficients kernel, a row of 8-byte fields: see csrc/cuda/coefficients.cuh.
 struct CoefficientArgs {
     const double* projected;  // [g, k, k, r, r]: blocks i <= j
     const double* other;      // [g, k, r, r]

@@ -10,6 +10,13 @@ enum class DType : int64_t { f32 = 0, f64 = 1, f16 = 2, bf16 = 3, bytes = 4 };  
 // What a batched solver reports for each matrix.
 enum Info : int32_t { kOk = 0, kNonFinite = 1, kNotConverged = 2 };
 
+// Which operator a chain is made of: P_1 … P_k, C Cᵀ with C = P_1 … P_k, or (1/k) Σ P_i.
+enum ChainKind : int64_t { kProduct = 0, kPalindrome = 1, kMean = 2 };
+
+// z = Σ_i U_i y_i / √(kλ) is the unit eigenvector of (1/k) Σ P_i for M y = λ y. Where λ is at the rounding level, z is
+// the difference of nearly equal vectors and no direction, whatever the threshold.
+constexpr double kLeastMean = 1e-10;
+
 // What a kernel call returns.
 enum Status : int { kDone = 0, kOutOfMemory = 1 };
 
@@ -80,7 +87,7 @@ struct CombineProblem {
     int error;       // errno of a system error
 };
 
-// Arguments of the chain kernel: see csrc/cpu/chain.cpp.
+// Arguments of the chain kernel, a row of 8-byte fields: see csrc/cpu/chain.cpp.
 struct ChainArgs {
     const double* left;   // [g, k, k, r, r]: Gram blocks of the projected side, zero-padded
     const double* right;  // [g, k, r, r]: Gram blocks of the other side
@@ -92,11 +99,11 @@ struct ChainArgs {
     double* sigma;        // [g, k, r]: singular values of the unscaled products, descending
     int32_t* info;        // [g]: Info
     int64_t groups, k, r, width;
-    int64_t kind;  // 0 product, 1 palindrome, 2 mean
+    int64_t kind;  // ChainKind
     double threshold, rtol;
     int64_t rank;   // keep at most this many directions per adapter; 0: no cut
     double energy;  // keep this share of the energy per adapter; >= 1: no cut
-    int threads;
+    int64_t threads;
 };
 
 struct Kernels {

@@ -1,8 +1,17 @@
-// The batched small solvers of one instruction set, for the table and for the kernels built on them.
+// What the files of one instruction set give one another: the kernels that read or write tall factors, the small
+// program between them, and the batched small solvers, which are in the table too.
 #pragma once
 #include "simd.h"
 
 namespace fastlora::FASTLORA_ISA {
+
+int gram(const Matrix* factors, const GramTask* tasks, const GramBlock* blocks, int64_t n_tasks, int threads);
+
+CombineProblem combine(const CombineTables& tables, int threads);
+
+int chain(const ChainArgs& args);
+
+bool finite(const Matrix& matrix);
 
 template <class T>
 int eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch, int n, int threads);

@@ -6,9 +6,6 @@
 
 namespace fastlora::FASTLORA_ISA {
 
-template <class T>
-constexpr T kTiny = sizeof(T) == 4 ? T(1e-30) : T(1e-280);
-
 // What is known of a group once it is packed.
 template <class T>
 struct Group {

@@ -6,7 +6,7 @@
 // stable, takes three multiply-adds for four, and is exact for the identity.
 // Algorithm: EISPACK imtql2 / LAPACK steqr.   Floor: about 1.7 n^2 rotations, so 5 n^3 multiply-adds.
 #pragma once
-#include "interleave.h"
+#include "lanes_interleave.h"
 
 namespace fastlora::FASTLORA_ISA {
 

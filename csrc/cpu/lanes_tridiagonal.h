@@ -6,7 +6,7 @@
 // so that each step reads and writes the trailing triangle once, four columns at a time.
 // Floor: 4/3 n^3 flops to reduce, as many to form Q.
 #pragma once
-#include "interleave.h"
+#include "lanes_interleave.h"
 
 namespace fastlora::FASTLORA_ISA {
 

@@ -5,18 +5,13 @@
 //   sync()    barrier that also orders memory
 //   sum, max  of one value per thread, the same bits in every thread; barriers as well
 #pragma once
+#include "../common/numbers.h"
 #include "platform.h"
 
 namespace fastlora::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-// T and its machine constants, after csrc/cpu/simd.h.
-template <class T>
-constexpr T kEpsilon = sizeof(T) == 4 ? T(5.9604644775390625e-8) : T(1.1102230246251565e-16);
-template <class T>
-constexpr T kTiny = sizeof(T) == 4 ? T(1e-30) : T(1e-280);
 
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
 __device__ __forceinline__ double inverse_root(double x) { return rsqrt(x); }
@@ -40,9 +35,9 @@ __device__ __forceinline__ T warp_max(T x) {
 
 // One warp; matrices of up to 32 columns.
 template <class T>
-class WarpTeam {
+class WarpGroup {
   public:
-    __device__ WarpTeam() : lane_(int(threadIdx.x) % kWarpSize) {}
+    __device__ WarpGroup() : lane_(int(threadIdx.x) % kWarpSize) {}
     __device__ int index() const { return lane_; }
     __device__ bool leads() const { return true; }
     __device__ void sync() { __syncwarp(); }
@@ -62,10 +57,10 @@ class WarpTeam {
 // A whole block: the leading warp, then a thread per column. `partial` [2][kMaxWarps] alternates its halves, so that a
 // result is still there while the next is being written.
 template <class T>
-class BlockTeam {
+class BlockGroup {
   public:
     static constexpr int kMaxWarps = 16;
-    __device__ explicit BlockTeam(Traced<T> partial) : partial_(partial) {}
+    __device__ explicit BlockGroup(Traced<T> partial) : partial_(partial) {}
     static __host__ __device__ int threads(int columns) {
         return kWarpSize + (columns + kWarpSize - 1) / kWarpSize * kWarpSize;
     }
@@ -99,5 +94,81 @@ class BlockTeam {
     Traced<T> partial_;
     int turn_ = 0;
 };
+
+using Doubles = Traced<double>;
+using Ints = Traced<int>;
+
+// One warp, or the whole block. Every member calls the functions that take a crew, in the same order.
+struct Crew {
+    int rank, size;  // of the calling thread
+    bool block;
+
+    __device__ void sync() const {
+        if (block)
+            __syncthreads();
+        else
+            __syncwarp();
+    }
+    __device__ bool any(bool x) const { return block ? __syncthreads_or(x) != 0 : __any_sync(kAllLanes, x) != 0; }
+};
+
+__device__ __forceinline__ Crew whole_block() {
+    return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), true};
+}
+__device__ __forceinline__ Crew own_warp() { return {static_cast<int>(threadIdx.x) % kWarpSize, kWarpSize, false}; }
+
+template <class Pointer>
+struct View {
+    Pointer data;
+    int row, column;  // elements between rows and between columns
+
+    __device__ double operator()(int i, int j) const { return data[i * row + j * column]; }
+};
+
+template <class Pointer>
+__device__ __forceinline__ View<Pointer> by_columns(Pointer data, int ld) {
+    return {data, 1, ld};
+}
+
+template <class Pointer>
+__device__ __forceinline__ View<Pointer> by_rows(Pointer data, int ld) {
+    return {data, ld, 1};
+}
+
+// c [m, n] = a [m, k] · b [k, n], element by element through store(i, j, value), in tiles of 2 x 2: one load for every
+// multiplication. What is stored overlaps neither.
+template <class A, class B, class Store>
+__device__ __forceinline__ void multiply(Crew crew, int m, int n, int k, A a, B b, Store store) {
+    const int tile_rows = (m + 1) / 2, tiles = tile_rows * ((n + 1) / 2);
+    for (int tile = crew.rank; tile < tiles; tile += crew.size) {
+        const int i0 = tile % tile_rows, j0 = 2 * (tile / tile_rows);
+        const bool two_rows = i0 + tile_rows < m, two_columns = j0 + 1 < n;
+        const int i1 = two_rows ? i0 + tile_rows : i0, j1 = two_columns ? j0 + 1 : j0;
+        double c00 = 0, c01 = 0, c10 = 0, c11 = 0;
+#pragma unroll 2
+        for (int p = 0; p < k; ++p) {
+            const double a0 = a(i0, p), a1 = a(i1, p), b0 = b(p, j0), b1 = b(p, j1);
+            c00 += a0 * b0;
+            c01 += a0 * b1;
+            c10 += a1 * b0;
+            c11 += a1 * b1;
+        }
+        store(i0, j0, c00);
+        if (two_columns) store(i0, j1, c01);
+        if (two_rows) store(i1, j0, c10);
+        if (two_rows && two_columns) store(i1, j1, c11);
+    }
+}
+
+// Position of x[i] among x [n] in descending order; of equals the first stays first.
+__device__ __forceinline__ int descending_rank(Doubles x, int n, int i) {
+    const double own = x[i];
+    int rank = 0;
+    for (int j = 0; j < n; ++j) {
+        const double other = x[j];
+        rank += other > own || (other == own && j < i);
+    }
+    return rank;
+}
 
 }  // namespace fastlora::cuda

@@ -5,7 +5,7 @@
 // its rank.
 #pragma once
 #include "amx.h"
-#include "strips.h"
+#include "combine_strips.h"
 
 namespace fastlora::FASTLORA_ISA {
 
@@ -33,18 +33,14 @@ class CombineTiles {
         own_ = arena.take<Own>(job.task->factors);
         int64_t deepest = 1, s = 0;
         for (int64_t f = 0; f < job.task->factors; ++f) {
-            int64_t first = -1, last = 0;
-            each_term(job, f, [&](const Term& term, int64_t out) {
-                first = first < 0 ? out : min_(first, out);
-                last = max_(last, out + term.columns);
-            });
-            if (first < 0) continue;
+            const Reach reach = reach_of(job, f);
+            if (reach.first < 0) continue;
             Own own{};
             own.depth = job.rank(f);
             own.twice = own.depth <= kTileSide;
             own.chunks = (own.depth + kTileDepth - 1) / kTileDepth;
             own.parts = own.twice ? 2 : 3;
-            own.widths = (last - first + kTileSide - 1) / kTileSide;
+            own.widths = (reach.last - reach.first + kTileSide - 1) / kTileSide;
             own.tiles = arena.take<Tile>(own.chunks * own.parts * own.widths);
             deepest = max_(deepest, own.chunks);
             if (fill) {

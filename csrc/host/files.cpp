@@ -1,8 +1,8 @@
+#include "fastlora/files.h"
+
 #include <unistd.h>
 
 #include <cerrno>
-
-#include "fastlora/io.h"
 
 namespace fastlora {
 

@@ -1,6 +1,6 @@
 // The coefficients of a combine task as strips: all that one factor gives to the results, as one matrix.
 #pragma once
-#include "passes.h"
+#include "table.h"
 #include "tile.h"
 
 namespace fastlora::FASTLORA_ISA {
@@ -28,6 +28,12 @@ struct CombineJob {
         return task->rows ? matrix(output).rows : matrix(output).cols;
     }
     bool is_stored(int64_t output) const { return outputs[output].file >= 0 && matrix(output).data != 0; }
+    // Of the long dimension of what has to be computed.
+    int64_t length() const {
+        for (int64_t o = 0; o < task->outputs; ++o)
+            if (!is_stored(o)) return task->rows ? matrix(o).cols : matrix(o).rows;
+        return 0;
+    }
 };
 
 // results [.., out : out + width] += factor [.., depth] * values [depth, stride]   (B side; transposed on the A side)
@@ -67,19 +73,29 @@ inline void each_term(const CombineJob& job, int64_t factor, Visit visit) {
         }
 }
 
+// Columns (B side) or rows (A side) of the results that a factor goes into: [first, last), or first = -1 for none.
+struct Reach {
+    int64_t first = -1, last = 0;
+};
+
+inline Reach reach_of(const CombineJob& job, int64_t factor) {
+    Reach reach;
+    each_term(job, factor, [&](const Term& term, int64_t out) {
+        reach.first = reach.first < 0 ? out : min_(reach.first, out);
+        reach.last = max_(reach.last, out + term.columns);
+    });
+    return reach;
+}
+
 // Takes memory for the strips and, where there is some, fills them.
 template <class T>
 void lay_out_strips(Arena& arena, bool fill, const CombineJob& job, Strips<T>& strips) {
     strips.strip = arena.take<Strip<T>>(job.task->factors);
     strips.count = 0;
     for (int64_t f = 0; f < job.task->factors; ++f) {
-        int64_t first = -1, last = 0;
-        each_term(job, f, [&](const Term& term, int64_t out) {
-            first = first < 0 ? out : min_(first, out);
-            last = max_(last, out + term.columns);
-        });
-        if (first < 0) continue;
-        Strip<T> strip = {f, job.rank(f), first, last - first, 0, nullptr};
+        const Reach reach = reach_of(job, f);
+        if (reach.first < 0) continue;
+        Strip<T> strip = {f, job.rank(f), reach.first, reach.last - reach.first, 0, nullptr};
         strip.stride = padded<T>(strip.width) + 2 * kLanes<T>;
         strip.values = arena.take<T>(size_t(strip.depth) * strip.stride);
         ++strips.count;

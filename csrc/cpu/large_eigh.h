@@ -1,9 +1,10 @@
-// Eigenvectors of large matrices, one at a time: Householder reduction (householder.h), divide and conquer (divide.h),
-// product with Q. The lanes hold entries of the one matrix, so a matrix costs nearly the same alone and in a batch.
+// Eigenvectors of large matrices, one at a time: Householder reduction (large_householder.h), divide and conquer
+// (large_divide.h), product with Q. The lanes hold entries of the one matrix, so a matrix costs nearly the same alone
+// and in a batch.
 #pragma once
-#include "divide.h"
-#include "householder.h"
-#include "solvers.h"
+#include "large_divide.h"
+#include "large_householder.h"
+#include "table.h"
 
 namespace fastlora::FASTLORA_ISA {
 

@@ -1,14 +1,14 @@
 // Eigensystem of one symmetric tridiagonal matrix by divide and conquer.
-// The matrix is torn into leaves of kLeaf rows, which implicit QL solves one per lane (ql.h), those of several
+// The matrix is torn into leaves of kLeaf rows, which implicit QL solves one per lane (lanes_ql.h), those of several
 // matrices at once where one does not fill the lanes. Two solved neighbours T1, T2 with coupling b are
-// diag(T1, T2) + |b| u u', so in the basis of their vectors D + rho z z' (secular.h). Entries of z that are
+// diag(T1, T2) + |b| u u', so in the basis of their vectors D + rho z z' (large_secular.h). Entries of z that are
 // negligible, and pairs of equal d, deflate: their vectors stay as they are. The others are combined by two matrix
 // products, since each old vector lives in one half.
 // Algorithm: Cuppen 1981, LAPACK stedc / laed2.   Floor: without deflation 4/3 n^3 flops, and 12 n^2 quotients.
 #pragma once
-#include "householder.h"
-#include "ql.h"
-#include "secular.h"
+#include "lanes_ql.h"
+#include "large_householder.h"
+#include "large_secular.h"
 
 namespace fastlora::FASTLORA_ISA {
 

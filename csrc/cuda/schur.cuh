@@ -8,13 +8,11 @@
 // member a column of h and a column of z, updates of columns a row of h. Odd ld keeps both off the same banks.
 // 25 n³ operations, but what counts is the chain of about 2 n steps of n/2 reflections, two barriers each.
 #pragma once
-#include "crew.cuh"
+#include "groups.cuh"
 #include "scalar.cuh"
-#include "small_reflections.cuh"
+#include "schur_blocks.cuh"
 
 namespace fastlora::cuda {
-
-constexpr int kStepsPerValue = 30;
 
 // v: scratch [n].
 __device__ __forceinline__ void reduce_to_hessenberg(const Schur& s, Doubles v) {
@@ -55,19 +53,6 @@ __device__ __forceinline__ void reduce_to_hessenberg(const Schur& s, Doubles v) 
         }
         crew.sync();
     }
-}
-
-struct Shifts {
-    double re1, re2, im_square;  // of the two; the imaginary parts are opposite
-};
-
-// Of the trailing 2x2 block; two real eigenvalues are both replaced by the one nearer to the corner.
-__device__ __forceinline__ Shifts choose_shifts(double a, double b, double c, double d) {
-    const double mean = 0.5 * (a + d), half = 0.5 * (a - d), square = fma(half, half, b * c);
-    if (square < 0) return {mean, mean, -square};
-    const double root = sqrt(square), upper = mean + root, lower = mean - root;
-    const double nearest = fabs(upper - d) < fabs(lower - d) ? upper : lower;
-    return {nearest, nearest, 0.0};
 }
 
 // First column of (H - s1)(H - s2) for the block that starts at `at`.
@@ -164,15 +149,7 @@ __device__ __forceinline__ bool reduce_to_schur(const Schur& s) {
         }
         if (--steps_left < 0) return false;
         ++tries;
-        const int last = high - 1;
-        Shifts shift = choose_shifts(s.at(last, last), s.at(last, high), s.at(high, last), s.at(high, high));
-        if (tries % 10 == 0) {  // the usual shifts cycle: try an unrelated pair, from the two ends in turn
-            const bool top = tries % 20 == 10;
-            const double corner = top ? s.at(low, low) : s.at(high, high);
-            const double off = top ? fabs(s.at(low + 1, low)) + fabs(s.at(low + 2, low + 1))
-                                   : fabs(s.at(high, high - 1)) + fabs(s.at(high - 1, high - 2));
-            shift = choose_shifts(0.75 * off + corner, -0.4375 * off, off, 0.75 * off + corner);
-        }
+        const Shifts shift = shifts_of(shift_block(s, low, high, tries));
         francis_step(s, low, high, shift);
     }
     s.crew.sync();

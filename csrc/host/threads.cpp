@@ -1,7 +1,7 @@
 // Threads that stay awake for a moment after their work and then sleep. Waking one takes as long as hundreds of small
 // matrices, and calls often follow one another closely; but a thread that went on looking out for work would take its
 // processor from others. So it looks out for about as long as waking it would take, and lets others go first meanwhile.
-#include "fastlora/team.h"
+#include "fastlora/threads.h"
 
 #include <pthread.h>
 #include <sched.h>

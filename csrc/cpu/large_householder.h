@@ -6,7 +6,7 @@
 // Q is applied in blocks, H_m ... H_(m+b-1) = I - Y T Y' (compact WY), as matrix products.
 // Algorithm: LAPACK sytd2 (upper) and larft / larfb.   Floor: 4/3 n^3 flops to reduce, 2 n^3 to apply.
 #pragma once
-#include "interleave.h"
+#include "lanes_interleave.h"
 #include "tile.h"
 
 namespace fastlora::FASTLORA_ISA {

@@ -5,7 +5,7 @@
 // One root per lane: Newton-like steps on the two nearest poles ("the middle way"), kept inside a bracket.
 // Algorithm: Gu & Eisenstat 1994, Li 1993 (LAPACK laed3, laed4).   Floor: about 6 n^2 quotients.
 #pragma once
-#include "interleave.h"
+#include "lanes_interleave.h"
 
 namespace fastlora::FASTLORA_ISA {
 

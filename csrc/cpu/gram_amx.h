@@ -6,7 +6,7 @@
 // summed in float32 (a product of tiles sums its 32 terms in two short chains), and these sums in float64.
 #pragma once
 #include "amx.h"
-#include "passes.h"
+#include "table.h"
 
 #if defined(__AMX_BF16__)
 

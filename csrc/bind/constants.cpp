@@ -1,0 +1,86 @@
+// Numbers and rows that Python shares with the kernels: their home is kernels.h and cuda.h.
+#include <cstddef>
+#include <initializer_list>
+#include <type_traits>
+#include <utility>
+
+#include "bind.h"
+#include "fastlora/cuda.h"
+#include "fastlora/kernels.h"
+
+namespace py = pybind11;
+
+namespace fastlora {
+namespace {
+
+py::dict numbers(std::initializer_list<std::pair<const char*, int64_t>> entries) {
+    py::dict all;
+    for (const auto& [name, number] : entries) all[name] = number;
+    return all;
+}
+
+struct Field {
+    const char* name;
+    size_t offset;
+    bool is_real;
+};
+
+#define FASTLORA_FIELD(Row, name) \
+    Field { #name, offsetof(Row, name), std::is_same_v<decltype(Row::name), double> }
+
+// The fields of a row in their order, none left out: name, and the code that Python's `struct` has for 8 bytes of it.
+template <class Row>
+py::tuple fields(std::initializer_list<Field> all) {
+    py::list row;
+    for (const Field& field : all) {
+        if (field.offset != 8 * row.size()) throw py::import_error(field.name);
+        row.append(py::make_tuple(field.name, field.is_real ? "d" : "q"));
+    }
+    if (sizeof(Row) != 8 * row.size()) throw py::import_error("fields are missing");
+    return py::tuple(row);
+}
+
+py::tuple chain_fields() {
+    using Row = ChainArgs;
+    return fields<Row>({FASTLORA_FIELD(Row, left), FASTLORA_FIELD(Row, right), FASTLORA_FIELD(Row, floor),
+                        FASTLORA_FIELD(Row, basis), FASTLORA_FIELD(Row, values), FASTLORA_FIELD(Row, shared),
+                        FASTLORA_FIELD(Row, kept), FASTLORA_FIELD(Row, sigma), FASTLORA_FIELD(Row, info),
+                        FASTLORA_FIELD(Row, groups), FASTLORA_FIELD(Row, k), FASTLORA_FIELD(Row, r),
+                        FASTLORA_FIELD(Row, width), FASTLORA_FIELD(Row, kind), FASTLORA_FIELD(Row, threshold),
+                        FASTLORA_FIELD(Row, rtol), FASTLORA_FIELD(Row, rank), FASTLORA_FIELD(Row, energy),
+                        FASTLORA_FIELD(Row, threads)});
+}
+
+py::tuple coefficient_fields() {
+    using Row = cuda::CoefficientArgs;
+    return fields<Row>({FASTLORA_FIELD(Row, projected), FASTLORA_FIELD(Row, other), FASTLORA_FIELD(Row, basis),
+                        FASTLORA_FIELD(Row, scaling), FASTLORA_FIELD(Row, strength), FASTLORA_FIELD(Row, H),
+                        FASTLORA_FIELD(Row, norms), FASTLORA_FIELD(Row, shared), FASTLORA_FIELD(Row, removal),
+                        FASTLORA_FIELD(Row, mixing), FASTLORA_FIELD(Row, groups), FASTLORA_FIELD(Row, k),
+                        FASTLORA_FIELD(Row, r), FASTLORA_FIELD(Row, w), FASTLORA_FIELD(Row, movers),
+                        FASTLORA_FIELD(Row, removal_row), FASTLORA_FIELD(Row, removal_column),
+                        FASTLORA_FIELD(Row, mixing_row), FASTLORA_FIELD(Row, mixing_column)});
+}
+
+}  // namespace
+
+void bind_constants(py::module_& m) {
+    m.attr("DTYPES") = numbers({{"float32", int64_t(DType::f32)},
+                                {"float64", int64_t(DType::f64)},
+                                {"float16", int64_t(DType::f16)},
+                                {"bfloat16", int64_t(DType::bf16)},
+                                {"uint8", int64_t(DType::bytes)}});
+    m.attr("CHAIN_KINDS") = numbers({{"product", kProduct}, {"palindrome", kPalindrome}, {"mean", kMean}});
+    m.attr("INFO") = numbers({{"done", kOk}, {"not finite", kNonFinite}, {"not converged", kNotConverged}});
+    m.attr("SYSTEM_ERROR") = int(kSystemError);
+    m.attr("LEAST_MEAN") = kLeastMean;
+    m.attr("CUDA_LARGEST_EIGH") = cuda::kEighLargest;
+    m.attr("CUDA_LARGEST_SVD") = cuda::kSvdLargest;
+    m.attr("CUDA_LONGEST_SVD") = cuda::kSvdLongest;
+    m.attr("CUDA_LARGEST_RANK") = cuda::kChainLargestRank;
+    m.attr("CUDA_LARGEST_MEAN") = cuda::kChainLargestMean;
+    m.attr("CHAIN_FIELDS") = chain_fields();
+    m.attr("COEFFICIENT_FIELDS") = coefficient_fields();
+}
+
+}  // namespace fastlora

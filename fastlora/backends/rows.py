@@ -1,0 +1,97 @@
+"""Arguments of a kernel as one row: the fields of a struct of ``csrc``, 8 bytes each, in the order it says itself."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastlora.ops.chain import Chain, width
+from fastlora.ops.coefficients import Coefficients
+
+
+class ChainRow(NamedTuple):
+    """``ChainArgs`` of ``kernels.h``: addresses of the tensors, sizes, cuts."""
+
+    left: int
+    right: int
+    floor: int
+    basis: int
+    values: int
+    shared: int
+    kept: int
+    sigma: int
+    info: int
+    groups: int
+    k: int
+    r: int
+    width: int
+    kind: int
+    threshold: float
+    rtol: float
+    rank: int
+    energy: float
+    threads: int
+
+    @staticmethod
+    def of(
+        left: Tensor, right: Tensor, floor: Tensor, out: Chain, kinds: dict[str, int], kind: str,
+        threshold: float, rtol: float, rank: int, energy: float, threads: int,
+    ) -> ChainRow:  # fmt: skip
+        """``kinds``: the module's number of every kind of chain."""
+        *_, k, _, r, _ = left.shape
+        results = {name: tensor.data_ptr() for name, tensor in out._asdict().items()}
+        return ChainRow(
+            left=left.data_ptr(), right=right.data_ptr(), floor=floor.data_ptr(), **results,
+            groups=out.info.numel(), k=k, r=r, width=width(kind, k, r), kind=kinds[kind],
+            threshold=threshold, rtol=rtol, rank=rank, energy=energy, threads=threads,
+        )  # fmt: skip
+
+
+class CoefficientsRow(NamedTuple):
+    """``CoefficientArgs`` of ``cuda.h``: addresses of the tensors, sizes, strides of the last two results."""
+
+    projected: int
+    other: int
+    basis: int
+    scaling: int
+    strength: int
+    H: int
+    norms: int
+    shared: int
+    removal: int
+    mixing: int
+    groups: int
+    k: int
+    r: int
+    w: int
+    movers: int
+    removal_row: int
+    removal_column: int
+    mixing_row: int
+    mixing_column: int
+
+    @staticmethod
+    def of(
+        projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, strength: Tensor, out: Coefficients
+    ) -> CoefficientsRow:
+        groups, k, w, r = out.H.shape
+        removal_row, removal_column = out.removal.stride()[-2:]
+        mixing_row, mixing_column = out.mixing.stride()[-2:]
+        return CoefficientsRow(
+            projected=projected.data_ptr(), other=other.data_ptr(), basis=basis.data_ptr(),
+            scaling=scaling.data_ptr(), strength=strength.data_ptr(), H=out.H.data_ptr(), norms=out.norms.data_ptr(),
+            shared=out.shared.data_ptr(), removal=out.removal.data_ptr(), mixing=out.mixing.data_ptr(),
+            groups=groups, k=k, r=r, w=w, movers=out.removal.shape[2], removal_row=removal_row,
+            removal_column=removal_column, mixing_row=mixing_row, mixing_column=mixing_column,
+        )  # fmt: skip
+
+
+def packed(row: ChainRow | CoefficientsRow, fields: Sequence[tuple[str, str]]) -> bytes:
+    """``fields``: ``(name, struct code)`` as the module has them."""
+    numbers = row._asdict()
+    if numbers.keys() != {name for name, _ in fields}:
+        raise ValueError(f"{type(row).__name__} has the fields {', '.join(numbers)}, the kernel {fields}")
+    return struct.pack("=" + "".join(code for _, code in fields), *(numbers[name] for name, _ in fields))
