@@ -69,7 +69,7 @@ rehearsal: $(REHEARSAL)/ready
 	for at_once in none default others; do \
 	  REHEARSAL_AT_ONCE=$$at_once $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -m gpu tests/gpu || exit 1; \
 	done
-	$(REHEARSE) -m fastlora.bench.device --tiny $(REHEARSAL)/rows.jsonl
+	$(REHEARSE) -m fastlora.bench.gpu.cases --tiny $(REHEARSAL)/rows.jsonl
 	$(REHEARSE) tests/gpu/sanitized.py
 
 # Writing into files is left out, which the CPU alone does.

@@ -175,7 +175,7 @@ def build(report: Report, limit: float) -> str:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     run(command, limit, FASTLORA_CUDA="ON", FASTLORA_CUDA_ARCHS=os.environ.get("FASTLORA_CUDA_ARCHS", f"{arch}-real"))
     check = (
-        "import fastlora.backends as b; [print(n, k) for n in ('cuda', 'triton') if isinstance(k := b.kernels(n), str)]"
+        "import fastlora.ops.dispatch as b; [print(n, k) for n in ('cuda', 'triton') if isinstance(k := b.kernels(n), str)]"
     )
     if output := run([sys.executable, "-c", check], 60).strip():
         raise Failed(output)
@@ -235,7 +235,7 @@ def benches(report: Report, limit: float) -> str:
     out = RESULTS / "rows.jsonl"
     out.unlink(missing_ok=True)
     try:
-        run([sys.executable, "-m", "fastlora.bench.device", str(out)], limit, OMP_WAIT_POLICY="passive")
+        run([sys.executable, "-m", "fastlora.bench.gpu.cases", str(out)], limit, OMP_WAIT_POLICY="passive")
     finally:
         if out.exists():
             report.rows = [json.loads(line) for line in out.read_text().splitlines()]

@@ -15,6 +15,7 @@ from fastlora.ops.passes import CombineJob, CombineOutput, GramJob, WriteProblem
 from fastlora.reference.chain import chain
 from fastlora.reference.combine import combine
 from fastlora.reference.eigh import eigh
+from fastlora.reference.finite import finite
 from fastlora.reference.gram import gram, symmetric
 from fastlora.reference.svd import svd
 
@@ -81,7 +82,7 @@ KERNELS: Mapping[str, Kernel] = {
     "chain": Kernel(chain, always),
     "combine": Kernel(combine, always),
     "coefficients": Kernel(fill, always),
-    "finite": Kernel(lambda x: bool(x.isfinite().all()), always),
+    "finite": Kernel(finite, always),
     "gram_pass": Kernel(_gram_pass, always),
     "combine_pass": Kernel(_combine_pass, always),
 }

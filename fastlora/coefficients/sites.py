@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastlora.core.updates import Update
-from fastlora.engine.checks import is_finite
 from fastlora.engine.materialise import materialise
 from fastlora.errors import InputError
+from fastlora.ops.finite import is_finite
 
 CONVOLUTIONS = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d, nn.Conv3d: functional.conv3d}
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from fastlora.core.data import LoraData
 from fastlora.core.updates import sources
 from fastlora.errors import InputError, NonFiniteError
-from fastlora.ops import dispatch
 from fastlora.ops.eigh import NOT_FINITE
+from fastlora.ops.finite import is_finite
 from fastlora.runtime.memory import release
 from fastlora.runtime.progress import track
 
@@ -25,11 +25,6 @@ def require_finite(adapters: Iterable[LoraData]) -> None:
                     if not is_finite(term.source):
                         raise not_finite(adapter.name, module, factor.side)
             release(sources([adapter.updates[module]]))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a matrix holds neither NaN nor Inf."""
-    return bool(dispatch.run("finite", tensor))
 
 
 def not_finite(adapter: str, module: str, side: str) -> NonFiniteError:

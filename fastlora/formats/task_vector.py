@@ -11,9 +11,9 @@ from safetensors import safe_open
 from fastlora._version import __version__
 from fastlora.core.data import AdapterData, DeltaData
 from fastlora.core.dtypes import parse_dtype
-from fastlora.engine.checks import is_finite
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.files.tensor_files import SAFETENSORS, TensorFile, cast_tensor, read_safetensors
+from fastlora.ops.finite import is_finite
 
 KIND = "task_vector"
 SUFFIX = SAFETENSORS

@@ -135,5 +135,5 @@ def test_a_failed_download_is_one_message(here: Path, monkeypatch: pytest.Monkey
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, fastlora.locate, fastlora.errors, fastlora.output; sys.exit('torch' in sys.modules)"
+    code = "import sys, fastlora.files.locate, fastlora.errors, fastlora.files.output; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

@@ -20,7 +20,6 @@ from fastlora._version import __version__
 from fastlora.core.data import BaseInfo, Extra, Ia3Data, Scaling
 from fastlora.core.dtypes import parse_dtype
 from fastlora.core.names import CONFIG_NAME
-from fastlora.engine.checks import is_finite
 from fastlora.errors import InputError, NonFiniteError, OutputError
 from fastlora.files.output import writing
 from fastlora.files.tensor_files import TensorFile, cast_tensor
@@ -29,6 +28,7 @@ from fastlora.formats.peft.names import HEADS, PREFIX, WEIGHTS_NAME
 from fastlora.formats.peft.patterns import Unsupported, compiled_whole
 from fastlora.formats.peft.reading import add_values, check_tensor, read_tensors
 from fastlora.formats.peft.writing import Contents, exclude_pattern, place_values
+from fastlora.ops.finite import is_finite
 
 PART = ".ia3_l"
 
