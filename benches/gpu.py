@@ -175,7 +175,8 @@ def build(report: Report, limit: float) -> str:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     run(command, limit, FASTLORA_CUDA="ON", FASTLORA_CUDA_ARCHS=os.environ.get("FASTLORA_CUDA_ARCHS", f"{arch}-real"))
     check = (
-        "import fastlora.ops.dispatch as b; [print(n, k) for n in ('cuda', 'triton') if isinstance(k := b.kernels(n), str)]"
+        "from fastlora.ops.dispatch import kernels; "
+        "[print(n, k) for n in ('cuda', 'triton') if isinstance(k := kernels(n), str)]"
     )
     if output := run([sys.executable, "-c", check], 60).strip():
         raise Failed(output)
