@@ -13,7 +13,12 @@ from typing import Any, Protocol
 from fastlora.errors import BackendError, InputError
 from fastlora.ops.passes import CombineJob, GramJob, WriteProblem
 
-ORDER = ("cuda", "triton", "cpu", "reference")
+ORDER = (
+    "cuda",
+    "triton",
+    "cpu",
+    "reference",
+)
 
 # What "auto" takes: for tensors on a device, the first of these backends that supports the call. On a GPU the slow
 # reference is not among them: it runs there when it is forced.
