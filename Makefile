@@ -9,7 +9,12 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell git ls-files 'csrc/*' CMakeLists.txt setup.py pyproject.toml constraints.txt 2>/dev/null)
+# Tests run in as many processes at once, which share the processor; a file's tests stay together where they can.
+WORKERS ?= 2
+PYTEST = $(PY) -m pytest -q
+PARALLEL = -n $(WORKERS) --dist worksteal
 ISAS := baseline avx2 avx512 avx512_bf16
+BEST_ISA = $(PY) -c "from fastlora.backends import cpu; print(cpu.isa())"
 HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
 .PHONY: demo test lint types unit isas package bench gpu rehearsal triton fuzz sanitize clean
@@ -34,19 +39,24 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(VENV)/bin/mypy
 
+# Without the small tests that start an interpreter for each instruction set: `isas` runs all of the ops' tests there.
 unit: $(VENV)/ready
-	$(PY) -m pytest -q -m "not package"
+	$(PYTEST) $(PARALLEL) -m "not package" -k "not every_instruction_set"
 
-# Every op under every instruction set that this processor has, at every size; `unit` does so for the best one.
+# Every kernel under every other instruction set that this processor has, at every size; `unit` does so for the best
+# one. What is the same for all is left out: the reference, and what ops do before they reach a kernel.
 isas: $(VENV)/ready
+	best=$$($(BEST_ISA)) || exit 1; \
 	for isa in $(ISAS); do \
+	  [ $$isa != $$best ] || continue; \
 	  FASTLORA_ISA=$$isa $(HAS_ISA) || { echo "$$isa: skipped, not on this processor"; continue; }; \
-	  echo "$$isa:"; FASTLORA_ISA=$$isa $(PY) -m pytest -q -k "not instruction_set and not reference" tests/ops || exit 1; \
+	  echo "$$isa:"; FASTLORA_ISA=$$isa $(PYTEST) $(PARALLEL) -k "not every_instruction_set and not reference" \
+	    --ignore tests/ops/test_dispatch.py --ignore tests/ops/test_team.py tests/ops || exit 1; \
 	done
 
 # sdist, wheel from the sdist, import of the wheel in an environment of its own.
 package: $(VENV)/ready
-	$(PY) -m pytest -q -m package
+	$(PYTEST) -m package
 
 bench: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(PY) -m pytest benches --benchmark-only --benchmark-columns=median,iqr,rounds

@@ -13,6 +13,9 @@ import pytest
 # Threads that spin while they wait make small matrices ten times slower on a machine that has other work. OpenMP reads
 # this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Workers that run tests at the same time share the processor; what they start is told by the environment too.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import torch
 

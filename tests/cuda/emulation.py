@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -29,9 +30,21 @@ def _tool(name: str) -> str:
 
 def build() -> Any:
     """Builds the module ``_emulated`` where its sources have changed, and imports it."""
+    directory = ROOT / "build" / "emulated"
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:  # tests that run in several processes build it once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = _built(directory)
+    spec = importlib.util.spec_from_file_location("_emulated", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _built(directory: Path) -> Path:
     import pybind11
 
-    directory = ROOT / "build" / "emulated"
     configure = [
         _tool("cmake"), f"-S{ROOT}", f"-B{directory}", "-GNinja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
         "-DFASTLORA_EMULATOR=ON", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={directory}",
@@ -42,11 +55,7 @@ def build() -> Any:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     (library,) = directory.glob(f"_emulated{importlib.machinery.EXTENSION_SUFFIXES[0]}")
-    spec = importlib.util.spec_from_file_location("_emulated", library)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return library
 
 
 @contextlib.contextmanager

@@ -36,6 +36,12 @@ def on_device(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture(autouse=True)
+def _two_threads(threads: Callable[[int], None]) -> None:
+    """Kernels share their work among threads, however many processors there are and tests run at the same time."""
+    threads(2)
+
+
+@pytest.fixture(autouse=True)
 def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if DEVICE:
         if DEVICE != "cpu" and not torch.cuda.is_available():

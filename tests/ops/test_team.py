@@ -41,11 +41,12 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
 
 def test_several_callers_at_once() -> None:
     torch.set_num_threads(3)
-    expected, found, ends = values(), [], time.monotonic() + 1.0
+    expected, found, together = values(), [], threading.Barrier(4)
 
     def call() -> None:
         torch.set_num_threads(3)
-        while time.monotonic() < ends:
+        together.wait()
+        for _ in range(250):
             found.append(torch.equal(values(), expected))
 
     callers = [threading.Thread(target=call) for _ in range(4)]
@@ -53,7 +54,7 @@ def test_several_callers_at_once() -> None:
         caller.start()
     for caller in callers:
         caller.join(60)
-    assert len(found) > 40 and all(found)
+    assert len(found) == 1000 and all(found)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
