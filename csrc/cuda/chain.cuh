@@ -68,7 +68,6 @@ __device__ __forceinline__ Outcome solve_symmetric(const Module& m, Crew crew) {
             const int at = e / n * ld + e % n;
             matrix[at] = scale * matrix[at];
         }
-        crew.sync();
     }
     const bool converged = orthogonalise(crew, matrix, n, n, ld, squares);
     rank_columns(crew, squares, n, m.solver_order(), sigma);

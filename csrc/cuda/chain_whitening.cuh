@@ -126,7 +126,6 @@ __device__ __forceinline__ bool whiten(const Module& m, Crew crew, int own, int 
     crew.sync();
     pivoted_cholesky(crew, 2, r, ld, root, t, vector, order);
     multiply(crew, r, r, r, by_rows(root, ld), by_columns(t, ld), [=](int p, int j, double y) { x[j * ld + p] = y; });
-    crew.sync();
     const bool converged = orthogonalise(crew, x, r, r, ld, vector);
     const Doubles sigma = vector + r;
     rank_columns(crew, vector, r, order, sigma);

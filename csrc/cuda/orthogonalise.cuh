@@ -2,16 +2,16 @@
 //   Column c at x + c·ld. On return the columns are V Σ in no order, the squares [n] their squared norms.
 // The left singular vectors are the columns themselves, so no rotation is accumulated: a whitening, the singular
 // values and left vectors of C, and the eigenvectors of a factored Gram matrix all end here.
-// Round-robin: n/2 disjoint pairs a round, each by a few neighbouring lanes; one barrier a round. Columns must be
+// A tournament (jacobi.cuh) whose pairs are each shared by a few neighbouring lanes. Columns must be
 // scaled to largest entries near one. 8 rows + 16 rows/turn operations a pair, n²/2 pairs a sweep, 5 to 8 sweeps.
 // Algorithm: Hestenes; Brent and Luk's ordering; stop test of LAPACK gesvj.
 #pragma once
 #include "groups.cuh"
+#include "jacobi.cuh"
 #include "scalar.cuh"
 
 namespace fastlora::cuda {
 
-constexpr int kMaxSweeps = 40;
 // Squares below it count as zero: columns 1e-70 times the largest are no directions.
 constexpr double kLeastProduct = 1e-290;
 
@@ -95,37 +95,21 @@ __device__ __forceinline__ bool orthogonalise_pair(Doubles x, Doubles y, int row
 
 template <int kHeld>
 __device__ __forceinline__ bool sweep(Crew crew, Doubles x, int rows, int n, int ld, int lanes) {
-    const int players = n + n % 2, pairs = players / 2, at_once = crew.size / lanes;
-    const int lane = crew.rank % lanes, own = crew.rank / lanes;
-    const double tolerance = 4 * rows * kEpsilon<double> * kEpsilon<double>;
-    bool turned = false;
-    for (int round = 0; round < players - 1; ++round) {
-        for (int first = 0; first < pairs; first += at_once) {
-            // The last player stays, the others go round.
-            const int pair = first + own, rest = players - 1;
-            int p = round + pair, q = round - pair;
-            p = p >= rest ? p - rest : p;
-            q = q < 0 ? q + rest : q;
-            if (pair == 0) q = rest;
-            const bool active = pair < pairs && p < n && q < n;
-            if (p > q) {
-                const int t = p;
-                p = q, q = t;
-            }
-            turned |= orthogonalise_pair<kHeld>(x + (active ? p : 0) * ld, x + (active ? q : 0) * ld, active ? rows : 0,
-                                                lane, lanes, tolerance);
-        }
-        crew.sync();
-    }
-    return crew.any(turned);
+    const int lane = crew.rank % lanes;
+    const double tolerance = orthogonality_tolerance<double>(rows);
+    return tournament_sweep(crew, n, lanes, [=](int first, int second, bool is_pair) {
+        return orthogonalise_pair<kHeld>(x + (is_pair ? first : 0) * ld, x + (is_pair ? second : 0) * ld,
+                                         is_pair ? rows : 0, lane, lanes, tolerance);
+    });
 }
 
-// False if the columns are not orthogonal after kMaxSweeps.
+// Begins with a barrier. False if the columns are not orthogonal after kMaxJacobiSweeps.
 __device__ __forceinline__ bool orthogonalise(Crew crew, Doubles x, int rows, int n, int ld, Doubles squares) {
     const int lanes = lanes_of_pair(n, crew.size);
     bool turned = true;
-    for (int count = 0; turned && count < kMaxSweeps; ++count)
+    for (int count = 0; turned && count < kMaxJacobiSweeps; ++count)
         turned = rows <= 4 * lanes ? sweep<4>(crew, x, rows, n, ld, lanes) : sweep<0>(crew, x, rows, n, ld, lanes);
+    crew.sync();
     for (int j = crew.rank; j < n; j += crew.size) {
         double sum = 0;
         for (int i = 0; i < rows; ++i) {

@@ -31,15 +31,6 @@ struct SvdWork {
     }
 };
 
-// The pair of columns that `slot` rotates in `round`, of `players` (even): the last stays, the others go round.
-__device__ __forceinline__ void tournament_pair(int players, int round, int slot, int& first, int& second) {
-    const int circle = players - 1;
-    const int a = slot == 0 ? circle : (round + slot) % circle;
-    const int b = slot == 0 ? round : (round + circle - slot) % circle;
-    first = a < b ? a : b;
-    second = a < b ? b : a;
-}
-
 template <class T>
 __device__ __forceinline__ void rotate_columns(Traced<T> a, Traced<T> b, const JacobiRotation<T>& r, int n, int lane) {
     for (int k = lane; k < n; k += kWarpSize) {
@@ -66,24 +57,16 @@ __device__ bool rotate_pair(const SvdWork<T>& w, int first, int second, T tolera
 }
 
 template <class T>
-__device__ bool tournament_sweep(const SvdWork<T>& w, T tolerance) {
+__device__ bool jacobi_sweep(const SvdWork<T>& w, T tolerance) {
     const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
-    const int warps = int(blockDim.x) / kWarpSize, players = w.columns + w.columns % 2;
-    for (int c = warp; c < w.columns; c += warps) {
+    for (int c = warp; c < w.columns; c += int(blockDim.x) / kWarpSize) {
         const Traced<T> x = w.x + c * w.x_step;
         const T square = row_dot(x, x, w.rows);
         if (lane == 0) w.value[c] = square;
     }
-    bool turned = false;
-    for (int round = 0; round + 1 < players; ++round) {
-        __syncthreads();
-        for (int slot = warp; slot < players / 2; slot += warps) {
-            int first, second;
-            tournament_pair(players, round, slot, first, second);
-            if (second < w.columns) turned |= rotate_pair(w, first, second, tolerance, lane);
-        }
-    }
-    return __syncthreads_or(turned);
+    return tournament_sweep(whole_block(), w.columns, kWarpSize, [&](int first, int second, bool is_pair) {
+        return is_pair && rotate_pair(w, first, second, tolerance, lane);
+    });
 }
 
 // Turns columns into directions and singular values, and finds the sign of each, by a warp a column. Norms of v have
@@ -178,7 +161,7 @@ __device__ void solve_svd(const T* __restrict__ a, Traced<T> along, T* __restric
 
     const T tolerance = orthogonality_tolerance<T>(rows);
     bool turned = true;
-    for (int sweep = 0; sweep < kMaxJacobiSweeps && turned; ++sweep) turned = tournament_sweep(w, tolerance);
+    for (int sweep = 0; sweep < kMaxJacobiSweeps && turned; ++sweep) turned = jacobi_sweep(w, tolerance);
     normalise_columns(w, tall);
     rank_columns(w, scale, s);
     write_sorted(w, w.x, w.x_step, rows, along, kInPlace);

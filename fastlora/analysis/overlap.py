@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.adapters.pool import Pool, on_device
-from fastlora.engine.blocks import Blocks, read_blocks
+from fastlora.engine.blocks import ChainBlocks, read_chain_blocks
 from fastlora.engine.checks import raise_for_info
-from fastlora.engine.gram import gram_blocks
-from fastlora.engine.schedule import module_parts
+from fastlora.engine.gram import read_gram
+from fastlora.engine.schedule import parts, rtol_or_default
+from fastlora.engine.stream import current
 from fastlora.ops.gram import blocks_of
 
 
@@ -58,18 +59,19 @@ class Overlap:
 
 
 def pool_overlap(pool: Pool) -> Overlap:
-    """Both similarities of every pair, from one read of the factors."""
+    """Both similarities of every pair, from one read of the factors, or of the blocks that the Gram cache in use
+    has."""
     k = len(pool)
     products = torch.zeros(k, k, dtype=torch.float64)
     squares = torch.zeros(k, k, dtype=torch.float64)  # Σ‖ΔW_i‖² over the modules that j has too
     shares = torch.zeros(k, k, dtype=torch.float64)
     counts = torch.zeros(k, k, dtype=torch.float64)
     modules = {}
-    for source, group, part in module_parts(pool, None, "comparing"):
-        blocks = read_blocks(source, group, part, "left", "pairs")
-        inner, subspace = (x.cpu() for x in _similarities(blocks, group.rtols))
-        index = torch.tensor(group.members)
-        for g, module in enumerate(part):
+    for part in parts(pool, "comparing", rtol_of=rtol_or_default(None), least=2, stream=current()):
+        blocks = read_chain_blocks(part, "left", "pairs")
+        inner, subspace = (x.cpu() for x in _similarities(blocks, part.group.rtols))
+        index = torch.tensor(part.group.members)
+        for g, module in enumerate(part.modules):
             norms = inner[g].diagonal().sqrt()
             cosine, space = (torch.full((k, k), torch.nan, dtype=torch.float64) for _ in range(2))
             cosine[index[:, None], index] = inner[g] / (norms[:, None] * norms)
@@ -85,14 +87,16 @@ def pool_overlap(pool: Pool) -> Overlap:
     return Overlap(list(pool.names), cosine, shares / counts, ordered)
 
 
-def _similarities(blocks: Blocks, rtols: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """``⟨ΔW_i, ΔW_j⟩`` and ``‖U_iᵀU_j‖²/min(q_i, q_j)`` of every module: ``[g, k, k]`` each."""
+def _similarities(blocks: ChainBlocks, rtols: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """``⟨ΔW_i, ΔW_j⟩`` and ``‖U_iᵀU_j‖²/min(q_i, q_j)`` of every module: ``[g, k, k]`` each.
+
+    Reads the other side's factors, except for blocks that the Gram cache in use has."""
     k = len(blocks.group.members)
     device = blocks.projected.device
     upper = torch.ones(k, k, dtype=torch.bool, device=device).triu()
     full = torch.where(upper[:, :, None, None], blocks.projected, blocks.projected.transpose(1, 2).mT)
     r = full.shape[-1]
-    other = gram_blocks([[u.A for u in row] for row in blocks.updates], r, blocks_of("pairs", k))
+    other = read_gram([[u.A for u in row] for row in blocks.updates], r, blocks_of("pairs", k))
     other = torch.where(upper[:, :, None, None], other, other.transpose(1, 2).mT)
     scaling = torch.tensor([[u.scaling for u in row] for row in blocks.updates], dtype=torch.float64).to(device)
     inner = (full * other).sum((-1, -2)) * scaling[:, :, None] * scaling[:, None]

@@ -18,7 +18,7 @@ from fastlora.engine.buffers import Room
 from fastlora.engine.materialise import materialise_groups
 from fastlora.ops.dispatch import resolve
 from fastlora.ops.gram import blocks_of
-from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm, GramBlock, GramJob
+from fastlora.ops.passes import BlockPlace, CombineJob, CombineOutput, CombineTerm, GramJob
 
 TAU = 0.85
 BLOCKS = "torch float32 blocks"
@@ -41,7 +41,7 @@ def _prepare_gram(workload: str) -> Task:
     """The blocks that a decomposition needs: neighbours of the chain on the B side, the diagonal on the A side."""
     pool = pool_of(workload)
     jobs: list[GramJob] = []
-    places_by_kind: dict[tuple[str, int, int], list[GramBlock]] = {}
+    places_by_kind: dict[tuple[str, int, int], list[BlockPlace]] = {}
     moved = operations = 0
     for side, kind in (("B", "chain"), ("A", "diagonal")):
         rows = side == "A"

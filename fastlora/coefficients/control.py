@@ -16,8 +16,8 @@ from fastlora.core.updates import Update
 from fastlora.decomposition.components import Components
 from fastlora.decomposition.devec import ModuleResult
 from fastlora.decomposition.result import Decomposition
-from fastlora.engine.blocks import PairBlocks, pair_blocks
-from fastlora.engine.gram import gram_blocks
+from fastlora.engine.blocks import PairBlocks, read_pair_blocks
+from fastlora.engine.gram import read_gram
 from fastlora.errors import InputError
 
 KINDS = ("random", "top")
@@ -64,7 +64,7 @@ def control(parts: Decomposition, kind: str = "random", *, seed: int = 0) -> dic
 
 def _control(components: Components, kind: str, seed: int, name: str) -> Adapter:
     results: dict[str, ModuleResult] = {}
-    for blocks in pair_blocks(components.pool, f"control of {name}"):
+    for blocks in read_pair_blocks(components.pool, f"control of {name}"):
         for g, module in enumerate(blocks.modules):
             shared = components.results.get(module)
             if shared is not None and shared.count:
@@ -100,11 +100,11 @@ def _replaced(shared: ModuleResult, blocks: PairBlocks, g: int, side: str, kind:
         for i, h in enumerate(H)
     ]
     basis = [C[starts[i] : starts[i + 1]] for i in range(k)]
-    before, row = shared.coefficients, slice(shared.row, shared.row + 1)
-    coefficients = replace(
+    before, row = shared.batch, slice(shared.row, shared.row + 1)
+    batch = replace(
         before, sigma=before.sigma[row], values=before.values[row], basis=_padded(basis)[None], H=_padded(H)[None]
     )
-    return replace(shared, coefficients=coefficients, row=0, shared_norms=tuple(norms))
+    return replace(shared, batch=batch, row=0, shared_norms=tuple(norms))
 
 
 def _padded(blocks: list[Tensor]) -> Tensor:
@@ -147,4 +147,4 @@ def _norms(updates: dict[str, Update]) -> dict[str, float]:
 
 
 def _grams(updates: Sequence[Update], side: str, rank: int) -> Tensor:
-    return gram_blocks([[u.B if side == "B" else u.A] for u in updates], rank, [(0, 0)])[:, 0, 0]
+    return read_gram([[u.B if side == "B" else u.A] for u in updates], rank, [(0, 0)])[:, 0, 0]

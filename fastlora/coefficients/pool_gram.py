@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.updates import sources
-from fastlora.engine.blocks import pair_blocks
+from fastlora.engine.blocks import read_pair_blocks
 from fastlora.engine.gram_cache import GramCache, use_cache
 from fastlora.errors import InputError
 
@@ -50,7 +50,7 @@ class PoolGram:
         k = len(pool)
         found: dict[str, Tensor] = {}
         with self:
-            for blocks in pair_blocks(pool):
+            for blocks in read_pair_blocks(pool):
                 index, inner = torch.tensor(blocks.members), blocks.inner()
                 for g, module in enumerate(blocks.modules):
                     found[module] = torch.zeros(k, k, dtype=torch.float64)

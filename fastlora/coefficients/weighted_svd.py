@@ -15,7 +15,7 @@ from fastlora.core.dtypes import widest
 from fastlora.core.factors import Side, add
 from fastlora.core.sums import combine_extras, common_base
 from fastlora.core.updates import Update, default_rtol, factor, with_rank_zero
-from fastlora.engine.blocks import PairBlocks, pair_blocks
+from fastlora.engine.blocks import PairBlocks, read_pair_blocks
 from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
 from fastlora.merging.methods.svd import default_rank
@@ -56,7 +56,7 @@ class WeightedSVD:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self.cores = [_core(blocks) for blocks in pair_blocks(pool, "preparing merges")]
+        self.cores = [_core(blocks) for blocks in read_pair_blocks(pool, "preparing merges")]
 
     def merge(self, weights: Mapping[str, float], rank: int | None, energy: float | None) -> Adapter:
         """``weights``: of every adapter of the pool."""

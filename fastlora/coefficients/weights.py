@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlora.adapters.pool import Pool
 from fastlora.coefficients.pool_gram import PoolGram
-from fastlora.engine.blocks import PairBlocks, pair_blocks
+from fastlora.engine.blocks import PairBlocks, read_pair_blocks
 from fastlora.errors import InputError
 
 # Directions of a normal equation that are rounding: duplicates and opposites of other adapters.
@@ -54,7 +54,7 @@ def weights(pool: Pool | PoolGram, method: str = "least_interference") -> dict[s
 def _inner(pool: Pool) -> Tensor:
     """``⟨ΔW_i, ΔW_j⟩`` summed over modules, MATH (13): ``[k, k]``."""
     total = torch.zeros(len(pool), len(pool), dtype=torch.float64)
-    for blocks in pair_blocks(pool):
+    for blocks in read_pair_blocks(pool):
         index = torch.tensor(blocks.members)
         total[index[:, None], index] += blocks.inner().sum(0)
     if not bool(total.diagonal().any()):
@@ -86,7 +86,7 @@ def least_interference(pool: Pool) -> Tensor:
     k = len(pool)
     matrix = torch.zeros(k, k, dtype=torch.float64)
     right = torch.zeros(k, dtype=torch.float64)
-    for blocks in pair_blocks(pool):
+    for blocks in read_pair_blocks(pool):
         products = _products(blocks)  # [g, i, j, l]
         squares = blocks.inner().diagonal(dim1=1, dim2=2)  # ‖ΔW_i‖² [g, k]
         products = torch.where(squares[:, :, None, None] > 0, products / squares[:, :, None, None], 0.0)

@@ -9,12 +9,12 @@ import torch
 
 from fastlora.adapters.pool import Pool
 from fastlora.decomposition import devec
-from fastlora.decomposition.components import BLOCKS_OF_PAIR, Components
+from fastlora.decomposition.components import Components
 from fastlora.decomposition.devec import ModuleResult, Settings, shared_directions
 from fastlora.decomposition.result import Decomposition
 from fastlora.engine import stream as streams
-from fastlora.engine.blocks import Blocks, read_blocks
-from fastlora.engine.schedule import Group, chunks, module_parts
+from fastlora.engine.blocks import read_chain_blocks
+from fastlora.engine.schedule import Part, parts, rtol_or_default
 from fastlora.errors import InputError
 from fastlora.ops.chain import check_cuts
 from fastlora.runtime import devices
@@ -105,9 +105,8 @@ def decompose(
 def decompose_pool(pool: Pool, settings: Settings) -> Components:
     """One decomposition of all adapters."""
     results: dict[str, ModuleResult] = {}
-    kind = "pairs" if settings.chain == "mean" else "chain"
-    for own, group, part in module_parts(pool, settings.rtol, "decomposing"):
-        for result in shared_directions(read_blocks(own, group, part, settings.side, kind), settings):
+    for part in _parts(pool, settings, "decomposing"):
+        for result in shared_directions(read_chain_blocks(part, settings.side, settings.blocks_kind), settings):
             results[result.module] = result
     return Components(pool, {m: results[m] for m in pool.modules if m in results}, settings, "pool")
 
@@ -117,41 +116,21 @@ def decompose_pairs(pool: Pool, settings: Settings) -> dict[tuple[str, str], Com
     results: dict[tuple[str, str], dict[str, ModuleResult]] = {
         (a, b): {} for i, a in enumerate(pool.names) for b in pool.names[i + 1 :]
     }
-    for source, group, part in module_parts(pool, settings.rtol, "decomposing pairs"):
-        blocks = read_blocks(source, group, part, settings.side, "pairs")
-        for pairs in _pairs(blocks):
-            for result in shared_directions(pairs, settings):
+    for part in _parts(pool, settings, "decomposing pairs"):
+        for blocks in read_chain_blocks(part, settings.side, "pairs").pairs():
+            for result in shared_directions(blocks, settings):
                 results[result.names[0], result.names[1]][result.module] = result
     return {
-        pair: Components(pool.subset(list(pair)), {m: own[m] for m in pool.modules if m in own}, settings, "pairs")
-        for pair, own in results.items()
+        pair: Components(
+            pool.subset(list(pair)), {m: of_pair[m] for m in pool.modules if m in of_pair}, settings, "pairs"
+        )
+        for pair, of_pair in results.items()
     }
 
 
-def _pairs(blocks: Blocks) -> Iterator[Blocks]:
-    """The blocks of every two of the adapters, many pairs at once: those of the same ranks and noise floors, at their
-    own padded size, so that results do not depend on the rest of the pool."""
-    group, k = blocks.group, len(blocks.group.members)
-    alike: dict[Group, list[tuple[int, int]]] = {}
-    for i in range(k):
-        for j in range(i + 1, k):
-            of_two = Group((0, 1), (group.ranks[i], group.ranks[j]), (group.rtols[i], group.rtols[j]))
-            alike.setdefault(of_two, []).append((i, j))
-    for of_two, pairs in alike.items():
-        r = max(1, *of_two.ranks)
-        for part in chunks(len(pairs), BLOCKS_OF_PAIR * 8 * r * r * len(blocks.modules)):
-            some = [pairs[p] for p in part]
-            index = torch.tensor(some, device=blocks.projected.device)  # [p, 2]
-            rows = [(g, pair) for g in range(len(blocks.modules)) for pair in some]
-            yield Blocks(
-                [blocks.modules[g] for g, _ in rows],
-                [(blocks.names[g][i], blocks.names[g][j]) for g, (i, j) in rows],
-                [[blocks.updates[g][i], blocks.updates[g][j]] for g, (i, j) in rows],
-                blocks.projected[:, index[:, :, None], index[:, None]][..., :r, :r].flatten(0, 1).contiguous(),
-                blocks.other[:, index][..., :r, :r].flatten(0, 1).contiguous(),
-                blocks.floor[:, index].flatten(0, 1).contiguous(),
-                of_two,
-            )
+def _parts(pool: Pool, settings: Settings, label: str) -> Iterator[Part]:
+    """The modules that two adapters or more have, on the device of the stream in use."""
+    return parts(pool, label, rtol_of=rtol_or_default(settings.rtol), least=2, stream=streams.current())
 
 
 def decompose_iteratively(pool: Pool, settings: Settings, target: str, order: Sequence[str]) -> list[Components]:
@@ -164,7 +143,7 @@ def decompose_iteratively(pool: Pool, settings: Settings, target: str, order: Se
     current = pool[target]
     for other in order:
         pair = Pool([current, pool[other]], align=False)
-        found = decompose_pool(pair, settings)
-        steps.append(Components(pair, found.results, settings, "iterative"))
+        step = decompose_pool(pair, settings)
+        steps.append(Components(pair, step.results, settings, "iterative"))
         current = replace(steps[-1].unique_of(target), name=target)
     return steps

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.engine.blocks import Blocks
+from fastlora.core.updates import Update
+from fastlora.engine.blocks import ChainBlocks
 from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.stream import current as streaming
+from fastlora.reference import coefficients
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,27 +32,41 @@ class Settings:
     energy: float | None
     rtol: float | None
 
-    def run(self, left: Tensor, right: Tensor, floor: Tensor, rtol: float) -> ops.Chain:
+    @property
+    def blocks_kind(self) -> str:
+        """Which Gram blocks of the projected side the chain needs."""
+        return "pairs" if self.chain == "mean" else "chain"
+
+    def movers(self, k: int) -> int:
+        """How many of ``k`` projected factors the shared directions are made of: the first ones."""
+        return k if self.chain == "mean" else 1
+
+    def cuts(self, rtol: float) -> tuple[float, str, float, int, float]:
+        """What the op ``chain`` takes behind its tensors; ``rtol``: of a group."""
+        return self.threshold, self.chain, rtol, self.rank or 0, 1.0 if self.energy is None else self.energy
+
+    def run(self, blocks: ChainBlocks) -> ops.Chain:
         """The chain of these settings on Gram blocks."""
+        threshold, kind, rtol, rank, energy = self.cuts(blocks.group.rtol)
         return ops.chain(
-            left,
-            right,
-            threshold=self.threshold,
-            kind=self.chain,
+            blocks.projected,
+            blocks.other,
+            threshold=threshold,
+            kind=kind,
             rtol=rtol,
-            rank=self.rank or 0,
-            energy=1.0 if self.energy is None else self.energy,
-            floor=floor,
+            rank=rank,
+            energy=energy,
+            floor=blocks.floor,
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Coefficients:
-    """Coefficients of many results in few tensors: all pairs of a large pool have hundreds of thousands.
+class ResultBatch:
+    """Results of many modules in few tensors: all pairs of a large pool have hundreds of thousands.
 
     ``sigma [b, k, r]``: singular values of ``ΔW_i``, scaling included, descending. ``values [b, w]``: eigenvalues, real
-    where all are. ``basis [b, movers, r, c]`` and ``H [b, k, c, r]``, with as many
-    columns ``c`` as some result of the batch shares.
+    where all are. ``basis [b, movers, r, c]`` and ``H [b, k, c, r]``, with as many columns ``c`` as some result of the
+    batch shares.
     """
 
     sigma: np.ndarray[tuple[int, int, int], np.dtype[np.float64]]
@@ -94,33 +110,33 @@ class ModuleResult:
     norms: tuple[float, ...]  # ‖ΔW_i‖
     shared_norms: tuple[float, ...]  # ‖ΔW_i^shared‖, MATH (9)
     rtol: float
-    coefficients: Coefficients
-    row: int  # of the coefficients
+    batch: ResultBatch
+    row: int  # of the batch
 
     @property
     def sigma(self) -> tuple[tuple[float, ...], ...]:
         """Singular values of every ``ΔW_i``, scaling included, descending."""
-        own = self.coefficients.sigma[self.row].tolist()
-        return tuple(tuple(x[:r]) for x, r in zip(own, self.ranks, strict=True))
+        padded = self.batch.sigma[self.row].tolist()
+        return tuple(tuple(values[:r]) for values, r in zip(padded, self.ranks, strict=True))
 
     @property
     def values(self) -> Tensor:
         """Eigenvalues, descending by real part."""
-        length = self.kept[0] if self.coefficients.basis.shape[1] == 1 else sum(self.kept)
-        values = self.coefficients.values[self.row, :length]
+        length = self.kept[0] if self.batch.basis.shape[1] == 1 else sum(self.kept)
+        values = self.batch.values[self.row, :length]
         return values if values.is_complex() and bool(values.imag.any()) else values.real
 
     @property
     def basis(self) -> tuple[Tensor | None, ...]:
         """``[r_j, count]``, None where zero."""
-        own = self.coefficients.basis[self.row]
-        return tuple(own[j, :r, : self.count] if j < len(own) else None for j, r in enumerate(self.ranks))
+        padded = self.batch.basis[self.row]
+        return tuple(padded[j, :r, : self.count] if j < len(padded) else None for j, r in enumerate(self.ranks))
 
     @property
     def H(self) -> tuple[Tensor, ...]:
         """``[count, r_i]``; none where nothing is shared."""
-        own = self.coefficients.H[self.row]
-        return tuple(own[i, : self.count, :r] for i, r in enumerate(self.ranks)) if self.count else ()
+        padded = self.batch.H[self.row]
+        return tuple(padded[i, : self.count, :r] for i, r in enumerate(self.ranks)) if self.count else ()
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -128,70 +144,61 @@ class ModuleResult:
         total = sum(self.shared_norms)
         return tuple(s / total if total > 0 else 0.0 for s in self.shared_norms)
 
+    def unique_floor(self, i: int, update: Update) -> float:
+        """The noise floor of the unique part of adapter ``i``, from its ``update``: what was taken from it is known to
+        the rounding of the whole."""
+        return max(update.floor, self.rtol * float(self.batch.sigma[self.row, i, 0])) if self.count else update.floor
 
-def shared_directions(blocks: Blocks, settings: Settings) -> list[ModuleResult]:
+
+def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleResult]:
     """Chain and threshold for every module of the blocks, then MATH (7)–(10) in coefficients."""
-    found = settings.run(blocks.projected, blocks.other.contiguous(), blocks.floor, blocks.group.rtol)
-
-    raise_for_info(blocks.modules, found.info)
-    k = len(blocks.group.members)
-    movers = range(k if settings.chain == "mean" else 1)
-    # H_i = Zᵀ X_i = Σ_j basis_jᵀ G_ji  [g, k, w, r]
-    H = found.basis[:, 0, None].mT @ blocks.projected[:, 0]
-    for j in movers[1:]:
-        row = [blocks.projected[:, i, j].mT if i < j else blocks.projected[:, j, i] for i in range(k)]
-        H += found.basis[:, j, None].mT @ torch.stack(row, 1)
-    diagonal = blocks.projected.diagonal(dim1=1, dim2=2).movedim(-1, 1)
-    norms = (diagonal * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # [g, k]
-    shared = ((H.mT @ H) * blocks.other).sum((-1, -2)).clamp(min=0).sqrt()  # MATH (9)
-    scalings = _scalings(blocks)
-    return module_results(blocks, found, len(movers), H, norms * scalings, shared * scalings)
+    chain = settings.run(blocks)
+    raise_for_info(blocks.modules, chain.info)
+    movers = settings.movers(len(blocks.group.members))
+    shares = coefficients.shares(blocks.projected, blocks.other, chain.basis, _scalings(blocks), movers)
+    return module_results(blocks, chain, movers, *shares)
 
 
-def _scalings(blocks: Blocks) -> Tensor:
-    """``|s_i|``: ``[g, k]``."""
-    values = [[abs(u.scaling) for u in row] for row in blocks.updates]
+def _scalings(blocks: ChainBlocks) -> Tensor:
+    """The ``s_i``: ``[g, k]``."""
+    values = [[u.scaling for u in row] for row in blocks.updates]
     return torch.tensor(values, dtype=torch.float64).to(blocks.projected.device)
 
 
 def module_results(
-    blocks: Blocks, found: ops.Chain, movers: int, H: Tensor, norms: Tensor, shared: Tensor
+    blocks: ChainBlocks, chain: ops.Chain, movers: int, H: Tensor, norms: Tensor, shared: Tensor
 ) -> list[ModuleResult]:
     """The results of a chain, from ``H_i [g, k, w, r]`` and the norms of the updates and their shared parts
     ``[g, k]``."""
-    sigma = (found.sigma * _scalings(blocks)[..., None]).cpu()
+    sigma = (chain.sigma * _scalings(blocks).abs()[..., None]).cpu()
     check_size(blocks.names, blocks.modules, sigma)
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
-    numbers = [x.tolist() for x in (found.shared, found.kept, norms, shared)]
-    most = max(numbers[0], default=0)
-    coefficients = Coefficients(
+    counts, kept, all_norms, shared_norms = (x.tolist() for x in (chain.shared, chain.kept, norms, shared))
+    most = max(counts, default=0)
+    batch = ResultBatch(
         sigma.numpy(),
-        (found.values if bool(found.values.imag.any()) else found.values.real.clone()).cpu(),
-        _home(found.basis[:, :movers, :, :most]),
-        _home(H[:, :, :most]),
+        (chain.values if bool(chain.values.imag.any()) else chain.values.real.clone()).cpu(),
+        _beside_factors(chain.basis[:, :movers, :, :most]),
+        _beside_factors(H[:, :, :most]),
     )
-    results = []
-    for g, module in enumerate(blocks.modules):
-        count, kept, own_norms, own_shared = (x[g] for x in numbers)
-        ranks = blocks.group.ranks
-        results.append(
-            ModuleResult(
-                module=module,
-                shape=blocks.updates[g][0].shape,
-                names=blocks.names[g],
-                ranks=ranks,
-                kept=tuple(kept),
-                count=count,
-                norms=tuple(own_norms),
-                shared_norms=tuple(own_shared),
-                rtol=blocks.group.rtol,
-                coefficients=coefficients,
-                row=g,
-            )
+    return [
+        ModuleResult(
+            module=module,
+            shape=blocks.updates[g][0].shape,
+            names=blocks.names[g],
+            ranks=blocks.group.ranks,
+            kept=tuple(kept[g]),
+            count=counts[g],
+            norms=tuple(all_norms[g]),
+            shared_norms=tuple(shared_norms[g]),
+            rtol=blocks.group.rtol,
+            batch=batch,
+            row=g,
         )
-    return results
+        for g, module in enumerate(blocks.modules)
+    ]
 
 
-def _home(small: Tensor) -> Tensor:
-    """A coefficient beside the factors that it belongs to: those that are streamed are on the host."""
+def _beside_factors(small: Tensor) -> Tensor:
+    """A copy of a coefficient where the factors are that it belongs to: those that are streamed are on the host."""
     return small.clone() if streaming() is None else small.cpu().clone()

@@ -16,7 +16,7 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.decomposition.components import Components
 from fastlora.decomposition.report import Report, build_report
-from fastlora.engine.schedule import chunks
+from fastlora.engine.schedule import split_to_fit
 from fastlora.engine.stream import Stream, streamed
 from fastlora.engine.write import WRITE_BYTES
 from fastlora.errors import InputError
@@ -182,12 +182,12 @@ class Decomposition:
             yield {"shared": self.shared} | {f"unique/{n}": self.unique_of(n) for n in self.pool.names}
         else:
             pairs = list(self.pairs.items())
-            for part in chunks(len(pairs), max(_written_bytes(c) for c in self._pairs.values()), WRITE_BYTES):
-                found = {}
-                for (a, b), pair in (pairs[p] for p in part):
-                    found[f"pairs/{a}+{b}/shared"] = pair.shared
-                    found |= {f"pairs/{a}+{b}/unique/{n}": pair.unique_of(n) for n in (a, b)}
-                yield found
+            for some in split_to_fit([_written_bytes(pair.components) for _, pair in pairs], WRITE_BYTES):
+                adapters = {}
+                for (a, b), pair in (pairs[p] for p in some):
+                    adapters[f"pairs/{a}+{b}/shared"] = pair.shared
+                    adapters |= {f"pairs/{a}+{b}/unique/{n}": pair.unique_of(n) for n in (a, b)}
+                yield adapters
 
     def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
         """Writes every part as a PEFT directory, and ``report.json``, below ``path``: complete or not at all.

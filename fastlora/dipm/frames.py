@@ -14,7 +14,7 @@ from fastlora.core.sums import combine_updates
 from fastlora.core.updates import Update, with_rank_zero
 from fastlora.dipm import columns, components
 from fastlora.dipm.module import Module, only_own
-from fastlora.engine.blocks import pair_blocks
+from fastlora.engine.blocks import read_pair_blocks
 from fastlora.errors import InputError
 
 GRANULARITIES = ("component", "column", "matrix")
@@ -60,7 +60,7 @@ def frames(pool: Pool, granularity: str, on: str) -> Iterator[Frame]:
     if on not in SIDES:
         raise InputError(f"on={on!r} does not exist: use 'product' (ΔW), 'B' or 'A'")
     k = len(pool)
-    for blocks in pair_blocks(pool, "decoupling"):
+    for blocks in read_pair_blocks(pool, "decoupling"):
         forms = components.forms(blocks) if granularity == "component" else None
         for g, name in enumerate(blocks.modules):
             updates: list[Update | None] = [None] * k

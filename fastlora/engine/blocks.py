@@ -1,4 +1,8 @@
-"""Gram blocks of a pool's factors, read once: those of a chain and those of all pairs."""
+"""Gram blocks of a pool's factors: those of a chain and those of all pairs.
+
+What is called ``read_…`` reads every factor once, except for the blocks that the Gram cache in use has
+(:mod:`fastlora.engine.gram_cache`).
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,13 @@ from fastlora.core.factors import SIDES, Side
 from fastlora.core.updates import Update, factor, sides, sources, unscaled_floor
 from fastlora.engine.checks import check_diagonal
 from fastlora.engine.contracts import PoolView
-from fastlora.engine.gram import GramPass, gram_blocks
-from fastlora.engine.schedule import Group, chunks
+from fastlora.engine.gram import GramPass, read_gram
+from fastlora.engine.schedule import Group, Part, pair_parts, parts
 from fastlora.ops.gram import blocks_of
 from fastlora.runtime.memory import release
-from fastlora.runtime.progress import track
+
+# Matrices r×r that are in memory for one pair of one module: its Gram blocks, what is made of them, and copies.
+MATRICES_OF_PAIR = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,68 +46,89 @@ class PairBlocks:
         return products * self.scaling[:, :, None] * self.scaling[:, None]
 
 
-def pair_blocks(pool: PoolView, label: str = "inner products") -> Iterator[PairBlocks]:
-    """:class:`PairBlocks` of every module of a pool, some modules at a time."""
-    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
-    for module in pool.modules:
-        members = tuple(pool.present(module))
-        ranks = tuple(pool.adapters[i].updates[module].rank for i in members)
-        groups.setdefault((members, ranks), []).append(module)
-    work = []
-    for (members, ranks), modules in groups.items():
-        k, r = len(members), max(1, *ranks)
-        for part in chunks(len(modules), 4 * 8 * k * k * r * r):
-            work.append((members, r, [modules[i] for i in part]))
-    adapters = pool.adapters
-    for members, r, names in track(work, label):
-        rows = [[adapters[i].updates[m] for i in members] for m in names]
-        left, right = (_full(pool, names, members, rows, side, r) for side in SIDES)
-        scaling = torch.tensor([[u.scaling for u in row] for row in rows], dtype=torch.float64)
-        release(sources(u for row in rows for u in row))
-        yield PairBlocks(names, members, rows, left, right, scaling)
+def read_pair_blocks(pool: PoolView, label: str = "inner products") -> Iterator[PairBlocks]:
+    """:class:`PairBlocks` of every module of a pool, some modules at a time, or from the Gram cache in use."""
+    for part in parts(pool, label):
+        updates = part.updates()
+        left, right = (_read_both_triangles(part, updates, side) for side in SIDES)
+        scaling = torch.tensor([[u.scaling for u in row] for row in updates], dtype=torch.float64)
+        release(sources(u for row in updates for u in row))
+        yield PairBlocks(part.modules, part.group.members, updates, left, right, scaling)
 
 
-def _full(
-    pool: PoolView, modules: list[str], members: tuple[int, ...], rows: list[list[Update]], side: Side, r: int
-) -> Tensor:
-    """Both triangles of one side's blocks: ``[g, k, k, r, r]``."""
-    k = len(members)
-    blocks = gram_blocks([[factor(u, side) for u in row] for row in rows], r, blocks_of("pairs", k))
-    check_diagonal([pool.names[i] for i in members], modules, blocks, side)
+def _read_both_triangles(part: Part, updates: list[list[Update]], side: Side) -> Tensor:
+    """One side's blocks, through the Gram cache in use: ``[g, k, k, r, r]``."""
+    k = len(part.group.members)
+    blocks = read_gram([[factor(u, side) for u in row] for row in updates], part.group.rank, blocks_of("pairs", k))
+    check_diagonal(part.names, part.modules, blocks, side)
     blocks = blocks.cpu()  # also of factors on a device: the methods on all pairs do small things one by one
     upper = torch.ones(k, k, dtype=torch.bool).triu()
     return torch.where(upper[:, :, None, None], blocks, blocks.transpose(1, 2).mT)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Blocks:
-    """Gram blocks of some modules of one group: ``projected [g, k, k, r, r]``, ``other [g, k, r, r]``.
+class ChainBlocks:
+    """What a chain is computed from, for some modules of one group: Gram blocks of the projected side
+    ``projected [g, k, k, r, r]``, and of the other side those on the diagonal, ``other [g, k, r, r]``.
 
-    In blocks of pairs a module is there once for every pair; ``names`` are the adapters of each row.
+    ``floor [g, k]``: noise floors, in units of the unscaled products. ``names``: the adapters of each row, since blocks
+    of pairs have a module once for every pair.
     """
 
     modules: list[str]
     names: list[tuple[str, ...]]
-    updates: list[list[Update]]
+    updates: list[list[Update]]  # [g][k]
     projected: Tensor
     other: Tensor
-    floor: Tensor  # [g, k], in units of the unscaled products
+    floor: Tensor
     group: Group
 
+    def pairs(self) -> Iterator[ChainBlocks]:
+        """The blocks of every two of the adapters, many pairs at once: those of the same ranks and noise floors, at
+        their own padded size, so that results do not depend on the rest of the pool."""
+        for of_two, pairs in pair_parts(self.group, MATRICES_OF_PAIR * 8 * len(self.modules)):
+            r = of_two.rank
+            index = torch.tensor(pairs, device=self.projected.device)  # [p, 2]
+            rows = [(g, pair) for g in range(len(self.modules)) for pair in pairs]
+            yield ChainBlocks(
+                [self.modules[g] for g, _ in rows],
+                [(self.names[g][i], self.names[g][j]) for g, (i, j) in rows],
+                [[self.updates[g][i], self.updates[g][j]] for g, (i, j) in rows],
+                self.projected[:, index[:, :, None], index[:, None]][..., :r, :r].flatten(0, 1).contiguous(),
+                self.other[:, index][..., :r, :r].flatten(0, 1).contiguous(),
+                self.floor[:, index].flatten(0, 1).contiguous(),
+                of_two,
+            )
 
-def read_blocks(pool: PoolView, group: Group, modules: list[str], side: str, kind: str) -> Blocks:
-    """One pass over both sides' factors of some modules of a group."""
+
+def ask_chain_blocks(grams: GramPass, part: Part, side: str, kind: str) -> ChainBlocks:
+    """The blocks of a part, which are there once ``grams`` ran; nothing is read here.
+
+    ``side``: ``"left"`` projects on the ``B`` side. ``kind``: the blocks of that side, ``"chain"`` or ``"pairs"``.
+    """
     projected_side, other_side = sides(side)
-    names = tuple(pool.names[i] for i in group.members)
-    updates = [[pool.adapters[i].updates[m] for i in group.members] for m in modules]
-    k, r = len(names), max(1, *group.ranks)
-    grams = GramPass()
-    projected = grams.blocks([[factor(u, projected_side) for u in row] for row in updates], r, blocks_of(kind, k))
+    updates = part.updates()
+    r, pairs = part.group.rank, blocks_of(kind, len(part.group.members))
+    projected = grams.blocks([[factor(u, projected_side) for u in row] for row in updates], r, pairs)
     other = grams.diagonal([[factor(u, other_side) for u in row] for row in updates], r)
-    grams.run()
-    check_diagonal(names, modules, projected, projected_side)
-    check_diagonal(names, modules, other, other_side)
-    release(sources(u for row in updates for u in row))
     floor = torch.tensor([[unscaled_floor(u) for u in row] for row in updates], dtype=torch.float64)
-    floor = floor.to(projected.device)
-    return Blocks(modules, [names] * len(modules), updates, projected, other, floor, group)
+    names = [part.names] * len(part.modules)
+    return ChainBlocks(part.modules, names, updates, projected, other, floor.to(projected.device), part.group)
+
+
+def read_chain_blocks(part: Part, side: str, kind: str) -> ChainBlocks:
+    """:func:`ask_chain_blocks`, read in one pass over both sides' factors or taken from the Gram cache in use, and
+    checked."""
+    grams = GramPass()
+    blocks = ask_chain_blocks(grams, part, side, kind)
+    grams.run()
+    require_finite_blocks(blocks, side)
+    release(sources(u for row in blocks.updates for u in row))
+    return blocks
+
+
+def require_finite_blocks(blocks: ChainBlocks, side: str) -> None:
+    """Raises for the first factor that holds NaN or Inf, by adapter and module; waits for a device."""
+    projected_side, other_side = sides(side)
+    check_diagonal(blocks.names[0], blocks.modules, blocks.projected, projected_side)
+    check_diagonal(blocks.names[0], blocks.modules, blocks.other, other_side)

@@ -1,4 +1,7 @@
-"""Gram blocks of the factors of modules, in one pass over the matrices that they are made of."""
+"""Gram blocks of the factors of modules, in one pass over the matrices that they are made of.
+
+Every pass goes through the :mod:`cache <fastlora.engine.gram_cache>` in use, so that what it has is not read again.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fastlora.core.factors import Factor, device_of, source_key
-from fastlora.engine.gram_cache import run_gram
-from fastlora.ops.dispatch import run_pass
-from fastlora.ops.passes import GramBlock, GramJob
+from fastlora.engine.gram_cache import run_through_cache
+from fastlora.ops.dispatch import Launches, prepared, run_pass
+from fastlora.ops.passes import BlockPlace, GramJob
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -21,19 +24,23 @@ Pieces = tuple[tuple[tuple[int, float], ...], ...]
 """Columns (B sides) or rows (A sides) and scale of the stored matrices side by side that each factor is."""
 
 
-def gram_blocks(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Tensor:
-    """One pass of its own for :meth:`GramPass.blocks`."""
-    wanted = GramPass()
-    out = wanted.blocks(modules, r, pairs)
-    wanted.run()
-    return out
+def read_gram(modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Tensor:
+    """A pass of its own for :meth:`GramPass.blocks`; it looks the blocks up in the Gram cache in use."""
+    grams = GramPass()
+    blocks = grams.blocks(modules, r, pairs)
+    grams.run()
+    return blocks
 
 
 class GramPass:
-    """Gram blocks of lists of factors, put together and computed at once by :meth:`run`."""
+    """Gram jobs of lists of factors, put together and then run at once.
+
+    :meth:`blocks` and :meth:`diagonal` ask; what they return is filled by :meth:`run`, or by the launches of
+    :meth:`prepared` as often as they run.
+    """
 
     def __init__(self) -> None:
-        self._jobs: list[GramJob] = []
+        self.jobs: list[GramJob] = []
         self._finish: list[Callable[[], None]] = []
 
     def blocks(self, modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Tensor:
@@ -43,31 +50,41 @@ class GramPass:
         """
         k = len(modules[0])
         out = _zeros(len(modules), k, k, r, r, device=device_of(modules))
-        self._put(modules, out, r, [(i, j, (i * k + j) * r * r) for i, j in pairs])
+        self._ask(modules, out, r, [(i, j, (i * k + j) * r * r) for i, j in pairs])
         return out
 
     def diagonal(self, modules: Sequence[Sequence[Factor]], r: int) -> Tensor:
         """The diagonal blocks of :meth:`blocks` alone: ``[len(modules), k, r, r]``."""
         k = len(modules[0])
         out = _zeros(len(modules), k, r, r, device=device_of(modules))
-        self._put(modules, out, r, [(i, i, i * r * r) for i in range(k)])
+        self._ask(modules, out, r, [(i, i, i * r * r) for i in range(k)])
         return out
 
     def run(self) -> None:
-        run_gram(self._jobs, functools.partial(run_pass, "gram_pass"))
+        """Reads the factors, except for blocks that the Gram cache in use has."""
+        run_through_cache(self.jobs, functools.partial(run_pass, "gram_pass"))
         for finish in self._finish:
             finish()
 
-    def _put(self, modules: Sequence[Sequence[Factor]], out: Tensor, r: int, places: Sequence[GramBlock]) -> None:
+    def prepared(self) -> Launches:
+        """The pass ready to run many times, every time on what the factors hold by then and past any cache.
+
+        For factors that are stored matrices as they are: what others need afterwards is not prepared.
+        """
+        if self._finish:
+            raise ValueError("a Gram pass over sums of matrices cannot be prepared")
+        return prepared("gram_pass", self.jobs)
+
+    def _ask(self, modules: Sequence[Sequence[Factor]], out: Tensor, r: int, places: Sequence[BlockPlace]) -> None:
         """Blocks ``(i, j)`` of every module into ``out``, rows of ``r``, at their offsets in the module's part."""
         size = out[0].numel()
         axis = 0 if modules[0][0].side == "A" else 1
         # Modules whose factors are made alike, by what their terms look like: there are few kinds.
-        kinds: dict[object, tuple[Sequence[GramBlock], Pieces, list[int]]] = {}
+        kinds: dict[object, tuple[Sequence[BlockPlace], Pieces, list[int]]] = {}
         for m, factors in enumerate(modules):
             if any([f.joined is None for f in factors]):
                 job, coefficients = _source_gram(factors, axis == 0)
-                self._jobs.append(job)
+                self.jobs.append(job)
                 self._finish.append(functools.partial(_put_products, job.out, coefficients, out[m], r, places))
                 continue
             terms = [t for f in factors for t in f.terms]
@@ -78,7 +95,7 @@ class GramPass:
                 pieces = tuple(tuple((t.source.shape[axis], t.scale) for t in f.terms) for f in factors)
                 blocks = places if len(terms) == len(factors) else _pieces_of(pieces, r, places)
                 kind = kinds[looks] = blocks, pieces, []
-            self._jobs.append(GramJob(sources, kind[0], axis == 0, out, r, m * size))
+            self.jobs.append(GramJob(sources, kind[0], axis == 0, out, r, m * size))
             kind[2].append(m)
         for blocks, pieces, owners in kinds.values():
             if blocks is not places or any(scale != 1.0 for factor in pieces for _, scale in factor):
@@ -93,7 +110,7 @@ def _zeros(*shape: int, device: torch.device) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
-def _pieces_of(pieces: Pieces, r: int, places: Sequence[GramBlock]) -> list[GramBlock]:
+def _pieces_of(pieces: Pieces, r: int, places: Sequence[BlockPlace]) -> list[BlockPlace]:
     """Blocks of factors as blocks of the stored matrices that they are made of; of a block on the diagonal the upper
     ones."""
     first = [0, *itertools.accumulate(len(own) for own in pieces)]
@@ -106,7 +123,7 @@ def _pieces_of(pieces: Pieces, r: int, places: Sequence[GramBlock]) -> list[Gram
     ]
 
 
-def _finish_joined(pieces: Pieces, modules: Sequence[int], out: Tensor, r: int, places: Sequence[GramBlock]) -> None:
+def _finish_joined(pieces: Pieces, modules: Sequence[int], out: Tensor, r: int, places: Sequence[BlockPlace]) -> None:
     """Mirrors the blocks on the diagonal of some modules, and applies the scales of stored matrices: ``out [.., size]``
     of all."""
     own = out if len(modules) == len(out) else out[modules]
@@ -129,7 +146,7 @@ def _finish_joined(pieces: Pieces, modules: Sequence[int], out: Tensor, r: int, 
 
 
 def _put_products(
-    gram: Tensor, coefficients: Sequence[tuple[Tensor, Tensor]], out: Tensor, r: int, places: Sequence[GramBlock]
+    gram: Tensor, coefficients: Sequence[tuple[Tensor, Tensor]], out: Tensor, r: int, places: Sequence[BlockPlace]
 ) -> None:
     """Blocks of factors from the upper triangle of the Gram matrix of what they are made of: ``C_iᵀ G C_j``."""
     full = gram.triu() + gram.triu(1).mT

@@ -1,4 +1,8 @@
-"""Gram blocks that were computed before, so that a factor is not read again for the same inner products."""
+"""Gram blocks that were computed before, so that a factor is not read again for the same inner products.
+
+Inside ``use_cache(cache)`` every Gram pass of the thread looks its blocks up in the cache: :class:`fastlora.PoolGram`
+opens that block, and whoever reads Gram blocks says in its docstring that they may come from there.
+"""
 
 from __future__ import annotations
 
@@ -51,13 +55,13 @@ class GramCache:
                     self._blocks[first, second, job.rows] = job.block(block).clone()
 
     def _copy(self, first: Key, second: Key, rows: bool, out: Tensor) -> bool:
-        found = self._blocks.get((first, second, rows))
-        if found is None:
+        block = self._blocks.get((first, second, rows))
+        if block is None:
             swapped = self._blocks.get((second, first, rows))
             if swapped is None:
                 return False
-            found = swapped.mT
-        out.copy_(found)
+            block = swapped.mT
+        out.copy_(block)
         return True
 
 
@@ -74,8 +78,8 @@ def use_cache(cache: GramCache) -> Iterator[None]:
         _active.reset(token)
 
 
-def run_gram(jobs: list[GramJob], launch: Callable[[list[GramJob]], object]) -> None:
-    """One Gram pass, through the cache in use."""
+def run_through_cache(jobs: list[GramJob], launch: Callable[[list[GramJob]], object]) -> None:
+    """One Gram pass: ``launch`` gets the jobs, or only what the cache in use does not have."""
     cache = _active.get()
     if cache is None:
         launch(jobs)

@@ -13,9 +13,8 @@ from fastlora.core.data import LoraData
 from fastlora.core.factors import Factor, Side
 from fastlora.core.updates import Update
 from fastlora.engine.buffers import moved, offsets, origin, staging, views
-from fastlora.engine.materialise import Sources
+from fastlora.engine.combine_jobs import WantedFactor, combine_job, stored_as
 from fastlora.ops.dispatch import run_pass
-from fastlora.ops.passes import CombineJob, CombineOutput
 from fastlora.runtime import devices
 
 Key = TypeVar("Key")
@@ -56,27 +55,20 @@ def _computed(
     """What has to be computed, by adapter and place: where it starts in the adapter's buffer and the result there."""
     computed: dict[Key, dict[Place, tuple[int, Tensor]]] = {}
     buffers: dict[Key, Tensor] = {}
-    sources: dict[Place, Sources] = {}
-    outputs: dict[Place, list[CombineOutput]] = {}
+    wanted: dict[Place, list[WantedFactor]] = {}
     for key, updates in baked.items():
         dtype = dtypes[key]
-        wanted = {(m, f.side): f for m, u in updates.items() for f in (u.B, u.A) if not _is_saved(f, dtype)}
-        layout = [(f.shape, dtype) for f in wanted.values()]
+        factors = {(m, f.side): f for m, u in updates.items() for f in (u.B, u.A) if stored_as(f, dtype) is None}
+        layout = [(f.shape, dtype) for f in factors.values()]
         starts, size = offsets(layout)
         with devices.memory_told("computing results"):
             buffers[key] = torch.empty(size, dtype=torch.uint8, device=where[key])
         results = views(buffers[key], starts, layout)
-        computed[key] = dict(zip(wanted, zip(starts, results, strict=True), strict=True))
-        for (place, factor), out in zip(wanted.items(), results, strict=True):
-            terms = sources.setdefault(place, Sources()).terms(factor)
-            outputs.setdefault(place, []).append(CombineOutput.into(out, terms))
-    run_pass("combine_pass", [CombineJob(sources[p].tensors, own, p[1] == "A") for p, own in outputs.items()])
+        computed[key] = dict(zip(factors, zip(starts, results, strict=True), strict=True))
+        for (place, factor), out in zip(factors.items(), results, strict=True):
+            wanted.setdefault(place, []).append(WantedFactor(factor, dtype, out))
+    run_pass("combine_pass", [combine_job(of_place) for of_place in wanted.values()])
     return computed, buffers
-
-
-def _is_saved(factor: Factor, dtype: torch.dtype) -> bool:
-    stored = factor.stored
-    return stored is not None and stored.dtype == dtype
 
 
 def _fetched(

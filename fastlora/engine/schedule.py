@@ -1,67 +1,147 @@
-"""Which modules are computed together: grouped by shape, cut into parts that fit in memory."""
+"""Which modules are computed together: grouped by what adapters they have in which shapes, and cut into parts that fit
+in memory. No result depends on it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastlora.core.updates import default_rtol, sources
+from fastlora.core.data import LoraData
+from fastlora.core.updates import Update, default_rtol, sources
 from fastlora.engine.contracts import PoolView
-from fastlora.engine.stream import current as streaming
-from fastlora.engine.stream import parts as stream_parts
+from fastlora.engine.stream import PoolPart, Stream
+from fastlora.engine.stream import parts as moved_ahead
 from fastlora.runtime.memory import batch_bytes, is_bounded
 from fastlora.runtime.progress import track
 
 # Modules computed at once: their Gram blocks and coefficients are what is in memory besides the factors.
-CHUNK_BYTES = 256 * 2**20
+PART_BYTES = 256 * 2**20
 
-
-def chunks(count: int, bytes_each: int, most: int = CHUNK_BYTES) -> Iterable[range]:
-    """Ranges of modules that fit in memory together. Results do not depend on the split."""
-    size = max(1, batch_bytes(most) // max(bytes_each, 1))
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+RtolOf = Callable[[Update], float]
+"""The noise floor of an update, relative to its largest singular value."""
 
 
 class Group(NamedTuple):
-    """Modules that are computed in one launch: same adapters, ranks and noise floor."""
+    """What the modules of one launch have in common: the adapters (their positions in the pool), the ranks, and the
+    noise floors where those count."""
 
     members: tuple[int, ...]
     ranks: tuple[int, ...]
-    rtols: tuple[float, ...]
+    rtols: tuple[float, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """What small matrices are padded to, never 0."""
+        return max((1, *self.ranks))
 
     @property
     def rtol(self) -> float:
         """One noise floor for a chain: that of the coarsest member."""
         return max(self.rtols)
 
+    @property
+    def pair_bytes(self) -> int:
+        """Of one float64 matrix ``[r, r]`` for every two of the adapters."""
+        return 8 * len(self.members) ** 2 * self.rank**2
 
-def group_modules(pool: PoolView, modules: Sequence[str], rtol: float | None) -> dict[Group, list[str]]:
-    """Modules with at least two adapters, by :class:`Group`."""
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Modules of one group that are computed together. ``source`` has their factors: the pool, or its copy on the
+    device of a stream."""
+
+    group: Group
+    modules: list[str]
+    source: PoolView
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the adapters."""
+        return tuple(self.source.names[i] for i in self.group.members)
+
+    def updates(self) -> list[list[Update]]:
+        """Of every module, that of every adapter: ``[g][k]``."""
+        adapters = [self.source.adapters[i].updates for i in self.group.members]
+        return [[updates[module] for updates in adapters] for module in self.modules]
+
+
+def rtol_or_default(rtol: float | None) -> RtolOf:
+    """``rtol`` for every update; ``None``: the rounding of its stored dtype."""
+    return lambda update: default_rtol([update]) if rtol is None else rtol
+
+
+def one_adapter(name: str, updates: Mapping[str, Update]) -> PoolView:
+    """The updates of a single adapter, to be computed in parts."""
+    return PoolPart([name], [LoraData(name, updates)], list(updates))
+
+
+def whole_groups(pool: PoolView, *, rtol_of: RtolOf | None = None, least: int = 1) -> list[Part]:
+    """The modules that ``least`` adapters or more have, a part for every group, whatever its size.
+
+    ``rtol_of``: keeps modules with other noise floors apart.
+    """
     groups: dict[Group, list[str]] = {}
-    for module in modules:
+    for module in pool.modules:
         members = tuple(pool.present(module))
-        if len(members) < 2:
+        if len(members) < least:
             continue
         updates = [pool.adapters[i].updates[module] for i in members]
-        ranks = tuple(u.rank for u in updates)
-        cuts = tuple(default_rtol([u]) if rtol is None else rtol for u in updates)
-        groups.setdefault(Group(members, ranks, cuts), []).append(module)
-    return groups
+        rtols = () if rtol_of is None else tuple(rtol_of(u) for u in updates)
+        groups.setdefault(Group(members, tuple(u.rank for u in updates), rtols), []).append(module)
+    return [Part(group, modules, pool) for group, modules in groups.items()]
 
 
-def module_parts(pool: PoolView, rtol: float | None, label: str) -> Iterator[tuple[PoolView, Group, list[str]]]:
-    """Modules that are computed together, and where their factors are: in the pool, or on the device of a stream."""
-    work: list[tuple[Group, list[str]]] = []
-    stream = streaming()
-    for group, members in group_modules(pool, pool.modules, rtol).items():
-        k, r = len(group.members), max(1, *group.ranks)
-        size = 8 * 4 * k * k * r * r
+def parts(
+    pool: PoolView,
+    label: str,
+    *,
+    rtol_of: RtolOf | None = None,
+    least: int = 1,
+    matrices: int = 4,
+    stream: Stream | None = None,
+) -> Iterator[Part]:
+    """The parts of :func:`whole_groups`, in parts that fit in memory.
+
+    ``label``: what progress says. ``matrices``: how many float64 ``[r, r]`` a module takes for every two of its
+    adapters; with a bound on memory its factors count too. ``stream``: brings the factors to its device, part by part.
+    """
+    work: list[Part] = []
+    most = PART_BYTES if stream is None else stream.group
+    for whole in whole_groups(pool, rtol_of=rtol_of, least=least):
+        sizes = [matrices * whole.group.pair_bytes] * len(whole.modules)
         if is_bounded() or stream is not None:
-            updates = (pool.adapters[i].updates[m] for m in members for i in group.members)
-            size += sum(s.nbytes for s in sources(updates)) // len(members)
-        for part in chunks(len(members), size, CHUNK_BYTES if stream is None else stream.group):
-            work.append((group, [members[i] for i in part]))
+            stored = (sum(s.nbytes for s in sources(row)) for row in whole.updates())
+            sizes = [small + factors for small, factors in zip(sizes, stored, strict=True)]
+        for piece in split_to_fit(sizes, most):
+            work.append(Part(whole.group, [whole.modules[i] for i in piece], pool))
+    # Several processes would share here: all the parts are known, and no factor was read yet.
     if stream is None:
-        return ((pool, group, part) for group, part in track(work, label))
-    moving = stream_parts(pool.names, pool.adapters, [part for _, part in work])
-    return ((own, group, part) for (group, part), own in zip(track(work, label), moving, strict=True))
+        return track(work, label)
+    moving = moved_ahead(pool.names, pool.adapters, [part.modules for part in work])
+    return (Part(p.group, p.modules, there) for p, there in zip(track(work, label), moving, strict=True))
+
+
+def pair_parts(group: Group, bytes_each: int) -> Iterator[tuple[Group, list[tuple[int, int]]]]:
+    """Every two adapters of a group by their places in it, those of the same ranks and noise floors together, cut into
+    parts that fit in memory. ``bytes_each``: of one pair, for every element of a matrix ``[r, r]``."""
+    alike: dict[Group, list[tuple[int, int]]] = {}
+    for i in range(len(group.members)):
+        for j in range(i + 1, len(group.members)):
+            of_two = Group((0, 1), (group.ranks[i], group.ranks[j]), (group.rtols[i], group.rtols[j]))
+            alike.setdefault(of_two, []).append((i, j))
+    for of_two, pairs in alike.items():
+        for piece in split_to_fit([bytes_each * of_two.rank**2] * len(pairs)):
+            yield of_two, [pairs[p] for p in piece]
+
+
+def split_to_fit(sizes: Sequence[int], most: int = PART_BYTES) -> list[range]:
+    """Neighbours whose ``sizes`` in bytes fit in memory together; what is larger than all the room is alone."""
+    limit = batch_bytes(most)
+    ranges, start, used = [], 0, 0
+    for i, size in enumerate(sizes):
+        if i > start and used + size > limit:
+            ranges.append(range(start, i))
+            start, used = i, 0
+        used += size
+    return [*ranges, range(start, len(sizes))] if sizes else []

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.core.updates import Update, default_rtol, unscaled_floor
-from fastlora.engine.checks import check_diagonal, check_size, raise_for_info
-from fastlora.engine.gram import GramPass
-from fastlora.engine.schedule import chunks
+from fastlora.core.updates import Update
+from fastlora.engine.blocks import read_chain_blocks
+from fastlora.engine.checks import check_size, raise_for_info
+from fastlora.engine.schedule import Part, one_adapter, parts, rtol_or_default
 from fastlora.errors import InputError
-from fastlora.runtime.progress import track
+
+MATRICES = 6  # r×r of a module that are in memory: two Gram blocks, and what is made of them
 
 
 @dataclass(slots=True, eq=False)
@@ -46,49 +47,42 @@ def singular_forms(
 ) -> dict[str, SingularForm]:
     """The singular value form of every module of an adapter, cut by noise floor, rank or energy.
 
-    Modules of one rank are computed together; costs one read of the factors and about 20·r³ operations a module.
+    Modules of one rank are computed together; costs one read of the factors (none of what the Gram cache in use has)
+    and about 20·r³ operations a module.
     """
     forms: dict[str, SingularForm] = {}
-    groups: dict[tuple[int, float], list[str]] = {}
-    for module, update in updates.items():
-        groups.setdefault((update.rank, default_rtol([update]) if rtol is None else rtol), []).append(module)
-    for (r, cut), members in groups.items():
-        if r == 0:
+    pool = one_adapter(name, updates)
+    label = f"singular values of {name}"
+    for part in parts(pool, label, rtol_of=rtol_or_default(rtol), matrices=MATRICES):
+        if part.group.ranks == (0,):
             empty = torch.zeros(0, dtype=torch.float64)
-            forms |= {m: SingularForm(empty, empty.reshape(0, 0), empty.reshape(0, 0), 0, 0.0, 1.0) for m in members}
-            continue
-        for part in track(list(chunks(len(members), 6 * 8 * r * r)), f"singular values of {name}"):
-            names = [members[i] for i in part]
-            forms |= _one_chunk(name, names, [updates[m] for m in names], r, cut, rank, energy)
+            zero = SingularForm(empty, empty.reshape(0, 0), empty.reshape(0, 0), 0, 0.0, 1.0)
+            forms |= dict.fromkeys(part.modules, zero)
+        else:
+            forms |= _read_forms(part, rank, energy)
     return {m: forms[m] for m in updates}
 
 
-def _one_chunk(
-    name: str, modules: list[str], updates: list[Update], r: int, rtol: float, rank: int | None, energy: float | None
-) -> dict[str, SingularForm]:
-    grams = GramPass()
-    left = grams.blocks([[u.B] for u in updates], r, [(0, 0)])  # [g, 1, 1, r, r]
-    right = grams.blocks([[u.A] for u in updates], r, [(0, 0)])
-    grams.run()
-    check_diagonal([name], modules, left, "B")
-    check_diagonal([name], modules, right, "A")
-    floor = torch.tensor([[unscaled_floor(u)] for u in updates], dtype=torch.float64).to(left.device)
+def _read_forms(part: Part, rank: int | None, energy: float | None) -> dict[str, SingularForm]:
+    """The forms of some modules of one rank, through the Gram cache in use."""
+    blocks = read_chain_blocks(part, "left", "chain")  # of a single adapter: [g, 1, 1, r, r] and [g, 1, r, r]
+    modules = part.modules
     chain = ops.chain(
-        left,
-        right[:, 0],
+        blocks.projected,
+        blocks.other,
         threshold=0.0,
-        rtol=rtol,
+        rtol=part.group.rtol,
         rank=rank or 0,
         energy=1.0 if energy is None else energy,
-        floor=floor,
+        floor=blocks.floor,
     )
     raise_for_info(modules, chain.info)
     most = int(chain.kept.max())
     T = chain.basis[:, 0, :, :most].contiguous()  # [g, r, most]
-    D = T.mT @ left[:, 0, 0]  # [g, most, r]
-    scalings = torch.tensor([abs(u.scaling) for u in updates], dtype=torch.float64)
+    D = T.mT @ blocks.projected[:, 0, 0]  # [g, most, r]
+    scalings = torch.tensor([abs(update.scaling) for (update,) in blocks.updates], dtype=torch.float64)
     kept, sigma = chain.kept.cpu(), chain.sigma[:, 0].cpu() * scalings[:, None]
-    check_size([[name]] * len(modules), modules, sigma[:, None])
+    check_size(blocks.names, modules, sigma[:, None])
     energies = torch.nn.functional.pad(sigma.square().cumsum(1), (1, 0))  # [g, r + 1]
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
     counts = kept[:, 0].tolist()
@@ -96,11 +90,11 @@ def _one_chunk(
     kept_energies = energies.gather(1, kept).flatten().tolist()
     forms = {}
     rows = zip(modules, counts, totals, kept_energies, sigma.unbind(), T.unbind(), D.unbind(), strict=True)
-    for module, count, total, part, own_sigma, own_T, own_D in rows:
+    for module, count, total, kept_energy, sigma_row, T_row, D_row in rows:
         if count < most:
-            own_T, own_D = own_T[:, :count], own_D[:count]
-        retained = part / total if total > 0 else 1.0
-        forms[module] = SingularForm(own_sigma, own_T, own_D, count, math.sqrt(total), retained)
+            T_row, D_row = T_row[:, :count], D_row[:count]
+        retained = kept_energy / total if total > 0 else 1.0
+        forms[module] = SingularForm(sigma_row, T_row, D_row, count, math.sqrt(total), retained)
     return forms
 
 

@@ -6,25 +6,28 @@ import contextlib
 import contextvars
 import functools
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlora.core.data import LoraData
-from fastlora.core.factors import SIDES, Factor, Side
+from fastlora.core.factors import SIDES, Side
 from fastlora.core.updates import Update, sources, zero_factors
 from fastlora.engine import stream
+from fastlora.engine.combine_jobs import WantedFactor, combine_job
 from fastlora.engine.contracts import OpenSink, Sink
-from fastlora.engine.materialise import Sources, materialise_groups
+from fastlora.engine.materialise import materialise_groups
 from fastlora.engine.offload import on_host
+from fastlora.engine.schedule import split_to_fit
 from fastlora.ops import dispatch
 from fastlora.ops.passes import CombineJob, CombineOutput
 from fastlora.runtime.cpython import paused_collector, quick_handover
-from fastlora.runtime.memory import batch_bytes, release
+from fastlora.runtime.memory import release
 from fastlora.runtime.progress import track
 
 WRITE_BYTES = 128 * 2**20
@@ -101,103 +104,111 @@ def _meta(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 def _module_batches(adapters: Sequence[LoraData]) -> list[list[str]]:
     """Module names in batches that are prepared together; the experts of one parameter stay together."""
     sizes: dict[str, int] = {}
-    units: dict[str, list[str]] = {}
+    units: dict[str, dict[str, None]] = {}
     for adapter in adapters:
         for module, update in adapter.updates.items():
             unit = update.layout.container or module
-            names = units.setdefault(unit, [])
-            if module not in names:
-                names.append(module)
+            units.setdefault(unit, {})[module] = None
             sizes[unit] = sizes.get(unit, 0) + 4 * update.rank * sum(update.shape)
-    batches: list[list[str]] = []
-    room = 0
-    for unit, names in units.items():
-        if not batches or room < sizes[unit]:
-            batches.append([])
-            through = stream.current()
-            room = batch_bytes(WRITE_BYTES if through is None else min(WRITE_BYTES, through.group))
-        batches[-1] += names
-        room -= sizes[unit]
-    return batches
+    through = stream.current()
+    most = WRITE_BYTES if through is None else min(WRITE_BYTES, through.group)
+    names = list(units.values())
+    return [[m for unit in batch for m in names[unit]] for batch in split_to_fit([sizes[unit] for unit in units], most)]
+
+
+class _FactorWrite(NamedTuple):
+    """One factor on its way into a file."""
+
+    directory: Path
+    tensor: str  # its name in the file
+    output: CombineOutput  # of the job that computes it
+
+
+class _SideWrites(NamedTuple):
+    """One side of a module of some adapters: the job, and what becomes of each of its outputs."""
+
+    job: CombineJob
+    factors: list[_FactorWrite]
 
 
 @dataclass(slots=True, eq=False)
-class _Prepared:
-    """Some modules of some adapters, ready to be computed and written."""
+class _Batch:
+    """Some modules of some adapters, ready to be computed and written.
 
-    files: dict[Path, Sink]
-    jobs: list[CombineJob]
-    places: list[list[tuple[Path, str]]]  # (directory, tensor) of every output
-    packed: dict[str, list[tuple[Path, Update]]]  # modules whose tensors hold more than one factor
-    used: list[Tensor]
-    launch: dispatch.Launches | None = None  # of the jobs, unless they go through a device
+    ``packed``: the modules whose tensors hold more than one factor. ``launch``: of the jobs, unless they go through a
+    device.
+    """
+
+    sinks: dict[Path, Sink]
+    sides: list[_SideWrites]
+    packed: dict[str, list[tuple[Path, Update]]]
+    launch: dispatch.Launches | None
 
     def write(self) -> None:
+        writes = [write for side in self.sides for write in side.factors]
         with contextlib.ExitStack() as stack:
-            descriptors = {d: stack.enter_context(f.open()) for d, f in self.files.items()}
-            for job, places in zip(self.jobs, self.places, strict=True):
-                for output, (directory, _) in zip(job.outputs, places, strict=True):
-                    output.file = descriptors[directory]
-            problem = stream.combine(self.jobs) if self.launch is None else self.launch.run()
+            descriptors = {d: stack.enter_context(sink.open()) for d, sink in self.sinks.items()}
+            for write in writes:
+                write.output.file = descriptors[write.directory]
+            jobs = [side.job for side in self.sides]
+            problem = stream.combine(jobs) if self.launch is None else self.launch.run()
         if problem is not None:
-            directory, name = self.places[problem.job][problem.output]
-            raise self.files[directory].error(name, problem.errno)
-        for places in self.places:
-            for directory, name in places:
-                self.files[directory].written((name,))
+            failed = self.sides[problem.job].factors[problem.output]
+            raise self.sinks[failed.directory].error(failed.tensor, problem.errno)
+        for write in writes:
+            self.sinks[write.directory].written((write.tensor,))
         self._write_packed()
-        release(self.used)
+        release(self._read_matrices())
 
     def _write_packed(self) -> None:
         made: dict[Path, dict[str, tuple[Tensor, Tensor]]] = {}
-        for dtype in {self.files[d].dtype for own in self.packed.values() for d, _ in own}:
-            owners = {m: [(d, u) for d, u in own if self.files[d].dtype == dtype] for m, own in self.packed.items()}
-            groups = materialise_groups([[u for _, u in own] for own in owners.values()], dtype)
-            for (module, own), pairs in zip(owners.items(), groups, strict=True):
-                for (directory, _), pair in zip(own, pairs, strict=True):
+        for dtype in {self.sinks[d].dtype for updates in self.packed.values() for d, _ in updates}:
+            of_dtype = {m: [(d, u) for d, u in us if self.sinks[d].dtype == dtype] for m, us in self.packed.items()}
+            groups = materialise_groups([[u for _, u in updates] for updates in of_dtype.values()], dtype)
+            for (module, updates), pairs in zip(of_dtype.items(), groups, strict=True):
+                for (directory, _), pair in zip(updates, pairs, strict=True):
                     made.setdefault(directory, {})[module] = pair
         for directory, factors in made.items():
-            self.files[directory].put(factors)
+            self.sinks[directory].put(factors)
+
+    def _read_matrices(self) -> Iterator[Tensor]:
+        """The stored matrices that were read: those behind results, and those that were written as they are."""
+        for job, _ in self.sides:
+            yield from job.factors
+            yield from (output.out for output in job.outputs if output.out is not None)
+        yield from sources(u for updates in self.packed.values() for _, u in updates)
 
 
 def _prepare(
-    files: dict[Path, Sink], adapters: Mapping[Path, LoraData], modules: Sequence[str], owners: Sequence[Path]
-) -> _Prepared:
-    prepared = _Prepared(files, [], [], {}, [])
+    sinks: dict[Path, Sink], adapters: Mapping[Path, LoraData], modules: Sequence[str], directories: Sequence[Path]
+) -> _Batch:
+    sides: list[_SideWrites] = []
+    packed: dict[str, list[tuple[Path, Update]]] = {}
     for module in modules:
         updates: list[tuple[Path, Update]] = []
-        for directory in owners:
+        for directory in directories:
             update = adapters[directory].updates.get(module)
             if update is None or not update.rank:
                 continue
-            if files[directory].is_packed(module):
-                prepared.packed.setdefault(module, []).append((directory, update.baked()))
+            if sinks[directory].is_packed(module):
+                packed.setdefault(module, []).append((directory, update.baked()))
             else:
                 updates.append((directory, update.baked()))
-        for side in SIDES:
-            _write_side(prepared, module, side, [(d, u.B if side == "B" else u.A) for d, u in updates])
-    prepared.used += sources(u for own in prepared.packed.values() for _, u in own)
-    if stream.current() is None:
-        prepared.launch = dispatch.prepared("combine_pass", prepared.jobs)
-    return prepared
+        if updates:
+            sides += (_side_writes(sinks, module, side, updates) for side in SIDES)
+    launch = dispatch.prepared("combine_pass", [side.job for side in sides]) if stream.current() is None else None
+    return _Batch(sinks, sides, packed, launch)
 
 
-def _write_side(prepared: _Prepared, module: str, side: Side, factors: Sequence[tuple[Path, Factor]]) -> None:
-    """The job that computes and writes one side of a module of some adapters."""
-    found = Sources()
-    outputs, places = [], []
-    for directory, factor in factors:
-        file = prepared.files[directory]
-        stored = factor.stored
-        name, offset = file.place(module, side)
-        if stored is not None and stored.dtype == file.dtype and stored.is_contiguous():
-            outputs.append(CombineOutput.copy(stored, -1, offset, True))
-            prepared.used.append(stored)
-        else:
-            terms = found.terms(factor)
-            outputs.append(CombineOutput(factor.shape, file.dtype, terms, None, -1, offset, True))
-        places.append((directory, name))
-    if outputs:
-        prepared.jobs.append(CombineJob(found.tensors, outputs, side == "A"))
-        prepared.places.append(places)
-        prepared.used += found.tensors
+def _side_writes(
+    sinks: Mapping[Path, Sink], module: str, side: Side, updates: Sequence[tuple[Path, Update]]
+) -> _SideWrites:
+    """How one side of a module of some adapters is computed and written."""
+    wanted, tensors = [], []
+    for directory, update in updates:
+        sink = sinks[directory]
+        tensor, offset = sink.place(module, side)
+        wanted.append(WantedFactor(update.B if side == "B" else update.A, sink.dtype, None, offset))
+        tensors.append((directory, tensor))
+    job = combine_job(wanted)
+    return _SideWrites(job, [_FactorWrite(*at, output) for at, output in zip(tensors, job.outputs, strict=True)])

@@ -41,13 +41,13 @@ RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
 class Kernel:
     """One op on one backend. ``supports`` returns ``None`` for yes, else the reason for no.
 
-    ``plan``: takes the arguments of a call (of a chain, its results too) and returns an object whose ``run()`` starts
-    it as often as wanted, without allocating or waiting; ``None`` where the backend has no such form.
+    ``prepare``: takes the arguments of a call (of a chain, its results too) and returns an object whose ``run()``
+    starts it as often as wanted, without allocating or waiting; ``None`` where the backend has no such form.
     """
 
     launch: Callable[..., Any]
     supports: Callable[..., str | None]
-    plan: Callable[..., Any] | None = None
+    prepare: Callable[..., Any] | None = None
 
 
 class Launches(Protocol):
@@ -197,7 +197,7 @@ def run(op: str, *args: Any) -> Any:
 def prepared(op: str, *args: Any) -> Launches:
     """The op on the backend that takes the call, prepared where that backend can."""
     kernel = resolve(op, *args)
-    found: Launches = _Direct(op, args) if kernel.plan is None else kernel.plan(*args)
+    found: Launches = _Direct(op, args) if kernel.prepare is None else kernel.prepare(*args)
     return found
 
 

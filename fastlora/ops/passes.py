@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GramBlock = tuple[int, int, int]
+BlockPlace = tuple[int, int, int]
 """``(i, j, offset)``: the block ``X_iᵀX_j`` and where it starts in :attr:`GramJob.out`, in elements."""
 
 CombineTerm = tuple[int, Tensor | None, int, float]
@@ -32,13 +32,13 @@ class GramJob:
     """
 
     factors: Sequence[Tensor]
-    blocks: Sequence[GramBlock]
+    blocks: Sequence[BlockPlace]
     rows: bool
     out: Tensor
     stride: int
     start: int = 0
 
-    def block(self, block: GramBlock) -> Tensor:
+    def block(self, block: BlockPlace) -> Tensor:
         """A block as a view of ``out``."""
         i, j, offset = block
         r = 0 if self.rows else 1

@@ -11,18 +11,28 @@ def coefficients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(H, norms, shared, removal, mixing)`` as :class:`fastlora.ops.coefficients.Coefficients` has them.
 
-    ``projected [g, k, k, r, r]`` (``i <= j``), ``other [g, k, r, r]``: Gram blocks. ``basis [g, k, r, w]``, of which
-    the first ``movers`` count. ``scaling [g, k]``: the ``s_i``; ``strength [g, k]``: of the removals."""
-    k = projected.shape[1]
-    H = basis[:, 0, None].mT @ projected[:, 0]
-    for j in range(1, movers):
-        row = [projected[:, i, j].mT if i < j else projected[:, j, i] for i in range(k)]
-        H += basis[:, j, None].mT @ torch.stack(row, 1)
-    own = projected.diagonal(dim1=1, dim2=2).movedim(-1, 1)
-    norms = (own * other).sum((-1, -2)).clamp(min=0).sqrt() * scaling.abs()
-    shared = ((H.mT @ H) * other).sum((-1, -2)).clamp(min=0).sqrt() * scaling.abs()
+    Arguments as of :func:`shares`; ``strength [g, k]``: of the removals."""
+    H, norms, shared = shares(projected, other, basis, scaling, movers)
     total = shared.sum(1, keepdim=True)
     omega = torch.where(total > 0, shared / total, 0.0)
     removal = -strength[:, :, None, None, None] * (basis[:, None, :movers] @ H[:, :, None])
     mixing = (omega * scaling)[:, :, None, None] * H
     return H, norms, shared, removal, mixing
+
+
+def shares(
+    projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, movers: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(H, norms, shared)``: ``H_i = ZᵀX_i [g, k, w, r]``, and ``‖ΔW_i‖`` and ``‖ΔW_i^shared‖``, MATH (9), ``[g, k]``.
+
+    ``projected [g, k, k, r, r]`` (``i <= j``), ``other [g, k, r, r]``: Gram blocks. ``basis [g, k, r, w]``, of which
+    the first ``movers`` count. ``scaling [g, k]``: the ``s_i``."""
+    k = projected.shape[1]
+    H = basis[:, 0, None].mT @ projected[:, 0]
+    for j in range(1, movers):
+        row = [projected[:, i, j].mT if i < j else projected[:, j, i] for i in range(k)]
+        H += basis[:, j, None].mT @ torch.stack(row, 1)
+    diagonal = projected.diagonal(dim1=1, dim2=2).movedim(-1, 1)
+    norms = (diagonal * other).sum((-1, -2)).clamp(min=0).sqrt() * scaling.abs()
+    shared = ((H.mT @ H) * other).sum((-1, -2)).clamp(min=0).sqrt() * scaling.abs()
+    return H, norms, shared

@@ -64,15 +64,18 @@ def test_the_report_is_that_of_decompose() -> None:
         assert got.energy_shared == pytest.approx(right.energy_shared, rel=1e-12)
 
 
-def test_new_data_of_the_same_shapes() -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("chain", ["product", "mean"])
+def test_new_data_of_the_same_shapes(chain: str, side: str) -> None:
     one, two = ragged_pool(), ragged_pool(seed=5)
-    plan = fl.DecompositionPlan(fl.Pool(_cloned(a) for a in one.adapters), THRESHOLD)
+    plan = fl.DecompositionPlan(fl.Pool(_cloned(a) for a in one.adapters), THRESHOLD, chain=chain, side=side)
     plan.run()
     plan.fill(two)
     plan.run()
-    for place, adapter in expected(two).items():
+    found = plan.adapters()
+    for place, adapter in expected(two, chain=chain, side=side).items():
         for module, delta in deltas(adapter).items():
-            torch.testing.assert_close(plan.adapters()[place].delta(module), delta, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[place].delta(module), delta, rtol=1e-5, atol=1e-6)
 
 
 def _cloned(adapter: Adapter) -> Adapter:

@@ -13,16 +13,16 @@ import fastlora as fl
 from fastlora.backends import triton
 from fastlora.ops import dispatch
 from fastlora.ops.gram import blocks_of
-from fastlora.ops.passes import CombineJob, CombineOutput, GramBlock, GramJob
+from fastlora.ops.passes import BlockPlace, CombineJob, CombineOutput, GramJob
 
 HALVES = [torch.bfloat16, torch.float16]
 
 
-def places(kind: str, k: int, r: int) -> list[GramBlock]:
+def places(kind: str, k: int, r: int) -> list[BlockPlace]:
     return [(i, j, (i * k + j) * r * r) for i, j in blocks_of(kind, k)]
 
 
-def exact(x: list[Tensor], blocks: list[GramBlock], rows: bool) -> list[tuple[Tensor, Tensor]]:
+def exact(x: list[Tensor], blocks: list[BlockPlace], rows: bool) -> list[tuple[Tensor, Tensor]]:
     """The blocks, and the sums of the sizes of their terms."""
     columns = [(f.mT if rows else f).double() for f in x]
     return [(columns[i].mT @ columns[j], columns[i].abs().mT @ columns[j].abs()) for i, j, _ in blocks]
@@ -63,7 +63,7 @@ def test_bits_do_not_depend_on_the_tiles(three: bool, monkeypatch: pytest.Monkey
 def test_blocks_in_any_order_and_place() -> None:
     """The lower triangle, twice the same block, rows wider apart than the block."""
     x = [gaussian(70, r, seed=r) for r in (5, 20)]
-    blocks: list[GramBlock] = [(1, 0, 3), (0, 0, 1000), (1, 0, 2000)]
+    blocks: list[BlockPlace] = [(1, 0, 3), (0, 0, 1000), (1, 0, 2000)]
     out = torch.zeros(4000, dtype=torch.float64)
     job = GramJob(x, blocks, False, out, 30, 7)
     triton.gram_plan([job]).run()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastlora.backends.triton.tables import HALVES, SIZES, Matrix, Table, table
-from fastlora.ops.passes import GramBlock
+from fastlora.ops.passes import BlockPlace
 
 SLAB = 16  # columns of a factor that are handled together
 GROUP = 4  # slabs of a side of a product on tensor cores
@@ -26,7 +26,7 @@ class Job(NamedTuple):
     """A :class:`~fastlora.backends.passes.GramJob` in addresses."""
 
     factors: tuple[Matrix, ...]
-    blocks: Sequence[GramBlock]
+    blocks: Sequence[BlockPlace]
     rows: bool
     address: int  # of the first element of ``out`` that belongs to it
     stride: int
@@ -80,7 +80,7 @@ def chunks(jobs: Sequence[Job], triple: bool, workspace: int = WORKSPACE) -> Ite
         if any(job.factors[i].width and job.factors[j].width for i, j, _ in job.blocks):
             kinds.setdefault(kind_of(job), []).append(job)
     pattern = functools.lru_cache(maxsize=None)(_pattern)
-    lists: dict[int, tuple[GramBlock, ...]] = {}  # jobs mostly share their list of blocks
+    lists: dict[int, tuple[BlockPlace, ...]] = {}  # jobs mostly share their list of blocks
     for kind, own in kinds.items():
         filling = _Filling(kind)
         for job in own:
@@ -135,7 +135,7 @@ def _units(n: int) -> list[tuple[int, int]]:
 
 
 def _pattern(
-    widths: tuple[int, ...], blocks: tuple[GramBlock, ...], n: int, stride: int, half: bool, triple: bool
+    widths: tuple[int, ...], blocks: tuple[BlockPlace, ...], n: int, stride: int, half: bool, triple: bool
 ) -> Pattern:
     used = sorted({f for i, j, _ in blocks for f in (i, j)})
     slabs = [(f, c, min(SLAB, widths[f] - c)) for f in used for c in range(0, widths[f], SLAB)]

@@ -1,0 +1,90 @@
+"""Combine jobs: what kernels are asked for, made of factors that are wanted and of where they go.
+
+Results in memory and in files, those that are computed once and those that a plan computes again and again: all of them
+ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlora.core.factors import Factor, source_key
+from fastlora.errors import InputError
+from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm
+
+
+class WantedFactor(NamedTuple):
+    """A factor and where it goes in ``dtype``: into ``out``, or without one into a file, ``offset`` bytes from its
+    start. A factor that holds NaN or Inf is not written to a file."""
+
+    factor: Factor
+    dtype: torch.dtype
+    out: Tensor | None = None
+    offset: int = 0
+
+
+def combine_job(wanted: Sequence[WantedFactor]) -> CombineJob:
+    """The job for factors of one side of one module, its outputs in the same order; each stored matrix is read once.
+
+    A factor that is already stored in the dtype of its file goes there as it is. The file itself is named later
+    (``output.file``). Raises :class:`InputError` as :func:`require_one_length` does.
+    """
+    require_one_length([w.factor for w in wanted])
+    matrices = _StoredMatrices()
+    outputs = []
+    for factor, dtype, out, offset in wanted:
+        stored = stored_as(factor, dtype) if out is None else None
+        if stored is not None and stored.is_contiguous():
+            outputs.append(CombineOutput.copy(stored, -1, offset, True))
+        else:
+            outputs.append(CombineOutput(factor.shape, dtype, matrices.terms(factor), out, -1, offset, out is None))
+    return CombineJob(matrices.tensors, outputs, wanted[0].factor.side == "A")
+
+
+def require_one_length(factors: Sequence[Factor]) -> None:
+    """Refuses factors that cannot be of one side of one module: a kernel would read beyond the shorter ones."""
+    lengths = sorted({f.length for f in factors})
+    if len(lengths) > 1:
+        raise InputError(
+            f"these updates are of different modules: their factors have the lengths {', '.join(map(str, lengths))}. "
+            "Updates that are computed together share stored matrices; give each module a group of its own"
+        )
+
+
+def stored_as(factor: Factor, dtype: torch.dtype) -> Tensor | None:
+    """The stored matrix that a factor is, if it has that dtype."""
+    stored = factor.stored
+    return stored if stored is not None and stored.dtype == dtype else None
+
+
+class _StoredMatrices:
+    """The distinct stored matrices of a job, in order of first use."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._index: dict[int, int] = {}  # by object
+        self._at_address: dict[int, list[int]] = {}
+
+    def terms(self, factor: Factor) -> list[CombineTerm]:
+        """The terms of a factor on these matrices."""
+        terms = []
+        for term in factor.terms:
+            index = self._index.get(id(term.source))
+            if index is None:
+                index = self._index[id(term.source)] = self._index_of(term.source)
+            terms.append((index, term.coefficient, term.at, term.scale))
+        return terms
+
+    def _index_of(self, source: Tensor) -> int:
+        """Of a tensor that was not met before: that of another view of the same memory, or a new one."""
+        here = self._at_address.setdefault(source.data_ptr(), [])
+        for index in here:
+            if source_key(self.tensors[index]) == source_key(source):
+                return index
+        here.append(len(self.tensors))
+        self.tensors.append(source)
+        return here[-1]
