@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from fastlora._version import __version__
-from fastlora.cli.commands import bench, compose, compress, decompose, extract, info, inspect, merge, modulate, overlap
+from fastlora.cli.commands import (
+    bench,
+    compose,
+    compress,
+    decompose,
+    extract,
+    info,
+    inspect,
+    merge,
+    methods,
+    modulate,
+    overlap,
+)
 from fastlora.cli.exits import guarded, listen
 
 app = typer.Typer(
@@ -23,6 +35,7 @@ app = typer.Typer(
 
 app.command()(decompose.decompose)
 app.command()(merge.merge)
+app.command()(methods.methods)
 app.command()(compress.compress)
 app.command()(inspect.inspect)
 app.command()(overlap.overlap)

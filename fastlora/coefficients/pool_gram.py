@@ -81,10 +81,12 @@ class PoolGram:
         method: str = "svd",
         rank: int | None = None,
         energy: float | None = None,
+        **parameters: Any,
     ) -> Adapter:
         """:func:`fastlora.merge` of the pool, equal to rounding.
 
-        ``weights``, ``method``, ``rank`` and ``energy`` are those of :func:`fastlora.merge`, and so is what is raised.
+        ``weights``, ``method``, ``rank``, ``energy`` and the method's own ``parameters`` are those of
+        :func:`fastlora.merge`, and so is what is raised.
         With ``method="svd"`` the second merge and all after it take a fraction of the time: what does not depend on the
         weights is kept.
         """
@@ -92,8 +94,8 @@ class PoolGram:
         from fastlora.merging.merge import full_weights, merge
 
         with self:
-            if method != "svd":
-                return merge(self.pool, weights, method=method, rank=rank, energy=energy)
+            if method != "svd" or parameters:
+                return merge(self.pool, weights, method=method, rank=rank, energy=energy, **parameters)
             counted, notes = full_weights(self.pool, weights)
             if self._svd is None:
                 self._svd = WeightedSVD(self.pool)

@@ -39,6 +39,12 @@ def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Updat
         raise InputError(
             f"{module}: cannot add updates of different layouts ({kinds}): these adapters are of different base models"
         )
+    return sum_updates(terms)
+
+
+def sum_updates(terms: Sequence[tuple[float, Update]]) -> Update:
+    """:func:`combine_updates` of updates that are known to be of one module, as those of a pool are."""
+    first = terms[0][1]
     kept = [(w, u) for w, u in terms if w != 0.0]
     if not kept:
         return with_rank_zero(first)

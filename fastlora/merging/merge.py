@@ -23,6 +23,7 @@ def merge(
     rank: int | None = None,
     energy: float | None = None,
     device: str | torch.device | None = None,
+    **parameters: object,
 ) -> Adapter:
     """Makes one adapter of a pool: the weighted sum ``Σ_i w_i ΔW_i``, or what ``method`` puts in its place.
 
@@ -30,13 +31,15 @@ def merge(
         pool: the adapters. Ranks, dtypes and modules may differ; a module that an adapter lacks counts as zero.
         weights: ``{name: w_i}``, finite numbers. ``None`` gives every adapter the weight 1. An adapter that is not
             named has the weight 0, which the result's ``notes`` say.
-        method: one of :func:`methods`, which gives the source of each.
+        method: one of :func:`methods`, which gives the form, the parameters and the source of each; docs/methods.md.
             ``"svd"``: the best approximation of ``Σ_i w_i ΔW_i`` of a given rank (Eckart–Young), MATH section 6.
             ``"cat"``: the sum itself, ``B = [w_1 s_1 B_1 | w_2 s_2 B_2 | …]`` and ``A = [A_1; A_2; …]``.
             ``"pem"``: ``(Σ_i λ_i B_i)(Σ_j λ_j A_j)`` with ``λ_i = w_i / Σ_j w_j``, MATH (10b), arXiv 2306.14870.
-        rank: of ``"svd"``: the rank of the result, at least 1; by default the largest rank in the pool.
-        energy: of ``"svd"``, instead of ``rank``: the share of ``Σσ²`` that every module keeps, in ``(0, 1]``.
+        rank: of methods that cut: the rank of the result, at least 1. Of ``"svd"`` by default the largest rank in the
+            pool.
+        energy: instead of ``rank``: the share of ``Σσ²`` that every module keeps, in ``(0, 1]``.
         device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the pool is.
+        **parameters: those of the method.
 
     Returns:
         :class:`Adapter` with ``B [n, q]`` and ``A [q, m]`` for every module ``[n, m]`` that some adapter has. The rank
@@ -44,20 +47,21 @@ def merge(
         dtype is the widest of the pool; float16 with bfloat16 gives float32.
 
     Raises:
-        InputError: an unknown method or name, a weight that is not finite, a parameter that the method does not take
-            or that is out of range, biases or replaced modules that cannot be summed, a sum that overflows, a device
-            that cannot be used; with ``"pem"``, modules, ranks or scalings that differ.
+        InputError: an unknown method or name, a weight that is not finite, a parameter that the method does not take,
+            or needs, or that is of another type or out of range, biases or replaced modules that cannot be summed, a
+            sum that overflows, a device that cannot be used; with ``"pem"``, modules, ranks or scalings that differ.
         NonFiniteError: a factor that holds NaN or Inf, by adapter and module.
 
-    Cost: one read of all factors, and with ``"svd"`` ``O((Σ_i r_i)³)`` operations a module. Saving the result reads
-    them once more and writes. Nothing of size ``n×m`` is formed.
+    Cost: one read of all factors, and with ``"svd"`` ``O((Σ_i r_i)³)`` operations a module; docs/methods.md has the
+    costs of the forms. Saving the result reads the factors once more and writes. Nothing of size ``n×m`` is formed,
+    except by methods of the form ``tiles``.
     """
     chosen = find_method(method)
     counted, notes = full_weights(pool, weights)
     pool = on_device(pool, device)
     try:
         with paused_collector():
-            merged = chosen(pool, counted, rank=rank, energy=energy)
+            merged = chosen(pool, counted, rank=rank, energy=energy, **parameters)
     except NonFiniteError:
         require_finite(pool.adapters)  # names the adapter of the pool; the method only knows their sum
         raise InputError(f"the weighted sum overflows: lower the weights {counted}") from None
@@ -85,8 +89,10 @@ def methods() -> dict[str, Method]:
     """Lists the merge methods, which :func:`merge` and ``fastlora merge --method`` accept.
 
     Returns:
-        ``{name: method}`` in the order of names. Each has ``name``, ``summary`` (one line with its formula),
-        ``parameters`` (``{parameter: meaning}``) and ``source`` (the paper or the section of MATH).
+        ``{name: method}`` in the order of names. Each has ``name``, ``form`` (what it is a function of: ``"weights"``,
+        ``"cores"``, ``"tiles"`` or ``"factors"``), ``summary`` (one line with its formula), ``parameters``
+        (``{parameter: record}``, a record with ``kind``, ``default``, ``required``, ``choices`` and ``help``) and
+        ``source`` (the paper or the section of MATH).
 
     Cost: none beyond the first import of the methods; no tensor is read.
     """

@@ -1,65 +1,123 @@
-"""Merge methods by name: what ``method=`` and ``--method`` accept. One file of ``merging/methods/`` a method."""
+"""Merge methods by name: what ``method=`` and ``--method`` accept. One file of ``merging/methods/`` a method.
+
+A method is one function with one decorator. Its name is the function's, which is that of its file. Its parameters are
+the function's keyword-only ones: names, types and defaults come from the signature, meanings from the docstring.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
+from fastlora.core.parameters import Parameter, parameters_of
 from fastlora.errors import InputError
+from fastlora.merging.listing import METHODS, method_files
 
-Merge = Callable[..., Adapter]
+Form = Literal["weights", "cores", "tiles", "factors"]
+"""What a method is a function of; ``merging/forms/`` has a driver for each."""
+
+Program = TypeVar("Program", bound=Callable[..., Any])
+
+TAKEN = ("pool", "weights", "method", "device")
+"""Parameters of :func:`fastlora.merge` itself."""
 
 _registry: dict[str, Method] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A merge method: what ``fastlora merge --method`` accepts."""
+    """A merge method.
+
+    ``name``; ``form``: what it is a function of; ``summary``: one line with its formula; ``parameters``:
+    ``{name: parameter}``, each with ``kind``, ``default``, ``required``, ``choices`` and ``help``; ``source``: the
+    paper or the section of MATH.
+    """
 
     name: str
+    form: Form
     summary: str
-    parameters: Mapping[str, str]
+    parameters: Mapping[str, Parameter]
     source: str
-    run: Merge
+    run: Callable[..., Adapter]
 
     def __call__(self, pool: Pool, weights: Mapping[str, float], **parameters: object) -> Adapter:
-        unknown = [p for p, value in parameters.items() if value is not None and p not in self.parameters]
+        given = {name: value for name, value in parameters.items() if value is not None}
+        unknown = [name for name in given if name not in self.parameters]
         if unknown:
             takes = ", ".join(self.parameters) or "no parameters"
             raise InputError(f"method {self.name!r} does not take {', '.join(unknown)}: it takes {takes}")
-        return self.run(pool, weights, **{p: v for p, v in parameters.items() if v is not None})
+        for parameter in self.parameters.values():
+            if parameter.required and parameter.name not in given:
+                raise InputError(f"method {self.name!r} needs {parameter.name}: {parameter.help}")
+        owner = f"method {self.name!r}"
+        values = {n: p.default for n, p in self.parameters.items() if not p.required}
+        values |= {n: self.parameters[n].convert(v, owner) for n, v in given.items()}
+        return self.run(pool, weights, **values)
 
 
-def method(name: str, *, summary: str, parameters: Mapping[str, str], source: str) -> Callable[[Merge], Merge]:
-    """Registers ``run(pool, weights, **parameters) -> Adapter`` as a merge method."""
+def method(form: Form, *, summary: str, source: str) -> Callable[[Program], Program]:
+    """Registers ``run(pool, weights, *, …) -> Adapter``, a method that needs the whole pool at once."""
 
-    def register(run: Merge) -> Merge:
-        _registry[name] = Method(name, summary, parameters, source, run)
+    def register(run: Program) -> Program:
+        _add(run, Method(run.__name__, form, summary, parameters_of(run), source, run))
         return run
 
     return register
 
 
-@functools.cache
-def _loaded() -> None:
-    methods = importlib.import_module("fastlora.merging.methods")
-    for module in pkgutil.iter_modules(methods.__path__):
-        importlib.import_module(f"{methods.__name__}.{module.name}")
+def driven(
+    form: Form, drive: Callable[..., Adapter], summary: str, source: str, *fixed: object
+) -> Callable[[Program], Program]:
+    """Registers a program that ``drive(program, *fixed, pool, weights, *, …)`` runs.
+
+    The method takes the driver's parameters and the program's.
+    """
+
+    def register(program: Program) -> Program:
+        parameters = parameters_of(drive) | parameters_of(program)
+        run = functools.partial(drive, program, *fixed)
+        _add(program, Method(program.__name__, form, summary, parameters, source, run))
+        return program
+
+    return register
+
+
+def _add(function: Callable[..., Any], found: Method) -> None:
+    room, _, file = function.__module__.rpartition(".")
+    if room == METHODS and file != found.name:
+        raise TypeError(f"the method {found.name!r} stands in {file}.py: a method has the name of its file")
+    taken = [name for name in found.parameters if name in TAKEN]
+    if taken:
+        raise TypeError(f"method {found.name!r}: the parameter {taken[0]!r} is one of fastlora.merge itself")
+    _registry[found.name] = found
+
+
+def unregister(name: str) -> None:
+    """Forgets a method that was registered."""
+    _registry.pop(name, None)
+
+
+def method_names() -> list[str]:
+    """The names of all methods, those of files that nobody imported too."""
+    return sorted({*_registry, *method_files()})
 
 
 def all_methods() -> dict[str, Method]:
-    """Every registered merge method, in the order of names."""
-    _loaded()
-    return dict(sorted(_registry.items()))
+    """Every merge method, in the order of names."""
+    return {name: find_method(name) for name in method_names()}
 
 
 def find_method(name: str) -> Method:
-    known = all_methods()
-    if name not in known:
-        raise InputError(f"method {name!r} does not exist: use one of {', '.join(known)} (`fastlora.methods()`)")
-    return known[name]
+    """The method of that name; its file is imported when it is first asked for."""
+    if name not in _registry and name in method_files():
+        importlib.import_module(f"{METHODS}.{name}")
+    if name not in _registry:
+        raise InputError(
+            f"method {name!r} does not exist: use one of {', '.join(method_names())} (`fastlora.methods()`)"
+        )
+    return _registry[name]

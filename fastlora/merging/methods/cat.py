@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
-from fastlora.adapters.lora import Adapter
-from fastlora.adapters.pool import Pool
-from fastlora.engine.checks import require_finite
-from fastlora.merging.registry import method
+from fastlora.core.sums import sum_updates
+from fastlora.core.updates import Update
+from fastlora.merging.forms import factors
 
 
-@method("cat", summary="exact Σ wᵢΔWᵢ, rank Σrᵢ", parameters={}, source="LoRA by concatenation; MATH section 6")
-def cat(pool: Pool, weights: Mapping[str, float]) -> Adapter:
-    """``ΔW = Σ w_i ΔW_i`` exactly."""
-    require_finite(pool.adapters)  # no Gram pass here would find NaN
-    return Adapter.weighted_sum([(weights[name], pool[name]) for name in pool.names], name="cat")
+@factors.method(summary="exact Σ wᵢΔWᵢ, rank Σrᵢ", source="LoRA by concatenation; MATH section 6")
+def cat(terms: Sequence[tuple[float, Update]]) -> Update:
+    """``B = [w_1 s_1 B_1 | w_2 s_2 B_2 | …]`` and ``A = [A_1; A_2; …]``: ``ΔW = Σ w_i ΔW_i`` exactly."""
+    return sum_updates(terms)

@@ -13,12 +13,11 @@ from fastlora.merging.registry import method
 
 
 @method(
-    "pem",
+    "factors",
     summary="elementwise on the factors, (ΣλᵢBᵢ)(ΣλᵢAᵢ), λᵢ = wᵢ/Σw",
-    parameters={},
     source="PEM, arXiv 2306.14870; MATH section 4",
 )
 def pem(pool: Pool, weights: Mapping[str, float]) -> Adapter:
-    """The paper's addition of LoRA adapters of equal ranks and scalings."""
+    """The paper's addition of LoRA adapters of equal modules, ranks and scalings, :func:`fastlora.add`."""
     require_finite(pool.adapters)  # no Gram pass here would find NaN
     return replace(add(pool.adapters, [weights[name] for name in pool.names], semantics="pem"), name="pem")

@@ -1,4 +1,4 @@
-"""Best low-rank approximation of a sum or of one adapter (resize), exact in factor space, MATH section 6."""
+"""Best low-rank approximation of a sum, exact in factor space, MATH section 6."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ from collections.abc import Mapping
 
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
+from fastlora.merging.forms.result import largest_rank
 from fastlora.merging.registry import method
 
 
-def default_rank(pool: Pool) -> int:
-    """The largest rank of the pool."""
-    return max((u.rank for a in pool.adapters for u in a.updates.values()), default=1)
-
-
 @method(
-    "svd",
+    "cores",
     summary="best rank-r approximation of Σ wᵢΔWᵢ",
-    parameters={"rank": "rank of the result", "energy": "share of Σσ² to keep, instead of a rank"},
     source="truncated SVD (Eckart–Young) in factor space; MATH section 6",
 )
 def svd(pool: Pool, weights: Mapping[str, float], *, rank: int | None = None, energy: float | None = None) -> Adapter:
-    """The best approximation of ``Σ w_i ΔW_i``; without ``rank`` and ``energy``, at the largest rank of the pool."""
+    """The best approximation of ``Σ w_i ΔW_i`` (Eckart–Young).
+
+    Its core is the sum of the cores. The sum is an adapter itself, so no core of one adapter has to be formed:
+    :meth:`Adapter.compress` does the rest, on a device too.
+
+    Args:
+        rank: rank of the result; by default the largest rank of the pool
+        energy: share of Σσ² that every module keeps, in (0, 1], instead of a rank
+    """
     total = Adapter.weighted_sum([(weights[name], pool[name]) for name in pool.names], name="svd")
     if rank is None and energy is None:
-        rank = default_rank(pool)
+        rank = largest_rank(pool)
     return total.compress(rank, energy=energy)
