@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,21 @@ class Report:
         lines += ["| stage | result | seconds | |", "|---|---|---|---|"]
         for s in self.stages:
             lines.append(f"| {s['stage']} | {s['result']} | {s['seconds']:.0f} | {s['detail']} |")
-        lines += ["", *table.target_table(self.rows), "", *table.row_table(self.rows)]
+        lines += ["", *table.target_table(self.rows), "", *row_table(self.rows)]
         return "\n".join(lines) + "\n"
+
+
+def row_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Every measurement as it came."""
+    lines = ["| case | ours | floor | opponent | note |", "|---|---|---|---|---|"]
+    for r in rows:
+        if r["key"] == "copy" and "bytes_per_second" in r:
+            lines.append(f"| copy on the device | {r['bytes_per_second'] / 1e12:.2f} TB/s, read + written | – | – | |")
+            continue
+        note = r.get("note") or r.get("skipped") or r.get("failed") or ""
+        cells = (table.seconds(r.get(k)) for k in ("seconds", "floor", "opponent"))
+        lines.append(f"| {r['key']} | {' | '.join(cells)} | {note} |")
+    return lines
 
 
 class Failed(Exception):

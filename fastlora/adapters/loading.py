@@ -24,7 +24,7 @@ def load(path: str | Path, name: str | None = None) -> Element:
 
     Args:
         path: a PEFT directory, the Hub id (``org/name``) of one, or the ``.safetensors`` file of a task vector. A Hub
-            id is looked up in the local cache first, and is downloaded where ``huggingface_hub`` is installed.
+            id needs ``huggingface_hub``: it is looked up in the local cache first, and downloaded if it is not there.
         name: what the adapter is called from here on. By default it is the name of the folder or file.
 
     Returns:

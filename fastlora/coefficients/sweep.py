@@ -7,12 +7,9 @@ import itertools
 import json
 import math
 import numbers
-import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from decimal import Decimal
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +17,12 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.coefficients.plots import plot_sweep
 from fastlora.coefficients.pool_gram import PoolGram
-from fastlora.coefficients.sweep_identity import Identity, identify
 from fastlora.core.vector_space import VectorSpace
 from fastlora.errors import InputError
 from fastlora.expressions.compose import compose
-from fastlora.files.output import writing
+from fastlora.expressions.functions import WORDS
+from fastlora.expressions.grammar import bind, parse
+from fastlora.files.output import replacing, writing
 from fastlora.files.pictures import check_picture
 from fastlora.runtime.progress import track
 
@@ -53,19 +51,13 @@ class Row:
 class Sweep:
     """The rows of a sweep, in the order of the grid: what :func:`fastlora.sweep` returns.
 
-    ``of`` is the expression, or what was swept. A row has ``point`` (``{variable: value}``), ``scores``
-    (``{name: number}``) and ``seconds``. ``key`` and ``adapters`` say what the sweep belongs to.
+    ``of`` is the expression, or the name of the function that was swept. A row has ``point``
+    (``{variable: value}``), ``scores`` (``{name: number}``) and ``seconds``. ``key`` is what the caller named it by.
     """
 
     of: str
     rows: list[Row] = field(default_factory=list)
     key: str | None = None
-    adapters: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    @property
-    def identity(self) -> Identity:
-        """What tells this sweep from others: its expression, key and adapters."""
-        return Identity(self.of, self.key, self.adapters)
 
     @property
     def variables(self) -> list[str]:
@@ -140,7 +132,7 @@ class Sweep:
             }
             for row in self.rows
         ]
-        return {"format": FORMAT, **self.identity.as_dict(), "rows": rows}
+        return {"format": FORMAT, "of": self.of, "key": self.key, "rows": rows}
 
     def save(self, path: str | Path) -> Path:
         """Writes all rows as JSON to ``path``; the file exists whole or as it was before.
@@ -148,13 +140,9 @@ class Sweep:
         Raises :class:`OutputError` when it cannot be written.
         """
         path = Path(path)
-        unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        with writing(path):
-            try:
-                unfinished.write_text(json.dumps(self.as_dict(), allow_nan=False, indent=1) + "\n", encoding="utf-8")
-                os.replace(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+        text = json.dumps(self.as_dict(), allow_nan=False, indent=1) + "\n"
+        with replacing(path, overwrite=True) as staging, writing(path):
+            staging.write_text(text, encoding="utf-8")
         return path
 
     @classmethod
@@ -168,8 +156,7 @@ class Sweep:
                 Row(r["point"], {n: math.nan if v is None else float(v) for n, v in r["scores"].items()}, r["seconds"])
                 for r in data["rows"]
             ]
-            found = Identity.from_dict(data)
-            return cls(found.of, rows, found.key, found.adapters)
+            return cls(str(data["of"]), rows, None if data["key"] is None else str(data["key"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is no saved sweep ({error}); choose another file, or delete it") from None
 
@@ -186,7 +173,7 @@ def sweep(
     adapters: Adapters | None = None,
     save: str | Path | None = None,
     key: str | None = None,
-    resume: Sweep | None = None,
+    resume: Sweep | bool | None = None,
 ) -> Sweep:
     """Builds and scores an adapter for every point of a grid.
 
@@ -202,13 +189,16 @@ def sweep(
         grid: ``{name: values}`` for all combinations, the last name fastest, or a list of points.
         score: ``score(adapter)`` returns a number, or several by name; or ``{name: function}``.
         adapters: what the expression names, as a pool or ``{name: adapter}``; a PoolGram is used as it is.
-        save: JSON file that every row is added to. With ``key``, a file of the same sweep is taken up again: the points
-            it has are not computed a second time.
-        key: a text that names what cannot be compared, which is the functions: what is built, from what, and how it is
-            scored. Choose another one when any of it changes. The expression or the function's name, and the inner
-            products of ``adapters``, are compared besides. Without a key, a file that exists is refused.
-        resume: rows of an earlier, unfinished sweep, or of a file (:meth:`Sweep.load`): you say that they are of this
-            sweep. What is known to differ is refused; a file ``save`` may hold these rows alone.
+        save: JSON file that every row is added to. A file that exists is taken up again with ``key`` or ``resume``: the
+            points that it has are not computed a second time. Otherwise it is refused.
+        key: a text that names what is swept and how it is scored, for a file that is to be taken up again. Choose
+            another one when any of it changes.
+        resume: ``True`` takes up the file ``save`` without a key. A :class:`Sweep` gives rows of an earlier, unfinished
+            sweep besides (:meth:`Sweep.load`, or an error's ``sweep``).
+
+            Earlier rows must agree with this call in the expression or the function's name, in the key if they have
+            one, in the variables and in the names of the scores. That the adapters, the function and the scores are
+            still the same is the caller's word: they are not compared.
 
     Returns:
         :class:`Sweep`. When a point fails or Ctrl-C is pressed, the error is passed on with the rows that are done in
@@ -217,6 +207,7 @@ def sweep(
     Raises:
         InputError: an empty grid, points that name different variables, scores that are no numbers, a file that belongs
             to another sweep, or may do so.
+        ExpressionError: an expression that :func:`fastlora.compose` refuses.
 
     Cost: two passes over the factors of ``adapters``. After that every point costs small matrices, the forming of its
     result where the score reads it, and the score itself.
@@ -229,9 +220,10 @@ def sweep(
         build = expression_builder(expression, list(points[0]), names)
     else:
         label, build = getattr(expression, "__qualname__", type(expression).__qualname__), expression
-    own = identify(label, key, gram, names)
-    result = Sweep(label, key=key, adapters=own.adapters)
-    done = _earlier(save, resume, own)
+    if key is not None and (not isinstance(key, str) or not key):
+        raise InputError(f"sweep: key={key!r} must be a text that names the function, the adapters and the score")
+    result = Sweep(label, key=key)
+    done = _earlier(result, list(points[0]), save, resume)
     try:
         with gram or contextlib.nullcontext():
             for point in track(points, "sweeping"):
@@ -295,42 +287,21 @@ def _prepared(adapters: Adapters | None) -> tuple[PoolGram | None, dict[str, Ada
         adapters = PoolGram(adapters)
     if isinstance(adapters, PoolGram):
         return adapters, {name: adapters.pool[name] for name in adapters.pool.names}
-    low_rank = {name: a for name, a in adapters.items() if isinstance(a, Adapter)}
-    pool = [
-        Adapter(name, a.updates, extras=a.extras, base=a.base, dtype=a.dtype, provenance=a.provenance, notes=a.notes)
-        for name, a in low_rank.items()
-    ]
-    return PoolGram(Pool(pool)) if pool else None, dict(adapters)
+    low_rank = [replace(a, name=name) for name, a in adapters.items() if isinstance(a, Adapter)]
+    return PoolGram(Pool(low_rank)) if low_rank else None, dict(adapters)
 
 
 def expression_builder(expression: str, variables: Sequence[str], names: Mapping[str, Adapter]) -> Build:
-    """``build(point)`` for an expression: every variable is replaced by its value, then the rest is composed."""
+    """``build(point)`` for an expression: it is composed with the point's values in the place of the variables."""
     if not names:
         raise InputError("sweep: an expression needs adapters=…, the adapters that it names")
+    tree = parse(expression)
     for variable in variables:
         if variable in names:
             raise InputError(f"sweep: {variable!r} is an adapter and a variable of the grid; rename one of them")
-        if not _occurrences(variable).search(expression):
+        if bind(tree, {variable: 0.0}, WORDS) == tree:
             raise InputError(f"sweep: the grid's variable {variable!r} does not occur in {expression!r}")
-
-    def build(point: Point) -> VectorSpace:
-        text = expression
-        for name, value in point.items():
-            text = _occurrences(name).sub(_literal(name, value), text)
-        return compose(text, names)
-
-    return build
-
-
-def _occurrences(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<![\w.]){re.escape(name)}(?!\w)")
-
-
-def _literal(name: str, value: Any) -> str:
-    """A number as an expression: without exponent, in parentheses."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"sweep: {name}={value!r}: the variables of an expression stand for finite numbers")
-    return f"({Decimal(repr(value)):f})"
+    return lambda point: compose(expression, names, numbers=point)
 
 
 def _run(build: Build, point: Point, scorers: Callable[[VectorSpace], dict[str, float]]) -> Row:
@@ -345,32 +316,36 @@ def _key(point: Point) -> str:
     return json.dumps(point, sort_keys=True, default=str)
 
 
-def _earlier(save: str | Path | None, resume: Sweep | None, own: Identity) -> dict[str, Row]:
+def _earlier(
+    sweep: Sweep, variables: list[str], save: str | Path | None, resume: Sweep | bool | None
+) -> dict[str, Row]:
     """Rows that are there already, by point."""
-    found: dict[str, Row] = {}
-    if resume is not None:
-        _require_same(resume, own, "the rows of resume=")
-        found = {_key(row.point): row for row in resume.rows}
+    earlier: list[Sweep] = []
     if save is not None and Path(save).exists():
-        there = Sweep.load(save)
-        _require_same(there, own, f"the rows of {save}")
-        rows = {_key(row.point): row for row in there.rows}
-        known = own.key is not None and there.key == own.key
-        if not known and resume is None:
+        saved = Sweep.load(save)
+        _require_same(saved, sweep, variables, f"the rows of {save}")
+        if resume in (None, False) and (sweep.key is None or saved.key != sweep.key):
             raise InputError(
-                f"sweep: {save} holds {len(rows)} rows of a sweep of {there.of!r}, but whether their function and "
-                "score are those of this call cannot be known. Give key='…', a name for them, when a sweep starts and "
-                "when it is taken up again; or say that the rows are of this sweep, with resume=fl.Sweep.load(…); or "
-                "choose another file"
+                f"sweep: {save} holds {len(saved.rows)} rows of a sweep of {saved.of!r}, but whether their function "
+                "and score are those of this call cannot be known. Give key='…', a name for them, when a sweep starts "
+                "and when it is taken up again; or say that the rows are of this sweep, with resume=True; or choose "
+                "another file"
             )
-        if not known and rows.keys() - found.keys():
-            raise InputError(f"sweep: {save} holds rows that resume= lacks and that would be lost; choose another file")
-        found = (rows if known else {}) | found
-    return found
+        earlier.append(saved)
+    if isinstance(resume, Sweep):
+        _require_same(resume, sweep, variables, "the rows of resume=")
+        earlier.append(resume)
+    return {_key(row.point): row for one in earlier for row in one.rows}
 
 
-def _require_same(earlier: Sweep, own: Identity, what: str) -> None:
-    difference = own.difference(earlier.identity)
+def _require_same(earlier: Sweep, sweep: Sweep, variables: list[str], what: str) -> None:
+    difference = None
+    if earlier.of != sweep.of:
+        difference = f"are of {earlier.of!r}, not of {sweep.of!r}"
+    elif earlier.key is not None and earlier.key != sweep.key:
+        difference = f"have the key {earlier.key!r}, not {sweep.key!r}"
+    elif earlier.rows and set(earlier.variables) != set(variables):
+        difference = f"have the variables {', '.join(earlier.variables)}, not {', '.join(variables)}"
     if difference is not None:
         raise InputError(f"sweep: {what} {difference}; choose another file, or leave them out")
 

@@ -1,7 +1,8 @@
-"""Pools that are larger than the device memory they may take: modules go through it group by group.
+"""Between host and device: pools that are larger than the device memory they may take, and results that go to the host.
 
-While one group is computed on the current stream, the next is copied on a stream of its own: pinned memory, events
-between the two streams, no waiting of the host but for data. No result depends on the groups.
+Modules go through the device group by group. While one group is computed on the current stream, the next is copied on a
+stream of its own: pinned memory, events between the two streams, no waiting of the host but for data. No result depends
+on the groups. Results are computed into one buffer on the device, which is copied at once.
 """
 
 from __future__ import annotations
@@ -9,22 +10,26 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastlora.core.data import LoraData
-from fastlora.core.updates import distinct, replaced, tensors
+from fastlora.core.factors import Factor, Side
+from fastlora.core.updates import Update, distinct, replaced, tensors
 from fastlora.engine import buffers
+from fastlora.engine.combine_jobs import WantedFactor, combine_job, stored_as
 from fastlora.ops.dispatch import run_pass
 from fastlora.ops.passes import CombineJob, CombineOutput, WriteProblem
 from fastlora.runtime import devices
 
+Key = TypeVar("Key")
+CPU = torch.device("cpu")
 THREADS = 2  # that compute results: one copies while the other computes
 SHARE = 4  # parts of the bound: a group that is computed, its results, the next group, and small matrices
 
@@ -126,17 +131,67 @@ def combine(jobs: Sequence[CombineJob]) -> WriteProblem | None:
     """
     stream = current()
     assert stream is not None
-    with _own_stream(stream.device), devices.memory_told("computing results"):
-        there = _on_device(jobs, stream.device)
-        computed = [(o.shape, o.dtype) for job in jobs for o in job.outputs if o.terms]
-        starts, size = buffers.offsets(computed)
-        buffer = torch.empty(size, dtype=torch.uint8, device=stream.device)
-        results = iter(buffers.views(buffer, starts, computed))
+    with _own_stream(stream.device):
+        results = iter(_computed(jobs, stream.device))
+    return run_pass("combine_pass", [CombineJob([], [_saved(o, results) for o in j.outputs], j.rows) for j in jobs])
+
+
+def on_host(adapters: Mapping[Key, LoraData], dtypes: Mapping[Key, torch.dtype]) -> Mapping[Key, LoraData]:
+    """The adapters as they are saved, in host memory: factors in ``dtypes``, scaling inside ``B``.
+
+    Adapters on the host are returned as they are. Those of a device are computed there in one pass, so that a matrix
+    that several share is read once, and copied together. What was stored stays: matrices that are saved as they were
+    loaded are not copied where the host still has them.
+    """
+    fetched = dict(adapters)
+    for device in dict.fromkeys(a.device for a in adapters.values() if a.device.type != "cpu"):
+        there = {key: a for key, a in adapters.items() if a.device == device}
+        baked = {(key, m): u.baked() for key, a in there.items() for m, u in a.updates.items()}
+        here = _updates_on_host(baked, dtypes, device)
+        fetched |= {key: replace(a, updates={m: here[key, m] for m in a.updates}) for key, a in there.items()}
+    return fetched
+
+
+def _updates_on_host(
+    updates: Mapping[tuple[Key, str], Update], dtypes: Mapping[Key, torch.dtype], device: torch.device
+) -> dict[tuple[Key, str], Update]:
+    """Updates of a device on the host, by adapter and module."""
+    wanted: dict[tuple[str, Side], list[WantedFactor]] = {}
+    stored: dict[object, Tensor] = {}
+    for (key, module), update in updates.items():
+        for factor in (update.B, update.A):
+            matrix = stored_as(factor, dtypes[key])
+            if matrix is not None:
+                stored[id(matrix)] = matrix
+            elif factor.rank and factor.terms:
+                wanted.setdefault((module, factor.side), []).append(WantedFactor(factor, dtypes[key]))
+    jobs = [combine_job(factors) for factors in wanted.values()]
+    computed = [w.factor for factors in wanted.values() for w in factors]
+    here: dict[object, Tensor] = buffers.moved_once(stored, CPU)
+    here |= zip(map(id, computed), _computed(jobs, device), strict=True)
+
+    def factor_here(factor: Factor) -> Factor:
+        if not (factor.rank and factor.terms):
+            return replace(factor, terms=())
+        matrix = here.get(id(factor))
+        return Factor.of(factor.side, here[id(factor.stored)] if matrix is None else matrix)
+
+    return {place: replace(u, B=factor_here(u.B), A=factor_here(u.A)) for place, u in updates.items()}
+
+
+def _computed(jobs: Sequence[CombineJob], device: torch.device) -> list[Tensor]:
+    """The results of a combine pass, job by job, but for outputs without terms: in host memory, computed on a device
+    into one buffer and copied at once."""
+    layout = [(o.shape, o.dtype) for job in jobs for o in job.outputs if o.terms]
+    starts, size = buffers.offsets(layout)
+    with devices.memory_told("computing results"):
+        there = _on_device(jobs, device)
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        results = iter(buffers.views(buffer, starts, layout))
         run_pass("combine_pass", [_into(job, there, results) for job in jobs if any(o.terms for o in job.outputs)])
         here = buffers.staging(size)
         here.copy_(buffer)
-    found = iter(buffers.views(here, starts, computed))
-    return run_pass("combine_pass", [CombineJob([], [_saved(o, found) for o in j.outputs], j.rows) for j in jobs])
+    return buffers.views(here, starts, layout)
 
 
 # Few streams that are used again and again: torch keeps freed memory of every stream for itself.
@@ -168,7 +223,7 @@ def _own_stream(device: torch.device) -> Iterator[None]:
 
 
 def _on_device(jobs: Sequence[CombineJob], device: torch.device) -> dict[int, Tensor]:
-    """The factors and coefficients of what is computed, by identity."""
+    """The factors and coefficients of what is computed, by identity; what is on the device already stays."""
     wanted: dict[int, Tensor] = {}
     for job in jobs:
         for output in job.outputs:
@@ -176,7 +231,8 @@ def _on_device(jobs: Sequence[CombineJob], device: torch.device) -> dict[int, Te
                 wanted[id(job.factors[factor])] = job.factors[factor]
                 if coefficient is not None:
                     wanted[id(coefficient)] = coefficient
-    return dict(zip(wanted, buffers.moved(list(wanted.values()), device), strict=True)) if wanted else {}
+    missing = {key: tensor for key, tensor in wanted.items() if tensor.device != device}
+    return wanted | (dict(zip(missing, buffers.moved(list(missing.values()), device), strict=True)) if missing else {})
 
 
 def _into(job: CombineJob, there: dict[int, Tensor], results: Iterator[Tensor]) -> CombineJob:

@@ -22,7 +22,6 @@ from fastlora.engine import stream
 from fastlora.engine.combine_jobs import WantedFactor, combine_job
 from fastlora.engine.contracts import OpenSink, Sink
 from fastlora.engine.materialise import materialise_groups
-from fastlora.engine.offload import on_host
 from fastlora.engine.schedule import split_to_fit
 from fastlora.ops import dispatch
 from fastlora.ops.passes import CombineJob, CombineOutput
@@ -50,7 +49,7 @@ def write_adapters(
     the model; one thread prepares the next modules meanwhile. ``meanwhile`` is called while the last are written.
     """
     with paused_collector(), quick_handover():
-        _write_adapters(on_host(adapters, targets), targets, open_sink, meanwhile)
+        _write_adapters(stream.on_host(adapters, targets), targets, open_sink, meanwhile)
 
 
 def _write_adapters(

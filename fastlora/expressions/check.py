@@ -10,8 +10,8 @@ from fastlora.expressions.grammar import Call, ExpressionError, Name, Node, Numb
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """The expression, and the names of the adapters that it may use."""
+class Checker:
+    """Says what is wrong with an expression that may use adapters of the names ``known``."""
 
     text: str
     known: list[str]

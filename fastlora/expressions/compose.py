@@ -1,4 +1,4 @@
-"""Expressions over adapters, evaluated: :func:`compose`. The language is in :mod:`fastlora.expression`."""
+"""Expressions over adapters, evaluated: :func:`compose`. The language is in :mod:`fastlora.expressions.grammar`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastlora.adapters.task_vector import TaskVector
 from fastlora.core.vector_space import VectorSpace, linear, require_one_kind
 from fastlora.engine.checks import require_finite
 from fastlora.errors import InputError
-from fastlora.expressions.check import Plan, number, options
+from fastlora.expressions.check import Checker, number, options
 from fastlora.expressions.functions import FUNCTIONS, WORDS
 from fastlora.expressions.grammar import Call, ExpressionError, Name, Node, Product, Sum, bind, names, parse, walk
 from fastlora.runtime.memory import bounded
@@ -64,8 +64,7 @@ def compose(
     values = dict(numbers or {})
     _check_numbers(values, adapters)
     tree = bind(parse(expression), values, WORDS)
-    plan = Plan(expression, list(adapters))
-    if not plan.check(tree):
+    if not Checker(expression, list(adapters)).check(tree):
         raise ExpressionError("this is a number; an expression over adapters is needed", expression, tree.at)
     used = names(tree)
     bound = parse_memory(memory)

@@ -9,7 +9,11 @@ import functools
 import unicodedata
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
+
+from lark import Lark, Token, Transformer, v_args
+from lark.exceptions import UnexpectedCharacters, UnexpectedInput, VisitError
+from lark.tree import Meta
 
 from fastlora.errors import InputError
 
@@ -125,17 +129,13 @@ def parse(text: str) -> Node:
         depth += (character == "(") - (character == ")")
         if depth > DEEPEST:
             raise ExpressionError(f"more than {DEEPEST} parentheses inside each other", text, at)
-    from lark.exceptions import UnexpectedCharacters, UnexpectedToken
-
     try:
-        return _Builder(text).transform(_parser().parse(text))
-    except UnexpectedCharacters as error:
-        at = int(error.pos_in_stream or 0)
-        _fail(text, at, f"{text[at]!r} (names with other characters than letters, digits, _ and . are quoted)")
-    except UnexpectedToken as error:
-        ended = error.token.type == "$END"
-        at = len(text) if ended else int(error.token.start_pos or 0)
-        _fail(text, at, None if ended else repr(str(error.token)))
+        tree = _parser().parse(text)
+        return _Builder(text).transform(tree)  # type: ignore[no-any-return]
+    except UnexpectedInput as error:
+        raise _unexpected(text, error) from None
+    except VisitError as error:
+        raise error.orig_exc from None
 
 
 def walk(node: Node) -> Iterator[Node]:
@@ -177,100 +177,96 @@ def bind(node: Node, values: Mapping[str, float], words: Container[str]) -> Node
 
 @functools.cache
 def _parser() -> Any:
-    from lark import Lark
-
     return Lark(GRAMMAR, start="sum", parser="lalr", propagate_positions=True, maybe_placeholders=False)
 
 
-def _expected(accepted: Container[str]) -> str:
-    """``a name, a number or (``."""
-    wanted = [text for token, texts in EXPECTED.items() if token in accepted for text in texts]
+def _unexpected(text: str, error: UnexpectedInput) -> ExpressionError:
+    """What was expected in the place of a character or word that the grammar does not take there."""
+    if isinstance(error, UnexpectedCharacters):
+        at = int(error.pos_in_stream)
+        quoted = "names with other characters than letters, digits, _ and . are quoted"
+        return ExpressionError(f"expected {_expected(text[:at])}, found {text[at]!r} ({quoted})", text, at)
+    if error.token.type == "$END":
+        message = f"the expression ends too early; expected {_expected(text)}"
+        return ExpressionError(message, text, len(text.rstrip()))
+    at = int(error.token.start_pos)
+    return ExpressionError(f"expected {_expected(text[:at])}, found {str(error.token)!r}", text, at)
+
+
+def _expected(before: str) -> str:
+    """What could follow the beginning of an expression: ``a name, a number or (``.
+
+    The error's own ``accepts`` holds less: the parser ends rules before it finds that the next token does not follow.
+    """
+    state = _parser().parse_interactive(before)
+    state.exhaust_lexer()
+    accepted = state.accepts()
+    wanted = [name for token, names in EXPECTED.items() if token in accepted for name in names]
     return " or ".join(filter(None, (", ".join(wanted[:-1]), wanted[-1])))
 
 
-def _accepted(text: str, at: int) -> list[str]:
-    """The tokens that could follow those before ``at``."""
-    from lark.exceptions import UnexpectedInput
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """``name=value`` among the arguments of a call."""
 
-    state = _parser().parse_interactive(text)
-    tokens = state.lexer_thread.lex(state.parser_state)
-    try:
-        for token in tokens:
-            if token.start_pos >= at:
-                break
-            state.feed_token(token)
-    except UnexpectedInput:
-        pass  # the character at ``at``
-    return list(state.accepts())
+    name: Token
+    value: Node
 
 
-def _fail(text: str, at: int, found: str | None) -> NoReturn:
-    expected = _expected(_accepted(text, at))
-    if found is None:
-        raise ExpressionError(f"the expression ends too early; expected {expected}", text, len(text.rstrip())) from None
-    raise ExpressionError(f"expected {expected}, found {found}", text, at) from None
-
-
-class _Builder:
-    """Makes the syntax tree from lark's."""
+@v_args(meta=True)
+class _Builder(Transformer):  # type: ignore[misc]
+    """Makes the syntax tree from lark's, from the leaves up; recursion is as deep as the parentheses."""
 
     def __init__(self, text: str) -> None:
+        super().__init__()
         self.text = text
 
-    def transform(self, tree: Any) -> Node:
-        """Recursion is as deep as the parentheses."""
-        node: Node = getattr(self, tree.data)(tree, tree.children)
-        return node
-
-    def number(self, tree: Any, children: list[Any]) -> Number:
-        at, value = int(children[0].start_pos), float(children[0])
+    def number(self, meta: Meta, children: list[Token]) -> Number:
+        value = float(children[0])
         if value in (float("inf"), float("-inf")):
-            raise ExpressionError(f"{children[0]} is too large for a number", self.text, at)
-        return Number(at, value)
+            raise ExpressionError(f"{children[0]} is too large for a number", self.text, meta.start_pos)
+        return Number(meta.start_pos, value)
 
-    def name(self, tree: Any, children: list[Any]) -> Name:
-        token = children[0]
-        return Name(int(token.start_pos), str(token)[1:-1] if token.type == "QUOTED" else str(token))
+    def name(self, meta: Meta, children: list[Token]) -> Name:
+        (token,) = children
+        return Name(meta.start_pos, token[1:-1] if token.type == "QUOTED" else str(token))
 
-    def group(self, tree: Any, children: list[Any]) -> Node:
-        return self.transform(children[0])
+    def group(self, meta: Meta, children: list[Node]) -> Node:
+        return children[0]
 
-    def sum(self, tree: Any, children: list[Any]) -> Node:
+    def sum(self, meta: Meta, children: list[Any]) -> Sum:
         signs = [1, *(1 if sign == "+" else -1 for sign in children[1::2])]
-        terms = tuple(zip(signs, map(self.transform, children[::2]), strict=True))
-        return Sum(terms[0][1].at, terms)
+        return Sum(children[0].at, tuple(zip(signs, children[::2], strict=True)))
 
-    def product(self, tree: Any, children: list[Any]) -> Node:
+    def product(self, meta: Meta, children: list[Any]) -> Product:
         divides = [False, *(point == "/" for point in children[1::2])]
-        factors = tuple(zip(divides, map(self.transform, children[::2]), strict=True))
-        return Product(factors[0][1].at, factors)
+        return Product(children[0].at, tuple(zip(divides, children[::2], strict=True)))
 
-    def signed(self, tree: Any, children: list[Any]) -> Node:
-        atom = self.transform(children[-1])
+    def signed(self, meta: Meta, children: list[Any]) -> Node:
+        atom: Node = children[-1]
         negative = sum(sign != "+" for sign in children[:-1]) % 2
-        return Sum(int(children[0].start_pos), ((-1, atom),)) if negative else atom
+        return Sum(meta.start_pos, ((-1, atom),)) if negative else atom
 
-    def call(self, tree: Any, children: list[Any]) -> Call:
-        name, *rest = children
-        target: Node | None = None
+    def option(self, meta: Meta, children: list[Any]) -> _Option:
+        return _Option(*children)
+
+    def call(self, meta: Meta, children: list[Any]) -> Call:
+        name, *others = children
+        items, separators = others[::2], others[1::2]
+        for i, separator in enumerate(separators):
+            if separator == "|" and (i or isinstance(items[0], _Option)):
+                message = '"|" stands once, after the first argument: unique(x | a, b, …)'
+                raise ExpressionError(message, self.text, separator.start_pos)
+        options: dict[str, Node] = {}
         arguments: list[Node] = []
-        options: list[tuple[str, Node]] = []
-        for i, child in enumerate(rest[::2]):
-            after = rest[2 * i + 1] if 2 * i + 1 < len(rest) else None
-            if after is not None and after == "|" and (i or child.data == "option"):
-                raise ExpressionError(
-                    '"|" stands once, after the first argument: unique(x | a, b, …)', self.text, int(after.start_pos)
-                )
-            if child.data == "option":
-                word, value = child.children
-                if str(word) in (key for key, _ in options):
-                    raise ExpressionError(f"{word} is given twice", self.text, int(word.start_pos))
-                options.append((str(word), self.transform(value)))
-            elif options:
-                node = self.transform(child)
-                raise ExpressionError("arguments come before options such as threshold=0.85", self.text, node.at)
-            elif after is not None and after == "|":
-                target = self.transform(child)
+        for item in items:
+            if not isinstance(item, _Option):
+                if options:
+                    raise ExpressionError("arguments come before options such as threshold=0.85", self.text, item.at)
+                arguments.append(item)
+            elif item.name in options:
+                raise ExpressionError(f"{item.name} is given twice", self.text, item.name.start_pos)
             else:
-                arguments.append(self.transform(child))
-        return Call(int(name.start_pos), str(name), target, tuple(arguments), tuple(options))
+                options[str(item.name)] = item.value
+        target = arguments.pop(0) if "|" in separators else None
+        return Call(meta.start_pos, str(name), target, tuple(arguments), tuple(options.items()))

@@ -44,43 +44,25 @@ def exists(path: str | Path) -> bool:
         return False
 
 
-def _hub_cache() -> Path:
-    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if os.environ.get(variable):
-            return Path(os.environ[variable]).expanduser()
-    home = os.environ.get("HF_HOME")
-    if not home:
-        home = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(home).expanduser() / "hub"
-
-
 def _from_hub(repo: str) -> Path:
-    cached = _cached(repo)
-    if cached is not None:
-        return cached
+    """The snapshot of the default branch: the one in the local Hub cache if it holds an adapter, else a download."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise InputError(
-            f"{repo} is neither a path nor in the local Hub cache ({_hub_cache()}); correct the path, or "
-            "to download it from the Hub: pip install 'fastlora[hub]'"
+            f"{repo} is neither a path nor can it be looked up in the Hub or its local cache; correct the path, or "
+            "to take it from the Hub: pip install 'fastlora[hub]'"
         ) from None
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["adapter_config.json", "adapter_model.*"]))
-    except Exception as error:
-        # The Hub client has many kinds of errors (network, permissions, names), all of which mean the same
-        # here.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{repo} is no path here and could not be fetched from the Hub: {reason[0][:300]}") from None
-
-
-def _cached(repo: str) -> Path | None:
-    """The snapshot of the default branch in the local Hub cache, when it holds an adapter."""
-    folder = _hub_cache() / ("models--" + repo.replace("/", "--"))
-    try:
-        commit = (folder / "refs" / "main").read_text().strip()
-    except (OSError, ValueError):
-        return None
-    snapshot = folder / "snapshots" / commit
-    weights = any((snapshot / f"adapter_model.{kind}").exists() for kind in ("safetensors", "bin"))
-    return snapshot if weights and (snapshot / "adapter_config.json").exists() else None
+    files = ["adapter_config.json", "adapter_model.*"]
+    reason = ""
+    for local in (True, False):
+        try:
+            snapshot = Path(snapshot_download(repo, allow_patterns=files, local_files_only=local))
+        except Exception as error:
+            # The Hub client has many kinds of errors (not cached, network, permissions, names). In the cache all of
+            # them mean "not there", and after a download all of them mean the same here.
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            continue
+        if not local or all(any(snapshot.glob(name)) for name in files):
+            return snapshot
+    raise InputError(f"{repo} is no path here and could not be fetched from the Hub: {reason[:300]}")

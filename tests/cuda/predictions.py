@@ -4,10 +4,13 @@ table into docs/gpu_kernels.md. The latencies are estimates: the first measureme
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlora.bench.gpu.targets import resident_blocks
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from occupancy import resident_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "gpu_kernels.md"

@@ -10,8 +10,9 @@ import json
 import predictions
 import pytest
 import resources
+from occupancy import resident_blocks
 
-from fastlora.bench.gpu.targets import PREDICTIONS, Prediction, Resident, resident_blocks
+from fastlora.bench.gpu.targets import PREDICTIONS, Prediction, Resident
 
 LIMITS = json.loads(resources.LIMITS.read_text())
 

@@ -102,7 +102,11 @@ def test_two_adapters_of_one_name(here: Path) -> None:
         check_names_differ([("Med", "x"), ("med", "y")])
 
 
-def test_the_local_hub_cache_is_used_without_network(here: Path) -> None:
+def test_the_local_hub_cache_is_used_without_network(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants", reason="huggingface_hub is not installed")
+    # The client reads the environment when it is imported, which another test may have done.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     folder = here / "hub" / "models--org--lawyer"
     snapshot = folder / "snapshots" / "abc123"
     snapshot.mkdir(parents=True)
@@ -117,9 +121,24 @@ def test_the_local_hub_cache_is_used_without_network(here: Path) -> None:
     assert parse("org/lawyer").path == Path("org/lawyer"), "an existing path wins"
 
 
+def test_half_an_adapter_in_the_cache_is_downloaded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    asked: list[bool] = []
+
+    def download(repo: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append(local_files_only)
+        return str(here / "legal")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    (here / "legal" / "adapter_config.json").write_text("x")
+    assert find("org/lawyer").path == here / "legal" and asked == [True, False]
+    (here / "legal" / "adapter_model.bin").write_text("x")
+    assert find("org/lawyer").path == here / "legal" and asked == [True, False, True]
+
+
 def test_a_hub_id_that_is_nowhere(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"org/nobody is neither a path nor.*fastlora\[hub\]"):
+    with pytest.raises(InputError, match=r"org/nobody is neither a path nor can .*fastlora\[hub\]"):
         parse("org/nobody")
 
 

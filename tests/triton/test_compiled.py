@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from occupancy import resident_blocks
 from processes import execute
 
-from fastlora.bench.gpu.targets import PREDICTIONS, resident_blocks
+from fastlora.bench.gpu.targets import PREDICTIONS
 
 HERE = Path(__file__).parent
 OLDEST = "3.6.0"

@@ -1,13 +1,12 @@
 """Times on a CUDA device: by events, each answer checked first, inputs that are not in the L2 cache.
 
-``python3 -m fastlora.bench.device OUT`` writes one JSON object a line into ``OUT`` as it finishes each case; ``--tiny``
-on inputs that show whether everything runs, and nothing about time.
+``python3 -m fastlora.bench.gpu.cases OUT`` writes one JSON object a line into ``OUT`` as it finishes each case;
+``--tiny`` on inputs that show whether everything runs, and nothing about time.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import shutil
 import statistics
@@ -154,7 +153,7 @@ def eigh(sizes: Sizes) -> Iterator[dict[str, Any]]:
         yield {"key": f"eigh {n}", "seconds": ours, "floor": None, "note": f"{sizes.batch} matrices"}
         opponents: dict[str, Callable[[], Run]] = {}
         if n != 33:
-            opponents |= {"cupy": partial(_cupy_eigh, a, values), "cusolver": partial(_cusolver_eigh, a, values)}
+            opponents["cupy"] = partial(_cupy_eigh, a, values)
         if n > 32:
             opponents["torch"] = partial(_torch, torch.linalg.eigh, a)
         for name, opponent in opponents.items():
@@ -199,59 +198,6 @@ def _cupy_eigh(a: Tensor, wanted: Tensor) -> Run:
     x = cupy.from_dlpack(a)  # CuPy's and torch's current streams are both the default one
     require("CuPy's values", from_dlpack(cupy.linalg.eigh(x)[0]), wanted, 1e-4)
     return partial(cupy.linalg.eigh, x)
-
-
-def _cusolver() -> Any:
-    """cuSOLVER as torch has loaded it."""
-    torch.linalg.eigh(torch.eye(2, device="cuda"))
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if "libcusolver.so" in line:
-            return ctypes.CDLL(line.split()[-1])
-    raise Unavailable("torch has loaded no libcusolver.so")
-
-
-def _cusolver_eigh(a: Tensor, wanted: Tensor) -> Run:
-    """``cusolverDnXsyevBatched`` on a copy of the input, which it overwrites with the vectors: the copy is counted."""
-    library = _cusolver()
-    if not hasattr(library, "cusolverDnXsyevBatched"):
-        raise Unavailable("this cuSOLVER has no cusolverDnXsyevBatched")
-    batch, n = a.shape[0], a.shape[-1]
-    handle, parameters = ctypes.c_void_p(), ctypes.c_void_p()
-    work, values = torch.empty_like(a), a.new_empty(batch, n)
-    info = torch.zeros(batch, dtype=torch.int32, device="cuda")
-
-    def call(name: str, *arguments: Any) -> None:
-        status = getattr(library, name)(*arguments)
-        if status:
-            raise Unavailable(f"{name} returned {status}")
-
-    def address(t: Tensor) -> ctypes.c_void_p:
-        return ctypes.c_void_p(t.data_ptr())
-
-    call("cusolverDnCreate", ctypes.byref(handle))
-    call("cusolverDnCreateParams", ctypes.byref(parameters))
-    call("cusolverDnSetStream", handle, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
-    vectors, lower, real, wide = 1, 0, 0, ctypes.c_int64  # CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER, CUDA_R_32F
-    problem = (
-        handle, parameters, vectors, lower, wide(n), real, address(work), wide(n), real, address(values), real,
-    )  # fmt: skip
-    on_device, on_host = ctypes.c_size_t(), ctypes.c_size_t()
-    sizes = ctypes.byref(on_device), ctypes.byref(on_host), wide(batch)
-    call("cusolverDnXsyevBatched_bufferSize", *problem, *sizes)
-    device_room = torch.empty(max(1, on_device.value), dtype=torch.uint8, device="cuda")
-    host_room = torch.empty(max(1, on_host.value), dtype=torch.uint8)
-
-    def run() -> None:
-        work.copy_(a)
-        call(
-            "cusolverDnXsyevBatched", *problem, address(device_room), on_device, address(host_room), on_host,
-            address(info), wide(batch),
-        )  # fmt: skip
-
-    run()
-    torch.cuda.synchronize()
-    require("cuSOLVER's values", values, wanted, 1e-4)
-    return run
 
 
 def svd(sizes: Sizes) -> Iterator[dict[str, Any]]:

@@ -64,19 +64,6 @@ def target_table(rows: Rows) -> list[str]:
     return lines
 
 
-def row_table(rows: Rows) -> list[str]:
-    """Every measurement as it came."""
-    lines = ["| case | ours | floor | opponent | note |", "|---|---|---|---|---|"]
-    for r in rows:
-        if r["key"] == "copy" and "bytes_per_second" in r:
-            lines.append(f"| copy on the device | {r['bytes_per_second'] / 1e12:.2f} TB/s, read + written | – | – | |")
-            continue
-        note = r.get("note") or r.get("skipped") or r.get("failed") or ""
-        cells = (seconds(r.get(k)) for k in ("seconds", "floor", "opponent"))
-        lines.append(f"| {r['key']} | {' | '.join(cells)} | {note} |")
-    return lines
-
-
 def prediction_table() -> list[str]:
     """What an H100 needs at the least by its peaks, from bytes and operations."""
     lines = [

@@ -1,8 +1,8 @@
 """Module patterns of an adapter configuration, matched in bounded time.
 
-PEFT takes the keys of ``rank_pattern`` and ``alpha_pattern`` for regular expressions. Python's own matcher needs
-exponential time for some of them, so those with several repetitions or choices are walked here by sets of positions,
-in a bounded number of steps.
+PEFT takes the keys of ``rank_pattern`` and ``alpha_pattern`` for regular expressions of Python, whose matcher needs
+exponential time for some of them. Here RE2 matches, in time linear in the length of the module path. Its language is
+not quite Python's, so only what means the same in both is accepted (:data:`SHARED`); the rest is refused by name.
 """
 
 from __future__ import annotations
@@ -10,23 +10,38 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
-from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from fastlora.errors import InputError
 
 PLAIN = re.compile(r"[\w.]+", re.ASCII)
-CHOICES = re.compile(r"[*+?{|]")
 LARGEST = 10_000
 """Characters of one pattern: above any module path, below what takes long to compile."""
-MOST_STEPS = 100_000
-"""For one module; patterns that say something need some hundred."""
-SIMPLE = {"literal", "not_literal", "any", "in"}
-REPEATS = {"max_repeat", "min_repeat"}
+MEMORY = 1 << 18
+"""Bytes for one compiled pattern and its states: bounds the time that one character of a path takes."""
+PRINTABLE = re.compile("[ -~]*")
+"""Texts for which ``\\w``, ``\\d``, ``\\s``, ``\\b``, ``.`` and ``$`` mean the same in both."""
+ESCAPED = r"\\[!-/:-@\[-`{-~]"
+SHARED = re.compile(
+    rf"""
+    (?:
+      [^\\\[\](){{}}*+?]                                        # a character, also . ^ $ |
+    | {ESCAPED} | \\[dDwWsSb]
+    | \[ \^? (?: [^\\\[\]^] | {ESCAPED} | \\[dDwWsS] )
+          (?: [^\\\[\]] | {ESCAPED} | \\[dDwWsS] )* \]             # a set, none inside it
+    | \( (?: \?: | \?P<\w+> )? (?! [*+?{{] ) | \)
+    | (?: [*+?] | \{{ \d+ (?: ,\d* )? \}} ) \?? (?! [*+?{{] )    # greedy and lazy match the same paths
+    )*
+    """,
+    re.ASCII | re.VERBOSE,
+)
+"""Patterns that mean the same to Python and to RE2, if both can read them. Left out are what RE2 cannot do in linear
+time (look-around, back references, atomic groups, possessive repetitions) and what it reads in another way: octal
+escapes, ``{{,n}}``, sets such as ``[[:alpha:]]``, flags."""
 
 
 class Unsupported(ValueError):
-    """A construct that cannot be matched in bounded time."""
+    """A construct that is not matched in bounded time, or not as Python does."""
 
 
 class Patterns:
@@ -86,8 +101,9 @@ class Patterns:
 
     def _refused(self, pattern: str, why: Exception) -> InputError:
         return InputError(
-            f"{self._place} has the pattern {pattern[:80]!r}, which could take forever to match ({why}); "
-            "write it with fewer repetitions, or name the modules"
+            f"{self._place} has the pattern {pattern[:80]!r}, which cannot be matched in bounded time as "
+            f"PEFT does ({why}); write it with characters, sets, groups, choices and fewer repetitions only, or name "
+            "the modules"
         )
 
 
@@ -102,9 +118,7 @@ def _literal(pattern: str) -> str | None:
 @functools.lru_cache(4096)
 def compiled(pattern: str) -> Callable[[str], bool]:
     """Whether a module path is matched. Raises :class:`re.error`, or :class:`Unsupported` for what has no bound."""
-    if len(pattern) > LARGEST:
-        raise Unsupported(f"{len(pattern)} characters")
-    if PLAIN.fullmatch(pattern):
+    if PLAIN.fullmatch(pattern) and len(pattern) <= LARGEST:
         return functools.partial(_ends_with, pattern)
     return _matcher(rf"(.*\.)?({pattern})$", pattern)
 
@@ -112,22 +126,51 @@ def compiled(pattern: str) -> Callable[[str], bool]:
 @functools.lru_cache(4096)
 def compiled_whole(pattern: str) -> Callable[[str], bool]:
     """The same for patterns that must match the whole module path, as ``re.fullmatch`` does."""
-    if len(pattern) > LARGEST:
-        raise Unsupported(f"{len(pattern)} characters")
-    parser.parse(pattern)  # what is no expression alone may be one inside the parentheses: "a)(b"
+    if len(pattern) <= LARGEST:
+        _check_syntax(pattern)  # what is no expression alone may be one inside the parentheses: "a)(b"
     return _matcher(rf"({pattern})$", pattern)
 
 
 def _matcher(whole: str, pattern: str) -> Callable[[str], bool]:
-    if len(CHOICES.findall(pattern)) <= 1:
-        expression = re.compile(whole)
-        return lambda module: expression.match(module) is not None
+    if len(pattern) > LARGEST:
+        raise Unsupported(f"{len(pattern)} characters")
+    _check_syntax(whole)
+    shared = SHARED.match(pattern)
+    assert shared is not None
+    if not PRINTABLE.fullmatch(pattern):
+        raise Unsupported("characters that are not printable ASCII")
+    if shared.end() < len(pattern):
+        raise Unsupported(f"{pattern[shared.end() :][:10]!r} is not supported")
+    import re2
+
     try:
-        tree = parser.parse(whole)
-    except (RecursionError, OverflowError):
+        expression = re2.compile(whole, _options())
+    except re2.error as error:
+        raise Unsupported(error.args[0].decode()) from None
+
+    def matches(module: str) -> bool:
+        if not PRINTABLE.fullmatch(module):
+            raise Unsupported(f"the module {module!r} has other characters than printable ASCII")
+        return expression.match(module) is not None
+
+    return matches
+
+
+def _check_syntax(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except RecursionError:
         raise Unsupported("too deeply nested") from None
-    _check(tree)
-    return lambda module: bool(_Walk(module).ends(tree, 1))
+
+
+def _options() -> Any:
+    import re2
+
+    options = re2.Options()
+    options.max_mem = MEMORY
+    options.never_capture = True
+    options.log_errors = False
+    return options
 
 
 def _ends_with(pattern: str, module: str) -> bool:
@@ -136,120 +179,3 @@ def _ends_with(pattern: str, module: str) -> bool:
     if start < 0 or (start and module[start - 1] != "."):
         return False
     return all(p in (".", c) for p, c in zip(pattern, module[start:], strict=True))
-
-
-def _name(op: Any) -> str:
-    return str(op).lower()
-
-
-def _check(tree: Any) -> None:
-    if tree.state.flags & ~re.UNICODE.value:
-        raise Unsupported("flags")
-    for op, argument in tree:
-        name = _name(op)
-        if name in REPEATS:
-            _check(argument[2])
-        elif name == "branch":
-            for branch in argument[1]:
-                _check(branch)
-        elif name == "subpattern" and not argument[1] and not argument[2]:
-            _check(argument[3])
-        elif name in ("assert", "assert_not"):
-            _check(argument[1])
-        elif name not in SIMPLE and (name != "at" or argument not in (parser.AT_BEGINNING, parser.AT_END)):
-            raise Unsupported(name)
-
-
-class _Walk:
-    """Where the parts of one pattern can end in one text. Sets of positions are integers, bit ``i`` for position
-    ``i``."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.steps = 0
-        self.accepted: dict[tuple[str, int], int] = {}
-
-    def ends(self, tree: Any, starts: int) -> int:
-        for op, argument in tree:
-            if not starts:
-                break
-            starts = self._step(_name(op), argument, starts)
-        return starts
-
-    def _step(self, name: str, argument: Any, at: int) -> int:
-        self.steps += 1
-        if self.steps > MOST_STEPS:
-            raise Unsupported("so many repetitions")
-        if name in SIMPLE:
-            return (at & self._positions(name, argument)) << 1
-        if name == "branch":
-            return functools.reduce(int.__or__, (self.ends(branch, at) for branch in argument[1]))
-        if name == "subpattern":
-            return self.ends(argument[3], at)
-        if name in REPEATS:
-            return self._repeated(argument, at)
-        if name == "at":
-            return at & (1 if argument == parser.AT_BEGINNING else self._last())
-        direction, tree = argument
-        wanted = name == "assert"
-        return sum(1 << i for i in range(at.bit_length()) if at >> i & 1 and self._seen(direction, tree, i) == wanted)
-
-    def _seen(self, direction: int, tree: Any, at: int) -> bool:
-        """Whether something is found after (1) or before (-1) a position."""
-        if direction > 0:
-            return self.ends(tree, 1 << at) != 0
-        start = at - tree.getwidth()[0]
-        return start >= 0 and bool(self.ends(tree, 1 << start) >> at & 1)
-
-    def _repeated(self, argument: tuple[int, int, Any], at: int) -> int:
-        # Beyond one step a character, a repetition only adds empty ones, which change nothing.
-        bound = len(self.text) + 2
-        least, most, tree = min(argument[0], bound), min(int(argument[1]), bound), argument[2]
-        level = found = at
-        for count in range(1, most + 1):
-            level = self.ends(tree, level)
-            if count > least:
-                level &= ~found
-                found |= level
-            else:
-                found = level
-            if not level:
-                break
-        return found
-
-    def _last(self) -> int:
-        """The end of the text, and before a line break at the end."""
-        n = len(self.text)
-        return 1 << n | (1 << n - 1 if self.text.endswith("\n") else 0)
-
-    def _positions(self, name: str, argument: Any) -> int:
-        """Where a character stands that is accepted."""
-        key = name, argument if isinstance(argument, int) else id(argument)
-        if key not in self.accepted:
-            self.accepted[key] = sum(1 << i for i, c in enumerate(self.text) if _accepts(name, argument, c))
-        return self.accepted[key]
-
-
-def _accepts(name: str, argument: Any, character: str) -> bool:
-    code = ord(character)
-    if name == "any":
-        return character != "\n"
-    if name != "in":
-        return bool((code == argument) == (name == "literal"))
-    negated, found = False, False
-    for op, value in argument:
-        kind = _name(op)
-        if kind == "negate":
-            negated = True
-        elif kind == "literal":
-            found |= code == value
-        elif kind == "range":
-            found |= value[0] <= code <= value[1]
-        else:
-            found |= _category(str(value).lower(), character)
-    return found != negated
-
-
-def _category(name: str, character: str) -> bool:
-    letter = {"digit": "d", "space": "s", "word": "w"}[name.rpartition("_")[2]]
-    return (re.fullmatch("\\" + letter, character) is not None) != ("_not_" in name)
