@@ -65,22 +65,22 @@ gpu:
 	python3 benches/gpu.py
 
 REHEARSAL := build/rehearsal
-REHEARSE := $(REHEARSAL)/venv/bin/python tests/gpu/rehearsal/run.py
+REHEARSE := $(REHEARSAL)/venv/bin/python tests/on_gpu/rehearsal/run.py
 
-$(REHEARSAL)/ready: tests/gpu/rehearsal/requirements.txt
+$(REHEARSAL)/ready: tests/on_gpu/rehearsal/requirements.txt
 	python3 -m venv $(REHEARSAL)/venv
-	$(REHEARSAL)/venv/bin/pip install -q --disable-pip-version-check -r tests/gpu/rehearsal/requirements.txt
+	$(REHEARSAL)/venv/bin/pip install -q --disable-pip-version-check -r tests/on_gpu/rehearsal/requirements.txt
 	touch $@
 
 rehearsal: $(REHEARSAL)/ready
 	CMAKE_ARGS=-DFASTLORA_CUDA_RUNTIME=Shared FASTLORA_CUDA=ON FASTLORA_CUDA_ARCHS=90-real \
 	  $(REHEARSAL)/venv/bin/pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
-	$(REHEARSE) -m pytest -q -p no:cacheprovider tests/gpu/rehearsal/stand_in.py
+	$(REHEARSE) -m pytest -q -p no:cacheprovider tests/on_gpu/rehearsal/stand_in.py
 	for at_once in none default others; do \
-	  REHEARSAL_AT_ONCE=$$at_once $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -m gpu tests/gpu || exit 1; \
+	  REHEARSAL_AT_ONCE=$$at_once $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -m gpu tests/on_gpu || exit 1; \
 	done
 	$(REHEARSE) -m fastlora.bench.gpu.cases --tiny $(REHEARSAL)/rows.jsonl
-	$(REHEARSE) tests/gpu/sanitized.py
+	$(REHEARSE) tests/on_gpu/sanitized.py
 
 # Writing into files is left out, which the CPU alone does.
 # The limits of a change that is meant to take more: remove tests/triton/limits.json first.

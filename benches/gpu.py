@@ -202,7 +202,7 @@ def tests(report: Report, limit: float) -> str:
     base = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=20"]
     if "xdist" not in report.facts["missing"]:
         base += ["-n", str(max(2, min(8, (os.cpu_count() or 2) // 2)))]
-    folders = [f"tests/{f}" for f in ("gpu", "cuda", "triton") if (ROOT / "tests" / f).is_dir()]
+    folders = [f"tests/{f}" for f in ("on_gpu", "emulated", "triton") if (ROOT / "tests" / f).is_dir()]
     ops = [f"tests/ops/test_{op}.py" for op in OPS]
     counts, failures = [], []
     for what, command, variables in (
@@ -229,7 +229,7 @@ def sanitizer(report: Report, limit: float) -> str:
     if tool is None:
         raise Skipped("compute-sanitizer was not found")
     ends = time.monotonic() + limit
-    script = [sys.executable, "tests/gpu/sanitized.py"]
+    script = [sys.executable, "tests/on_gpu/sanitized.py"]
     said = []
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "9", "--print-limit", "20", *script]

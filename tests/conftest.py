@@ -19,8 +19,6 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 import torch
 
-# Tests of the ops use the pools of the methods' tests.
-sys.path.append(str(Path(__file__).parent / "methods"))
 
 
 @pytest.fixture

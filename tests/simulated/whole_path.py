@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("cuda", "methods", ".")]
+sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("emulated", ".")]
 
 import pools
 

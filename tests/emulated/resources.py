@@ -1,4 +1,4 @@
-"""What the compiled CUDA kernels take of a multiprocessor, by ptxas; ``python tests/cuda/resources.py`` writes
+"""What the compiled CUDA kernels take of a multiprocessor, by ptxas; ``python tests/emulated/resources.py`` writes
 resources.json, the limits that the tests hold them to."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Registers, stack, spills and shared memory of the CUDA kernels stay within resources.json.
 
-A kernel that may take more: ``python tests/cuda/resources.py`` writes what it takes now, for review to see.
+A kernel that may take more: ``python tests/emulated/resources.py`` writes what it takes now, for review to see.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def test_kernels_stay_within_their_limits(source: str, architecture: str) -> Non
 
 def test_the_document_holds_the_predictions() -> None:
     """Against forgetting: the table is written by the code that it is held against, ``python
-    tests/cuda/predictions.py``."""
+    tests/emulated/predictions.py``."""
     assert predictions.table_in_document() == predictions.table()
 
 

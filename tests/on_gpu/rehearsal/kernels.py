@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from fastlora import _core
 from fastlora.backends import cuda
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "cuda"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "emulated"))
 
 
 @functools.cache

@@ -74,7 +74,7 @@ def test_equal_to_the_merged_adapter_in_peft(
 
 def test_real_adapters_with_shared_parts_of_pairs(tmp_path: Path) -> None:
     """DeVec's setting: adapters and the shared parts of all pairs, on the architecture that they were trained on."""
-    root = Path(__file__).parents[1] / "examples" / "adapters"
+    root = Path(__file__).parents[2] / "examples" / "adapters"
     pool = fl.Pool.load([str(root / n) for n in ("trec_r16", "trec_rslora", "spam")])
     torch.manual_seed(0)
     config = transformers.BertConfig(

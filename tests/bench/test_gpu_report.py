@@ -16,7 +16,7 @@ import torch
 from fastlora.bench.gpu import table
 from fastlora.bench.gpu.targets import PREDICTIONS, TARGETS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def line(rows: list[dict[str, object]], key: str) -> str:
