@@ -1,5 +1,7 @@
-// The threads that solve one matrix: a warp, or a block whose first warp runs what is sequential while the others work
-// on columns. The solvers are written once for both.
+// The threads that work on one matrix together: a group, which a kernel is compiled for, or a crew, chosen as it runs;
+// and the small matrix operations that a crew shares.
+// A group is a warp, or a block whose first warp runs what is sequential while the others work on columns. Solvers are
+// written once for both:
 //   index()   the column of this thread, from 0; negative in a leading warp that owns none
 //   leads()   whether this thread is in the warp that runs the sequential part
 //   sync()    barrier that also orders memory

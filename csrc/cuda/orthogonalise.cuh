@@ -2,8 +2,8 @@
 //   Column c at x + c·ld. On return the columns are V Σ in no order, the squares [n] their squared norms.
 // The left singular vectors are the columns themselves, so no rotation is accumulated: a whitening, the singular
 // values and left vectors of C, and the eigenvectors of a factored Gram matrix all end here.
-// A tournament (jacobi.cuh) whose pairs are each shared by a few neighbouring lanes. Columns must be
-// scaled to largest entries near one. 8 rows + 16 rows/turn operations a pair, n²/2 pairs a sweep, 5 to 8 sweeps.
+// A tournament (jacobi.cuh) whose pairs are each shared by a few neighbouring lanes. Columns must be scaled to largest
+// entries near one. 8 rows + 16 rows/turn operations a pair, n²/2 pairs a sweep, 5 to 8 sweeps.
 // Algorithm: Hestenes; Brent and Luk's ordering; stop test of LAPACK gesvj.
 #pragma once
 #include "groups.cuh"
