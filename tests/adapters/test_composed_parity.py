@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import FLOAT32
 from torch import Tensor, nn
 
 import fastlora as fl
@@ -113,8 +114,9 @@ def test_outputs(expression: str, dtype: torch.dtype, tmp_path: Path) -> None:
         expected = plain(TOKENS).last_hidden_state
         before = bert()(TOKENS).last_hidden_state
     assert float((expected - before).norm()) > 0.05 * float(before.norm())
-    assert float((got - expected).norm()) <= 2e-6 * float(expected.norm())
+    # The roundings of the adapter's factors, and of the sums of the model that it is added to.
+    assert float((got - expected).norm()) <= 2 * FLOAT32 * float(expected.norm())
     for name, module in loaded.base_model.model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             error = float((module.get_delta_weight("default").double() - deltas[name]).norm())
-            assert error <= 1e-6 * float(deltas[name].norm()), name
+            assert error <= FLOAT32 * float(deltas[name].norm()), name

@@ -9,6 +9,7 @@ import torch
 from builders import gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import FLOAT64
 from torch import Tensor
 
 import fastlora as fl
@@ -40,7 +41,7 @@ def value(adapter: IA3, module: str) -> Tensor:
     return torch.ones(SHAPES[module], dtype=torch.float64)
 
 
-def check(got: IA3, formula: object, *adapters: IA3, relative: float = 1e-12) -> None:
+def check(got: IA3, formula: object, *adapters: IA3, relative: float = FLOAT64) -> None:
     assert set(got.modules) == {m for a in adapters for m in a.modules}
     for module in got.modules:
         expected = formula(*(value(a, module) for a in adapters))  # type: ignore[operator]
@@ -114,7 +115,7 @@ def test_it_is_a_vector_space(x: float, y: float, z: float) -> None:
         (A - x * B, A + (-x) * B),
     ):
         for m in SHAPES:
-            torch.testing.assert_close(value(left, m), value(right, m), rtol=0, atol=1e-12)
+            torch.testing.assert_close(value(left, m), value(right, m), rtol=0, atol=FLOAT64)
 
 
 def test_replaced_modules_are_kept_alone_and_refused_in_sums() -> None:

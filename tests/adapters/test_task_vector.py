@@ -11,6 +11,7 @@ import torch
 from builders import gaussian
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tolerances import FLOAT32, MODEL32, ROUNDED32, SUMS32
 from torch import Tensor, nn
 
 import fastlora as fl
@@ -49,7 +50,7 @@ def exact(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: found[n].double() - BASE[n].double() for n in BASE}
 
 
-def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-6) -> None:
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], relative: float = FLOAT32) -> None:
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert float((got[name].double() - value).norm()) <= relative * float(value.norm()), name
@@ -57,7 +58,7 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], relative: 
 
 def test_the_change_of_every_parameter() -> None:
     one = vector(ONE, "one")
-    assert_close(one.deltas, exact(ONE), 1e-7)
+    assert_close(one.deltas, exact(ONE), ROUNDED32)
     assert one.norm == pytest.approx(math.sqrt(sum(float(d.square().sum()) for d in exact(ONE).values())))
     assert {d.dtype for d in one.deltas.values()} == {torch.float32}
     assert fl.task_vector(state(1, torch.float64), tuned(9, torch.float64)).deltas["scale"].dtype == torch.float64
@@ -77,14 +78,14 @@ def test_arithmetic() -> None:
     a, b, c = vector(ONE, "a"), vector(TWO, "b"), vector(THREE, "c")
     x, y, z = exact(ONE), exact(TWO), exact(THREE)
     assert_close((0.7 * a - 2 * b + c / 4).deltas, {n: 0.7 * x[n] - 2 * y[n] + z[n] / 4 for n in x})
-    assert_close((-a).deltas, {n: -x[n] for n in x}, 1e-7)
+    assert_close((-a).deltas, {n: -x[n] for n in x}, ROUNDED32)
     assert_close(fl.negate(a, 0.3).deltas, {n: -0.3 * x[n] for n in x})
     assert_close(fl.analogy(a, b, c, 0.6, 0.4).deltas, {n: 0.6 * x[n] + 0.4 * (y[n] - z[n]) for n in x})
     assert_close(fl.add([a, b], [1.0, 3.0], semantics="pem").deltas, {n: 0.25 * x[n] + 0.75 * y[n] for n in x})
     applied = (0.7 * a + 0.3 * b).apply(BASE)
     for n in x:
         torch.testing.assert_close(
-            applied[n].double(), BASE[n].double() + 0.7 * x[n] + 0.3 * y[n], rtol=1e-6, atol=1e-6
+            applied[n].double(), BASE[n].double() + 0.7 * x[n] + 0.3 * y[n], rtol=FLOAT32, atol=FLOAT32
         )
 
 
@@ -168,7 +169,7 @@ def test_what_is_refused(case: str) -> None:
 
 def test_common_parameters_only() -> None:
     got = fl.task_vector(BASE, changed("head.weight", torch.ones(2)), "x", common_only=True)
-    assert_close(got.deltas, exact(ONE), 1e-7)
+    assert_close(got.deltas, exact(ONE), ROUNDED32)
     assert got.notes == ("task vector 'x': only one of the models has head.weight, left out",)
 
 
@@ -230,7 +231,7 @@ def test_extracting_what_has_low_rank() -> None:
     kinds = {m: u.layout.kind for m, u in adapter.updates.items()}
     assert kinds == {"embeddings.word_embeddings": "embedding", "layers.0.q": "linear", "conv": "conv"}
     weights = {n: d.double() for n, d in one.deltas.items()}
-    assert_close(dense(adapter, BASE), weights, 1e-5)
+    assert_close(dense(adapter, BASE), weights, SUMS32)
     assert adapter.provenance["retained_energy"] == pytest.approx(1.0) and adapter.notes == ()
 
 
@@ -249,7 +250,7 @@ def test_extracting_is_the_best_approximation(rank: int | None, energy: float | 
             shares = sigma.square().cumsum(0) / sigma.square().sum()
             assert used == len(sigma) or shares[used - 1] >= energy > (shares[used - 2] if used > 1 else 0.0)
         error = float((got.flatten(1) - matrix).norm())
-        assert error == pytest.approx(float(sigma[used:].norm()), abs=2e-6)
+        assert error == pytest.approx(float(sigma[used:].norm()), abs=2 * FLOAT32)
         kept += float(sigma[:used].square().sum())
     assert adapter.provenance["retained_energy"] == pytest.approx(kept / one.norm**2)
     assert len(adapter.notes) == 1 and "the changes of 3 parameters that are no weight matrices" in adapter.notes[0]
@@ -289,7 +290,7 @@ def test_decompose_works_on_what_was_extracted() -> None:
     assert {u.rank for u in parts.shared.updates.values()} == {1}
     for module in found[0].modules:
         whole = parts.shared_of("task0").delta(module) + parts.unique_of("task0").delta(module)
-        torch.testing.assert_close(whole, found[0].delta(module), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole, found[0].delta(module), rtol=MODEL32, atol=SUMS32)
 
 
 def test_peft_loads_what_was_extracted(tmp_path: Path) -> None:
@@ -310,4 +311,4 @@ def test_peft_loads_what_was_extracted(tmp_path: Path) -> None:
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "x"))
     tokens = torch.arange(30)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens), fine(tokens), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loaded(tokens), fine(tokens), rtol=MODEL32, atol=MODEL32)

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from builders import generator
+from tolerances import FLOAT64
 
 from fastlora.analysis.chance import (
     chain_values,
@@ -41,7 +42,7 @@ def test_edge(n: int, p: int, q: int) -> None:
     """The largest eigenvalue of a draw is near the edge, on average below it by about ``n^(−2/3)``."""
     largest = torch.stack([v.max() for v in draws(n, (p, q))])
     assert -0.05 < float(largest.mean()) - wachter_edge(n, p, q) < 0.01
-    assert wachter_edge(n, p, q) == pytest.approx(wachter_edge(n, q, p), abs=1e-12)
+    assert wachter_edge(n, p, q) == pytest.approx(wachter_edge(n, q, p), abs=FLOAT64)
 
 
 def test_edge_by_hand() -> None:

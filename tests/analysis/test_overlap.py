@@ -6,6 +6,7 @@ import pools
 import pytest
 import torch
 from pools import MODULE, Part
+from tolerances import FLOAT64, GRAM64, SUBSPACE64, WEAK64
 from torch import Tensor
 
 import fastlora as fl
@@ -34,9 +35,9 @@ def test_dense(pool: str, dtype: torch.dtype) -> None:
     cosine, space = expected(parts, max(1e-6, torch.finfo(dtype).eps))
     assert found.names == ["a0", "a1", "a2", "a3"]
     for got, wanted in ((found.cosine, cosine), (found.subspace, space)):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-8, equal_nan=True)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=WEAK64, equal_nan=True)
     for got, wanted in zip(found.modules[MODULE], (cosine, space), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-8, equal_nan=True)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=WEAK64, equal_nan=True)
 
 
 def test_totals_are_over_the_modules_that_both_have() -> None:
@@ -50,12 +51,12 @@ def test_totals_are_over_the_modules_that_both_have() -> None:
         a, b = (torch.cat([dense[k][m].flatten() for m in common]) for k in (i, j))
         return float(a @ b / (a.norm() * b.norm()))
 
-    assert float(found.cosine[0, 1]) == pytest.approx(cosine(0, 1, ["x", "y"]), abs=1e-10)
-    assert float(found.cosine[1, 2]) == pytest.approx(cosine(1, 2, ["y"]), abs=1e-10)
+    assert float(found.cosine[0, 1]) == pytest.approx(cosine(0, 1, ["x", "y"]), abs=GRAM64)
+    assert float(found.cosine[1, 2]) == pytest.approx(cosine(1, 2, ["y"]), abs=GRAM64)
     pair_x, pair_y = expected(x[:2])[1][0, 1], expected(y[:2])[1][0, 1]
-    assert float(found.subspace[0, 1]) == pytest.approx(float(pair_x + pair_y) / 2, abs=1e-9)
+    assert float(found.subspace[0, 1]) == pytest.approx(float(pair_x + pair_y) / 2, abs=SUBSPACE64)
     assert found.modules["x"][0][0, 2].isnan() and found.modules["x"][1][2, 2].isnan()
-    torch.testing.assert_close(found.cosine.diagonal(), torch.ones(3).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.cosine.diagonal(), torch.ones(3).double(), rtol=0, atol=FLOAT64)
 
 
 def test_nothing_in_common_is_unknown() -> None:
@@ -71,7 +72,9 @@ def test_nothing_in_common_is_unknown() -> None:
 def test_scalings_turn_cosines_and_no_subspaces(scaling: float) -> None:
     (b, a, s), other = pools.planted(2)
     plain, scaled = (fl.overlap(pools.make_pool([(b, a, x), other])) for x in (s, s * scaling))
-    torch.testing.assert_close(scaled.cosine[0, 1], plain.cosine[0, 1] * (1 if scaling > 0 else -1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        scaled.cosine[0, 1], plain.cosine[0, 1] * (1 if scaling > 0 else -1), rtol=0, atol=FLOAT64
+    )
     assert torch.equal(plain.subspace, scaled.subspace)
 
 
@@ -79,7 +82,7 @@ def test_a_pair_does_not_depend_on_the_dtype_of_a_third() -> None:
     parts = pools.cast(pools.planted(3, condition=1e3), torch.float32)
     with_third = fl.overlap(pools.make_pool([*parts[:2], *pools.cast(parts[2:], torch.bfloat16)]))
     alone = fl.overlap(pools.make_pool(parts[:2]))
-    torch.testing.assert_close(with_third.subspace[:2, :2], alone.subspace, rtol=0, atol=1e-12)
+    torch.testing.assert_close(with_third.subspace[:2, :2], alone.subspace, rtol=0, atol=FLOAT64)
 
 
 @pytest.mark.parametrize("where", ["B", "A"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import SUMS32
 from torch import nn
 
 import fastlora as fl
@@ -69,7 +70,7 @@ def test_equal_to_the_merged_adapter_in_peft(
     with torch.no_grad():
         expected, found, plain = (m(input_ids=ids).logits for m in (loaded, merge, base))
     assert float((expected - plain).norm()) > 0.05 * float(plain.norm())
-    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+    assert float((found - expected).norm()) <= SUMS32 * float(expected.norm())
 
 
 def test_real_adapters_with_shared_parts_of_pairs(tmp_path: Path) -> None:
@@ -95,4 +96,4 @@ def test_real_adapters_with_shared_parts_of_pairs(tmp_path: Path) -> None:
         loaded = peft.PeftModel.from_pretrained(base, tmp_path / "merged").eval()
         expected = loaded(input_ids=ids).last_hidden_state
     assert float((expected - plain).norm()) > 0.01 * float(plain.norm())
-    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+    assert float((found - expected).norm()) <= SUMS32 * float(expected.norm())

@@ -8,6 +8,7 @@ import torch
 from builders import gaussian
 from pools import MODULE
 from test_poolgram import counted, ragged_pool
+from tolerances import FLOAT64, GRAM64, SUBSPACE64
 from torch import Tensor
 
 import fastlora as fl
@@ -46,7 +47,7 @@ def test_least_interference_minimises_the_objective(dtype: torch.dtype) -> None:
     value.backward()
     assert w.grad is not None
     scale = float(interference(pool, torch.zeros_like(w)).detach())
-    assert float(w.grad.abs().max()) <= 1e-9 * scale
+    assert float(w.grad.abs().max()) <= SUBSPACE64 * scale
     for other in (torch.ones(3), torch.full((3,), 1 / 3), torch.zeros(3)):
         assert float(value.detach()) < float(interference(pool, other.double()))
 
@@ -55,10 +56,10 @@ def test_equal_energy_and_matched_norm() -> None:
     pool = ragged_pool()
     norms = torch.stack([torch.stack([x.square().sum() for x in own]) for own in deltas(pool).values()]).sum(0).sqrt()
     w = vector(pool, "equal_energy")
-    assert float(w.sum()) == pytest.approx(1.0) and float((w * norms).std() / (w * norms).mean()) < 1e-12
+    assert float(w.sum()) == pytest.approx(1.0) and float((w * norms).std() / (w * norms).mean()) < FLOAT64
     merged = fl.merge(pool, fl.weights(pool, "matched_norm"), method="cat")
     norm = sum(float(pools.exact(u).square().sum()) for u in merged.updates.values()) ** 0.5
-    assert norm == pytest.approx(float(norms.mean()), rel=1e-10)
+    assert norm == pytest.approx(float(norms.mean()), rel=GRAM64)
     assert len(set(vector(pool, "matched_norm").tolist())) == 1
 
 
@@ -72,7 +73,7 @@ def test_duplicates_share_the_weight(k: int) -> None:
     pool = pools.make_pool(pools.cast(pools.identical(k), torch.float32))
     for method in METHODS:
         torch.testing.assert_close(
-            vector(pool, method), torch.full((k,), 1 / k, dtype=torch.float64), rtol=0, atol=1e-9
+            vector(pool, method), torch.full((k,), 1 / k, dtype=torch.float64), rtol=0, atol=SUBSPACE64
         )
 
 
@@ -92,7 +93,7 @@ def test_huge_and_tiny_updates(scale: float) -> None:
     scaled = [(b * scale, a, s) for b, a, s in parts]
     for method in METHODS:
         torch.testing.assert_close(
-            vector(pools.make_pool(scaled), method), vector(pools.make_pool(parts), method), rtol=1e-9, atol=0
+            vector(pools.make_pool(scaled), method), vector(pools.make_pool(parts), method), rtol=SUBSPACE64, atol=0
         )
 
 

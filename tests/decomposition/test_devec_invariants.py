@@ -14,6 +14,7 @@ import torch
 from builders import gaussian
 from pools import MODULE, Part
 from test_devec import CHAINS, basis_of, close
+from tolerances import FLOAT32, FLOAT64, GRAM64, ROUNDED32, SUBSPACE64, WEAK64
 from torch import Tensor
 
 import fastlora as fl
@@ -60,8 +61,8 @@ def test_shared_and_unique_add_up(chain: str, side: str) -> None:
     found = whole(parts, chain, side)
     for i, part in enumerate(parts):
         total = found.shared_of(f"a{i}") + found.unique_of(f"a{i}")
-        close(pools.exact(total.update(MODULE)), pools.dense(part), pools.dense(part), 1e-12)
-        close(total.delta(MODULE).double(), pools.dense(part), pools.dense(part), 1e-6)
+        close(pools.exact(total.update(MODULE)), pools.dense(part), pools.dense(part), FLOAT64)
+        close(total.delta(MODULE).double(), pools.dense(part), pools.dense(part), FLOAT32)
 
 
 @every_chain_and_side
@@ -69,11 +70,11 @@ def test_the_basis_is_orthonormal_and_the_unique_part_orthogonal_to_it(chain: st
     parts = near(3, side)
     found = whole(parts, chain, side)
     z = z_of(found)
-    close(z.mT @ z, torch.eye(2, dtype=torch.float64), torch.ones(1), 1e-10)
+    close(z.mT @ z, torch.eye(2, dtype=torch.float64), torch.ones(1), GRAM64)
     for i, part in enumerate(parts):
         unique = pools.exact(found.unique_of(f"a{i}").update(MODULE))
         overlap = z.mT @ (unique if side == "left" else unique.mT)
-        assert float(overlap.norm()) <= 1e-9 * float(pools.dense(part).norm())
+        assert float(overlap.norm()) <= SUBSPACE64 * float(pools.dense(part).norm())
 
 
 @every_chain_and_side
@@ -82,10 +83,10 @@ def test_identical_adapters_share_everything(k: int, chain: str, side: str) -> N
     parts = pools.cast(pools.identical(k), torch.float32)
     found = whole(parts, chain, side, 0.99)
     assert found.results[MODULE].count == 6
-    close(found.results[MODULE].values[:6].real, torch.ones(6).double(), torch.ones(1), 1e-9)
+    close(found.results[MODULE].values[:6].real, torch.ones(6).double(), torch.ones(1), SUBSPACE64)
     for i in range(k):
-        assert float(pools.exact(found.unique_of(f"a{i}").update(MODULE)).norm()) <= 1e-9
-    close(pools.exact(found.shared.update(MODULE)), pools.dense(parts[0]), pools.dense(parts[0]), 1e-9)
+        assert float(pools.exact(found.unique_of(f"a{i}").update(MODULE)).norm()) <= SUBSPACE64
+    close(pools.exact(found.shared.update(MODULE)), pools.dense(parts[0]), pools.dense(parts[0]), SUBSPACE64)
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -124,10 +125,10 @@ def test_the_factorisation_does_not_matter(chain: str, side: str) -> None:
         x = pools.mixing(6, seed=i, condition=100.0)
         other.append((left @ x, torch.linalg.inv(x) @ right, s))
     one, two = whole(parts, chain, side), whole(other, chain, side)
-    close(one.results[MODULE].values, two.results[MODULE].values, torch.ones(1), 1e-9)
-    close(z_of(one) @ z_of(one).mT, z_of(two) @ z_of(two).mT, torch.ones(1), 1e-9)
+    close(one.results[MODULE].values, two.results[MODULE].values, torch.ones(1), SUBSPACE64)
+    close(z_of(one) @ z_of(one).mT, z_of(two) @ z_of(two).mT, torch.ones(1), SUBSPACE64)
     for name in ("a0", "a1", "a2"):
-        close(*(pools.exact(x.unique_of(name).update(MODULE)) for x in (one, two)), torch.ones(1), 1e-8)
+        close(*(pools.exact(x.unique_of(name).update(MODULE)) for x in (one, two)), torch.ones(1), WEAK64)
 
 
 @every_chain_and_side
@@ -139,7 +140,7 @@ def test_parts_scale_and_the_basis_does_not(scaling: float, chain: str, side: st
     assert torch.equal(z_of(one), z_of(two))
     for part in (Components.shared_of, Components.unique_of):
         expected = pools.exact(part(one, "a1").update(MODULE)) * scaling
-        close(pools.exact(part(two, "a1").update(MODULE)), expected, expected, 1e-12)
+        close(pools.exact(part(two, "a1").update(MODULE)), expected, expected, FLOAT64)
         assert torch.equal(pools.exact(part(two, "a2").update(MODULE)), pools.exact(part(one, "a2").update(MODULE)))
 
 
@@ -160,11 +161,11 @@ def test_two_adapters_in_either_order(side: str) -> None:
     """The same eigenvalues; ``Z`` lies in the column space of the first."""
     parts = near(2, side)
     one, two = whole(parts, side=side), whole(parts[::-1], side=side)
-    close(one.results[MODULE].values, two.results[MODULE].values, torch.ones(1), 1e-9)
+    close(one.results[MODULE].values, two.results[MODULE].values, torch.ones(1), SUBSPACE64)
     for found, first in ((one, parts[0]), (two, parts[1])):
         frame = torch.linalg.qr((first[0] if side == "left" else first[1].mT).double()).Q
         z = z_of(found)
-        close(frame @ (frame.mT @ z), z, torch.ones(1), 1e-9)
+        close(frame @ (frame.mT @ z), z, torch.ones(1), SUBSPACE64)
     assert float((z_of(one) @ z_of(one).mT - z_of(two) @ z_of(two).mT).norm()) > 1e-3
 
 
@@ -174,10 +175,10 @@ def test_mean_has_no_order(side: str) -> None:
     first = whole(parts, "mean", side)
     for order in permutations(range(3)):
         other = whole([parts[i] for i in order], "mean", side)
-        close(other.results[MODULE].values, first.results[MODULE].values, torch.ones(1), 1e-10)
+        close(other.results[MODULE].values, first.results[MODULE].values, torch.ones(1), GRAM64)
         for place, i in enumerate(order):
             got, expected = (pools.exact(f.unique_of(f"a{n}").update(MODULE)) for f, n in ((other, place), (first, i)))
-            close(got, expected, torch.ones(1), 1e-9)
+            close(got, expected, torch.ones(1), SUBSPACE64)
 
 
 @pytest.mark.parametrize("chain", ["product", "palindrome"])
@@ -193,7 +194,7 @@ def test_common_directions_have_eigenvalue_one_in_every_chain(chain: str) -> Non
     frame = pools.orthonormal(40, 14, 5)
     frames = [torch.cat([frame[:, :2], frame[:, 2 + 4 * i : 6 + 4 * i]], 1) for i in range(3)]
     found = whole([pools.split(f, 28, 60 + i) for i, f in enumerate(frames)], chain, threshold=0.95)
-    close(z_of(found) @ z_of(found).mT, frame[:, :2] @ frame[:, :2].mT, torch.ones(1), 1e-9)
+    close(z_of(found) @ z_of(found).mT, frame[:, :2] @ frame[:, :2].mT, torch.ones(1), SUBSPACE64)
 
 
 @pytest.mark.parametrize(("chain", "value"), [
@@ -204,7 +205,7 @@ def test_two_lines_at_an_angle(chain: str, value: Callable[[float], float]) -> N
     lines = [torch.tensor([[1.0], [0.0], [0.0]]), torch.tensor([[cosine], [0.6], [0.0]])]
     row = torch.tensor([[2.0, -1.0]])
     found = whole([(line, row, 1.0) for line in lines], chain, threshold=0.5)
-    assert float(found.results[MODULE].values[0]) == pytest.approx(value(cosine), abs=1e-7)
+    assert float(found.results[MODULE].values[0]) == pytest.approx(value(cosine), abs=ROUNDED32)
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -215,7 +216,7 @@ def test_merged_part_is_weighted_by_norm(chain: str) -> None:
     norms = torch.stack([s.norm() for s in shared])
     expected = sum(w * s for w, s in zip(norms / norms.sum(), shared, strict=True))
     assert isinstance(expected, Tensor)
-    close(pools.exact(found.shared.update(MODULE)), expected, expected, 1e-12)
+    close(pools.exact(found.shared.update(MODULE)), expected, expected, FLOAT64)
     assert found.shared.update(MODULE).rank == 2
 
 
@@ -258,7 +259,7 @@ def test_backends_give_one_result() -> None:
         with fl.use_backend("reference"):
             reference = whole(parts, chain)
             expected = pools.exact(reference.unique_of("a0").update(MODULE))
-        close(pools.exact(found.unique_of("a0").update(MODULE)), expected, expected, 1e-10)
+        close(pools.exact(found.unique_of("a0").update(MODULE)), expected, expected, GRAM64)
 
 
 def test_cut_directions_stay_with_the_unique_part() -> None:
@@ -268,7 +269,7 @@ def test_cut_directions_stay_with_the_unique_part() -> None:
     u, s, vh = torch.linalg.svd(left)
     weak = u[:, 2:28] @ torch.diag(s[2:]) @ vh[2:]
     unique = pools.exact(found.unique_of("a0").update(MODULE))
-    close(unique, weak, left, 1e-8)
+    close(unique, weak, left, WEAK64)
 
 
 def test_pool_of_many_modules_equals_its_modules_alone() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pools
 import pytest
 import torch
+from tolerances import SUMS32
 from torch import Tensor, nn
 
 import fastlora as fl
@@ -66,7 +67,7 @@ def test_a_modulated_adapter_in_peft(granularity: str, rank: int | None, pool: f
             weight += (delta.mT if isinstance(module, nn.Embedding) else delta).float()
     found, expected, plain = logits(loaded), logits(merged), logits(base())
     assert float((expected - plain).norm()) > 0.05 * float(plain.norm())
-    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+    assert float((found - expected).norm()) <= SUMS32 * float(expected.norm())
 
 
 def _dense(deltas: list[Tensor], granularity: str) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import test_chain as op
 import torch
 from builders import gaussian
+from tolerances import FLOAT64, ROOT64, SUBSPACE64, WEAK64
 from torch import Tensor
 
 import fastlora as fl
@@ -35,10 +36,10 @@ def assert_like_cpu(B: Tensor, A: Tensor, kind: str, threshold: float, **cuts: A
         expected = fl.ops.chain(*blocks, kind=kind, threshold=threshold, **cuts)
     for name in ("shared", "kept", "info"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
-    torch.testing.assert_close(found.sigma, expected.sigma, rtol=0, atol=3e-8 * float(expected.sigma.max()))
-    torch.testing.assert_close(found.values, expected.values, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.sigma, expected.sigma, rtol=0, atol=ROOT64 * float(expected.sigma.max()))
+    torch.testing.assert_close(found.values, expected.values, rtol=0, atol=SUBSPACE64)
     z, reference = (torch.einsum("...knr,...krw->...nw", B, x.basis) for x in (found, expected))
-    torch.testing.assert_close(z @ z.mT, reference @ reference.mT, rtol=0, atol=1e-8)
+    torch.testing.assert_close(z @ z.mT, reference @ reference.mT, rtol=0, atol=WEAK64)
     return found
 
 
@@ -203,7 +204,7 @@ def test_ill_conditioned_factors_cost_no_more_than_on_the_cpu(in_order: Any, kin
         assert found.kept.tolist() == dense.kept and int(found.shared) == dense.basis.shape[1]
         z = (B @ found.basis).sum(0)
         errors[backend] = float((z @ z.mT - dense.projector).norm())
-    assert errors["cuda"] <= 10 * errors["cpu"] + 1e-12, errors
+    assert errors["cuda"] <= 10 * errors["cpu"] + FLOAT64, errors
 
 
 @KINDS
@@ -214,7 +215,7 @@ def test_graded_factors_keep_their_eigenvalues(in_order: Any, kind: str) -> None
     found = fl.ops.chain(*op.blocks_of(B, A, kind), kind=kind)
     dense = op.devec([b @ a for b, a in zip(B, A, strict=True)], 0.999, chain=kind)
     assert found.kept.tolist() == dense.kept == [8] * 4
-    op.same_spectrum(found.values, dense.values, atol=1e-9)
+    op.same_spectrum(found.values, dense.values, atol=SUBSPACE64)
 
 
 def test_a_bad_module_has_nan_for_singular_values(in_order: Any) -> None:

@@ -8,6 +8,7 @@ import emulation
 import pytest
 import torch
 from builders import gaussian
+from tolerances import FLOAT64
 from torch import Tensor
 
 from fastlora.backends import cuda
@@ -53,7 +54,7 @@ def test_against_the_formula(g: int, k: int, r: int, movers: int, turned: bool) 
     coefficients(*given, wanted)
     found = run(given, results(g, k, r, w, movers, turned))
     for name, x, y in zip(Coefficients._fields, found, wanted, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(x, y, rtol=FLOAT64, atol=FLOAT64, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.usefixtures("on_emulator")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tolerances import FLOAT32, MODEL32, SUMS32
 from torch import Tensor, nn
 
 import fastlora as fl
@@ -331,11 +332,11 @@ def test_combinations_have_the_effect_of_the_formula(case: str, expression: str,
     again = loaded(base, ours(*found).save(tmp_path / "out"))
     got = vectors_of(again)
     for name, vector in expected.items():
-        torch.testing.assert_close(got[name].float(), vector, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got[name].float(), vector, rtol=FLOAT32, atol=FLOAT32)
     plain = set_vectors(model, expected)
     if case == "bert":  # its trained head stays behind
         plain.base_model.model.classifier = base.classifier
-    torch.testing.assert_close(logits(again), logits(plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(again), logits(plain), rtol=MODEL32, atol=SUMS32)
 
 
 def test_scalings_written_by_hand_load(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from builders import write
+from tolerances import FLOAT32, FLOAT64
 from torch import Tensor, nn
 
 from fastlora.adapters.loading import load
@@ -286,7 +287,7 @@ def test_read_gives_the_deltas_of_peft(tmp_path: Path, case: Case) -> None:
     adapter = load(save(model, tmp_path / "a"))
     expected = peft_deltas(model)
     assert expected and (case.modules is None or len(adapter.modules) == case.modules)
-    assert_same(our_deltas(adapter, base_of(case, base)), expected, 1e-12)
+    assert_same(our_deltas(adapter, base_of(case, base)), expected, FLOAT64)
 
 
 def test_written_adapters_load_as_the_same(tmp_path: Path, case: Case) -> None:
@@ -302,7 +303,7 @@ def test_written_adapters_load_as_the_same(tmp_path: Path, case: Case) -> None:
 
     loaded, said = from_pretrained(base.float(), tmp_path / "b")
     assert not surprises(said, case.warns)
-    assert_same(peft_deltas(loaded), peft_deltas(model), 1e-6)
+    assert_same(peft_deltas(loaded), peft_deltas(model), FLOAT32)
     assert_same_parameters(loaded, model, case.dtype)
 
 
@@ -347,7 +348,7 @@ def test_without_its_head_a_classifier_loads_for_any_task(tmp_path: Path) -> Non
     write(tmp_path / "b", adapter, baked, torch.float32, extras={})  # type: ignore[arg-type]
     loaded, said = from_pretrained(base, tmp_path / "b")
     assert not surprises(said)
-    assert_same(peft_deltas(loaded), peft_deltas(model), 1e-6)
+    assert_same(peft_deltas(loaded), peft_deltas(model), FLOAT32)
 
 
 @pytest.mark.parametrize("only", ["x.query", "layers.1", "y.x.query"])

@@ -136,7 +136,7 @@ def anonymous_memory() -> int:
 )
 def test_scaling(tmp_path: Path, fields: dict[str, Any], module: str, expected: float) -> None:
     adapter = load(make_adapter(tmp_path / "a", **fields))
-    assert adapter.updates[module].scaling == pytest.approx(expected, rel=1e-15)
+    assert adapter.updates[module].scaling == pytest.approx(expected, rel=1e-15)  # a few operations in float64
 
 
 def test_rank_pattern_gives_rank_and_scaling(tmp_path: Path) -> None:

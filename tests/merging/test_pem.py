@@ -12,6 +12,7 @@ import torch
 from builders import gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import FLOAT32, FLOAT64
 from torch import Tensor
 
 import fastlora as fl
@@ -38,7 +39,7 @@ def deltas(adapter: Adapter) -> dict[str, Tensor]:
     return {m: pools.exact(u) for m, u in adapter.updates.items()}
 
 
-def assert_close(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], relative: float = 1e-6) -> None:
+def assert_close(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], relative: float = FLOAT32) -> None:
     assert got.keys() == expected.keys()
     for module, value in expected.items():
         assert float((got[module] - value).norm()) <= relative * float(value.norm()), module
@@ -128,7 +129,7 @@ def test_cross_terms_make_the_semantics_differ() -> None:
 def test_two_copies_add_up_to_one() -> None:
     a, again = adapters(a=A, b=A)
     for semantics in ("exact", "pem"):
-        assert_close(deltas(fl.add([a, again], [0.25, 0.75], semantics=semantics)), dense(A), 1e-12)
+        assert_close(deltas(fl.add([a, again], [0.25, 0.75], semantics=semantics)), dense(A), FLOAT64)
 
 
 @pytest.mark.parametrize("semantics", ["exact", "pem"])
@@ -136,7 +137,7 @@ def test_two_copies_add_up_to_one() -> None:
 def test_negation_negates_b_only(semantics: str, strength: float) -> None:
     (a,) = adapters(a=A)
     result = fl.negate(a, strength, semantics=semantics)
-    assert_close(deltas(result), {m: -strength * v for m, v in dense(A).items()}, 1e-12)
+    assert_close(deltas(result), {m: -strength * v for m, v in dense(A).items()}, FLOAT64)
     if strength:
         for m, update in result.updates.items():
             assert update.A.stored is not None and update.A.stored.data_ptr() == A[m][1].data_ptr()
@@ -305,4 +306,4 @@ def test_exact_arithmetic_is_that_of_a_vector_space(x: float, y: float, z: float
     ):
         got, expected = deltas(left), deltas(right)
         for m in SHAPES:
-            assert float((got[m] - expected[m]).norm()) <= 1e-6 * scale
+            assert float((got[m] - expected[m]).norm()) <= FLOAT32 * scale

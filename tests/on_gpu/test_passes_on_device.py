@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import FLOAT64
 from torch import Tensor
 
 from fastlora.backends import triton
@@ -84,7 +85,8 @@ def test_rows_beyond_32_bits(rows: bool) -> None:
     job = GramJob([x], [(0, 0, 0)], rows, torch.zeros(size, size, dtype=torch.float64, device="cuda"), size)
     resolve("gram_pass", [job]).launch([job])
     columns = (x.mT if rows else x).double()
-    torch.testing.assert_close(job.out, columns.mT @ columns, rtol=1e-13, atol=1e-13)
+    # A sum each, and no condition.
+    torch.testing.assert_close(job.out, columns.mT @ columns, rtol=FLOAT64 / 10, atol=FLOAT64 / 10)
     del flat, x, columns
     torch.cuda.empty_cache()
 

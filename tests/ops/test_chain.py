@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import gaussian
 from factors import BACKENDS, same_bits, strided
+from tolerances import FLOAT64, GRAM64, ROOT64, SUBSPACE64, WEAK64
 from torch import Tensor
 
 import fastlora as fl
@@ -33,7 +34,7 @@ def blocks_of(B: Tensor, A: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return left, right.contiguous()
 
 
-def same_spectrum(values: Tensor, dense: Tensor, atol: float = 1e-9) -> None:
+def same_spectrum(values: Tensor, dense: Tensor, atol: float = SUBSPACE64) -> None:
     """Every eigenvalue away from zero has its partner; the dense operator has more zeros."""
     for some, others in ((values, dense), (dense, values)):
         large = some[some.abs() > 1e-3]
@@ -52,16 +53,16 @@ def check(
     assert int(found.info) == 0 and found.kept.tolist() == dense.kept
     assert shared == dense.basis.shape[1]
     width = sum(dense.kept) if kind == "mean" else dense.kept[0]
-    assert (found.values[:width].real.diff() <= 1e-12).all()
+    assert (found.values[:width].real.diff() <= FLOAT64).all()
     same_spectrum(found.values[:width], dense.values)
     for i, sigma in enumerate(dense.sigma):
         q = min(len(sigma), B.shape[-1])
-        torch.testing.assert_close(found.sigma[i, :q], sigma[:q], rtol=0, atol=3e-8 * float(sigma[0]))
-        assert (found.sigma[i, q:] <= 3e-8 * sigma[0]).all()
+        torch.testing.assert_close(found.sigma[i, :q], sigma[:q], rtol=0, atol=ROOT64 * float(sigma[0]))
+        assert (found.sigma[i, q:] <= ROOT64 * sigma[0]).all()
     assert (z[:, shared:] == 0).all()
     frame = z[:, :shared]
-    torch.testing.assert_close(frame.mT @ frame, torch.eye(shared, dtype=torch.float64), rtol=0, atol=1e-9)
-    torch.testing.assert_close(frame @ frame.mT, dense.projector, rtol=0, atol=1e-8)
+    torch.testing.assert_close(frame.mT @ frame, torch.eye(shared, dtype=torch.float64), rtol=0, atol=SUBSPACE64)
+    torch.testing.assert_close(frame @ frame.mT, dense.projector, rtol=0, atol=WEAK64)
     return found
 
 
@@ -87,9 +88,9 @@ def test_one_adapter_is_the_whitening_alone(backend: str) -> None:
     u = B[0] @ found.basis[0]
     kept = int(found.kept[0])
     assert kept == int(torch.linalg.matrix_rank(B[0] @ A[0])) == 4 == int(found.shared)
-    torch.testing.assert_close(found.values, (torch.arange(6) < kept).to(torch.complex128), rtol=0, atol=1e-10)
-    torch.testing.assert_close(u.mT @ u, torch.diag((torch.arange(6) < kept).double()), rtol=0, atol=1e-10)
-    torch.testing.assert_close(u @ (u.mT @ (B[0] @ A[0])), B[0] @ A[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.values, (torch.arange(6) < kept).to(torch.complex128), rtol=0, atol=GRAM64)
+    torch.testing.assert_close(u.mT @ u, torch.diag((torch.arange(6) < kept).double()), rtol=0, atol=GRAM64)
+    torch.testing.assert_close(u @ (u.mT @ (B[0] @ A[0])), B[0] @ A[0], rtol=0, atol=GRAM64)
 
 
 @pytest.mark.parametrize("kind", CHAINS)
@@ -99,8 +100,8 @@ def test_scale_of_the_factors_changes_nothing(scale: float, kind: str) -> None:
     plain = fl.ops.chain(*blocks_of(B, A, kind), threshold=0.5, kind=kind)
     scaled = fl.ops.chain(*blocks_of(B * scale, A * scale, kind), threshold=0.5, kind=kind)
     assert torch.equal(plain.kept, scaled.kept) and torch.equal(plain.shared, scaled.shared)
-    torch.testing.assert_close(scaled.values, plain.values, rtol=0, atol=1e-11)
-    torch.testing.assert_close(scaled.sigma / scale / scale, plain.sigma, rtol=1e-8, atol=0)
+    torch.testing.assert_close(scaled.values, plain.values, rtol=0, atol=GRAM64 / 10)  # the same blocks, times a number
+    torch.testing.assert_close(scaled.sigma / scale / scale, plain.sigma, rtol=WEAK64, atol=0)
 
 
 @pytest.mark.parametrize("kind", CHAINS)
@@ -151,7 +152,7 @@ def test_mean_at_threshold_zero_takes_directions_and_no_rounding(backend: str) -
         found = fl.ops.chain(*blocks_of(B, A, "mean"), threshold=0.0, kind="mean")
     assert int(found.shared) == 6
     z = (B @ found.basis).sum(0)[:, :6]
-    torch.testing.assert_close(z.mT @ z, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(z.mT @ z, torch.eye(6, dtype=torch.float64), rtol=0, atol=GRAM64)
 
 
 @pytest.mark.parametrize("kind", CHAINS)

@@ -136,5 +136,7 @@ def test_the_engine_writes_ragged_terms_rounded_once(backend: str, dtype: torch.
     with fl.use_backend(backend):
         left, right = materialise.materialise([update], dtype)[0]
     got = (right.mT if rows else left).double()
-    assert ((got - exact).abs() <= torch.finfo(dtype).eps * 0.501 * exact.abs() + 1e-7 * (dtype == torch.float16)).all()
+    step = 2**-24 if dtype == torch.float16 else 0.0  # near zero, where others have smaller ones than what occurs
+    # Half a unit in the last place; float32 sums of a dozen products come before where the result is half precision.
+    assert ((got - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 1.7 * step).all()
     assert (left if rows else right).data_ptr() == other.terms[0].source.data_ptr()

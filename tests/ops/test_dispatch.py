@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from builders import gaussian
+from tolerances import FLOAT32, SUMS32
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -160,7 +161,7 @@ def test_backends_agree(call: Call, x: Tensor) -> None:
         found, expected = found[1:], expected[1:]
     for got, wanted in zip(tensors(found), tensors(expected), strict=True):
         if got.shape[-1:] and got.dtype != torch.int64:
-            torch.testing.assert_close(got.abs(), wanted.abs(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got.abs(), wanted.abs(), rtol=SUMS32, atol=FLOAT32)
         else:
             assert torch.equal(got, wanted)
 

@@ -8,6 +8,7 @@ import pools
 import pytest
 import torch
 from simulated import DEVICE
+from tolerances import FLOAT32, FLOAT64, HALF, SUMS32
 
 import fastlora as fl
 from fastlora.adapters.lora import Adapter
@@ -47,7 +48,7 @@ def test_the_same_as_decompose(chain: str, side: str, dtype: torch.dtype, tmp_pa
         wanted[place].save(tmp_path / "wanted" / place)
         got, right = (fl.load(tmp_path / which / place) for which in ("found", "wanted"))
         assert got.modules == right.modules
-        tolerance = 2e-6 if dtype == torch.float32 else 2e-2
+        tolerance = 2 * (FLOAT32 if dtype == torch.float32 else HALF)
         for module, delta in deltas(right).items():
             error = (got.delta(module) - delta).norm() / delta.norm().clamp(min=1e-6)
             assert error < tolerance, (place, module)
@@ -60,8 +61,8 @@ def test_the_report_is_that_of_decompose() -> None:
     found, wanted = plan.decomposition().report, fl.decompose(pool, THRESHOLD).report
     for got, right in zip(found.rows, wanted.rows, strict=True):
         assert (got.module, got.shared, got.directions) == (right.module, right.shared, right.directions)
-        assert got.eigenvalues == pytest.approx(right.eigenvalues, rel=1e-12)
-        assert got.energy_shared == pytest.approx(right.energy_shared, rel=1e-12)
+        assert got.eigenvalues == pytest.approx(right.eigenvalues, rel=FLOAT64)
+        assert got.energy_shared == pytest.approx(right.energy_shared, rel=FLOAT64)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -75,7 +76,7 @@ def test_new_data_of_the_same_shapes(chain: str, side: str) -> None:
     found = plan.adapters()
     for place, adapter in expected(two, chain=chain, side=side).items():
         for module, delta in deltas(adapter).items():
-            torch.testing.assert_close(found[place].delta(module), delta, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[place].delta(module), delta, rtol=SUMS32, atol=FLOAT32)
 
 
 def _cloned(adapter: Adapter) -> Adapter:
@@ -100,7 +101,7 @@ def test_on_a_device(device: None) -> None:
     for place, adapter in expected(pool).items():
         got = plan.adapters()[place].to("cpu")
         for module, delta in deltas(adapter).items():
-            torch.testing.assert_close(got.delta(module), delta, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got.delta(module), delta, rtol=SUMS32, atol=FLOAT32)
 
 
 def test_refusals() -> None:
