@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 
 from fastlora.adapters.alignment import alignment, renamed
+from fastlora.adapters.folders import holds_adapters, load_folder
 from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
 from fastlora.core.names import check_name, check_names_differ
 from fastlora.core.updates import Layout
 from fastlora.core.vector_space import VectorSpace
 from fastlora.errors import InputError, UnsupportedAdapter
-from fastlora.files.locate import find
+from fastlora.files.locate import Found, exists, find
 from fastlora.runtime import devices
 from fastlora.runtime.cpython import paused_collector
 
@@ -66,29 +68,35 @@ class Pool:
         self._compare_bases()
 
     @classmethod
-    def load(cls, sources: Iterable[Source | VectorSpace] | Mapping[str, Source]) -> Pool:
+    def load(cls, sources: Source | Iterable[Source | VectorSpace] | Mapping[str, Source]) -> Pool:
         """Loads adapters with :func:`fastlora.load` and puts them into a pool.
 
         Args:
             sources: PEFT directories, Hub ids or adapters that are loaded already, in the order of the pool; they are
-                called after their folders. Or ``{name: path}``.
+                called after their folders. Or ``{name: path}``. A folder that holds adapters, in the list or in its
+                place, stands for all LoRA adapters directly in it, with numbers in their names in order;
+                :attr:`notices` say which entries were left out and why.
 
         Raises:
-            InputError: what :func:`fastlora.load` and :class:`Pool` refuse; one path instead of a list.
+            InputError: what :func:`fastlora.load` and :class:`Pool` refuse; one adapter instead of a list; a folder
+                without an adapter that can be used.
             UnsupportedAdapter: a kind whose numbers would come out wrong, an (IA)³ adapter, a task vector.
 
         Cost: that of :func:`fastlora.load` for each; tensors stay in their files.
         """
         if isinstance(sources, str | os.PathLike):
-            raise InputError(
-                f"a pool is loaded from a list of paths or {{name: path}}, not from the one path {sources}"
-            )
+            if not (exists(os.fspath(sources)) and holds_adapters(Path(sources).expanduser())):
+                raise InputError(
+                    f"a pool is loaded from a list of paths or {{name: path}}, not from the one path {sources}"
+                )
+            sources = [sources]
         with paused_collector():
             if isinstance(sources, Mapping):
                 return cls(load(os.fspath(path), name) for name, path in sources.items())
-            given = [s if isinstance(s, VectorSpace) else os.fspath(s) for s in sources]
-            check_names_differ((find(s).name, s) for s in given if isinstance(s, str))
-            return cls(load(s) if isinstance(s, str) else s for s in given)
+            elements, notices = _loaded(s if isinstance(s, VectorSpace) else find(os.fspath(s)) for s in sources)
+            pool = cls(elements)
+        pool.notices[:0] = notices
+        return pool
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -140,9 +148,11 @@ class Pool:
         adapters = [a.to(device) for a in self.adapters]
         if all(a is b for a, b in zip(adapters, self.adapters, strict=True)):
             return self
-        moved = Pool(adapters, align=False)
-        moved.notices = list(self.notices)
-        return moved
+        return self._with(adapters)
+
+    def without_extras(self) -> Pool:
+        """The pool of the low-rank updates alone, without biases and replaced modules. Nothing is read or copied."""
+        return self._with(a.without_extras() for a in self.adapters)
 
     def subset(self, names: Iterable[str]) -> Pool:
         """A pool of the adapters with these ``names``, in the order given, under the module names that they have here.
@@ -162,6 +172,12 @@ class Pool:
 
     def __repr__(self) -> str:
         return f"Pool({', '.join(self._adapters)}: {len(self._owners)} modules)"
+
+    def _with(self, adapters: Iterable[Adapter]) -> Pool:
+        """This pool and what was noticed about it, with other adapters in place of its own, one for one."""
+        pool = Pool(adapters, align=False)
+        pool.notices = list(self.notices)
+        return pool
 
     def _add(self, adapter: Adapter, align: bool) -> None:
         if self._adapters and align:
@@ -213,6 +229,27 @@ class Pool:
             if len(set(told.values())) > 1:
                 listed = ", ".join(f"{name}: {value}" for name, value in told.items())
                 self.notices.append(f"the adapters name different {what} ({listed})")
+
+
+def _loaded(sources: Iterable[Found | VectorSpace]) -> tuple[list[VectorSpace], list[str]]:
+    """The adapters of a list, those of its folders in their place, and notes on what the folders hold beside them."""
+    given = list(sources)
+    paths = [s for s in given if isinstance(s, Found)]
+    folders = {s.path for s in paths if holds_adapters(s.path)}
+    check_names_differ((s.name, str(s.path)) for s in paths if s.path not in folders)  # before anything is loaded
+    loaded: list[tuple[VectorSpace, str]] = []
+    notices: list[str] = []
+    for source in given:
+        if isinstance(source, VectorSpace):
+            loaded.append((source, repr(source)))
+        elif source.path in folders:
+            elements, notes = load_folder(source.path)
+            loaded += [(e, str(source.path / e.name)) for e in elements]
+            notices += notes
+        else:
+            loaded.append((load(source.path, source.name), str(source.path)))
+    check_names_differ((element.name, where) for element, where in loaded)
+    return [element for element, _ in loaded], notices
 
 
 def require_updates(element: VectorSpace, what: str = "a pool") -> Adapter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastlora.bench import dense, files, merging, passes, solvers
 from fastlora.bench.contest import Contest
@@ -53,6 +54,12 @@ CASES: dict[str, Case] = {
     ),
     "paper-whole": Case("the same, the dense algorithm run once (half an hour)", dense.paper_whole, slow=True),
 }
+
+
+def names_data() -> dict[str, Any]:
+    """Cases and workloads by name, as plain data."""
+    cases = {n: {"summary": c.summary, "workloads": list(c.workloads), "slow": c.slow} for n, c in CASES.items()}
+    return {"cases": cases, "workloads": list(NAMES)}
 
 
 def select(names: Sequence[str] = ()) -> list[Contest]:

@@ -57,9 +57,6 @@ class Row:
     floor: float | None
     note: str = ""
 
-    def ratio(self, count: int) -> float:
-        return self.theirs / self.ours[count]
-
 
 def measure(contest: Contest) -> tuple[Task, Times]:
     """Prepares a contest and times its contenders in turn."""

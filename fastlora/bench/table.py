@@ -1,4 +1,4 @@
-"""The results as plain data, as a table for a terminal and as the page docs/benchmarks.md."""
+"""The results as plain data and as the page docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ from typing import Any
 from fastlora.bench.contest import Row
 from fastlora.bench.gpu import table
 from fastlora.bench.timing import Machine, describe
-
-HEADER = (
-    "what",
-    "opponent",
-    "its time",
-    "ours, 1 thread",
-    "ours, 2 threads",
-    "ratio, 1 / 2",
-    "1 thread ÷ 2",
-    "floor",
-    "ours ÷ floor",
-)
+from fastlora.views import benchmarks
+from fastlora.views.benchmarks import HEADER, machine_line, notes
 
 PREAMBLE = """# Benchmarks
 
@@ -42,21 +32,20 @@ spectra and four planted common directions; `minilm` is the trained adapters in 
 """
 
 
-def milliseconds(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-
-
 def cells(row: Row) -> tuple[str, ...]:
-    ratios = " / ".join(f"{row.ratio(c):.2f}" if row.ratio(c) < 100 else f"{row.ratio(c):,.0f}" for c in row.ours)
-    most = row.ours[max(row.ours)]
-    above = "–" if row.floor is None else f"{most / row.floor:.2f}"
-    ours = [milliseconds(row.ours.get(c)) for c in (1, 2)]
-    second = f"{row.ours[1] / row.ours[2]:.2f}" if row.ours.keys() >= {1, 2} else "–"
-    return (row.what, row.opponent, milliseconds(row.theirs), *ours, ratios, second, milliseconds(row.floor), above)
+    """One row of the table as text."""
+    return benchmarks.cells(_row(row))
 
 
-def notes(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(row.note for row in rows if row.note))
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "what": row.what,
+        "ours": row.ours,
+        "opponent": row.opponent,
+        "theirs": row.theirs,
+        "floor": row.floor,
+        "note": row.note,
+    }
 
 
 def as_dict(machine: Machine, rows: list[Row]) -> dict[str, Any]:
@@ -65,32 +54,14 @@ def as_dict(machine: Machine, rows: list[Row]) -> dict[str, Any]:
         "copy_bytes_per_second": machine.copy,
         "fp32_operations_per_second": machine.fp32,
         "fp64_operations_per_second": machine.fp64,
-        "rows": [
-            {
-                "what": r.what,
-                "ours": r.ours,
-                "opponent": r.opponent,
-                "theirs": r.theirs,
-                "floor": r.floor,
-                "note": r.note,
-            }
-            for r in rows
-        ],
+        "rows": [_row(row) for row in rows],
     }
 
 
-def machine_line(machine: Machine) -> str:
-    counts = ", ".join(
-        f"{c} thread{'s' * (c > 1)}: copy {machine.copy[c] / 1e9:.1f} GB/s (read + written), "
-        f"fp32 {machine.fp32[c] / 1e9:.0f} and fp64 {machine.fp64[c] / 1e9:.0f} Gop/s"
-        for c in machine.copy
-    )
-    return f"{describe()}. Measured limits: {counts}."
-
-
 def as_markdown(machine: Machine, rows: list[Row]) -> str:
-    head = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
-    lines = [PREAMBLE, table.wrapped(machine_line(machine)), "", *head]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    lines += ["", *(table.wrapped(f"* {note}.", "  ") for note in notes(rows))] if notes(rows) else []
+    data = as_dict(machine, rows)
+    heading = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
+    lines = [PREAMBLE, machine_line(data), "", *heading]
+    lines += ["| " + " | ".join(benchmarks.cells(row)) + " |" for row in data["rows"]]
+    lines += ["", *(f"* {note}." for note in notes(data))] if notes(data) else []
     return "\n".join(lines) + "\n" + table.section()

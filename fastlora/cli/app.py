@@ -33,17 +33,23 @@ app = typer.Typer(
 )
 
 
-app.command()(decompose.decompose)
-app.command()(merge.merge)
-app.command()(methods.methods)
-app.command()(compress.compress)
-app.command()(inspect.inspect)
-app.command()(overlap.overlap)
-app.command()(bench.bench)
-app.command()(info.info)
-app.command()(modulate.modulate)
-app.command(cls=compose.Command)(compose.compose)
-app.command()(extract.extract)
+COMMANDS = (
+    decompose.decompose,
+    merge.merge,
+    methods.methods,
+    compress.compress,
+    inspect.inspect,
+    overlap.overlap,
+    bench.bench,
+    info.info,
+    modulate.modulate,
+    compose.compose,
+    extract.extract,
+)
+"""In the order of help."""
+
+for command in COMMANDS:
+    app.command(cls=compose.Command if command is compose.compose else None)(command)
 
 
 @app.callback(invoke_without_command=True)

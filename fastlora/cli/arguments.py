@@ -1,4 +1,4 @@
-"""``NAME=PATH:WEIGHT``: an adapter as an argument."""
+"""``NAME=PATH:WEIGHT``: an adapter, or a folder of adapters, as an argument."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlora.core.names import check_name, check_names_differ
+from fastlora.core.names import CONFIG_NAME, check_name, check_names_differ
 from fastlora.errors import InputError
 from fastlora.files.locate import exists, find
 
@@ -16,12 +16,19 @@ from fastlora.files.locate import exists, find
 class AdapterSpec:
     """One adapter as the command line names it: ``PATH``, ``PATH:WEIGHT`` or ``NAME=PATH[:WEIGHT]``.
 
-    ``weight`` is ``None`` where none was given.
+    ``weight`` is ``None`` where none was given. The path may be a folder that holds adapters: such a folder has no
+    name of its own.
     """
 
     name: str
     path: Path
     weight: float | None = None
+    is_named: bool = False
+
+    @property
+    def may_be_folder(self) -> bool:
+        """Whether the path may hold adapters rather than be one; only a look at all formats tells."""
+        return self.path.is_dir() and not (self.path / CONFIG_NAME).exists()
 
 
 def parse(text: str) -> AdapterSpec:
@@ -36,15 +43,18 @@ def parse(text: str) -> AdapterSpec:
     # and a Hub id is not there yet.
     name, path, weight = existing or readings[-1]
     found = find(path)
-    name = found.name if name is None else name
-    check_name(name)
-    return AdapterSpec(name, found.path, None if weight is None else _weight(weight, text))
+    number = None if weight is None else _weight(weight, text)
+    spec = AdapterSpec(found.name if name is None else name, found.path, number, name is not None)
+    if spec.is_named or not spec.may_be_folder:
+        check_name(spec.name)
+    return spec
 
 
 def parse_all(texts: Iterable[str]) -> list[AdapterSpec]:
-    """Reads the adapter arguments of one command, whose names must differ."""
+    """Reads the adapter arguments of one command, whose names must differ; those in folders are compared when they are
+    loaded."""
     specs = [parse(text) for text in texts]
-    check_names_differ((s.name, str(s.path)) for s in specs)
+    check_names_differ((s.name, str(s.path)) for s in specs if not s.may_be_folder)
     return specs
 
 

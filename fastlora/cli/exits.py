@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fastlora.errors import FastloraError
+from fastlora.views.text import escaped
 
 if TYPE_CHECKING:
     from fastlora.files.output import OutputDirectory
@@ -107,7 +108,7 @@ def _usage(error: Any) -> str:
 
 
 def _complain(text: str) -> None:
-    typer.echo(text, err=True)
+    typer.echo("\n".join(map(escaped, text.split("\n"))), err=True)
 
 
 def _leave_stdout() -> None:

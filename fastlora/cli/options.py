@@ -1,24 +1,46 @@
-"""Options that several commands take."""
+"""Options that several commands take, and :func:`command`, which gives a command those that all share."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Concatenate, ParamSpec, get_type_hints
 
 import typer
 
-ADAPTER_HELP = "PATH, PATH:WEIGHT or NAME=PATH[:WEIGHT]; a PEFT directory or a Hub id."
+from fastlora.cli.run import Run
+
+P = ParamSpec("P")
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+
+ADAPTER_HELP = "PATH, PATH:WEIGHT or NAME=PATH[:WEIGHT]; a PEFT directory, a folder of them or a Hub id."
 Adapters = Annotated[list[str], typer.Argument(help=ADAPTER_HELP, metavar="A…", show_default=False)]
-Memory = Annotated[
-    str | None, typer.Option(help="Bound on resident memory, or on the GPU's: 1GiB.", show_default=False)
-]
 One = Annotated[str, typer.Argument(help="An adapter: a PEFT directory or a Hub id.", metavar="A", show_default=False)]
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Directory to write; must not exist, or --overwrite.", show_default=False)
 ]
+OutAny = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Directory to write (for task vectors a file, *.safetensors); must not exist, or --overwrite.",
+        show_default=False,
+    ),
+]
 Rank = Annotated[int | None, typer.Option(help="Keep at most this many directions.", show_default=False)]
 Energy = Annotated[
     float | None, typer.Option(help="Keep this share of Σσ² (0–1), instead of a rank.", show_default=False)
+]
+DropExtras = Annotated[
+    bool, typer.Option("--drop-extras", help="Leave out biases and replaced modules (modules_to_save).")
+]
+Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the whole table to this file.", show_default=False)]
+Every = Annotated[bool, typer.Option("--all", help="Print every module, not the first ones.")]
+
+Memory = Annotated[
+    str | None, typer.Option(help="Bound on resident memory, or on the GPU's: 1GiB.", show_default=False)
 ]
 DType = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default: widest of the inputs.", show_default=False)
@@ -28,6 +50,47 @@ Backend = Annotated[str | None, typer.Option(help="Force a backend: cpu, cuda, t
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report, errors only.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
-DropExtras = Annotated[
-    bool, typer.Option("--drop-extras", help="Leave out biases and replaced modules (modules_to_save).")
-]
+
+SHARED: dict[str, Any] = {
+    "memory": Memory,
+    "dtype": DType,
+    "device": Device,
+    "backend": Backend,
+    "as_json": Json,
+    "quiet": Quiet,
+    "overwrite": Overwrite,
+}
+"""The fields of :class:`Run` as options, in the order of help."""
+
+ALL = tuple(SHARED)
+
+
+def command(
+    *shared: str, on_host: bool = False
+) -> Callable[[Callable[Concatenate[Run, P], None]], Callable[..., None]]:
+    """Gives a command, ``name(run, …)``, the options ``shared``, which it finds in ``run``.
+
+    ``on_host``: the command computes on the CPU alone, and refuses another device.
+    """
+
+    def decorate(function: Callable[Concatenate[Run, P], None]) -> Callable[..., None]:
+        def begin(**given: Any) -> None:
+            run = Run(**{name: given.pop(name) for name in shared})
+            if on_host:
+                run.require_host(function.__name__)
+            with run.stack:
+                function(run, **given)  # type: ignore[call-arg]
+
+        # typer reads the signature: the command's own parameters, then the shared ones.
+        hints = get_type_hints(function, include_extras=True)
+        own = list(inspect.signature(function).parameters.values())[1:]
+        parameters = [p.replace(annotation=hints[p.name], kind=KEYWORD_ONLY) for p in own]
+        for name in (s for s in SHARED if s in shared):
+            field = Run.__dataclass_fields__[name]
+            parameters.append(inspect.Parameter(name, KEYWORD_ONLY, default=field.default, annotation=SHARED[name]))
+        begin.__name__, begin.__doc__ = function.__name__, function.__doc__
+        begin.__annotations__ = {p.name: p.annotation for p in parameters}
+        begin.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return begin
+
+    return decorate

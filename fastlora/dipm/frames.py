@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fastlora.adapters.pool import Pool
 from fastlora.core.sums import combine_updates
-from fastlora.core.updates import Update, with_rank_zero
+from fastlora.core.updates import Update, sources, with_rank_zero
 from fastlora.dipm import columns, components
 from fastlora.dipm.module import Module, only_own
 from fastlora.engine.blocks import read_pair_blocks
 from fastlora.errors import InputError
+from fastlora.runtime.memory import release
 
 GRANULARITIES = ("component", "column", "matrix")
 SIDES = ("product", "B", "A")
@@ -82,6 +83,7 @@ def frames(pool: Pool, granularity: str, on: str) -> Iterator[Frame]:
             full = torch.zeros(k, k, own.shape[-1], dtype=torch.float64)
             full[index[:, None], index] = own
             yield Frame(module, full, parts, events, granularity, on)
+            release(sources(module.present))
 
 
 def _matrix_gram(module: Module, on: str) -> Tensor:

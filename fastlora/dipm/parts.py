@@ -19,6 +19,8 @@ from fastlora.core.updates import Update
 from fastlora.dipm.frames import GRANULARITIES, SIDES, Frame, frames
 from fastlora.dipm.operators import Operator, State, require_adapters
 from fastlora.errors import InputError
+from fastlora.runtime.memory import bounded
+from fastlora.runtime.memory import parse as parse_memory
 
 
 def require_host(adapter: Adapter, what: str) -> None:
@@ -209,6 +211,7 @@ def modulate(
     on: str = "product",
     rank: int | None = None,
     energy: float | None = None,
+    memory: int | str | None = None,
 ) -> Adapter:
     """Changes the directions and magnitudes of an adapter (DiPM), MATH section 5.
 
@@ -222,6 +225,8 @@ def modulate(
         operators: one of ``fl.dipm``'s operators, or several.
         granularity, on: what has a direction and a magnitude, see :func:`decouple`.
         rank, energy: compress the result, see :func:`recombine`.
+        memory: bound on the peak resident memory of what is worked on at once, as bytes or ``"1GiB"``; the ``A``
+            factors that the result holds as its own come on top. The result has the same bits.
 
     Returns:
         :class:`Adapter`; the adapter itself where no operator changes anything and nothing is compressed.
@@ -232,7 +237,8 @@ def modulate(
     Cost: that of :func:`recombine`.
     """
     given = [operators] if isinstance(operators, Operator) else list(operators)
-    return recombine(decouple(adapter, granularity, on).apply(*given), rank=rank, energy=energy)
+    with bounded(parse_memory(memory)):
+        return recombine(decouple(adapter, granularity, on).apply(*given), rank=rank, energy=energy)
 
 
 def named(adapters: Sequence[Adapter]) -> list[Adapter]:

@@ -26,7 +26,7 @@ from fastlora.engine.schedule import split_to_fit
 from fastlora.ops import dispatch
 from fastlora.ops.passes import CombineJob, CombineOutput
 from fastlora.runtime.cpython import paused_collector, quick_handover
-from fastlora.runtime.memory import release
+from fastlora.runtime.memory import is_bounded, release
 from fastlora.runtime.progress import track
 
 WRITE_BYTES = 128 * 2**20
@@ -103,12 +103,16 @@ def _meta(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 def _module_batches(adapters: Sequence[LoraData]) -> list[list[str]]:
     """Module names in batches that are prepared together; the experts of one parameter stay together."""
     sizes: dict[str, int] = {}
+    read: dict[str, dict[int, int]] = {}  # bytes of what a unit is made from, once each: more than a result of low rank
     units: dict[str, dict[str, None]] = {}
     for adapter in adapters:
         for module, update in adapter.updates.items():
             unit = update.layout.container or module
             units.setdefault(unit, {})[module] = None
             sizes[unit] = sizes.get(unit, 0) + 4 * update.rank * sum(update.shape)
+            if is_bounded():
+                read.setdefault(unit, {}).update((id(s), s.nbytes) for s in sources([update]))
+    sizes |= {unit: max(sizes[unit], sum(stored.values())) for unit, stored in read.items()}
     through = stream.current()
     most = WRITE_BYTES if through is None else min(WRITE_BYTES, through.group)
     names = list(units.values())

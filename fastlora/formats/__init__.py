@@ -51,6 +51,11 @@ def all_formats() -> dict[str, Format]:
     return {name: cast(Format, importlib.import_module(f"{__name__}.{name}")) for name in names}
 
 
+def find_format(path: Path) -> Format | None:
+    """The format of what lies at a path; ``None`` where no format takes it for an adapter."""
+    return next((format for format in all_formats().values() if format.detects(path)), None)
+
+
 def read(path: str | Path, name: str | None = None) -> AdapterData:
     """The adapter at a path, as a record, without copying its tensors.
 
@@ -68,9 +73,9 @@ def read(path: str | Path, name: str | None = None) -> AdapterData:
         raise InputError(
             f"{location.path} lies in {unfinished.name}, an output that was never finished; run that command again"
         )
-    for format in all_formats().values():
-        if format.detects(location.path):
-            return format.read(location.path, name)
+    format = find_format(location.path)
+    if format is not None:
+        return format.read(location.path, name)
     if location.path.is_file():
         _refuse_file(location.path)
     _refuse_directory(location.path)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import torch
+
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import require_updates
+from fastlora.runtime import devices
+from fastlora.runtime.memory import bound_on_host, bounded
 
 
-def compress(adapter: Adapter, rank: int | None = None, *, energy: float | None = None) -> Adapter:
+def compress(
+    adapter: Adapter,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    memory: int | str | None = None,
+    device: str | torch.device | None = None,
+) -> Adapter:
     """Cuts every ``ΔW = U Σ Vᵀ`` of an adapter to its ``q`` largest singular values, ``U_q Σ_q V_qᵀ``.
 
     This is the best approximation of rank ``q`` in the Frobenius norm (Eckart–Young). It is computed exactly in factor
@@ -16,6 +27,9 @@ def compress(adapter: Adapter, rank: int | None = None, *, energy: float | None 
         adapter: a LoRA adapter ``B [n, r]``, ``A [r, m]`` a module, stored or a sum.
         rank: the largest ``q`` that a module may have, at least 1.
         energy: instead of ``rank``: the smallest ``q`` that keeps this share of ``Σσ²``, in ``(0, 1]``.
+        memory: bound on the peak resident memory while this computes, as bytes or ``"1GiB"``; factors that were loaded
+            from files are given back to the system after use. The result has the same bits. On the CPU alone.
+        device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the adapter is.
 
     Returns:
         :class:`Adapter` with ``B' [n, q]`` and ``A' [q, m]``, in the dtype of ``adapter``. ``q`` may differ between
@@ -23,10 +37,13 @@ def compress(adapter: Adapter, rank: int | None = None, *, energy: float | None 
         module keeps, ``provenance["retained_energy"]`` the share of all modules together.
 
     Raises:
-        InputError: no cut, both cuts, or one out of range.
+        InputError: no cut, both cuts, or one out of range; a device that cannot be used or bounded.
         NonFiniteError: a factor that holds NaN or Inf, or a singular value whose square overflows, by module.
         UnsupportedAdapter: an (IA)³ adapter or a task vector, which have no factors.
 
     Cost: one read of the factors and ``O(r³)`` operations a module.
     """
-    return require_updates(adapter, "compress").compress(rank, energy=energy)
+    given = require_updates(adapter, "compress")
+    where = devices.parse(device) or given.device
+    with bounded(bound_on_host(memory, where)):
+        return given.to(where).compress(rank, energy=energy)

@@ -12,7 +12,9 @@ from fastlora.adapters.pool import Pool, on_device
 from fastlora.engine.checks import require_finite
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.merging.registry import Method, all_methods, find_method
+from fastlora.runtime import devices
 from fastlora.runtime.cpython import paused_collector
+from fastlora.runtime.memory import bound_on_host, bounded
 
 
 def merge(
@@ -22,6 +24,7 @@ def merge(
     method: str = "svd",
     rank: int | None = None,
     energy: float | None = None,
+    memory: int | str | None = None,
     device: str | torch.device | None = None,
     **parameters: object,
 ) -> Adapter:
@@ -38,6 +41,8 @@ def merge(
         rank: of methods that cut: the rank of the result, at least 1. Of ``"svd"`` by default the largest rank in the
             pool.
         energy: instead of ``rank``: the share of ``Σσ²`` that every module keeps, in ``(0, 1]``.
+        memory: bound on the peak resident memory while this computes, as bytes or ``"1GiB"``; factors that were loaded
+            from files are given back to the system after use. The result has the same bits. On the CPU alone.
         device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the pool is.
         **parameters: those of the method.
 
@@ -49,7 +54,8 @@ def merge(
     Raises:
         InputError: an unknown method or name, a weight that is not finite, a parameter that the method does not take,
             or needs, or that is of another type or out of range, biases or replaced modules that cannot be summed, a
-            sum that overflows, a device that cannot be used; with ``"pem"``, modules, ranks or scalings that differ.
+            sum that overflows, a device that cannot be used or bounded; with ``"pem"``, modules, ranks or scalings that
+            differ.
         NonFiniteError: a factor that holds NaN or Inf, by adapter and module.
 
     Cost: one read of all factors, and with ``"svd"`` ``O((Σ_i r_i)³)`` operations a module; docs/methods.md has the
@@ -58,9 +64,10 @@ def merge(
     """
     chosen = find_method(method)
     counted, notes = full_weights(pool, weights)
+    bound = bound_on_host(memory, devices.parse(device) or pool.device)
     pool = on_device(pool, device)
     try:
-        with paused_collector():
+        with bounded(bound), paused_collector():
             merged = chosen(pool, counted, rank=rank, energy=energy, **parameters)
     except NonFiniteError:
         require_finite(pool.adapters)  # names the adapter of the pool; the method only knows their sum

@@ -23,7 +23,7 @@ Form = Literal["weights", "cores", "tiles", "factors"]
 
 Program = TypeVar("Program", bound=Callable[..., Any])
 
-TAKEN = ("pool", "weights", "method", "device")
+TAKEN = ("pool", "weights", "method", "memory", "device")
 """Parameters of :func:`fastlora.merge` itself."""
 
 _registry: dict[str, Method] = {}

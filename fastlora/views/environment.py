@@ -7,10 +7,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from rich.table import Table
-
 from fastlora._version import __version__
-from fastlora.views.tables import console_of
+from fastlora.views.tables import Table
 
 
 def environment() -> dict[str, Any]:
@@ -58,14 +56,15 @@ def _state(backend: str) -> str:
 
 
 def show_environment(data: dict[str, Any]) -> None:
-    table = Table(show_header=False, box=None)
+    """Prints what :func:`environment` found."""
+    table = Table("name:", "text:")
     for key, value in data.items():
         if key == "backends":
             for name, state in value.items():
-                table.add_row(f"backend {name}", state)
+                table.add(f"backend {name}", state)
         elif key == "devices":
             for state in value:
-                table.add_row("device", state)
+                table.add("device", state)
         else:
-            table.add_row(key, str(value))
-    console_of().print(table)
+            table.add(key, value)
+    table.print()

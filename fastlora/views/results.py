@@ -1,97 +1,198 @@
-"""What the command line prints: tables for people, plain data for ``--json``."""
+"""Results of decompositions and comparisons, as plain data and as tables."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.text import Text
-
-from fastlora.views.tables import ROWS, console_of, table_of, without_common
+from fastlora.views.tables import ROWS, Table, without_common
+from fastlora.views.text import YELLOW, print_paragraph
 
 if TYPE_CHECKING:
     from fastlora.analysis.overlap import Overlap
-    from fastlora.decomposition.report import Report
     from fastlora.decomposition.result import Decomposition
 
+Data = dict[str, Any]
 
-def show_decomposition(parts: Decomposition, out: Path, every: bool) -> None:
-    console = console_of()
-    reports = parts.reports
+MANY = 8
+"""Adapters that a matrix, or a column for each, is printed for at the most."""
+
+NEIGHBOURS = 3
+
+
+def decomposition_data(parts: Decomposition, out: Path) -> Data:
+    """Every report, and where each adapter was written."""
+    reports = [report.as_dict() for report in parts.reports]
+    return {"out": str(out), "mode": parts.mode, "reports": reports, "adapters": list(parts.adapters())}
+
+
+def show_decomposition(data: Data, every: bool) -> None:
+    """Prints what :func:`decomposition_data` found; ``every``: all modules, not the most shared."""
+    reports = data["reports"]
     if len(reports) == 1:
-        _show_report(console, reports[0], every)
+        _show_report(reports[0], every)
     else:
-        _show_reports(console, reports)
-    console.print(f"written: {out} ({len(parts.adapters())} adapters, report.json)")
+        _show_reports(reports)
+    print_paragraph(f"written: {data['out']} ({len(data['adapters'])} adapters, report.json)")
 
 
-def _show_report(console: Console, report: Report, every: bool) -> None:
-    s = report.settings
-    console.print(
-        Text.assemble((report.title, "bold"), f": {s['chain']} chain, {s['side']} side, τ = {s['threshold']:g}")
-    )
-    names = s["adapters"]
-    table = table_of(
-        "module", "rank", "shared", "by chance", "largest eigenvalues", "chance edge", *[f"{n} %" for n in names]
-    )
-    rows = (
-        report.rows if every else sorted(report.rows, key=lambda r: (-r.shared, -max(r.eigenvalues, default=0)))[:ROWS]
-    )
-    short = without_common([r.module for r in report.rows])
-    for row in rows:
-        energy = [f"{100 * row.energy_shared[n]:.1f}" if n in row.energy_shared else "–" for n in names]
-        ranks = "/".join(map(str, row.directions))
-        values = " ".join(f"{v:.3f}" for v in row.eigenvalues[:4])
-        table.add_row(
-            short[row.module],
-            ranks,
-            str(row.shared),
-            f"{row.expected_by_chance:.2g}",
-            values,
-            f"{row.chance_edge:.3f}",
-            *energy,
-        )
-    console.print(table)
-    if len(rows) < len(report.rows):
-        console.print(f"{len(report.rows) - len(rows)} more modules: --all, or report.json")
-    console.print(
-        f"{report.shared_directions} directions shared in {sum(1 for r in report.rows if r.shared)} of "
-        f"{len(report.rows)} "
-        f"modules; {report.expected_by_chance:.2g} expected by chance. Columns in %: share of ‖ΔW‖² in the shared "
-        "directions.",
-    )
-    _show_lines(console, report)
+def decomposition_rows(data: Data) -> list[list[object]]:
+    """The modules of all reports as one table with a heading: a column for the energy of every adapter."""
+    names = list(dict.fromkeys(name for report in data["reports"] for name in report["settings"]["adapters"]))
+    numbers = ["shared", "expected_by_chance", "chance_edge", "gap"]
+    lists = ["shape", "ranks", "directions", "eigenvalues"]
+    heading = ["report", "module", *numbers, *lists, *(f"energy_shared of {name}" for name in names)]
+    rows: list[list[object]] = [list(heading)]
+    for report in data["reports"]:
+        for row in report["rows"]:
+            joined = [" ".join(map(str, row[key])) for key in lists]
+            energy = [row["energy_shared"].get(name, "") for name in names]
+            rows.append([report["title"], row["module"], *(row[key] for key in numbers), *joined, *energy])
+    return rows
 
 
-def _show_reports(console: Console, reports: list[Report]) -> None:
-    table = table_of("chain", "shared directions", "modules", "by chance", "largest eigenvalue", "warnings")
+def _show_report(report: Data, every: bool) -> None:
+    settings = report["settings"]
+    names = settings["adapters"]
+    print_paragraph(
+        f": {settings['chain']} chain, {settings['side']} side, τ = {settings['threshold']:g}", start=report["title"]
+    )
+    energy = (
+        [f"named:{name} %" for name in names] if len(names) <= MANY else ["number:mean %", "number:most %", "name:of"]
+    )
+    table = Table(
+        "name:module",
+        "text:rank",
+        "number:shared",
+        "number:by chance",
+        "text:largest eigenvalues",
+        "number:chance edge",
+        *energy,
+    )
+    rows = report["rows"]
+    shown = rows if every else sorted(rows, key=lambda r: (-r["shared"], -max(r["eigenvalues"], default=0)))[:ROWS]
+    short = without_common([row["module"] for row in rows])
+    for row in shown:
+        values = " ".join(f"{v:.3f}" for v in row["eigenvalues"][:4])
+        numbers = (row["shared"], f"{row['expected_by_chance']:.2g}", values, f"{row['chance_edge']:.3f}")
+        table.add(short[row["module"]], _ranks(row["directions"]), *numbers, *_energy(row["energy_shared"], names))
+    table.print()
+    if len(shown) < len(rows):
+        print_paragraph(f"{len(rows) - len(shown)} more modules: --all, --csv FILE or report.json")
+    totals = report["totals"]
+    print_paragraph(
+        f"{totals['shared_directions']} directions shared in {_shared_modules(rows)} of {len(rows)} modules; "
+        f"{totals['expected_by_chance']:.2g} expected by chance. Columns in %: share of ‖ΔW‖² in the shared directions."
+    )
+    for warning in report["warnings"]:
+        print_paragraph(f" {warning}", start="warning:", style=YELLOW)
+
+
+def _ranks(ranks: list[int]) -> str:
+    if len(ranks) <= MANY:
+        return "/".join(map(str, ranks))
+    return f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
+
+
+def _energy(shares: dict[str, float], names: list[str]) -> list[str]:
+    """The share of every adapter, or of many their mean, and which has the most."""
+    if len(names) <= MANY:
+        return [f"{100 * shares[n]:.1f}" if n in shares else "–" for n in names]
+    if not shares:
+        return ["–", "–", "–"]
+    most = max(shares, key=lambda name: shares[name])
+    return [f"{100 * sum(shares.values()) / len(shares):.1f}", f"{100 * shares[most]:.1f}", most]
+
+
+def _shared_modules(rows: list[Data]) -> int:
+    return sum(1 for row in rows if row["shared"])
+
+
+def _show_reports(reports: list[Data]) -> None:
+    table = Table(
+        "name:chain",
+        "number:shared directions",
+        "number:modules",
+        "number:by chance",
+        "number:largest eigenvalue",
+        "number:warnings",
+    )
     for report in reports:
-        largest = max((v for r in report.rows for v in r.eigenvalues), default=0.0)
-        modules = f"{sum(1 for r in report.rows if r.shared)} of {len(report.rows)}"
-        warnings = str(len(report.warnings))
-        table.add_row(
-            report.title,
-            str(report.shared_directions),
-            modules,
-            f"{report.expected_by_chance:.2g}",
+        rows, totals = report["rows"], report["totals"]
+        largest = max((v for row in rows for v in row["eigenvalues"]), default=0.0)
+        table.add(
+            report["title"],
+            totals["shared_directions"],
+            f"{_shared_modules(rows)} of {len(rows)}",
+            f"{totals['expected_by_chance']:.2g}",
             f"{largest:.3f}",
-            warnings,
+            len(report["warnings"]),
         )
-    console.print(table)
-    for warning in dict.fromkeys(w for r in reports for w in r.warnings):
-        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
+    table.print()
+    for warning in dict.fromkeys(w for report in reports for w in report["warnings"]):
+        print_paragraph(f" {warning}", start="warning:", style=YELLOW)
 
 
-def _show_lines(console: Console, report: Report) -> None:
-    for warning in report.warnings:
-        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
+def overlap_data(found: Overlap) -> Data:
+    """Both matrices of a pool and of every module, in the order of the names."""
+    modules = {m: {"cosine": c.tolist(), "subspace": s.tolist()} for m, (c, s) in found.modules.items()}
+    return {
+        "names": list(found.names),
+        "cosine": found.cosine.tolist(),
+        "subspace": found.subspace.tolist(),
+        "modules": modules,
+    }
 
 
-def show_overlap(found: Overlap) -> None:
-    console = console_of()
-    for title, values in (("cosine of ΔW", found.cosine), ("subspace overlap", found.subspace)):
-        table = table_of("", *found.names, title=title)
-        for i, name in enumerate(found.names):
-            table.add_row(name, *["–" if v != v else f"{v:.3f}" for v in values[i].tolist()])
-        console.print(table)
+def show_overlap(data: Data, every: bool, csv: Path | None) -> None:
+    """Prints both matrices of a few adapters, of many the nearest ones of each. ``csv``: where the matrices are."""
+    names = data["names"]
+    if len(names) > MANY:
+        _show_neighbours(data, every)
+        place = "full matrices: --csv FILE or --json" if csv is None else f"full matrices: {csv}"
+        print_paragraph(place)
+        return
+    for title, key in (("cosine of ΔW", "cosine"), ("subspace overlap", "subspace")):
+        table = Table("name:", *(f"named:{name}" for name in names), title=title)
+        for name, values in zip(names, data[key], strict=True):
+            table.add(name, *map(_number, values))
+        table.print()
+
+
+def overlap_rows(data: Data) -> list[list[object]]:
+    """Both matrices as one table with a heading, one below the other."""
+    rows: list[list[object]] = [["similarity", "adapter", *data["names"]]]
+    for key in ("cosine", "subspace"):
+        for name, values in zip(data["names"], data[key], strict=True):
+            rows.append([key, name, *("" if math.isnan(v) else v for v in values)])
+    return rows
+
+
+def nearest(data: Data) -> list[tuple[str, list[tuple[str, float, float]]]]:
+    """Every adapter with the others of the largest cosines, ``(name, cosine, subspace)``, largest first."""
+    names, found = data["names"], []
+    for i, name in enumerate(names):
+        others = [(names[j], data["cosine"][i][j], data["subspace"][i][j]) for j in range(len(names)) if j != i]
+        known = [other for other in others if not math.isnan(other[1])]
+        found.append((name, sorted(known, key=lambda other: -other[1])[:NEIGHBOURS]))
+    return found
+
+
+def _show_neighbours(data: Data, every: bool) -> None:
+    """The nearest adapters of each; of a long pool the adapters that are nearest to another one come first."""
+    found = nearest(data)
+    if not every and len(found) > ROWS:
+        found = sorted(found, key=lambda row: -row[1][0][1] if row[1] else math.inf)[:ROWS]
+    print_paragraph(f"The nearest {NEIGHBOURS} of each of {len(data['names'])} adapters, by the cosine of ΔW:")
+    table = Table("name:adapter", "name:nearest", "number:cosine", "number:subspace overlap")
+    for name, others in found:
+        for n, (other, cosine, subspace) in enumerate(others or [("–", math.nan, math.nan)]):
+            table.add("" if n else name, other, _number(cosine), _number(subspace))
+    table.print()
+    if len(found) < len(data["names"]):
+        print_paragraph(f"{len(data['names']) - len(found)} more adapters: --all")
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"

@@ -1,5 +1,8 @@
-"""What occupancy and latencies predict for the CUDA solvers on an H100; ``python tests/emulated/predictions.py`` puts the
-table into docs/gpu_kernels.md. The latencies are estimates: the first measurement is to be held against them."""
+"""What occupancy and latencies predict for the CUDA solvers on an H100.
+
+``python tests/emulated/predictions.py`` puts the table into docs/gpu_kernels.md. The latencies are estimates: the
+first measurement is to be held against them.
+"""
 
 from __future__ import annotations
 

@@ -1,15 +1,17 @@
-"""``fastlora compose``: an expression over adapters. Imports nothing heavy until it runs."""
+"""``fastlora compose``: an expression over adapters."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from fastlora.cli.options import Backend, Device, DropExtras, DType, Json, Memory, Overwrite, Quiet
-from fastlora.cli.run import output_target, refuse_weights, require_backend, running, write_element
+from fastlora.cli.arguments import parse_all
+from fastlora.cli.inputs import refuse_weights
+from fastlora.cli.options import ALL, DropExtras, OutAny, command
+from fastlora.cli.outputs import output_target, write_element
+from fastlora.cli.run import Run
 from fastlora.errors import InputError
 
 EXAMPLE = "0.6*a + 0.4*b - 0.3*unique(c | a, b)"
@@ -21,15 +23,6 @@ Named = Annotated[
     typer.Argument(
         help="What the names mean: PEFT directories, Hub ids, task vectors.",
         metavar="NAME=PATH…",
-        show_default=False,
-    ),
-]
-Out = Annotated[
-    Path,
-    typer.Option(
-        "--out",
-        "-o",
-        help="Directory to write (for task vectors a file, *.safetensors); must not exist, or --overwrite.",
         show_default=False,
     ),
 ]
@@ -49,36 +42,22 @@ def _is_expression(argument: str) -> bool:
     return argument[1] not in "oqh" or any(c in " +*(|" for c in argument)
 
 
-def compose(
-    expression: Expression,
-    adapters: Named,
-    out: Out,
-    drop_extras: DropExtras = False,
-    memory: Memory = None,
-    dtype: DType = None,
-    device: Device = "auto",
-    backend: Backend = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    overwrite: Overwrite = False,
-) -> None:
+@command(*ALL, on_host=True)
+def compose(run: Run, expression: Expression, adapters: Named, out: OutAny, drop_extras: DropExtras = False) -> None:
     """Evaluate an expression: + - * /, unique(x | a, …), shared(a, …), compress, negate, analogy, add."""
-    with running(device, backend, quiet, on_cpu="compose"):
-        from fastlora.cli.arguments import parse_all
-        from fastlora.expressions.grammar import names, parse
+    from fastlora.expressions.grammar import names, parse
 
-        tree = parse(expression)  # before the imports that take a second
-        specs = parse_all(adapters)
-        refuse_weights(specs)
-        unused = [s.name for s in specs if s.name not in names(tree)]
-        if unused and {s.name for s in specs} >= set(names(tree)):
-            raise InputError(f"the expression does not use {', '.join(unused)}; leave out what it does not name")
-        target = output_target(out, overwrite, [s.path for s in specs])
-        require_backend()
-        from fastlora.expressions.compose import compose as run
-        from fastlora.runtime.memory import bounded
-        from fastlora.runtime.memory import parse as parse_memory
+    tree = parse(expression)
+    specs = parse_all(adapters)
+    refuse_weights(specs)
+    unused = [s.name for s in specs if s.name not in names(tree)]
+    if unused and {s.name for s in specs} >= set(names(tree)):
+        raise InputError(f"the expression does not use {', '.join(unused)}; leave out what it does not name")
+    target = output_target(run, out, [s.path for s in specs])
+    run.start()
+    run.require_backend()
+    from fastlora.expressions.compose import compose as evaluate
 
-        result = run(expression, {s.name: s.path for s in specs}, name=out.name, drop_extras=drop_extras, memory=memory)
-        with bounded(parse_memory(memory)):
-            write_element(result, target, out, dtype, as_json, quiet, overwrite)
+    named = {s.name: s.path for s in specs}
+    result = evaluate(expression, named, name=out.name, drop_extras=drop_extras, memory=run.memory)
+    write_element(run, result, target, out)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from fastlora.cli.options import Backend, Device, DType, Energy, Json, One, Out, Overwrite, Quiet, Rank
-from fastlora.cli.run import load_pool, output_directory, paths_of, running, write_one
+from fastlora.cli.inputs import load_adapter, parse_one
+from fastlora.cli.options import ALL, Energy, One, Out, Rank, command
+from fastlora.cli.outputs import output_directory, write_adapter
+from fastlora.cli.run import Run
 
 
-def compress(
-    adapter: One,
-    out: Out,
-    rank: Rank = None,
-    energy: Energy = None,
-    dtype: DType = None,
-    device: Device = "auto",
-    backend: Backend = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    overwrite: Overwrite = False,
-) -> None:
+@command(*ALL)
+def compress(run: Run, adapter: One, out: Out, rank: Rank = None, energy: Energy = None) -> None:
     """Resize an adapter to a lower rank, keeping as much of it as that rank can."""
-    with running(device, backend, quiet):
-        target = output_directory(out, overwrite, paths_of([adapter]))
-        from fastlora.merging.compress import compress as run
+    spec = parse_one(adapter)
+    target = output_directory(run, out, [spec.path])
+    run.start()
+    from fastlora.merging.compress import compress as compress_adapter
 
-        pool, _ = load_pool([adapter], weighted=False, device=device)
-        smaller = run(pool.adapters[0], rank, energy=energy)
-        write_one(smaller, target, out, dtype, as_json, quiet, smaller.notes)
+    given = load_adapter(run, spec, "compress")
+    smaller = compress_adapter(given, rank, energy=energy, memory=run.memory)
+    write_adapter(run, smaller, target, out, smaller.notes)

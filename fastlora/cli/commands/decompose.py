@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlora.cli.options import Adapters, Backend, Device, DType, Energy, Json, Memory, Out, Overwrite, Quiet, Rank
-from fastlora.cli.run import load_pool, output_directory, paths_of, print_json, print_notices, running
+from fastlora.cli.arguments import parse_all
+from fastlora.cli.inputs import load_pool, refuse_weights
+from fastlora.cli.options import ALL, Adapters, Csv, Energy, Out, Rank, command
+from fastlora.cli.outputs import check_table, output_directory, write_table
+from fastlora.cli.run import Run, print_json
 
 if TYPE_CHECKING:
-    from fastlora.adapters.pool import Pool
+    from fastlora.decomposition.result import Decomposition
 
 
+@command(*ALL)
 def decompose(
+    run: Run,
     adapters: Adapters,
     out: Out,
     threshold: Annotated[float, typer.Option(help="τ: eigenvalues above it count as shared.")] = 0.85,
@@ -33,62 +38,59 @@ def decompose(
         float | None,
         typer.Option(help="Noise floor relative to σ_max; default: the stored dtype's.", show_default=False),
     ] = None,
-    memory: Memory = None,
     plots: Annotated[
         bool, typer.Option("--plots", help="Also write spectrum.png, energy.png and overlap.png.")
     ] = False,
+    csv: Csv = None,
     every: Annotated[bool, typer.Option("--all", help="Print every module, not the most shared.")] = False,
-    dtype: DType = None,
-    device: Device = "auto",
-    backend: Backend = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    overwrite: Overwrite = False,
 ) -> None:
     """Split a pool into shared and unique adapters (DeVec, arXiv 2512.22511)."""
-    with running(device, backend, quiet):
-        target_directory = output_directory(out, overwrite, paths_of(adapters))
+    specs = parse_all(adapters)
+    refuse_weights(specs)
+    directory = output_directory(run, out, [s.path for s in specs])
+    check_table(run, csv)
+    if plots:
+        from fastlora.files.pictures import require_matplotlib
+
+        require_matplotlib()
+    run.start()
+    from fastlora.core.dtypes import parse_dtype
+    from fastlora.decomposition.decompose import decompose as decompose_pool
+    from fastlora.views.results import decomposition_data, decomposition_rows, show_decomposition
+
+    pool, _ = load_pool(run, specs)  # on the CPU: it may have to be streamed through the device
+    if run.dtype is not None:
+        parse_dtype(run.dtype, pool.adapters[0].dtype)
+    parts = decompose_pool(
+        pool,
+        threshold,
+        chain=chain,
+        mode=mode,
+        side=side,
+        rank=rank,
+        energy=energy,
+        rtol=rtol,
+        target=target,
+        order=None if order is None else [name.strip() for name in order.split(",")],
+        memory=run.memory,
+        device=run.device,
+    )
+    with directory as staging:
+        parts.write(staging, run.dtype)
         if plots:
-            from fastlora.files.pictures import require_matplotlib
-
-            require_matplotlib()
-        from fastlora.core.dtypes import parse_dtype
-        from fastlora.decomposition.decompose import decompose as run
-
-        pool, _ = load_pool(adapters, weighted=False, device="cpu")  # it may have to be streamed
-        if dtype is not None:
-            parse_dtype(dtype, pool.adapters[0].dtype)
-        names = None if order is None else [n.strip() for n in order.split(",")]
-        parts = run(
-            pool,
-            threshold,
-            chain=chain,
-            mode=mode,
-            side=side,
-            rank=rank,
-            energy=energy,
-            rtol=rtol,
-            target=target,
-            order=names,
-            memory=memory,
-            device=device,
-        )
-        with target_directory as staging:
-            parts.write(staging, dtype)
-            if plots:
-                _write_plots(parts, parts.pool, staging)
-        if as_json:
-            print_json({"out": str(out), "mode": mode, "reports": [r.as_dict() for r in parts.reports]})
-        elif not quiet:
-            from fastlora.views.results import show_decomposition
-
-            show_decomposition(parts, out, every)
-        seen = [n for r in parts.reports for n in r.notices] if len(parts.reports) == 1 else []
-        print_notices([*pool.notices, *seen, *target_directory.notices], quiet)
+            _write_plots(parts, staging)
+    data = decomposition_data(parts, out)
+    write_table(run, csv, decomposition_rows(data))
+    if run.as_json:
+        print_json(data)
+    elif not run.quiet:
+        show_decomposition(data, every)
+    told = data["reports"][0]["notices"] if len(data["reports"]) == 1 else []
+    run.tell_notes([*pool.notices, *told, *directory.notices])
 
 
-def _write_plots(parts: Any, pool: Pool, staging: Path) -> None:
-    from fastlora.analysis.overlap import overlap as compare
+def _write_plots(parts: Decomposition, staging: Path) -> None:
+    from fastlora.analysis.overlap import overlap
     from fastlora.analysis.plots import plot_overlap
     from fastlora.decomposition.plots import plot_energy, plot_spectrum
 
@@ -97,4 +99,4 @@ def _write_plots(parts: Any, pool: Pool, staging: Path) -> None:
             suffix = "" if len(parts.reports) == 1 else f"-{i + 1}"
             plot_spectrum(report, staging / f"spectrum{suffix}.png")
             plot_energy(report, staging / f"energy{suffix}.png")
-    plot_overlap(compare(pool), staging / "overlap.png")
+    plot_overlap(overlap(parts.pool), staging / "overlap.png")

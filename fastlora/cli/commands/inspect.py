@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from fastlora.cli.options import Backend, Device, Json, One, Quiet
-from fastlora.cli.run import print_json, refuse_weights, require_backend, running
+from fastlora.cli.inputs import parse_one
+from fastlora.cli.options import Csv, Every, command
+from fastlora.cli.outputs import check_table, write_table
+from fastlora.cli.run import Run, print_json
 
-if TYPE_CHECKING:
-    pass
+Described = Annotated[
+    str,
+    typer.Argument(
+        help="An adapter: a PEFT directory or a Hub id; or a folder of adapters.", metavar="A", show_default=False
+    ),
+]
 
 
-def inspect(
-    adapter: One,
-    every: Annotated[bool, typer.Option("--all", help="Print every module, not the first ones.")] = False,
-    device: Device = "auto",
-    backend: Backend = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@command("device", "backend", "as_json", "quiet", "overwrite")
+def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None) -> None:
     """What an adapter holds: modules, ranks, scaling, norms, spectrum; the vectors of (IA)³."""
-    with running(device, backend, quiet):
-        from fastlora.cli.arguments import parse
+    spec = parse_one(adapter)
+    check_table(run, csv)
+    run.start()
+    run.require_backend()
+    from fastlora.adapters.folders import ANY, holds_adapters, load_folder
+    from fastlora.adapters.loading import Element, load
+    from fastlora.adapters.lora import Adapter
+    from fastlora.views.adapters import csv_rows, describe, folder_data, show
 
-        spec = parse(adapter)
-        refuse_weights([spec])
-        require_backend()
-        from fastlora.adapters.loading import load
-        from fastlora.adapters.lora import Adapter
-        from fastlora.views.adapters import describe
+    def moved(element: Element) -> Element:
+        return element.to(run.device) if isinstance(element, Adapter) and not run.on_host else element
 
-        element = load(spec.path, spec.name)
-        if device not in ("auto", "cpu") and isinstance(element, Adapter):
-            element = element.to(device)
-        data, show = describe(element)
-        if as_json:
-            print_json(data)
-        elif not quiet:
-            show(data, every)
+    notes: list[str] = []
+    if holds_adapters(spec.path):
+        elements, notes = load_folder(spec.path, ANY)
+        data = folder_data(str(spec.path), [moved(element) for element in elements], notes)
+    else:
+        data = describe(moved(load(spec.path, spec.name)))
+    write_table(run, csv, csv_rows(data))
+    if run.as_json:
+        print_json(data)
+    elif not run.quiet:
+        show(data, every)
+    run.tell_notes(notes)

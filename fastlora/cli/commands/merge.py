@@ -7,16 +7,21 @@ from typing import Annotated
 
 import typer
 
-from fastlora.cli.options import Adapters, Backend, Device, DropExtras, DType, Energy, Json, Out, Overwrite, Quiet, Rank
-from fastlora.cli.run import load_pool, output_directory, paths_of, running, write_one
+from fastlora.cli.arguments import parse_all
+from fastlora.cli.inputs import load_pool, refuse_weights
+from fastlora.cli.options import ALL, Adapters, DropExtras, Energy, Out, Rank, command
+from fastlora.cli.outputs import output_directory, write_adapter
+from fastlora.cli.run import Run
 from fastlora.errors import InputError
 from fastlora.merging.listing import method_files
 
-OPTIONS = ("rank", "energy", "device", "method")
+OPTIONS = ("rank", "energy", "memory", "device", "method")
 """Parameters of a merge that are options of the command."""
 
 
+@command(*ALL)
 def merge(
+    run: Run,
     adapters: Adapters,
     out: Out,
     method: Annotated[
@@ -36,33 +41,26 @@ def merge(
     rank: Rank = None,
     energy: Energy = None,
     drop_extras: DropExtras = False,
-    dtype: DType = None,
-    device: Device = "auto",
-    backend: Backend = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    overwrite: Overwrite = False,
 ) -> None:
     """Merge adapters into one: Σ wᵢΔWᵢ."""
-    with running(device, backend, quiet):
-        settings = parse_settings(set_ or ())
-        target = output_directory(out, overwrite, paths_of(adapters))
-        from fastlora.adapters.pool import Pool
-        from fastlora.merging.merge import merge as run
+    specs = parse_all(adapters)
+    if weights_by is not None:
+        refuse_weights(specs)
+    settings = parse_settings(set_ or ())
+    target = output_directory(run, out, [s.path for s in specs])
+    run.start()
+    from fastlora.coefficients.weights import weights as find_weights
+    from fastlora.merging.merge import merge as merge_pool
 
-        pool, specs = load_pool(adapters, weighted=weights_by is None, device=device)
-        if drop_extras:
-            notices, pool = pool.notices, Pool(a.without_extras() for a in pool.adapters)
-            pool.notices = notices
-        weights = {s.name: 1.0 if s.weight is None else s.weight for s in specs}
-        told = []
-        if weights_by is not None:
-            from fastlora.coefficients.weights import weights as find_weights
-
-            weights = find_weights(pool, weights_by)
-            told = [f"weight of {name}: {weight:.6g}" for name, weight in weights.items()]
-        merged = run(pool, weights, method=method, rank=rank, energy=energy, **settings)
-        write_one(merged, target, out, dtype, as_json, quiet, [*pool.notices, *told, *merged.notes])
+    pool, given = load_pool(run, specs, run.device)
+    pool = pool.without_extras() if drop_extras else pool
+    notes = list(pool.notices)
+    weights = {name: 1.0 if weight is None else weight for name, weight in given.items()}
+    if weights_by is not None:
+        weights = find_weights(pool, weights_by)
+        notes += [f"weight of {name}: {weight:.6g}" for name, weight in weights.items()]
+    merged = merge_pool(pool, weights, method=method, rank=rank, energy=energy, memory=run.memory, **settings)
+    write_adapter(run, merged, target, out, [*notes, *merged.notes])
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, str]:

@@ -6,24 +6,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlora.cli.options import Json
-from fastlora.cli.run import print_json
+from fastlora.cli.options import command
+from fastlora.cli.run import Run, print_json
 
 if TYPE_CHECKING:
     from fastlora.core.parameters import Parameter
     from fastlora.merging.registry import Method
 
 
+@command("as_json")
 def methods(
+    run: Run,
     names: Annotated[list[str] | None, typer.Argument(help="Show these alone.", metavar="NAME…")] = None,
-    as_json: Json = False,
 ) -> None:
     """The methods of `merge`, what they do and which parameters they take."""
     from fastlora.merging.merge import methods as all_methods
     from fastlora.merging.registry import find_method
 
     chosen = {n: find_method(n) for n in names} if names else all_methods()
-    if as_json:
+    if run.as_json:
         print_json({name: _data(method) for name, method in chosen.items()})
         return
     for name, method in chosen.items():

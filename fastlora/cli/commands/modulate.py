@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlora.cli.options import Backend, Device, DropExtras, DType, Energy, Json, One, Out, Overwrite, Quiet, Rank
-from fastlora.cli.run import output_directory, require_backend, running, write_one
+from fastlora.cli.inputs import load_adapter, parse_one
+from fastlora.cli.options import ALL, DropExtras, Energy, One, Out, Rank, command
+from fastlora.cli.outputs import output_directory, write_adapter
+from fastlora.cli.run import Run
 from fastlora.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +28,9 @@ FORMS = {
 }
 
 
+@command(*ALL, on_host=True)
 def modulate(
+    run: Run,
     adapter: One,
     out: Out,
     op: Annotated[
@@ -42,34 +46,28 @@ def modulate(
     rank: Rank = None,
     energy: Energy = None,
     drop_extras: DropExtras = False,
-    dtype: DType = None,
-    device: Device = "auto",
-    backend: Backend = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    overwrite: Overwrite = False,
 ) -> None:
     """Change direction and magnitude of an adapter's updates (DiPM)."""
-    with running(device, backend, quiet, on_cpu="modulate"):
-        parsed = [_parse(text) for text in op or ()]
-        paths = {text: _path(text) for text in dict.fromkeys([adapter, *(o for p in parsed for o in p[1])])}
-        target = output_directory(out, overwrite, list(paths.values()))
-        from fastlora.adapters.loading import load
-        from fastlora.adapters.pool import require_updates
-        from fastlora.dipm import modulate as run
-        from fastlora.runtime.progress import track
+    parsed = [_parse(text) for text in op or ()]
+    specs = {text: parse_one(text) for text in dict.fromkeys([adapter, *(o for p in parsed for o in p[1])])}
+    target = output_directory(run, out, [s.path for s in specs.values()])
+    run.start()
+    run.require_backend()
+    from fastlora.dipm import modulate as modulate_adapter
+    from fastlora.runtime.progress import track
 
-        require_backend()
-        # One path is one adapter, however it is written: an operator between an adapter and itself is the identity.
-        loaded: dict[Path, Adapter] = {}
-        for text, path in track(list(paths.items()), "loading"):
-            if path.resolve() not in loaded:
-                found = require_updates(load(path, _name(text)), "modulate")
-                loaded[path.resolve()] = found.without_extras() if drop_extras else found
-        known = {text: loaded[path.resolve()] for text, path in paths.items()}
-        operators = [_operator(name, [known[o] for o in others], strength) for name, others, strength in parsed]
-        result = run(known[adapter], operators, granularity=granularity, on=on, rank=rank, energy=energy)
-        write_one(result, target, out, dtype, as_json, quiet, result.notes)
+    # One path is one adapter, however it is written: an operator between an adapter and itself is the identity.
+    loaded: dict[Path, Adapter] = {}
+    for spec in track(list(specs.values()), "loading"):
+        if spec.path.resolve() not in loaded:
+            found = load_adapter(run, spec, "modulate")
+            loaded[spec.path.resolve()] = found.without_extras() if drop_extras else found
+    known = {text: loaded[spec.path.resolve()] for text, spec in specs.items()}
+    operators = [_operator(name, [known[o] for o in others], strength) for name, others, strength in parsed]
+    result = modulate_adapter(
+        known[adapter], operators, granularity=granularity, on=on, rank=rank, energy=energy, memory=run.memory
+    )
+    write_adapter(run, result, target, out, result.notes)
 
 
 def _parse(text: str) -> tuple[str, list[str], float | None]:
@@ -93,21 +91,6 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _path(text: str) -> Path:
-    from fastlora.cli.arguments import parse
-
-    spec = parse(text)
-    if spec.weight is not None:
-        raise InputError(f"{spec.name}: weights have no meaning for this command; leave out `:{spec.weight:g}`")
-    return spec.path
-
-
-def _name(text: str) -> str:
-    from fastlora.cli.arguments import parse
-
-    return parse(text).name
 
 
 def _operator(name: str, others: list[Adapter], strength: float | None) -> Operator:

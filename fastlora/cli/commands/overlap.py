@@ -7,43 +7,48 @@ from typing import Annotated
 
 import typer
 
-from fastlora.cli.options import Adapters, Backend, Device, Json, Overwrite, Quiet
-from fastlora.cli.run import load_pool, print_json, print_notices, running
+from fastlora.cli.arguments import parse_all
+from fastlora.cli.inputs import load_pool, refuse_weights
+from fastlora.cli.options import Adapters, Csv, command
+from fastlora.cli.outputs import check_table, write_table
+from fastlora.cli.run import Run, print_json
 from fastlora.errors import InputError
 
 
+@command("device", "backend", "as_json", "quiet", "overwrite")
 def overlap(
+    run: Run,
     adapters: Adapters,
     plot: Annotated[Path | None, typer.Option(help="Write the two matrices as a picture.", show_default=False)] = None,
-    device: Device = "auto",
-    backend: Backend = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    overwrite: Overwrite = False,
+    csv: Csv = None,
+    every: Annotated[bool, typer.Option("--all", help="Print every adapter of a long pool.")] = False,
 ) -> None:
     """How similar adapters are: cosine of ΔW and overlap of their column spaces, for every pair."""
-    with running(device, backend, quiet):
-        if plot is not None:
-            from fastlora.files.pictures import check_picture
+    specs = parse_all(adapters)
+    refuse_weights(specs)
+    check_table(run, csv)
+    if plot is not None:
+        from fastlora.files.pictures import check_picture
 
-            check_picture(plot, overwrite)
-        pool, _ = load_pool(adapters, weighted=False, device=device)
-        from fastlora.analysis.overlap import overlap as run
+        check_picture(plot, run.overwrite)
+    run.start()
+    from fastlora.analysis.overlap import overlap as compare
+    from fastlora.views.results import overlap_data, overlap_rows, show_overlap
 
-        if len(pool) < 2:
-            raise InputError("overlap: a pool of one adapter has nothing to compare; give two adapters or more")
-        found = run(pool)
-        if plot is not None:
-            from fastlora.analysis.plots import plot_overlap
-            from fastlora.files.output import writing
+    pool, _ = load_pool(run, specs, run.device)
+    if len(pool) < 2:
+        raise InputError("overlap: a pool of one adapter has nothing to compare; give two adapters or more")
+    found = compare(pool)
+    data = overlap_data(found)
+    write_table(run, csv, overlap_rows(data))
+    if plot is not None:
+        from fastlora.analysis.plots import plot_overlap
+        from fastlora.files.output import writing
 
-            with writing(plot):
-                plot_overlap(found, plot)
-        if as_json:
-            modules = {m: {"cosine": c, "subspace": s} for m, (c, s) in found.modules.items()}
-            print_json({"names": found.names, "cosine": found.cosine, "subspace": found.subspace, "modules": modules})
-        elif not quiet:
-            from fastlora.views.results import show_overlap
-
-            show_overlap(found)
-        print_notices(pool.notices, quiet)
+        with writing(plot):
+            plot_overlap(found, plot)
+    if run.as_json:
+        print_json(data)
+    elif not run.quiet:
+        show_overlap(data, every, csv)
+    run.tell_notes(pool.notices)

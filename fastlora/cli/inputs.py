@@ -1,0 +1,75 @@
+"""Adapters that a command reads: single ones, and the pools of those that were named, folders among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastlora.cli.arguments import AdapterSpec, parse
+from fastlora.cli.run import Run
+from fastlora.core.names import check_names_differ
+from fastlora.errors import InputError
+
+if TYPE_CHECKING:
+    from fastlora.adapters.lora import Adapter
+    from fastlora.adapters.pool import Pool
+
+Weights = dict[str, float | None]
+
+
+def parse_one(text: str) -> AdapterSpec:
+    """The only adapter of a command, or one that has no weight there."""
+    spec = parse(text)
+    refuse_weights([spec])
+    return spec
+
+
+def refuse_weights(specs: Iterable[AdapterSpec]) -> None:
+    heavy = next((s for s in specs if s.weight is not None), None)
+    if heavy is not None:
+        raise InputError(f"{heavy.name}: weights have no meaning for this command; leave out `:{heavy.weight:g}`")
+
+
+def load_adapter(run: Run, spec: AdapterSpec, command: str) -> Adapter:
+    """One LoRA adapter, on the device of the run."""
+    from fastlora.adapters.loading import load
+    from fastlora.adapters.pool import require_updates
+
+    adapter = require_updates(load(spec.path, spec.name), command)
+    return adapter if run.on_host else adapter.to(run.device)
+
+
+def load_pool(run: Run, specs: list[AdapterSpec], device: str = "cpu") -> tuple[Pool, Weights]:
+    """The adapters that were named, those of folders in their place, on a device; and their weights by name."""
+    from fastlora.adapters.folders import holds_adapters, load_folder
+    from fastlora.adapters.loading import Element, load
+    from fastlora.adapters.pool import Pool
+    from fastlora.runtime.progress import track
+
+    run.require_backend()
+    loaded: list[tuple[Element, Path]] = []
+    weights: Weights = {}
+    notes: list[str] = []
+    for spec in track(specs, "loading"):
+        if holds_adapters(spec.path):
+            _refuse_name(spec)
+            elements, told = load_folder(spec.path)
+            loaded += [(element, spec.path / element.name) for element in elements]
+            notes += told
+        else:
+            elements = [load(spec.path, spec.name)]
+            loaded.append((elements[0], spec.path))
+        weights |= {element.name: spec.weight for element in elements}
+    check_names_differ((element.name, str(path)) for element, path in loaded)
+    pool = Pool(element for element, _ in loaded)
+    pool.notices[:0] = notes
+    return (pool if device in ("auto", "cpu") else pool.to(device)), weights
+
+
+def _refuse_name(spec: AdapterSpec) -> None:
+    if spec.is_named:
+        raise InputError(
+            f"{spec.name}={spec.path}: this folder holds adapters, which are called after their own folders; leave out "
+            f"`{spec.name}=`, or name one of them: {spec.name}={spec.path}/…"
+        )

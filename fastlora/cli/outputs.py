@@ -1,0 +1,113 @@
+"""What a command writes: directories, single files, tables; and what it says about them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from fastlora.cli.exits import outputs
+from fastlora.cli.run import Run, print_json
+from fastlora.errors import InputError, OutputError
+from fastlora.views.text import escaped
+
+if TYPE_CHECKING:
+    from fastlora.adapters.loading import Element
+    from fastlora.adapters.lora import Adapter
+    from fastlora.files.output import OutputDirectory
+
+
+def output_directory(run: Run, out: Path, inputs: Iterable[Path]) -> OutputDirectory:
+    """The output directory, which a signal removes while it is unfinished."""
+    from fastlora.files.output import OutputDirectory
+
+    target = OutputDirectory(out, overwrite=run.overwrite, files=("*.png",))
+    target.refuse_inputs(inputs)
+    outputs.append(target)
+    return target
+
+
+def output_target(run: Run, out: Path, inputs: Iterable[Path]) -> OutputDirectory | None:
+    """The output directory; ``None`` for the file of a task vector."""
+    if out.suffix != ".safetensors":
+        return output_directory(run, out, inputs)
+    from fastlora.files.output import check_file
+
+    if out.resolve() in [p.resolve() for p in inputs]:
+        raise InputError(f"the output {out} is an input; write to another file")
+    check_file(out, overwrite=run.overwrite)
+    return None
+
+
+def check_table(run: Run, path: Path | None) -> None:
+    """Refuses, before any work, a file for a table that could not be written."""
+    if path is None:
+        return
+    from fastlora.files.output import check_file
+
+    check_file(path, overwrite=run.overwrite)
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path} cannot be written: there is no directory {path.absolute().parent}")
+
+
+def write_table(run: Run, path: Path | None, rows: Sequence[Sequence[object]]) -> None:
+    """Writes a table with a heading as CSV, whole or not at all."""
+    if path is None:
+        return
+    from fastlora.files.output import replacing, writing
+
+    with replacing(path, overwrite=run.overwrite) as staging, writing(path):
+        with staging.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([escaped(c) if isinstance(c, str) else c for c in row] for row in rows)
+
+
+def write_adapter(run: Run, adapter: Adapter, target: OutputDirectory, out: Path, notes: Iterable[str]) -> None:
+    """Writes a LoRA adapter and says what it is."""
+    from fastlora import formats
+
+    with target as staging:
+        formats.write_adapter(adapter, staging, run.dtype)
+    ranks = [u.rank for u in adapter.updates.values()]
+    retained = adapter.provenance.get("retained_energy")
+    notes = [*notes, *target.notices]
+    if run.as_json:
+        data = {"out": str(out), "modules": len(ranks), "rank": max(ranks, default=0), "retained_energy": retained}
+        print_json({**data, "retained_energy_by_module": adapter.details.get("retained_energy"), "notices": notes})
+    elif not run.quiet:
+        share = "" if retained is None else f", {100 * float(str(retained)):.2f} % of the energy kept"
+        typer.echo(f"{out}: {len(ranks)} modules, rank {min(ranks, default=0)}–{max(ranks, default=0)}{share}")
+    run.tell_notes(notes)
+
+
+def write_element(run: Run, result: Element, target: OutputDirectory | None, out: Path) -> None:
+    """Writes an adapter of any kind and says what it is; ``target`` is ``None`` for the file of a task vector."""
+    from fastlora import formats
+    from fastlora.adapters.lora import Adapter
+    from fastlora.adapters.task_vector import TaskVector
+
+    if isinstance(result, TaskVector) != (target is None):
+        needed = "a file, NAME.safetensors" if target is not None else "a directory"
+        raise InputError(f"the result is {result.kind}, which is written as {needed}; change --out {out}")
+    notes = list(result.notes)
+    if isinstance(result, TaskVector):
+        result.save(out, dtype=run.dtype, overwrite=run.overwrite)
+        data = {"kind": "task vector", "parameters": len(result.deltas)}
+        said = f"task vector of {len(result.deltas)} parameters"
+    else:
+        assert target is not None
+        if isinstance(result, Adapter):
+            write_adapter(run, result, target, out, notes)
+            return
+        with target as staging:
+            formats.write_adapter(result, staging, run.dtype)
+        data = {"kind": "IA3", "modules": len(result.vectors)}
+        said = f"(IA)³, {len(result.vectors)} modules"
+        notes += target.notices
+    if run.as_json:
+        print_json({"out": str(out), **data, "notices": notes})
+    elif not run.quiet:
+        typer.echo(f"{out}: {said}")
+    run.tell_notes(notes)

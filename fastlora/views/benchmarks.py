@@ -1,0 +1,86 @@
+"""Times beside those of opponents, from the plain data of ``fastlora bench``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastlora.views.tables import Table
+from fastlora.views.text import print_paragraph
+
+Data = dict[str, Any]
+
+HEADER = (
+    "what",
+    "opponent",
+    "its time",
+    "ours, 1 thread",
+    "ours, 2 threads",
+    "ratio, 1 / 2",
+    "1 thread ÷ 2",
+    "floor",
+    "ours ÷ floor",
+)
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def cells(row: Data) -> tuple[str, ...]:
+    """One row below :data:`HEADER`."""
+    ours, theirs, floor = row["ours"], row["theirs"], row["floor"]
+    ratios = " / ".join(_ratio(theirs / ours[count]) for count in ours)
+    above = "–" if floor is None else f"{ours[max(ours)] / floor:.2f}"
+    second = f"{ours[1] / ours[2]:.2f}" if ours.keys() >= {1, 2} else "–"
+    times = [milliseconds(ours.get(count)) for count in (1, 2)]
+    return (row["what"], row["opponent"], milliseconds(theirs), *times, ratios, second, milliseconds(floor), above)
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 100 else f"{ratio:,.0f}"
+
+
+def notes(data: Data) -> list[str]:
+    """What a reader of the times must know."""
+    return list(dict.fromkeys(row["note"] for row in data["rows"] if row["note"]))
+
+
+def machine_line(data: Data) -> str:
+    """The machine, and what it could do at best."""
+    copy, single, double = (data[f"{key}_per_second"] for key in ("copy_bytes", "fp32_operations", "fp64_operations"))
+    counts = ", ".join(
+        f"{c} thread{'s' * (c > 1)}: copy {copy[c] / 1e9:.1f} GB/s (read + written), "
+        f"fp32 {single[c] / 1e9:.0f} and fp64 {double[c] / 1e9:.0f} Gop/s"
+        for c in copy
+    )
+    return f"{data['machine']}. Measured limits: {counts}."
+
+
+def show_bench(data: Data) -> None:
+    kinds = ("text", "text", *("number",) * (len(HEADER) - 2))
+    table = Table(*(f"{kind}:{heading}" for kind, heading in zip(kinds, HEADER, strict=True)), keys=2)
+    for row in data["rows"]:
+        table.add(*cells(row))
+    print_paragraph(machine_line(data))
+    table.print()
+    for note in notes(data):
+        print_paragraph(note)
+
+
+def bench_rows(data: Data) -> list[list[object]]:
+    """The rows in seconds, with a heading."""
+    counts = list(dict.fromkeys(count for row in data["rows"] for count in row["ours"]))
+    rows: list[list[object]] = [["what", "opponent", "theirs", *(f"ours_{c}" for c in counts), "floor", "note"]]
+    for row in data["rows"]:
+        ours = [row["ours"].get(count, "") for count in counts]
+        floor = "" if row["floor"] is None else row["floor"]
+        rows.append([row["what"], row["opponent"], row["theirs"], *ours, floor, row["note"]])
+    return rows
+
+
+def show_bench_names(data: Data) -> None:
+    table = Table("name:case", "text:what is timed", "text:on", "text:when")
+    for name, case in data["cases"].items():
+        table.add(name, case["summary"], ", ".join(case["workloads"]), "only when named" if case["slow"] else "")
+    table.print()
+    print_paragraph(f"workloads: {', '.join(data['workloads'])}")

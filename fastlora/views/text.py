@@ -1,0 +1,83 @@
+"""Text for a terminal: its width, what is safe to print, lines that are broken between words and never inside one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.cells import cell_len
+
+BOLD, YELLOW = "1", "33"
+NARROWEST = 40
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, or of the variable COLUMNS; 80 where the output is no terminal."""
+    return max(NARROWEST, shutil.get_terminal_size().columns)
+
+
+def escaped(text: str) -> str:
+    """Names come from files: what is no printable character is shown as its escape sequence."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def styled(text: str, style: str) -> str:
+    """Bold or coloured text where standard output is a terminal that shows it."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{style}m{text}\x1b[0m"
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most ``width``, but for words that are longer, such as paths."""
+    lines: list[str] = []
+    for word in text.split(" "):
+        if lines and cell_len(lines[-1]) + 1 + cell_len(word) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def print_paragraph(text: str, *, start: str = "", style: str = BOLD) -> None:
+    """A paragraph that fits the terminal; what it starts with is set off."""
+    lines = wrapped(escaped(start + text), terminal_width())
+    head = escaped(start)
+    if lines[0].startswith(head):
+        lines[0] = styled(head, style) + lines[0].removeprefix(head) if head else lines[0]
+    print_lines(lines)
+
+
+def shorten(text: str, width: int) -> str:
+    """``text`` in at most ``width`` columns: its start and its end, with ``…`` for what is between."""
+    if cell_len(text) <= width:
+        return text
+    tail_width = max(0, width - 1) // 2
+    head, tail = text, text
+    while head and cell_len(head) > max(0, width - 1 - tail_width):
+        head = head[:-1]
+    while tail and cell_len(tail) > tail_width:
+        tail = tail[1:]
+    return f"{head}…{tail}"
+
+
+def shorten_apart(texts: Sequence[str], width: int) -> list[str]:
+    """:func:`shorten` for many; different texts stay different: ``~2`` marks the second of those that would not."""
+    taken: dict[str, str] = {}  # what is printed -> what it stands for
+    made: dict[str, str] = {}
+    for text in texts:
+        count, short = 1, shorten(text, width)
+        while taken.get(short, text) != text:
+            count += 1
+            mark = f"~{count}"
+            short = shorten(text, width - len(mark)) + mark
+        taken[short] = text
+        made[text] = short
+    return [made[text] for text in texts]
