@@ -19,6 +19,7 @@ KINDS: dict[type[AdapterData], type[Element]] = {LoraData: Adapter, Ia3Data: IA3
 """What a record that a format read becomes: the same fields, with verbs."""
 
 
+@paused_collector()
 def load(path: str | Path, name: str | None = None) -> Element:
     """Loads one adapter: LoRA, (IA)³ or a saved task vector. The format is detected from the files.
 
@@ -38,7 +39,6 @@ def load(path: str | Path, name: str | None = None) -> Element:
     Cost: one read of the configuration and of the file's header. Tensors of ``.safetensors`` files stay in the file,
     memory-mapped, until a result needs them. A task vector is read once, to refuse NaN and Inf.
     """
-    with paused_collector():
-        record = formats.read(Path(path), name)
-        fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-        return KINDS[type(record)](**fields)
+    record = formats.read(Path(path), name)
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    return KINDS[type(record)](**fields)

@@ -68,6 +68,7 @@ class Pool:
         self._compare_bases()
 
     @classmethod
+    @paused_collector()
     def load(cls, sources: Source | Iterable[Source | VectorSpace] | Mapping[str, Source]) -> Pool:
         """Loads adapters with :func:`fastlora.load` and puts them into a pool.
 
@@ -90,11 +91,10 @@ class Pool:
                     f"a pool is loaded from a list of paths or {{name: path}}, not from the one path {sources}"
                 )
             sources = [sources]
-        with paused_collector():
-            if isinstance(sources, Mapping):
-                return cls(load(os.fspath(path), name) for name, path in sources.items())
-            elements, notices = _loaded(s if isinstance(s, VectorSpace) else find(os.fspath(s)) for s in sources)
-            pool = cls(elements)
+        if isinstance(sources, Mapping):
+            return cls(load(os.fspath(path), name) for name, path in sources.items())
+        elements, notices = _loaded(s if isinstance(s, VectorSpace) else find(os.fspath(s)) for s in sources)
+        pool = cls(elements)
         pool.notices[:0] = notices
         return pool
 

@@ -24,7 +24,8 @@ from fastlora.dipm.parts import refuse_extras
 from fastlora.errors import InputError
 from fastlora.runtime.progress import track
 
-Components = Pool | Decomposition | Mapping[str, Adapter] | Sequence[Adapter]
+Sources = Pool | Decomposition | Mapping[str, Adapter] | Sequence[Adapter]
+"""What gives adapters to be weighed."""
 Loss = Callable[[Any, Any], Tensor]
 
 
@@ -59,7 +60,7 @@ class LearnedMerge(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        components: Components,
+        components: Sources,
         *,
         per: Literal["task", "layer"] = "task",
         init: float = 0.3,
@@ -70,7 +71,7 @@ class LearnedMerge(nn.Module):
             raise InputError(
                 f"per={per!r} does not exist: use 'task' (one λ an adapter) or 'layer' (one a module, too)"
             )
-        self.components = named_components(components)
+        self.components = named_sources(components)
         refuse_extras(list(self.components.values()))
         self.per = per
         self.clamp = clamp
@@ -226,29 +227,25 @@ class LearnedMerge(nn.Module):
         self.close()
 
 
-def named_components(components: Components) -> dict[str, Adapter]:
-    """Adapters by name, from whatever holds them."""
-    if isinstance(components, Pool):
-        found = dict(zip(components.names, components.adapters, strict=True))
-    elif isinstance(components, Decomposition):
-        if components.mode == "pairs":
-            found = dict(zip(components.pool.names, components.pool.adapters, strict=True))
-            found |= {f"{a}+{b}": pair.shared for (a, b), pair in components.pairs.items()}
-        else:
-            found = components.adapters()
-    elif isinstance(components, Mapping):
-        found = dict(components)
+def named_sources(sources: Sources) -> dict[str, Adapter]:
+    """The adapters by name."""
+    if isinstance(sources, Pool):
+        adapters = dict(zip(sources.names, sources.adapters, strict=True))
+    elif isinstance(sources, Decomposition):
+        adapters = sources.summands()
+    elif isinstance(sources, Mapping):
+        adapters = dict(sources)
     else:
-        given = list(components)
-        found = {a.name: a for a in given}
-        if len(found) != len(given):
+        given = list(sources)
+        adapters = {a.name: a for a in given}
+        if len(adapters) != len(given):
             raise InputError("learned coefficients: two components have one name; give them by name, {name: adapter}")
-    for name, adapter in found.items():
+    for name, adapter in adapters.items():
         if not isinstance(adapter, Adapter):
             raise InputError(f"learned coefficients: {name!r} is {adapter!r}, not a LoRA adapter")
-    if not found:
+    if not adapters:
         raise InputError("learned coefficients: no components were given")
-    return found
+    return adapters
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from fastlora.errors import InputError
 from fastlora.expressions.compose import compose
 from fastlora.expressions.functions import WORDS
 from fastlora.expressions.grammar import bind, parse
-from fastlora.files.output import replacing, writing
+from fastlora.files.disk_errors import writing
+from fastlora.files.output import replacing
 from fastlora.files.pictures import check_picture
 from fastlora.runtime.progress import track
 
@@ -267,14 +268,14 @@ def grid_points(grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]])
 def _scorers(score: Score) -> Callable[[VectorSpace], dict[str, float]]:
     def run(adapter: VectorSpace) -> dict[str, float]:
         if isinstance(score, Mapping):
-            found: Any = {name: function(adapter) for name, function in score.items()}
+            result: Any = {name: function(adapter) for name, function in score.items()}
         else:
-            found = score(adapter)
-        named = dict(found) if isinstance(found, Mapping) else {"score": found}
+            result = score(adapter)
+        named = dict(result) if isinstance(result, Mapping) else {"score": result}
         try:
             return {str(name): float(value) for name, value in named.items()}
         except (TypeError, ValueError):
-            raise InputError(f"sweep: a score must be a number or numbers by name, not {found!r}") from None
+            raise InputError(f"sweep: a score must be a number or numbers by name, not {result!r}") from None
 
     return run
 

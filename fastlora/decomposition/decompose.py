@@ -25,6 +25,7 @@ from fastlora.runtime.memory import parse as parse_memory
 MODES = ("pool", "pairs", "iterative")
 
 
+@paused_collector()
 def decompose(
     pool: Pool,
     threshold: float = 0.85,
@@ -91,12 +92,12 @@ def decompose(
         others = [n for n in pool.names if n != pool[target].name] if order is None else list(order)
         if target in others or len(set(others)) != len(others) or not others:
             raise InputError(f"order={others}: name each other adapter once, without the target {target!r}")
-        with bounded(bound), streams.streamed(stream), paused_collector():
+        with bounded(bound), streams.streamed(stream):
             steps = decompose_iteratively(pool, settings, target, others)
         return Decomposition(pool, mode, steps=steps, target=target, memory=bound, stream=stream)
     if target is not None or order is not None:
         raise InputError(f"target and order belong to mode='iterative', not to mode={mode!r}")
-    with bounded(bound), streams.streamed(stream), paused_collector():
+    with bounded(bound), streams.streamed(stream):
         if mode == "pairs":
             return Decomposition(pool, mode, pairs=decompose_pairs(pool, settings), memory=bound, stream=stream)
         return Decomposition(pool, mode, whole=decompose_pool(pool, settings), memory=bound, stream=stream)

@@ -22,7 +22,6 @@ from fastlora.engine.write import WRITE_BYTES
 from fastlora.errors import InputError
 from fastlora.files.output import OutputDirectory
 from fastlora.formats import write_adapters
-from fastlora.runtime.cpython import paused_collector
 from fastlora.runtime.memory import bounded
 
 
@@ -173,6 +172,14 @@ class Decomposition:
         """
         return {place: adapter for part in self._parts() for place, adapter in part.items()}
 
+    def summands(self) -> dict[str, Adapter]:
+        """What a weighted sum is taken over, by name: all of :meth:`adapters`; in ``mode="pairs"`` the adapters of the
+        pool and, as ``<a>+<b>``, the shared part of every pair (Table 1 of DeVec). No factor is read."""
+        if self.mode != "pairs":
+            return self.adapters()
+        whole = dict(zip(self.pool.names, self.pool.adapters, strict=True))
+        return whole | {f"{a}+{b}": pair.shared for (a, b), pair in self.pairs.items()}
+
     def _parts(self) -> Iterator[dict[str, Adapter]]:
         """The results, those of a pool of many pairs some pairs at a time: as many as have room together."""
         if self.mode == "iterative":
@@ -218,7 +225,6 @@ class Decomposition:
             (staging / "report.json").open("w") as file,
             bounded(self.memory),
             streamed(self.stream),
-            paused_collector(),
         ):
             for i, adapters in enumerate(self._parts()):
                 for place in adapters:

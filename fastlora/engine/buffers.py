@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastlora.core.data import LoraData
 from fastlora.core.updates import tensors
@@ -124,14 +125,18 @@ def refill(target: LoraData, source: LoraData) -> None:
         _remember(mine, other)
 
 
+_hosts = WeakTensorKeyDictionary()
+"""Matrices of the host by their copies on a device, as long as those live."""
+
+
 def _remember(tensor: Tensor, host: Tensor) -> None:
-    tensor.fastlora_host = host  # type: ignore[attr-defined]
+    _hosts[tensor] = host
 
 
 def origin(tensor: Tensor) -> Tensor | None:
     """The host's copy of a matrix on a device, where it came from there."""
-    found: Tensor | None = getattr(tensor, "fastlora_host", None)
-    return found
+    host: Tensor | None = _hosts.get(tensor)  # type: ignore[no-untyped-call]
+    return host
 
 
 class Room:

@@ -14,7 +14,6 @@ from fastlora.engine.buffers import Room, padded
 from fastlora.engine.combine_jobs import WantedFactor, combine_job, require_one_length, stored_as
 from fastlora.ops.dispatch import run_pass
 from fastlora.ops.passes import CombineJob
-from fastlora.runtime.cpython import paused_collector
 
 
 def materialise(updates: Sequence[Update], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -28,7 +27,6 @@ def materialise(updates: Sequence[Update], dtype: torch.dtype) -> list[tuple[Ten
     return materialise_groups([updates], dtype)[0]
 
 
-@paused_collector()
 def materialise_groups(
     groups: Sequence[Sequence[Update]], dtype: torch.dtype, room: Room | None = None
 ) -> list[list[tuple[Tensor, Tensor]]]:

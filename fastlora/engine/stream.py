@@ -105,23 +105,23 @@ def _ahead(groups: Sequence[dict[object, Tensor]], device: torch.device) -> Iter
     def copied(group: dict[object, Tensor]) -> tuple[dict[object, Tensor], Any]:
         with torch.cuda.stream(copying) if on_gpu else contextlib.nullcontext():
             with devices.memory_told("copying modules to the device"):
-                found = dict(zip(group, buffers.moved(list(group.values()), device), strict=True)) if group else {}
-            return found, copying.record_event() if on_gpu else None
+                copies = dict(zip(group, buffers.moved(list(group.values()), device), strict=True)) if group else {}
+            return copies, copying.record_event() if on_gpu else None
 
     with ThreadPoolExecutor(1) as worker:
         # Context variables and modes of torch belong to a thread.
         following: Future[Any] | None = worker.submit(contextvars.copy_context().run, copied, groups[0])
         for i in range(len(groups)):
             assert following is not None
-            found, event = following.result()
+            copies, event = following.result()
             more = i + 1 < len(groups)
             following = worker.submit(contextvars.copy_context().run, copied, groups[i + 1]) if more else None
             if on_gpu:
                 computing = torch.cuda.current_stream(device)
                 computing.wait_event(event)
-                for tensor in found.values():
+                for tensor in copies.values():
                     tensor.record_stream(computing)  # its memory is not used anew before this stream is done with it
-            yield found
+            yield copies
 
 
 def combine(jobs: Sequence[CombineJob]) -> WriteProblem | None:
@@ -250,8 +250,8 @@ def _into(job: CombineJob, there: dict[int, Tensor], results: Iterator[Tensor]) 
     return CombineJob([there[id(job.factors[f])] for f in used], outputs, job.rows)
 
 
-def _saved(output: CombineOutput, found: Iterator[Tensor]) -> CombineOutput:
+def _saved(output: CombineOutput, results: Iterator[Tensor]) -> CombineOutput:
     """What is left to do on the host: to write a matrix."""
     if not output.terms:
         return output
-    return CombineOutput.copy(next(found), output.file, output.offset, output.check)
+    return CombineOutput.copy(next(results), output.file, output.offset, output.check)

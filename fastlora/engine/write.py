@@ -25,7 +25,7 @@ from fastlora.engine.materialise import materialise_groups
 from fastlora.engine.schedule import split_to_fit
 from fastlora.ops import dispatch
 from fastlora.ops.passes import CombineJob, CombineOutput
-from fastlora.runtime.cpython import paused_collector, quick_handover
+from fastlora.runtime.cpython import paused_collector
 from fastlora.runtime.memory import is_bounded, release
 from fastlora.runtime.progress import track
 
@@ -35,6 +35,7 @@ PREPARED = 2  # batches of modules that are ready while one is written
 OPEN_FILES = 128
 
 
+@paused_collector()
 def write_adapters(
     adapters: Mapping[Path, LoraData],
     targets: Mapping[Path, torch.dtype],
@@ -48,16 +49,7 @@ def write_adapters(
     Factors are computed where they are written from, a module at a time in every thread, so memory does not grow with
     the model; one thread prepares the next modules meanwhile. ``meanwhile`` is called while the last are written.
     """
-    with paused_collector(), quick_handover():
-        _write_adapters(stream.on_host(adapters, targets), targets, open_sink, meanwhile)
-
-
-def _write_adapters(
-    adapters: Mapping[Path, LoraData],
-    targets: Mapping[Path, torch.dtype],
-    open_sink: OpenSink,
-    meanwhile: Callable[[], object],
-) -> None:
+    adapters = stream.on_host(adapters, targets)
     empty = {
         d: zero_factors(a.name, a.updates, targets[d])
         for d, a in adapters.items()

@@ -47,12 +47,12 @@ class Checker:
         return f"{meant} (known: {', '.join(self.known) or 'none'})"
 
     def _sum(self, node: Sum) -> bool:
-        found = [(self.check(term), term) for _, term in node.terms]
-        for is_adapter, term in found:
-            if is_adapter != found[0][0]:
-                what = "an adapter and a number" if found[0][0] else "a number and an adapter"
+        kinds = [(self.check(term), term) for _, term in node.terms]
+        for is_adapter, term in kinds:
+            if is_adapter != kinds[0][0]:
+                what = "an adapter and a number" if kinds[0][0] else "a number and an adapter"
                 raise self._fail(f"{what} cannot be added; multiply one by the other, or add adapters", term)
-        return found[0][0]
+        return kinds[0][0]
 
     def _product(self, node: Product) -> bool:
         seen = False
@@ -119,7 +119,7 @@ def number(node: Node, text: str) -> float:
 
 def options(node: Call, function: Function, text: str) -> Options:
     """The options of a call by name, as numbers, whole numbers and words."""
-    found: Options = {}
+    chosen: Options = {}
     for key, value in node.options:
         if key not in function.options:
             takes = f"it takes {', '.join(function.options)}" if function.options else "it takes none"
@@ -128,13 +128,13 @@ def options(node: Call, function: Function, text: str) -> Options:
         if wanted is Word:
             if not isinstance(value, Name):
                 raise ExpressionError(f"{key} is a word, such as {key}={function.words[key]}", text, value.at)
-            found[key] = value.name
+            chosen[key] = value.name
             continue
         amount = number(value, text)
         if wanted is int and amount != int(amount):
             raise ExpressionError(f"{key} is a whole number", text, value.at)
-        found[key] = wanted(amount)
-    return found
+        chosen[key] = wanted(amount)
+    return chosen
 
 
 def _counted(count: int, what: str) -> str:

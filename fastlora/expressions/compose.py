@@ -132,8 +132,8 @@ class Linear:
         self.terms[id(element)] = before + weight, element
 
     def element(self) -> VectorSpace:
-        found = list(self.terms.values())
-        kept = [(w, x) for w, x in found if w != 0.0] or found[:1]
+        terms = list(self.terms.values())
+        kept = [(w, x) for w, x in terms if w != 0.0] or terms[:1]
         return kept[0][1] if len(kept) == 1 and kept[0][0] == 1.0 else linear(kept)
 
 
@@ -189,15 +189,15 @@ class Evaluator:
 
     def _distinct(self, function: str, nodes: list[Node]) -> list[VectorSpace]:
         """Elements with names that differ, as pools need them: their own, or their place."""
-        found: list[VectorSpace] = []
+        elements: list[VectorSpace] = []
         for i, node in enumerate(nodes):
             element = self.element(node)
-            if any(element is other for other in found):
+            if any(element is other for other in elements):
                 raise ExpressionError(f"{function} has {element.name} twice", self.text, node.at)
             if not isinstance(node, Name):
                 element = replace(element, name=f"argument {i + 1}")
-            found.append(element)
-        return found
+            elements.append(element)
+        return elements
 
 
 def _is_number(node: Node) -> bool:

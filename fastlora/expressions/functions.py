@@ -54,8 +54,8 @@ def _unique(
 ) -> VectorSpace:
     pool = _pool(elements, "unique")
     target, *others = pool.names
-    found = decompose(pool, mode="iterative", target=target, order=others, memory=memory, **options)
-    return replace(found.unique_of(target), name=f"unique({target} | {', '.join(others)})")
+    parts = decompose(pool, mode="iterative", target=target, order=others, memory=memory, **options)
+    return replace(parts.unique_of(target), name=f"unique({target} | {', '.join(others)})")
 
 
 def _shared(

@@ -33,12 +33,12 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
             raise InputError(f"{what} names {twice[:300]!r} twice; remove one of the two")
-        return found
+        return fields
 
     try:
         values = json.loads(raw, object_pairs_hook=once)

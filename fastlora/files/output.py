@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -12,9 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 
-from safetensors import SafetensorError
-
-from fastlora.errors import FastloraError, OutputError
+from fastlora.errors import OutputError
+from fastlora.files.disk_errors import PARTIAL, translated, writing
 
 OUTPUT_FILES = (
     "adapter_config.json",
@@ -25,19 +23,7 @@ OUTPUT_FILES = (
 )
 """What an earlier output consists of: only such files are ever deleted by overwriting."""
 
-PARTIAL = re.compile(r"\..+\.partial-(\d+)(-\d+)?")
 REPLACED = re.compile(r"\..+\.replaced-(\d+)(-\d+)?")
-
-REASONS = {
-    errno.ENOSPC: "the disk is full; free some space or write elsewhere",
-    errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
-    errno.EACCES: "permission denied; write elsewhere or change the permissions",
-    errno.EPERM: "permission denied; write elsewhere or change the permissions",
-    errno.EROFS: "the file system is read-only; write elsewhere",
-    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
-    errno.EFBIG: "the file is larger than is allowed here; write elsewhere",
-    errno.EIO: "the disk reported an input/output error; check it or write elsewhere",
-}
 
 
 class OutputDirectory:
@@ -109,9 +95,9 @@ class OutputDirectory:
                     self._put_in_place(staging)
         finally:
             self.discard()
-        translated = None if error is None else _translated(error, self.path)
-        if translated is not None:
-            raise translated from error
+        problem = None if error is None else translated(error, self.path)
+        if problem is not None:
+            raise problem from error
 
     def discard(self) -> None:
         """Removes what is unfinished. Leaving the block does so too, unless a signal comes just before it is entered or
@@ -183,17 +169,6 @@ class OutputDirectory:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while ``path`` is written into one :class:`OutputError`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, FastloraError):
-            raise
-        raise output_error(error, path) from error
-
-
-@contextmanager
 def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """``with replacing(path, overwrite=…) as staging:`` — the file that is written to ``staging`` becomes ``path`` at
     the end, and is removed when the block raises.
@@ -220,45 +195,6 @@ def check_file(path: Path, *, overwrite: bool) -> None:
         raise OutputError(
             f"the output {path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
         )
-
-
-def partial_of(path: Path) -> Path | None:
-    """The unfinished output that ``path`` is or lies in, if any."""
-    absolute = Path(os.path.abspath(path))
-    return next((p for p in (absolute, *absolute.parents) if PARTIAL.fullmatch(p.name)), None)
-
-
-def output_error(error: OSError | SafetensorError, path: Path) -> OutputError:
-    """What went wrong while ``path`` was written, in terms of the finished output."""
-    number = _errno(error)
-    reason = REASONS.get(number) if number is not None else None
-    return OutputError(f"{finished(path)} could not be written: {reason or error}")
-
-
-def finished(path: Path) -> Path:
-    """The place that a path inside an unfinished output would have had in the finished one."""
-    unfinished = partial_of(path)
-    if unfinished is None:
-        return path
-    return unfinished.with_name(unfinished.name[1:].rpartition(".partial-")[0]) / path.relative_to(unfinished)
-
-
-def _errno(error: BaseException) -> int | None:
-    """The system's error number, also from the text that safetensors makes of it."""
-    if isinstance(error, OSError):
-        return error.errno
-    match = re.search(r"\(os error (\d+)\)", str(error))
-    return int(match[1]) if match else None
-
-
-def _translated(error: BaseException, path: Path) -> OutputError | None:
-    """The error to raise instead of one that left the block; errors that are not about the output stay as
-    they are."""
-    if isinstance(error, FastloraError) or not isinstance(error, OSError | SafetensorError):
-        return None
-    about = getattr(error, "filename", None)
-    here = about is None or path.parent in Path(os.path.abspath(os.fsdecode(about))).parents
-    return output_error(error, path) if here and _errno(error) in REASONS else None
 
 
 def _foreign_files(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]:

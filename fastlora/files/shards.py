@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import InputError
-from fastlora.files.tensor_files import SAFETENSORS, read_safetensors, read_torch
+from fastlora.files.tensor_files import SAFETENSORS, read_safetensors
+from fastlora.files.torch_files import read_torch
 
 
 def read_model(path: Path) -> dict[str, Tensor]:

@@ -23,8 +23,9 @@ from fastlora.core.names import CONFIG_NAME, check_name
 from fastlora.engine import write as engine
 from fastlora.engine.contracts import Sink
 from fastlora.errors import InputError, UnsupportedAdapter
+from fastlora.files.disk_errors import partial_of
 from fastlora.files.locate import find
-from fastlora.files.output import OutputDirectory, partial_of, replacing
+from fastlora.files.output import OutputDirectory, replacing
 from fastlora.files.tensor_files import SAFETENSORS
 
 

@@ -12,7 +12,8 @@ from fastlora._version import __version__
 from fastlora.core.data import AdapterData, DeltaData
 from fastlora.core.dtypes import parse_dtype
 from fastlora.errors import InputError, NonFiniteError
-from fastlora.files.tensor_files import SAFETENSORS, TensorFile, cast_tensor, read_safetensors
+from fastlora.files.tensor_files import SAFETENSORS, read_safetensors
+from fastlora.files.tensor_writing import TensorFile, cast_tensor
 from fastlora.ops.finite import is_finite
 
 KIND = "task_vector"

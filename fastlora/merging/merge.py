@@ -17,6 +17,7 @@ from fastlora.runtime.cpython import paused_collector
 from fastlora.runtime.memory import bound_on_host, bounded
 
 
+@paused_collector()
 def merge(
     pool: Pool,
     weights: Mapping[str, float] | None = None,
@@ -67,7 +68,7 @@ def merge(
     bound = bound_on_host(memory, devices.parse(device) or pool.device)
     pool = on_device(pool, device)
     try:
-        with bounded(bound), paused_collector():
+        with bounded(bound):
             merged = chosen(pool, counted, rank=rank, energy=energy, **parameters)
     except NonFiniteError:
         require_finite(pool.adapters)  # names the adapter of the pool; the method only knows their sum

@@ -78,7 +78,11 @@ def resident() -> int:
 
 def release(tensors: Iterable[Tensor]) -> None:
     """Gives back the pages of tensors that are mapped from files, where memory is bounded; they are read again when
-    touched. Other memory is left alone: what is file-backed is read from the system's own list of mappings."""
+    touched.
+
+    Other memory is left alone, since it would be lost: what is file-backed is read from the system's own list of
+    mappings. ``mmap.madvise`` needs the mapping's object, and torch gives none for the ``.bin`` files that it maps.
+    """
     if not is_bounded():
         return
     starts, ends = _file_mappings()

@@ -49,7 +49,6 @@ class Column:
             return max(heading, min(longest, LEAST_NAME))
         return max([heading, *(min(LONGEST_WORD, cell_len(word)) for cell in self.cells for word in cell.split(" "))])
 
-
     @property
     def comfortable(self) -> int:
         """A width at which it is read with ease."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastlora as fl
 from fastlora.adapters.lora import Adapter
-from fastlora.coefficients.learned import entropy, named_components
+from fastlora.coefficients.learned import entropy
 from fastlora.core.data import Extra
 from fastlora.core.factors import Factor
 from fastlora.core.updates import Layout, Update
@@ -179,9 +179,9 @@ def second_logit(out: Tensor, _: Any) -> Tensor:
 
 def test_what_a_decomposition_gives() -> None:
     pool = fl.Pool([component("a", 1), component("b", 200, 3), component("c", 400, 2)])
-    pairs = named_components(fl.decompose(pool, 0.2, mode="pairs"))
+    pairs = fl.decompose(pool, 0.2, mode="pairs").summands()
     assert list(pairs) == ["a", "b", "c", "a+b", "a+c", "b+c"]
-    whole = named_components(fl.decompose(pool, 0.2))
+    whole = fl.decompose(pool, 0.2).summands()
     assert list(whole) == ["shared", "unique/a", "unique/b", "unique/c"]
     merge = fl.LearnedMerge(net(), fl.decompose(pool, 0.0, mode="pairs"), per="layer")
     assert merge.coefficients.shape[1] == 6

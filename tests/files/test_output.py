@@ -7,12 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from builders import make_adapter
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from fastlora.adapters.loading import load
 from fastlora.errors import InputError, OutputError
-from fastlora.files.output import OutputDirectory, partial_of
+from fastlora.files.disk_errors import errno_of, partial_of
+from fastlora.files.output import OutputDirectory
 
 
 def left_in(directory: Path) -> list[str]:
@@ -184,3 +187,10 @@ def test_nothing_unfinished_loads(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="never finished"):
             load(inside)
     assert load(tmp_path / "out" / "shared").modules and partial_of(tmp_path / "out") is None
+
+
+def test_safetensors_still_says_the_errors_number(tmp_path: Path) -> None:
+    """Its errors have no number but in their text, from which the sentences about full disks and the like are made."""
+    with pytest.raises((SafetensorError, OSError)) as refused:
+        save_file({"a": torch.zeros(1)}, tmp_path / "missing" / "a.safetensors")
+    assert errno_of(refused.value) == errno.ENOENT

@@ -24,7 +24,7 @@ from fastlora.core.data import BaseInfo, Extra
 from fastlora.core.factors import Factor
 from fastlora.core.updates import Layout, Update
 from fastlora.errors import OutputError
-from fastlora.files.tensor_files import TensorFile
+from fastlora.files.tensor_writing import TensorFile
 from fastlora.formats.peft.names import exact_pattern
 from fastlora.formats.peft.patterns import Patterns
 from fastlora.formats.peft.writing import exclude_pattern
@@ -44,7 +44,7 @@ def adapter_of(
         module: Update(Factor.of("B", b), Factor.of("A", a), layout=(layouts or {}).get(module, Layout()))
         for module, (b, a) in factors.items()
     }
-    return Adapter("made", updates, extras=extras, base=base, provenance={"merge": ["a", "b"]})
+    return Adapter("made", updates, extras=extras or {}, base=base or BaseInfo(), provenance={"merge": ["a", "b"]})
 
 
 def config_of(directory: Path) -> dict[str, Any]:

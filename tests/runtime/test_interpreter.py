@@ -1,13 +1,12 @@
-"""Python's garbage collector while adapters are made, and the turns of its threads while they are written."""
+"""Python's garbage collector while adapters are made."""
 
 from __future__ import annotations
 
 import gc
-import sys
 
 import pytest
 
-from fastlora.runtime.cpython import HANDOVER_SECONDS, paused_collector, quick_handover
+from fastlora.runtime.cpython import paused_collector
 
 
 def test_it_is_paused_and_comes_back() -> None:
@@ -48,24 +47,3 @@ def test_what_a_program_froze_stays_frozen() -> None:
         assert gc.get_freeze_count() >= before - 10 > 0  # a few may die meanwhile
     finally:
         gc.unfreeze()
-
-
-def test_turns_are_short_inside_and_come_back_after_the_last_block() -> None:
-    before = sys.getswitchinterval()
-    first, second = quick_handover(), quick_handover()
-    with first:
-        assert sys.getswitchinterval() == pytest.approx(HANDOVER_SECONDS)
-        second.__enter__()
-    assert sys.getswitchinterval() == pytest.approx(HANDOVER_SECONDS)
-    second.__exit__(None, None, None)
-    assert sys.getswitchinterval() == before
-
-
-def test_shorter_turns_are_left_alone() -> None:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        with quick_handover():
-            assert sys.getswitchinterval() == pytest.approx(1e-5)
-    finally:
-        sys.setswitchinterval(before)

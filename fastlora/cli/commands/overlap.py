@@ -43,7 +43,7 @@ def overlap(
     write_table(run, csv, overlap_rows(data))
     if plot is not None:
         from fastlora.analysis.plots import plot_overlap
-        from fastlora.files.output import writing
+        from fastlora.files.disk_errors import writing
 
         with writing(plot):
             plot_overlap(found, plot)

@@ -21,8 +21,8 @@ from fastlora.core.data import BaseInfo, Extra, Ia3Data, Scaling
 from fastlora.core.dtypes import parse_dtype
 from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import InputError, NonFiniteError, OutputError
-from fastlora.files.output import writing
-from fastlora.files.tensor_files import TensorFile, cast_tensor
+from fastlora.files.disk_errors import writing
+from fastlora.files.tensor_writing import TensorFile, cast_tensor
 from fastlora.formats.peft.config import Fields, refuse_unknown
 from fastlora.formats.peft.names import HEADS, PREFIX, WEIGHTS_NAME
 from fastlora.formats.peft.patterns import Unsupported, compiled_whole

@@ -76,8 +76,8 @@ class Patterns:
 
     def _first(self, module: str) -> int | None:
         last = module.rpartition(".")[2]
-        found = [i for i in (self._exact.get(module), self._last.get(last)) if i is not None]
-        known = min(found, default=None)
+        indices = [i for i in (self._exact.get(module), self._last.get(last)) if i is not None]
+        known = min(indices, default=None)
         for index, matches in self._others:
             if known is not None and known < index:
                 break

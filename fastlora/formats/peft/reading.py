@@ -19,7 +19,8 @@ from fastlora.core.factors import Factor
 from fastlora.core.names import CONFIG_NAME, EMBEDDINGS
 from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update
 from fastlora.errors import InputError, NonFiniteError, UnsupportedAdapter
-from fastlora.files.tensor_files import DTYPE_NAMES, read_safetensors, read_torch
+from fastlora.files.tensor_files import DTYPE_NAMES, read_safetensors
+from fastlora.files.torch_files import read_torch
 from fastlora.formats.peft.config import MERGE_FIRST, Fields, PeftConfig, read_config
 from fastlora.formats.peft.names import (
     HEADS,

@@ -24,8 +24,8 @@ from fastlora.core.factors import Side
 from fastlora.core.names import CONFIG_NAME, EMBEDDINGS
 from fastlora.core.updates import Layout
 from fastlora.errors import OutputError
-from fastlora.files.output import writing
-from fastlora.files.tensor_files import TensorFile, cast_tensor
+from fastlora.files.disk_errors import writing
+from fastlora.files.tensor_writing import TensorFile, cast_tensor
 from fastlora.formats.peft.names import (
     HEADS,
     PREFIX,

@@ -1,0 +1,138 @@
+"""Safetensors files, written in place: tensors one by one, in any order."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastlora.errors import OutputError
+from fastlora.files.disk_errors import finished, output_error, writing
+from fastlora.files.tensor_files import DTYPE_NAMES
+from fastlora.ops.dispatch import resolve
+from fastlora.ops.passes import CombineJob, CombineOutput
+
+ALIGNMENT = 4096  # of the first tensor: whole pages are written faster, and tensors mostly are whole pages
+
+
+def cast_tensor(tensor: Tensor, dtype: torch.dtype, module: str) -> Tensor:
+    """The tensor in ``dtype``, on the CPU and contiguous: itself when it is that already.
+
+    Raises :class:`OutputError` when a value is beyond the range of ``dtype``.
+    """
+    if tensor.is_meta:
+        return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    result = tensor.detach().to("cpu", dtype).contiguous()
+    if tensor.dtype != dtype and not bool(torch.isfinite(result).all()):
+        largest = float(tensor.abs().max())
+        problem = (
+            f"has values up to {largest:.3g}, beyond the largest {str(dtype)[6:]} "
+            f"({torch.finfo(dtype).max:.3g}); save with dtype=float32"
+            if math.isfinite(largest)
+            else "has values that are not finite; look for NaN in the inputs"
+        )
+        raise OutputError(f"module {module!r} {problem}")
+    return result
+
+
+class TensorFile:
+    """A safetensors file whose tensors are written one by one, in any order, each at its place.
+
+    The safetensors library writes a file from tensors that are all in memory; this one is given their shapes first
+    (``outlines``: tensors, on the meta device or not) and keeps nothing.
+    """
+
+    def __init__(self, path: Path, outlines: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        self.path = path
+        self._places: dict[str, tuple[int, int]] = {}
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        offset = 0
+        for name in sorted(sorted(outlines), key=lambda n: -outlines[n].dtype.itemsize):
+            tensor = outlines[name]
+            end = offset + tensor.nbytes
+            header[name] = {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, end],
+            }
+            self._places[name] = offset, end
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % ALIGNMENT)
+        self._start = 8 + len(text)
+        self._missing = set(outlines)
+        with writing(path), path.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.flush()
+            _make_room(file.fileno(), self._start + offset)
+
+    def write(self, tensors: Mapping[str, Tensor], *, check: bool = False) -> None:
+        """Writes some tensors, which have the shapes and dtypes that were announced; ``check`` refuses NaN and Inf."""
+        names = [n for n, t in tensors.items() if t.nbytes]
+        for name, tensor in tensors.items():
+            start, end = self._places[name]
+            if tensor.nbytes != end - start:
+                raise ValueError(f"{name}: {tensor.nbytes} bytes where {end - start} were announced")
+        if not names:
+            self.written(tensors)
+            return
+        with self.open() as file:
+            outputs = [CombineOutput.copy(_as_row(tensors[n]), file, self.offset(n), check) for n in names]
+            jobs = [CombineJob([], outputs, False)]
+            problem = resolve("combine_pass", jobs).launch(jobs)
+        if problem is not None:
+            name = names[problem.output]
+            raise self.error(name, tensors[name].dtype, problem.errno)
+        self.written(tensors)
+
+    def offset(self, name: str) -> int:
+        """Where in the file a tensor starts."""
+        return self._start + self._places[name][0]
+
+    @contextmanager
+    def open(self) -> Iterator[int]:
+        """The file's descriptor; it is open only meanwhile."""
+        with writing(self.path), self.path.open("r+b", buffering=0) as file:
+            yield file.fileno()
+
+    def written(self, names: Iterable[str]) -> None:
+        """Notes that tensors were written to their places through :meth:`open`."""
+        self._missing.difference_update(names)
+
+    def error(self, name: str, dtype: torch.dtype, errno: int | None) -> OutputError:
+        """The error of a tensor that was not written: it holds NaN or Inf, or the system's ``errno``."""
+        if errno is not None:
+            return output_error(OSError(errno, os.strerror(errno)), self.path)
+        return OutputError(
+            f"{finished(self.path)}: {name} does not fit {str(dtype)[6:]} "
+            "(NaN or Inf after rounding); save with dtype=float32 (`--dtype float32`), "
+            "or look at the inputs with `fastlora inspect`"
+        )
+
+    def close(self) -> None:
+        """Checks that every tensor was written."""
+        if self._missing:
+            raise ValueError(f"{self.path}: {min(self._missing)} was announced and not written")
+
+
+def _make_room(file: int, size: int) -> None:
+    """A full disk is found out before anything is computed, and writing where there is room is faster."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except (AttributeError, OSError) as error:  # not of this system, or not of this file system
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        os.truncate(file, size)
+
+
+def _as_row(tensor: Tensor) -> Tensor:
+    """The tensor's values as one row; of a dtype that is only copied, as bytes."""
+    flat = tensor.contiguous().reshape(1, -1)
+    return flat if flat.dtype.is_floating_point else flat.view(torch.uint8)
