@@ -10,7 +10,7 @@ from fastlora.adapters.loading import KINDS, Element, load
 from fastlora.core.data import AdapterData, LoraData
 from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import FastloraError, InputError
-from fastlora.files.output import partial_of
+from fastlora.files.disk_errors import partial_of
 from fastlora.formats import find_format
 from fastlora.runtime.progress import track
 

@@ -57,7 +57,8 @@ def write_table(run: Run, path: Path | None, rows: Sequence[Sequence[object]]) -
     """Writes a table with a heading as CSV, whole or not at all."""
     if path is None:
         return
-    from fastlora.files.output import replacing, writing
+    from fastlora.files.disk_errors import writing
+    from fastlora.files.output import replacing
 
     with replacing(path, overwrite=run.overwrite) as staging, writing(path):
         with staging.open("w", newline="", encoding="utf-8") as file:

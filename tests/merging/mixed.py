@@ -11,7 +11,6 @@ import torch
 from builders import gaussian
 from torch import Tensor
 
-import fastlora as fl
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.updates import Update, with_rank_zero
@@ -81,15 +80,6 @@ def registered(decorate: Callable[[Any], Any], program: Callable[..., Any]) -> I
         yield program.__name__
     finally:
         registry.unregister(program.__name__)
-
-
-def message(call: Callable[[], object]) -> str:
-    """What the refusal of a call says."""
-    try:
-        call()
-    except fl.InputError as error:
-        return str(error)
-    raise AssertionError("it was not refused")
 
 
 def truncated(matrix: Tensor, rank: int) -> Tensor:

@@ -164,7 +164,8 @@ def test_results_do_not_depend_on_the_tiles() -> None:
     pool = pools.make_pool(parts)
     whole = fl.merge(pool, method="ties", rank=4)
     with memory.bounded(1):
-        assert tiles_of(pool, MODULE, [1.0, 1.0]).side < 1100
+        side = tiles_of(pool, MODULE, [1.0, 1.0]).side
+        assert side < 1100 and 2 * 8 * side**2 <= memory.LEAST  # of both adapters together, whatever a module's size
         parted = fl.merge(pool, method="ties", rank=4)
     # An element may be summed in another order, which moves no element across a threshold here.
     assert mixed.distance(parted, MODULE, pools.exact(whole.updates[MODULE])) <= 1e-6  # float32 singular vectors

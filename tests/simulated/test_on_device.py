@@ -38,6 +38,8 @@ MERGES: dict[str, Callable[[fl.Pool], fl.Adapter]] = {
     "svd": lambda pool: fl.merge(pool, {"a0": 0.5, "a1": -1.0, "a2": 2.0}, rank=3),
     "svd by energy": lambda pool: fl.merge(pool, energy=0.9),
     "cat": lambda pool: fl.merge(pool, method="cat"),
+    "iso_c": lambda pool: fl.merge(pool, {"a0": 0.5, "a1": -1.0, "a2": 2.0}, method="iso_c", rank=3),
+    "ties": lambda pool: fl.merge(pool, {"a0": 0.5, "a1": -1.0, "a2": 2.0}, method="ties", rank=3),
     "arithmetic": lambda pool: (0.5 * pool["a0"] - pool["a1"] / 3) + pool["a2"],
     "compress": lambda pool: (pool["a0"] + pool["a2"]).compress(rank=2),
     "unique part, compressed": lambda pool: fl.decompose(pool, 0.5).unique_of("a1").compress(rank=2),

@@ -46,9 +46,9 @@ def merge(
 
     Args:
         program: takes float64 ``cores [g, k, R, R]`` of ``g`` modules and the ``k`` adapters of the pool, and returns
-            the merged ``[g, R, R]``. An adapter that lacks a module has a core of zeros. A program that takes a second
-            argument ``cut`` (:class:`Cut`) cuts to the rank or energy itself, before what it does; else its result is
-            cut.
+            the merged ``[g, R, R]``, which should scale as they do. An adapter that lacks a module has a core of zeros.
+            A program that takes a second argument ``cut`` (:class:`Cut`) cuts to the rank or energy itself, before what
+            it does; else its result is cut.
         pool: the adapters.
         weights: of every adapter, by name.
         rank: rank of the result; by default the largest rank of the pool

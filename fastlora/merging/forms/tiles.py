@@ -52,6 +52,11 @@ class Tiles:
         for rows, columns in self.places():
             yield tile(self.factors, rows, columns, self.shape)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tiles are."""
+        return next((pair[0].device for pair in self.factors if pair is not None), torch.device("cpu"))
+
     def places(self) -> list[tuple[slice, slice]]:
         """Rows and columns of the tiles, in their order."""
         n, m = self.shape
@@ -105,26 +110,40 @@ def merge(
     check_cut(rank, energy)
     require_finite(pool.adapters)  # no Gram pass here would find NaN
     given = [weights[n] for n in pool.names]
-    asked = inspect.signature(measure).parameters if measure is not None else {}
     updates: dict[str, Update] = {}
     squares: dict[str, tuple[float, float]] = {}
     for module in track(pool.modules, f"merging by {name}"):
-        tiles = tiles_of(pool, module, given)
-        inputs = [] if measure is None else [measure(tiles, **{n: v for n, v in parameters.items() if n in asked})]
-        dense = torch.empty(tiles.shape, dtype=torch.float64, device=pool.device)
-        for (rows, columns), values in zip(tiles.places(), tiles, strict=True):
-            if not bool((values.abs() <= LARGEST).all()):  # not so with NaN, either
-                raise InputError(f"the weighted updates of {module} overflow: lower the weights {given}")
-            result = program(values, *inputs, **parameters)
-            check_result(name, [module], result[None], (1, *values.shape[1:]))
-            dense[rows, columns] = result
-        row = [pool.adapters[i].updates[module] for i in pool.present(module)]
-        floor = max(u.floor * abs(given[i]) for i, u in zip(pool.present(module), row, strict=True))
+        present = pool.present(module)
+        row = [pool.adapters[i].updates[module] for i in present]
+        dense = _merged(program, measure, module, tiles_of(pool, module, given), parameters)
+        floor = max(u.floor * abs(given[i]) for i, u in zip(present, row, strict=True))
         noise, least = (torch.tensor([x], dtype=torch.float64) for x in (MIN_RTOL, floor))
         updates[module], squares[module] = _cut(dense, row, Cut(noise, least, rank, energy))
         release(sources(row))
     used = {"rank": rank, "energy": energy, **parameters}
     return merged_adapter(name, pool, given, updates, used, squares=squares)
+
+
+def _merged(
+    program: Callable[..., Tensor],
+    measure: Callable[..., object] | None,
+    module: str,
+    tiles: Tiles,
+    parameters: Mapping[str, object],
+) -> Tensor:
+    """What a program makes of all tiles of a module: ``[n, m]``."""
+    inputs: list[object] = []
+    if measure is not None:
+        asked = inspect.signature(measure).parameters
+        inputs = [measure(tiles, **{name: value for name, value in parameters.items() if name in asked})]
+    dense = torch.empty(tiles.shape, dtype=torch.float64, device=tiles.device)
+    for (rows, columns), values in zip(tiles.places(), tiles, strict=True):
+        if not bool((values.abs() <= LARGEST).all()):  # not so with NaN, either
+            raise InputError(f"the weighted updates of {module} overflow: lower the weights")
+        result = program(values, *inputs, **parameters)
+        check_result(program.__name__, [module], result[None], (1, *values.shape[1:]))
+        dense[rows, columns] = result
+    return dense
 
 
 def tiles_of(pool: Pool, module: str, weights: Sequence[float], side: int | None = None) -> Tiles:
