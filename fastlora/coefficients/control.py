@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +16,7 @@ from fastlora.decomposition.components import Components
 from fastlora.decomposition.devec import ModuleResult
 from fastlora.decomposition.result import Decomposition
 from fastlora.engine.blocks import PairBlocks, read_pair_blocks
-from fastlora.engine.gram import read_gram
+from fastlora.engine.schedule import one_adapter
 from fastlora.errors import InputError
 
 KINDS = ("random", "top")
@@ -71,7 +70,7 @@ def _control(components: Components, kind: str, seed: int, name: str) -> Adapter
                 results[module] = _replaced(shared, blocks, g, components.settings.side, kind, seed)
     other = Components(components.pool, components.results | results, components.settings, components.label).shared
     whole = components.shared
-    norms, wanted = (_norms({m: a.updates[m] for m in results}) for a in (other, whole))
+    norms, wanted = (_norms(a.name, {m: a.updates[m] for m in results}) for a in (other, whole))
     updates = dict(other.updates)
     for module in results:
         factor = wanted[module] / norms[module] if norms[module] > 0 else 0.0
@@ -132,19 +131,11 @@ def _directions(gram: Tensor, inner: Tensor, shared: ModuleResult, kind: str, se
     return whitening @ (E @ Q)
 
 
-def _norms(updates: dict[str, Update]) -> dict[str, float]:
-    """``‖ΔW‖_F`` of every module, from the Gram matrices of its factors."""
-    groups: dict[int, list[str]] = {}
-    for module, update in updates.items():
-        groups.setdefault(update.rank, []).append(module)
+def _norms(name: str, updates: dict[str, Update]) -> dict[str, float]:
+    """``‖ΔW‖_F`` of the modules of adapter ``name``, from Gram matrices of its factors, read or in the Gram cache."""
     norms: dict[str, float] = {}
-    for rank, modules in groups.items():
-        left, right = (_grams([updates[m] for m in modules], side, rank) for side in ("B", "A"))
-        squares = (left * right).sum((-1, -2)).clamp(min=0).sqrt()
-        for module, value in zip(modules, squares.tolist(), strict=True):
-            norms[module] = value * abs(updates[module].scaling)
+    for blocks in read_pair_blocks(one_adapter(name, updates), f"norms of {name}"):
+        values = (blocks.left * blocks.right).sum((-1, -2)).flatten().clamp(min=0).sqrt().tolist()
+        for module, (update,), value in zip(blocks.modules, blocks.updates, values, strict=True):
+            norms[module] = value * abs(update.scaling)
     return norms
-
-
-def _grams(updates: Sequence[Update], side: str, rank: int) -> Tensor:
-    return read_gram([[u.B if side == "B" else u.A] for u in updates], rank, [(0, 0)])[:, 0, 0]

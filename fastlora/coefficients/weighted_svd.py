@@ -22,7 +22,8 @@ class WeightedSVD:
     """The best approximations of ``Σ w_i ΔW_i`` at a rank or an energy, for any number of weights.
 
     Two eigendecompositions of ``R×R`` matrices a module once (``R = Σr_i``) and ``24·R²`` bytes a module; every merge
-    then takes one, and no pass over the factors. Results are those of ``fastlora.merge(method="svd")`` to rounding.
+    then takes one, and no pass over the factors. What the Gram cache in use has is not read at the start either.
+    Results are those of ``fastlora.merge(method="svd")`` to rounding.
     """
 
     def __init__(self, pool: Pool) -> None:

@@ -52,7 +52,7 @@ def weights(pool: Pool | PoolGram, method: str = "least_interference") -> dict[s
 
 
 def _inner(pool: Pool) -> Tensor:
-    """``⟨ΔW_i, ΔW_j⟩`` summed over modules, MATH (13): ``[k, k]``."""
+    """``⟨ΔW_i, ΔW_j⟩`` summed over modules, MATH (13): ``[k, k]``; from the Gram cache in use where it has them."""
     total = torch.zeros(len(pool), len(pool), dtype=torch.float64)
     for blocks in read_pair_blocks(pool):
         index = torch.tensor(blocks.members)
@@ -82,7 +82,7 @@ def matched_norm(pool: Pool) -> Tensor:
 
 def least_interference(pool: Pool) -> Tensor:
     """Normal equations ``(Σ_i M^i / ‖ΔW_i‖²) w = Σ_i M^i e_i / ‖ΔW_i‖²``, summed over modules, with
-    ``M^i_jl = ⟨ΔW_j ΔW_iᵀ, ΔW_l ΔW_iᵀ⟩``."""
+    ``M^i_jl = ⟨ΔW_j ΔW_iᵀ, ΔW_l ΔW_iᵀ⟩``. Blocks that the Gram cache in use has are not read."""
     k = len(pool)
     matrix = torch.zeros(k, k, dtype=torch.float64)
     right = torch.zeros(k, dtype=torch.float64)

@@ -104,7 +104,8 @@ def decompose(
 
 
 def decompose_pool(pool: Pool, settings: Settings) -> Components:
-    """One decomposition of all adapters."""
+    """One decomposition of all adapters, from one read of the factors; blocks that the Gram cache in use has are not
+    read."""
     results: dict[str, ModuleResult] = {}
     for part in _parts(pool, settings, "decomposing"):
         for result in shared_directions(read_chain_blocks(part, settings.side, settings.blocks_kind), settings):
@@ -113,7 +114,8 @@ def decompose_pool(pool: Pool, settings: Settings) -> Components:
 
 
 def decompose_pairs(pool: Pool, settings: Settings) -> dict[tuple[str, str], Components]:
-    """A decomposition of every pair, from one read of the factors."""
+    """A decomposition of every pair, from one read of the factors; blocks that the Gram cache in use has are not
+    read."""
     results: dict[tuple[str, str], dict[str, ModuleResult]] = {
         (a, b): {} for i, a in enumerate(pool.names) for b in pool.names[i + 1 :]
     }

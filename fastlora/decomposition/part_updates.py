@@ -26,16 +26,20 @@ class PartUpdates(Protocol):
 
 
 def combination(factors: Iterable[Factor], coefficients: Iterable[Tensor]) -> Factor:
-    """``Σ_j X_j C_j``, or ``Σ_j C_jᵀ X_j`` on the A side, for float64 ``C_j [r_j, q]``.
+    """``Σ_j X_j C_j`` on the B side, ``Σ_j C_j X_j`` on the A side: float64 ``C_j [r_j, q]`` or ``[q, r_j]``.
 
-    A ``C_j`` (on the A side a ``C_jᵀ``) whose rows are contiguous is not copied: the sum follows what it holds.
+    Coefficients with contiguous rows are used where they lie: the sum follows what they hold.
     """
-    return add([x.times(C) for x, C in zip(factors, coefficients, strict=True)])
+    return add([x.applied(C) for x, C in zip(factors, coefficients, strict=True)])
 
 
 def unique_factor(start: Factor, movers: Iterable[Factor], removals: Iterable[Tensor]) -> Factor:
-    """The projected side of a unique part: ``X_i + Σ_j X_j C_j`` with ``C_j = −basis_j H_i [r_j, r_i]``, MATH (8)."""
-    return add([start, combination(movers, removals)])
+    """The projected side of a unique part, MATH (8): ``X_i`` and the :func:`combination` of the removals
+    ``−basis_j H_i``."""
+    terms = list(start.terms)
+    for x, C in zip(movers, removals, strict=True):
+        terms += x.applied(C).terms
+    return Factor(start.side, start.length, start.rank, tuple(terms))
 
 
 def assembled(like: Update, side: str, projected: Factor, other: Factor, scaling: float, floor: float) -> Update:
@@ -56,6 +60,7 @@ class LazyUpdates:
         self.pool = pool
         self.results = results
         self.side = settings.side
+        self.is_left = settings.side == "left"
         self._projected_side, self._other_side = sides(settings.side)
         self._updates = {a.name: a.updates for a in pool.adapters}
 
@@ -70,25 +75,27 @@ class LazyUpdates:
             padded_rank = batch.H.shape[-1]
             for result, row, small in zip(results, weights, weighted, strict=True):
                 others, coefficients = [], []
-                for i, weight, C in zip(members, row, small[:, : result.count].mT.unbind(), strict=True):
+                for i, weight, H in zip(members, row, small[:, : result.count].unbind(), strict=True):
                     other = factor(self._updates[names[i]][result.module], self._other_side)
                     if weight != 0.0 and other.terms:
+                        C = H if ranks[i] == padded_rank else H[:, : ranks[i]]
                         others.append(other)
-                        coefficients.append(C if ranks[i] == padded_rank else C[: ranks[i]])
+                        coefficients.append(C if self.is_left else C.mT)
                 if others:
                     like, mixed = first_update(self.pool, result.module), combination(others, coefficients)
                     updates[result.module] = assembled(like, self.side, self._basis(result), mixed, 1.0, 0.0)
         return updates
 
     def unique(self, name: str) -> dict[str, Update]:
-        """``(X_i + Σ_j X_j C_j)`` on the projected side; the other side stays as it is."""
+        """``X_i + Σ_j X_j C_j`` on the projected side; the other side stays as it is."""
         updates: dict[str, Update] = {}
         for batch, results in self._sharing(name).items():
             i, rows = results[0].names.index(name), [r.row for r in results]
             for result, removals in zip(results, batch.removals(rows, i, results[0].ranks), strict=True):
                 update = self._updates[name][result.module]
                 start, other = factor(update, self._projected_side), factor(update, self._other_side)
-                projected = unique_factor(start, self._movers(result), removals)
+                coefficients = removals if self.is_left else [C.mT for C in removals]
+                projected = unique_factor(start, self._movers(result), coefficients)
                 floor = result.unique_floor(i, update)
                 updates[result.module] = assembled(update, self.side, projected, other, update.scaling, floor)
         return updates
@@ -106,7 +113,8 @@ class LazyUpdates:
 
     def _basis(self, result: ModuleResult) -> Factor:
         """``Z`` as a factor: orthonormal, ``count`` columns (rows on the A side)."""
-        return combination(self._movers(result), [b for b in result.basis if b is not None])
+        coefficients = [C for C in result.basis if C is not None]
+        return combination(self._movers(result), coefficients if self.is_left else [C.mT for C in coefficients])
 
     def _sharing(self, name: str | None) -> dict[ResultBatch, list[ModuleResult]]:
         """The modules in which adapter ``name``, or any, shares something, by the batch that they are rows of."""

@@ -15,18 +15,17 @@ from fastlora.core.updates import Update, factor, sides
 from fastlora.decomposition.devec import ModuleResult, Settings, module_results
 from fastlora.decomposition.part_updates import LazyUpdates, assembled, combination, first_update, unique_factor
 from fastlora.engine.blocks import ask_chain_blocks, require_finite_blocks
-from fastlora.engine.buffers import room
+from fastlora.engine.buffers import Shape, room
 from fastlora.engine.checks import raise_for_info
 from fastlora.engine.combine_jobs import WantedFactor, combine_job
 from fastlora.engine.gram import GramPass
 from fastlora.engine.schedule import Part
 from fastlora.ops import dispatch
-from fastlora.ops.chain import Chain, results
+from fastlora.ops.chain import Chain
+from fastlora.ops.chain import results as chain_results
 from fastlora.ops.coefficients import Coefficients
 from fastlora.ops.dispatch import Launches, prepared
 from fastlora.ops.passes import CombineJob
-
-Shape = tuple[int, int]
 
 
 class PlannedPart:
@@ -36,7 +35,7 @@ class PlannedPart:
         self.modules, self.names, self.settings = part.modules, part.names, settings
         self.is_left = settings.side == "left"
         self.blocks = ask_chain_blocks(grams, part, settings.side, settings.blocks_kind)
-        self.chain = Chain(*(t.zero_() for t in results(self.blocks.projected, settings.chain)))
+        self.chain = Chain(*(t.zero_() for t in chain_results(self.blocks.projected, settings.chain)))
         g, k, r, w = self.chain.basis.shape
         self.movers = settings.movers(k)
         device = self.blocks.projected.device
@@ -44,13 +43,11 @@ class PlannedPart:
         def new(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        # A sum on the B side takes its coefficients as they are, one on the A side transposed, both with contiguous
-        # rows: on the projected side the basis and the removals, on the other one the mixing.
-        removal = new(g, k, self.movers, r, r)
-        mixing = new(g, k, w, r) if self.is_left else new(g, k, r, w).mT
+        # As terms of a sum coefficients have contiguous rows: [r, q] on the B side, [q, r] on the A side.
+        removal, mixing = new(g, k, self.movers, r, r), new(g, k, w, r) if self.is_left else new(g, k, r, w).mT
         removal = removal if self.is_left else removal.mT
-        self.basis = self.chain.basis if self.is_left else new(g, k, w, r).mT
         self.small = Coefficients(new(g, k, w, r), new(g, k), new(g, k), removal, mixing)
+        self.basis = self.chain.basis if self.is_left else new(g, k, w, r)  # as coefficients of the projected side
         scaling = torch.tensor([[u.scaling for u in row] for row in self.blocks.updates], dtype=torch.float64)
         scaling = scaling.to(device)
         # On the left the scaling is put into the unique part; on the right it stays beside it.
@@ -74,7 +71,7 @@ class PlannedPart:
         """Fills the small matrices from the Gram blocks."""
         self._chain_launches.run()
         if not self.is_left:
-            self.basis.copy_(self.chain.basis)
+            self.basis.copy_(self.chain.basis.mT)
         self._coefficients_launches.run()
 
     def combine_jobs(self, memory: PlanMemory) -> list[CombineJob]:
@@ -90,20 +87,27 @@ class PlannedPart:
                 if row[i].rank:
                     unique = self._unique(g, i, projected, row[i].scaling if self.is_left else 1.0)
                     wanted.append(WantedFactor(unique, Z.dtype, memory.unique[name][module]))
-            mixing = [self.small.mixing[g, i, :, : x.rank].mT for i, x in enumerate(others)]
+            mixing = [self._turned(self.small.mixing[g, i, :, : x.rank]) for i, x in enumerate(others)]
             jobs += [combine_job(wanted), combine_job([WantedFactor(combination(others, mixing), Z.dtype, mixed)])]
         return jobs
 
     def _basis(self, g: int, projected: Sequence[Factor]) -> Factor:
         """``Z`` of a module, as wide as the chain's basis."""
         movers = projected[: self.movers]
-        return combination(movers, [self.basis[g, j, : x.rank] for j, x in enumerate(movers)])
+        basis = [self.basis[g, j] for j in range(self.movers)]
+        return combination(
+            movers, [C[: x.rank] if self.is_left else C[:, : x.rank] for C, x in zip(basis, movers, strict=True)]
+        )
 
     def _unique(self, g: int, i: int, projected: Sequence[Factor], scale: float) -> Factor:
         """The unique part of member ``i`` in a module; ``scale``: what the removals hold as their strength."""
         movers, start = projected[: self.movers], projected[i]
-        removals = [self.small.removal[g, i, j, : x.rank, : start.rank] for j, x in enumerate(movers)]
+        removals = [self._turned(self.small.removal[g, i, j, : x.rank, : start.rank]) for j, x in enumerate(movers)]
         return unique_factor(start.scaled(scale), movers, removals)
+
+    def _turned(self, small: Tensor) -> Tensor:
+        """A removal ``[r_j, r_i]`` or a mixing coefficient ``[w, r_i]`` as the term of a sum."""
+        return small if self.is_left else small.mT
 
     def results(self) -> list[ModuleResult]:
         """What the last run found, module by module; waits for the device."""

@@ -99,7 +99,7 @@ def module_row(components: Components, result: ModuleResult) -> ModuleRow:
             m: _share(s, t) for m, s, t in zip(result.names, result.shared_norms, result.norms, strict=True)
         },
         energy_in_cut={
-            m: energy_kept(own, kept) for m, own, kept in zip(result.names, result.sigma, result.kept, strict=True)
+            m: energy_kept(sigma, kept) for m, sigma, kept in zip(result.names, result.sigma, result.kept, strict=True)
         },
         norm_kept=unique,
     )

@@ -55,7 +55,8 @@ class Frame:
 
 
 def frames(pool: Pool, granularity: str, on: str) -> Iterator[Frame]:
-    """The frame of every module of a pool; costs one pass over the factors (two for signs of components)."""
+    """The frame of every module of a pool; costs one pass over the factors (two for signs of components), less what the
+    Gram cache in use has."""
     if granularity not in GRANULARITIES:
         raise InputError(f"granularity={granularity!r} does not exist: use one of {', '.join(GRANULARITIES)}")
     if on not in SIDES:

@@ -33,10 +33,11 @@ def combine_job(wanted: Sequence[WantedFactor]) -> CombineJob:
     A factor that is already stored in the dtype of its file goes there as it is. The file itself is named later
     (``output.file``). Raises :class:`InputError` as :func:`require_one_length` does.
     """
-    require_one_length([w.factor for w in wanted])
-    matrices = _StoredMatrices()
+    matrices, length = _StoredMatrices(), wanted[0].factor.length
     outputs = []
     for factor, dtype, out, offset in wanted:
+        if factor.length != length:
+            require_one_length([w.factor for w in wanted])
         stored = stored_as(factor, dtype) if out is None else None
         if stored is not None and stored.is_contiguous():
             outputs.append(CombineOutput.copy(stored, -1, offset, True))

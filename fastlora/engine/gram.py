@@ -113,8 +113,8 @@ def _zeros(*shape: int, device: torch.device) -> Tensor:
 def _pieces_of(pieces: Pieces, r: int, places: Sequence[BlockPlace]) -> list[BlockPlace]:
     """Blocks of factors as blocks of the stored matrices that they are made of; of a block on the diagonal the upper
     ones."""
-    first = [0, *itertools.accumulate(len(own) for own in pieces)]
-    starts = [[0, *itertools.accumulate(width for width, _ in own)] for own in pieces]
+    first = [0, *itertools.accumulate(len(factor) for factor in pieces)]
+    starts = [[0, *itertools.accumulate(width for width, _ in factor)] for factor in pieces]
     return [
         (first[i] + a, first[j] + b, offset + starts[i][a] * r + starts[j][b])
         for i, j, offset in places
@@ -126,13 +126,13 @@ def _pieces_of(pieces: Pieces, r: int, places: Sequence[BlockPlace]) -> list[Blo
 def _finish_joined(pieces: Pieces, modules: Sequence[int], out: Tensor, r: int, places: Sequence[BlockPlace]) -> None:
     """Mirrors the blocks on the diagonal of some modules, and applies the scales of stored matrices: ``out [.., size]``
     of all."""
-    own = out if len(modules) == len(out) else out[modules]
+    chosen = out if len(modules) == len(out) else out[modules]
     scales = None
     if any(scale != 1.0 for factor in pieces for _, scale in factor):
         ones = [[s for width, s in factor for _ in range(width)] for factor in pieces]
         scales = torch.tensor([x + [1.0] * (r - len(x)) for x in ones], dtype=torch.float64).to(out.device)
     for i, j, offset in places:
-        block = own[:, offset : offset + r * r].view(-1, r, r)
+        block = chosen[:, offset : offset + r * r].view(-1, r, r)
         if i == j:
             start = 0
             for width, _ in pieces[i][:-1]:
@@ -141,8 +141,8 @@ def _finish_joined(pieces: Pieces, modules: Sequence[int], out: Tensor, r: int, 
                 start = end
         if scales is not None:
             block *= scales[i, :, None] * scales[j]
-    if own is not out:
-        out[modules] = own
+    if chosen is not out:
+        out[modules] = chosen
 
 
 def _put_products(
@@ -162,30 +162,30 @@ def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[t
     The coefficients are ``(index, C)``: ``C`` belongs to the rows ``index`` of the Gram matrix. The others are left out
     and not multiplied by zero, so that NaN or Inf in one adapter is not found in another.
     """
-    places: dict[object, int] = {}
+    first_rows: dict[object, int] = {}
     sources: list[Tensor] = []
     total = 0
     for factor in factors:
         for term in factor.terms:
-            if source_key(term.source) not in places:
-                places[source_key(term.source)] = total
+            if source_key(term.source) not in first_rows:
+                first_rows[source_key(term.source)] = total
                 sources.append(term.source)
                 total += term.source.shape[0 if rows else 1]
     coefficients = []
     device = sources[0].device if sources else torch.device("cpu")
     for factor in factors:
-        own = factor.coefficients()
-        index = [torch.arange(c.shape[0], device=device) + places[source_key(source)] for source, c in own]
-        stacked = [c for _, c in own]
+        merged = factor.coefficients()
+        index = [torch.arange(c.shape[0], device=device) + first_rows[source_key(source)] for source, c in merged]
+        stacked = [c for _, c in merged]
         coefficients.append(
             (torch.cat(index), torch.cat(stacked))
-            if own
+            if merged
             else (
                 torch.zeros(0, dtype=torch.int64, device=device),
                 torch.zeros(0, factor.rank, dtype=torch.float64, device=device),
             )
         )
-    starts = [places[source_key(s)] for s in sources]
+    starts = [first_rows[source_key(s)] for s in sources]
     blocks = [(i, j, starts[i] * total + starts[j]) for i in range(len(sources)) for j in range(i, len(sources))]
     gram = torch.zeros(total, total, dtype=torch.float64, device=device)
     return GramJob(sources, blocks, rows, gram, total), coefficients

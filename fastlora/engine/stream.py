@@ -48,7 +48,7 @@ class Stream(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PoolPart:
-    """Some modules of a pool, on the device."""
+    """Some modules of some adapters, such as those of a pool that are on the device."""
 
     names: list[str]
     adapters: list[LoraData]

@@ -204,6 +204,7 @@ def _side_writes(
         sink = sinks[directory]
         tensor, offset = sink.place(module, side)
         wanted.append(WantedFactor(update.B if side == "B" else update.A, sink.dtype, None, offset))
-        tensors.append((directory, tensor))
+        tensors.append(tensor)
     job = combine_job(wanted)
-    return _SideWrites(job, [_FactorWrite(*at, output) for at, output in zip(tensors, job.outputs, strict=True)])
+    places = zip(updates, tensors, job.outputs, strict=True)
+    return _SideWrites(job, [_FactorWrite(directory, tensor, output) for (directory, _), tensor, output in places])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastlora as fl
 from fastlora.backends import triton
-from fastlora.ops import dispatch
+from fastlora.ops.dispatch import resolve
 from fastlora.ops.gram import blocks_of
 from fastlora.ops.passes import BlockPlace, CombineJob, CombineOutput, GramJob
 
@@ -186,8 +186,8 @@ def test_refusals() -> None:
 def test_finite(value: float) -> None:
     x = gaussian(5, 4, seed=1, dtype=torch.bfloat16)
     x[2, 3] = value
-    assert dispatch.resolve("finite", x).launch(x) == (value == 0)
-    assert dispatch.resolve("finite", x[:0]).launch(x[:0])
+    assert resolve("finite", x).launch(x) == (value == 0)
+    assert resolve("finite", x[:0]).launch(x[:0])
 
 
 def test_compiled_calls() -> None:
