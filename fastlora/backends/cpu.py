@@ -35,8 +35,7 @@ def unavailable() -> str | None:
         return None
     return (
         f"the compiled module fastlora._core cannot be imported ({_import_error}). A source folder on the path "
-        "hides an "
-        "installed package: run from another folder, or `pip install -e .` here"
+        "hides an installed package: run from another folder, or `pip install -e .` here"
     )
 
 

@@ -27,8 +27,8 @@ class AdapterSpec:
 
     @property
     def may_be_folder(self) -> bool:
-        """Whether the path may hold adapters rather than be one; only a look at all formats tells."""
-        return self.path.is_dir() and not (self.path / CONFIG_NAME).exists()
+        """Whether the path may hold adapters rather than be one; only a look at all formats, with torch, tells."""
+        return self.path.is_dir() and not (self.path / CONFIG_NAME).exists() and any(self.path.iterdir())
 
 
 def parse(text: str) -> AdapterSpec:

@@ -36,6 +36,7 @@ def load_adapter(run: Run, spec: AdapterSpec, command: str) -> Adapter:
     from fastlora.adapters.loading import load
     from fastlora.adapters.pool import require_updates
 
+    run.require_backend()
     adapter = require_updates(load(spec.path, spec.name), command)
     return adapter if run.on_host else adapter.to(run.device)
 

@@ -53,10 +53,8 @@ def check_table(run: Run, path: Path | None) -> None:
         raise OutputError(f"{path} cannot be written: there is no directory {path.absolute().parent}")
 
 
-def write_table(run: Run, path: Path | None, rows: Sequence[Sequence[object]]) -> None:
+def write_table(run: Run, path: Path, rows: Sequence[Sequence[object]]) -> None:
     """Writes a table with a heading as CSV, whole or not at all."""
-    if path is None:
-        return
     from fastlora.files.disk_errors import writing
     from fastlora.files.output import replacing
 

@@ -71,9 +71,8 @@ def combine_extras(terms: Sequence[tuple[float, WithExtras]]) -> dict[str, Extra
             elif weight != 0.0:
                 raise InputError(
                     f"adapter {adapter.name!r} replaces {name} of its base model (modules_to_save or trained "
-                    "biases), and "
-                    "its change cannot be computed without the base model, so it cannot be scaled or added. Use "
-                    "`adapter.without_extras()` (`--drop-extras`) to leave such parameters out"
+                    "biases), and its change cannot be computed without the base model, so it cannot be scaled or "
+                    "added. Use `adapter.without_extras()` (`--drop-extras`) to leave such parameters out"
                 )
     return values | {name: Extra("delta", t.float()) for name, t in total.items()}
 
@@ -96,8 +95,7 @@ def common_base(adapters: Sequence[WithExtras]) -> BaseInfo:
         if adapter.base.layer_replication != first.layer_replication:
             raise InputError(
                 f"adapters {adapters[0].name!r} and {adapter.name!r} replicate layers differently, so equal "
-                "module names "
-                "mean different layers; they cannot be combined"
+                "module names mean different layers; they cannot be combined"
             )
     saved = tuple(dict.fromkeys(m for a in adapters for m in a.base.modules_to_save))
     model = next((a.base.model for a in adapters if a.base.model), None)

@@ -141,8 +141,7 @@ def _full_rank(components: Components, rows: list[ModuleRow]) -> str:
         return ""
     return (
         f"{len(full)} modules (first: {full[0].module}) have full rank: their subspace is the whole space, so "
-        "everything "
-        "counts as shared. Give a rank or an energy cut (rank=N, `--rank N`; energy=0.9, `--energy 0.9`)."
+        "everything counts as shared. Give a rank or an energy cut (rank=N, `--rank N`; energy=0.9, `--energy 0.9`)."
     )
 
 
@@ -166,9 +165,8 @@ def _common_initialisation(components: Components, rows: list[ModuleRow]) -> str
         return ""
     return (
         f"Right-side eigenvalues are above {COMMON_INITIALISATION:g} in {len(high)} of {len(rows)} modules: these "
-        "adapters "
-        "started from the same random A (one seed), which training barely moves. That is a common initialisation, not "
-        "shared knowledge."
+        "adapters started from the same random A (one seed), which training barely moves. That is a common "
+        "initialisation, not shared knowledge."
     )
 
 
@@ -178,8 +176,7 @@ def _chance(rows: list[ModuleRow]) -> str:
         return ""
     return (
         f"Random subspaces of these ranks would share about {expected:.1f} directions where {shared} were found: "
-        "more than "
-        f"{CHANCE_SHARE:.0%} of the result is chance. Cut the ranks or raise the threshold."
+        f"more than {CHANCE_SHARE:.0%} of the result is chance. Cut the ranks or raise the threshold."
     )
 
 
@@ -194,8 +191,8 @@ def _empty(components: Components, rows: list[ModuleRow]) -> str:
     text = (
         f"Nothing is shared at τ = {components.settings.threshold:g}: the largest eigenvalues are "
         f"{', '.join(f'{v:.3f}' for v in top[:4])} (by chance alone up to {edge:.3f}), so a threshold just below "
-        "these would "
-        "share 1, 2, … directions. An empty shared part is normal for LoRAs that were trained independently. "
+        "these would share 1, 2, … directions. An empty shared part is normal for LoRAs that were trained "
+        "independently. "
     )
     if len(components.pool.names) > 2:
         text += "A product chain over three or more adapters hides what pairs share: try mode='pairs' or 'iterative'. "
@@ -224,8 +221,7 @@ def _lost(rows: list[ModuleRow]) -> str:
     most, modules = counts.most_common(1)[0]
     return (
         f"The unique part of {most!r} keeps less than {LOST_TOO_MUCH:g} of the norm in {modules} of {len(rows)} "
-        "modules: it "
-        "has probably lost more than the interference. Raise the threshold."
+        "modules: it has probably lost more than the interference. Raise the threshold."
     )
 
 
@@ -251,8 +247,7 @@ def _notices(components: Components, rows: list[ModuleRow]) -> list[str]:
     if dropped:
         notices.append(
             f"{dropped} factors have directions below the noise floor or cut by rank or energy; they took no part "
-            "in the chain "
-            "and stay with the unique part."
+            "in the chain and stay with the unique part."
         )
     for name in pool.names:
         if pool[name].extras:

@@ -22,9 +22,8 @@ NEIGHBOURS = 3
 
 
 def decomposition_data(parts: Decomposition, out: Path) -> Data:
-    """Every report, and where each adapter was written."""
-    reports = [report.as_dict() for report in parts.reports]
-    return {"out": str(out), "mode": parts.mode, "reports": reports, "adapters": list(parts.adapters())}
+    """Every report, and where the adapters were written."""
+    return {"out": str(out), "mode": parts.mode, "reports": [report.as_dict() for report in parts.reports]}
 
 
 def show_decomposition(data: Data, every: bool) -> None:
@@ -34,7 +33,13 @@ def show_decomposition(data: Data, every: bool) -> None:
         _show_report(reports[0], every)
     else:
         _show_reports(reports)
-    print_paragraph(f"written: {data['out']} ({len(data['adapters'])} adapters, report.json)")
+    print_paragraph(f"written: {data['out']} ({_written(data)} adapters, report.json)")
+
+
+def _written(data: Data) -> int:
+    """How many adapters were written: what is shared and what is unique, but of steps the last unique part alone."""
+    parts = [1 + len(report["settings"]["adapters"]) for report in data["reports"]]
+    return 1 if data["mode"] == "iterative" else sum(parts)
 
 
 def decomposition_rows(data: Data) -> list[list[object]]:

@@ -13,8 +13,8 @@ from fastlora.views.text import escaped, print_lines, print_paragraph, shorten_a
 
 ROWS = 20  # modules or adapters printed unless all are asked for
 GAP = 2  # spaces between columns
-LEAST_NAME = 16  # columns that a shortened name has at the least
-EASY_NAME, EASY_TEXT = 32, 24
+LEAST_NAME = 24  # columns that a shortened name has at the least
+EASY_NAME, EASY_HEADING, EASY_TEXT = 32, 16, 24
 LONGEST_WORD = 40  # of a text: a longer one, such as a path, sticks out
 LEAST_HEADING = 10  # the same for a name that is a heading
 
@@ -52,7 +52,7 @@ class Column:
     @property
     def comfortable(self) -> int:
         """A width at which it is read with ease."""
-        most = {"number": self.least, "named": LEAST_NAME, "name": EASY_NAME, "text": EASY_TEXT}[self.kind]
+        most = {"number": self.least, "named": EASY_HEADING, "name": EASY_NAME, "text": EASY_TEXT}[self.kind]
         return max(self.least, min(self.natural, most))
 
 

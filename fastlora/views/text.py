@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -14,8 +14,14 @@ NARROWEST = 40
 
 
 def terminal_width() -> int:
-    """Columns of the terminal, or of the variable COLUMNS; 80 where the output is no terminal."""
-    return max(NARROWEST, shutil.get_terminal_size().columns)
+    """The variable COLUMNS, or the columns of the terminal; 80 where the output is none."""
+    given, width = os.environ.get("COLUMNS", ""), 0
+    if given.isdecimal():
+        width = int(given)
+    elif sys.stdout.isatty():
+        with contextlib.suppress(OSError):
+            width = os.get_terminal_size(sys.stdout.fileno()).columns
+    return max(NARROWEST, width or 80)
 
 
 def escaped(text: str) -> str:
@@ -50,8 +56,8 @@ def print_paragraph(text: str, *, start: str = "", style: str = BOLD) -> None:
     """A paragraph that fits the terminal; what it starts with is set off."""
     lines = wrapped(escaped(start + text), terminal_width())
     head = escaped(start)
-    if lines[0].startswith(head):
-        lines[0] = styled(head, style) + lines[0].removeprefix(head) if head else lines[0]
+    if head and lines[0].startswith(head):  # a long name of several words may not fit into the first line
+        lines[0] = styled(head, style) + lines[0].removeprefix(head)
     print_lines(lines)
 
 

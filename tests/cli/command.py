@@ -32,7 +32,7 @@ DATA = ROOT / "tests" / "data"
 SCRIPT = Path(sys.executable).parent / "fastlora"
 COMMAND = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-m", "fastlora"]
 SETTINGS = ("FASTLORA_BACKEND", "FASTLORA_ISA", "PYTHONIOENCODING", "FORCE_COLOR", "COLUMNS")
-READ_LATER = {"FASTLORA_BACKEND"}  # settings that are read when they are used, and not once in a process
+READ_LATER = {"FASTLORA_BACKEND", "COLUMNS"}  # settings that are read when they are used, and not once in a process
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

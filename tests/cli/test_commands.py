@@ -221,15 +221,16 @@ def test_peft_loads_what_is_written(pool_output: Path, minilm: Any, tmp_path: Pa
 
 
 COMMON = ("--device", "--backend", "--json", "--quiet")
-WRITES = (*COMMON, "--out", "--dtype", "--overwrite", "--rank", "--energy")
+WRITES = (*COMMON, "--out", "--dtype", "--overwrite", "--rank", "--energy", "--memory")
 CHAIN = ("--threshold", "--chain", "--mode", "--target", "--order", "--side", "--rtol")
 OPTIONS = {
-    "decompose": (*WRITES, *CHAIN, "--plots", "--all"),
-    "merge": (*WRITES, "--method", "--weights-by", "--drop-extras"),
+    "decompose": (*WRITES, *CHAIN, "--plots", "--all", "--csv"),
+    "merge": (*WRITES, "--method", "--set", "--weights-by", "--drop-extras"),
+    "methods": ("--json",),
     "compress": WRITES,
-    "inspect": (*COMMON, "--all"),
-    "overlap": (*COMMON, "--plot", "--overwrite"),
-    "bench": ("--list", "--markdown", "--json", "--quiet"),
+    "inspect": (*COMMON, "--all", "--csv", "--overwrite"),
+    "overlap": (*COMMON, "--plot", "--overwrite", "--all", "--csv"),
+    "bench": ("--list", "--markdown", "--csv", "--json", "--quiet", "--overwrite"),
     "info": ("--json",),
     "modulate": (*WRITES, "--op", "--granularity", "--on", "--drop-extras"),
     "compose": (*COMMON, "--out", "--dtype", "--overwrite", "--memory", "--drop-extras"),

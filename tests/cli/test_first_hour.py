@@ -59,7 +59,7 @@ def without(name: str) -> Callable[[Path], Path]:
 BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "wrong path": (lambda root: root / "nowhere/at/all", ["no file or directory", "nowhere", "does not exist"]),
     "a file of it": (lambda _: SPAM / "adapter_model.safetensors", ["one file of an adapter", str(SPAM)]),
-    "the folder above": (lambda _: ADAPTERS, ["holds 5 adapters", "spam", "pass one of them"]),
+    "a folder of others": (lambda _: ADAPTERS, ["no module in common", "'movie_a'", "'good'"]),
     "no config": (without("adapter_config.json"), ["has no adapter_config.json", "adapter_model.safetensors"]),
     "no weights": (without("adapter_model.safetensors"), ["neither adapter_model.safetensors nor"]),
     "dora": (lambda _: DATA / "movie_dora", ["'movie_dora' is a DoRA adapter", "merge_and_unload"]),

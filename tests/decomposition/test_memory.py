@@ -20,7 +20,7 @@ from fastlora.core.updates import Update
 from fastlora.errors import InputError
 from fastlora.ops.dispatch import Kernel
 from fastlora.ops.passes import GramJob
-from fastlora.runtime.memory import parse
+from fastlora.runtime.memory import bound_on_host, parse
 
 MODULES, WIDTH, RANK, ADAPTERS = 60, 4096, 16, 4  # 31 MB an adapter in each direction: 126 MB in, 150 MB out
 
@@ -76,9 +76,11 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(root.iterdir())
 
 
-def run(adapters: list[Path], out: Path, room: int, mode: str = "pool", save: bool = True) -> tuple[str, str]:
+def run(
+    adapters: list[Path], out: Path, room: int, mode: str = "pool", save: bool = True, script: str = SCRIPT
+) -> tuple[str, str]:
     """Whether the peak of resident memory kept to a bound, and a digest of every result."""
-    script = f"MODE, SAVE = {mode!r}, {save}\n{SCRIPT}"
+    script = f"MODE, SAVE = {mode!r}, {save}\n{script}"
     command = [sys.executable, "-c", script, str(out), str(room), *map(str, adapters)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     digest = hashlib.sha256()
@@ -145,3 +147,37 @@ def test_all_pairs_are_written_within_a_bound(tmp_path: Path) -> None:
     kept, same_bits = run(adapters, tmp_path / "bounded", ROOM, "pairs")
     assert same_bits == bits
     assert kept == "True"
+
+
+VERBS = {
+    "svd": "fl.merge(pool, memory=bound)",
+    "cat": "fl.merge(pool, method='cat', memory=bound)",
+    "pem": "fl.merge(pool, method='pem', memory=bound)",
+    "compress": "fl.compress(pool['a0'] + pool['a1'] - pool['a2'], rank=4, memory=bound)",
+    "columns": "fl.modulate(pool['a0'], fl.dipm.reverse(0.5), rank=4, memory=bound)",
+    "components": "fl.modulate(pool['a0'], fl.dipm.reverse(0.5), granularity='component', memory=bound)",
+}
+
+SCRIPT_OF_VERBS = """
+from fastlora.runtime.memory import bounded
+result = VERB
+with bounded(bound):
+    result.save(sys.argv[1])
+print(peak() <= bound if room else None)
+"""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_other_verbs_keep_to_a_bound_and_give_the_same_bits(verb: str, adapters: list[Path], tmp_path: Path) -> None:
+    script = SCRIPT.partition("parts = ")[0] + SCRIPT_OF_VERBS.replace("VERB", VERBS[verb])
+    _, bits = run(adapters, tmp_path / "free", 0, script=script)
+    kept, same_bits = run(adapters, tmp_path / "bounded", ROOM, script=script)
+    assert same_bits == bits
+    assert kept == "True"
+
+
+def test_a_device_is_not_bounded_where_nothing_is_streamed_through_it() -> None:
+    assert bound_on_host("1KiB", torch.device("cpu")) == 1024
+    assert bound_on_host(None, torch.device("cuda")) is None
+    with pytest.raises(InputError, match=r"memory='1KiB': only decompositions are streamed .* on cuda"):
+        bound_on_host("1KiB", torch.device("cuda"))

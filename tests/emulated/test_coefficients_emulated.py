@@ -12,8 +12,7 @@ from tolerances import FLOAT64
 from torch import Tensor
 
 from fastlora.backends import cuda
-from fastlora.ops.coefficients import Coefficients
-from fastlora.reference.coefficients import coefficients
+from fastlora.ops.coefficients import Coefficients, fill
 
 # groups, k, r, movers: one of everything, odd sizes, more adapters than warps, the mean chain's width k·r
 SHAPES = [(1, 1, 1, 1), (3, 3, 5, 1), (2, 2, 4, 2), (1, 11, 3, 1), (2, 3, 3, 3), (1, 2, 17, 1)]
@@ -51,7 +50,7 @@ def run(given: tuple[Tensor, ...], out: Coefficients) -> Coefficients:
 def test_against_the_formula(g: int, k: int, r: int, movers: int, turned: bool) -> None:
     w = r if movers == 1 else k * r
     given, wanted = inputs(g, k, r, w), results(g, k, r, w, movers, turned)
-    coefficients(*given, wanted)
+    fill(*given, wanted)
     found = run(given, results(g, k, r, w, movers, turned))
     for name, x, y in zip(Coefficients._fields, found, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=FLOAT64, atol=FLOAT64, msg=lambda m, name=name: f"{name}: {m}")

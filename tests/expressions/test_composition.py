@@ -19,7 +19,7 @@ from fastlora.adapters.lora import Adapter
 from fastlora.core.data import Extra
 from fastlora.expressions.grammar import ExpressionError
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 

@@ -40,7 +40,8 @@ def bench(
     from fastlora.runtime.progress import track
 
     if listing:
-        print_json(names_data()) if run.as_json else show_bench_names(names_data())
+        show = print_json if run.as_json else show_bench_names
+        show(names_data())
         return
     contests = select(names or ())
     run.tell_notes([w] if (w := waiting()) else [])
@@ -56,7 +57,8 @@ def bench(
     if markdown is not None:
         markdown.write_text(as_markdown(machine, found), encoding="utf-8")
     data = as_dict(machine, found)
-    write_table(run, csv, bench_rows(data))
+    if csv is not None:
+        write_table(run, csv, bench_rows(data))
     if run.as_json:
         print_json(data)
     elif not run.quiet:

@@ -80,12 +80,13 @@ def decompose(
         if plots:
             _write_plots(parts, staging)
     data = decomposition_data(parts, out)
-    write_table(run, csv, decomposition_rows(data))
+    if csv is not None:
+        write_table(run, csv, decomposition_rows(data))
     if run.as_json:
         print_json(data)
     elif not run.quiet:
         show_decomposition(data, every)
-    told = data["reports"][0]["notices"] if len(data["reports"]) == 1 else []
+    told = parts.reports[0].notices if len(parts.reports) == 1 else []
     run.tell_notes([*pool.notices, *told, *directory.notices])
 
 

@@ -40,7 +40,8 @@ def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None)
         data = folder_data(str(spec.path), [moved(element) for element in elements], notes)
     else:
         data = describe(moved(load(spec.path, spec.name)))
-    write_table(run, csv, csv_rows(data))
+    if csv is not None:
+        write_table(run, csv, csv_rows(data))
     if run.as_json:
         print_json(data)
     elif not run.quiet:

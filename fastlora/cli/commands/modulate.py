@@ -52,7 +52,6 @@ def modulate(
     specs = {text: parse_one(text) for text in dict.fromkeys([adapter, *(o for p in parsed for o in p[1])])}
     target = output_directory(run, out, [s.path for s in specs.values()])
     run.start()
-    run.require_backend()
     from fastlora.dipm import modulate as modulate_adapter
     from fastlora.runtime.progress import track
 

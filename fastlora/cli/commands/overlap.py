@@ -40,7 +40,8 @@ def overlap(
         raise InputError("overlap: a pool of one adapter has nothing to compare; give two adapters or more")
     found = compare(pool)
     data = overlap_data(found)
-    write_table(run, csv, overlap_rows(data))
+    if csv is not None:
+        write_table(run, csv, overlap_rows(data))
     if plot is not None:
         from fastlora.analysis.plots import plot_overlap
         from fastlora.files.disk_errors import writing
