@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import resource
-import subprocess
-import sys
-import threading
-import time
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -19,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from builders import gaussian, make_adapter
-from command import ADAPTERS, COMMAND, ROOT, done, environment, places, refused, run, run_process, tree
+from command import ADAPTERS, done, places, refused, run, run_process, tree
 from safetensors.torch import save_file
 from tolerances import FLOAT32, SUMS32
 
 import fastlora as fl
-from fastlora.runtime import progress
 
 SPAM, MOVIE = ADAPTERS / "spam", ADAPTERS / "movie_a"
 TREC = ADAPTERS / "trec_r16", ADAPTERS / "trec_rslora"
@@ -262,6 +255,7 @@ IN_SHORT = {
     "overlap": [*TREC],
     "bench": ["--list"],
     "info": ["--json"],
+    "methods": [],
     "modulate": [SPAM, "--op", "reverse", "--out", "out"],
     "compose": ["a - 0.5*b", f"a={SPAM}", f"b={MOVIE}", "--out", "out"],
     "extract": ["base.safetensors", "tuned.safetensors", "--rank", "2", "--out", "out"],
@@ -305,98 +299,3 @@ def test_bench_writes_its_table(tmp_path: Path) -> None:
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("# Benchmarks") and "| decompose in memory, minilm |" in page
     assert "OMP_WAIT_POLICY passive" in found["machine"]
-
-
-HEAVY = ("torch", "numpy", "safetensors", "rich.progress", "matplotlib", "huggingface_hub", "lark")
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["decompose", "--help"], ["compose", "--help"], ["--version"]])
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
-    code = (
-        "import sys, fastlora.cli.app\n"
-        "try: fastlora.cli.app.main()\n"
-        f"finally: print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)\n"
-    )
-    found = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert (found.returncode, found.stderr) == (0, "[]\n")
-
-
-def processor_seconds(command: list[str]) -> float:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def test_help_is_instant() -> None:
-    """Hardly more than typer itself, by the processor's time, which other programs take little of: 1.4 times as much.
-    NumPy alone would make it 2.5 times, and torch 20 times."""
-    times = [
-        [processor_seconds(c) for c in ([*COMMAND, "--help"], [sys.executable, "-c", "import typer"])] for _ in "12345"
-    ]
-    of_help, of_typer = (min(column) for column in zip(*times, strict=True))
-    assert of_help < 2 * of_typer
-
-
-HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that loops are measured by, and a terminal that can draw, whatever the tests run in."""
-    monkeypatch.setenv("TERM", "xterm")
-    for name in ("TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    return now
-
-
-def watched(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, clock: list[float], step: float, on: bool) -> str:
-    """What a loop of four steps prints to ``stream``."""
-    monkeypatch.setattr("sys.stderr", stream)
-    with progress.show_progress(on):
-        for _ in progress.track(range(4), "loading"):
-            clock[0] += step
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize(("step", "shown"), [(0.33, False), (0.34, True)])
-def test_progress_waits_a_second(step: float, shown: bool, monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
-    """The last step begins after three."""
-    assert ("loading" in watched(monkeypatch, Terminal(), clock, step, True)) == shown
-
-
-@pytest.mark.parametrize(("terminal", "on"), [(True, False), (False, True)])
-def test_progress_is_for_a_terminal_that_is_not_quiet(
-    terminal: bool, on: bool, monkeypatch: pytest.MonkeyPatch, clock: list[float]
-) -> None:
-    assert watched(monkeypatch, Terminal() if terminal else io.StringIO(), clock, 5.0, on) == ""
-
-
-def test_no_bar_outlives_an_error(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
-    """Rich erases a bar that ends, and with it what was printed below it in the meantime."""
-    stream, threads = Terminal(), threading.active_count()
-    monkeypatch.setattr("sys.stderr", stream)
-    with pytest.raises(ValueError, match="stop"), progress.show_progress():
-        loop = progress.track(range(3), "loading")  # held here, so that only the block can end the bar
-        for i in loop:
-            clock[0] += 2.0
-            if i == 2:
-                assert "loading" in stream.getvalue() and threading.active_count() > threads
-                raise ValueError("stop")
-    shown = stream.getvalue()
-    assert shown.rfind(SHOW_CURSOR) > shown.rfind(HIDE_CURSOR) >= 0, "the bar has given the terminal back"
-    for _ in range(1000):  # the thread that draws may take a moment to see that it is to end
-        if threading.active_count() == threads:
-            break
-        time.sleep(0.01)
-    assert threading.active_count() == threads, "nothing draws the bar any more"
-    assert stream.getvalue() == shown
-    del loop
-    assert stream.getvalue() == shown

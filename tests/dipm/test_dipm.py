@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pools
 import pytest
 import torch
-from builders import gaussian, make_adapter
+from builders import gaussian
 from pools import MODULE, Part
-from tolerances import FLOAT32, FLOAT64, SUBSPACE64, SUMS32
+from tolerances import FLOAT32
 from torch import Tensor
 
 import fastlora as fl
 from fastlora.adapters.lora import Adapter
 from fastlora.dipm import Operator
 from fastlora.reference import dipm as dense
-from fastlora.runtime import memory
 
 N, M, R = 22, 17, 4
 GRANULARITIES = ("component", "column", "matrix")
@@ -184,65 +180,6 @@ def test_factors_of_column_directions() -> None:
     assert bool((norms[::3] == 0).all()) and float((norms[norms > 0] - 1).abs().max()) < FLOAT32
 
 
-@pytest.mark.parametrize("seed", range(4))  # the rounding is positive for some of them
-def test_columns_in_the_kernel_of_b_are_zero(seed: int) -> None:
-    """What is left of such a column is rounding, which no operator may blow up to a direction."""
-    left, right, s = part(1, dtype=torch.float64)
-    kernel = torch.cat([gaussian(3, seed=seed, dtype=torch.float64), -torch.ones(1, dtype=torch.float64)])
-    left[:, 3] = left[:, :3] @ kernel[:3]
-    right[:, 5:] = kernel[:, None] * gaussian(M - 5, seed=8, dtype=torch.float64)
-    own, other, third = adapters((left, right, s), part(3), part(5))
-    mu = fl.dipm.decouple(own).magnitudes[MODULE]
-    assert mu[5:].tolist() == [0.0] * (M - 5) and bool((mu[:5] > 0).all())
-    assert float(pools.exact(fl.dipm.decouple(own).directions().update(MODULE))[:, 5:].norm()) == 0.0
-    shifted = pools.exact(fl.modulate(own, fl.dipm.shift(other, own, 0.5)).update(MODULE))
-    assert float(shifted[:, 5:].norm()) == 0.0
-    towards = pools.exact(fl.modulate(third, fl.dipm.shift(other, own, 0.5)).update(MODULE))[:, 5:]
-    end, start = (pools.dense(part(i))[:, 5:] for i in (5, 3))
-    wanted = end / end.norm(dim=0) - 0.5 * start / start.norm(dim=0)
-    close(towards, wanted / wanted.norm(dim=0) * end.norm(dim=0))
-
-
-IDENTITIES: dict[str, Callable[[Adapter, Adapter], list[Operator]]] = {
-    "nothing": lambda a, b: [],
-    "scale": lambda a, b: [fl.dipm.scale(1)],
-    "shift": lambda a, b: [fl.dipm.shift(a, b, 0.0)],
-    "shift-nowhere": lambda a, b: [fl.dipm.shift(b, b, 5.0)],
-    "interpolate": lambda a, b: [fl.dipm.interpolate(b, 0.0)],
-    "remove": lambda a, b: [fl.dipm.remove([b], 0.0)],
-    "all": lambda a, b: [fl.dipm.scale(1.0), fl.dipm.shift(a, b, 0.0), fl.dipm.interpolate(b, 0)],
-}
-
-
-@pytest.mark.parametrize("identity", IDENTITIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_identity_is_the_same_adapter_bit_for_bit(identity: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    # rsLoRA with a scaling of 4: what is written are B·4 and A, as for the adapter itself
-    own = fl.load(make_adapter(tmp_path / "own", dtype=dtype, use_rslora=True))
-    other = fl.load(make_adapter(tmp_path / "other", seed=1, dtype=dtype))
-    operators = IDENTITIES[identity](own, other)
-    for granularity in GRANULARITIES:
-        assert fl.modulate(own, operators, granularity=granularity) is own
-        assert fl.dipm.recombine(fl.dipm.decouple(own, granularity)) is own
-    saved = fl.modulate(own, operators).save(tmp_path / "saved") / "adapter_model.safetensors"
-    plain = own.save(tmp_path / "plain") / "adapter_model.safetensors"
-    assert saved.read_bytes() == plain.read_bytes()
-    unit = fl.load(make_adapter(tmp_path / "unit", dtype=dtype, alpha=4))
-    written = fl.load(fl.modulate(unit, operators).save(tmp_path / "written"))
-    for module in unit.modules:
-        for side in ("B", "A"):
-            assert torch.equal(getattr(written.update(module), side).stored, getattr(unit.update(module), side).stored)
-
-
-def test_operators_that_only_scale_touch_no_factor() -> None:
-    own, other, _ = adapters(*INPUTS["plain"])
-    for granularity in GRANULARITIES:
-        for on in SIDES:
-            result = fl.modulate(own, [fl.dipm.reverse(0.5), fl.dipm.scale(3)], granularity=granularity, on=on)
-            assert result.update(MODULE).scaling == -3.0 and result.update(MODULE).B is own.update(MODULE).B
-    assert fl.modulate(own, fl.dipm.interpolate(other, 1.0), granularity="matrix").update(MODULE).rank == R
-
-
 def test_rank_recompresses_and_restores_the_magnitudes() -> None:
     parts = [part(1), part(3), part(5)]
     pool = adapters(*parts)
@@ -265,84 +202,6 @@ def test_rank_recompresses_and_restores_the_magnitudes() -> None:
     assert component.update(MODULE).rank < 3 * R
 
 
-DEGENERATE = ["deficient_left", "deficient_right", "duplicates", "with_zero", "identical"]
-
-
-# The components of `wide` have close singular values, so they are ill-conditioned by themselves.
-@pytest.mark.parametrize(
-    ("kind", "granularity"),
-    [(k, g) for k in DEGENERATE for g in GRANULARITIES] + [("wide", "column"), ("wide", "matrix")],
-)
-def test_degenerate_inputs(kind: str, granularity: str) -> None:
-    parts = pools.cast(pools.POOLS[kind](3), torch.float32)
-    pool = pools.make_pool(parts).adapters
-    for chain in (CHAINS["shift"], CHAINS["interpolate"], CHAINS["remove-one"]):
-        wanted = _rank_aware(parts, chain, granularity)
-        found = pools.exact(got(pool, chain, granularity, "product").update(MODULE))
-        assert bool(found.isfinite().all())
-        assert float((found - wanted).norm()) <= SUMS32 * float(pools.dense(parts[0]).norm())
-
-
-def _rank_aware(parts: list[Part], chain: Chain, granularity: str) -> Tensor:
-    """The dense definition, in which components of rounding size count as none."""
-    if granularity != "component":
-        return expected(parts, chain, granularity, "product")
-    rank = max(p[0].shape[1] for p in parts)
-    found = []
-    for p in parts:
-        x, _, _ = dense.components(pools.dense(p), "product", rank)
-        norms = x.flatten(1).norm(dim=1)
-        found.append(dense.decouple(x * (norms > 1e-6 * norms[0])[:, None, None]))
-    (name, strength, others), *_ = chain
-    given = [found[i] for i in others]
-    if name == "remove":
-        return dense.recombine(dense.remove(found[0], given, strength)).sum(0)
-    return dense.recombine(getattr(dense, name)(found[0], *given, strength)).sum(0)
-
-
-def test_a_direction_in_the_removed_span_becomes_zero() -> None:
-    own, twin, other = adapters(part(1), part(1, scaling=9.0), part(5))
-    for granularity in GRANULARITIES:
-        gone = fl.modulate(own, fl.dipm.remove([other, twin]), granularity=granularity)
-        assert float(pools.exact(gone.update(MODULE)).norm()) == 0.0
-        assert any("nothing is left of them" in n for n in gone.notes)
-
-
-def test_removing_a_direction_twice_is_removing_it_once() -> None:
-    own, other, twin, third = adapters(part(1), part(3), part(3, scaling=-9.0), part(5, rank=2))
-    for granularity in GRANULARITIES:
-        once = fl.modulate(own, fl.dipm.remove([third, other]), granularity=granularity)
-        twice = fl.modulate(own, fl.dipm.remove([twin, third, other]), granularity=granularity)
-        close(pools.exact(twice.update(MODULE)), pools.exact(once.update(MODULE)))
-
-
-@pytest.mark.parametrize("granularity", ["column", "matrix"])
-def test_directions_that_differ_by_rounding_span_no_plane(granularity: str) -> None:
-    # The second direction is the first, turned by ε towards the modulated update's own. At ε = 1e-7 that is rounding:
-    # only the first is removed. At 1e-3 the two span a plane that the update lies in, and nothing of it is left.
-    left, right = gaussian(N, R, seed=1, dtype=torch.float64), gaussian(R, M, seed=2, dtype=torch.float64)
-    away = gaussian(N, R, seed=3, dtype=torch.float64)
-    for epsilon, kept in ((1e-7, True), (1e-3, False)):
-        first, turned = (away, right, 1.0), (away + epsilon * left, right, 1.0)
-        own, other, near = adapters((left, right, 1.0), first, turned)
-        found = pools.exact(fl.modulate(own, fl.dipm.remove([other, near]), granularity=granularity).update(MODULE))
-        if kept:
-            close(found, expected([(left, right, 1.0), first], [("remove", 1.0, (1,))], granularity, "product"))
-        else:
-            assert float(found.norm()) == 0.0
-
-
-def test_opposite_directions_keep_the_nearer_end() -> None:
-    own, opposite = adapters(part(1), part(1, scaling=-6.0))
-    x = pools.dense(part(1))
-    for granularity in GRANULARITIES:
-        near = fl.modulate(own, fl.dipm.interpolate(opposite, 0.25), granularity=granularity)
-        far = fl.modulate(own, fl.dipm.interpolate(opposite, 0.75), granularity=granularity)
-        close(pools.exact(near.update(MODULE)), x * (0.75 + 0.25 * 3))
-        close(pools.exact(far.update(MODULE)), -x * (0.25 + 0.75 * 3))
-        assert any("opposite directions" in n for n in near.notes)
-
-
 def test_modules_that_some_lack() -> None:
     parts = INPUTS["plain"]
     own = pools.make_adapter("own", {"x": parts[0], "y": parts[0]})
@@ -360,92 +219,3 @@ def test_modules_that_some_lack() -> None:
     close(pools.exact(between.update("z")), 0.25 * pools.dense(parts[2]))
     for on in ("B", "A"):
         assert fl.modulate(own, fl.dipm.interpolate(other, 0.25), on=on).modules == ["x", "y"]
-
-
-def test_zero_updates_stay_zero_and_are_saved(tmp_path: Path) -> None:
-    zero = (torch.zeros(N, R), part(1)[1], 1.0)
-    own, other, third = adapters(zero, part(3), part(5))
-    for granularity in GRANULARITIES:
-        for on in SIDES:
-            result = fl.modulate(
-                own, [fl.dipm.shift(other, third, 1.0), fl.dipm.reverse(2)], granularity=granularity, on=on
-            )
-            assert float(pools.exact(result.update(MODULE)).norm()) == 0.0
-    assert float(fl.load(result.save(tmp_path / "zero")).delta(MODULE).norm()) == 0.0
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_the_rounding_of_lazy_updates_has_no_direction(granularity: str) -> None:
-    """Nothing is unique in two equal adapters: what is left of the factors is rounding."""
-    unique = fl.decompose(pools.make_pool(pools.cast(pools.identical(2), torch.float32)), 0.5).unique_of("a0")
-    assert float(pools.exact(unique.update(MODULE)).norm()) > 0
-    parts = fl.dipm.decouple(unique, granularity)
-    assert not parts.magnitudes[MODULE].any()
-    third = pools.make_adapter("third", {MODULE: pools.cast(pools.planted(2), torch.float32)[1]})
-    shifted = fl.dipm.recombine(parts.apply(fl.dipm.shift(unique, third, 0.5)))
-    assert float(pools.exact(shifted.update(MODULE)).norm()) == 0.0
-
-
-def test_equal_singular_values_are_noted() -> None:
-    left, right = pools.orthonormal(N, 3, 1).float(), pools.orthonormal(M, 3, 2).mT.contiguous().float()
-    own, other = adapters((left, right, 1.0), part(3, rank=3))
-    result = fl.modulate(own, fl.dipm.shift(own, other, 0.3), granularity="component")
-    assert any("equal singular values" in n for n in result.notes)
-    again = fl.modulate(own, fl.dipm.shift(own, other, 0.3), granularity="component")
-    assert torch.equal(result.delta(MODULE), again.delta(MODULE))
-
-
-@pytest.mark.parametrize("on", SIDES)
-@pytest.mark.parametrize("granularity", ["column", "matrix"])
-def test_operators_in_one_call_or_one_after_the_other(granularity: str, on: str) -> None:
-    own, other, third = adapters(*INPUTS["plain"])
-    first, second = fl.dipm.shift(other, third, 0.4), fl.dipm.remove([third], 0.8)
-    together = fl.modulate(own, [first, second], granularity=granularity, on=on)
-    between = fl.modulate(own, first, granularity=granularity, on=on)
-    one_by_one = fl.modulate(between, second, granularity=granularity, on=on)
-    close(pools.exact(one_by_one.update(MODULE)), pools.exact(together.update(MODULE)))
-
-
-def test_components_do_not_depend_on_the_factoring() -> None:
-    parts = [part(i, dtype=torch.float64) for i in (1, 3, 5)]
-    x = pools.mixing(R, 8)
-    other = [(b @ x, torch.linalg.solve(x, a), s) for b, a, s in parts]
-    for on in SIDES:
-        for chain in (CHAINS["shift"], CHAINS["interpolate"]):
-            one, two = (pools.exact(got(adapters(*p), chain, "component", on).update(MODULE)) for p in (parts, other))
-            close(one, two, SUBSPACE64)
-
-
-def test_saved_results_load_with_the_same_effect(tmp_path: Path) -> None:
-    paths = [make_adapter(tmp_path / str(i), seed=i, rank=3 + i, dtype=torch.bfloat16) for i in range(3)]
-    pool = [fl.load(p) for p in paths]
-    result = fl.modulate(pool[0], [fl.dipm.shift(pool[1], pool[2], 0.5)])
-    loaded = fl.load(result.save(tmp_path / "out", dtype="float32"))
-    for module in result.modules:
-        close(loaded.delta(module).double(), pools.exact(result.update(module)))
-        norms = [pools.exact(x.update(module)).norm(dim=0) for x in (loaded, pool[0])]
-        torch.testing.assert_close(*norms, rtol=FLOAT32, atol=0)
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_results_do_not_depend_on_grouping_or_backend(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = {f"layer.{i}": [part(10 * i + j, rank=2 + (i + j) % 3) for j in range(3)] for i in range(5)}
-    pool = [pools.make_adapter(f"a{j}", {m: p[j] for m, p in modules.items()}) for j in range(3)]
-
-    def run() -> list[Tensor]:
-        result = fl.modulate(
-            pool[0], [fl.dipm.shift(pool[1], pool[2], 0.4), fl.dipm.reverse(2)], granularity=granularity
-        )
-        return [pools.exact(result.update(m)) for m in modules]
-
-    found = run()
-    for module, x in zip(modules, found, strict=True):
-        alone = [pools.make_adapter(f"a{j}", {module: modules[module][j]}) for j in range(3)]
-        single = fl.modulate(alone[0], fl.dipm.shift(alone[1], alone[2], 0.4), granularity=granularity)
-        close(-2 * pools.exact(single.update(module)), x, FLOAT64)
-    with monkeypatch.context() as patch, memory.bounded(1):  # one module at a time
-        patch.setattr(memory, "LEAST", 1)
-        assert all(torch.equal(x, y) for x, y in zip(run(), found, strict=True))
-    with fl.use_backend("reference"):
-        for x, y in zip(run(), found, strict=True):
-            close(x, y)
