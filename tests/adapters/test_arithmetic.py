@@ -209,6 +209,6 @@ def test_merge_weights() -> None:
 
 
 def test_methods_are_listed_at_any_time() -> None:
-    """The package ``fastlora.methods`` has the name of the function, and is imported along the way."""
+    """Before and after a method was used, whose file is imported then."""
     assert set(fl.methods()) >= {"cat", "pem", "svd"}
     assert fl.methods()["cat"].name == "cat"
