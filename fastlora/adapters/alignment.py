@@ -1,4 +1,9 @@
-"""When two adapters write the names of the same modules differently."""
+"""When two adapters write the names of the same modules differently.
+
+PEFT names modules as the trained model did. One adapter has ``model.layers.0.mlp.up_proj``; another, trained inside a
+wrapper, has ``base.model.layers.0.mlp.up_proj``: all its names fit once the prefix ``base.`` is stripped. In the other
+order the prefix ``base.`` is put before the names of the second.
+"""
 
 from __future__ import annotations
 
@@ -40,18 +45,18 @@ def alignment(
 def _prefix_changes(names: list[str], known: Iterable[str]) -> list[tuple[str, str]]:
     """``(prefix to strip, prefix to put)`` for every one prefix after which ``names`` and ``known``
     overlap."""
-    own = set(names)
-    found: dict[tuple[str, str], None] = {}
+    own_modules = set(names)
+    changes: dict[tuple[str, str], None] = {}
     for module in known:
-        for start, rest in _splits(module):
-            if rest in own:
-                found["", start] = None
+        for start, suffix in _splits(module):
+            if suffix in own_modules:
+                changes["", start] = None
     targets = set(known)
-    for start, rest in _splits(names[0]):
+    for start, suffix in _splits(names[0]):
         every = all(n.startswith(start) for n in names)
-        if every and (rest in targets or any(n.removeprefix(start) in targets for n in names)):
-            found[start, ""] = None
-    return list(found)
+        if every and (suffix in targets or any(n.removeprefix(start) in targets for n in names)):
+            changes[start, ""] = None
+    return list(changes)
 
 
 def _splits(module: str) -> Iterator[tuple[str, str]]:
@@ -63,6 +68,8 @@ def _splits(module: str) -> Iterator[tuple[str, str]]:
 
 
 def renamed(adapter: Adapter, strip: str, put: str) -> Adapter:
+    """The adapter with the prefix ``strip`` of all module paths replaced by ``put``; extras and containers likewise."""
+
     def rename(name: str) -> str:
         return put + name.removeprefix(strip)
 

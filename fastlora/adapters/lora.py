@@ -123,8 +123,8 @@ class Adapter(LoraData, VectorSpace):
         if self.device == target:
             return self
         with memory_told(f"moving adapter {self.name!r} to {target}"):
-            places = moved_once(distinct(self.updates.values()), target)
-        return replace(self, updates={m: replaced(u, places) for m, u in self.updates.items()})
+            moved_tensors = moved_once(distinct(self.updates.values()), target)
+        return replace(self, updates={m: replaced(u, moved_tensors) for m, u in self.updates.items()})
 
     def __repr__(self) -> str:
         ranks = sorted({u.rank for u in self.updates.values()})

@@ -16,7 +16,7 @@ from fastlora.core.names import check_name, check_names_differ
 from fastlora.core.updates import Layout
 from fastlora.core.vector_space import VectorSpace
 from fastlora.errors import InputError, UnsupportedAdapter
-from fastlora.files.locate import Found, exists, find
+from fastlora.files.locate import LocatedPath, exists, find
 from fastlora.runtime import devices
 from fastlora.runtime.cpython import paused_collector
 
@@ -26,7 +26,7 @@ def on_device(pool: Pool, device: str | torch.device | None) -> Pool:
     return pool.to(devices.parse(device) or pool.device)
 
 
-Source = str | os.PathLike[str]
+AdapterSource = str | os.PathLike[str]
 
 
 class Pool:
@@ -69,7 +69,7 @@ class Pool:
 
     @classmethod
     @paused_collector()
-    def load(cls, sources: Source | Iterable[Source | VectorSpace] | Mapping[str, Source]) -> Pool:
+    def load(cls, sources: AdapterSource | Iterable[AdapterSource | VectorSpace] | Mapping[str, AdapterSource]) -> Pool:
         """Loads adapters with :func:`fastlora.load` and puts them into a pool.
 
         Args:
@@ -127,11 +127,11 @@ class Pool:
     @property
     def device(self) -> torch.device:
         """Where the adapters are. Raises :class:`InputError` when they are on different devices."""
-        found = {a.device: a.name for a in reversed(self._adapters.values())}
-        if len(found) > 1:
-            where = ", ".join(f"{name!r} on {device}" for device, name in reversed(found.items()))
+        name_by_device = {a.device: a.name for a in reversed(self._adapters.values())}
+        if len(name_by_device) > 1:
+            where = ", ".join(f"{name!r} on {device}" for device, name in reversed(name_by_device.items()))
             raise InputError(f"the adapters of the pool are on different devices ({where}); use `pool.to(…)`")
-        return next(iter(found))
+        return next(iter(name_by_device))
 
     def to(self, device: torch.device | str) -> Pool:
         """The pool with all factors on a device; a pool that is there already is returned as it is.
@@ -212,8 +212,8 @@ class Pool:
         return adapter if change is None else renamed(adapter, *change)
 
     def _compare_bases(self) -> None:
-        first, *rest = self.adapters
-        for other in rest:
+        first, *others = self.adapters
+        for other in others:
             if other.base.layer_replication != first.base.layer_replication:
                 raise InputError(
                     f"adapters {first.name!r} and {other.name!r} repeat layers of the base model differently "
@@ -231,10 +231,10 @@ class Pool:
                 self.notices.append(f"the adapters name different {what} ({listed})")
 
 
-def _loaded(sources: Iterable[Found | VectorSpace]) -> tuple[list[VectorSpace], list[str]]:
+def _loaded(sources: Iterable[LocatedPath | VectorSpace]) -> tuple[list[VectorSpace], list[str]]:
     """The adapters of a list, those of its folders in their place, and notes on what the folders hold beside them."""
     given = list(sources)
-    paths = [s for s in given if isinstance(s, Found)]
+    paths = [s for s in given if isinstance(s, LocatedPath)]
     folders = {s.path for s in paths if holds_adapters(s.path)}
     check_names_differ((s.name, str(s.path)) for s in paths if s.path not in folders)  # before anything is loaded
     loaded: list[tuple[VectorSpace, str]] = []

@@ -19,8 +19,8 @@ from fastlora.errors import InputError, NonFiniteError, OutputError
 from fastlora.files.shards import read_model
 from fastlora.files.tensor_files import SAFETENSORS
 
-State = Mapping[str, Tensor]
-Source = State | str | os.PathLike[str]
+StateDict = Mapping[str, Tensor]
+ModelSource = StateDict | str | os.PathLike[str]
 
 LISTED = 4
 """Names in a message."""
@@ -63,16 +63,16 @@ class TaskVector(DeltaData, VectorSpace):
         vectors = [v for _, v in terms]
         deltas: dict[str, Tensor] = {}
         for parameter in dict.fromkeys(p for v in vectors for p in v):
-            own = [(w, v.deltas[parameter]) for w, v in terms if parameter in v]
-            shapes = {tuple(d.shape) for _, d in own}
+            changes = [(w, v.deltas[parameter]) for w, v in terms if parameter in v]
+            shapes = {tuple(d.shape) for _, d in changes}
             if len(shapes) > 1:
                 found = " and ".join(str(list(s)) for s in sorted(shapes))
                 raise InputError(
                     f"{parameter}: cannot add changes of shapes {found}: these are of different base models"
                 )
-            total = sum(w * d.double() for w, d in own)
+            total = sum(w * d.double() for w, d in changes)
             assert isinstance(total, Tensor)
-            deltas[parameter] = total.to(_widest(d for _, d in own))
+            deltas[parameter] = total.to(_widest(d for _, d in changes))
         return cls(
             name or expression([(w, v.name) for w, v in terms]),
             deltas,
@@ -80,7 +80,7 @@ class TaskVector(DeltaData, VectorSpace):
             notes=tuple(dict.fromkeys(n for v in vectors for n in v.notes)),
         )
 
-    def apply(self, base: Source) -> dict[str, Tensor]:
+    def apply(self, base: ModelSource) -> dict[str, Tensor]:
         """``θ₀ + τ`` as a state dict ``{parameter: tensor}``, in the shapes and dtypes of the base model.
 
         Args:
@@ -173,7 +173,9 @@ class TaskVector(DeltaData, VectorSpace):
         return formats.save(self, Path(path), dtype=dtype, overwrite=overwrite)
 
 
-def task_vector(base: Source, finetuned: Source, name: str | None = None, *, common_only: bool = False) -> TaskVector:
+def task_vector(
+    base: ModelSource, finetuned: ModelSource, name: str | None = None, *, common_only: bool = False
+) -> TaskVector:
     """Subtracts two models: ``τ = θ − θ₀``, the change of every parameter by a fine-tune (arXiv 2212.04089).
 
     Args:
@@ -228,7 +230,7 @@ def task_vector(base: Source, finetuned: Source, name: str | None = None, *, com
     return TaskVector(name, deltas, notes=tuple(notes))
 
 
-def read_state(source: Source) -> dict[str, Tensor]:
+def read_state(source: ModelSource) -> dict[str, Tensor]:
     """A state dict from a mapping, a file of tensors or a model's directory; files are mapped."""
     if isinstance(source, Mapping):
         wrong = next((k for k, v in source.items() if not isinstance(v, Tensor)), None)

@@ -15,12 +15,12 @@ from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update
 from fastlora.engine.materialise import materialise_groups
 from fastlora.errors import InputError
 
-Pair = tuple[Tensor, Tensor]
+FactorPair = tuple[Tensor, Tensor]
 """``B`` and ``A`` of one module."""
 
 
 def updates_of(
-    tensors: Mapping[str, Pair | tuple[Tensor, Tensor, float]], embeddings: Collection[str]
+    tensors: Mapping[str, FactorPair | tuple[Tensor, Tensor, float]], embeddings: Collection[str]
 ) -> dict[str, Update]:
     """The updates of :meth:`fastlora.Adapter.from_tensors`, on the given tensors where their rows are contiguous."""
     if not tensors:
@@ -71,7 +71,9 @@ def _shown(value: object) -> str:
     return f"of type {type(value).__name__}" if not isinstance(value, tuple | list) else f"{len(value)} values"
 
 
-def tensors_of(updates: Mapping[str, Update], dtype: torch.dtype, uniform_rank: int | bool | None) -> dict[str, Pair]:
+def tensors_of(
+    updates: Mapping[str, Update], dtype: torch.dtype, uniform_rank: int | bool | None
+) -> dict[str, FactorPair]:
     """``(B, A)`` of every module for :meth:`fastlora.Adapter.tensors`."""
     baked = [u.baked() for u in updates.values()]
     pairs = [pair for [pair] in materialise_groups([[u] for u in baked], dtype)]
@@ -94,7 +96,7 @@ def _widened(factor: Tensor, axis: int, rank: int) -> Tensor:
     return wide
 
 
-def _shaped(pair: Pair, layout: Layout) -> Pair:
+def _shaped(pair: FactorPair, layout: Layout) -> FactorPair:
     """A convolution's factors with their kernel: ``B [out, r, 1, …]``, ``A [r, in, *kernel]``."""
     if layout.kind != "conv":
         return pair

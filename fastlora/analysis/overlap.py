@@ -102,17 +102,17 @@ def _similarities(blocks: ChainBlocks, rtols: Sequence[float]) -> tuple[Tensor, 
     inner = (full * other).sum((-1, -2)) * scaling[:, :, None] * scaling[:, None]
 
     # Each adapter alone, with its own noise floor: its whitening T_i [r, r], columns beyond the kept directions zero.
-    alone = [
+    chains = [
         ops.chain(
             full[:, i, i, None, None].contiguous(), blocks.other[:, i, None].contiguous(), threshold=0.0,
             rtol=rtols[i], floor=blocks.floor[:, i, None].contiguous(),
         )
         for i in range(k)
     ]  # fmt: skip
-    for found in alone:
-        raise_for_info(blocks.modules, found.info)
-    T = torch.stack([found.basis[:, 0] for found in alone], 1)  # [g, k, r, r]
-    kept = torch.cat([found.kept for found in alone], 1).double()  # [g, k]
+    for chain in chains:
+        raise_for_info(blocks.modules, chain.info)
+    T = torch.stack([chain.basis[:, 0] for chain in chains], 1)  # [g, k, r, r]
+    kept = torch.cat([chain.kept for chain in chains], 1).double()  # [g, k]
     cosines = T[:, :, None].mT @ full @ T[:, None]  # U_iᵀU_j
     smaller = torch.minimum(kept[:, :, None], kept[:, None])
     return inner, cosines.square().sum((-1, -2)) / smaller

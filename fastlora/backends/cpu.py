@@ -31,6 +31,7 @@ if _core is not None:
 
 
 def unavailable() -> str | None:
+    """Why the compiled CPU kernels cannot be used, or ``None`` where they can."""
     if _core is not None:
         return None
     return (
@@ -110,16 +111,16 @@ def _gram_pass(jobs: Sequence[GramJob]) -> None:
     # Neighbouring jobs mostly share their list of blocks.
     for _, run in itertools.groupby(jobs, key=lambda job: (id(job.blocks), job.stride)):
         same = list(run)
-        own = np.array(same[0].blocks, dtype=np.int64).reshape(-1, 3)
+        asked_blocks = np.array(same[0].blocks, dtype=np.int64).reshape(-1, 3)
         starts = []
         for job in same:
-            tasks += (len(alive), len(job.factors), first_block, len(own), job.rows)
-            first_block += len(own)
+            tasks += (len(alive), len(job.factors), first_block, len(asked_blocks), job.rows)
+            first_block += len(asked_blocks)
             _factors(job.factors, factors, alive)
             starts.append(job.out.data_ptr() + 8 * job.start)
-        table = np.empty((len(same), len(own), 4), dtype=np.int64)
-        table[:, :, :2] = own[:, :2]
-        table[:, :, 2] = np.array(starts, dtype=np.int64)[:, None] + 8 * own[:, 2]
+        table = np.empty((len(same), len(asked_blocks), 4), dtype=np.int64)
+        table[:, :, :2] = asked_blocks[:, :2]
+        table[:, :, 2] = np.array(starts, dtype=np.int64)[:, None] + 8 * asked_blocks[:, 2]
         table[:, :, 3] = same[0].stride
         blocks.append(table.reshape(-1, 4))
     tables = _table(factors, 5), _table(tasks, 5), np.concatenate(blocks) if blocks else _table([], 4)
@@ -127,7 +128,7 @@ def _gram_pass(jobs: Sequence[GramJob]) -> None:
     _core.gram(factor_table, task_table, block_table, n_tasks=len(jobs), threads=torch.get_num_threads())
 
 
-class CombinePlan:
+class PreparedCombine:
     """The tables of a combine pass. :meth:`run` works on what the tensors hold by then, and writes to the files that
     the outputs name by then."""
 
@@ -141,10 +142,10 @@ class CombinePlan:
         scales: list[float] = []
         given: list[Tensor] = []
         self._alive: list[Tensor] = []
-        place = 0  # of the next output
+        output_index = 0  # of the next output
         for job in jobs:
             rows = job.rows
-            tasks += (len(given), len(job.factors), place, len(job.outputs), rows)
+            tasks += (len(given), len(job.factors), output_index, len(job.outputs), rows)
             _factors(job.factors, factors, self._alive)
             given += job.factors
             for output in job.outputs:
@@ -163,8 +164,8 @@ class CombinePlan:
                             )
                         terms += (factor, c.data_ptr(), stride, r if rows else q, at, 0)
                     scales.append(scale)
-                outputs += (place, first, len(scales) - first, -1, output.offset, output.check)
-                place += 1
+                outputs += (output_index, first, len(scales) - first, -1, output.offset, output.check)
+                output_index += 1
                 if output.out is None:
                     height, width = output.shape
                     matrices += (0, height, width, width, DTYPES[output.dtype])
@@ -177,23 +178,24 @@ class CombinePlan:
         self._copies = [(x, y) for x, y in zip(given, self._alive, strict=True) if x is not y]
 
     def run(self) -> WriteProblem | None:
+        """Computes all outputs and writes those that have a file; returns what stopped it, or ``None``."""
         for given, copy in self._copies:
             copy.copy_(given)
         files = [output.file for job in self._jobs for output in job.outputs]
         self._outputs[:, 3] = files
         to_files, threads = max(files, default=-1) >= 0, torch.get_num_threads()
         factors, tasks, outputs, matrices, terms = map(_address, self._tables)
-        kind, place, errno = _core.combine(
+        kind, output_index, errno = _core.combine(
             factors, tasks, outputs, matrices, terms, n_tasks=len(self._tasks), to_files=to_files, threads=threads
         )
         if not kind:
             return None
-        job = int(np.searchsorted(self._tasks[:, 2], place, side="right")) - 1
-        return WriteProblem(job, place - int(self._tasks[job, 2]), errno if kind == _core.SYSTEM_ERROR else None)
+        job = int(np.searchsorted(self._tasks[:, 2], output_index, side="right")) - 1
+        return WriteProblem(job, output_index - int(self._tasks[job, 2]), errno if kind == _core.SYSTEM_ERROR else None)
 
 
 def _combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:
-    return CombinePlan(jobs).run()
+    return PreparedCombine(jobs).run()
 
 
 def _finite(x: Tensor) -> bool:
@@ -252,5 +254,5 @@ KERNELS: Mapping[str, Kernel] = {
     "coefficients": Kernel(fill, _supports),
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_jobs),
-    "combine_pass": Kernel(_combine_pass, _supports_jobs, CombinePlan),
+    "combine_pass": Kernel(_combine_pass, _supports_jobs, PreparedCombine),
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlora.backends.padded import aligned
 from fastlora.backends.rows import ChainRow, CoefficientsRow, packed
 from fastlora.ops.chain import Chain, results
-from fastlora.ops.coefficients import Coefficients
+from fastlora.ops.coefficients import PartCoefficients
 from fastlora.ops.dispatch import Kernel
 
 try:
@@ -40,6 +40,7 @@ def use_module(module: Any, device: str = "cuda") -> Iterator[None]:
 
 
 def unavailable() -> str | None:
+    """Why the compiled CUDA kernels cannot be used, or ``None`` where they can."""
     if _module is not None:
         return _without_device(_module) if _device == "cuda" else None
     if _core is None:
@@ -152,7 +153,7 @@ def _supports_chain(
     return None
 
 
-class ChainPlan:
+class PreparedChain:
     """A chain on tensors that stay where they are: ``run()`` starts it on what they hold by then.
 
     Its inputs and results are contiguous; the workspace is allocated here, once.
@@ -183,6 +184,7 @@ class ChainPlan:
         self._row = packed(row, _core.CHAIN_FIELDS)
 
     def run(self) -> None:
+        """Starts the chain on the current stream, without waiting for it."""
         _launch("chain", _module.cuda_chain, self._workspace.device, self._row, self._workspace)
 
 
@@ -199,12 +201,12 @@ def _chain(
     left, right = aligned(left), aligned(right)
     floor = left.new_zeros(left.shape[:-3]) if floor is None else aligned(floor)
     out = results(left, kind)
-    ChainPlan(left, right, floor, threshold, kind, rtol, rank, energy, out).run()
+    PreparedChain(left, right, floor, threshold, kind, rtol, rank, energy, out).run()
     return tuple(out)
 
 
 def _supports_coefficients(
-    projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, strength: Tensor, out: Coefficients
+    projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, strength: Tensor, out: PartCoefficients
 ) -> str | None:
     for tensor in (projected, other, basis, scaling, strength, *out):
         if reason := _elsewhere(tensor):
@@ -218,11 +220,11 @@ def _supports_coefficients(
     return None
 
 
-class CoefficientsPlan:
+class PreparedCoefficients:
     """Coefficients on tensors that stay where they are: ``run()`` computes them from what these hold by then."""
 
     def __init__(
-        self, projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, strength: Tensor, out: Coefficients
+        self, projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, strength: Tensor, out: PartCoefficients
     ) -> None:
         self._tensors = (projected, other, basis, scaling, strength, *out)
         self._row = packed(
@@ -230,16 +232,17 @@ class CoefficientsPlan:
         )
 
     def run(self) -> None:
+        """Starts the kernel on the current stream, without waiting for it."""
         _launch("coefficients", _module.cuda_coefficients, self._tensors[0].device, self._row)
 
 
 def _coefficients(*arguments: Any) -> None:
-    CoefficientsPlan(*arguments).run()
+    PreparedCoefficients(*arguments).run()
 
 
 KERNELS: Mapping[str, Kernel] = {
-    "chain": Kernel(_chain, _supports_chain, ChainPlan),
-    "coefficients": Kernel(_coefficients, _supports_coefficients, CoefficientsPlan),
+    "chain": Kernel(_chain, _supports_chain, PreparedChain),
+    "coefficients": Kernel(_coefficients, _supports_coefficients, PreparedCoefficients),
     "eigh": Kernel(_eigh, _supports_eigh),
     "svd": Kernel(_svd, _supports_svd),
 }

@@ -38,11 +38,11 @@ def gram(
     out = torch.zeros((*batch, k, k, r, r), dtype=torch.float64, device=factors.device)
     x = flat(factors, batch)
     counts = None if ranks is None else flat(ranks, batch).tolist()
-    places = [(i, j, (i * k + j) * r * r) for i, j in blocks_of(blocks, k)]
+    block_places = [(i, j, (i * k + j) * r * r) for i, j in blocks_of(blocks, k)]
     jobs = []
     for m in range(x.shape[0]):
-        own = unpadded(x[m], None if counts is None else counts[m], rows)
-        jobs.append(GramJob(own, places, rows, out, r, m * k * k * r * r))
+        own_factors = unpadded(x[m], None if counts is None else counts[m], rows)
+        jobs.append(GramJob(own_factors, block_places, rows, out, r, m * k * k * r * r))
     run(jobs)
     if blocks == "full":
         lower = torch.ones(k, k, dtype=torch.bool, device=out.device).tril(-1)
@@ -66,10 +66,10 @@ def combine(
     counts = None if ranks is None else flat(ranks, batch).tolist()
     jobs = []
     for m in range(x.shape[0]):
-        own = unpadded(x[m], None if counts is None else counts[m], rows)
+        own_factors = unpadded(x[m], None if counts is None else counts[m], rows)
         terms: list[CombineTerm] = [
-            (i, c[m, i, :, : f.shape[0]] if rows else c[m, i, : f.shape[1]], 0, 1.0) for i, f in enumerate(own)
+            (i, c[m, i, :, : f.shape[0]] if rows else c[m, i, : f.shape[1]], 0, 1.0) for i, f in enumerate(own_factors)
         ]
-        jobs.append(CombineJob(own, [CombineOutput.into(to[m], terms)], rows))
+        jobs.append(CombineJob(own_factors, [CombineOutput.into(to[m], terms)], rows))
     run(jobs)
     return out

@@ -21,6 +21,7 @@ from fastlora.reference.svd import svd
 
 
 def unavailable() -> str | None:
+    """``None``: plain torch is always there."""
     return None
 
 
@@ -58,8 +59,8 @@ def _combined(job: CombineJob, output: CombineOutput) -> Tensor:
     for factor, coefficient, at, scale in output.terms:
         x = job.factors[factor].double()
         part = x if coefficient is None else coefficient @ x if job.rows else x @ coefficient
-        place = total[at : at + part.shape[0]] if job.rows else total[:, at : at + part.shape[1]]
-        place += scale * part
+        covered = total[at : at + part.shape[0]] if job.rows else total[:, at : at + part.shape[1]]
+        covered += scale * part
     return total
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastlora.ops.chain import Chain, width
-from fastlora.ops.coefficients import Coefficients
+from fastlora.ops.coefficients import PartCoefficients
 
 
 class ChainRow(NamedTuple):
@@ -75,8 +75,9 @@ class CoefficientsRow(NamedTuple):
 
     @staticmethod
     def of(
-        projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, strength: Tensor, out: Coefficients
+        projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, strength: Tensor, out: PartCoefficients
     ) -> CoefficientsRow:
+        """The row of a call on ``g`` modules; ``removal`` and ``mixing`` of ``out`` may be transposed in memory."""
         groups, k, w, r = out.H.shape
         removal_row, removal_column = out.removal.stride()[-2:]
         mixing_row, mixing_column = out.mixing.stride()[-2:]

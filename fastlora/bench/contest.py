@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlora.bench.timing import Contender, Machine, Run, Times, alternate
+from fastlora.bench.timing import Action, Contender, Machine, Times, alternate
 from fastlora.errors import InputError
 
 OURS = "fastlora"
@@ -32,7 +32,7 @@ class Task:
     operations: float = 0
     dtype: torch.dtype = torch.float32
     note: str = ""
-    close: Run | None = None
+    close: Action | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Contest:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ContestRow:
     """One line of the table: median seconds of fastlora by threads, of one opponent at its best, and the floor on the
     most threads."""
 
@@ -70,18 +70,18 @@ def measure(contest: Contest) -> tuple[Task, Times]:
             task.close()
 
 
-def rows(contest: Contest, machine: Machine) -> list[Row]:
+def rows(contest: Contest, machine: Machine) -> list[ContestRow]:
     """The lines of a contest: one for every opponent."""
     task, times = measure(contest)
-    medians = {who: statistics.median(own) for who, own in times.items()}
+    medians = {who: statistics.median(seconds) for who, seconds in times.items()}
     ours = {count: medians[OURS, count] for count in task.contenders[OURS].threads}
     floor = machine.floor(task.moved, int(task.operations), task.dtype)
-    found = []
+    lines = []
     for name in contest.opponents:
         count, theirs = best(name, medians)
         label = f"{name}, {count} thread{'s' * (count != 1)}"
-        found.append(Row(contest.what, ours, label, theirs, floor or None, task.note))
-    return found
+        lines.append(ContestRow(contest.what, ours, label, theirs, floor or None, task.note))
+    return lines
 
 
 def best(name: str, medians: Mapping[tuple[str, int], float]) -> tuple[int, float]:

@@ -16,7 +16,7 @@ from fastlora.bench.opponents import dense_projection, dense_unique, plain_decom
 from fastlora.bench.passes import TAU, unique_factors
 from fastlora.bench.timing import Contender, Seconds, thread_counts
 from fastlora.bench.workloads import Workload, make_pool
-from fastlora.engine.buffers import Room
+from fastlora.engine.buffers import ResultRoom
 from fastlora.engine.materialise import materialise
 
 PAPER = "the paper's dense algorithm"
@@ -37,6 +37,7 @@ def _what(width: int) -> str:
 
 
 def dense() -> list[Contest]:
+    """The contest of one small module against the paper's formulas on dense matrices."""
     return [Contest(_what(1024), (PAPER,), _prepare_dense)]
 
 
@@ -51,6 +52,7 @@ def paper() -> list[Contest]:
 
 
 def paper_whole() -> list[Contest]:
+    """The contest of one large module against the paper's formulas on dense matrices, timed once."""
     return [Contest(_what(4096), (ONCE,), _prepare_whole)]
 
 
@@ -78,7 +80,7 @@ def _checked_pool(modules: int, dtype: torch.dtype) -> Pool:
 
 def _prepare_parts(modules: int) -> Task:
     pool = _checked_pool(modules, torch.bfloat16)
-    room = Room()
+    room = ResultRoom()
 
     def ours() -> Seconds:
         start = time.perf_counter()

@@ -34,6 +34,7 @@ PER_BYTE = "llama2-7b-8x16"  # what the time per byte of the others is compared 
 
 
 def inputs_of(workload: str, folder: Path) -> list[Path]:
+    """The directories of a workload's adapters; those that are not the trained ones are written into ``folder``."""
     return real_adapters() if workload == REAL else write_pool(find(workload), folder)
 
 
@@ -43,17 +44,19 @@ def size_of(paths: Sequence[Path]) -> int:
 
 
 def clear(path: Path) -> None:
+    """Deletes a directory, if it is there."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def files(workload: str) -> list[Contest]:
+    """The contest from files to files against copies of what is written and of what is read."""
     what = f"load → decompose → save, {workload}, warm cache"
     return [Contest(what, (WRITTEN, READ), partial(_prepare_files, workload))]
 
 
 def _prepare_files(workload: str) -> Task:
-    place = tempfile.TemporaryDirectory()
-    root = Path(place.name)
+    folder = tempfile.TemporaryDirectory()
+    root = Path(folder.name)
     inputs = inputs_of(workload, root / "in")
 
     def ours() -> None:
@@ -75,10 +78,10 @@ def _prepare_files(workload: str) -> Task:
         READ: [f for p in inputs for f in p.glob("*.safetensors")],
     }
     contenders = {OURS: Contender(ours, thread_counts(), reset=partial(clear, root / "out"))}
-    contenders |= {name: Contender(partial(copy, own), reset=empty_copy) for name, own in tensors.items()}
+    contenders |= {name: Contender(partial(copy, copied), reset=empty_copy) for name, copied in tensors.items()}
     read, written = size_of(inputs), size_of([root / "results"])
     note = f"{workload}: {read / 1e6:.0f} MB read, {written / 1e6:.0f} MB written"
-    return Task(contenders, read + written, note=note, close=place.cleanup)
+    return Task(contenders, read + written, note=note, close=folder.cleanup)
 
 
 def _require_outputs(inputs: Sequence[Path], out: Path) -> None:
@@ -101,6 +104,7 @@ def _head(adapter: fl.Adapter) -> fl.Adapter:
 
 
 def memory(workload: str) -> list[Contest]:
+    """The contest from files to files under a bound on memory against the same without it."""
     what = f"load → decompose → save, {workload}, memory={BOUND}"
     opponent = f"{PER_BYTE} {UNBOUNDED}, time per byte" if workload != PER_BYTE else f"{UNBOUNDED}"
     return [Contest(what, (opponent,), partial(_prepare_memory, what, workload, opponent))]
@@ -108,8 +112,8 @@ def memory(workload: str) -> list[Contest]:
 
 def _prepare_memory(what: str, workload: str, opponent: str) -> Task:
     """Both in processes of their own, whose peaks of resident memory are their own; start and imports not timed."""
-    place = tempfile.TemporaryDirectory()
-    root = Path(place.name)
+    folder = tempfile.TemporaryDirectory()
+    root = Path(folder.name)
     inputs = inputs_of(workload, root / "in")
     others = inputs if workload == PER_BYTE else inputs_of(PER_BYTE, root / "other")
     bounded, unbounded = root / "bounded", root / "unbounded"
@@ -134,7 +138,7 @@ def _prepare_memory(what: str, workload: str, opponent: str) -> Task:
         f"{what}: {read / 1e6:.0f} MB read, {written / 1e6:.0f} MB written; {rounds} rounds; at most "
         f"{peak / 2**20:.0f} MiB resident, {free_peak / 2**20:.0f} MiB without the bound; the same bits"
     )
-    return Task(contenders, read + written, note=note, close=place.cleanup)
+    return Task(contenders, read + written, note=note, close=folder.cleanup)
 
 
 CHILD = """
@@ -177,9 +181,9 @@ def peak_memory() -> int:
 
 def digest(directory: Path) -> str:
     """Of every tensor file below a directory, with its place."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for file in sorted(directory.rglob("*.safetensors")):
-        found.update(str(file.relative_to(directory)).encode())
+        hashed.update(str(file.relative_to(directory)).encode())
         with file.open("rb") as raw:
-            found.update(hashlib.file_digest(raw, "sha256").digest())
-    return found.hexdigest()
+            hashed.update(hashlib.file_digest(raw, "sha256").digest())
+    return hashed.hexdigest()

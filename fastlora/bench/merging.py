@@ -29,6 +29,7 @@ def _what(modules: str) -> str:
 
 
 def merge() -> list[Contest]:
+    """The contests of a merge to a rank: many modules against QR of the factors, one against dense SVD."""
     many, one = squares(4096, 16, 2), squares(1024, 1, 2)
     return [
         Contest(_what("sixteen 4096×4096 modules"), (QR,), partial(_prepare, many, QR, merge_by_qr)),
@@ -37,10 +38,12 @@ def merge() -> list[Contest]:
 
 
 def peft() -> list[Contest]:
+    """The contest of a merge to a rank against the peft package."""
     return [Contest(_what("one 4096×4096 module"), (PEFT,), _prepare_peft)]
 
 
 def by_fastlora(pool: Pool) -> list[tuple[Tensor, Tensor]]:
+    """``(B [n, r], A [r, m])`` of every module of the merged pool, in float32."""
     merged = fl.merge(pool, method="svd", rank=RANK)
     return [pair for (pair,) in materialise_groups([[u.baked()] for u in merged.updates.values()], torch.float32)]
 

@@ -14,7 +14,7 @@ from fastlora.bench.opponents import plain_decompose
 from fastlora.bench.timing import Contender, thread_counts
 from fastlora.bench.workloads import pool_of
 from fastlora.core.updates import Update
-from fastlora.engine.buffers import Room
+from fastlora.engine.buffers import ResultRoom
 from fastlora.engine.materialise import materialise_groups
 from fastlora.ops.dispatch import resolve
 from fastlora.ops.gram import blocks_of
@@ -34,6 +34,7 @@ def stored(pool: Pool, side: str) -> list[list[Tensor]]:
 
 
 def gram(workload: str) -> list[Contest]:
+    """The contest of a workload's gram pass against one product a block."""
     return [Contest(f"gram pass, {workload}", (BLOCKS,), partial(_prepare_gram, workload))]
 
 
@@ -45,14 +46,14 @@ def _prepare_gram(workload: str) -> Task:
     moved = operations = 0
     for side, kind in (("B", "chain"), ("A", "diagonal")):
         rows = side == "A"
-        for own in stored(pool, side):
-            ranks = [x.shape[0 if rows else 1] for x in own]
-            k, r = len(own), max(ranks)
+        for factors in stored(pool, side):
+            ranks = [x.shape[0 if rows else 1] for x in factors]
+            k, r = len(factors), max(ranks)
             pairs = blocks_of(kind, k)
-            places = places_by_kind.setdefault((kind, k, r), [(i, j, (i * k + j) * r * r) for i, j in pairs])
-            jobs.append(GramJob(own, places, rows, torch.zeros(k, k, r, r, dtype=torch.float64), r))
-            moved += sum(x.nbytes for x in own)
-            operations += 2 * own[0].shape[1 if rows else 0] * sum(ranks[i] * ranks[j] for i, j in pairs)
+            block_places = places_by_kind.setdefault((kind, k, r), [(i, j, (i * k + j) * r * r) for i, j in pairs])
+            jobs.append(GramJob(factors, block_places, rows, torch.zeros(k, k, r, r, dtype=torch.float64), r))
+            moved += sum(x.nbytes for x in factors)
+            operations += 2 * factors[0].shape[1 if rows else 0] * sum(ranks[i] * ranks[j] for i, j in pairs)
 
     def plain() -> None:
         for job in jobs:
@@ -73,6 +74,7 @@ def _prepare_gram(workload: str) -> Task:
 
 
 def combine(workload: str) -> list[Contest]:
+    """The contests of a workload's combine pass, one a side, against a copy of as many bytes."""
     return [
         Contest(f"combine pass, {side} side, {workload}", (COPY,), partial(_prepare_combine, workload, side))
         for side in ("B", "A")
@@ -90,19 +92,19 @@ def _prepare_combine(workload: str, side: str) -> Task:
     jobs: list[CombineJob] = []
     results: list[list[tuple[Tensor, list[CombineTerm]]]] = []
     moved = 0
-    for own in stored(pool_of(workload), side):
-        ranks = [x.shape[0 if rows else 1] for x in own]
+    for inputs in stored(pool_of(workload), side):
+        ranks = [x.shape[0 if rows else 1] for x in inputs]
         wanted: list[tuple[Tensor, list[CombineTerm]]] = []
         if rows:
-            wanted.append((own[0], [(i, coefficient(ranks[0], r), 0, 1.0) for i, r in enumerate(ranks)]))
+            wanted.append((inputs[0], [(i, coefficient(ranks[0], r), 0, 1.0) for i, r in enumerate(ranks)]))
         else:
-            for i, (x, r) in enumerate(zip(own, ranks, strict=True)):
+            for i, (x, r) in enumerate(zip(inputs, ranks, strict=True)):
                 wanted.append((x, [(i, None, 0, 1.0), (0, coefficient(ranks[0], r), 0, 1.0)]))
-            wanted.append((own[0], [(0, coefficient(ranks[0], ranks[0]), 0, 1.0)]))
+            wanted.append((inputs[0], [(0, coefficient(ranks[0], ranks[0]), 0, 1.0)]))
         made = [(torch.empty_like(like), terms) for like, terms in wanted]
         results.append(made)
-        jobs.append(CombineJob(own, [CombineOutput.into(out, terms) for out, terms in made], rows))
-        moved += sum(x.nbytes for x in own) + sum(out.nbytes for out, _ in made)
+        jobs.append(CombineJob(inputs, [CombineOutput.into(out, terms) for out, terms in made], rows))
+        moved += sum(x.nbytes for x in inputs) + sum(out.nbytes for out, _ in made)
     run = partial(resolve("combine_pass", jobs).launch, jobs)
     run()
     factors = [f.double() for f in jobs[0].factors]
@@ -117,7 +119,7 @@ def _prepare_combine(workload: str, side: str) -> Task:
     return Task(contenders, moved)
 
 
-def unique_factors(pool: Pool, room: Room | None = None) -> list[list[Tensor]]:
+def unique_factors(pool: Pool, room: ResultRoom | None = None) -> list[list[Tensor]]:
     """Every unique ``B`` and the shared factors, module by module: what a decomposition has to compute.
 
     ``room``: where results go, as when they are saved; memory of their own by default.
@@ -129,6 +131,7 @@ def unique_factors(pool: Pool, room: Room | None = None) -> list[list[Tensor]]:
 
 
 def decompose(workload: str) -> list[Contest]:
+    """The contest of a whole decomposition in memory against plain torch in factor space."""
     return [Contest(f"decompose in memory, {workload}", (PLAIN,), partial(_prepare_decompose, workload))]
 
 
@@ -140,7 +143,7 @@ def _prepare_decompose(workload: str) -> Task:
             require("unique B", a, b, tolerance)
     pool = pool_of(workload)
     contenders = {
-        OURS: Contender(partial(unique_factors, pool, Room()), thread_counts()),
+        OURS: Contender(partial(unique_factors, pool, ResultRoom()), thread_counts()),
         PLAIN: Contender(partial(plain_decompose, pool, TAU), thread_counts()),
     }
     return Task(contenders, 2 * sum(x.nbytes for side in "BA" for own in stored(pool, side) for x in own))

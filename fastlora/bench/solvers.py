@@ -32,6 +32,7 @@ def clusters(n: int, batch: int, dtype: torch.dtype) -> Tensor:
 
 
 def identity(n: int, batch: int, dtype: torch.dtype) -> Tensor:
+    """Identities ``[batch, n, n]``."""
     return torch.eye(n, dtype=dtype).expand(batch, n, n).contiguous()
 
 
@@ -48,11 +49,12 @@ EASY_SIZES = ((16, 1792), (32, 1792), (128, 64))
 
 
 def eigh() -> list[Contest]:
-    found = [("Gram", d, n, b) for d in (torch.float32, torch.float64) for n, b in SIZES]
-    found += [(s, torch.float32, n, b) for s in ("two clusters", "identity") for n, b in EASY_SIZES]
+    """The contests of eigendecompositions against torch, by spectrum, dtype and size."""
+    inputs = [("Gram", d, n, b) for d in (torch.float32, torch.float64) for n, b in SIZES]
+    inputs += [(s, torch.float32, n, b) for s in ("two clusters", "identity") for n, b in EASY_SIZES]
     return [
         Contest(f"eigh {str(d)[6:]} n={n}, batch {b}, {s}", (TORCH,), partial(_prepare_eigh, s, n, b, d))
-        for s, d, n, b in found
+        for s, d, n, b in inputs
     ]
 
 
@@ -71,6 +73,7 @@ def _prepare_eigh(spectrum: str, n: int, batch: int, dtype: torch.dtype) -> Task
 
 
 def svd() -> list[Contest]:
+    """The contests of singular value decompositions against torch, by size."""
     sizes = ((8, 1792), (16, 1792), (32, 1792), (64, 448), (128, 64))
     return [Contest(f"svd float32 n={n}, batch {b}", (TORCH,), partial(_prepare_svd, n, b)) for n, b in sizes]
 

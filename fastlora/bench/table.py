@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastlora.bench.contest import Row
+from fastlora.bench.contest import ContestRow
 from fastlora.bench.gpu import table
 from fastlora.bench.timing import Machine, describe
 from fastlora.views import benchmarks
@@ -32,12 +32,12 @@ spectra and four planted common directions; `minilm` is the trained adapters in 
 """
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: ContestRow) -> tuple[str, ...]:
     """One row of the table as text."""
     return benchmarks.cells(_row(row))
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: ContestRow) -> dict[str, Any]:
     return {
         "what": row.what,
         "ours": row.ours,
@@ -48,7 +48,8 @@ def _row(row: Row) -> dict[str, Any]:
     }
 
 
-def as_dict(machine: Machine, rows: list[Row]) -> dict[str, Any]:
+def as_dict(machine: Machine, rows: list[ContestRow]) -> dict[str, Any]:
+    """The facts about the machine and all rows, as plain data."""
     return {
         "machine": describe(),
         "copy_bytes_per_second": machine.copy,
@@ -58,7 +59,8 @@ def as_dict(machine: Machine, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def as_markdown(machine: Machine, rows: list[Row]) -> str:
+def as_markdown(machine: Machine, rows: list[ContestRow]) -> str:
+    """The page docs/benchmarks.md: the table of all rows and the part about GPUs."""
     data = as_dict(machine, rows)
     heading = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
     lines = [PREAMBLE, machine_line(data), "", *heading]

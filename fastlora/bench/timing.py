@@ -17,7 +17,7 @@ ROUNDS = 7
 # A round repeats a run until this has passed, and counts the median: one run of a millisecond after another's work
 # would measure how cold the processor's caches are and how long threads take to wake up.
 ROUND_SECONDS = 0.05
-Run = Callable[[], object]
+Action = Callable[[], object]
 Times = dict[tuple[str, int], list[float]]
 
 
@@ -34,14 +34,15 @@ class Contender:
     that is timed once runs once, without a round to warm up.
     """
 
-    run: Run
+    run: Action
     threads: tuple[int, ...] = (1,)
     rounds: int = ROUNDS
-    reset: Run | None = None
+    reset: Action | None = None
 
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
+    """Inside the block torch computes on ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -54,17 +55,17 @@ def alternate(contenders: Mapping[str, Contender]) -> Times:
     """Seconds of every round by ``(name, threads)``: one round of each in turn, so that all see the same machine."""
     times: Times = {(name, count): [] for name, c in contenders.items() for count in c.threads}
     for round_number in range(1 + max(c.rounds for c in contenders.values())):
-        for (name, count), own in times.items():
+        for (name, count), seconds in times.items():
             contender = contenders[name]
             warming = round_number == 0 and contender.rounds > 1
-            if len(own) == contender.rounds:
+            if len(seconds) == contender.rounds:
                 continue
             if contender.reset is not None:
                 contender.reset()
             with threads(count):
                 elapsed = _round(contender)
             if not warming:
-                own.append(elapsed)
+                seconds.append(elapsed)
     return times
 
 
@@ -81,7 +82,7 @@ def _round(contender: Contender) -> float:
     return statistics.median(runs)
 
 
-def median_of(run: Run, count: int) -> float:
+def median_of(run: Action, count: int) -> float:
     """Median seconds of a run alone."""
     return statistics.median(alternate({"": Contender(run, (count,))})["", count])
 
@@ -102,10 +103,12 @@ class Machine:
 
 
 def thread_counts() -> tuple[int, ...]:
+    """The numbers of threads that contenders are timed on."""
     return (1,) if (os.cpu_count() or 1) == 1 else (1, 2)
 
 
 def measure_machine() -> Machine:
+    """Times copies of 256 MiB and products of 1024×1024 matrices, which floors are computed from."""
     source = torch.ones(256 * 2**20, dtype=torch.uint8)
     target = torch.empty_like(source)
     squares = {d: torch.ones(1024, 1024, dtype=d) for d in (torch.float32, torch.float64)}

@@ -19,7 +19,7 @@ from fastlora.core.updates import Update
 from fastlora.errors import InputError
 from fastlora.files.output import OutputDirectory
 
-Shape = tuple[int, int]
+ModuleShape = tuple[int, int]
 
 SHARED = 4  # planted common directions, strongest in every adapter
 DECAY = 0.85  # ratio of neighbouring singular values
@@ -30,7 +30,7 @@ SCALING = 2.0
 class Workload:
     """``adapters`` of rank ``rank`` on the modules ``{name: (out, in)}``."""
 
-    modules: Mapping[str, Shape]
+    modules: Mapping[str, ModuleShape]
     adapters: int
     rank: int
     dtype: torch.dtype
@@ -45,12 +45,12 @@ class Workload:
         return replace(self, modules=dict(islice(self.modules.items(), count)))
 
 
-def repeated(prefix: str, layers: int, modules: Mapping[str, Shape]) -> dict[str, Shape]:
+def repeated(prefix: str, layers: int, modules: Mapping[str, ModuleShape]) -> dict[str, ModuleShape]:
     """The modules of every layer, named ``prefix.<layer>.<module>``."""
     return {f"{prefix}.{i}.{name}": shape for i in range(layers) for name, shape in modules.items()}
 
 
-def llama(layers: int, hidden: int, kv: int, mlp: int) -> dict[str, Shape]:
+def llama(layers: int, hidden: int, kv: int, mlp: int) -> dict[str, ModuleShape]:
     """Every linear module of the layers."""
     layer = {
         "self_attn.q_proj": (hidden, hidden),
@@ -64,7 +64,7 @@ def llama(layers: int, hidden: int, kv: int, mlp: int) -> dict[str, Shape]:
     return repeated("model.layers", layers, layer)
 
 
-def flux(double: int = 19, single: int = 38, hidden: int = 3072, mlp: int = 12288) -> dict[str, Shape]:
+def flux(double: int = 19, single: int = 38, hidden: int = 3072, mlp: int = 12288) -> dict[str, ModuleShape]:
     """Every linear module of the transformer's blocks, under the names that diffusers gives them."""
     square = (hidden, hidden)
     of_double = {
@@ -89,7 +89,7 @@ def flux(double: int = 19, single: int = 38, hidden: int = 3072, mlp: int = 1228
     }
 
 
-def vit(layers: int = 12, hidden: int = 768, mlp: int = 3072) -> dict[str, Shape]:
+def vit(layers: int = 12, hidden: int = 768, mlp: int = 3072) -> dict[str, ModuleShape]:
     """Every linear module of the image encoder's layers."""
     attention = {f"self_attn.{x}_proj": (hidden, hidden) for x in ("q", "k", "v", "out")}
     layer = {**attention, "mlp.fc1": (mlp, hidden), "mlp.fc2": (hidden, mlp)}
@@ -131,22 +131,22 @@ def pool_of(name: str, modules: int | None = None) -> Pool:
 def real_adapters() -> list[Path]:
     """The directories of the trained adapters."""
     folder = Path(fastlora.__file__).parents[1] / "examples" / "adapters"
-    found = sorted(p.parent for p in folder.glob("*/adapter_config.json"))
-    if not found:
+    folders = sorted(p.parent for p in folder.glob("*/adapter_config.json"))
+    if not folders:
         raise Unavailable(
             f"workload {REAL!r} is the adapters in examples/adapters, which are not beside this installation "
             f"({folder}); run from a source checkout installed with `pip install -e .`"
         )
-    return found
+    return folders
 
 
 def make_pool(workload: Workload, seed: int = 0) -> Pool:
     """The pool of a workload in memory; the same values on every machine."""
     updates: list[dict[str, Update]] = [{} for _ in range(workload.adapters)]
     for module, factors in module_factors(workload, seed):
-        for own, (B, A) in zip(updates, factors, strict=True):
-            own[module] = _update(B, A)
-    return Pool(Adapter(f"adapter{i}", own, dtype=workload.dtype) for i, own in enumerate(updates))
+        for own_updates, (B, A) in zip(updates, factors, strict=True):
+            own_updates[module] = _update(B, A)
+    return Pool(Adapter(f"adapter{i}", own_updates, dtype=workload.dtype) for i, own_updates in enumerate(updates))
 
 
 def write_pool(workload: Workload, folder: Path, seed: int = 0) -> list[Path]:

@@ -42,9 +42,9 @@ def parse(text: str) -> AdapterSpec:
     # Where nothing exists, the reading with the most parts is what was meant: it gives the clearest message,
     # and a Hub id is not there yet.
     name, path, weight = existing or readings[-1]
-    found = find(path)
+    located = find(path)
     number = None if weight is None else _weight(weight, text)
-    spec = AdapterSpec(found.name if name is None else name, found.path, number, name is not None)
+    spec = AdapterSpec(located.name if name is None else name, located.path, number, name is not None)
     if spec.is_named or not spec.may_be_folder:
         check_name(spec.name)
     return spec
@@ -65,10 +65,10 @@ def _readings(text: str) -> Iterable[tuple[str | None, str, str | None]]:
     if colon and head:
         yield None, head, weight
     # A separator before "=" means that "=" belongs to the path.
-    name, equals, rest = text.partition("=")
+    name, equals, value = text.partition("=")
     if equals and "/" not in name:
-        yield name, rest, None
-        head, colon, weight = rest.rpartition(":")
+        yield name, value, None
+        head, colon, weight = value.rpartition(":")
         if colon and head:
             yield name, head, weight
 

@@ -26,6 +26,7 @@ def parse_one(text: str) -> AdapterSpec:
 
 
 def refuse_weights(specs: Iterable[AdapterSpec]) -> None:
+    """Raises :class:`InputError` for an adapter that was given with a weight."""
     heavy = next((s for s in specs if s.weight is not None), None)
     if heavy is not None:
         raise InputError(f"{heavy.name}: weights have no meaning for this command; leave out `:{heavy.weight:g}`")

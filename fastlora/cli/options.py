@@ -83,8 +83,8 @@ def command(
 
         # typer reads the signature: the command's own parameters, then the shared ones.
         hints = get_type_hints(function, include_extras=True)
-        own = list(inspect.signature(function).parameters.values())[1:]
-        parameters = [p.replace(annotation=hints[p.name], kind=KEYWORD_ONLY) for p in own]
+        own_parameters = list(inspect.signature(function).parameters.values())[1:]
+        parameters = [p.replace(annotation=hints[p.name], kind=KEYWORD_ONLY) for p in own_parameters]
         for name in (s for s in SHARED if s in shared):
             field = Run.__dataclass_fields__[name]
             parameters.append(inspect.Parameter(name, KEYWORD_ONLY, default=field.default, annotation=SHARED[name]))

@@ -45,6 +45,7 @@ class Run:
 
     @property
     def on_host(self) -> bool:
+        """Whether tensors stay on the CPU, or where they are."""
         return self.device in ("auto", "cpu")
 
     def require_host(self, command: str) -> None:
@@ -76,6 +77,7 @@ class Run:
 
 
 def print_json(data: object) -> None:
+    """Prints plain data as JSON; tensors become lists, and numbers that JSON lacks ``null``."""
     typer.echo(json.dumps(_plain(data), indent=1, allow_nan=False))
 
 

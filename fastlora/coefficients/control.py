@@ -54,11 +54,11 @@ def control(parts: Decomposition, kind: str = "random", *, seed: int = 0) -> dic
     if parts.mode == "iterative":
         raise InputError("control: mode='iterative' has no shared component to compare with; use 'pool' or 'pairs'")
     if parts.mode == "pairs":
-        found = {"+".join(names): pair.components for names, pair in parts.pairs.items()}
+        components_by_name = {"+".join(names): pair.components for names, pair in parts.pairs.items()}
     else:
-        found = {"shared": parts.components}
+        components_by_name = {"shared": parts.components}
     with PoolGram(parts.pool):
-        return {name: _control(components, kind, seed, name) for name, components in found.items()}
+        return {name: _control(components, kind, seed, name) for name, components in components_by_name.items()}
 
 
 def _control(components: Components, kind: str, seed: int, name: str) -> Adapter:
@@ -90,8 +90,8 @@ def _replaced(shared: ModuleResult, blocks: PairBlocks, g: int, side: str, kind:
     starts = torch.tensor([0, *ranks]).cumsum(0).tolist()
     inner = torch.zeros_like(gram)
     for i in range(k):
-        own = slice(starts[i], starts[i + 1])
-        inner[own, own] = scaling[i].square() * other[i, i, : ranks[i], : ranks[i]]
+        columns = slice(starts[i], starts[i + 1])
+        inner[columns, columns] = scaling[i].square() * other[i, i, : ranks[i], : ranks[i]]
     C = _directions(gram, inner, shared, kind, seed)  # [R, q]
     H = [C.mT @ gram[:, starts[i] : starts[i + 1]] for i in range(k)]
     norms = [

@@ -24,7 +24,7 @@ from fastlora.dipm.parts import refuse_extras
 from fastlora.errors import InputError
 from fastlora.runtime.progress import track
 
-Sources = Pool | Decomposition | Mapping[str, Adapter] | Sequence[Adapter]
+ComponentSources = Pool | Decomposition | Mapping[str, Adapter] | Sequence[Adapter]
 """What gives adapters to be weighed."""
 Loss = Callable[[Any, Any], Tensor]
 
@@ -60,7 +60,7 @@ class LearnedMerge(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        components: Sources,
+        components: ComponentSources,
         *,
         per: Literal["task", "layer"] = "task",
         init: float = 0.3,
@@ -227,7 +227,7 @@ class LearnedMerge(nn.Module):
         self.close()
 
 
-def named_sources(sources: Sources) -> dict[str, Adapter]:
+def named_sources(sources: ComponentSources) -> dict[str, Adapter]:
     """The adapters by name."""
     if isinstance(sources, Pool):
         adapters = dict(zip(sources.names, sources.adapters, strict=True))

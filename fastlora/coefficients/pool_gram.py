@@ -48,14 +48,14 @@ class PoolGram:
         self._svd: WeightedSVD | None = None
         self._cache.hold(sources(u for a in pool.adapters for u in a.updates.values()))
         k = len(pool)
-        found: dict[str, Tensor] = {}
+        inner_products: dict[str, Tensor] = {}
         with self:
             for blocks in read_pair_blocks(pool):
                 index, inner = torch.tensor(blocks.members), blocks.inner()
                 for g, module in enumerate(blocks.modules):
-                    found[module] = torch.zeros(k, k, dtype=torch.float64)
-                    found[module][index[:, None], index] = inner[g]
-        self._inner = {m: found[m] for m in pool.modules}
+                    inner_products[module] = torch.zeros(k, k, dtype=torch.float64)
+                    inner_products[module][index[:, None], index] = inner[g]
+        self._inner = {m: inner_products[m] for m in pool.modules}
 
     def inner(self, module: str | None = None) -> Tensor:
         """``⟨ΔW_i, ΔW_j⟩`` of one ``module`` or summed over all, MATH (13).

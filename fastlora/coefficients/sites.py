@@ -37,6 +37,7 @@ class Site(nn.Module):
         return coefficients.to(self.A.dtype)[self.owner]
 
     def forward(self, x: Tensor, coefficients: Tensor) -> Tensor:
+        """``B diag(λ) A x`` for ``x [..., m]`` and one ``λ`` a component: ``[..., n]``."""
         inner = functional.linear(x.to(self.A.dtype), self.A) * self.weights(coefficients)
         return functional.linear(inner, self.B)
 
@@ -45,6 +46,7 @@ class EmbeddingSite(Site):
     """``ΔW [dim, vocabulary]``: the input chooses columns of ``A``."""
 
     def forward(self, x: Tensor, coefficients: Tensor) -> Tensor:
+        """``B diag(λ) A[:, x]`` for token numbers ``x [...]``: ``[..., dim]``."""
         return functional.linear(functional.embedding(x, self.A.mT) * self.weights(coefficients), self.B)
 
 
@@ -58,6 +60,7 @@ class ConvolutionSite(Site):
         self.convolve: Callable[..., Tensor] = next(f for kind, f in CONVOLUTIONS.items() if isinstance(module, kind))
 
     def forward(self, x: Tensor, coefficients: Tensor) -> Tensor:
+        """``B diag(λ) (A ∗ x)`` for images ``x [batch, in, …]``: ``[batch, out, …]``."""
         places = len(self.kernel) - 1
         kernel = self.A.reshape(-1, *self.kernel)
         inner = self.convolve(x.to(self.A.dtype), kernel, **self.geometry)
@@ -84,15 +87,15 @@ def make_site(path: str, module: nn.Module | None, parent: nn.Module | None, upd
     baked = [None if u is None else u.baked() for u in updates]
     factors = iter(materialise([u for u in baked if u is not None], dtype))
     left, right, owner = [], [], []
-    for k, own in enumerate(baked):
-        if own is None:
+    for k, baked_update in enumerate(baked):
+        if baked_update is None:
             continue
         B, A = next(factors)
-        if own.rank and not (is_finite(A) and is_finite(B)):
+        if baked_update.rank and not (is_finite(A) and is_finite(B)):
             raise InputError(f"component {k + 1} holds NaN or Inf in {path}, so nothing can be learned from it")
         left.append(B)
         right.append(A)
-        owner += [k] * own.rank
+        owner += [k] * baked_update.rank
     stacked = torch.cat(right).to(weight.device), torch.cat(left, 1).to(weight.device)
     index = torch.tensor(owner, dtype=torch.int64, device=weight.device)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

@@ -44,8 +44,8 @@ class WeightedSVD:
             total = frames.total(scales)  # ΔW = Q_B total Q_Aᵀ
             if not bool((total.abs() <= LARGEST).all()):  # not so with NaN, either
                 raise InputError(f"the weighted sum overflows: lower the weights {given}")
-            found = frames.updates(total, frames.right_of_total(scales), frames.cut(given, rank, energy))
-            for module, (update, kept, whole) in found.items():
+            cut_updates = frames.updates(total, frames.right_of_total(scales), frames.cut(given, rank, energy))
+            for module, (update, kept, whole) in cut_updates.items():
                 updates[module], squares[module] = update, (kept, whole)
         share, shares = retained(squares)
         return Adapter(

@@ -44,11 +44,11 @@ def weights(pool: Pool | PoolGram, method: str = "least_interference") -> dict[s
         raise InputError(f"weights: method={method!r} does not exist: use one of {', '.join(METHODS)}")
     if isinstance(pool, PoolGram):
         with pool:
-            found = METHODS[method](pool.pool)
+            values = METHODS[method](pool.pool)
         names = pool.pool.names
     else:
-        found, names = METHODS[method](pool), pool.names
-    return dict(zip(names, found.tolist(), strict=True))
+        values, names = METHODS[method](pool), pool.names
+    return dict(zip(names, values.tolist(), strict=True))
 
 
 def _inner(pool: Pool) -> Tensor:
@@ -63,12 +63,14 @@ def _inner(pool: Pool) -> Tensor:
 
 
 def equal_energy(pool: Pool) -> Tensor:
+    """``w_i ∝ 1/‖ΔW_i‖`` with the sum 1; zero for an update that is zero: ``[k]``."""
     norms = _inner(pool).diagonal().clamp(min=0).sqrt()
     inverse = torch.where(norms > 0, 1.0 / norms, 0.0)
     return inverse / inverse.sum()
 
 
 def matched_norm(pool: Pool) -> Tensor:
+    """One weight for all, with which the sum has the mean norm of the updates: ``[k]``."""
     inner = _inner(pool)
     norms = inner.diagonal().clamp(min=0).sqrt()
     total = inner.sum().clamp(min=0).sqrt()
@@ -98,8 +100,8 @@ def least_interference(pool: Pool) -> Tensor:
         raise InputError("weights: every update of the pool is zero, so no weight has a meaning")
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
     balanced = inverse[:, None] * matrix * inverse
-    found: Tensor = inverse * (torch.linalg.pinv(balanced, rtol=RTOL, hermitian=True) @ (inverse * right))
-    return found
+    values: Tensor = inverse * (torch.linalg.pinv(balanced, rtol=RTOL, hermitian=True) @ (inverse * right))
+    return values
 
 
 def _products(blocks: PairBlocks) -> Tensor:

@@ -53,6 +53,7 @@ class Scaling:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of ``vector`` as it is stored."""
         return tuple(self.vector.shape)
 
     @property

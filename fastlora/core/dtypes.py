@@ -21,17 +21,17 @@ DTYPE_NAMES = {
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The widest of the dtypes; float16 with bfloat16 needs float32, which holds both."""
-    found = set(dtypes) or {torch.float32}
-    if {torch.float16, torch.bfloat16} <= found:
-        found.add(torch.float32)
-    return max(found, key=WIDTHS.index)
+    given = set(dtypes) or {torch.float32}
+    if {torch.float16, torch.bfloat16} <= given:
+        given.add(torch.float32)
+    return max(given, key=WIDTHS.index)
 
 
 def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype) -> torch.dtype:
     """A dtype that adapters are saved in; ``None`` gives the default (float64 inputs are saved as float32)."""
     if dtype is None:
         return torch.float32 if default == torch.float64 else default
-    found = DTYPE_NAMES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in (torch.float16, torch.bfloat16, torch.float32):
+    parsed = DTYPE_NAMES.get(dtype) if isinstance(dtype, str) else dtype
+    if parsed not in (torch.float16, torch.bfloat16, torch.float32):
         raise InputError(f"dtype {dtype!r}: adapters are saved as float32, bfloat16 or float16")
-    return found
+    return parsed

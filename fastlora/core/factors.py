@@ -61,6 +61,7 @@ class Factor:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """``[length, rank]`` (B side) or ``[rank, length]`` (A side)."""
         return (self.length, self.rank) if self.side == "B" else (self.rank, self.length)
 
     @property
@@ -85,6 +86,7 @@ class Factor:
         return self.terms if end == self.rank else None
 
     def scaled(self, weight: float) -> Factor:
+        """The factor times ``weight``; no matrix is computed."""
         if weight == 1.0:
             return self
         terms = tuple(Term(t.source, t.coefficient, t.at, t.scale * weight) for t in self.terms)

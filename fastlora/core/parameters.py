@@ -32,6 +32,7 @@ class Parameter:
 
     @property
     def required(self) -> bool:
+        """Whether the parameter has no default."""
         return self.default is REQUIRED
 
     def __str__(self) -> str:
@@ -42,12 +43,12 @@ class Parameter:
 
     def convert(self, value: object, owner: str) -> object:
         """The value as the function takes it; text is read. ``owner`` is what the message begins with."""
-        found = _READERS[self.kind](value)
-        if found is None:
+        converted = _READERS[self.kind](value)
+        if converted is None:
             raise InputError(f"{owner}: {self.name}={value!r} is not {KINDS[self.kind]}; {self.name}: {self.help}")
-        if self.choices and found not in self.choices:
-            raise InputError(f"{owner}: {self.name}={found!r} does not exist: use one of {', '.join(self.choices)}")
-        return found
+        if self.choices and converted not in self.choices:
+            raise InputError(f"{owner}: {self.name}={converted!r} does not exist: use one of {', '.join(self.choices)}")
+        return converted
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
@@ -61,14 +62,14 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
     keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     hints = typing.get_type_hints(function) if keywords else {}
     meanings = _meanings(inspect.getdoc(function) or "")
-    found = {}
+    parameters = {}
     for keyword in keywords:
         where = f"{function.__name__}: the parameter {keyword.name!r}"
         kind, choices = _kind(hints.get(keyword.name), where)
         if not meanings.get(keyword.name):
             raise TypeError(f"{where} has no line in the section Args of the docstring")
-        found[keyword.name] = Parameter(keyword.name, kind, meanings[keyword.name], choices, keyword.default)
-    return found
+        parameters[keyword.name] = Parameter(keyword.name, kind, meanings[keyword.name], choices, keyword.default)
+    return parameters
 
 
 def _kind(annotation: Any, where: str) -> tuple[type, tuple[str, ...]]:
@@ -90,7 +91,7 @@ def _meanings(doc: str) -> dict[str, str]:
     for line in lines:
         if line.strip() == "Args:":
             break
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     name, indent = "", None
     for line in lines:
         depth = len(line) - len(line.lstrip())
@@ -101,10 +102,10 @@ def _meanings(doc: str) -> dict[str, str]:
             break
         if depth == indent:
             name, _, text = line.strip().partition(":")
-            found[name] = text.strip()
+            meanings[name] = text.strip()
         else:
-            found[name] = f"{found[name]} {line.strip()}".strip()
-    return found
+            meanings[name] = f"{meanings[name]} {line.strip()}".strip()
+    return meanings
 
 
 def _read_bool(value: object) -> bool | None:

@@ -50,10 +50,12 @@ class Update:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """``(out, in)`` of ``ΔW``."""
         return self.B.length, self.A.length
 
     @property
     def rank(self) -> int:
+        """Columns of ``B``, at least the rank of ``ΔW``."""
         return self.B.rank
 
     def baked(self) -> Update:
@@ -63,6 +65,7 @@ class Update:
         return Update(self.B.scaled(self.scaling), self.A, 1.0, self.layout, self.floor)
 
     def dtypes(self) -> set[torch.dtype]:
+        """The dtypes of the stored matrices."""
         return {t.source.dtype for f in (self.B, self.A) for t in f.terms}
 
 
@@ -73,27 +76,27 @@ def tensors(update: Update) -> list[Tensor]:
 
 def distinct(updates: Iterable[Update]) -> dict[object, Tensor]:
     """The matrices and coefficients of some updates by identity, each once; those of ``B`` first."""
-    found: dict[object, Tensor] = {}
+    tensor_by_key: dict[object, Tensor] = {}
     for side in ("B", "A"):
         for update in updates:
             for term in (update.B if side == "B" else update.A).terms:
                 for tensor in (term.source, term.coefficient):
                     if tensor is not None:
-                        found.setdefault(source_key(tensor), tensor)
-    return found
+                        tensor_by_key.setdefault(source_key(tensor), tensor)
+    return tensor_by_key
 
 
-def replaced(update: Update, places: dict[object, Tensor]) -> Update:
+def replaced(update: Update, tensor_by_key: dict[object, Tensor]) -> Update:
     """The update on other tensors, by the identity of its own."""
-    return replace(update, B=_factor(update.B, places), A=_factor(update.A, places))
+    return replace(update, B=_factor(update.B, tensor_by_key), A=_factor(update.A, tensor_by_key))
 
 
-def _factor(factor: Factor, places: dict[object, Tensor]) -> Factor:
+def _factor(factor: Factor, tensor_by_key: dict[object, Tensor]) -> Factor:
     terms = tuple(
         replace(
             t,
-            source=places[source_key(t.source)],
-            coefficient=None if t.coefficient is None else places[source_key(t.coefficient)],
+            source=tensor_by_key[source_key(t.source)],
+            coefficient=None if t.coefficient is None else tensor_by_key[source_key(t.coefficient)],
         )
         for t in factor.terms
     )
@@ -144,6 +147,7 @@ def sides(side: str) -> tuple[Side, Side]:
 
 
 def factor(update: Update, side: Side) -> Factor:
+    """``B`` or ``A`` of an update, by its letter."""
     return update.B if side == "B" else update.A
 
 

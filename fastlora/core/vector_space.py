@@ -55,12 +55,12 @@ class VectorSpace(AdapterData, ABC):
 
 def linear(terms: Iterable[tuple[float, X]], name: str | None = None) -> X:
     """``Σ w_i x_i``. Raises :class:`InputError` for weights that are not finite and for mixed kinds."""
-    found = [(float(w), x) for w, x in terms]
-    for weight, element in found:
+    pairs = [(float(w), x) for w, x in terms]
+    for weight, element in pairs:
         if not math.isfinite(weight):
             raise InputError(f"the weight of {element.name!r} is {weight}: it must be a finite number")
-    require_one_kind([x for _, x in found])
-    return found[0][1].weighted_sum(found, name)
+    require_one_kind([x for _, x in pairs])
+    return pairs[0][1].weighted_sum(pairs, name)
 
 
 def require_one_kind(elements: Sequence[VectorSpace]) -> None:

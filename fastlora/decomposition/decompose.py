@@ -14,7 +14,7 @@ from fastlora.decomposition.devec import ModuleResult, Settings, shared_directio
 from fastlora.decomposition.result import Decomposition
 from fastlora.engine import stream as streams
 from fastlora.engine.blocks import read_chain_blocks
-from fastlora.engine.schedule import Part, parts, rtol_or_default
+from fastlora.engine.schedule import GroupPart, parts, rtol_or_default
 from fastlora.errors import InputError
 from fastlora.ops.chain import check_cuts
 from fastlora.runtime import devices
@@ -131,7 +131,7 @@ def decompose_pairs(pool: Pool, settings: Settings) -> dict[tuple[str, str], Com
     }
 
 
-def _parts(pool: Pool, settings: Settings, label: str) -> Iterator[Part]:
+def _parts(pool: Pool, settings: Settings, label: str) -> Iterator[GroupPart]:
     """The modules that two adapters or more have, on the device of the stream in use."""
     return parts(pool, label, rtol_of=rtol_or_default(settings.rtol), least=2, stream=streams.current())
 

@@ -19,11 +19,11 @@ from fastlora.engine.buffers import Shape, room
 from fastlora.engine.checks import raise_for_info
 from fastlora.engine.combine_jobs import WantedFactor, combine_job
 from fastlora.engine.gram import GramPass
-from fastlora.engine.schedule import Part
+from fastlora.engine.schedule import GroupPart
 from fastlora.ops import dispatch
 from fastlora.ops.chain import Chain
 from fastlora.ops.chain import results as chain_results
-from fastlora.ops.coefficients import Coefficients
+from fastlora.ops.coefficients import PartCoefficients
 from fastlora.ops.dispatch import Launches, prepared
 from fastlora.ops.passes import CombineJob
 
@@ -31,7 +31,7 @@ from fastlora.ops.passes import CombineJob
 class PlannedPart:
     """The modules of one group: their small matrices, and the launches that fill them from the blocks of ``grams``."""
 
-    def __init__(self, part: Part, settings: Settings, grams: GramPass) -> None:
+    def __init__(self, part: GroupPart, settings: Settings, grams: GramPass) -> None:
         self.modules, self.names, self.settings = part.modules, part.names, settings
         self.is_left = settings.side == "left"
         self.blocks = ask_chain_blocks(grams, part, settings.side, settings.blocks_kind)
@@ -46,7 +46,7 @@ class PlannedPart:
         # As terms of a sum coefficients have contiguous rows: [r, q] on the B side, [q, r] on the A side.
         removal, mixing = new(g, k, self.movers, r, r), new(g, k, w, r) if self.is_left else new(g, k, r, w).mT
         removal = removal if self.is_left else removal.mT
-        self.small = Coefficients(new(g, k, w, r), new(g, k), new(g, k), removal, mixing)
+        self.small = PartCoefficients(new(g, k, w, r), new(g, k), new(g, k), removal, mixing)
         self.basis = self.chain.basis if self.is_left else new(g, k, w, r)  # as coefficients of the projected side
         scaling = torch.tensor([[u.scaling for u in row] for row in self.blocks.updates], dtype=torch.float64)
         scaling = scaling.to(device)
@@ -168,6 +168,8 @@ class PlannedUpdates(LazyUpdates):
         self._memory = memory
 
     def shared(self, name: str | None) -> dict[str, Update]:
+        """The shared part by module; that of all (``name=None``) on views ``[n, count]``, ``[count, m]`` of the
+        memory."""
         if name is not None:
             return super().shared(name)
         updates = {}
@@ -180,6 +182,7 @@ class PlannedUpdates(LazyUpdates):
         return updates
 
     def unique(self, name: str) -> dict[str, Update]:
+        """The unique part of an adapter by module, its projected side in the memory."""
         updates = {}
         for module, out in self._memory.unique[name].items():
             update, result = self.pool[name].updates[module], self.results[module]

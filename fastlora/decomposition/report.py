@@ -51,10 +51,12 @@ class Report:
 
     @property
     def shared_directions(self) -> int:
+        """Shared directions of all modules."""
         return sum(r.shared for r in self.rows)
 
     @property
     def expected_by_chance(self) -> float:
+        """Shared directions that random subspaces of the same sizes would have, of all modules."""
         return sum(r.expected_by_chance for r in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def build_report(components: Components, title: str, notices: Sequence[str] = ()
 
 
 def module_row(components: Components, result: ModuleResult) -> ModuleRow:
+    """The row of one module: its chain's spectrum beside chance, and what of each adapter is shared."""
     settings = components.settings
     n = result.shape[0] if settings.side == "left" else result.shape[1]
     real = sorted(result.values.real.tolist(), reverse=True)
@@ -110,6 +113,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def energy_kept(sigma: Sequence[float], kept: int) -> float:
+    """The share of ``Σσ²`` that the first ``kept`` of ``sigma`` have; 1 where all are zero."""
     squares = [x * x for x in sigma]
     total = sum(squares)
     return sum(squares[:kept]) / total if total > 0 else 1.0

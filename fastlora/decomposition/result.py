@@ -33,16 +33,20 @@ class Pair:
 
     @property
     def shared(self) -> Adapter:
+        """The one adapter that holds what both share."""
         return self.components.shared
 
     @property
     def spectrum(self) -> dict[str, Tensor]:
+        """``{module: eigenvalues}`` of the chain of both, descending by real part."""
         return self.components.spectrum
 
     def shared_of(self, name: str) -> Adapter:
+        """What of adapter ``name`` lies in the shared directions."""
         return self.components.shared_of(name)
 
     def unique_of(self, name: str) -> Adapter:
+        """What of adapter ``name`` the other does not share."""
         return self.components.unique_of(name)
 
 
@@ -227,11 +231,11 @@ class Decomposition:
             streamed(self.stream),
         ):
             for i, adapters in enumerate(self._parts()):
-                for place in adapters:
-                    (staging / place).mkdir(parents=True)
+                for folder in adapters:
+                    (staging / folder).mkdir(parents=True)
                 # Reports need no kernels, so they are made while results are written.
                 meanwhile = functools.partial(self._write_reports, file) if i == 0 else lambda: None
-                write_adapters({staging / place: a for place, a in adapters.items()}, dtype, meanwhile)
+                write_adapters({staging / folder: a for folder, a in adapters.items()}, dtype, meanwhile)
                 empty += [p for p, a in adapters.items() if not any(u.rank for u in a.updates.values())]
             file.write(f', "empty_adapters": {json.dumps(empty)}}}\n')
 

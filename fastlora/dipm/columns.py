@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fastlora.core.factors import Factor, concatenate
 from fastlora.core.updates import Update
-from fastlora.dipm.module import Module, dense, storage
+from fastlora.dipm.module import ModulatedModule, dense, storage
 
 # A column of ΔW that is shorter than this, relative to ‖B‖·‖a‖, is rounding of the Gram matrix: it counts as zero.
 NOISE = 1e-7
 
 
-def gram(module: Module, on: str) -> Tensor:
+def gram(module: ModulatedModule, on: str) -> Tensor:
     """Inner products of the members' vectors in every place: ``[k, k, P]``."""
     k = len(module.members)
     if on == "B":
@@ -37,8 +37,8 @@ def gram(module: Module, on: str) -> Tensor:
         bound = module.left[i, i].trace() * rows[i].square().sum(0)
         result[i, :, result[i, i] <= NOISE**2 * bound] = 0.0
     result = module.scaled(result)
-    for i, own in enumerate(module.present):  # below the noise of what a lazy update was computed from
-        result[i, :, result[i, i] <= own.floor**2] = 0.0
+    for i, update in enumerate(module.present):  # below the noise of what a lazy update was computed from
+        result[i, :, result[i, i] <= update.floor**2] = 0.0
     return torch.where(_both(result), result, 0.0)
 
 
@@ -48,7 +48,7 @@ def _both(products: Tensor) -> Tensor:
     return there[:, None] & there
 
 
-def update(module: Module, weights: Tensor, on: str) -> Update:
+def update(module: ModulatedModule, weights: Tensor, on: str) -> Update:
     """The update with the columns ``Σ_k weights_k x_k``, ``weights [K, P]``."""
     if on == "B":
         return module.factor_sum(list(weights), "B")

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.core.factors import Factor, add, concatenate
 from fastlora.core.updates import MIN_RTOL, Update, unscaled_floor
-from fastlora.dipm.module import Module, dense
+from fastlora.dipm.module import ModulatedModule, dense
 from fastlora.engine.blocks import PairBlocks
 from fastlora.engine.checks import raise_for_info
 
@@ -21,7 +21,7 @@ EQUAL = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Components:
+class SingularComponents:
     """Of every member: ``u = B T [n, kept]``, ``v = σ⁻¹ D A [kept, m]``, magnitudes ``|s|σ [kept]``.
 
     ``left``, ``right`` ``[k, k, P]``: cosines of ``u`` and of ``v`` at equal places, zero where one has fewer
@@ -43,7 +43,7 @@ def forms(blocks: PairBlocks) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
     Stored factors are taken as exact, whatever their dtype: only what is below 1e-6 of the largest ``σ``, where the
     Gram matrix itself is rounding, is left out.
     """
-    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in blocks.modules]
+    forms_by_module: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in blocks.modules]
     for i in range(len(blocks.members)):
         left, right = blocks.left[:, i, i, None, None].contiguous(), blocks.right[:, i, i, None].contiguous()
         floor = torch.tensor([[unscaled_floor(row[i])] for row in blocks.updates], dtype=torch.float64)
@@ -54,19 +54,21 @@ def forms(blocks: PairBlocks) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
             T = chain.basis[g, 0, :rank, :kept]
             sigma = chain.sigma[g, 0, :kept]
             D = (T.mT @ blocks.left[g, i, i, :rank, :rank]) / sigma[:, None]
-            found[g].append((T.contiguous(), D, sigma))
-    return found
+            forms_by_module[g].append((T.contiguous(), D, sigma))
+    return forms_by_module
 
 
-def of_module(found: Sequence[tuple[Tensor, Tensor, Tensor]], module: Module, on: str) -> Components:
+def of_module(
+    member_forms: Sequence[tuple[Tensor, Tensor, Tensor]], module: ModulatedModule, on: str
+) -> SingularComponents:
     """The components of one module's members, with cosines at equal places."""
-    k, P = len(found), max(1, *(len(sigma) for _, _, sigma in found))
-    T, D = [t for t, _, _ in found], [d for _, d, _ in found]
+    k, P = len(member_forms), max(1, *(len(sigma) for _, _, sigma in member_forms))
+    T, D = [t for t, _, _ in member_forms], [d for _, d, _ in member_forms]
     left, right = torch.zeros(2, k, k, P, dtype=torch.float64)
     magnitude, sign = torch.zeros(k, P, dtype=torch.float64), torch.ones(k, P, dtype=torch.float64)
     scalings = module.scalings
     for i in range(k):
-        magnitude[i, : len(found[i][2])] = found[i][2] * scalings[i].abs()
+        magnitude[i, : len(member_forms[i][2])] = member_forms[i][2] * scalings[i].abs()
         if on != "product" and k > 1:
             sign[i, : T[i].shape[1]] = _signs(dense(module.present[i].B.times(T[i])))
         for j in range(i, k):
@@ -76,7 +78,7 @@ def of_module(found: Sequence[tuple[Tensor, Tensor, Tensor]], module: Module, on
             left[i, j, :n] = left[j, i, :n] = ((T[i].mT @ across[0])[:n] * T[j].mT[:n]).sum(1)
             right[i, j, :n] = right[j, i, :n] = ((D[i] @ across[1])[:n] * D[j][:n]).sum(1)
     turn = torch.where(scalings < 0, -1.0, 1.0)
-    return Components(T, [d * t for d, t in zip(D, turn, strict=True)], magnitude, left,
+    return SingularComponents(T, [d * t for d, t in zip(D, turn, strict=True)], magnitude, left,
                       right * (turn[:, None] * turn)[..., None], sign)  # fmt: skip
 
 
@@ -87,7 +89,7 @@ def _signs(u: Tensor) -> Tensor:
     return torch.where(u.gather(0, first[None])[0] < 0, -1.0, 1.0)
 
 
-def gram(parts: Components, on: str) -> Tensor:
+def gram(parts: SingularComponents, on: str) -> Tensor:
     """Inner products of ``sσ u vᵀ`` (product), ``sσ u`` (``on="B"``) or ``sσ v`` (``on="A"``): ``[k, k, P]``."""
     if on == "product":
         cosines = parts.left * parts.right
@@ -99,15 +101,17 @@ def gram(parts: Components, on: str) -> Tensor:
     return cosines * parts.magnitude[:, None] * parts.magnitude
 
 
-def is_ambiguous(parts: Components) -> bool:
+def is_ambiguous(parts: SingularComponents) -> bool:
     """Whether some singular values of a member are equal, so that its components are not unique."""
     return any(a - b <= EQUAL * row[0] for row in parts.magnitude.tolist() for a, b in pairwise(row) if b > 0)
 
 
-def update(module: Module, parts: Components, weights: Tensor, on: str) -> Update:
+def update(module: ModulatedModule, parts: SingularComponents, weights: Tensor, on: str) -> Update:
     """The update with the components ``Σ_k weights_k x_k``, ``weights [K, P]``."""
-    place = {member: i for i, member in enumerate(module.members)}
-    used = [(place[m], u, weights[m]) for m, u in enumerate(module.updates) if u is not None and bool(weights[m].any())]
+    index_of = {member: i for i, member in enumerate(module.members)}
+    used = [
+        (index_of[m], u, weights[m]) for m, u in enumerate(module.updates) if u is not None and bool(weights[m].any())
+    ]
     if on == "product":
         left, right = [], []
         for i, u, w in used:
@@ -117,7 +121,7 @@ def update(module: Module, parts: Components, weights: Tensor, on: str) -> Updat
             right.append(u.A.times((parts.D[i][chosen] * amount[:, None]).mT))
         return Update(concatenate(left), concatenate(right), 1.0, used[0][1].layout)
     kept = parts.T[0].shape[1]  # the own ones, whose other half stays
-    own = module.own
+    own_update = module.own
     terms: list[Factor] = []
     for i, u, w in used:
         n = min(kept, parts.T[i].shape[1])
@@ -126,5 +130,7 @@ def update(module: Module, parts: Components, weights: Tensor, on: str) -> Updat
         small = torch.nn.functional.pad(small, (0, kept - n))
         terms.append((u.B if on == "B" else u.A).times(small))
     if on == "B":
-        return replace(own, B=add(terms), A=own.A.times((parts.D[0] * parts.sign[0, :kept, None]).mT), scaling=1.0)
-    return replace(own, B=own.B.times(parts.T[0] * parts.sign[0, :kept]), A=add(terms), scaling=1.0)
+        return replace(
+            own_update, B=add(terms), A=own_update.A.times((parts.D[0] * parts.sign[0, :kept, None]).mT), scaling=1.0
+        )
+    return replace(own_update, B=own_update.B.times(parts.T[0] * parts.sign[0, :kept]), A=add(terms), scaling=1.0)

@@ -13,7 +13,7 @@ from fastlora.adapters.pool import Pool
 from fastlora.core.sums import combine_updates
 from fastlora.core.updates import Update, sources, with_rank_zero
 from fastlora.dipm import columns, components
-from fastlora.dipm.module import Module, only_own
+from fastlora.dipm.module import ModulatedModule, only_own
 from fastlora.engine.blocks import read_pair_blocks
 from fastlora.errors import InputError
 from fastlora.runtime.memory import release
@@ -23,15 +23,15 @@ SIDES = ("product", "B", "A")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Frame:
+class ModuleFrame:
     """One module of ``K`` adapters, the first of which is modulated.
 
     ``gram [K, K, P]``: inner products of their vectors at the ``P`` places, zero for adapters that lack the module.
     """
 
-    module: Module
+    module: ModulatedModule
     gram: Tensor
-    parts: components.Components | None
+    parts: components.SingularComponents | None
     events: Counter[str]
     granularity: str
     on: str
@@ -39,12 +39,12 @@ class Frame:
     def update(self, weights: Tensor) -> Update | None:
         """The update whose vectors are ``Σ_k weights_k x_k``, ``weights [K, P]``; ``None`` where it is zero and the
         modulated adapter lacks the module."""
-        own = self.module.updates[0]
+        own_update = self.module.updates[0]
         if not bool(weights.any()):
-            return None if own is None else with_rank_zero(own)
-        if (factor := only_own(weights, self.gram)) is not None and own is not None:
-            return replace(own, scaling=own.scaling * factor, floor=own.floor * abs(factor))
-        if self.on != "product" and own is None:
+            return None if own_update is None else with_rank_zero(own_update)
+        if (factor := only_own(weights, self.gram)) is not None and own_update is not None:
+            return replace(own_update, scaling=own_update.scaling * factor, floor=own_update.floor * abs(factor))
+        if self.on != "product" and own_update is None:
             return None
         if self.granularity == "component":
             assert self.parts is not None
@@ -54,7 +54,7 @@ class Frame:
         return _matrix_update(self.module, weights[:, 0], self.on)
 
 
-def frames(pool: Pool, granularity: str, on: str) -> Iterator[Frame]:
+def frames(pool: Pool, granularity: str, on: str) -> Iterator[ModuleFrame]:
     """The frame of every module of a pool; costs one pass over the factors (two for signs of components), less what the
     Gram cache in use has."""
     if granularity not in GRANULARITIES:
@@ -68,26 +68,26 @@ def frames(pool: Pool, granularity: str, on: str) -> Iterator[Frame]:
             updates: list[Update | None] = [None] * k
             for i, member in enumerate(blocks.members):
                 updates[member] = blocks.updates[g][i]
-            module = Module(name, tuple(pool.names), updates, blocks.members, blocks.left[g], blocks.right[g])
+            module = ModulatedModule(name, tuple(pool.names), updates, blocks.members, blocks.left[g], blocks.right[g])
             parts = None if forms is None else components.of_module(forms[g], module, on)
             events: Counter[str] = Counter()
             if granularity == "component":
                 assert parts is not None
-                own = components.gram(parts, on)
+                member_gram = components.gram(parts, on)
                 if k > 1 and components.is_ambiguous(parts):
                     events["modules with equal singular values, whose components are not unique"] += 1
             elif granularity == "column":
-                own = columns.gram(module, on)
+                member_gram = columns.gram(module, on)
             else:
-                own = _matrix_gram(module, on)
+                member_gram = _matrix_gram(module, on)
             index = torch.tensor(blocks.members)
-            full = torch.zeros(k, k, own.shape[-1], dtype=torch.float64)
-            full[index[:, None], index] = own
-            yield Frame(module, full, parts, events, granularity, on)
+            full = torch.zeros(k, k, member_gram.shape[-1], dtype=torch.float64)
+            full[index[:, None], index] = member_gram
+            yield ModuleFrame(module, full, parts, events, granularity, on)
             release(sources(module.present))
 
 
-def _matrix_gram(module: Module, on: str) -> Tensor:
+def _matrix_gram(module: ModulatedModule, on: str) -> Tensor:
     """``⟨X_k, X_l⟩`` of whole matrices: ``[k, k, 1]``."""
     if on == "product":
         products = module.scaled((module.left * module.right).sum((-1, -2)))
@@ -104,7 +104,7 @@ def _matrix_gram(module: Module, on: str) -> Tensor:
     return products[..., None]
 
 
-def _matrix_update(module: Module, weights: Tensor, on: str) -> Update:
+def _matrix_update(module: ModulatedModule, weights: Tensor, on: str) -> Update:
     values: Sequence[float] = weights.tolist()
     if on == "product":
         return combine_updates(

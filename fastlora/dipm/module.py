@@ -15,7 +15,7 @@ from fastlora.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Module:
+class ModulatedModule:
     """``updates``: of every adapter, ``None`` where it lacks the module. ``members``: those that have it, in the order
     of the Gram blocks ``left``, ``right`` ``[k, k, r, r]``."""
 
@@ -28,11 +28,13 @@ class Module:
 
     @property
     def own(self) -> Update:
+        """The update of the modulated adapter, which must have the module."""
         assert self.updates[0] is not None
         return self.updates[0]
 
     @property
     def present(self) -> list[Update]:
+        """The updates of the members, in their order."""
         return [u for u in self.updates if u is not None]
 
     @property
@@ -46,6 +48,7 @@ class Module:
         return products * (s[:, None] * s).reshape(*products.shape[:2], *[1] * (products.ndim - 2))
 
     def require_equal_ranks(self, what: str) -> None:
+        """Raises :class:`InputError` when the members differ in rank; ``what`` is the setting that needs it."""
         ranks = [u.rank for u in self.present]
         if len(set(ranks)) > 1:
             found = " and ".join(f"{self.adapters[i]!r} has rank {r}" for i, r in zip(self.members, ranks, strict=True))

@@ -209,19 +209,21 @@ def _shift(state: State, strength: float, others: Sequence[int]) -> State:
 
 
 def _interpolate(state: State, t: float, others: Sequence[int]) -> State:
-    own, other = state.direction, state.unit(others[0])
-    cosine = state.dot(own, other).clamp(-1.0, 1.0)
+    direction, other_direction = state.direction, state.unit(others[0])
+    cosine = state.dot(direction, other_direction).clamp(-1.0, 1.0)
     gap, sum_ = (2 - 2 * cosine).sqrt(), (2 + 2 * cosine).sqrt()  # ‖D − D_o‖, ‖D + D_o‖
     angle = 2 * torch.atan2(gap, sum_)
     near = gap < 1e-4  # where the chord is the arc, to rounding
     sine = torch.where(near, 1.0, angle.sin())
     first = torch.where(near, 1 - t, ((1 - t) * angle).sin() / sine)
     second = torch.where(near, t, (t * angle).sin() / sine)
-    there, other_there = own.any(0), other.any(0)
+    there, other_there = direction.any(0), other_direction.any(0)
     opposite = there & other_there & (sum_ <= FLOOR)
     first = torch.where(opposite, float(t <= 0.5), first)
     second = torch.where(opposite, float(t > 0.5), second)
-    turned = torch.where(there & other_there, state.normalised(first * own + second * other), own + other)
+    turned = torch.where(
+        there & other_there, state.normalised(first * direction + second * other_direction), direction + other_direction
+    )
     count = int(opposite.sum())
     if count:
         state.events["opposite directions, where interpolation keeps the nearer end"] += count
@@ -230,16 +232,16 @@ def _interpolate(state: State, t: float, others: Sequence[int]) -> State:
 
 
 def _remove(state: State, strength: float, others: Sequence[int]) -> State:
-    own = state.direction
+    direction = state.direction
     units = torch.stack([state.unit(k) for k in others])  # [q, K, P]
     gram = torch.einsum("akp,klp,blp->pab", units, state.gram, units).contiguous()
-    cosines = torch.einsum("akp,klp,lp->pa", units, state.gram, own)
+    cosines = torch.einsum("akp,klp,lp->pa", units, state.gram, direction)
     values, vectors = ops.eigh(gram)
     inverse = torch.where(values > SPAN * values[:, -1:], 1.0 / values, 0.0)
     inverse = torch.where(values > 0, inverse, 0.0)
     amounts = (vectors @ (inverse[..., None] * (vectors.mT @ cosines[..., None])))[..., 0]  # [p, q]
-    turned = state.normalised(own - strength * torch.einsum("pa,akp->kp", amounts, units))
-    lost = int((own.any(0) & ~turned.any(0)).sum())
+    turned = state.normalised(direction - strength * torch.einsum("pa,akp->kp", amounts, units))
+    lost = int((direction.any(0) & ~turned.any(0)).sum())
     if lost:
         state.events["directions that lay in the span of what was removed: nothing is left of them"] += lost
     return state.turned(turned, state.magnitude)

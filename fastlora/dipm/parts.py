@@ -16,7 +16,7 @@ from fastlora.core.names import check_name
 from fastlora.core.sums import common_base
 from fastlora.core.sums import is_base_copy as is_base_copy
 from fastlora.core.updates import Update
-from fastlora.dipm.frames import GRANULARITIES, SIDES, Frame, frames
+from fastlora.dipm.frames import GRANULARITIES, SIDES, ModuleFrame, frames
 from fastlora.dipm.operators import Operator, State, require_adapters
 from fastlora.errors import InputError
 from fastlora.runtime.memory import bounded
@@ -95,15 +95,15 @@ class Parts:
         refuse_extras(self._adapters)
         return Pool(named(self._adapters))
 
-    def _states(self, pool: Pool | None = None) -> Iterator[tuple[Frame, State]]:
-        places = {id(a): i for i, a in enumerate(self._adapters)}
+    def _states(self, pool: Pool | None = None) -> Iterator[tuple[ModuleFrame, State]]:
+        index_of = {id(a): i for i, a in enumerate(self._adapters)}
         for frame in frames(pool or self._pool(), self.granularity, self.on):
-            own = frame.gram[0, 0]
+            own_squares = frame.gram[0, 0]
             weights = torch.zeros(frame.gram.shape[1:], dtype=torch.float64)
-            weights[0] = (own > 0).double()
-            state = State(frame.gram, weights, own.clamp(min=0).sqrt())
+            weights[0] = (own_squares > 0).double()
+            state = State(frame.gram, weights, own_squares.clamp(min=0).sqrt())
             for operator in self.changes:
-                state = operator.run(state, [places[id(a)] for a in operator.others])
+                state = operator.run(state, [index_of[id(a)] for a in operator.others])
             yield frame, state
 
     def _adapter(self, updates: Mapping[str, Update | None], what: str, notes: Sequence[str] = ()) -> Adapter:

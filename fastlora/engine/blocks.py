@@ -17,7 +17,7 @@ from fastlora.core.updates import Update, factor, sides, sources, unscaled_floor
 from fastlora.engine.checks import check_diagonal
 from fastlora.engine.contracts import PoolView
 from fastlora.engine.gram import GramPass, read_gram
-from fastlora.engine.schedule import Group, Part, pair_parts, parts
+from fastlora.engine.schedule import Group, GroupPart, pair_parts, parts
 from fastlora.ops.gram import blocks_of
 from fastlora.runtime.memory import release
 
@@ -56,7 +56,7 @@ def read_pair_blocks(pool: PoolView, label: str = "inner products") -> Iterator[
         yield PairBlocks(part.modules, part.group.members, updates, left, right, scaling)
 
 
-def _read_both_triangles(part: Part, updates: list[list[Update]], side: Side) -> Tensor:
+def _read_both_triangles(part: GroupPart, updates: list[list[Update]], side: Side) -> Tensor:
     """One side's blocks, through the Gram cache in use: ``[g, k, k, r, r]``."""
     k = len(part.group.members)
     blocks = read_gram([[factor(u, side) for u in row] for row in updates], part.group.rank, blocks_of("pairs", k))
@@ -101,7 +101,7 @@ class ChainBlocks:
             )
 
 
-def ask_chain_blocks(grams: GramPass, part: Part, side: str, kind: str) -> ChainBlocks:
+def ask_chain_blocks(grams: GramPass, part: GroupPart, side: str, kind: str) -> ChainBlocks:
     """The blocks of a part, which are there once ``grams`` ran; nothing is read here.
 
     ``side``: ``"left"`` projects on the ``B`` side. ``kind``: the blocks of that side, ``"chain"`` or ``"pairs"``.
@@ -116,7 +116,7 @@ def ask_chain_blocks(grams: GramPass, part: Part, side: str, kind: str) -> Chain
     return ChainBlocks(part.modules, names, updates, projected, other, floor.to(projected.device), part.group)
 
 
-def read_chain_blocks(part: Part, side: str, kind: str) -> ChainBlocks:
+def read_chain_blocks(part: GroupPart, side: str, kind: str) -> ChainBlocks:
     """:func:`ask_chain_blocks`, read in one pass over both sides' factors or taken from the Gram cache in use, and
     checked."""
     grams = GramPass()

@@ -115,11 +115,11 @@ def refill(target: LoraData, source: LoraData) -> None:
         return
     buffer = torch.empty(0, dtype=torch.uint8, device=target.device).set_(pairs[0][0].untyped_storage())
     here = staging(buffer.nbytes)
-    places = [
+    staged = [
         here[mine.storage_offset() * mine.element_size() :][: mine.nbytes].view(mine.dtype).view(mine.shape)
         for mine, _ in pairs
     ]
-    _fill(places, [other for _, other in pairs])
+    _fill(staged, [other for _, other in pairs])
     buffer.copy_(here, non_blocking=True)
     for mine, other in pairs:
         _remember(mine, other)
@@ -139,7 +139,7 @@ def origin(tensor: Tensor) -> Tensor | None:
     return host
 
 
-class Room:
+class ResultRoom:
     """Memory for results, handed out piece by piece and reused after :meth:`reserve`.
 
     It is asked for in huge pages: touching new memory in small ones would take as long as computing what goes there.

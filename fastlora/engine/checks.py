@@ -28,6 +28,7 @@ def require_finite(adapters: Iterable[LoraData]) -> None:
 
 
 def not_finite(adapter: str, module: str, side: str) -> NonFiniteError:
+    """The error for a factor that holds NaN or Inf, with the way out."""
     return NonFiniteError(
         f"adapter {adapter!r}: lora_{side} of {module} holds NaN or Inf, so nothing computed from it would mean "
         "anything. Leave this adapter out, or save it again from a training step that did not diverge"

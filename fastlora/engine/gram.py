@@ -75,7 +75,9 @@ class GramPass:
             raise ValueError("a Gram pass over sums of matrices cannot be prepared")
         return prepared("gram_pass", self.jobs)
 
-    def _ask(self, modules: Sequence[Sequence[Factor]], out: Tensor, r: int, places: Sequence[BlockPlace]) -> None:
+    def _ask(
+        self, modules: Sequence[Sequence[Factor]], out: Tensor, r: int, block_places: Sequence[BlockPlace]
+    ) -> None:
         """Blocks ``(i, j)`` of every module into ``out``, rows of ``r``, at their offsets in the module's part."""
         size = out[0].numel()
         axis = 0 if modules[0][0].side == "A" else 1
@@ -85,7 +87,7 @@ class GramPass:
             if any([f.joined is None for f in factors]):
                 job, coefficients = _source_gram(factors, axis == 0)
                 self.jobs.append(job)
-                self._finish.append(functools.partial(_put_products, job.out, coefficients, out[m], r, places))
+                self._finish.append(functools.partial(_put_products, job.out, coefficients, out[m], r, block_places))
                 continue
             terms = [t for f in factors for t in f.terms]
             sources = [t.source for t in terms]
@@ -93,14 +95,14 @@ class GramPass:
             kind = kinds.get(looks)
             if kind is None:
                 pieces = tuple(tuple((t.source.shape[axis], t.scale) for t in f.terms) for f in factors)
-                blocks = places if len(terms) == len(factors) else _pieces_of(pieces, r, places)
+                blocks = block_places if len(terms) == len(factors) else _pieces_of(pieces, r, block_places)
                 kind = kinds[looks] = blocks, pieces, []
             self.jobs.append(GramJob(sources, kind[0], axis == 0, out, r, m * size))
             kind[2].append(m)
         for blocks, pieces, owners in kinds.values():
-            if blocks is not places or any(scale != 1.0 for factor in pieces for _, scale in factor):
+            if blocks is not block_places or any(scale != 1.0 for factor in pieces for _, scale in factor):
                 whole = out.view(len(modules), size)
-                self._finish.append(functools.partial(_finish_joined, pieces, owners, whole, r, places))
+                self._finish.append(functools.partial(_finish_joined, pieces, owners, whole, r, block_places))
 
 
 def _zeros(*shape: int, device: torch.device) -> Tensor:
@@ -110,20 +112,22 @@ def _zeros(*shape: int, device: torch.device) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
-def _pieces_of(pieces: Pieces, r: int, places: Sequence[BlockPlace]) -> list[BlockPlace]:
+def _pieces_of(pieces: Pieces, r: int, block_places: Sequence[BlockPlace]) -> list[BlockPlace]:
     """Blocks of factors as blocks of the stored matrices that they are made of; of a block on the diagonal the upper
     ones."""
     first = [0, *itertools.accumulate(len(factor) for factor in pieces)]
     starts = [[0, *itertools.accumulate(width for width, _ in factor)] for factor in pieces]
     return [
         (first[i] + a, first[j] + b, offset + starts[i][a] * r + starts[j][b])
-        for i, j, offset in places
+        for i, j, offset in block_places
         for a in range(len(pieces[i]))
         for b in range(a if i == j else 0, len(pieces[j]))
     ]
 
 
-def _finish_joined(pieces: Pieces, modules: Sequence[int], out: Tensor, r: int, places: Sequence[BlockPlace]) -> None:
+def _finish_joined(
+    pieces: Pieces, modules: Sequence[int], out: Tensor, r: int, block_places: Sequence[BlockPlace]
+) -> None:
     """Mirrors the blocks on the diagonal of some modules, and applies the scales of stored matrices: ``out [.., size]``
     of all."""
     chosen = out if len(modules) == len(out) else out[modules]
@@ -131,7 +135,7 @@ def _finish_joined(pieces: Pieces, modules: Sequence[int], out: Tensor, r: int, 
     if any(scale != 1.0 for factor in pieces for _, scale in factor):
         ones = [[s for width, s in factor for _ in range(width)] for factor in pieces]
         scales = torch.tensor([x + [1.0] * (r - len(x)) for x in ones], dtype=torch.float64).to(out.device)
-    for i, j, offset in places:
+    for i, j, offset in block_places:
         block = chosen[:, offset : offset + r * r].view(-1, r, r)
         if i == j:
             start = 0
@@ -146,11 +150,11 @@ def _finish_joined(pieces: Pieces, modules: Sequence[int], out: Tensor, r: int, 
 
 
 def _put_products(
-    gram: Tensor, coefficients: Sequence[tuple[Tensor, Tensor]], out: Tensor, r: int, places: Sequence[BlockPlace]
+    gram: Tensor, coefficients: Sequence[tuple[Tensor, Tensor]], out: Tensor, r: int, block_places: Sequence[BlockPlace]
 ) -> None:
     """Blocks of factors from the upper triangle of the Gram matrix of what they are made of: ``C_iᵀ G C_j``."""
     full = gram.triu() + gram.triu(1).mT
-    for i, j, offset in places:
+    for i, j, offset in block_places:
         (at, left), (to, right) = coefficients[i], coefficients[j]
         shape = left.shape[1], right.shape[1]
         out.view(-1)[offset:].as_strided(shape, (r, 1)).copy_(left.mT @ full[at][:, to] @ right)

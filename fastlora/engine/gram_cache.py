@@ -16,7 +16,7 @@ from torch import Tensor
 from fastlora.core.factors import source_key
 from fastlora.ops.passes import GramJob
 
-Key = tuple[int, int, tuple[int, ...]]
+MatrixKey = tuple[int, int, tuple[int, ...]]
 
 
 class GramCache:
@@ -27,10 +27,11 @@ class GramCache:
     """
 
     def __init__(self) -> None:
-        self._held: dict[Key, Tensor] = {}
-        self._blocks: dict[tuple[Key, Key, bool], Tensor] = {}
+        self._held: dict[MatrixKey, Tensor] = {}
+        self._blocks: dict[tuple[MatrixKey, MatrixKey, bool], Tensor] = {}
 
     def hold(self, sources: Iterable[Tensor]) -> None:
+        """Keeps stored matrices alive; blocks of pairs of them are kept from then on."""
         for source in sources:
             self._held.setdefault(source_key(source), source)
 
@@ -54,7 +55,7 @@ class GramCache:
                 if first in self._held and second in self._held:
                     self._blocks[first, second, job.rows] = job.block(block).clone()
 
-    def _copy(self, first: Key, second: Key, rows: bool, out: Tensor) -> bool:
+    def _copy(self, first: MatrixKey, second: MatrixKey, rows: bool, out: Tensor) -> bool:
         block = self._blocks.get((first, second, rows))
         if block is None:
             swapped = self._blocks.get((second, first, rows))

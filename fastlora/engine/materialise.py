@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlora.core.factors import Factor, device_of
 from fastlora.core.updates import Update
-from fastlora.engine.buffers import Room, padded
+from fastlora.engine.buffers import ResultRoom, padded
 from fastlora.engine.combine_jobs import WantedFactor, combine_job, require_one_length, stored_as
 from fastlora.ops.dispatch import run_pass
 from fastlora.ops.passes import CombineJob
@@ -28,7 +28,7 @@ def materialise(updates: Sequence[Update], dtype: torch.dtype) -> list[tuple[Ten
 
 
 def materialise_groups(
-    groups: Sequence[Sequence[Update]], dtype: torch.dtype, room: Room | None = None
+    groups: Sequence[Sequence[Update]], dtype: torch.dtype, room: ResultRoom | None = None
 ) -> list[list[tuple[Tensor, Tensor]]]:
     """:func:`materialise` for many groups of updates in one launch; the updates of a group are of one module.
 
@@ -38,7 +38,7 @@ def materialise_groups(
     for side in sides:
         require_one_length(side)
     stored = [[stored_as(f, dtype) for f in side] for side in sides]
-    room = room or Room(device_of(sides))
+    room = room or ResultRoom(device_of(sides))
     room.reserve(
         sum(
             padded(f.length * f.rank * dtype.itemsize)
@@ -54,7 +54,11 @@ def materialise_groups(
 
 
 def _materialise_side(
-    jobs: list[CombineJob], factors: Sequence[Factor], stored: Sequence[Tensor | None], dtype: torch.dtype, room: Room
+    jobs: list[CombineJob],
+    factors: Sequence[Factor],
+    stored: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    room: ResultRoom,
 ) -> list[Tensor]:
     """The tensors of some factors of one side; those that are not ``stored`` are put on the job list."""
     shapes = [factor.shape for factor, matrix in zip(factors, stored, strict=True) if matrix is None]

@@ -47,7 +47,7 @@ class Group(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class GroupPart:
     """Modules of one group that are computed together. ``source`` has their factors: the pool, or its copy on the
     device of a stream."""
 
@@ -76,20 +76,21 @@ def one_adapter(name: str, updates: Mapping[str, Update]) -> PoolView:
     return PoolPart([name], [LoraData(name, updates)], list(updates))
 
 
-def whole_groups(pool: PoolView, *, rtol_of: RtolOf | None = None, least: int = 1) -> list[Part]:
+def whole_groups(pool: PoolView, *, rtol_of: RtolOf | None = None, least: int = 1) -> list[GroupPart]:
     """The modules that ``least`` adapters or more have, a part for every group, whatever its size.
 
     ``rtol_of``: keeps modules with other noise floors apart.
     """
-    groups: dict[Group, list[str]] = {}
+    adapters = [a.updates for a in pool.adapters]
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]], list[str]] = {}
     for module in pool.modules:
         members = tuple(pool.present(module))
         if len(members) < least:
             continue
-        updates = [pool.adapters[i].updates[module] for i in members]
-        rtols = () if rtol_of is None else tuple(rtol_of(u) for u in updates)
-        groups.setdefault(Group(members, tuple(u.rank for u in updates), rtols), []).append(module)
-    return [Part(group, modules, pool) for group, modules in groups.items()]
+        updates = [adapters[i][module] for i in members]
+        rtols = () if rtol_of is None else tuple([rtol_of(u) for u in updates])
+        groups.setdefault((members, tuple([u.rank for u in updates]), rtols), []).append(module)
+    return [GroupPart(Group(*kind), modules, pool) for kind, modules in groups.items()]
 
 
 def parts(
@@ -100,13 +101,13 @@ def parts(
     least: int = 1,
     matrices: int = 4,
     stream: Stream | None = None,
-) -> Iterator[Part]:
+) -> Iterator[GroupPart]:
     """The parts of :func:`whole_groups`, in parts that fit in memory.
 
     ``label``: what progress says. ``matrices``: how many float64 ``[r, r]`` a module takes for every two of its
     adapters; with a bound on memory its factors count too. ``stream``: brings the factors to its device, part by part.
     """
-    work: list[Part] = []
+    work: list[GroupPart] = []
     most = PART_BYTES if stream is None else stream.group
     for whole in whole_groups(pool, rtol_of=rtol_of, least=least):
         sizes = [matrices * whole.group.pair_bytes] * len(whole.modules)
@@ -114,12 +115,12 @@ def parts(
             stored = (sum(s.nbytes for s in sources(row)) for row in whole.updates())
             sizes = [small + factors for small, factors in zip(sizes, stored, strict=True)]
         for piece in split_to_fit(sizes, most):
-            work.append(Part(whole.group, [whole.modules[i] for i in piece], pool))
+            work.append(GroupPart(whole.group, [whole.modules[i] for i in piece], pool))
     # Several processes would share here: all the parts are known, and no factor was read yet.
     if stream is None:
         return track(work, label)
     moving = moved_ahead(pool.names, pool.adapters, [part.modules for part in work])
-    return (Part(p.group, p.modules, there) for p, there in zip(track(work, label), moving, strict=True))
+    return (GroupPart(p.group, p.modules, there) for p, there in zip(track(work, label), moving, strict=True))
 
 
 def pair_parts(group: Group, bytes_each: int) -> Iterator[tuple[Group, list[tuple[int, int]]]]:

@@ -13,7 +13,7 @@ from fastlora import ops
 from fastlora.core.updates import Update
 from fastlora.engine.blocks import read_chain_blocks
 from fastlora.engine.checks import check_size, raise_for_info
-from fastlora.engine.schedule import Part, one_adapter, parts, rtol_or_default
+from fastlora.engine.schedule import GroupPart, one_adapter, parts, rtol_or_default
 from fastlora.errors import InputError
 
 MATRICES = 6  # r×r of a module that are in memory: two Gram blocks, and what is made of them
@@ -63,7 +63,7 @@ def singular_forms(
     return {m: forms[m] for m in updates}
 
 
-def _read_forms(part: Part, rank: int | None, energy: float | None) -> dict[str, SingularForm]:
+def _read_forms(part: GroupPart, rank: int | None, energy: float | None) -> dict[str, SingularForm]:
     """The forms of some modules of one rank, through the Gram cache in use."""
     blocks = read_chain_blocks(part, "left", "chain")  # of a single adapter: [g, 1, 1, r, r] and [g, 1, r, r]
     modules = part.modules

@@ -28,7 +28,7 @@ from fastlora.ops.dispatch import run_pass
 from fastlora.ops.passes import CombineJob, CombineOutput, WriteProblem
 from fastlora.runtime import devices
 
-Key = TypeVar("Key")
+AdapterKey = TypeVar("AdapterKey")
 CPU = torch.device("cpu")
 THREADS = 2  # that compute results: one copies while the other computes
 SHARE = 4  # parts of the bound: a group that is computed, its results, the next group, and small matrices
@@ -55,6 +55,7 @@ class PoolPart:
     modules: list[str]
 
     def present(self, module: str) -> list[int]:
+        """Which of the adapters have a module, by index."""
         return [i for i, adapter in enumerate(self.adapters) if module in adapter]
 
 
@@ -72,6 +73,7 @@ def streamed(stream: Stream | None) -> Iterator[None]:
 
 
 def current() -> Stream | None:
+    """The stream in use, or ``None``."""
     return _current.get()
 
 
@@ -90,10 +92,10 @@ def parts(names: list[str], adapters: Sequence[LoraData], modules: Sequence[Sequ
     assert stream is not None
     groups = [[(a, m) for a in adapters for m in some if m in a.updates] for some in modules]
     wanted = [distinct([a.updates[m] for a, m in group]) for group in groups]
-    for some, group, places in zip(modules, groups, _ahead(wanted, stream.device), strict=True):
+    for some, group, moved_tensors in zip(modules, groups, _ahead(wanted, stream.device), strict=True):
         updates: dict[str, dict[str, Any]] = {a.name: {} for a in adapters}
         for adapter, module in group:
-            updates[adapter.name][module] = replaced(adapter.updates[module], places)
+            updates[adapter.name][module] = replaced(adapter.updates[module], moved_tensors)
         yield PoolPart(names, [LoraData(a.name, updates[a.name], dtype=a.dtype) for a in adapters], list(some))
 
 
@@ -136,7 +138,9 @@ def combine(jobs: Sequence[CombineJob]) -> WriteProblem | None:
     return run_pass("combine_pass", [CombineJob([], [_saved(o, results) for o in j.outputs], j.rows) for j in jobs])
 
 
-def on_host(adapters: Mapping[Key, LoraData], dtypes: Mapping[Key, torch.dtype]) -> Mapping[Key, LoraData]:
+def on_host(
+    adapters: Mapping[AdapterKey, LoraData], dtypes: Mapping[AdapterKey, torch.dtype]
+) -> Mapping[AdapterKey, LoraData]:
     """The adapters as they are saved, in host memory: factors in ``dtypes``, scaling inside ``B``.
 
     Adapters on the host are returned as they are. Those of a device are computed there in one pass, so that a matrix
@@ -153,8 +157,8 @@ def on_host(adapters: Mapping[Key, LoraData], dtypes: Mapping[Key, torch.dtype])
 
 
 def _updates_on_host(
-    updates: Mapping[tuple[Key, str], Update], dtypes: Mapping[Key, torch.dtype], device: torch.device
-) -> dict[tuple[Key, str], Update]:
+    updates: Mapping[tuple[AdapterKey, str], Update], dtypes: Mapping[AdapterKey, torch.dtype], device: torch.device
+) -> dict[tuple[AdapterKey, str], Update]:
     """Updates of a device on the host, by adapter and module."""
     wanted: dict[tuple[str, Side], list[WantedFactor]] = {}
     stored: dict[object, Tensor] = {}
@@ -238,11 +242,11 @@ def _on_device(jobs: Sequence[CombineJob], device: torch.device) -> dict[int, Te
 def _into(job: CombineJob, there: dict[int, Tensor], results: Iterator[Tensor]) -> CombineJob:
     """The job on the device, its results in memory there."""
     used = sorted({factor for o in job.outputs for factor, *_ in o.terms})
-    place = {factor: i for i, factor in enumerate(used)}
+    index_of = {factor: i for i, factor in enumerate(used)}
     outputs = [
         CombineOutput.into(
             next(results),
-            [(place[f], None if c is None else there[id(c)], at, scale) for f, c, at, scale in o.terms],
+            [(index_of[f], None if c is None else there[id(c)], at, scale) for f, c, at, scale in o.terms],
         )
         for o in job.outputs
         if o.terms

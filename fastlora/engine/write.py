@@ -127,7 +127,7 @@ class _SideWrites(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class _Batch:
+class _WriteBatch:
     """Some modules of some adapters, ready to be computed and written.
 
     ``packed``: the modules whose tensors hold more than one factor. ``launch``: of the jobs, unless they go through a
@@ -150,8 +150,11 @@ class _Batch:
         if problem is not None:
             failed = self.sides[problem.job].factors[problem.output]
             raise self.sinks[failed.directory].error(failed.tensor, problem.errno)
+        written: dict[Path, list[str]] = {directory: [] for directory in self.sinks}
         for write in writes:
-            self.sinks[write.directory].written((write.tensor,))
+            written[write.directory].append(write.tensor)
+        for directory, tensors in written.items():
+            self.sinks[directory].written(tensors)
         self._write_packed()
         release(self._read_matrices())
 
@@ -176,7 +179,7 @@ class _Batch:
 
 def _prepare(
     sinks: dict[Path, Sink], adapters: Mapping[Path, LoraData], modules: Sequence[str], directories: Sequence[Path]
-) -> _Batch:
+) -> _WriteBatch:
     sides: list[_SideWrites] = []
     packed: dict[str, list[tuple[Path, Update]]] = {}
     for module in modules:
@@ -192,7 +195,7 @@ def _prepare(
         if updates:
             sides += (_side_writes(sinks, module, side, updates) for side in SIDES)
     launch = dispatch.prepared("combine_pass", [side.job for side in sides]) if stream.current() is None else None
-    return _Batch(sinks, sides, packed, launch)
+    return _WriteBatch(sinks, sides, packed, launch)
 
 
 def _side_writes(
@@ -206,5 +209,5 @@ def _side_writes(
         wanted.append(WantedFactor(update.B if side == "B" else update.A, sink.dtype, None, offset))
         tensors.append(tensor)
     job = combine_job(wanted)
-    places = zip(updates, tensors, job.outputs, strict=True)
-    return _SideWrites(job, [_FactorWrite(directory, tensor, output) for (directory, _), tensor, output in places])
+    placed = zip(updates, tensors, job.outputs, strict=True)
+    return _SideWrites(job, [_FactorWrite(directory, tensor, output) for (directory, _), tensor, output in placed])

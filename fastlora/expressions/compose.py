@@ -24,12 +24,12 @@ from fastlora.runtime.memory import bounded
 from fastlora.runtime.memory import parse as parse_memory
 from fastlora.runtime.progress import track
 
-Source = Element | str | os.PathLike[str]
+ElementSource = Element | str | os.PathLike[str]
 
 
 def compose(
     expression: str,
-    adapters: Mapping[str, Source],
+    adapters: Mapping[str, ElementSource],
     *,
     numbers: Mapping[str, float] | None = None,
     name: str | None = None,
@@ -82,7 +82,7 @@ def compose(
     )
 
 
-def _check_numbers(values: Mapping[str, float], adapters: Mapping[str, Source]) -> None:
+def _check_numbers(values: Mapping[str, float], adapters: Mapping[str, ElementSource]) -> None:
     for name, value in values.items():
         if name in adapters:
             raise InputError(f"{name!r} is the name of an adapter and of a number; rename one")
@@ -90,7 +90,7 @@ def _check_numbers(values: Mapping[str, float], adapters: Mapping[str, Source]) 
             raise InputError(f"the number {name!r} is {value!r}: it must be a finite number")
 
 
-def _prepare(sources: Mapping[str, Source], drop_extras: bool) -> tuple[list[str], dict[str, VectorSpace]]:
+def _prepare(sources: Mapping[str, ElementSource], drop_extras: bool) -> tuple[list[str], dict[str, VectorSpace]]:
     """Notices, and the adapters under their names in the expression and one naming of modules."""
     elements: dict[str, VectorSpace] = {}
     for name, source in track(list(sources.items()), "loading"):
@@ -128,10 +128,12 @@ class Linear:
     terms: dict[int, tuple[float, VectorSpace]] = field(default_factory=dict)
 
     def add(self, weight: float, element: VectorSpace) -> None:
+        """Adds ``weight`` to that of the element."""
         before = self.terms[id(element)][0] if id(element) in self.terms else 0.0
         self.terms[id(element)] = before + weight, element
 
     def element(self) -> VectorSpace:
+        """The sum as one element; an element with the weight 1 alone is itself."""
         terms = list(self.terms.values())
         kept = [(w, x) for w, x in terms if w != 0.0] or terms[:1]
         return kept[0][1] if len(kept) == 1 and kept[0][0] == 1.0 else linear(kept)
@@ -146,6 +148,7 @@ class Evaluator:
     memory: int | None
 
     def element(self, node: Node) -> VectorSpace:
+        """The element that a part of the expression stands for; errors show where it is."""
         total = Linear()
         self._accumulate(node, 1.0, total)
         try:

@@ -14,7 +14,7 @@ from fastlora.merging import arithmetic
 from fastlora.merging.compress import compress
 
 Options = dict[str, Any]
-Run = Callable[[Sequence[VectorSpace], Sequence[float], Options, int | None], VectorSpace]
+Computation = Callable[[Sequence[VectorSpace], Sequence[float], Options, int | None], VectorSpace]
 MANY = 1 << 20
 
 
@@ -31,7 +31,7 @@ class Function:
     """
 
     usage: str
-    run: Run
+    run: Computation
     adapters: tuple[int, int]
     numbers: Callable[[int], Collection[int]] = lambda adapters: (0,)
     options: Mapping[str, type] = field(default_factory=dict)

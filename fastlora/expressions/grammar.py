@@ -84,6 +84,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Number(Node):
+    """A number that is written in the expression or bound to a name."""
+
     value: float
 
 

@@ -13,14 +13,14 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LocatedPath:
     """A path that exists and the name it gives by default."""
 
     path: Path
     name: str
 
 
-def find(path: str | Path) -> Found:
+def find(path: str | Path) -> LocatedPath:
     """The existing path, or the local copy of the Hub id, that ``path`` means."""
     text = str(path)
     if not text:
@@ -28,15 +28,16 @@ def find(path: str | Path) -> Found:
     if exists(text):
         local = Path(text).expanduser()
         # "." and ".." have a name only when written out; links keep the name they were given.
-        return Found(local, Path(os.path.abspath(local)).name)
+        return LocatedPath(local, Path(os.path.abspath(local)).name)
     if HUB_ID.fullmatch(text):
-        return Found(_from_hub(text), text.rpartition("/")[2])
+        return LocatedPath(_from_hub(text), text.rpartition("/")[2])
     missing = next((p for p in reversed(Path(text).parents) if not exists(p)), None)
     reason = "" if missing is None else f" ({missing} does not exist)"
     raise InputError(f"there is no file or directory {text}{reason}; correct the path, or give a Hub id as org/name")
 
 
 def exists(path: str | Path) -> bool:
+    """Whether there is such a path; ``False`` for what cannot be a path."""
     try:
         return path != "" and Path(path).expanduser().exists()
     except (OSError, ValueError, RuntimeError):

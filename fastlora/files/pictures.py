@@ -35,6 +35,7 @@ def _format(path: Path) -> str:
 
 
 def load_pyplot() -> Any:
+    """Matplotlib's ``pyplot``, drawing into files; :class:`InputError` where it is not installed."""
     require_matplotlib()
     import matplotlib
 

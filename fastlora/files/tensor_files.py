@@ -67,14 +67,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     refuse_pointer(path)
     header, size = _read_header(path)
     try:
-        places = _known.get((header, size)) or _places(path, header, size)
+        tensor_places = _known.get((header, size)) or _places(path, header, size)
         with path.open("rb") as raw:
             mapping = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)
         views = _Views(mapping, 8 + len(header))
-        tensors = {name: views.of(place) for name, place in places.items() if place.dtype is not None}
-        if len(tensors) < len(places):
+        tensors = {name: views.of(place) for name, place in tensor_places.items() if place.dtype is not None}
+        if len(tensors) < len(tensor_places):
             with safe_open(path, framework="pt", device="cpu") as file:
-                tensors = {name: tensors[name] if name in tensors else file.get_tensor(name) for name in places}
+                tensors = {name: tensors[name] if name in tensors else file.get_tensor(name) for name in tensor_places}
     except (
         SafetensorError,
         OSError,
@@ -90,7 +90,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             "copy or download it again"
         ) from None
     if len(header) <= LARGEST_KNOWN:
-        _known[header, size] = places
+        _known[header, size] = tensor_places
         _known.move_to_end((header, size))
         while len(_known) > MOST_KNOWN:
             _known.popitem(last=False)
@@ -168,12 +168,12 @@ class _Views:
 
     def of(self, place: _Place) -> Tensor:
         dtype = cast(torch.dtype, place.dtype)
-        index, rest = divmod(self._start + place.first, dtype.itemsize)
-        whole = self._whole.get((dtype, rest))
+        index, remainder = divmod(self._start + place.first, dtype.itemsize)
+        whole = self._whole.get((dtype, remainder))
         if whole is None:
-            count = (len(self._mapping) - rest) // dtype.itemsize
-            whole = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=rest)
-            self._whole[dtype, rest] = whole
+            count = (len(self._mapping) - remainder) // dtype.itemsize
+            whole = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=remainder)
+            self._whole[dtype, remainder] = whole
         return whole.as_strided(place.shape, place.strides, index)
 
 

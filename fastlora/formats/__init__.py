@@ -34,15 +34,19 @@ class Format(Protocol):
 
     WRITES: tuple[type[AdapterData], ...]
 
-    def detects(self, path: Path) -> bool: ...
+    def detects(self, path: Path) -> bool:
+        """Whether a path looks like one of this format; it opens no tensors."""
 
-    def read(self, path: Path, name: str) -> AdapterData: ...
+    def read(self, path: Path, name: str) -> AdapterData:
+        """What the path holds, under a ``name``; :class:`InputError` says what is wrong with it."""
 
     def sink(
         self, directory: Path, adapter: LoraData, outlines: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
-    ) -> Sink: ...
+    ) -> Sink:
+        """A directory that factors are written into one by one; ``outlines``: ``(B, A)`` by module, for the shapes."""
 
-    def write(self, path: Path, record: AdapterData, dtype: torch.dtype | str | None) -> None: ...
+    def write(self, path: Path, record: AdapterData, dtype: torch.dtype | str | None) -> None:
+        """Writes a whole record at once; ``None``: in its own dtype."""
 
 
 @functools.cache

@@ -186,10 +186,10 @@ def _elementwise_lora(terms: Sequence[tuple[float, float, Adapter]], name: str) 
         _require_correspondence(first, other)
     updates: dict[str, Update] = {}
     for module, like in first.updates.items():
-        own = [x.updates[module] for x in adapters]
-        left = add_factors(u.B.scaled(b) for (b, _, _), u in zip(terms, own, strict=True))
-        right = add_factors(u.A.scaled(a) for (_, a, _), u in zip(terms, own, strict=True))
-        floor = max(u.floor * abs(b) for (b, _, _), u in zip(terms, own, strict=True))
+        updates_here = [x.updates[module] for x in adapters]
+        left = add_factors(u.B.scaled(b) for (b, _, _), u in zip(terms, updates_here, strict=True))
+        right = add_factors(u.A.scaled(a) for (_, a, _), u in zip(terms, updates_here, strict=True))
+        floor = max(u.floor * abs(b) for (b, _, _), u in zip(terms, updates_here, strict=True))
         updates[module] = replace(like, B=left, A=right, floor=floor)
     return Adapter(
         name,

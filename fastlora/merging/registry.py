@@ -87,14 +87,14 @@ def driven(
     return register
 
 
-def _add(function: Callable[..., Any], found: Method) -> None:
+def _add(function: Callable[..., Any], method: Method) -> None:
     room, _, file = function.__module__.rpartition(".")
-    if room == METHODS and file != found.name:
-        raise TypeError(f"the method {found.name!r} stands in {file}.py: a method has the name of its file")
-    taken = [name for name in found.parameters if name in TAKEN]
+    if room == METHODS and file != method.name:
+        raise TypeError(f"the method {method.name!r} stands in {file}.py: a method has the name of its file")
+    taken = [name for name in method.parameters if name in TAKEN]
     if taken:
-        raise TypeError(f"method {found.name!r}: the parameter {taken[0]!r} is one of fastlora.merge itself")
-    _registry[found.name] = found
+        raise TypeError(f"method {method.name!r}: the parameter {taken[0]!r} is one of fastlora.merge itself")
+    _registry[method.name] = method
 
 
 def unregister(name: str) -> None:

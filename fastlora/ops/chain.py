@@ -32,6 +32,7 @@ class Chain(NamedTuple):
 
 
 def width(kind: str, k: int, r: int) -> int:
+    """Columns of the basis of a chain of ``k`` adapters of rank ``r``: the most directions that it can give."""
     return k * r if kind == "mean" else r
 
 
@@ -60,7 +61,11 @@ def _check(
 
 
 def results(left: Tensor, kind: str) -> Chain:
-    """Memory for what a kernel gives, which writes every element; zeros where there is nothing to compute from."""
+    """Memory for what a kernel gives, which writes every element; zeros where there is nothing to compute from.
+
+    The prepared form of ``chain``, which CUDA has, takes it as its last argument: the workspace is allocated and the
+    arguments are packed once, and every ``run()`` fills the results from what the Gram blocks hold by then.
+    """
     *batch, k, _, r, _ = left.shape
     w = width(kind, k, r)
     new = left.new_empty if left.numel() else left.new_zeros

@@ -6,6 +6,8 @@
   each adapter's other side; ``basis [g, k, r, w]``: of the chain; ``scaling [g, k]``: the ``s_i``; ``strength [g, k]``:
   of the removals. All float64 and contiguous, on one device.
 * Nothing is checked and nothing raised: the decomposition that prepares the launch made the tensors.
+* ``dispatch.prepared("coefficients", …)`` with the same arguments packs their addresses once where a backend can
+  (CUDA); every ``run()`` fills ``out`` from what the tensors hold by then, and a CUDA graph can hold it.
 * Costs ``O(movers·k·r³)`` operations and one read and write of the tensors a module.
 """
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from fastlora.reference.coefficients import coefficients
 
 
-class Coefficients(NamedTuple):
+class PartCoefficients(NamedTuple):
     """Of ``g`` modules with ``k`` adapters of rank ``r``, a basis of width ``w`` on the first ``movers`` of them."""
 
     H: Tensor
@@ -33,7 +35,9 @@ class Coefficients(NamedTuple):
     """``[g, k, w, r]``: ``ω_i s_i H_i``, MATH (10); zero where nothing is shared."""
 
 
-def fill(projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, strength: Tensor, out: Coefficients) -> None:
+def fill(
+    projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, strength: Tensor, out: PartCoefficients
+) -> None:
     """The formula, on the tensors of ``out``: what backends without a kernel of their own run."""
     values = coefficients(projected, other, basis, scaling, strength, out.removal.shape[2])
     for target, value in zip(out, values, strict=True):

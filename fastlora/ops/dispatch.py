@@ -53,7 +53,8 @@ class Kernel:
 class Launches(Protocol):
     """Work that was prepared: tables and outputs are there, and :meth:`run` starts it on the current stream."""
 
-    def run(self) -> Any: ...
+    def run(self) -> Any:
+        """Starts the work on what its tensors hold by now, and returns what the op returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastlora_b
 
 
 def checked_name(name: str) -> str:
+    """The name, if it is that of a backend or ``"auto"``, else :class:`InputError`."""
     if name not in (*ORDER, "auto"):
         raise InputError(f"backend {name!r} does not exist: use one of auto, {', '.join(ORDER)}")
     return name
@@ -195,7 +197,8 @@ def run(op: str, *args: Any) -> Any:
 
 
 def prepared(op: str, *args: Any) -> Launches:
-    """The op on the backend that takes the call, prepared where that backend can."""
+    """The op on the backend that takes the call, prepared where that backend can: tables, addresses and workspace are
+    made here, once, and every ``run()`` works on what the same tensors hold by then."""
     kernel = resolve(op, *args)
     found: Launches = _Direct(op, args) if kernel.prepare is None else kernel.prepare(*args)
     return found

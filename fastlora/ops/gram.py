@@ -41,6 +41,7 @@ def _empty(factors: Tensor, ranks: Tensor | None, blocks: str, rows: bool) -> Te
 
 
 def check_ranks(op: str, ranks: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raises :class:`ValueError` for ``ranks`` that are not int64 of this shape."""
     if ranks is not None and (ranks.shape != shape or ranks.dtype != torch.int64):
         raise ValueError(f"{op}: `ranks` must be int64 {list(shape)}, got {ranks.dtype} {list(ranks.shape)}")
 

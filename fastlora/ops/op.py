@@ -41,6 +41,7 @@ class Op:
         return self.node(*args) if torch.compiler.is_compiling() else self.run(*args)
 
     def run(self, *args: Any) -> Any:
+        """Checks the arguments and runs the op, past torch's dispatcher; refuses tensors that need a gradient."""
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise RuntimeError(
                 f"fastlora.{self.name} has no gradient: call it under torch.no_grad() or detach its inputs"
@@ -50,18 +51,20 @@ class Op:
         return dispatch.run(self.name, *args)
 
     def _require_one_device(self, args: tuple[Any, ...]) -> None:
-        found = {a.device: name for name, a in zip(self.arguments, args, strict=True) if isinstance(a, Tensor)}
-        if len(found) > 1:
-            where = ", ".join(f"`{name}` on {device}" for device, name in found.items())
+        name_by_device = {a.device: name for name, a in zip(self.arguments, args, strict=True) if isinstance(a, Tensor)}
+        if len(name_by_device) > 1:
+            where = ", ".join(f"`{name}` on {device}" for device, name in name_by_device.items())
             raise ValueError(f"{self.name}: tensors on different devices ({where}); move them to one with `.to(…)`")
 
 
 def require_floating(op: str, argument: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raises :class:`TypeError` for an argument whose dtype is not allowed."""
     if tensor.dtype not in allowed:
         names = "/".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{op}: `{argument}` must be {names}, got {tensor.dtype}; cast it first")
 
 
 def require_dims(op: str, argument: str, tensor: Tensor, shape: str, least: int) -> None:
+    """Raises :class:`ValueError` for an argument of fewer than ``least`` dimensions; ``shape`` is what it should be."""
     if tensor.dim() < least:
         raise ValueError(f"{op}: `{argument}` must be {shape}, got shape {tuple(tensor.shape)}")

@@ -21,6 +21,7 @@ def chain(
     rank: int,
     energy: float,
 ) -> tuple[Tensor, ...]:
+    """``(basis, values, shared, kept, sigma, info)`` of :func:`fastlora.ops.chain`, one module after another."""
     *batch, k, _, r, _ = left.shape
     count = math.prod(batch)
     flat = left.reshape(count, k, k, r, r), right.reshape(count, k, r, r)
@@ -60,6 +61,7 @@ def semidefinite_root(a: Tensor) -> Tensor:
 def one_module(
     g: Tensor, a: Tensor, floor: Tensor, threshold: float, kind: str, rtol: float, rank: int, energy: float
 ) -> tuple[Tensor, ...]:
+    """The chain of one module: ``g [k, k, r, r]`` and ``a [k, r, r]`` are its Gram blocks, ``floor [k]``."""
     k, r = g.shape[0], g.shape[-1]
     w = k * r if kind == "mean" else r
     basis, values = torch.zeros(k, r, w, dtype=g.dtype), torch.zeros(w, dtype=torch.complex128)

@@ -9,7 +9,7 @@ from torch import Tensor
 def coefficients(
     projected: Tensor, other: Tensor, basis: Tensor, scaling: Tensor, strength: Tensor, movers: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(H, norms, shared, removal, mixing)`` as :class:`fastlora.ops.coefficients.Coefficients` has them.
+    """``(H, norms, shared, removal, mixing)`` as :class:`fastlora.ops.coefficients.PartCoefficients` has them.
 
     Arguments as of :func:`shares`; ``strength [g, k]``: of the removals."""
     H, norms, shared = shares(projected, other, basis, scaling, movers)

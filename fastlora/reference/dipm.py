@@ -28,6 +28,7 @@ def recombine(parts: Decoupled) -> Tensor:
 
 
 def columns(x: Tensor) -> Tensor:
+    """The columns of ``X [n, m]`` as a stack ``[m, n]``."""
     return x.mT
 
 
@@ -43,15 +44,18 @@ def components(x: Tensor, on: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reverse(parts: Decoupled, strength: float) -> Decoupled:
+    """The opposite directions, the magnitudes times ``strength``."""
     directions, magnitudes = parts
     return -directions, strength * magnitudes
 
 
 def scale(parts: Decoupled, strength: float) -> Decoupled:
+    """The same directions, the magnitudes times ``strength``."""
     return parts[0], strength * parts[1]
 
 
 def shift(parts: Decoupled, source: Decoupled, target: Decoupled, strength: float) -> Decoupled:
+    """Directions moved by ``strength`` times the difference of two others and made unit again, the same magnitudes."""
     return _with(_normalised(parts[0] + strength * (target[0] - source[0])), parts[1])
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 
 def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(values [..., n], vectors [..., n, n], info [...])`` of symmetric matrices, ascending, from the lower
+    triangle."""
     lower = a.double().tril()
     bad = ~lower.isfinite().all(-1).all(-1)  # [...]
     values, vectors = torch.linalg.eigh(

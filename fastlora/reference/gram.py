@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 def gram(factors: Tensor, ranks: Tensor | None, blocks: list[tuple[int, int]], mirror: bool, rows: bool) -> Tensor:
+    """``X_iᵀX_j [..., k, k, r, r]`` in float64 for the ``blocks`` (and their mirrors), zeros elsewhere."""
     x = factors.double().mT if rows else factors.double()  # [..., k, n, r]
     x = mask_columns(x, ranks)
     *batch, k, _, r = x.shape

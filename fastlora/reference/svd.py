@@ -9,6 +9,7 @@ from fastlora.reference.eigh import largest_entry_sign
 
 
 def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(U [..., p, m], σ [..., m], Vᵀ [..., m, q], info [...])`` of ``[..., p, q]`` with ``m = min(p, q)``."""
     x = a.double()
     bad = ~x.isfinite().all(-1).all(-1)  # [...]
     u, s, vh = torch.linalg.svd(torch.where(bad[..., None, None], 0.0, x), full_matrices=False)

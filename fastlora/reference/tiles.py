@@ -31,21 +31,21 @@ def kth_magnitudes(tiles: Iterable[Tensor], ranks: Sequence[int]) -> Tensor:
     kept: floats that are not negative order as integers do, so every pass counts the values of 16 bits more, from the
     highest on, among the elements that agree with what is known (MATH section 7).
     """
-    found = [0] * len(ranks)
+    upper_bits = [0] * len(ranks)
     left = list(ranks)  # the rank among the elements whose upper bits are those found
     for shift in range(64 - BITS, -1, -BITS):
         counts = torch.zeros(len(ranks), 2**BITS, dtype=torch.int64)
         for values in tiles:
             bits = values.abs().view(torch.int64)
-            for i, own in enumerate(bits.flatten(1)):
-                digits = own >> shift
-                same = digits[(digits >> BITS) == found[i]] & (2**BITS - 1)
+            for i, row in enumerate(bits.flatten(1)):
+                digits = row >> shift
+                same = digits[(digits >> BITS) == upper_bits[i]] & (2**BITS - 1)
                 counts[i] += torch.bincount(same, minlength=2**BITS).cpu()
         above = counts.flip(1).cumsum(1)  # elements whose digit is at least 2^16 − 1 − index
         for i, rank in enumerate(left):
             if rank:
                 index = int((above[i] >= rank).int().argmax())
                 left[i] -= int(above[i, index - 1]) if index else 0
-                found[i] = (found[i] << BITS) | (2**BITS - 1 - index)
-    magnitudes = torch.tensor(found, dtype=torch.int64).view(torch.float64)
+                upper_bits[i] = (upper_bits[i] << BITS) | (2**BITS - 1 - index)
+    magnitudes = torch.tensor(upper_bits, dtype=torch.int64).view(torch.float64)
     return torch.where(torch.tensor(ranks) > 0, magnitudes, torch.inf)

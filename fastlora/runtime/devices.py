@@ -18,17 +18,17 @@ def parse(device: str | torch.device | None) -> torch.device | None:
     if device is None or device == "auto":
         return None
     try:
-        found = torch.device(device)
+        parsed = torch.device(device)
     except RuntimeError:
-        found = torch.device("meta")
-    if found.type not in ("cpu", "cuda"):
+        parsed = torch.device("meta")
+    if parsed.type not in ("cpu", "cuda"):
         raise InputError(f"device {str(device)!r} does not exist: use auto, cpu, cuda or cuda:N")
-    if found.type == "cuda":
-        reason = unavailable(found.index)
+    if parsed.type == "cuda":
+        reason = unavailable(parsed.index)
         if reason is not None:
             raise InputError(f"device {str(device)!r} cannot be used: {reason}. Use cpu (`--device cpu`)")
-        found = torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
-    return found
+        parsed = torch.device("cuda", torch.cuda.current_device() if parsed.index is None else parsed.index)
+    return parsed
 
 
 def unavailable(index: int | None = None) -> str | None:
@@ -48,11 +48,11 @@ def describe() -> list[str]:
     reason = unavailable()
     if reason is not None:
         return [f"no CUDA device: {reason}"]
-    found = []
+    lines = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        found.append(f"cuda:{i} {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
-    return found
+        lines.append(f"cuda:{i} {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    return lines
 
 
 def out_of_memory(what: str) -> DeviceMemoryError:

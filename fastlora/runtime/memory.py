@@ -58,6 +58,7 @@ def bounded(memory: int | None) -> Iterator[None]:
 
 
 def is_bounded() -> bool:
+    """Whether a bound on memory is in use."""
     return _bound.get() is not None
 
 

@@ -12,10 +12,8 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.task_vector import TaskVector
 from fastlora.core.data import Extra
 from fastlora.engine.spectrum import singular_forms
-from fastlora.views.tables import ROWS, Table, print_extras, without_common
+from fastlora.views.tables import ROWS, Data, Table, print_extras, without_common
 from fastlora.views.text import print_paragraph
-
-Data = dict[str, Any]
 
 
 @functools.singledispatch
@@ -111,6 +109,7 @@ def show(data: Data, every: bool) -> None:
 
 
 def show_adapter(data: Data, every: bool) -> None:
+    """Prints a LoRA adapter: one row a module with rank, norm and singular values."""
     heading = f"{len(data['modules'])} modules, {data['dtype']}, {_base(data)}, ‖ΔW‖ = {data['norm']:.4g}"
     print_paragraph(f": {heading}", start=data["name"])
     rows = data["modules"]
@@ -135,6 +134,7 @@ def show_adapter(data: Data, every: bool) -> None:
 
 
 def show_ia3(data: Data, every: bool) -> None:
+    """Prints an (IA)³ adapter: one row a module with the size and the range of its vector."""
     heading = f"(IA)³, {len(data['modules'])} modules, {data['dtype']}, {_base(data)}"
     print_paragraph(f": {heading}", start=data["name"])
     table = Table("name:module", "number:size", "text:scales", "number:‖l − 1‖/√d", "number:l from", "number:to")
@@ -150,6 +150,7 @@ def show_ia3(data: Data, every: bool) -> None:
 
 
 def show_task_vector(data: Data, every: bool) -> None:
+    """Prints a task vector: one row a parameter with the size and the norm of its change."""
     heading = f"task vector, {len(data['parameters'])} parameters, ‖τ‖ = {data['norm']:.4g}"
     print_paragraph(f": {heading}", start=data["name"])
     table = Table("name:parameter", "number:shape", "number:‖change‖")
@@ -162,6 +163,7 @@ def show_task_vector(data: Data, every: bool) -> None:
 
 
 def show_folder(data: Data) -> None:
+    """Prints one row for each of the adapters of a folder."""
     print_paragraph(f": {len(data['adapters'])} adapters", start=data["folder"])
     table = Table(
         "name:adapter", "text:kind", "number:modules", "number:rank", "text:dtype", "number:‖ΔW‖", "name:base"

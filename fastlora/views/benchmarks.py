@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastlora.views.tables import Table
+from fastlora.views.tables import Data, Table
 from fastlora.views.text import print_paragraph
-
-Data = dict[str, Any]
 
 HEADER = (
     "what",
@@ -23,6 +19,7 @@ HEADER = (
 
 
 def milliseconds(seconds: float | None) -> str:
+    """A time in ms or s with three digits; a dash for none."""
     return "–" if seconds is None else f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
@@ -57,6 +54,7 @@ def machine_line(data: Data) -> str:
 
 
 def show_bench(data: Data) -> None:
+    """Prints the machine, one row a contest and opponent, and the notes below."""
     kinds = ("text", "text", *("number",) * (len(HEADER) - 2))
     table = Table(*(f"{kind}:{heading}" for kind, heading in zip(kinds, HEADER, strict=True)), keys=2)
     for row in data["rows"]:
@@ -79,6 +77,7 @@ def bench_rows(data: Data) -> list[list[object]]:
 
 
 def show_bench_names(data: Data) -> None:
+    """Prints what can be timed, and the workloads."""
     table = Table("name:case", "text:what is timed", "text:on", "text:when")
     for name, case in data["cases"].items():
         table.add(name, case["summary"], ", ".join(case["workloads"]), "only when named" if case["slow"] else "")

@@ -48,11 +48,12 @@ def _state(backend: str) -> str:
     """``"usable"`` and for which ops, or the reason why a backend is not."""
     from fastlora.ops.dispatch import RULES, kernels
 
-    found = kernels(backend)
-    if isinstance(found, str):
-        return found
-    own = [op for op in RULES if op in found and not op.endswith("_pass")]
-    return "usable" if set(own) >= {op for op in RULES if not op.endswith("_pass")} else f"usable: {', '.join(own)}"
+    ops = kernels(backend)
+    if isinstance(ops, str):
+        return ops
+    wanted = [op for op in RULES if not op.endswith("_pass")]
+    usable = [op for op in wanted if op in ops]
+    return "usable" if usable == wanted else f"usable: {', '.join(usable)}"
 
 
 def show_environment(data: dict[str, Any]) -> None:

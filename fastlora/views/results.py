@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastlora.views.tables import ROWS, Table, without_common
+from fastlora.views.tables import ROWS, Data, Table, without_common
 from fastlora.views.text import YELLOW, print_paragraph
 
 if TYPE_CHECKING:
     from fastlora.analysis.overlap import Overlap
     from fastlora.decomposition.result import Decomposition
-
-Data = dict[str, Any]
 
 MANY = 8
 """Adapters that a matrix, or a column for each, is printed for at the most."""
@@ -139,13 +137,13 @@ def _show_reports(reports: list[Data]) -> None:
         print_paragraph(f" {warning}", start="warning:", style=YELLOW)
 
 
-def overlap_data(found: Overlap) -> Data:
+def overlap_data(result: Overlap) -> Data:
     """Both matrices of a pool and of every module, in the order of the names."""
-    modules = {m: {"cosine": c.tolist(), "subspace": s.tolist()} for m, (c, s) in found.modules.items()}
+    modules = {m: {"cosine": c.tolist(), "subspace": s.tolist()} for m, (c, s) in result.modules.items()}
     return {
-        "names": list(found.names),
-        "cosine": found.cosine.tolist(),
-        "subspace": found.subspace.tolist(),
+        "names": list(result.names),
+        "cosine": result.cosine.tolist(),
+        "subspace": result.subspace.tolist(),
         "modules": modules,
     }
 
@@ -176,27 +174,27 @@ def overlap_rows(data: Data) -> list[list[object]]:
 
 def nearest(data: Data) -> list[tuple[str, list[tuple[str, float, float]]]]:
     """Every adapter with the others of the largest cosines, ``(name, cosine, subspace)``, largest first."""
-    names, found = data["names"], []
+    names, neighbours = data["names"], []
     for i, name in enumerate(names):
         others = [(names[j], data["cosine"][i][j], data["subspace"][i][j]) for j in range(len(names)) if j != i]
         known = [other for other in others if not math.isnan(other[1])]
-        found.append((name, sorted(known, key=lambda other: -other[1])[:NEIGHBOURS]))
-    return found
+        neighbours.append((name, sorted(known, key=lambda other: -other[1])[:NEIGHBOURS]))
+    return neighbours
 
 
 def _show_neighbours(data: Data, every: bool) -> None:
     """The nearest adapters of each; of a long pool the adapters that are nearest to another one come first."""
-    found = nearest(data)
-    if not every and len(found) > ROWS:
-        found = sorted(found, key=lambda row: -row[1][0][1] if row[1] else math.inf)[:ROWS]
+    neighbours = nearest(data)
+    if not every and len(neighbours) > ROWS:
+        neighbours = sorted(neighbours, key=lambda row: -row[1][0][1] if row[1] else math.inf)[:ROWS]
     print_paragraph(f"The nearest {NEIGHBOURS} of each of {len(data['names'])} adapters, by the cosine of ΔW:")
     table = Table("name:adapter", "name:nearest", "number:cosine", "number:subspace overlap")
-    for name, others in found:
+    for name, others in neighbours:
         for n, (other, cosine, subspace) in enumerate(others or [("–", math.nan, math.nan)]):
             table.add("" if n else name, other, _number(cosine), _number(subspace))
     table.print()
-    if len(found) < len(data["names"]):
-        print_paragraph(f"{len(data['names']) - len(found)} more adapters: --all")
+    if len(neighbours) < len(data["names"]):
+        print_paragraph(f"{len(data['names']) - len(neighbours)} more adapters: --all")
 
 
 def _number(value: float) -> str:

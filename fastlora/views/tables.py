@@ -11,6 +11,9 @@ from rich.cells import cell_len
 
 from fastlora.views.text import escaped, print_lines, print_paragraph, shorten_apart, terminal_width, wrapped
 
+Data = dict[str, Any]
+"""Plain data, as ``--json`` prints it."""
+
 ROWS = 20  # modules or adapters printed unless all are asked for
 GAP = 2  # spaces between columns
 LEAST_NAME = 24  # columns that a shortened name has at the least
@@ -140,8 +143,8 @@ def _headings(columns: list[Column], widths: list[int]) -> list[list[str]]:
     named = [i for i, c in enumerate(columns) if c.kind == "named"]
     short: dict[int, str] = {}
     for width in {widths[i] for i in named}:
-        own = [i for i in named if widths[i] == width]
-        short |= dict(zip(own, shorten_apart([columns[i].heading for i in own], width), strict=True))
+        alike = [i for i in named if widths[i] == width]
+        short |= dict(zip(alike, shorten_apart([columns[i].heading for i in alike], width), strict=True))
     return [[short[i]] if i in short else wrapped(c.heading, widths[i]) for i, c in enumerate(columns)]
 
 

@@ -48,6 +48,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def print_lines(lines: Iterable[str]) -> None:
+    """Prints lines as they are."""
     for line in lines:
         print(line)
 

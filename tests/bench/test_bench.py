@@ -13,7 +13,7 @@ import torch
 
 import fastlora as fl
 from fastlora.bench import cases, files, passes, table, timing, workloads
-from fastlora.bench.contest import OURS, Contest, Row, Task, Unavailable, measure, require, rows
+from fastlora.bench.contest import OURS, Contest, ContestRow, Task, Unavailable, measure, require, rows
 from fastlora.bench.timing import Contender, Machine, Seconds, alternate, thread_counts
 from fastlora.bench.workloads import WORKLOADS, Workload, make_pool, vit, write_pool
 from fastlora.errors import InputError
@@ -123,7 +123,7 @@ def test_the_opponent_is_shown_at_its_best() -> None:
     ours = Contender(lambda: Seconds(1.5 / torch.get_num_threads()), (1, 2), 1)
     task = Task({OURS: ours, "torch": theirs}, moved=1, operations=4, note="so")
     (row,) = rows(Contest("x", ("torch",), lambda: task), MACHINE)
-    assert row == Row("x", {1: 1.5, 2: 0.75}, "torch, 1 thread", 3.0, 0.5, "so")
+    assert row == ContestRow("x", {1: 1.5, 2: 0.75}, "torch, 1 thread", 3.0, 0.5, "so")
     assert table.cells(row) == (
         "x",
         "torch, 1 thread",

@@ -73,7 +73,7 @@ def test_a_signal_after_the_end_changes_nothing(work: str, code: int | None, tmp
     """Neither a traceback nor another exit code once that is known, whatever it is."""
     program = f"""
 import os, signal
-from fastlora import exits
+from fastlora.cli import exits
 from fastlora.errors import InputError
 def fail(): raise InputError("so")
 exits.listen()

@@ -244,7 +244,7 @@ def test_a_plan_runs_on_what_its_tensors_hold_by_then(emulator: Any, kind: str, 
     with emulation.emulated(emulator, shared_limit=limit):
         expected = [fl.ops.chain(*blocks, kind=kind, threshold=0.1) for blocks in (first, second)]
         out = fl.ops.Chain(*(torch.full_like(x, -7) for x in expected[0]))
-        plan = cuda.ChainPlan(*given, torch.zeros(3).double(), 0.1, kind, 1e-6, 0, 1.0, out)
+        plan = cuda.PreparedChain(*given, torch.zeros(3).double(), 0.1, kind, 1e-6, 0, 1.0, out)
         plan.run()
         same(out, expected[0])
         for tensor, other in zip(given, second, strict=True):
@@ -257,7 +257,7 @@ def test_a_plan_takes_no_copies(in_order: Any) -> None:
     left, right = op.blocks_of(*wide_pool(2, 4), "product")
     out = fl.ops.chain(left, right)
     with pytest.raises(ValueError, match="a plan needs contiguous tensors"):
-        cuda.ChainPlan(left, right.mT, torch.zeros(2).double(), 0.1, "product", 1e-6, 0, 1.0, out)
+        cuda.PreparedChain(left, right.mT, torch.zeros(2).double(), 0.1, "product", 1e-6, 0, 1.0, out)
 
 
 def test_tensors_elsewhere(in_order: Any) -> None:

@@ -12,7 +12,7 @@ from tolerances import FLOAT64
 from torch import Tensor
 
 from fastlora.backends import cuda
-from fastlora.ops.coefficients import Coefficients, fill
+from fastlora.ops.coefficients import PartCoefficients, fill
 
 # groups, k, r, movers: one of everything, odd sizes, more adapters than warps, the mean chain's width k·r
 SHAPES = [(1, 1, 1, 1), (3, 3, 5, 1), (2, 2, 4, 2), (1, 11, 3, 1), (2, 3, 3, 3), (1, 2, 17, 1)]
@@ -30,17 +30,17 @@ def inputs(g: int, k: int, r: int, w: int) -> tuple[Tensor, ...]:
     return tuple(t.contiguous() for t in (projected, y @ y.mT, basis, scaling, strength))
 
 
-def results(g: int, k: int, r: int, w: int, movers: int, turned: bool) -> Coefficients:
+def results(g: int, k: int, r: int, w: int, movers: int, turned: bool) -> PartCoefficients:
     def new(*shape: int) -> Tensor:
         return torch.full(shape, torch.nan, dtype=torch.float64)
 
     removal, mixing = new(g, k, movers, r, r), new(g, k, r, w).mT if turned else new(g, k, w, r)
-    return Coefficients(new(g, k, w, r), new(g, k), new(g, k), removal.mT if turned else removal, mixing)
+    return PartCoefficients(new(g, k, w, r), new(g, k), new(g, k), removal.mT if turned else removal, mixing)
 
 
-def run(given: tuple[Tensor, ...], out: Coefficients) -> Coefficients:
+def run(given: tuple[Tensor, ...], out: PartCoefficients) -> PartCoefficients:
     assert cuda.KERNELS["coefficients"].supports(*given, out) is None
-    cuda.CoefficientsPlan(*given, out).run()
+    cuda.PreparedCoefficients(*given, out).run()
     return out
 
 
@@ -52,7 +52,7 @@ def test_against_the_formula(g: int, k: int, r: int, movers: int, turned: bool) 
     given, wanted = inputs(g, k, r, w), results(g, k, r, w, movers, turned)
     fill(*given, wanted)
     found = run(given, results(g, k, r, w, movers, turned))
-    for name, x, y in zip(Coefficients._fields, found, wanted, strict=True):
+    for name, x, y in zip(PartCoefficients._fields, found, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=FLOAT64, atol=FLOAT64, msg=lambda m, name=name: f"{name}: {m}")
 
 

@@ -101,7 +101,7 @@ def test_finite() -> None:
 @pytest.fixture(autouse=True)
 def _on_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ours = "rows_beyond" in request.node.name or "finite" in request.node.name  # these are on the device as they are
-    for name in () if ours else ("gram_plan", "combine_plan"):
+    for name in () if ours else ("prepare_gram", "prepare_combine"):
         make = getattr(triton, name)
         monkeypatch.setattr(triton, name, lambda jobs, make=make: OnDevice(make, jobs))
     yield

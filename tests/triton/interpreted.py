@@ -39,7 +39,7 @@ def test_units_and_tiles_of_tensor_cores(kind: str, rows: bool) -> None:
     blocks = places(kind, len(ranks), max(ranks))
     out = torch.full((len(ranks) ** 2 * max(ranks) ** 2,), torch.nan, dtype=torch.float64)
     job = GramJob(x, blocks, rows, out, max(ranks))
-    plan = triton.gram_plan([job])
+    plan = triton.prepare_gram([job])
     assert {launch.constants.get("VECTOR", 8) for launch in plan.launches} == {8}
     plan.run()
     for block, (wanted, size) in zip(blocks, exact(x, blocks, rows), strict=True):
@@ -54,9 +54,9 @@ def test_bits_do_not_depend_on_the_tiles(three: bool, monkeypatch: pytest.Monkey
     x = [gaussian(1100, 16, seed=i, dtype=torch.bfloat16) for i in range(6)]
     blocks = places("full", 6, 16)
     jobs = [GramJob(x, blocks, False, torch.zeros(6, 6, 16, 16, dtype=torch.float64), 16) for _ in range(2)]
-    triton.gram_plan(jobs).run()
+    triton.prepare_gram(jobs).run()
     pair = GramJob(x[4:], places("full", 2, 16), False, torch.zeros(2, 2, 16, 16, dtype=torch.float64), 16)
-    triton.gram_plan([pair]).run()
+    triton.prepare_gram([pair]).run()
     assert torch.equal(jobs[0].out, jobs[1].out)
     assert torch.equal(pair.out[0, 1], jobs[0].out[4, 5])
 
@@ -67,7 +67,7 @@ def test_blocks_in_any_order_and_place() -> None:
     blocks: list[BlockPlace] = [(1, 0, 3), (0, 0, 1000), (1, 0, 2000)]
     out = torch.zeros(4000, dtype=torch.float64)
     job = GramJob(x, blocks, False, out, 30, 7)
-    triton.gram_plan([job]).run()
+    triton.prepare_gram([job]).run()
     for block, (wanted, _) in zip(blocks, exact(x, blocks, False), strict=True):
         torch.testing.assert_close(job.block(block), wanted, rtol=FLOAT64 / 10, atol=FLOAT64 / 10)  # a sum each
     assert int((out != 0).sum()) == 100 + 25 + 100
@@ -78,13 +78,13 @@ def test_factors_of_several_dtypes() -> None:
     x = [gaussian(1500, 3 + i, seed=i, dtype=d) for i, d in enumerate(dtypes)]
     blocks = places("pairs", 4, 6)
     job = GramJob(x, blocks, False, torch.zeros(4, 4, 6, 6, dtype=torch.float64), 6)
-    triton.gram_plan([job]).run()
+    triton.prepare_gram([job]).run()
     for block, (wanted, size) in zip(blocks, exact(x, blocks, False), strict=True):
         assert ((job.block(block) - wanted).abs() <= 1500 * 2.3e-16 * size).all()
     c = [gaussian(f.shape[1], 4, seed=9, dtype=torch.float64) for f in x]
     outs = [torch.full((1500, 4), torch.nan, dtype=d) for d in dtypes]
     made = [CombineOutput.into(out, [(i, c[i], 0, 0.5) for i in range(4)]) for out in outs]
-    triton.combine_plan([CombineJob(x, made, False)]).run()
+    triton.prepare_combine([CombineJob(x, made, False)]).run()
     total = 0.5 * sum((f.double() @ m for f, m in zip(x, c, strict=True)), torch.zeros((), dtype=torch.float64))
     for out in outs:
         torch.testing.assert_close(out.double(), total, rtol=torch.finfo(out.dtype).eps, atol=ROUNDED32)
@@ -96,7 +96,7 @@ def test_plans_follow_the_contents() -> None:
     c, out = gaussian(16, 16, seed=3, dtype=torch.float64), torch.zeros(1040, 16, dtype=torch.bfloat16)
     job = GramJob(x, places("full", 2, 16), False, torch.zeros(2, 2, 16, 16, dtype=torch.float64), 16)
     made = CombineJob(x, [CombineOutput.into(out, [(0, None, 0, 1.0), (1, c, 0, -0.5)])], False)
-    plans = triton.gram_plan([job]), triton.combine_plan([made])
+    plans = triton.prepare_gram([job]), triton.prepare_combine([made])
     for scale in (1.0, 3.0):
         x[1].mul_(scale)
         c.mul_(scale)
@@ -114,7 +114,7 @@ def test_extreme_coefficients_are_taken_in_float64(dtype: torch.dtype, scale: fl
     c = gaussian(20, 18, seed=2, dtype=torch.float64)
     out = torch.full((80, 18), torch.nan, dtype=dtype)
     terms = [(0, c * scale, 0, 1 / scale), (0, c, 0, scale)]
-    triton.combine_plan([CombineJob([x], [CombineOutput.into(out, terms)], False)]).run()  # type: ignore[arg-type]
+    triton.prepare_combine([CombineJob([x], [CombineOutput.into(out, terms)], False)]).run()  # type: ignore[arg-type]
     wanted = (x.double() @ c) * (1 + scale)
     assert torch.equal(out.isinf(), wanted.to(dtype).isinf())
     held = ~out.isinf()
@@ -128,7 +128,7 @@ def test_copies_keep_their_bits(dtype: torch.dtype, rows: bool) -> None:
     x = gaussian(40, 24, seed=1, dtype=dtype)
     x[3, :4] = torch.tensor([-0.0, 0.0, torch.inf, torch.finfo(dtype).tiny / 4])
     out = torch.full_like(x, torch.nan)
-    triton.combine_plan([CombineJob([x], [CombineOutput.into(out, [(0, None, 0, 1.0)])], rows)]).run()
+    triton.prepare_combine([CombineJob([x], [CombineOutput.into(out, [(0, None, 0, 1.0)])], rows)]).run()
     assert torch.equal(out.view(torch.uint8), x.view(torch.uint8))
 
 
@@ -139,7 +139,7 @@ def test_float64_sums_are_rounded_once() -> None:
         x = torch.tensor([[base + 2.0**-40], [base - 2.0**-40], [base], [1 + 3 * 2.0**-bits], [-base - 2.0**-40]],
                          dtype=torch.float64)  # fmt: skip
         out = torch.full(x.shape, torch.nan, dtype=dtype)
-        triton.combine_plan([CombineJob([x], [CombineOutput.into(out, [(0, None, 0, 1.0)])], False)]).run()
+        triton.prepare_combine([CombineJob([x], [CombineOutput.into(out, [(0, None, 0, 1.0)])], False)]).run()
         up = 1 + 2.0 ** (1 - bits)
         assert out.flatten().tolist() == [up, 1.0, 1.0, 1 + 2.0 ** (2 - bits), -up]
 
@@ -162,24 +162,24 @@ def test_offsets_beyond_32_bits(rows: bool) -> None:
     out = torch.zeros(8, 8, dtype=torch.float64)
     r = 6 if rows else 8
     job = GramJob([x], [(0, 0, 0)], rows, out, r)
-    triton.gram_plan([job]).run()
+    triton.prepare_gram([job]).run()
     columns = (x.mT if rows else x).double()
     torch.testing.assert_close(job.block((0, 0, 0)), columns.mT @ columns, rtol=FLOAT64 / 10, atol=FLOAT64 / 10)
     made = sparse(6, 8, stride, torch.bfloat16)
     c = 2 * torch.eye(r, dtype=torch.float64)
-    triton.combine_plan([CombineJob([x], [CombineOutput.into(made, [(0, c, 0, 1.0)])], rows)]).run()
+    triton.prepare_combine([CombineJob([x], [CombineOutput.into(made, [(0, c, 0, 1.0)])], rows)]).run()
     assert torch.equal(made, 2 * x)
 
 
 def test_refusals() -> None:
     x, out = gaussian(5, 4, seed=1), torch.zeros(5, 4)
     with pytest.raises(ValueError, match="must have contiguous rows"):
-        triton.gram_plan([GramJob([x.mT], [(0, 0, 0)], False, torch.zeros(25, dtype=torch.float64), 5)])
+        triton.prepare_gram([GramJob([x.mT], [(0, 0, 0)], False, torch.zeros(25, dtype=torch.float64), 5)])
     to_file = CombineOutput((5, 4), torch.float32, [(0, None, 0, 1.0)], None, 1, 0)
     with pytest.raises(ValueError, match="results that go to files are computed on the CPU"):
-        triton.combine_plan([CombineJob([x], [to_file], False)])
+        triton.prepare_combine([CombineJob([x], [to_file], False)])
     with pytest.raises(ValueError, match="a tensor is on meta, this backend needs the CPU"):
-        triton.combine_plan([CombineJob([x.to("meta")], [CombineOutput.into(out, [(0, None, 0, 1.0)])], False)])
+        triton.prepare_combine([CombineJob([x.to("meta")], [CombineOutput.into(out, [(0, None, 0, 1.0)])], False)])
 
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf])

@@ -13,14 +13,14 @@ from fastlora.backends.triton.tables import Matrix, Sections
 
 BF16, FP32 = 3, 0
 FAR = 2**47 - 2**20  # near the end of the address space
-TILES = combine_tables.Tiles(((256, 16), (128, 32), (128, 64)), {False: (64, 16), True: (64, 32)}, (128, 16))
+TILES = combine_tables.TileShapes(((256, 16), (128, 32), (128, 64)), {False: (64, 16), True: (64, 32)}, (128, 16))
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
 def test_far_addresses_of_slabs_and_blocks(rows: bool) -> None:
     stride = 2**34
     factors = tuple(Matrix(FAR + 2**20 * i, 5000, 40, stride, BF16) for i in range(2))
-    job = gram_tables.Job(factors, [(0, 1, 2**35), (1, 1, 0)], rows, FAR, 2**33)
+    job = gram_tables.AddressedJob(factors, [(0, 1, 2**35), (1, 1, 0)], rows, FAR, 2**33)
     (chunk,) = gram_tables.chunks([job], True)
     assert chunk.slabs.dtype == chunk.blocks.dtype == np.int64
     step = stride if rows else 1
@@ -35,7 +35,7 @@ def test_far_addresses_of_slabs_and_blocks(rows: bool) -> None:
 
 def test_rows_and_places_beyond_32_bits() -> None:
     n = 2**32 + 5
-    job = gram_tables.Job((Matrix(FAR, n, 16, 16, FP32),), [(0, 0, 0)], False, FAR, 16)
+    job = gram_tables.AddressedJob((Matrix(FAR, n, 16, 16, FP32),), [(0, 0, 0)], False, FAR, 16)
     (chunk,) = gram_tables.chunks([job] * 9, True, workspace=2**40)
     pairs = chunk.sums[None]
     assert int(pairs[:, 3].max()) == n and int((pairs[:, 3] - pairs[:, 2]).sum()) == 9 * n
@@ -49,7 +49,7 @@ def test_rows_and_places_beyond_32_bits() -> None:
 def test_every_wanted_pair_is_formed_once(ranks: tuple[int, ...], triple: bool) -> None:
     blocks = [(i, j, (i * 8 + j) * 2**14) for i in range(len(ranks)) for j in range(i, len(ranks))]
     factors = tuple(Matrix(FAR, 9000, r, r, BF16) for r in ranks)
-    job = gram_tables.Job(factors, blocks, False, FAR, 128)
+    job = gram_tables.AddressedJob(factors, blocks, False, FAR, 128)
     (chunk,) = gram_tables.chunks([job], triple)
     formed: dict[int, int] = {}
     for products, tiles in chunk.sums.items():
@@ -69,7 +69,7 @@ def test_every_wanted_pair_is_formed_once(ranks: tuple[int, ...], triple: bool) 
 
 
 def test_chunks_keep_to_the_workspace() -> None:
-    job = gram_tables.Job((Matrix(FAR, 5000, 16, 16, BF16),) * 2, [(0, 1, 0)], False, FAR, 16)
+    job = gram_tables.AddressedJob((Matrix(FAR, 5000, 16, 16, BF16),) * 2, [(0, 1, 0)], False, FAR, 16)
     whole = list(gram_tables.chunks([job] * 10, True))
     parts = list(gram_tables.chunks([job] * 10, True, workspace=3 * whole[0].size // 10))
     assert len(whole) == 1 and len(parts) == 4
@@ -81,8 +81,11 @@ def test_chunks_keep_to_the_workspace() -> None:
 def test_tiles_cover_far_results_once(rows: bool) -> None:
     out = Matrix(FAR, 1000, 40, 2**36, BF16)
     factor = Matrix(FAR - 2**21, 1000, 16, 2**35, BF16)
-    terms = (combine_tables.Term(factor, FAR - 2**30, 2**34, 40, 0, -0.5),)
-    results = [combine_tables.Result(out, terms, rows), combine_tables.Result(out._replace(width=10), terms, rows)]
+    terms = (combine_tables.TermRow(factor, FAR - 2**30, 2**34, 40, 0, -0.5),)
+    results = [
+        combine_tables.ResultRow(out, terms, rows),
+        combine_tables.ResultRow(out._replace(width=10), terms, rows),
+    ]
     batches = list(combine_tables.batches([results], TILES))
     covered = np.zeros((2, 1000, 64), dtype=int)
     for batch in batches:

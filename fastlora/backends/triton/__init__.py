@@ -1,7 +1,7 @@
 """The Triton kernels: tensors on a CUDA device become tables of addresses here, and are checked here.
 
-A plan holds the tables of a pass on the device and launches it again and again, on whatever the tensors hold by then:
-``plan.run()`` allocates nothing and waits for nothing, so it can be captured in a CUDA graph, once each of its kernels
+A prepared pass holds its tables on the device and is launched again and again, on whatever the tensors hold by then:
+``run()`` allocates nothing and waits for nothing, so it can be captured in a CUDA graph, once each of its kernels
 has been compiled by a first run.
 """
 
@@ -36,15 +36,16 @@ def is_interpreted() -> bool:
 @functools.cache
 def _installed() -> str | None:
     try:
-        found = importlib.metadata.version("triton")
+        version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "Triton is not installed: `pip install 'fastlora[triton]'`, or use the cpu backend"
-    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
-        return f"Triton {found} is installed, but {'.'.join(map(str, OLDEST))} or later is needed"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"Triton {version} is installed, but {'.'.join(map(str, OLDEST))} or later is needed"
     return None
 
 
 def unavailable() -> str | None:
+    """Why the Triton kernels cannot be used, or ``None`` where they can."""
     if not is_interpreted() and not torch.cuda.is_available():
         return "there is no CUDA device that torch can use; use the cpu backend"
     return _installed()
@@ -82,7 +83,7 @@ def _supports_combine(jobs: Sequence[CombineJob]) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PassLaunches:
     """Launches of one pass in order, and the tensors that they read and write."""
 
     launches: tuple[Any, ...]  # tritonkernels.launch.Launch
@@ -90,7 +91,7 @@ class Plan:
     alive: tuple[Tensor, ...]
 
     def run(self) -> None:
-        """Launches on the current stream of the plan's device."""
+        """Launches on the current stream of the device."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             for launch in self.launches:
                 launch.run()
@@ -101,43 +102,46 @@ def _require(reason: str | None) -> None:
         raise ValueError(f"triton: {reason}")
 
 
-def gram_plan(jobs: Sequence[GramJob]) -> Plan:
+def prepare_gram(jobs: Sequence[GramJob]) -> PassLaunches:
     """The gram pass of some jobs, for as long as their tensors stay where they are. Rows must be contiguous."""
     _require(_supports_gram(jobs))
     alive = tuple(x for job in jobs for x in (*job.factors, job.out))
     device = alive[0].device if alive else torch.device("cpu")
-    own = [
-        gram_tables.Job(
+    addressed_jobs = [
+        gram_tables.AddressedJob(
             tuple(Matrix.of(x, job.rows) for x in job.factors),
             job.blocks, job.rows, job.out.data_ptr() + 8 * job.start, job.stride,
         )
         for job in jobs
     ]  # fmt: skip
-    return _gram_launches(list(gram_tables.chunks(own, forms_three(device))), device, alive)
+    return _launches_of_chunks(list(gram_tables.chunks(addressed_jobs, forms_three(device))), device, alive)
 
 
 def forms_three(device: torch.device) -> bool:
+    """Whether one program of a gram pass may form three products on this device."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= HOPPER
 
 
-def _gram_launches(chunks: Sequence[gram_tables.Chunk], device: torch.device, alive: tuple[Tensor, ...]) -> Plan:
+def _launches_of_chunks(
+    chunks: Sequence[gram_tables.JobChunk], device: torch.device, alive: tuple[Tensor, ...]
+) -> PassLaunches:
     from tritonkernels import gram
 
     sections = Sections()
-    places = [
+    chunk_sections = [
         (sections.add(c.slabs), {k: sections.add(t) for k, t in c.sums.items()}, sections.add(c.blocks)) for c in chunks
     ]
     buffer = sections.to(device)
     # The chunks take turns with the workspace.
     parts = torch.empty(max((c.size for c in chunks), default=0), dtype=torch.float64, device=device)
     launches = []
-    for chunk, (slabs, sums, blocks) in zip(chunks, places, strict=True):
+    for chunk, (slabs, sums, blocks) in zip(chunks, chunk_sections, strict=True):
         rows, half, code, odd, vector = chunk.kind
-        for products, place in sums.items():
+        for products, sums_section in sums.items():
             programs = len(chunk.sums[products])
             if not programs:
                 continue
-            tables = buffer[place], buffer[slabs], parts
+            tables = buffer[sums_section], buffer[slabs], parts
             if products is None:
                 launches.append(gram.exact_sums_launch(programs, *tables, rows=rows, code=code, odd=odd))
             else:
@@ -150,26 +154,26 @@ def _gram_launches(chunks: Sequence[gram_tables.Chunk], device: torch.device, al
         launches.append(gram.write_blocks_launch(len(chunk.blocks), *tables))
         if half:
             launches.append(gram.repair_blocks_launch(len(chunk.blocks), *tables, rows=rows, code=code, odd=odd))
-    return Plan(tuple(launches), device, (*alive, buffer, parts))
+    return PassLaunches(tuple(launches), device, (*alive, buffer, parts))
 
 
-def combine_plan(jobs: Sequence[CombineJob]) -> Plan:
+def prepare_combine(jobs: Sequence[CombineJob]) -> PassLaunches:
     """The combine pass of some jobs, for as long as their tensors stay where they are. Rows must be contiguous."""
     from tritonkernels import combine
 
     _require(_supports_combine(jobs))
     alive: list[Tensor] = []
-    own = [[_result(output, job, alive) for output in job.outputs] for job in jobs]
+    result_rows = [[_result(output, job, alive) for output in job.outputs] for job in jobs]
     device = alive[0].device if alive else torch.device("cpu")
     half = tuple((tall, wide) for wide, tall in combine.HALF_TILES.items())
-    shapes = combine_tables.Tiles(half, combine.ROUGH_TILES, combine.EXACT_TILE)
-    batches = list(combine_tables.batches(own, shapes))
+    shapes = combine_tables.TileShapes(half, combine.ROUGH_TILES, combine.EXACT_TILE)
+    batches = list(combine_tables.batches(result_rows, shapes))
     sections = Sections()
-    places = [[sections.add(t) for t in (b.tiles, b.results, b.terms, b.chosen)] for b in batches]
+    batch_sections = [[sections.add(t) for t in (b.tiles, b.results, b.terms, b.chosen)] for b in batches]
     buffer = sections.to(device)
     launches = []
-    for batch, own_places in zip(batches, places, strict=True):
-        tiles, results, terms, chosen = (buffer[p] for p in own_places)
+    for batch, sections_of_batch in zip(batches, batch_sections, strict=True):
+        tiles, results, terms, chosen = (buffer[p] for p in sections_of_batch)
         rows, is_half, code, out, odd, vector, tall, wide = batch.kind
         common = {"rows": rows, "code": code, "out": out, "odd": odd}
         tables = results, terms
@@ -181,10 +185,10 @@ def combine_plan(jobs: Sequence[CombineJob]) -> Plan:
         )
         if len(batch.chosen):
             launches.append(combine.extreme_results_launch(len(batch.chosen), chosen, *tables, **common))
-    return Plan(tuple(launches), device, (*alive, buffer))
+    return PassLaunches(tuple(launches), device, (*alive, buffer))
 
 
-def _result(output: CombineOutput, job: CombineJob, alive: list[Tensor]) -> combine_tables.Result:
+def _result(output: CombineOutput, job: CombineJob, alive: list[Tensor]) -> combine_tables.ResultRow:
     if output.out is None:
         raise ValueError("triton: a result without memory has nowhere to go")
     out = Matrix.of(output.out, job.rows)
@@ -198,7 +202,7 @@ def _result(output: CombineOutput, job: CombineJob, alive: list[Tensor]) -> comb
             continue
         alive.append(job.factors[f])
         if c is None:
-            terms.append(combine_tables.Term(x, 0, 0, x.width, at, scale))
+            terms.append(combine_tables.TermRow(x, 0, 0, x.width, at, scale))
             continue
         width = c.shape[0 if job.rows else 1]
         if not width:
@@ -206,8 +210,8 @@ def _result(output: CombineOutput, job: CombineJob, alive: list[Tensor]) -> comb
         if c.dtype != torch.float64 or (c.shape[1] > 1 and c.stride(1) != 1) or c.data_ptr() % 8:
             raise ValueError(f"a coefficient must be float64 with contiguous rows: {c.dtype} {c.stride()}")
         alive.append(c)
-        terms.append(combine_tables.Term(x, c.data_ptr(), c.stride(0), width, at, scale))
-    return combine_tables.Result(out, tuple(terms), job.rows)
+        terms.append(combine_tables.TermRow(x, c.data_ptr(), c.stride(0), width, at, scale))
+    return combine_tables.ResultRow(out, tuple(terms), job.rows)
 
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:
@@ -215,11 +219,11 @@ def _with_contiguous_rows(x: Tensor) -> Tensor:
 
 
 def _gram_pass(jobs: Sequence[GramJob]) -> None:
-    gram_plan([replace(job, factors=[_with_contiguous_rows(x) for x in job.factors]) for job in jobs]).run()
+    prepare_gram([replace(job, factors=[_with_contiguous_rows(x) for x in job.factors]) for job in jobs]).run()
 
 
 def _combine_pass(jobs: Sequence[CombineJob]) -> None:
-    combine_plan([replace(job, factors=[_with_contiguous_rows(x) for x in job.factors]) for job in jobs]).run()
+    prepare_combine([replace(job, factors=[_with_contiguous_rows(x) for x in job.factors]) for job in jobs]).run()
 
 
 def _finite(x: Tensor) -> bool:
@@ -231,6 +235,6 @@ KERNELS: Mapping[str, Kernel] = {
     "gram": Kernel(functools.partial(padded.gram, _gram_pass), _supports),
     "combine": Kernel(functools.partial(padded.combine, _combine_pass), _supports),
     "finite": Kernel(_finite, _supports),
-    "gram_pass": Kernel(_gram_pass, _supports_gram, gram_plan),
-    "combine_pass": Kernel(_combine_pass, _supports_combine, combine_plan),
+    "gram_pass": Kernel(_gram_pass, _supports_gram, prepare_gram),
+    "combine_pass": Kernel(_combine_pass, _supports_combine, prepare_combine),
 }

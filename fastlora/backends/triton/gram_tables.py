@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastlora.backends.triton.tables import HALVES, SIZES, Matrix, Table, table
+from fastlora.backends.triton.tables import HALVES, SIZES, IntTable, Matrix, table
 from fastlora.ops.passes import BlockPlace
 
 SLAB = 16  # columns of a factor that are handled together
@@ -22,8 +22,8 @@ WORKSPACE = 2**26  # float64 elements of parts that a launch may have
 LL, LR, ALL = (True, False, False), (False, True, False), (True, True, True)
 
 
-class Job(NamedTuple):
-    """A :class:`~fastlora.backends.passes.GramJob` in addresses."""
+class AddressedJob(NamedTuple):
+    """A :class:`~fastlora.ops.passes.GramJob` in addresses."""
 
     factors: tuple[Matrix, ...]
     blocks: Sequence[BlockPlace]
@@ -32,7 +32,7 @@ class Job(NamedTuple):
     stride: int
 
 
-class Kind(NamedTuple):
+class GramKind(NamedTuple):
     """What jobs that go into the same launches have in common."""
 
     rows: bool
@@ -43,90 +43,91 @@ class Kind(NamedTuple):
 
 
 @dataclass(slots=True)
-class Chunk:
+class JobChunk:
     """Jobs of one kind whose parts fit into the workspace: their sums, and the blocks that are written from those."""
 
-    kind: Kind
-    slabs: Table
-    sums: dict[tuple[bool, bool, bool] | None, Table]  # by the products formed; None: pairs of slabs in float64
-    blocks: Table
+    kind: GramKind
+    slabs: IntTable
+    sums: dict[tuple[bool, bool, bool] | None, IntTable]  # by the products formed; None: pairs of slabs in float64
+    blocks: IntTable
     size: int  # float64 elements of parts
 
 
 @dataclass(slots=True)
-class Pattern:
+class JobTables:
     """The tables of one job, with places, slabs and addresses counted from its own."""
 
     slabs: list[tuple[int, int, int]]  # factor, first column, columns
-    sums: dict[tuple[bool, bool, bool] | None, Table]
-    blocks: Table
+    sums: dict[tuple[bool, bool, bool] | None, IntTable]
+    blocks: IntTable
     size: int
 
 
-def kind_of(job: Job) -> Kind:
+def kind_of(job: AddressedJob) -> GramKind:
+    """The kind of launch that a job needs, by the dtypes, addresses and lengths of the factors that its blocks use."""
     used = [job.factors[f] for f in {f for i, j, _ in job.blocks for f in (i, j)}]
     codes = {x.code for x in used}
     code = codes.pop() if len(codes) == 1 else None
     half = code in HALVES and used[0].n >= SHORTEST
     odd = any(x.is_odd() for x in used)
     vector = min(x.vector(job.rows) for x in used) if half and not odd else 1
-    return Kind(job.rows, half, code, odd, vector)
+    return GramKind(job.rows, half, code, odd, vector)
 
 
-def chunks(jobs: Sequence[Job], triple: bool, workspace: int = WORKSPACE) -> Iterator[Chunk]:
+def chunks(jobs: Sequence[AddressedJob], triple: bool, workspace: int = WORKSPACE) -> Iterator[JobChunk]:
     """``triple``: whether one program may form all three products of two groups of slabs."""
-    kinds: dict[Kind, list[Job]] = {}
+    kinds: dict[GramKind, list[AddressedJob]] = {}
     for job in jobs:
         if any(job.factors[i].width and job.factors[j].width for i, j, _ in job.blocks):
             kinds.setdefault(kind_of(job), []).append(job)
-    pattern = functools.lru_cache(maxsize=None)(_pattern)
+    tables_of = functools.lru_cache(maxsize=None)(_job_tables)
     lists: dict[int, tuple[BlockPlace, ...]] = {}  # jobs mostly share their list of blocks
-    for kind, own in kinds.items():
-        filling = _Filling(kind)
-        for job in own:
+    for kind, jobs_of_kind in kinds.items():
+        filling = _FillingChunk(kind)
+        for job in jobs_of_kind:
             blocks = lists.setdefault(id(job.blocks), tuple(job.blocks))
             widths = tuple(x.width for x in job.factors)
             # A program with three products takes 250 registers with vector loads, and more than there are without.
-            made = pattern(widths, blocks, job.factors[0].n, job.stride, kind.half, triple and kind.vector > 1)
+            made = tables_of(widths, blocks, job.factors[0].n, job.stride, kind.half, triple and kind.vector > 1)
             if filling.size and filling.size + made.size > workspace:
                 yield filling.chunk()
-                filling = _Filling(kind)
+                filling = _FillingChunk(kind)
             filling.add(job, made)
         yield filling.chunk()
 
 
 @dataclass(slots=True)
-class _Filling:
+class _FillingChunk:
     """A chunk that jobs are added to."""
 
-    kind: Kind
+    kind: GramKind
     size: int = 0
     slabs: list[Sequence[int]] = field(default_factory=list)
-    sums: dict[tuple[bool, bool, bool] | None, list[Table]] = field(default_factory=dict)
-    blocks: list[Table] = field(default_factory=list)
+    sums: dict[tuple[bool, bool, bool] | None, list[IntTable]] = field(default_factory=dict)
+    blocks: list[IntTable] = field(default_factory=list)
 
-    def add(self, job: Job, pattern: Pattern) -> None:
+    def add(self, job: AddressedJob, tables: JobTables) -> None:
         first_slab = len(self.slabs)
-        for f, column, width in pattern.slabs:
+        for f, column, width in tables.slabs:
             x = job.factors[f]
             step = x.stride if job.rows else 1
             self.slabs.append((x.address + column * step * SIZES[x.code], x.stride, width, x.code))
-        for products, rows in pattern.sums.items():
+        for products, rows in tables.sums.items():
             self.sums.setdefault(products, []).append(
                 rows + [first_slab, first_slab, 0, 0, self.size, 0][: rows.shape[1]]
             )
         moved = [self.size, 0, 0, 0, 0, 0, job.address, 0, first_slab, first_slab, self.size, self.size, 0, 0, 0]
-        self.blocks.append(pattern.blocks + np.array(moved, dtype=np.int64))
-        self.size += pattern.size
+        self.blocks.append(tables.blocks + np.array(moved, dtype=np.int64))
+        self.size += tables.size
 
-    def chunk(self) -> Chunk:
+    def chunk(self) -> JobChunk:
         sums = {products: _longest_first(np.concatenate(rows)) for products, rows in self.sums.items()}
-        return Chunk(self.kind, table(self.slabs, 4), sums, np.concatenate(self.blocks), self.size)
+        return JobChunk(self.kind, table(self.slabs, 4), sums, np.concatenate(self.blocks), self.size)
 
 
-def _longest_first(tiles: Table) -> Table:
+def _longest_first(tiles: IntTable) -> IntTable:
     """Programs start in the order of the table: the short ones fill the gaps at the end."""
-    ordered: Table = tiles[np.argsort(tiles[:, 2] - tiles[:, 3], kind="stable")]
+    ordered: IntTable = tiles[np.argsort(tiles[:, 2] - tiles[:, 3], kind="stable")]
     return ordered
 
 
@@ -134,40 +135,40 @@ def _units(n: int) -> list[tuple[int, int]]:
     return [(first, min(first + UNIT, n)) for first in range(0, n, UNIT)]
 
 
-def _pattern(
+def _job_tables(
     widths: tuple[int, ...], blocks: tuple[BlockPlace, ...], n: int, stride: int, half: bool, triple: bool
-) -> Pattern:
+) -> JobTables:
     used = sorted({f for i, j, _ in blocks for f in (i, j)})
     slabs = [(f, c, min(SLAB, widths[f] - c)) for f in used for c in range(0, widths[f], SLAB)]
-    own: dict[int, list[int]] = {f: [] for f in used}
+    slabs_of: dict[int, list[int]] = {f: [] for f in used}
     for s, (f, _, _) in enumerate(slabs):
-        own[f].append(s)
-    pairs = {(min(s, t), max(s, t)) for i, j, _ in blocks for s in own[i] for t in own[j]}
+        slabs_of[f].append(s)
+    pairs = {(min(s, t), max(s, t)) for i, j, _ in blocks for s in slabs_of[i] for t in slabs_of[j]}
     if half:
         # What says whether float32 held the squares of a factor's columns.
         pairs |= {(s, s) for s in range(len(slabs))}
         slabs += [(used[0], 0, 0)] * (-len(slabs) % GROUP)
-        sums, places, size = _tiles(pairs, n, triple)
+        sums, part_places, size = _tiles(pairs, n, triple)
     else:
-        sums, places, size = _pairs(pairs, n)
+        sums, part_places, size = _pairs(pairs, n)
     units, pitch = len(_units(n)), WIDTH if half else SLAB
     rows = []
     for i, j, offset in blocks:
-        for a, s in enumerate(own[i]):
-            for b, t in enumerate(own[j]):
-                place, distance = places[min(s, t), max(s, t)]
+        for a, s in enumerate(slabs_of[i]):
+            for b, t in enumerate(slabs_of[j]):
+                part, distance = part_places[min(s, t), max(s, t)]
                 pitches = (pitch, 1) if s <= t else (1, pitch)
                 address = 8 * (offset + a * SLAB * stride + b * SLAB)
-                left, distance_l = places[s, s] if half else (0, 0)
-                right, distance_r = places[t, t] if half else (0, 0)
-                head = place, distance, units, *pitches, s == t, address, stride
+                left, distance_l = part_places[s, s] if half else (0, 0)
+                right, distance_r = part_places[t, t] if half else (0, 0)
+                head = part, distance, units, *pitches, s == t, address, stride
                 rows.append((*head, s, t, left, right, n, distance_l, distance_r))
-    return Pattern(slabs, sums, table(rows, 15), size)
+    return JobTables(slabs, sums, table(rows, 15), size)
 
 
 def _tiles(
     pairs: set[tuple[int, int]], n: int, triple: bool
-) -> tuple[dict[tuple[bool, bool, bool] | None, Table], dict[tuple[int, int], tuple[int, int]], int]:
+) -> tuple[dict[tuple[bool, bool, bool] | None, IntTable], dict[tuple[int, int], tuple[int, int]], int]:
     """Products of groups of slabs: the tiles, and for each pair of slabs the place of its first part and the distance
     of the others."""
     wanted: dict[tuple[int, int], int] = {}
@@ -184,10 +185,10 @@ def _tiles(
         formed = [k for k, is_formed in zip(keys, products, strict=True) if is_formed]
         mask = sum(wanted.get(k, 0) << (16 * p) for p, k in enumerate(keys) if k is not None and products[p])
         distance = len(formed) * PRODUCT
-        # A program puts its second product one product after `place`, whether or not it forms the first.
-        place = size - (0 if products[0] else PRODUCT)
+        # A program puts its second product one product after `first_part`, whether or not it forms the first.
+        first_part = size - (0 if products[0] else PRODUCT)
         for u, (first, last) in enumerate(_units(n)):
-            tile = (groups[0] * GROUP, groups[1] * GROUP, first, last, place + u * distance, mask)
+            tile = (groups[0] * GROUP, groups[1] * GROUP, first, last, first_part + u * distance, mask)
             rows.setdefault(products, []).append(tile)
         for p, key in enumerate(formed):
             if key is not None:
@@ -203,21 +204,21 @@ def _tiles(
             add(LL, (g, g), ((g, g), None, None))
         else:
             add(LR, (g, h), (None, (g, h), None))
-    places = {}
+    part_places = {}
     for s, t in pairs:
         start, distance = starts[s // GROUP, t // GROUP]
-        places[s, t] = start + s % GROUP * SLAB * WIDTH + t % GROUP * SLAB, distance
-    return {k: table(v, 6) for k, v in rows.items()}, places, size
+        part_places[s, t] = start + s % GROUP * SLAB * WIDTH + t % GROUP * SLAB, distance
+    return {k: table(v, 6) for k, v in rows.items()}, part_places, size
 
 
 def _pairs(
     pairs: set[tuple[int, int]], n: int
-) -> tuple[dict[tuple[bool, bool, bool] | None, Table], dict[tuple[int, int], tuple[int, int]], int]:
+) -> tuple[dict[tuple[bool, bool, bool] | None, IntTable], dict[tuple[int, int], tuple[int, int]], int]:
     """Products of single slabs."""
-    rows, places, size = [], {}, 0
+    rows, part_places, size = [], {}, 0
     for s, t in sorted(pairs):
-        places[s, t] = size, SLAB * SLAB
+        part_places[s, t] = size, SLAB * SLAB
         for first, last in _units(n):
             rows.append((s, t, first, last, size))
             size += SLAB * SLAB
-    return {None: table(rows, 5)}, places, size
+    return {None: table(rows, 5)}, part_places, size

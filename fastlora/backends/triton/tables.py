@@ -13,7 +13,7 @@ CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3
 HALVES = (2, 3)
 SIZES = (4, 8, 2, 2)  # bytes of an element, by dtype code
 
-Table = np.ndarray[Any, np.dtype[np.int64]]
+IntTable = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Matrix(NamedTuple):
@@ -27,6 +27,8 @@ class Matrix(NamedTuple):
 
     @staticmethod
     def of(x: Tensor, rows: bool) -> Matrix:
+        """The matrix of a tensor ``[n, width]``, or ``[width, n]`` with ``rows``; refuses rows that are not
+        contiguous."""
         height, width = x.shape
         if width > 1 and x.stride(1) != 1:
             raise ValueError(
@@ -51,7 +53,8 @@ class Matrix(NamedTuple):
         return 1
 
 
-def table(rows: Sequence[Sequence[int]], columns: int) -> Table:
+def table(rows: Sequence[Sequence[int]], columns: int) -> IntTable:
+    """Rows of whole numbers as int64 ``[len(rows), columns]``, also where there are no rows."""
     return np.array(rows, dtype=np.int64).reshape(-1, columns)
 
 
@@ -59,17 +62,17 @@ class Sections:
     """Tables that are put one after another into one buffer, each at a 16-byte boundary."""
 
     def __init__(self) -> None:
-        self._parts: list[Table] = []
+        self._parts: list[IntTable] = []
         self._size = 0
 
-    def add(self, part: Table) -> slice:
+    def add(self, part: IntTable) -> slice:
         """Where the table will be in the buffer."""
-        place = slice(self._size, self._size + part.size)
+        section = slice(self._size, self._size + part.size)
         self._parts.append(part.reshape(-1))
         if part.size % 2:
             self._parts.append(np.zeros(1, dtype=np.int64))
         self._size += part.size + part.size % 2
-        return place
+        return section
 
     def to(self, device: torch.device) -> Tensor:
         """The buffer on a device, in one copy."""

@@ -27,11 +27,10 @@ import fastlora as fl
 from fastlora.bench.contest import Unavailable, require
 from fastlora.bench.gpu.targets import MAIN
 from fastlora.bench.solvers import gram, identity
+from fastlora.bench.timing import Action
 from fastlora.bench.workloads import Workload, make_pool, write_pool
 from fastlora.bench.workloads import find as find_workload
 from fastlora.decomposition.plan import DecompositionPlan
-
-Run = Callable[[], object]
 
 TAU = 0.85
 PATIENCE = 1.0  # seconds of rounds of one run: fewer where it is slow
@@ -55,7 +54,7 @@ SMALL = Workload({"a": (37, 29), "b": (64, 48)}, 3, 5, torch.bfloat16)
 TINY = Sizes(SMALL, checked=2, batch=4, copied=2**16, flush=2**16, rounds=1)
 
 
-def device_seconds(run: Run, sizes: Sizes, head_start: int = HEAD_START) -> float:
+def device_seconds(run: Action, sizes: Sizes, head_start: int = HEAD_START) -> float:
     """Median seconds on the device between two events around a run, the L2 cache cleared before each.
 
     The device waits for ``head_start`` cycles before the first event, so that what the host takes to launch the run is
@@ -68,7 +67,7 @@ def device_seconds(run: Run, sizes: Sizes, head_start: int = HEAD_START) -> floa
     run()
     torch.cuda.synchronize()
     rounds = int(PATIENCE / (time.perf_counter() - start))
-    found = []
+    seconds = []
     for _ in range(max(1, min(rounds, sizes.rounds))):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         flush.zero_()
@@ -77,11 +76,11 @@ def device_seconds(run: Run, sizes: Sizes, head_start: int = HEAD_START) -> floa
         run()
         after.record()
         after.synchronize()
-        found.append(float(before.elapsed_time(after)) / 1e3)
-    return statistics.median(found)
+        seconds.append(float(before.elapsed_time(after)) / 1e3)
+    return statistics.median(seconds)
 
 
-def captured(run: Run) -> Run:
+def captured(run: Action) -> Action:
     """A run as a CUDA graph: what the device takes, without what the host takes to launch it."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
@@ -101,6 +100,7 @@ def copy_bandwidth(sizes: Sizes) -> float:
 
 
 def limits(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Measures the bandwidth of a copy, which the floors of other cases are computed from."""
     yield {"key": "copy", "bytes_per_second": copy_bandwidth(sizes)}
 
 
@@ -112,7 +112,7 @@ def decompose(sizes: Sizes) -> Iterator[dict[str, Any]]:
     read = sum(
         f.stored.nbytes for a in pool.adapters for u in a.updates.values() for f in (u.B, u.A) if f.stored is not None
     )
-    written = sum(t.nbytes for own in plan.unique_parts.values() for t in own.values())
+    written = sum(t.nbytes for factors in plan.unique_parts.values() for t in factors.values())
     written += sum(t.nbytes for pair in plan.shared_parts.values() for t in pair)
     blocks = plan.block_bytes
     bandwidth = copy_bandwidth(sizes)
@@ -134,14 +134,15 @@ def _require_same(pool: fl.Pool) -> None:
     """The plan on the device against the CPU backend: ``ΔW`` of every result."""
     plan = DecompositionPlan(pool.to("cuda"), TAU, dtype=torch.float32)
     plan.run()
-    found, wanted = plan.adapters(), fl.decompose(pool, TAU).adapters()
-    for place, adapter in wanted.items():
-        own = found[place].to("cpu")
+    made, wanted = plan.adapters(), fl.decompose(pool, TAU).adapters()
+    for part, adapter in wanted.items():
+        result = made[part].to("cpu")
         for module in adapter.modules:
-            require(f"{place} {module}", own.delta(module), adapter.delta(module), 2e-5)
+            require(f"{part} {module}", result.delta(module), adapter.delta(module), 2e-5)
 
 
 def eigh(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Times eigendecompositions of ``[batch, n, n]`` in float32, of most sizes against torch and CuPy."""
     for n in (16, 32, 33, 64, 128):
         a = gram(n, sizes.batch, torch.float32).to("cuda")
         values, vectors = fl.ops.eigh(a)
@@ -151,7 +152,7 @@ def eigh(sizes: Sizes) -> Iterator[dict[str, Any]]:
         copies = [a.clone() for _ in range(8)]
         ours = device_seconds(_rotated(fl.ops.eigh_ex, copies), sizes)
         yield {"key": f"eigh {n}", "seconds": ours, "floor": None, "note": f"{sizes.batch} matrices"}
-        opponents: dict[str, Callable[[], Run]] = {}
+        opponents: dict[str, Callable[[], Action]] = {}
         if n != 33:
             opponents["cupy"] = partial(_cupy_eigh, a, values)
         if n > 32:
@@ -160,7 +161,7 @@ def eigh(sizes: Sizes) -> Iterator[dict[str, Any]]:
             yield _against(f"eigh {n} {name}", ours, opponent, sizes)
 
 
-def _rotated(op: Callable[[Tensor], object], inputs: list[Tensor]) -> Run:
+def _rotated(op: Callable[[Tensor], object], inputs: list[Tensor]) -> Action:
     """Calls an op on one input after the other."""
     state = {"next": 0}
 
@@ -171,7 +172,7 @@ def _rotated(op: Callable[[Tensor], object], inputs: list[Tensor]) -> Run:
     return run
 
 
-def _against(key: str, ours: float, opponent: Callable[[], Run], sizes: Sizes) -> dict[str, Any]:
+def _against(key: str, ours: float, opponent: Callable[[], Action], sizes: Sizes) -> dict[str, Any]:
     """A row; an opponent that fails here, in whatever way, is named as not measured and stops nothing else."""
     try:
         theirs = device_seconds(opponent(), replace(sizes, rounds=min(7, sizes.rounds)))
@@ -186,11 +187,11 @@ def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[-1]
 
 
-def _torch(op: Callable[..., object], a: Tensor, **options: Any) -> Run:
+def _torch(op: Callable[..., object], a: Tensor, **options: Any) -> Action:
     return partial(op, a, **options)
 
 
-def _cupy_eigh(a: Tensor, wanted: Tensor) -> Run:
+def _cupy_eigh(a: Tensor, wanted: Tensor) -> Action:
     try:
         import cupy
     except ImportError as error:
@@ -201,6 +202,7 @@ def _cupy_eigh(a: Tensor, wanted: Tensor) -> Run:
 
 
 def svd(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Times singular value decompositions of ``[batch, n, n]`` in float32 against torch."""
     for n, batch in ((16, sizes.batch), (32, sizes.batch), (64, sizes.batch // 4)):
         a = torch.randn(batch, n, n, generator=torch.Generator().manual_seed(0)).to("cuda")
         u, s, vh = fl.ops.svd(a)
@@ -213,8 +215,8 @@ def svd(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 def files(sizes: Sizes) -> Iterator[dict[str, Any]]:
     """Wall time from files to files against copying as many bytes as are written."""
-    with tempfile.TemporaryDirectory() as place:
-        root = Path(place)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
         inputs = write_pool(sizes.workload, root / "in")
 
         def ours() -> None:
@@ -237,15 +239,15 @@ def files(sizes: Sizes) -> Iterator[dict[str, Any]]:
         for source in results:
             source.rename(root / f"{len(list(root.iterdir()))}.safetensors")
         results = sorted(root.glob("*.safetensors"))
-        found = {}
+        medians = {}
         for name, run in (("ours", ours), ("copy", copy)):
             run()
             times.clear()
             for _ in range(3):
                 run()
-            found[name] = statistics.median(times)
+            medians[name] = statistics.median(times)
         size = sum(f.stat().st_size for f in results)
-        yield {"key": "files", "seconds": found["ours"], "floor": found["copy"],
+        yield {"key": "files", "seconds": medians["ours"], "floor": medians["copy"],
                "note": f"wall time; {size / 1e6:.0f} MB written, shutil.copyfile on one thread"}  # fmt: skip
 
 
@@ -255,6 +257,7 @@ CASES: dict[str, Callable[[Sizes], Iterator[dict[str, Any]]]] = {
 
 
 def main() -> int:
+    """Runs the cases that the command line names; returns how many of them failed, the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))

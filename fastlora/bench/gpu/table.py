@@ -40,6 +40,7 @@ def wrapped(text: str, indent: str = "") -> str:
 
 
 def seconds(value: float | None) -> str:
+    """A time in µs, ms or s with three digits."""
     if value is None:
         return "–"
     return f"{1e6 * value:.3g} µs" if value < 1e-3 else f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"

@@ -37,6 +37,7 @@ class Target:
         return reference / seconds if self.unit == "opponent" else seconds / reference
 
     def holds(self, reached: float, limit: float) -> bool:
+        """Whether what was reached keeps a limit: a speed is at least it, a time or a multiple at most."""
         return reached >= limit if self.unit == "opponent" else reached <= limit
 
 

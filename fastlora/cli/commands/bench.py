@@ -46,17 +46,17 @@ def bench(
     contests = select(names or ())
     run.tell_notes([w] if (w := waiting()) else [])
     machine = measure_machine()
-    found, skipped = [], []
+    result_rows, skipped = [], []
     for contest in track(contests, "timing"):
         try:
-            found += rows(contest, machine)
+            result_rows += rows(contest, machine)
         except Unavailable as reason:
             skipped.append(f"{contest.what} was left out: {reason}")
-    if not found:
+    if not result_rows:
         raise InputError("; ".join(skipped))
     if markdown is not None:
-        markdown.write_text(as_markdown(machine, found), encoding="utf-8")
-    data = as_dict(machine, found)
+        markdown.write_text(as_markdown(machine, result_rows), encoding="utf-8")
+    data = as_dict(machine, result_rows)
     if csv is not None:
         write_table(run, csv, bench_rows(data))
     if run.as_json:

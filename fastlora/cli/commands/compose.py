@@ -32,6 +32,7 @@ class Command(TyperCommand):
     """Takes ``-a + b`` for an expression, where other commands look for an option ``-a``."""
 
     def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
+        """Puts a space before an expression that begins with a minus, so that it is not read as an option."""
         return super().parse_args(context, [f" {a}" if _is_expression(a) else a for a in arguments])
 
 

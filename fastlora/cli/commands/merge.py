@@ -65,7 +65,7 @@ def merge(
 
 def parse_settings(texts: Sequence[str]) -> dict[str, str]:
     """``{name: value}`` of ``NAME=VALUE`` arguments; what a value means, the method knows."""
-    found: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
@@ -75,7 +75,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--set {text!r}: use the option --{name}")
         if name in ("pool", "weights"):
             raise InputError(f"--set {text!r}: adapters and weights are arguments, PATH:WEIGHT")
-        if name in found:
+        if name in settings:
             raise InputError(f"--set {text!r}: {name} is given twice")
-        found[name] = value.strip()
-    return found
+        settings[name] = value.strip()
+    return settings

@@ -59,8 +59,8 @@ def modulate(
     loaded: dict[Path, Adapter] = {}
     for spec in track(list(specs.values()), "loading"):
         if spec.path.resolve() not in loaded:
-            found = load_adapter(run, spec, "modulate")
-            loaded[spec.path.resolve()] = found.without_extras() if drop_extras else found
+            loaded_adapter = load_adapter(run, spec, "modulate")
+            loaded[spec.path.resolve()] = loaded_adapter.without_extras() if drop_extras else loaded_adapter
     known = {text: loaded[spec.path.resolve()] for text, spec in specs.items()}
     operators = [_operator(name, [known[o] for o in others], strength) for name, others, strength in parsed]
     result = modulate_adapter(

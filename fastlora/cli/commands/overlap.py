@@ -38,8 +38,8 @@ def overlap(
     pool, _ = load_pool(run, specs, run.device)
     if len(pool) < 2:
         raise InputError("overlap: a pool of one adapter has nothing to compare; give two adapters or more")
-    found = compare(pool)
-    data = overlap_data(found)
+    similarities = compare(pool)
+    data = overlap_data(similarities)
     if csv is not None:
         write_table(run, csv, overlap_rows(data))
     if plot is not None:
@@ -47,7 +47,7 @@ def overlap(
         from fastlora.files.disk_errors import writing
 
         with writing(plot):
-            plot_overlap(found, plot)
+            plot_overlap(similarities, plot)
     if run.as_json:
         print_json(data)
     elif not run.quiet:

@@ -81,6 +81,7 @@ class PeftConfig:
     notes: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
+        """The rank of a module: of the first pattern that matches, else of all."""
         rank = self.rank_pattern.value(module)
         return self.rank if rank is None else int(rank)
 
@@ -216,34 +217,40 @@ class Fields:
     values: dict[str, Any]
 
     def fail(self, key: str, needed: str) -> NoReturn:
+        """Raises :class:`InputError` for a field: what it is, and what is ``needed``."""
         found = f"is {shown(self.values[key])}" if key in self.values else "is missing"
         raise InputError(f"{self.path}: field {key!r} {found}, needed is {needed}; correct the file")
 
     def integer(self, key: str, minimum: int, maximum: int) -> int:
+        """A whole number that must be there and within bounds."""
         value = self.values.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
             self.fail(key, f"a whole number of at least {minimum} and at most {maximum}")
         return value
 
     def number(self, key: str) -> float:
+        """A finite number that must be there."""
         value = self.values.get(key)
         if not _is_number(value):
             self.fail(key, "a finite number")
         return float(value)
 
     def flag(self, key: str) -> bool:
+        """True or false; false where it is missing or null."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
             self.fail(key, "true or false")
         return bool(value)
 
     def text(self, key: str, default: str | None = None) -> str | None:
+        """A text, or the default where it is missing, null or empty."""
         value = self.values.get(key)
         if value is not None and not (isinstance(value, str) and is_plain(value)):
             self.fail(key, "a text without control characters, or null")
         return value or default
 
     def texts(self, key: str) -> list[str]:
+        """A list of texts, empty where it is missing or null."""
         value = self.values.get(key)
         if value is None:
             return []
@@ -252,6 +259,7 @@ class Fields:
         return list(value)
 
     def ranges(self, key: str) -> tuple[tuple[int, int], ...] | None:
+        """``[first, end)`` pairs of layer numbers, or ``None`` where there are none."""
         value = self.values.get(key)
         if not value:
             return None
@@ -263,6 +271,7 @@ class Fields:
         return tuple((first, end) for first, end in value)
 
     def pattern(self, key: str, *, whole: bool) -> Patterns:
+        """Numbers by module pattern, none where it is missing; with ``whole`` they are ranks."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, dict):
             self.fail(key, "an object {module pattern: number} or null")

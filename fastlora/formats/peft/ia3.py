@@ -27,7 +27,7 @@ from fastlora.formats.peft.config import Fields, refuse_unknown
 from fastlora.formats.peft.names import HEADS, PREFIX, WEIGHTS_NAME
 from fastlora.formats.peft.patterns import Unsupported, compiled_whole
 from fastlora.formats.peft.reading import add_values, check_tensor, read_tensors
-from fastlora.formats.peft.writing import Contents, exclude_pattern, place_values
+from fastlora.formats.peft.writing import FileContents, exclude_pattern, place_values
 from fastlora.ops.finite import is_finite
 
 PART = ".ia3_l"
@@ -86,14 +86,14 @@ def _read_config(fields: Fields, name: str) -> tuple[BaseInfo, Callable[[str], b
         fan_in_fan_out=fields.flag("fan_in_fan_out"),
         modules_to_save=tuple(dict.fromkeys(fields.texts("modules_to_save"))),
     )
-    found = fields.values.get("feedforward_modules")
-    if found is None:
+    pattern = fields.values.get("feedforward_modules")
+    if pattern is None:
         return base, None
-    if not isinstance(found, str):
+    if not isinstance(pattern, str):
         ends = tuple(fields.texts("feedforward_modules"))
         return base, lambda module: module.endswith(ends)
     try:
-        return base, compiled_whole(found)
+        return base, compiled_whole(pattern)
     except (re.error, Unsupported, RecursionError, OverflowError) as error:
         raise _refused_pattern(fields, error) from None
 
@@ -142,7 +142,7 @@ def write(directory: Path, adapter: Ia3Data, dtype: torch.dtype | str | None = N
     if not adapter.vectors:
         raise OutputError(f"{directory} was not written: (IA)³ adapter {adapter.name!r} has no modules")
     vectors = {f"{PREFIX}{m}{PART}": cast_tensor(s.vector, target, m) for m, s in adapter.vectors.items()}
-    values = Contents(modules=adapter.modules)
+    values = FileContents(modules=adapter.modules)
     place_values(values, {p: e.tensor for p, e in adapter.extras.items()}, adapter.base)
     directory.mkdir(parents=True, exist_ok=True)
     data = {"version": __version__, "provenance": adapter.provenance}

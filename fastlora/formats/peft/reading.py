@@ -55,7 +55,7 @@ MOST_EXPERTS = 8192
 
 
 @dataclass(slots=True)
-class _Module:
+class _StoredModule:
     """The tensors of one module, by part, and their full names."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -123,9 +123,9 @@ def read_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
 
 def _sort(
     tensors: Mapping[str, Tensor], file: Path, name: str
-) -> tuple[dict[str, _Module], dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, _StoredModule], dict[str, Tensor], list[str]]:
     """Tensors by module, tensors that are no factors, and what is worth telling."""
-    modules: dict[str, _Module] = {}
+    modules: dict[str, _StoredModule] = {}
     others: dict[str, Tensor] = {}
     dropped = 0
     for key, tensor in tensors.items():
@@ -133,7 +133,7 @@ def _sort(
         if part in PARTS and path:
             module = modules.get(path)
             if module is None:
-                module = modules[path] = _Module()
+                module = modules[path] = _StoredModule()
             module.add(PARTS[part], key, tensor, file)
             if part.startswith("lora_embedding"):
                 module.embedding = True
@@ -164,9 +164,9 @@ def _split(key: str) -> tuple[str, str, str]:
     return plain, path, part
 
 
-def _group(modules: Mapping[str, _Module], file: Path) -> dict[str, list[_Module]]:
+def _group(modules: Mapping[str, _StoredModule], file: Path) -> dict[str, list[_StoredModule]]:
     """Modules by path, each as a list from the outermost wrapper inwards."""
-    groups: dict[str, dict[int, _Module]] = {}
+    groups: dict[str, dict[int, _StoredModule]] = {}
     for path, module in modules.items():
         depth, container = 0, path
         while container.endswith(WRAPPED):
@@ -178,12 +178,12 @@ def _group(modules: Mapping[str, _Module], file: Path) -> dict[str, list[_Module
                 f"nn.MultiheadAttention, whose fused projections are not supported; {MERGE_FIRST}"
             )
         groups.setdefault(container, {})[depth] = module
-    return {container: [found[d] for d in sorted(found)] for container, found in groups.items()}
+    return {container: [by_depth[d] for d in sorted(by_depth)] for container, by_depth in groups.items()}
 
 
 def _name_wrappers(
-    container: str, wrappers: list[_Module], config: PeftConfig, file: Path
-) -> list[tuple[str, _Module]]:
+    container: str, wrappers: list[_StoredModule], config: PeftConfig, file: Path
+) -> list[tuple[str, _StoredModule]]:
     """``(path, tensors)``: the module itself, or its parameters where ``target_parameters`` names some."""
     named: list[str] = []
     anywhere: list[str] = []
@@ -215,11 +215,11 @@ def _name_wrappers(
     return [(f"{container}.{n}", w) for n, w in zip(outermost_first, wrappers, strict=True)]
 
 
-def _has_rank(module: _Module, rank: int) -> bool:
+def _has_rank(module: _StoredModule, rank: int) -> bool:
     return "A" in module.tensors and module.tensors["A"].shape[:1] == (rank,)
 
 
-def _check_factors(path: str, module: _Module, file: Path) -> None:
+def _check_factors(path: str, module: _StoredModule, file: Path) -> None:
     tensors = module.tensors
     if len(tensors) == 2 and "A" in tensors and "B" in tensors:
         a, b = tensors["A"], tensors["B"]
@@ -278,7 +278,7 @@ def check_tensor(key: str, tensor: Tensor, file: Path) -> None:
         )
 
 
-def _update(path: str, module: _Module, config: PeftConfig, file: Path) -> Update:
+def _update(path: str, module: _StoredModule, config: PeftConfig, file: Path) -> Update:
     a, b = module.tensors["A"], module.tensors["B"]
     rank, expected = a.shape[0], config.rank_of(path)
     if rank != expected:
@@ -293,7 +293,7 @@ def _update(path: str, module: _Module, config: PeftConfig, file: Path) -> Updat
     return Update(Factor.of("B", b), Factor.of("A", a), config.scaling_of(path, rank), layout)
 
 
-def _experts(path: str, module: _Module, config: PeftConfig, file: Path) -> dict[str, Update]:
+def _experts(path: str, module: _StoredModule, config: PeftConfig, file: Path) -> dict[str, Update]:
     """``{path[e]: update}``, from ``A [experts·r, in]``, expert by expert, and ``B [out, r·experts]``, whose
     fastest index is the expert."""
     a, b = module.tensors["A"], module.tensors["B"]

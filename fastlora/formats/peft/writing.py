@@ -41,7 +41,7 @@ EMBEDDING_NAMES: Mapping[Side, str] = {"A": "lora_embedding_A", "B": "lora_embed
 
 
 @dataclass(slots=True)
-class Contents:
+class FileContents:
     """What the two files will say."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class AdapterFile:
         self._outlines = {
             m: (b if b.is_meta else b.to("meta"), a if a.is_meta else a.to("meta")) for m, (b, a) in every
         }
-        self._contents = Contents()
+        self._contents = FileContents()
         _add_factors(self._contents, adapter, self._outlines, dtype)
         _add_shifts(self._contents, self._shifts, adapter, self._outlines, dtype)
         place_values(self._contents, self._values, adapter.base)
@@ -117,14 +117,14 @@ class AdapterFile:
 
     def put(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Writes some modules: ``{module: (B [out, r], A [r, in])}`` with the scaling inside."""
-        contents = Contents()
+        contents = FileContents()
         _add_factors(contents, self.adapter, factors, self.dtype)
         self._file.write(contents.tensors, check=True)
 
     def finish(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Writes some last modules and what belongs to no module."""
         self.put({**self._zeros, **factors})
-        others = Contents(modules=self._contents.modules)
+        others = FileContents(modules=self._contents.modules)
         place_values(others, self._values, self.adapter.base)
         _add_shifts(others, self._shifts, self.adapter, self._outlines, self.dtype)
         self._file.write(others.tensors)
@@ -157,7 +157,7 @@ def _zeros_for(modules: Iterable[str], adapter: LoraData, dtype: torch.dtype) ->
 
 
 def _add_factors(
-    contents: Contents, adapter: LoraData, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
+    contents: FileContents, adapter: LoraData, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> None:
     containers: dict[str, dict[str, Layout]] = {}
     for module, (left, right) in factors.items():
@@ -221,7 +221,7 @@ def _wrapper(container: str, containers: Iterable[str]) -> str:
 
 
 def _add_shifts(
-    contents: Contents,
+    contents: FileContents,
     shifts: Mapping[str, Tensor],
     adapter: LoraData,
     factors: Mapping[str, tuple[Tensor, Tensor]],
@@ -242,7 +242,7 @@ def _add_shifts(
     contents.lora_bias = True
 
 
-def place_values(contents: Contents, values: Mapping[str, Tensor], base: BaseInfo) -> None:
+def place_values(contents: FileContents, values: Mapping[str, Tensor], base: BaseInfo) -> None:
     """Puts parameters that replace those of the base model beside the modules of ``contents``."""
     wrapped = set(contents.modules)
     free_biases = adapted_biases = False
@@ -267,7 +267,7 @@ def place_values(contents: Contents, values: Mapping[str, Tensor], base: BaseInf
         contents.bias = base.bias if base.bias != "none" else "lora_only"
 
 
-def _config(contents: Contents, base: BaseInfo) -> dict[str, Any]:
+def _config(contents: FileContents, base: BaseInfo) -> dict[str, Any]:
     rank = max(contents.ranks.values())
     patterns = {exact_pattern(m): r for m, r in contents.ranks.items() if r != rank}
     heads = HEADS.get(base.task_type or "", ())

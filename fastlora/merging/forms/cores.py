@@ -82,8 +82,8 @@ def merge(
             cut = replace(cut, floor=torch.maximum(cut.floor, frames.rounding(scales)))
             core = program(cores, cut, **parameters) if cuts_itself else program(cores, **parameters)
             check_result(name, frames.blocks.modules, core, (len(part), R, R))
-            found = frames.updates(core, frames.right_of(core), _rounding(cut) if cuts_itself else cut)
-            for module, (update, kept, total) in found.items():
+            cut_updates = frames.updates(core, frames.right_of(core), _rounding(cut) if cuts_itself else cut)
+            for module, (update, kept, total) in cut_updates.items():
                 updates[module], squares[module] = update, (kept, total)
     used = {"rank": rank, "energy": energy, **parameters}
     return merged_adapter(name, pool, given, updates, used, squares=None if cuts_itself else squares)

@@ -73,15 +73,15 @@ class Frames:
 
     def part(self, chosen: range) -> Frames:
         """Some of the modules."""
-        own = slice(chosen.start, chosen.stop)
+        chosen_slice = slice(chosen.start, chosen.stop)
         blocks = replace(
             self.blocks,
-            modules=self.blocks.modules[own],
-            updates=self.blocks.updates[own],
-            scaling=self.blocks.scaling[own],
+            modules=self.blocks.modules[chosen_slice],
+            updates=self.blocks.updates[chosen_slice],
+            scaling=self.blocks.scaling[chosen_slice],
         )
-        left, right, inverse = self.left[own], self.right[own], self.inverse[own]
-        return Frames(blocks, left, right, inverse, self.norms_B[own], self.norms_A[own], self.ranks)
+        left, right, inverse = self.left[chosen_slice], self.right[chosen_slice], self.inverse[chosen_slice]
+        return Frames(blocks, left, right, inverse, self.norms_B[chosen_slice], self.norms_A[chosen_slice], self.ranks)
 
     def scales(self, weights: Sequence[float]) -> Tensor:
         """``w_i s_i`` of every module, given the weights of the pool: ``[g, k]``."""
@@ -99,14 +99,14 @@ class Frames:
     def cores(self, scales: Tensor, count: int) -> Tensor:
         """The ``M_i`` of ``scales_i B_i A_i``, one for each of the ``count`` adapters of the pool: ``[g, k, R, R]``."""
         g, R = self.left.shape[:2]
-        found = self.left.new_zeros(g, count, R, R)
+        result = self.left.new_zeros(g, count, R, R)
         sizes = scales * self.norms_B * self.norms_A
         end = 0
         for place, (member, rank) in enumerate(zip(self.blocks.members, self.ranks, strict=True)):
             start, end = end, end + rank
             columns = self.left[:, :, start:end] * sizes[:, place, None, None]
-            torch.matmul(columns, self.right[:, :, start:end].mT, out=found[:, member])
-        return found
+            torch.matmul(columns, self.right[:, :, start:end].mT, out=result[:, member])
+        return result
 
     def cut(self, weights: Sequence[float], rank: int | None, energy: float | None) -> Cut:
         """Where sums with these weights of the pool are cut: at the noise of the stored dtypes, a rank, an energy."""
@@ -137,19 +137,19 @@ class Frames:
         D, columns = right
         values, vectors = ops.eigh(core @ core.mT)
         sigma, vectors = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
-        found = {}
+        result = {}
         counts = cut(sigma).tolist()
         for g, module in enumerate(self.blocks.modules):
             squares, row, count = sigma[g].square(), self.blocks.updates[g], counts[g]
             if not count:
-                found[module] = with_rank_zero(row[0]), 0.0, float(squares.sum())
+                result[module] = with_rank_zero(row[0]), 0.0, float(squares.sum())
                 continue
             U = vectors[g, :, :count]
             T = (self.inverse[g] @ U) * self.spread(_inverse(self.norms_B[g : g + 1])).mT  # Q_B U = [B_1 …] T
             B, A = self._stacked(row, "B", T), self._stacked(row, "A", ((U.mT @ D[g]) * columns[g]).mT)
             update = Update(B, A, 1.0, row[0].layout, float(cut.floor[g]))
-            found[module] = update, float(squares[:count].sum()), float(squares.sum())
-        return found
+            result[module] = update, float(squares[:count].sum()), float(squares.sum())
+        return result
 
     def _stacked(self, row: Sequence[Update], side: Side, small: Tensor) -> Factor:
         """``[X_1 | X_2 | …] small`` of one side, ``small [R, q]``."""

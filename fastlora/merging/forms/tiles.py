@@ -150,13 +150,13 @@ def tiles_of(pool: Pool, module: str, weights: Sequence[float], side: int | None
     """The tiles of one module, with weights in the order of the pool; as large as memory allows by default."""
     present = pool.present(module)
     updates = [pool.adapters[i].updates[module] for i in present]
-    found: list[tuple[Tensor, Tensor] | None] = [None] * len(pool)
+    factors: list[tuple[Tensor, Tensor] | None] = [None] * len(pool)
     for i, update, (B, A) in zip(present, updates, materialise(updates, torch.float64), strict=True):
         if update.rank:
-            found[i] = B * (weights[i] * update.scaling), A
+            factors[i] = B * (weights[i] * update.scaling), A
     if side is None:
         side = max(1, math.isqrt(batch_bytes(TILE_BYTES) // (8 * len(pool))))
-    return Tiles(found, updates[0].shape, side)
+    return Tiles(factors, updates[0].shape, side)
 
 
 def _cut(dense: Tensor, row: Sequence[Update], cut: Cut) -> tuple[Update, tuple[float, float]]:

@@ -26,7 +26,7 @@ from fastlora.merging.registry import driven
 
 Program = TypeVar("Program", bound=Callable[..., Tensor])
 
-Coefficients = Mapping[str, Sequence[float]]
+CoefficientsByModule = Mapping[str, Sequence[float]]
 """``{module: one number for each adapter of the pool}``."""
 
 
@@ -73,9 +73,9 @@ def merge(
         inner = inner * given * given[:, None]
         if not bool(inner.isfinite().all()):
             raise InputError(f"the weighted updates overflow: lower the weights {given.tolist()}")
-        found = program(inner, **parameters)
-        check_result(name, blocks.modules, found, (len(blocks.modules), len(pool)))
-        coefficients |= dict(zip(blocks.modules, (found * given).tolist(), strict=True))
+        shares = program(inner, **parameters)
+        check_result(name, blocks.modules, shares, (len(blocks.modules), len(pool)))
+        coefficients |= dict(zip(blocks.modules, (shares * given).tolist(), strict=True))
     updates = {m: _summed(pool, m, coefficients[m]) for m in pool.modules}
     extras = _extras(pool, coefficients)
     merged = merged_adapter(name, pool, given.tolist(), updates, parameters, extras=extras)
@@ -87,19 +87,19 @@ def _summed(pool: Pool, module: str, coefficients: Sequence[float]) -> Update:
     return sum_updates([(coefficients[i], adapters[i].updates[module]) for i in pool.present(module)])
 
 
-def _extras(pool: Pool, coefficients: Coefficients) -> dict[str, Extra]:
+def _extras(pool: Pool, coefficients: CoefficientsByModule) -> dict[str, Extra]:
     """What the adapters hold beside their updates, summed with the weights of the module that it belongs to."""
-    found: dict[str, Extra] = {}
+    extras: dict[str, Extra] = {}
     for name in dict.fromkeys(n for a in pool.adapters for n in a.extras):
         owner = name.rpartition(".")[0]
         while owner and owner not in coefficients:
             owner = owner.rpartition(".")[0]
-        own = [replace(a, extras={n: e for n, e in a.extras.items() if n == name}) for a in pool.adapters]
+        adapters = [replace(a, extras={n: e for n, e in a.extras.items() if n == name}) for a in pool.adapters]
         if owner:
-            found |= combine_extras(list(zip(coefficients[owner], own, strict=True)))
+            extras |= combine_extras(list(zip(coefficients[owner], adapters, strict=True)))
         else:
-            found |= _extra_of_no_module(name, own)
-    return found
+            extras |= _extra_of_no_module(name, adapters)
+    return extras
 
 
 def _extra_of_no_module(name: str, adapters: Sequence[Adapter]) -> dict[str, Extra]:
