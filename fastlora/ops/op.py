@@ -14,7 +14,8 @@ _library: Any = torch.library.Library("fastlora", "DEF")  # type: ignore[no-unty
 
 
 class Op:
-    """Registers ``torch.ops.fastlora.<name>`` and runs it on the backend that :func:`fastlora.backends.resolve` names.
+    """Registers ``torch.ops.fastlora.<name>`` and runs it on the backend that :func:`fastlora.ops.dispatch.resolve`
+    names.
 
     ``check`` looks at shapes and dtypes and raises what the caller sees; it runs first in every call, so eager and
     compiled calls refuse the same things. ``empty`` returns empty results of the right shape. In eager mode a call
