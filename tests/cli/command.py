@@ -31,7 +31,7 @@ ADAPTERS = ROOT / "examples" / "adapters"
 DATA = ROOT / "tests" / "data"
 SCRIPT = Path(sys.executable).parent / "fastlora"
 COMMAND = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-m", "fastlora"]
-SETTINGS = ("FASTLORA_BACKEND", "FASTLORA_ISA", "PYTHONIOENCODING", "FORCE_COLOR", "COLUMNS")
+SETTINGS = ("FASTLORA_BACKEND", "PYTHONIOENCODING", "FORCE_COLOR", "COLUMNS")
 READ_LATER = {"FASTLORA_BACKEND", "COLUMNS"}  # settings that are read when they are used, and not once in a process
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -52,7 +52,8 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def environment(changes: dict[str, str] | None = None) -> dict[str, str]:
-    """This environment without settings that a developer may have, with changes."""
+    """This environment without settings that a developer may have, with changes. An instruction set stays: it holds for
+    this process too."""
     return {k: v for k, v in os.environ.items() if k not in SETTINGS} | (changes or {})
 
 
