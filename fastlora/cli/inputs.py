@@ -39,7 +39,7 @@ def load_adapter(run: Run, spec: AdapterSpec, command: str) -> Adapter:
 
     run.require_backend()
     adapter = require_updates(load(spec.path, spec.name), command)
-    return adapter if run.on_host else adapter.to(run.device)
+    return adapter
 
 
 def load_pool(run: Run, specs: list[AdapterSpec], device: str = "cpu") -> tuple[Pool, Weights]:

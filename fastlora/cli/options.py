@@ -66,18 +66,13 @@ ALL = tuple(SHARED)
 
 
 def command(
-    *shared: str, on_host: bool = False
+    *shared: str,
 ) -> Callable[[Callable[Concatenate[Run, P], None]], Callable[..., None]]:
-    """Gives a command, ``name(run, …)``, the options ``shared``, which it finds in ``run``.
-
-    ``on_host``: the command computes on the CPU alone, and refuses another device.
-    """
+    """Gives a command, ``name(run, …)``, the options ``shared``, which it finds in ``run``."""
 
     def decorate(function: Callable[Concatenate[Run, P], None]) -> Callable[..., None]:
         def begin(**given: Any) -> None:
             run = Run(**{name: given.pop(name) for name in shared})
-            if on_host:
-                run.require_host(function.__name__)
             with run.stack:
                 function(run, **given)  # type: ignore[call-arg]
 

@@ -48,11 +48,6 @@ class Run:
         """Whether tensors stay on the CPU, or where they are."""
         return self.device in ("auto", "cpu")
 
-    def require_host(self, command: str) -> None:
-        """Refuses a device for a command that computes on the CPU alone."""
-        if not self.on_host:
-            raise InputError(f"--device {self.device}: {command} computes on the CPU; use auto or cpu")
-
     def require_backend(self) -> None:
         """Says before any work what the first op would stumble over."""
         from fastlora.backends import cpu

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from fastlora.adapters.placing import place
 from fastlora.adapters.pool import Pool
 from fastlora.decomposition import devec
 from fastlora.decomposition.components import Components
@@ -19,8 +20,6 @@ from fastlora.errors import InputError
 from fastlora.ops.chain import check_cuts
 from fastlora.runtime import devices
 from fastlora.runtime.cpython import paused_collector
-from fastlora.runtime.memory import bounded
-from fastlora.runtime.memory import parse as parse_memory
 
 MODES = ("pool", "pairs", "iterative")
 
@@ -80,27 +79,23 @@ def decompose(
     if len(pool) < 2:
         raise InputError("decompose: a pool of one adapter has nothing to share; give two adapters or more")
     settings = devec.Settings(float(threshold), chain, side, rank, energy, rtol)
-    bound = parse_memory(memory)
-    where = devices.parse(device) or pool.device
-    stream = streams.needed(pool.adapters, where, bound)
-    pool = pool.to(where if stream is None else "cpu")
-    if where.type != "cpu":
-        bound = None  # it is the device's memory that is bounded
+    placed = place(pool.adapters, devices.parse(device) or pool.device, memory)
+    pool = pool.to(placed.device)
     if mode == "iterative":
         if target is None:
             raise InputError("mode='iterative' needs target=NAME (`--target NAME`), the adapter to clean")
         others = [n for n in pool.names if n != pool[target].name] if order is None else list(order)
         if target in others or len(set(others)) != len(others) or not others:
             raise InputError(f"order={others}: name each other adapter once, without the target {target!r}")
-        with bounded(bound), streams.streamed(stream):
+        with placed.in_use():
             steps = decompose_iteratively(pool, settings, target, others)
-        return Decomposition(pool, mode, steps=steps, target=target, memory=bound, stream=stream)
+        return Decomposition(pool, mode, steps=steps, target=target, memory=placed.memory, stream=placed.stream)
     if target is not None or order is not None:
         raise InputError(f"target and order belong to mode='iterative', not to mode={mode!r}")
-    with bounded(bound), streams.streamed(stream):
-        if mode == "pairs":
-            return Decomposition(pool, mode, pairs=decompose_pairs(pool, settings), memory=bound, stream=stream)
-        return Decomposition(pool, mode, whole=decompose_pool(pool, settings), memory=bound, stream=stream)
+    with placed.in_use():
+        pairs = decompose_pairs(pool, settings) if mode == "pairs" else None
+        whole = decompose_pool(pool, settings) if mode == "pool" else None
+    return Decomposition(pool, mode, whole=whole, pairs=pairs, memory=placed.memory, stream=placed.stream)
 
 
 def decompose_pool(pool: Pool, settings: Settings) -> Components:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastlora.core.factors import Factor, concatenate
+from fastlora.core.factors import Factor, concatenate, device_of
 from fastlora.core.updates import Update
 from fastlora.dipm.module import ModulatedModule, dense, storage
 
@@ -24,19 +24,20 @@ def gram(module: ModulatedModule, on: str) -> Tensor:
         return module.scaled(module.left.diagonal(dim1=-2, dim2=-1)[..., :r])
     if on == "A":
         module.require_equal_ranks("granularity='column', on='A'")
-    rows = [dense(u.A) for u in module.present]  # [r_k, m]
+    rows = [dense(u.A) for u in module.present]  # [r_k, m], where the factors are
+    left = module.left.to(rows[0].device)
     result = rows[0].new_zeros(k, k, rows[0].shape[1])
     for i in range(k):
         for j in range(i, k):
-            inner = rows[j] if on == "A" else module.left[i, j, : len(rows[i]), : len(rows[j])] @ rows[j]
+            inner = rows[j] if on == "A" else left[i, j, : len(rows[i]), : len(rows[j])] @ rows[j]
             result[i, j] = result[j, i] = (rows[i] * inner).sum(0)
     if on == "A":
-        return result
+        return result.cpu()
     # μ_c² = s² a_cᵀ G^B a_c, or nothing but its rounding
     for i in range(k):
-        bound = module.left[i, i].trace() * rows[i].square().sum(0)
+        bound = left[i, i].trace() * rows[i].square().sum(0)
         result[i, :, result[i, i] <= NOISE**2 * bound] = 0.0
-    result = module.scaled(result)
+    result = module.scaled(result.cpu())
     for i, update in enumerate(module.present):  # below the noise of what a lazy update was computed from
         result[i, :, result[i, i] <= update.floor**2] = 0.0
     return torch.where(_both(result), result, 0.0)
@@ -52,7 +53,8 @@ def update(module: ModulatedModule, weights: Tensor, on: str) -> Update:
     """The update with the columns ``Σ_k weights_k x_k``, ``weights [K, P]``."""
     if on == "B":
         return module.factor_sum(list(weights), "B")
-    used = [(u, w) for u, w in zip(module.updates, weights, strict=True) if u is not None and bool(w.any())]
+    pairs = [(u, w) for u, w in zip(module.updates, weights, strict=True) if u is not None and bool(w.any())]
+    used = [(u, w.to(device_of([[u.A]]))) for u, w in pairs]
     dtype = storage([u for u, _ in used])
     if on == "A":
         total = sum(dense(u.A) * w for u, w in used)

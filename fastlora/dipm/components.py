@@ -70,7 +70,7 @@ def of_module(
     for i in range(k):
         magnitude[i, : len(member_forms[i][2])] = member_forms[i][2] * scalings[i].abs()
         if on != "product" and k > 1:
-            sign[i, : T[i].shape[1]] = _signs(dense(module.present[i].B.times(T[i])))
+            sign[i, : T[i].shape[1]] = _signs(dense(module.present[i].B.times(T[i]))).cpu()
         for j in range(i, k):
             n = min(T[i].shape[1], T[j].shape[1])
             (r, s) = (len(T[i]), len(T[j]))

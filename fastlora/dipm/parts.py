@@ -10,25 +10,17 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters.lora import Adapter
+from fastlora.adapters.placing import place
 from fastlora.adapters.pool import Pool
 from fastlora.core.dtypes import widest
 from fastlora.core.names import check_name
-from fastlora.core.sums import common_base
+from fastlora.core.sums import common_base, require_one_device
 from fastlora.core.sums import is_base_copy as is_base_copy
 from fastlora.core.updates import Update
 from fastlora.dipm.frames import GRANULARITIES, SIDES, ModuleFrame, frames
 from fastlora.dipm.operators import Operator, State, require_adapters
 from fastlora.errors import InputError
-from fastlora.runtime.memory import bounded
-from fastlora.runtime.memory import parse as parse_memory
-
-
-def require_host(adapter: Adapter, what: str) -> None:
-    """Refuses an adapter on a device where ``what`` computes on the CPU alone."""
-    if adapter.device.type != "cpu":
-        raise InputError(
-            f"{what} computes on the CPU, and adapter {adapter.name!r} is on {adapter.device}: use `.to('cpu')`"
-        )
+from fastlora.runtime import devices
 
 
 class Parts:
@@ -86,17 +78,23 @@ class Parts:
         notes = [*pool.notices, *(f"{count} {what}" for what, count in events.items())]
         return self._adapter(updates, "recombined", notes), used
 
+    def to(self, device: torch.device | str) -> Parts:
+        """The parts with all adapters that take part on a device; each is moved once."""
+        there = {id(a): a.to(device) for a in (self.adapter, *(a for o in self.operators for a in o.others))}
+        operators = [replace(o, others=tuple(there[id(a)] for a in o.others)) for o in self.operators]
+        return Parts(there[id(self.adapter)], self.granularity, self.on, operators)
+
     @property
-    def _adapters(self) -> list[Adapter]:
+    def adapters(self) -> list[Adapter]:
         """The modulated adapter, then every other one that takes part, once."""
         return list({id(a): a for a in (self.adapter, *(a for o in self.changes for a in o.others))}.values())
 
     def _pool(self) -> Pool:
-        refuse_extras(self._adapters)
-        return Pool(named(self._adapters))
+        refuse_extras(self.adapters)
+        return Pool(named(self.adapters))
 
     def _states(self, pool: Pool | None = None) -> Iterator[tuple[ModuleFrame, State]]:
-        index_of = {id(a): i for i, a in enumerate(self._adapters)}
+        index_of = {id(a): i for i, a in enumerate(self.adapters)}
         for frame in frames(pool or self._pool(), self.granularity, self.on):
             own_squares = frame.gram[0, 0]
             weights = torch.zeros(frame.gram.shape[1:], dtype=torch.float64)
@@ -107,7 +105,7 @@ class Parts:
             yield frame, state
 
     def _adapter(self, updates: Mapping[str, Update | None], what: str, notes: Sequence[str] = ()) -> Adapter:
-        adapters = self._adapters
+        adapters = self.adapters
         operators = [
             {"operator": o.name, "strength": o.strength, "others": [a.provenance for a in o.others]}
             for o in self.changes
@@ -138,7 +136,7 @@ def decouple(adapter: Adapter, granularity: str = "column", on: str = "product")
     """Splits every update into directions ``D`` of length one and magnitudes ``μ ≥ 0``, ``X = D ∘ μ``, MATH (11).
 
     Args:
-        adapter: a LoRA adapter on the CPU.
+        adapter: a LoRA adapter.
         granularity: ``"column"``: a magnitude for every input column of ``ΔW``. ``"component"``: for every rank-one
             component of the singular value form, in order of ``σ``. ``"matrix"``: one a module.
         on: what is decoupled: ``"product"`` is ``ΔW = sBA``; ``"B"`` is ``sB`` and ``"A"`` is ``A``, which depend on
@@ -150,12 +148,11 @@ def decouple(adapter: Adapter, granularity: str = "column", on: str = "product")
         :class:`Parts`, on which operators are applied and which :func:`recombine` makes an adapter of.
 
     Raises:
-        InputError: something that is no LoRA adapter, an adapter on a device, an unknown ``granularity`` or ``on``.
+        InputError: something that is no LoRA adapter, an unknown ``granularity`` or ``on``.
 
     Cost: nothing; directions and magnitudes are computed when they are looked at or recombined.
     """
     require_adapters("decouple", adapter)
-    require_host(adapter, "modulate")
     if granularity not in GRANULARITIES:
         raise InputError(f"granularity={granularity!r} does not exist: use one of {', '.join(GRANULARITIES)}")
     if on not in SIDES:
@@ -212,6 +209,7 @@ def modulate(
     rank: int | None = None,
     energy: float | None = None,
     memory: int | str | None = None,
+    device: str | torch.device | None = None,
 ) -> Adapter:
     """Changes the directions and magnitudes of an adapter (DiPM), MATH section 5.
 
@@ -221,12 +219,14 @@ def modulate(
         fl.modulate(model, [fl.dipm.shift(source, target, 0.3), fl.dipm.scale(0.8)], granularity="column", rank=16)
 
     Args:
-        adapter: a LoRA adapter on the CPU.
+        adapter: a LoRA adapter.
         operators: one of ``fl.dipm``'s operators, or several.
         granularity, on: what has a direction and a magnitude, see :func:`decouple`.
         rank, energy: compress the result, see :func:`recombine`.
         memory: bound on the peak resident memory of what is worked on at once, as bytes or ``"1GiB"``; the ``A``
-            factors that the result holds as its own come on top. The result has the same bits.
+            factors that the result holds as its own come on top. The result has the same bits. With a ``device`` it
+            bounds the memory taken there: Gram blocks of modules are streamed through it when the adapters do not fit.
+        device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the adapters are.
 
     Returns:
         :class:`Adapter`; the adapter itself where no operator changes anything and nothing is compressed.
@@ -237,8 +237,13 @@ def modulate(
     Cost: that of :func:`recombine`.
     """
     given = [operators] if isinstance(operators, Operator) else list(operators)
-    with bounded(parse_memory(memory)):
-        return recombine(decouple(adapter, granularity, on).apply(*given), rank=rank, energy=energy)
+    parts = decouple(adapter, granularity, on).apply(*given)
+    where = devices.parse(device)
+    if where is None:
+        require_one_device(parts.adapters)
+    placed = place(parts.adapters, where or adapter.device, memory)
+    with placed.in_use():
+        return recombine(parts.to(placed.device), rank=rank, energy=energy)
 
 
 def named(adapters: Sequence[Adapter]) -> list[Adapter]:

@@ -18,6 +18,7 @@ from fastlora.engine.checks import check_diagonal
 from fastlora.engine.contracts import PoolView
 from fastlora.engine.gram import GramPass, read_gram
 from fastlora.engine.schedule import Group, GroupPart, pair_parts, parts
+from fastlora.engine.stream import current
 from fastlora.ops.gram import blocks_of
 from fastlora.runtime.memory import release
 
@@ -48,9 +49,11 @@ class PairBlocks:
 
 def read_pair_blocks(pool: PoolView, label: str = "inner products") -> Iterator[PairBlocks]:
     """:class:`PairBlocks` of every module of a pool, some modules at a time, or from the Gram cache in use."""
-    for part in parts(pool, label):
-        updates = part.updates()
-        left, right = (_read_both_triangles(part, updates, side) for side in SIDES)
+    for part in parts(pool, label, stream=current()):
+        there = part.updates()
+        left, right = (_read_both_triangles(part, there, side) for side in SIDES)
+        # What is made of the blocks combines the factors of the pool, also where a stream read copies of them.
+        updates = GroupPart(part.group, part.modules, pool).updates()
         scaling = torch.tensor([[u.scaling for u in row] for row in updates], dtype=torch.float64)
         release(sources(u for row in updates for u in row))
         yield PairBlocks(part.modules, part.group.members, updates, left, right, scaling)

@@ -14,6 +14,7 @@ from fastlora.core.updates import Update
 from fastlora.engine.blocks import read_chain_blocks
 from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.schedule import GroupPart, one_adapter, parts, rtol_or_default
+from fastlora.engine.stream import current
 from fastlora.errors import InputError
 
 MATRICES = 6  # r×r of a module that are in memory: two Gram blocks, and what is made of them
@@ -53,7 +54,7 @@ def singular_forms(
     forms: dict[str, SingularForm] = {}
     pool = one_adapter(name, updates)
     label = f"singular values of {name}"
-    for part in parts(pool, label, rtol_of=rtol_or_default(rtol), matrices=MATRICES):
+    for part in parts(pool, label, rtol_of=rtol_or_default(rtol), matrices=MATRICES, stream=current()):
         if part.group.ranks == (0,):
             empty = torch.zeros(0, dtype=torch.float64)
             zero = SingularForm(empty, empty.reshape(0, 0), empty.reshape(0, 0), 0, 0.0, 1.0)

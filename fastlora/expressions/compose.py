@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 
+import torch
+
 from fastlora.adapters.alignment import alignment
 from fastlora.adapters.ia3 import IA3
 from fastlora.adapters.loading import Element, load
@@ -18,8 +20,9 @@ from fastlora.core.vector_space import VectorSpace, linear, require_one_kind
 from fastlora.engine.checks import require_finite
 from fastlora.errors import InputError
 from fastlora.expressions.check import Checker, number, options
-from fastlora.expressions.functions import FUNCTIONS, WORDS
+from fastlora.expressions.functions import FUNCTIONS, WORDS, Placement
 from fastlora.expressions.grammar import Call, ExpressionError, Name, Node, Product, Sum, bind, names, parse, walk
+from fastlora.runtime import devices
 from fastlora.runtime.memory import bounded
 from fastlora.runtime.memory import parse as parse_memory
 from fastlora.runtime.progress import track
@@ -35,6 +38,7 @@ def compose(
     name: str | None = None,
     drop_extras: bool = False,
     memory: int | str | None = None,
+    device: str | torch.device | None = None,
 ) -> Element:
     """Computes the adapter that an expression such as ``"0.6*a + 0.4*b - 0.3*unique(c | a, b)"`` stands for.
 
@@ -49,6 +53,8 @@ def compose(
         name: of the result; the expression by default.
         drop_extras: leave out biases and replaced modules (``modules_to_save``), which sums refuse.
         memory: bound on the peak resident memory, as in :func:`fastlora.decompose`.
+        device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the adapters are. With
+            ``memory`` modules are streamed through it, and the result is on the CPU. LoRA adapters alone.
 
     Returns:
         An adapter of the kind of the inputs: :class:`Adapter`, :class:`IA3` or :class:`TaskVector`.
@@ -56,7 +62,8 @@ def compose(
     Raises:
         ExpressionError: an :class:`InputError` that shows the expression and the place: what cannot be parsed, unknown
             names, a number where an adapter is needed, what a function refuses.
-        InputError: adapters that cannot be read, or that belong to different base models.
+        InputError: adapters that cannot be read, or that belong to different base models; a device that cannot be
+            used, or another kind than LoRA adapters on one.
 
     Cost: that of the functions in the expression. Sums and negations of LoRA adapters read no factor until the result
     is saved; every ``unique``, ``shared`` or ``compress`` is one read of the factors of its arguments.
@@ -67,10 +74,11 @@ def compose(
     if not Checker(expression, list(adapters)).check(tree):
         raise ExpressionError("this is a number; an expression over adapters is needed", expression, tree.at)
     used = names(tree)
-    bound = parse_memory(memory)
-    with bounded(bound):
-        notices, elements = _prepare({n: adapters[n] for n in used}, drop_extras)
-        result = Evaluator(expression, elements, bound).element(tree)
+    where = Placement(devices.parse(device), parse_memory(memory))
+    on_device = where.device is not None and where.device.type != "cpu"
+    with bounded(None if on_device else where.memory):
+        notices, elements = _prepare({n: adapters[n] for n in used}, drop_extras, where)
+        result = Evaluator(expression, elements, where).element(tree)
     bound_to = {"numbers": values} if values else {}
     unused = [f"{n} is not used by the expression" for n in adapters if n not in used]
     assert isinstance(result, Adapter | IA3 | TaskVector)
@@ -90,7 +98,9 @@ def _check_numbers(values: Mapping[str, float], adapters: Mapping[str, ElementSo
             raise InputError(f"the number {name!r} is {value!r}: it must be a finite number")
 
 
-def _prepare(sources: Mapping[str, ElementSource], drop_extras: bool) -> tuple[list[str], dict[str, VectorSpace]]:
+def _prepare(
+    sources: Mapping[str, ElementSource], drop_extras: bool, where: Placement
+) -> tuple[list[str], dict[str, VectorSpace]]:
     """Notices, and the adapters under their names in the expression and one naming of modules."""
     elements: dict[str, VectorSpace] = {}
     for name, source in track(list(sources.items()), "loading"):
@@ -101,7 +111,7 @@ def _prepare(sources: Mapping[str, ElementSource], drop_extras: bool) -> tuple[l
         element: Element = source if isinstance(source, Element) else load(os.fspath(source), name)
         if drop_extras and isinstance(element, Adapter | IA3):
             element = element.without_extras()
-        elements[name] = replace(element, name=name)
+        elements[name] = _moved(replace(element, name=name), where)
     notices: list[str] = []
     updates = [e for e in elements.values() if isinstance(e, Adapter)]
     if updates:
@@ -119,6 +129,21 @@ def _prepare(sources: Mapping[str, ElementSource], drop_extras: bool) -> tuple[l
         known |= dict.fromkeys(aligned.modules)
         earlier.append(aligned.name)
     return notices, elements
+
+
+def _moved(element: VectorSpace, where: Placement) -> VectorSpace:
+    """The element where all of the expression is: on the device, and on the host if its memory is bounded, since
+    functions then bring modules to the device one after another."""
+    if where.device is None:
+        return element
+    if isinstance(element, Adapter):
+        return element.to(where.device if where.memory is None else "cpu")
+    if where.device.type != "cpu":
+        raise InputError(
+            f"device={str(where.device)!r}: only LoRA adapters are computed on a device, and this is "
+            f"{getattr(element, 'kind', 'another kind')}; compute on the CPU (`--device cpu`)"
+        )
+    return element
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +170,7 @@ class Evaluator:
 
     text: str
     elements: Mapping[str, VectorSpace]
-    memory: int | None
+    where: Placement
 
     def element(self, node: Node) -> VectorSpace:
         """The element that a part of the expression stands for; errors show where it is."""
@@ -186,7 +211,8 @@ class Evaluator:
         elements = self._distinct(node.function, given) if function.needs_names else [self.element(a) for a in given]
         numbers = [number(a, self.text) for a in node.arguments[len(adapters) :]]
         try:
-            return function.run(elements, numbers, options(node, function, self.text), self.memory)
+            result = function.run(elements, numbers, options(node, function, self.text), self.where)
+            return result if self.where.device is None else _moved(result, self.where)
         except InputError as error:
             raise self._placed(error, node) from error
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from fastlora.adapters.pool import Pool, require_updates
 from fastlora.core.vector_space import VectorSpace
@@ -14,8 +16,17 @@ from fastlora.merging import arithmetic
 from fastlora.merging.compress import compress
 
 Options = dict[str, Any]
-Computation = Callable[[Sequence[VectorSpace], Sequence[float], Options, int | None], VectorSpace]
 MANY = 1 << 20
+
+
+class Placement(NamedTuple):
+    """Where functions compute and within what memory, as :func:`fastlora.decompose` takes both."""
+
+    device: torch.device | None
+    memory: int | None
+
+
+Computation = Callable[[Sequence[VectorSpace], Sequence[float], Options, Placement], VectorSpace]
 
 
 class Word:
@@ -50,49 +61,55 @@ def _pool(elements: Sequence[VectorSpace], what: str) -> Pool:
 
 
 def _unique(
-    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, memory: int | None
+    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, where: Placement
 ) -> VectorSpace:
     pool = _pool(elements, "unique")
     target, *others = pool.names
-    parts = decompose(pool, mode="iterative", target=target, order=others, memory=memory, **options)
+    parts = decompose(
+        pool, mode="iterative", target=target, order=others, memory=where.memory, device=where.device, **options
+    )
     return replace(parts.unique_of(target), name=f"unique({target} | {', '.join(others)})")
 
 
 def _shared(
-    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, memory: int | None
+    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, where: Placement
 ) -> VectorSpace:
     pool = _pool(elements, "shared")
-    shared = decompose(pool, memory=memory, **options).shared
+    shared = decompose(pool, memory=where.memory, device=where.device, **options).shared
     return replace(shared, name=f"shared({', '.join(pool.names)})")
 
 
 def _compress(
-    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, memory: int | None
+    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, where: Placement
 ) -> VectorSpace:
     if numbers and "rank" in options:
         raise InputError("compress: the rank is given twice")
     if any(n != int(n) for n in numbers):
         raise InputError(f"compress: the rank {numbers[0]:g} is no whole number; a share is written energy=0.9")
     rank = int(numbers[0]) if numbers else options.get("rank")
-    return compress(require_updates(elements[0], "compress"), rank, energy=options.get("energy"))
+    return compress(
+        require_updates(elements[0], "compress"),
+        rank,
+        energy=options.get("energy"),
+        memory=where.memory,
+        device=where.device,
+    )
 
 
 def _negate(
-    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, memory: int | None
+    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, where: Placement
 ) -> VectorSpace:
     return arithmetic.negate(elements[0], *numbers, **options)
 
 
 def _analogy(
-    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, memory: int | None
+    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, where: Placement
 ) -> VectorSpace:
     first, second, third = elements
     return arithmetic.analogy(first, second, third, *numbers, **options)
 
 
-def _add(
-    elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, memory: int | None
-) -> VectorSpace:
+def _add(elements: Sequence[VectorSpace], numbers: Sequence[float], options: Options, where: Placement) -> VectorSpace:
     return arithmetic.add(elements, numbers or None, **options)
 
 

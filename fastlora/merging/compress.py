@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from fastlora.adapters.lora import Adapter
+from fastlora.adapters.placing import place
 from fastlora.adapters.pool import require_updates
 from fastlora.runtime import devices
-from fastlora.runtime.memory import bound_on_host, bounded
 
 
 def compress(
@@ -28,7 +28,8 @@ def compress(
         rank: the largest ``q`` that a module may have, at least 1.
         energy: instead of ``rank``: the smallest ``q`` that keeps this share of ``Σσ²``, in ``(0, 1]``.
         memory: bound on the peak resident memory while this computes, as bytes or ``"1GiB"``; factors that were loaded
-            from files are given back to the system after use. The result has the same bits. On the CPU alone.
+            from files are given back to the system after use. The result has the same bits. With a ``device`` it
+            bounds the memory taken there: modules are streamed through it when the adapter does not fit.
         device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the adapter is.
 
     Returns:
@@ -44,6 +45,6 @@ def compress(
     Cost: one read of the factors and ``O(r³)`` operations a module.
     """
     given = require_updates(adapter, "compress")
-    where = devices.parse(device) or given.device
-    with bounded(bound_on_host(memory, where)):
-        return given.to(where).compress(rank, energy=energy)
+    placed = place([given], devices.parse(device) or given.device, memory)
+    with placed.in_use():
+        return given.to(placed.device).compress(rank, energy=energy)

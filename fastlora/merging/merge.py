@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 
 from fastlora.adapters.lora import Adapter
-from fastlora.adapters.pool import Pool, on_device
+from fastlora.adapters.placing import place
+from fastlora.adapters.pool import Pool
 from fastlora.engine.checks import require_finite
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.merging.registry import Method, all_methods, find_method
 from fastlora.runtime import devices
 from fastlora.runtime.cpython import paused_collector
-from fastlora.runtime.memory import bound_on_host, bounded
 
 
 @paused_collector()
@@ -43,7 +43,8 @@ def merge(
             pool.
         energy: instead of ``rank``: the share of ``Σσ²`` that every module keeps, in ``(0, 1]``.
         memory: bound on the peak resident memory while this computes, as bytes or ``"1GiB"``; factors that were loaded
-            from files are given back to the system after use. The result has the same bits. On the CPU alone.
+            from files are given back to the system after use. The result has the same bits. With a ``device`` it
+            bounds the memory taken there: modules are streamed through it when the pool does not fit.
         device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the pool is.
         **parameters: those of the method.
 
@@ -65,10 +66,10 @@ def merge(
     """
     chosen = find_method(method)
     counted, notes = full_weights(pool, weights)
-    bound = bound_on_host(memory, devices.parse(device) or pool.device)
-    pool = on_device(pool, device)
+    placed = place(pool.adapters, devices.parse(device) or pool.device, memory)
+    pool = pool.to(placed.device)
     try:
-        with bounded(bound):
+        with placed.in_use():
             merged = chosen(pool, counted, rank=rank, energy=energy, **parameters)
     except NonFiniteError:
         require_finite(pool.adapters)  # names the adapter of the pool; the method only knows their sum

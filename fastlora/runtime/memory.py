@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from fastlora.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -34,17 +33,6 @@ def parse(memory: int | str | None) -> int | None:
     if match is None or float(match[1]) <= 0:
         raise InputError(f"memory={memory!r}: give a number of bytes or a size such as 1GiB or 512MiB")
     return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def bound_on_host(memory: int | str | None, device: torch.device) -> int | None:
-    """The bytes of ``memory`` for work that is not streamed through a device, which therefore has to fit there."""
-    bound = parse(memory)
-    if bound is not None and device.type != "cpu":
-        raise InputError(
-            f"memory={memory!r}: only decompositions are streamed through a device; here all factors have to be on "
-            f"{device} at once. Leave the bound out, or compute on the CPU (`--device cpu`)"
-        )
-    return bound
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from fastlora.core.updates import Update
 from fastlora.errors import InputError
 from fastlora.ops.dispatch import Kernel
 from fastlora.ops.passes import GramJob
-from fastlora.runtime.memory import bound_on_host, parse
+from fastlora.runtime.memory import parse
 
 MODULES, WIDTH, RANK, ADAPTERS = 60, 4096, 16, 4  # 31 MB an adapter in each direction: 126 MB in, 150 MB out
 
@@ -174,10 +174,3 @@ def test_other_verbs_keep_to_a_bound_and_give_the_same_bits(verb: str, adapters:
     kept, same_bits = run(adapters, tmp_path / "bounded", ROOM, script=script)
     assert same_bits == bits
     assert kept == "True"
-
-
-def test_a_device_is_not_bounded_where_nothing_is_streamed_through_it() -> None:
-    assert bound_on_host("1KiB", torch.device("cpu")) == 1024
-    assert bound_on_host(None, torch.device("cuda")) is None
-    with pytest.raises(InputError, match=r"memory='1KiB': only decompositions are streamed .* on cuda"):
-        bound_on_host("1KiB", torch.device("cuda"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pools
 import pytest
 import torch
 from simulated import DEVICE, OnDevice
@@ -12,6 +14,7 @@ from test_plan import ragged_pool
 
 import fastlora as fl
 from fastlora.engine import buffers
+from fastlora.ops import dispatch
 
 
 def same_files(one: Path, two: Path) -> None:
@@ -95,10 +98,106 @@ def test_pools_on_different_devices_are_refused(device: None) -> None:
     assert fl.decompose(mixed, 0.5, device="cuda").shared.device == DEVICE
 
 
-def test_what_computes_on_the_cpu_says_so(device: None) -> None:
-    adapter = ragged_pool()["a0"].to("cuda")
-    with pytest.raises(fl.InputError, match=r"modulate computes on the CPU, and .*'a0' is on cuda:0.*to\('cpu'\)"):
-        fl.modulate(adapter, fl.dipm.reverse())
+def equal_ranks() -> fl.Pool:
+    """Three adapters of one rank, as the factors alone (``on="A"``, ``on="B"``) need them."""
+    return fl.Pool(pools.make_adapter(f"a{i}", {pools.MODULE: u}) for i, u in enumerate(pools.planted(3, seed=4)))
+
+
+@pytest.mark.parametrize("on", ["product", "B", "A"])
+@pytest.mark.parametrize("granularity", ["column", "component", "matrix"])
+@pytest.mark.parametrize("where", ["there", "argument", "streamed"])
+def test_modulate(where: str, granularity: str, on: str, device: None, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"granularity": granularity, "on": on}
+
+    def modulated(pool: fl.Pool, **settings: Any) -> fl.Adapter:
+        a, b, c = pool.adapters
+        return fl.modulate(a, [fl.dipm.shift(b, c, 0.3), fl.dipm.remove(c, 0.5), fl.dipm.scale(0.7)], **settings)
+
+    pool = equal_ranks()
+    modulated(pool, **settings).save(tmp_path / "cpu")
+    if where == "there":
+        found = modulated(pool.to("cuda"), **settings)
+    else:
+        found = modulated(pool, device="cuda", memory="1KiB" if where == "streamed" else None, **settings)
+    assert found.device == (torch.device("cpu") if where == "streamed" else DEVICE)
+    found.save(tmp_path / "device")
+    same_files(tmp_path / "cpu", tmp_path / "device")
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_modulate_moves_every_adapter_once(rank: int | None, device: None, tmp_path: Path) -> None:
+    a, b = ragged_pool().adapters[:2]
+    operators = [fl.dipm.shift(b, b, 0.3), fl.dipm.interpolate(b, 0.2), fl.dipm.remove([a, b], 0.1)]
+    fl.modulate(a, operators, rank=rank).save(tmp_path / "cpu")
+    fl.modulate(a, operators, rank=rank, device="cuda").save(tmp_path / "device")
+    same_files(tmp_path / "cpu", tmp_path / "device")
+
+
+EXPRESSIONS = [
+    "0.6*a + 0.4*b - 0.3*unique(c | a, b)",
+    "compress(a - shared(a, b, threshold=0.3), 2)",
+    "negate(compress(a, energy=0.9), 0.5) + analogy(a, b, c)",
+]
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+@pytest.mark.parametrize("where", ["there", "argument", "streamed", "bounded"])
+def test_compose(where: str, expression: str, device: None, tmp_path: Path) -> None:
+    def named(pool: fl.Pool) -> dict[str, fl.Adapter]:
+        return dict(zip("abc", pool.adapters, strict=True))
+
+    pool = ragged_pool()
+    fl.compose(expression, named(pool)).save(tmp_path / "cpu")
+    if where == "there":
+        found = fl.compose(expression, named(pool.to("cuda")))
+    else:
+        memory = {"argument": None, "streamed": "1KiB", "bounded": "1GiB"}[where]
+        found = fl.compose(expression, named(pool), device="cuda", memory=memory)
+    assert found.device == (DEVICE if where in ("there", "argument") else torch.device("cpu"))  # type: ignore[union-attr]
+    found.save(tmp_path / "device")
+    same_files(tmp_path / "cpu", tmp_path / "device")
+
+
+def test_other_kinds_are_not_computed_on_a_device(device: None) -> None:
+    vector = fl.TaskVector("v", {"w.weight": torch.ones(2, 2)})
+    with pytest.raises(fl.InputError, match=r"device='cuda:0': only LoRA adapters .* this is a task vector"):
+        fl.compose("2*v", {"v": vector}, device="cuda")
+    assert fl.compose("2*v", {"v": vector}, device="cpu").kind == "a task vector"
+
+
+@pytest.mark.parametrize("method", ["svd", "cat", "iso_c", "ties", "slerp"])
+def test_merge_streamed_through_little_memory(method: str, device: None, tmp_path: Path) -> None:
+    pool = ragged_pool() if method != "slerp" else ragged_pool().subset(["a0", "a2"])
+    weights = dict.fromkeys(pool.names, 0.5)
+    rank = 3 if method in ("svd", "iso_c", "ties") else None
+    fl.merge(pool, weights, method=method, rank=rank).save(tmp_path / "cpu")
+    found = fl.merge(pool, weights, method=method, rank=rank, device="cuda", memory="1KiB")
+    assert found.device == torch.device("cpu")  # what does not fit on the device is written from the host
+    found.save(tmp_path / "streamed")
+    same_files(tmp_path / "cpu", tmp_path / "streamed")
+
+
+def test_compress_streamed_through_little_memory(device: None, tmp_path: Path) -> None:
+    adapter = ragged_pool()["a0"]
+    fl.compress(adapter, 2).save(tmp_path / "cpu")
+    fl.compress(adapter, 2, device="cuda", memory="1KiB").save(tmp_path / "streamed")
+    same_files(tmp_path / "cpu", tmp_path / "streamed")
+
+
+def test_what_is_streamed_is_read_on_the_device(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Gram passes of a bounded merge see tensors of the device, one module after another."""
+    seen: list[int] = []
+    run = dispatch.run_pass
+
+    def counted(op: str, jobs: Any) -> Any:
+        if op == "gram_pass":
+            assert all(isinstance(f, OnDevice) for job in jobs for f in job.factors)
+            seen.append(len(jobs))
+        return run(op, jobs)
+
+    monkeypatch.setattr("fastlora.engine.gram.run_pass", counted)
+    fl.merge(ragged_pool(), rank=2, device="cuda", memory="1KiB")
+    assert len(seen) >= 3
 
 
 def test_all_pairs(device: None) -> None:

@@ -43,7 +43,7 @@ def _is_expression(argument: str) -> bool:
     return argument[1] not in "oqh" or any(c in " +*(|" for c in argument)
 
 
-@command(*ALL, on_host=True)
+@command(*ALL)
 def compose(run: Run, expression: Expression, adapters: Named, out: OutAny, drop_extras: DropExtras = False) -> None:
     """Evaluate an expression: + - * /, unique(x | a, …), shared(a, …), compress, negate, analogy, add."""
     from fastlora.expressions.grammar import names, parse
@@ -60,5 +60,5 @@ def compose(run: Run, expression: Expression, adapters: Named, out: OutAny, drop
     from fastlora.expressions.compose import compose as evaluate
 
     named = {s.name: s.path for s in specs}
-    result = evaluate(expression, named, name=out.name, drop_extras=drop_extras, memory=run.memory)
+    result = evaluate(expression, named, name=out.name, drop_extras=drop_extras, memory=run.memory, device=run.device)
     write_element(run, result, target, out)

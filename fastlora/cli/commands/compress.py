@@ -17,5 +17,5 @@ def compress(run: Run, adapter: One, out: Out, rank: Rank = None, energy: Energy
     from fastlora.merging.compress import compress as compress_adapter
 
     given = load_adapter(run, spec, "compress")
-    smaller = compress_adapter(given, rank, energy=energy, memory=run.memory)
+    smaller = compress_adapter(given, rank, energy=energy, memory=run.memory, device=run.device)
     write_adapter(run, smaller, target, out, smaller.notes)

@@ -49,17 +49,23 @@ def merge(
     settings = parse_settings(set_ or ())
     target = output_directory(run, out, [s.path for s in specs])
     run.start()
+    from fastlora.adapters.placing import place
     from fastlora.coefficients.weights import weights as find_weights
     from fastlora.merging.merge import merge as merge_pool
+    from fastlora.runtime import devices
 
-    pool, given = load_pool(run, specs, run.device)
-    pool = pool.without_extras() if drop_extras else pool
+    pool, given = load_pool(run, specs)
+    placed = place(pool.adapters, devices.parse(run.device) or pool.device, run.memory)
+    pool = (pool.without_extras() if drop_extras else pool).to(placed.device)
     notes = list(pool.notices)
     weights = {name: 1.0 if weight is None else weight for name, weight in given.items()}
     if weights_by is not None:
-        weights = find_weights(pool, weights_by)
+        with placed.in_use():
+            weights = find_weights(pool, weights_by)
         notes += [f"weight of {name}: {weight:.6g}" for name, weight in weights.items()]
-    merged = merge_pool(pool, weights, method=method, rank=rank, energy=energy, memory=run.memory, **settings)
+    merged = merge_pool(
+        pool, weights, method=method, rank=rank, energy=energy, memory=run.memory, device=run.device, **settings
+    )
     write_adapter(run, merged, target, out, [*notes, *merged.notes])
 
 

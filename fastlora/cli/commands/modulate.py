@@ -28,7 +28,7 @@ FORMS = {
 }
 
 
-@command(*ALL, on_host=True)
+@command(*ALL)
 def modulate(
     run: Run,
     adapter: One,
@@ -64,7 +64,14 @@ def modulate(
     known = {text: loaded[spec.path.resolve()] for text, spec in specs.items()}
     operators = [_operator(name, [known[o] for o in others], strength) for name, others, strength in parsed]
     result = modulate_adapter(
-        known[adapter], operators, granularity=granularity, on=on, rank=rank, energy=energy, memory=run.memory
+        known[adapter],
+        operators,
+        granularity=granularity,
+        on=on,
+        rank=rank,
+        energy=energy,
+        memory=run.memory,
+        device=run.device,
     )
     write_adapter(run, result, target, out, result.notes)
 
