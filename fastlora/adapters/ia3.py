@@ -15,6 +15,7 @@ from fastlora.core.dtypes import widest
 from fastlora.core.sums import combine_extras, common_base
 from fastlora.core.vector_space import VectorSpace, expression
 from fastlora.errors import InputError
+from fastlora.files.earlier import Overwrite
 
 
 class IA3(Ia3Data, VectorSpace):
@@ -72,13 +73,14 @@ class IA3(Ia3Data, VectorSpace):
         base = replace(self.base, modules_to_save=())
         return replace(self, extras={}, base=base, provenance={"without_extras": self.provenance}, details={})
 
-    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
+    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: Overwrite = False) -> Path:
         """Writes a PEFT directory, atomically: it is complete or not there, and then as it was before.
 
         Args:
             path: the directory to make.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; by default the widest of the inputs.
-            overwrite: replace an earlier output of fastlora; other directories are never replaced.
+            overwrite: replace an earlier output of fastlora, known by what its files say; ``"force"`` replaces
+                whatever is there.
 
         Returns:
             ``path``.

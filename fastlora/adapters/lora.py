@@ -13,14 +13,17 @@ from fastlora import formats
 from fastlora.adapters.tensors import tensors_of, updates_of
 from fastlora.core.data import BaseInfo, LoraData
 from fastlora.core.dtypes import parse_dtype, widest
+from fastlora.core.inert import NO_CHANGE, note_on_zeros
 from fastlora.core.names import check_name
 from fastlora.core.sums import combine_extras, combine_updates, common_base, require_one_device
 from fastlora.core.updates import Update, distinct, replaced
 from fastlora.core.vector_space import VectorSpace, expression
 from fastlora.engine.buffers import moved_once
+from fastlora.engine.checks import require_finite
 from fastlora.engine.materialise import materialise
 from fastlora.engine.spectrum import check_cut, cut, singular_forms
 from fastlora.errors import InputError
+from fastlora.files.earlier import Overwrite
 from fastlora.runtime import devices
 from fastlora.runtime.devices import memory_told
 
@@ -78,12 +81,14 @@ class Adapter(LoraData, VectorSpace):
             InputError: no module, shapes that do not fit, other dtypes, a scaling that is not finite, tensors on
                 different devices, a name that cannot be a folder.
 
-        Cost: no factor is read.
+        Cost: of factors on the CPU, a row of one is looked at: ``notes`` tell of an adapter that changes nothing.
         """
         check_name(name)
         updates = updates_of(tensors, embeddings)
         dtype = widest(d for u in updates.values() for d in u.dtypes())
-        return cls(name, updates, base=BaseInfo(model=base), dtype=dtype)
+        adapter = cls(name, updates, base=BaseInfo(model=base), dtype=dtype)
+        on_host = adapter.device.type == "cpu"  # looking at a device's tensors would wait for it
+        return replace(adapter, notes=tuple(note_on_zeros(name, updates.values()))) if on_host else adapter
 
     def tensors(
         self, dtype: torch.dtype | str | None = None, uniform_rank: int | bool | None = None
@@ -175,10 +180,11 @@ class Adapter(LoraData, VectorSpace):
                 "energy": energy,
                 "retained_energy": kept / total if total > 0 else 1.0,
             },
+            notes=self.notes if total > 0 else (*self.notes, NO_CHANGE),
             details={"retained_energy": {m: f.retained for m, f in forms.items()}},
         )
 
-    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
+    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: Overwrite = False) -> Path:
         """Writes a PEFT directory, atomically: it is complete or not there, and then as it was before.
 
         Every module is saved with ``B [n, r]``, ``A [r, m]`` and the scaling inside ``B`` (``lora_alpha = r``), so that
@@ -187,7 +193,8 @@ class Adapter(LoraData, VectorSpace):
         Args:
             path: the directory to make.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; by default the widest of the inputs.
-            overwrite: replace an earlier output of fastlora; other directories are never replaced.
+            overwrite: replace an earlier output of fastlora, known by what its files say; ``"force"`` replaces
+                whatever is there.
 
         Returns:
             ``path``.
@@ -210,7 +217,7 @@ class Adapter(LoraData, VectorSpace):
     def weighted_sum(cls, terms: Sequence[tuple[float, Adapter]], name: str | None = None) -> Adapter:
         """``ΔW = Σ_i w_i ΔW_i`` in every module, exactly: ``B = [w_1 s_1 B_1 | …]`` and ``A = [A_1; …]``.
 
-        The rank of a module is ``Σ_i r_i``; terms of weight 0 add nothing.
+        The rank of a module is ``Σ_i r_i``; terms of weight 0 add nothing, and are looked at for NaN and Inf.
 
         Args:
             terms: ``(w_i, adapter)``, one pair at the least; the weights are finite.
@@ -219,11 +226,14 @@ class Adapter(LoraData, VectorSpace):
         Raises:
             InputError: different shapes, layouts, devices or repeated layers; biases or replaced modules that cannot
                 be summed.
+            NonFiniteError: a factor that holds NaN or Inf, of an adapter whose weight is 0. Others are found when the
+                sum is used.
 
-        Cost: no factor is read until the sum is used.
+        Cost: no factor is read until the sum is used, except for those of weight 0.
         """
         adapters = [a for _, a in terms]
         require_one_device(adapters)
+        require_finite(a for w, a in terms if w == 0.0)  # no factor of these is read later
         modules = list(dict.fromkeys(m for a in adapters for m in a.updates))
         return cls(
             name or expression([(w, a.name) for w, a in terms]),

@@ -113,6 +113,11 @@ class Pool:
         """Every module that some adapter has, in order of first appearance."""
         return list(self._owners)
 
+    @property
+    def told(self) -> list[str]:
+        """What a user should know: the :attr:`notices`, and the notes of the adapters."""
+        return list(dict.fromkeys([*self.notices, *(note for a in self._adapters.values() for note in a.notes)]))
+
     def present(self, module: str) -> list[int]:
         """Positions in the pool of the adapters that have ``module``, ascending; empty for an unknown module."""
         return list(self._owners.get(module, ()))

@@ -16,6 +16,7 @@ from fastlora.adapters.lora import Adapter
 from fastlora.core.data import DeltaData
 from fastlora.core.vector_space import VectorSpace, expression
 from fastlora.errors import InputError, NonFiniteError, OutputError
+from fastlora.files.earlier import Overwrite
 from fastlora.files.shards import read_model
 from fastlora.files.tensor_files import SAFETENSORS
 
@@ -148,13 +149,13 @@ class TaskVector(DeltaData, VectorSpace):
             base_model=base_model,
         )
 
-    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
+    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: Overwrite = False) -> Path:
         """Writes one ``.safetensors`` file, which is complete or not there; :func:`fastlora.load` reads it.
 
         Args:
             path: the file to make; its name ends in ``.safetensors``.
             dtype: ``"float32"`` (the default), ``"bfloat16"``, ``"float16"`` or a torch dtype.
-            overwrite: replace a file that exists.
+            overwrite: replace a file that fastlora wrote; ``"force"`` replaces whatever file is there.
 
         Returns:
             ``path``.
@@ -225,6 +226,8 @@ def task_vector(
             )
         if bool(delta.any()):
             deltas[parameter] = delta.to(_widest((old, new)))
+    if not deltas:
+        notes.append(f"task vector {name!r} changes nothing: the two models have equal parameters")
     if counted:
         notes.append(f"task vector {name!r}: {_listed(counted)} differ and are no parameters, left out")
     return TaskVector(name, deltas, notes=tuple(notes))

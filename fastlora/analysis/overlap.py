@@ -33,7 +33,8 @@ def overlap(pool: Pool, *, device: str | torch.device | None = None) -> Overlap:
     Returns:
         An object with ``names`` and, in their order, ``cosine`` and ``subspace``: float64 ``[k, k]`` over all modules,
         NaN where a pair has no module in common or a zero update. ``cosine`` sums its three products over the modules
-        first; ``subspace`` is the mean over the modules. ``modules`` is ``{module: (cosine, subspace)}``.
+        first; ``subspace`` is the mean over the modules. ``modules`` is ``{module: (cosine, subspace)}``. ``notices``
+        are those of the pool and the notes of its adapters.
 
     Raises:
         InputError: adapters on different devices, a device that cannot be used.
@@ -50,12 +51,14 @@ class Overlap:
 
     ``cosine [k, k]``: ``⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖·‖ΔW_j‖)`` over the modules that both have. ``subspace [k, k]``: mean
     over those modules of ``‖U_iᵀU_j‖_F² / min(q_i, q_j)``. ``modules``: the same two matrices for every module.
+    ``notices``: what a user should know about the pool and its adapters.
     """
 
     names: list[str]
     cosine: Tensor
     subspace: Tensor
     modules: dict[str, tuple[Tensor, Tensor]]
+    notices: tuple[str, ...] = ()
 
 
 def pool_overlap(pool: Pool) -> Overlap:
@@ -84,7 +87,7 @@ def pool_overlap(pool: Pool) -> Overlap:
             counts[index[:, None], index] += known
     cosine = products / (squares * squares.mT).sqrt()
     ordered = {m: modules[m] for m in pool.modules if m in modules}
-    return Overlap(list(pool.names), cosine, shares / counts, ordered)
+    return Overlap(list(pool.names), cosine, shares / counts, ordered, tuple(pool.told))
 
 
 def _similarities(blocks: ChainBlocks, rtols: Sequence[float]) -> tuple[Tensor, Tensor]:

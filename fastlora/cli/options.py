@@ -49,7 +49,8 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N
 Backend = Annotated[str | None, typer.Option(help="Force a backend: cpu, cuda, triton, reference.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report, errors only.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of fastlora.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace whatever is there, also what fastlora did not write.")]
 
 SHARED: dict[str, Any] = {
     "memory": Memory,
@@ -59,6 +60,7 @@ SHARED: dict[str, Any] = {
     "as_json": Json,
     "quiet": Quiet,
     "overwrite": Overwrite,
+    "force": Force,
 }
 """The fields of :class:`Run` as options, in the order of help."""
 

@@ -24,7 +24,7 @@ def output_directory(run: Run, out: Path, inputs: Iterable[Path]) -> OutputDirec
     """The output directory, which a signal removes while it is unfinished."""
     from fastlora.files.output import OutputDirectory
 
-    target = OutputDirectory(out, overwrite=run.overwrite, files=("*.png",))
+    target = OutputDirectory(out, overwrite=run.replace, files=("*.png",))
     target.refuse_inputs(inputs)
     outputs.append(target)
     return target
@@ -34,11 +34,11 @@ def output_target(run: Run, out: Path, inputs: Iterable[Path]) -> OutputDirector
     """The output directory; ``None`` for the file of a task vector."""
     if out.suffix != ".safetensors":
         return output_directory(run, out, inputs)
-    from fastlora.files.output import check_file
+    from fastlora.files.earlier import check_file
 
     if out.resolve() in [p.resolve() for p in inputs]:
         raise InputError(f"the output {out} is an input; write to another file")
-    check_file(out, overwrite=run.overwrite)
+    check_file(out, overwrite=run.replace)
     return None
 
 
@@ -46,9 +46,9 @@ def check_table(run: Run, path: Path | None) -> None:
     """Refuses, before any work, a file for a table that could not be written."""
     if path is None:
         return
-    from fastlora.files.output import check_file
+    from fastlora.files.earlier import check_file
 
-    check_file(path, overwrite=run.overwrite)
+    check_file(path, overwrite=run.replace)
     if not path.absolute().parent.is_dir():
         raise OutputError(f"{path} cannot be written: there is no directory {path.absolute().parent}")
 
@@ -58,7 +58,7 @@ def write_table(run: Run, path: Path, rows: Sequence[Sequence[object]]) -> None:
     from fastlora.files.disk_errors import writing
     from fastlora.files.output import replacing
 
-    with replacing(path, overwrite=run.overwrite) as staging, writing(path):
+    with replacing(path, overwrite=run.replace) as staging, writing(path):
         with staging.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([escaped(c) if isinstance(c, str) else c for c in row] for row in rows)
 
@@ -70,7 +70,7 @@ def write_adapter(run: Run, adapter: Adapter, target: OutputDirectory, out: Path
     with target as staging:
         formats.write_adapter(adapter, staging, run.dtype)
     ranks = [u.rank for u in adapter.updates.values()]
-    retained = adapter.provenance.get("retained_energy")
+    retained = adapter.provenance.get("retained_energy") if any(ranks) else None  # of nothing there is no share
     notes = [*notes, *target.notices]
     if run.as_json:
         data = {"out": str(out), "modules": len(ranks), "rank": max(ranks, default=0), "retained_energy": retained}
@@ -92,7 +92,7 @@ def write_element(run: Run, result: Element, target: OutputDirectory | None, out
         raise InputError(f"the result is {result.kind}, which is written as {needed}; change --out {out}")
     notes = list(result.notes)
     if isinstance(result, TaskVector):
-        result.save(out, dtype=run.dtype, overwrite=run.overwrite)
+        result.save(out, dtype=run.dtype, overwrite=run.replace)
         data = {"kind": "task vector", "parameters": len(result.deltas)}
         said = f"task vector of {len(result.deltas)} parameters"
     else:

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from fastlora.errors import InputError
+from fastlora.files.earlier import Overwrite
 from fastlora.views.text import escaped
 
 
@@ -26,6 +27,7 @@ class Run:
     as_json: bool = False
     quiet: bool = False
     overwrite: bool = False
+    force: bool = False
     stack: ExitStack = field(default_factory=ExitStack, repr=False)
     """What is switched on until the command ends."""
 
@@ -42,6 +44,11 @@ class Run:
         bound = memory.parse(self.memory)
         if self.on_host:  # else it is the device's memory that is bounded
             self.stack.enter_context(memory.bounded(bound))
+
+    @property
+    def replace(self) -> Overwrite:
+        """What may be replaced of what exists."""
+        return "force" if self.force else self.overwrite
 
     @property
     def on_host(self) -> bool:

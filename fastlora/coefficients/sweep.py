@@ -23,6 +23,7 @@ from fastlora.expressions.compose import compose
 from fastlora.expressions.functions import WORDS
 from fastlora.expressions.grammar import bind, parse
 from fastlora.files.disk_errors import writing
+from fastlora.files.earlier import Overwrite
 from fastlora.files.output import replacing
 from fastlora.files.pictures import check_picture
 from fastlora.runtime.progress import track
@@ -110,12 +111,13 @@ class Sweep:
     def _known(self, name: str) -> list[Row]:
         return [r for r in self.rows if not math.isnan(r.scores.get(name, math.nan))]
 
-    def plot(self, path: str | Path, *, overwrite: bool = False) -> Path:
+    def plot(self, path: str | Path, *, overwrite: Overwrite = False) -> Path:
         """Draws the scores into the file ``path`` (``.png``, ``.pdf``, ``.svg`` or ``.jpg``).
 
-        One variable gives curves, two give a map, and more give the scores in the order of the rows. An existing file
-        is replaced with ``overwrite=True`` only. Needs matplotlib (``pip install fastlora[plot]``). Raises
-        :class:`InputError` without rows or for another ending, :class:`OutputError` for a path that cannot be written.
+        One variable gives curves, two give a map, and more give the scores in the order of the rows. A picture that
+        fastlora drew is replaced with ``overwrite=True``, any file with ``overwrite="force"``. Needs matplotlib
+        (``pip install fastlora[plot]``). Raises :class:`InputError` without rows or for another ending,
+        :class:`OutputError` for a path that cannot be written.
         """
         check_picture(Path(path), overwrite)
         self._score(None)
@@ -142,7 +144,7 @@ class Sweep:
         """
         path = Path(path)
         text = json.dumps(self.as_dict(), allow_nan=False, indent=1) + "\n"
-        with replacing(path, overwrite=True) as staging, writing(path):
+        with replacing(path, overwrite="force") as staging, writing(path):
             staging.write_text(text, encoding="utf-8")
         return path
 

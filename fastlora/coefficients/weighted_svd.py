@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.dtypes import widest
+from fastlora.core.inert import NO_CHANGE
 from fastlora.core.sums import combine_extras, common_base
 from fastlora.core.updates import Update
 from fastlora.engine.blocks import read_pair_blocks
@@ -45,9 +46,10 @@ class WeightedSVD:
             if not bool((total.abs() <= LARGEST).all()):  # not so with NaN, either
                 raise InputError(f"the weighted sum overflows: lower the weights {given}")
             cut_updates = frames.updates(total, frames.right_of_total(scales), frames.cut(given, rank, energy))
-            for module, (update, kept, whole) in cut_updates.items():
-                updates[module], squares[module] = update, (kept, whole)
+            for module, (update, kept, of_all) in cut_updates.items():
+                updates[module], squares[module] = update, (kept, of_all)
         share, shares = retained(squares)
+        whole = [total for _, total in squares.values()]
         return Adapter(
             "svd",
             {m: updates[m] for m in self.pool.modules},
@@ -60,6 +62,8 @@ class WeightedSVD:
                 "energy": energy,
                 "retained_energy": share,
             },
-            notes=tuple(dict.fromkeys(n for a in self.pool.adapters for n in a.notes)),
+            notes=tuple(
+                dict.fromkeys([*(n for a in self.pool.adapters for n in a.notes), *([] if any(whole) else [NO_CHANGE])])
+            ),
             details={"retained_energy": shares},
         )

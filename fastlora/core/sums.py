@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,6 +16,9 @@ from fastlora.errors import InputError
 
 WithExtras = LoraData | Ia3Data
 """The kinds that may hold biases and replaced modules."""
+
+SUM_TOLERANCE = 1e-9
+"""Of sums of weights: decimals such as 0.1 have no exact float."""
 
 
 def require_one_device(adapters: Sequence[LoraData]) -> None:
@@ -57,24 +61,62 @@ def sum_updates(terms: Sequence[tuple[float, Update]]) -> Update:
 
 
 def combine_extras(terms: Sequence[tuple[float, WithExtras]]) -> dict[str, Extra]:
-    """Extras of a sum: known deltas add up; a replaced value is kept where the sum leaves it as it is, else refused."""
-    alone = len(terms) == 1 and terms[0][0] == 1.0
-    total: dict[str, Tensor] = {}
-    values: dict[str, Extra] = {}
+    """Extras of a sum: known changes add up; a replaced value is kept where the sum leaves it as it is, else refused.
+
+    With a value ``v`` that all adapters have alike, ``base + Σ_i w_i (v − base)`` is ``v`` where the weights add up to
+    one, and the base model's own where they add up to zero, whatever the base model is.
+    """
+    changes: dict[str, Tensor] = {}
+    owners: dict[str, list[tuple[float, WithExtras]]] = {}
     for weight, adapter in terms:
         for name, extra in adapter.extras.items():
-            if extra.kind == "delta":
-                part = weight * extra.tensor.double()
-                total[name] = total[name] + part if name in total else part
-            elif alone or is_base_copy(name, extra, terms):
-                values[name] = extra
-            elif weight != 0.0:
-                raise InputError(
-                    f"adapter {adapter.name!r} replaces {name} of its base model (modules_to_save or trained "
-                    "biases), and its change cannot be computed without the base model, so it cannot be scaled or "
-                    "added. Use `adapter.without_extras()` (`--drop-extras`) to leave such parameters out"
-                )
-    return values | {name: Extra("delta", t.float()) for name, t in total.items()}
+            if extra.kind == "value":
+                owners.setdefault(name, []).append((weight, adapter))
+                continue
+            part = weight * extra.tensor.double()
+            changes[name] = changes[name] + part if name in changes else part
+    values: dict[str, Extra] = {}
+    for name, of_name in owners.items():
+        value = _kept_value(name, of_name, terms)
+        if value is not None and name in changes:  # both are known: what is replaced, and what is added to it
+            values[name] = Extra("value", (value.tensor.double() + changes.pop(name)).to(value.tensor.dtype))
+        elif value is not None:
+            values[name] = value
+    return values | {name: Extra("delta", t.float()) for name, t in changes.items()}
+
+
+def _kept_value(
+    name: str, owners: Sequence[tuple[float, WithExtras]], terms: Sequence[tuple[float, WithExtras]]
+) -> Extra | None:
+    """The value that a sum has for the parameter ``name``; ``None`` for that of the base model."""
+    first = owners[0][1].extras[name]
+    if is_base_copy(name, first, terms):
+        return first
+    counted = [(w, a) for w, a in owners if w != 0.0]
+    if not counted:
+        return None
+    value = counted[0][1].extras[name]
+    lacking = next((a.name for w, a in terms if w != 0.0 and name not in a.extras), None)
+    if all(_equal(a.extras[name].tensor, value.tensor) for _, a in counted):
+        total = math.fsum(w for w, _ in counted)
+        if lacking is None and math.isclose(total, 1.0, rel_tol=SUM_TOLERANCE):
+            return value
+        if abs(total) <= SUM_TOLERANCE * math.fsum(abs(w) for w, _ in counted):
+            return None
+        found = f"here they add up to {total:g}" if lacking is None else f"here {lacking!r} has none"
+    else:
+        found = f"here {counted[0][1].name!r} and others have different ones"
+    raise InputError(
+        f"adapter {counted[0][1].name!r} replaces {name} of its base model (modules_to_save or trained biases), and "
+        "its change cannot be computed without the base model, so it cannot be scaled or added. It is kept where all "
+        f"have the same and the weights add up to 1; {found}. Use `adapter.without_extras()` "
+        "(`--drop-extras`) to leave such parameters out"
+    )
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two parameters are the same, bit for bit."""
+    return first is second or (first.dtype == second.dtype and torch.equal(first, second))
 
 
 def is_base_copy(name: str, extra: Extra, terms: Sequence[tuple[float, WithExtras]]) -> bool:
@@ -85,7 +127,7 @@ def is_base_copy(name: str, extra: Extra, terms: Sequence[tuple[float, WithExtra
     module = name.removesuffix(".weight")
     if module == name or not all(module in a for _, a in terms if name in a.extras):
         return False
-    return all(torch.equal(a.extras[name].tensor, extra.tensor) for _, a in terms if name in a.extras)
+    return all(_equal(a.extras[name].tensor, extra.tensor) for _, a in terms if name in a.extras)
 
 
 def common_base(adapters: Sequence[WithExtras]) -> BaseInfo:

@@ -93,4 +93,5 @@ class Components:
             "pool": {n: self.pool[n].provenance for n in self.pool.names},
         }
         dtype = widest(self.pool[n].dtype for n in names) if self.dtype is None else self.dtype
-        return Adapter(part, updates, base=base, dtype=dtype, provenance=provenance, extras=extras or {})
+        notes = tuple(dict.fromkeys(note for n in names for note in self.pool[n].notes))
+        return Adapter(part, updates, base=base, dtype=dtype, provenance=provenance, extras=extras or {}, notes=notes)

@@ -15,6 +15,7 @@ from fastlora.decomposition.devec import ModuleResult, Settings, shared_directio
 from fastlora.decomposition.result import Decomposition
 from fastlora.engine import stream as streams
 from fastlora.engine.blocks import read_chain_blocks
+from fastlora.engine.checks import require_finite_extras
 from fastlora.engine.schedule import GroupPart, parts, rtol_or_default
 from fastlora.errors import InputError
 from fastlora.ops.chain import check_cuts
@@ -78,6 +79,7 @@ def decompose(
         raise InputError("give a rank or an energy cut, not both")
     if len(pool) < 2:
         raise InputError("decompose: a pool of one adapter has nothing to share; give two adapters or more")
+    require_finite_extras(pool.adapters)
     settings = devec.Settings(float(threshold), chain, side, rank, energy, rtol)
     placed = place(pool.adapters, devices.parse(device) or pool.device, memory)
     pool = pool.to(placed.device)

@@ -230,7 +230,8 @@ def _lost(rows: list[ModuleRow]) -> str:
 
 
 def _notices(components: Components, rows: list[ModuleRow]) -> list[str]:
-    pool, notices = components.pool, []
+    pool = components.pool
+    notices = [note for adapter in pool.adapters for note in adapter.notes]
     alone = [m for m in pool.modules if m not in components.results]
     if alone:
         notices.append(

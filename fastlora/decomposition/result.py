@@ -20,6 +20,7 @@ from fastlora.engine.schedule import split_to_fit
 from fastlora.engine.stream import Stream, streamed
 from fastlora.engine.write import WRITE_BYTES
 from fastlora.errors import InputError
+from fastlora.files.earlier import Overwrite
 from fastlora.files.output import OutputDirectory
 from fastlora.formats import write_adapters
 from fastlora.runtime.memory import bounded
@@ -200,13 +201,14 @@ class Decomposition:
                     adapters |= {f"pairs/{a}+{b}/unique/{n}": pair.unique_of(n) for n in (a, b)}
                 yield adapters
 
-    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
+    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: Overwrite = False) -> Path:
         """Writes every part as a PEFT directory, and ``report.json``, below ``path``: complete or not at all.
 
         Args:
             path: the directory to make; :meth:`adapters` has the names of the folders in it.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; by default each part's own.
-            overwrite: replace an earlier output of fastlora; other directories are never replaced.
+            overwrite: replace an earlier output of fastlora, known by what its files say; ``"force"`` replaces
+                whatever is there.
 
         Returns:
             ``path``.

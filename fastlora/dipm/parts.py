@@ -124,7 +124,7 @@ class Parts:
                 "on": self.on,
                 "operators": operators,
             },
-            notes=(*self.adapter.notes, *notes),
+            notes=tuple(dict.fromkeys([*(note for a in adapters for note in a.notes), *notes])),
         )
 
     def __repr__(self) -> str:

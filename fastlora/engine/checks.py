@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from fastlora.core.data import LoraData
+from fastlora.core.data import Ia3Data, LoraData
 from fastlora.core.updates import sources
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.ops.eigh import NOT_FINITE
@@ -25,6 +25,23 @@ def require_finite(adapters: Iterable[LoraData]) -> None:
                     if not is_finite(term.source):
                         raise not_finite(adapter.name, module, factor.side)
             release(sources([adapter.updates[module]]))
+
+
+def require_finite_extras(adapters: Iterable[LoraData | Ia3Data]) -> None:
+    """Raises for the first bias or replaced module that holds NaN or Inf: like a factor, it would spoil a result.
+
+    Costs one read of what the adapters hold beside their updates.
+    """
+    for adapter in adapters:
+        for name, extra in adapter.extras.items():
+            tensor = extra.tensor
+            if tensor.is_floating_point() and not is_finite(tensor.detach().reshape(1, -1)):
+                raise NonFiniteError(
+                    f"adapter {adapter.name!r}: {name}, which it holds beside its updates (modules_to_save or a "
+                    "trained bias), holds NaN or Inf. Leave such parameters out with `adapter.without_extras()` "
+                    "(`--drop-extras`), or save the adapter again from a training step that did not diverge"
+                )
+            release([tensor])
 
 
 def not_finite(adapter: str, module: str, side: str) -> NonFiniteError:

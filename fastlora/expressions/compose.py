@@ -17,7 +17,7 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.adapters.task_vector import TaskVector
 from fastlora.core.vector_space import VectorSpace, linear, require_one_kind
-from fastlora.engine.checks import require_finite
+from fastlora.engine.checks import require_finite, require_finite_extras
 from fastlora.errors import InputError
 from fastlora.expressions.check import Checker, number, options
 from fastlora.expressions.functions import FUNCTIONS, WORDS, Placement
@@ -113,6 +113,7 @@ def _prepare(
             element = element.without_extras()
         elements[name] = _moved(replace(element, name=name), where)
     notices: list[str] = []
+    require_finite_extras(e for e in elements.values() if isinstance(e, Adapter | IA3))
     updates = [e for e in elements.values() if isinstance(e, Adapter)]
     if updates:
         require_finite(updates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 from pathlib import Path
@@ -18,12 +19,21 @@ def require_file(path: Path, most: int | None = None) -> None:
     try:
         status = path.stat()
     except OSError as error:
+        refuse_dangling(path)
         raise InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from None
     if not stat.S_ISREG(status.st_mode):
         what = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise InputError(f"{path} is {what}, a file is needed; copy or download the adapter again")
     if most is not None and status.st_size > most:
         raise InputError(f"{path} has {status.st_size} bytes, more than {most}; it is no such file")
+
+
+def refuse_dangling(path: Path) -> None:
+    """Refuses a link whose target does not exist, as caches leave them whose files were deleted."""
+    if path.is_symlink() and not path.exists():
+        raise InputError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist; copy or download what it stands for again"
+        )
 
 
 def parse_object(raw: bytes, what: str) -> dict[str, Any]:

@@ -7,21 +7,16 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 
 from fastlora.errors import OutputError
 from fastlora.files.disk_errors import PARTIAL, translated, writing
+from fastlora.files.earlier import Overwrite, check_file, foreign_files
 
-OUTPUT_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "report.*",
-    "README.md",
-)
-"""What an earlier output consists of: only such files are ever deleted by overwriting."""
+OUTPUT_FILES = ("adapter_config.json", "adapter_model.safetensors", "report.json")
+"""What an earlier output consists of, where the files say that fastlora wrote them: only such files are ever deleted by
+overwriting."""
 
 REPLACED = re.compile(r"\..+\.replaced-(\d+)(-\d+)?")
 
@@ -32,7 +27,8 @@ class OutputDirectory:
 
     The staging directory ``.<name>.partial-<pid>`` lies beside the target. It is renamed
     when the block ends, and removed when the block raises; until the rename the target is as it was. With
-    ``overwrite`` an earlier output is moved aside and deleted only after the new one is in place.
+    ``overwrite`` an earlier output is moved aside and deleted only after the new one is in place; with
+    ``overwrite="force"`` so is whatever is there.
 
     Raises :class:`OutputError`: from the constructor, before any work, when the target exists (without
     ``overwrite``), is no earlier output (with it) or cannot be written; from the block when writing fails.
@@ -40,7 +36,7 @@ class OutputDirectory:
     name patterns that an earlier output may hold beside :data:`OUTPUT_FILES`.
     """
 
-    def __init__(self, path: str | Path, *, overwrite: bool = False, files: Iterable[str] = ()) -> None:
+    def __init__(self, path: str | Path, *, overwrite: Overwrite = False, files: Iterable[str] = ()) -> None:
         self.path = Path(path).expanduser().resolve()
         self.overwrite = overwrite
         self.notices: list[str] = []
@@ -114,18 +110,31 @@ class OutputDirectory:
     def _check_target(self) -> None:
         if not os.path.lexists(self.path):
             return
+        if self.overwrite == "force":
+            self._check_force()
+            return
         if not self.path.is_dir():
-            raise OutputError(f"the output {self.path} exists and is a file; choose another name")
+            raise OutputError(
+                f"the output {self.path} exists and is a file; choose another name, or replace it with --force "
+                "(overwrite='force')"
+            )
         if not self.overwrite:
             raise OutputError(
                 f"the output {self.path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
             )
-        foreign = next(_foreign_files(self.path, self._files), None)
+        foreign = next(foreign_files(self.path, self._files), None)
         if foreign is not None:
             raise OutputError(
-                f"the output {self.path} exists and is no earlier output: it holds "
-                f"{foreign.relative_to(self.path)}, which overwriting would delete; choose another name"
+                f"the output {self.path} exists and is no earlier output: it holds {foreign.relative_to(self.path)}, "
+                "which fastlora did not write and overwriting would delete; choose another name, or replace it with "
+                "--force (overwrite='force')"
             )
+
+    def _check_force(self) -> None:
+        """Even by force, no folder is replaced that the user stands in or lives in."""
+        for place, what in ((Path.cwd(), "the current directory"), (Path.home(), "the home directory")):
+            if self.path == place or self.path in place.parents:
+                raise OutputError(f"the output {self.path} is or holds {what}; choose another name")
 
     def _check_parent(self) -> None:
         parent = next(p for p in self.path.parents if os.path.lexists(p))
@@ -154,13 +163,15 @@ class OutputDirectory:
             return
         old = next(name for name in _names_beside(self.path, "replaced") if _made(name))
         try:
-            os.rename(self.path, old)
+            moved = old if self.path.is_dir() else old / self.path.name  # a file is put into a directory
+            os.rename(self.path, moved)
             os.rename(staging, self.path)
         except BaseException:
             if os.path.lexists(self.path):
                 shutil.rmtree(old, ignore_errors=True)
             else:
-                os.rename(old, self.path)
+                os.rename(moved, self.path)
+                shutil.rmtree(old, ignore_errors=True)
             raise
         self._replaced = old
         shutil.rmtree(old, ignore_errors=True)
@@ -169,11 +180,11 @@ class OutputDirectory:
 
 
 @contextmanager
-def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def replacing(path: Path, *, overwrite: Overwrite) -> Iterator[Path]:
     """``with replacing(path, overwrite=…) as staging:`` — the file that is written to ``staging`` becomes ``path`` at
     the end, and is removed when the block raises.
 
-    Raises :class:`OutputError` when ``path`` exists without ``overwrite``, is no file, or cannot be written.
+    Raises :class:`OutputError` when ``path`` exists and may not be replaced, is no file, or cannot be written.
     """
     check_file(path, overwrite=overwrite)
     with writing(path):
@@ -185,27 +196,6 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
             os.replace(staging, path)
     finally:
         staging.unlink(missing_ok=True)
-
-
-def check_file(path: Path, *, overwrite: bool) -> None:
-    """Refuses a file as output that exists, without ``overwrite``, and what is no file."""
-    if path.is_dir():
-        raise OutputError(f"the output {path} is a directory; give a file name")
-    if os.path.lexists(path) and not overwrite:
-        raise OutputError(
-            f"the output {path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
-        )
-
-
-def _foreign_files(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
-    for folder, folders, files in os.walk(directory):
-        folders.sort()
-        for name in sorted(files):
-            if not any(fnmatch(name, p) for p in patterns):
-                yield Path(folder, name)
-        for name in folders:
-            if Path(folder, name).is_symlink():
-                yield Path(folder, name)
 
 
 def _names_beside(path: Path, kind: str) -> Iterator[Path]:

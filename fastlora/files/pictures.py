@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.errors import InputError, OutputError
+from fastlora.files.earlier import MARK, Overwrite, check_file
 
 
 def require_matplotlib() -> None:
@@ -17,21 +18,28 @@ def require_matplotlib() -> None:
         raise InputError("plots need matplotlib: `pip install fastlora[plot]`") from None
 
 
-def check_picture(path: Path, overwrite: bool = False) -> None:
+def check_picture(path: Path, overwrite: Overwrite = False) -> None:
     """Refuses, before any work, a picture that could not be written."""
     require_matplotlib()
     from matplotlib.backend_bases import FigureCanvasBase
 
     if _format(path) not in FigureCanvasBase.get_supported_filetypes():
         raise InputError(f"{path} is no name for a picture: end it in .png, .pdf, .svg or .jpg")
-    if path.is_dir() or (os.path.lexists(path) and not overwrite):
-        raise OutputError(f"{path} exists; choose another name" + ("" if path.is_dir() else ", or use --overwrite"))
+    check_file(path, overwrite=overwrite)
     if not path.absolute().parent.is_dir():
         raise OutputError(f"{path} cannot be written: there is no directory {path.absolute().parent}")
 
 
 def _format(path: Path) -> str:
     return path.suffix[1:].lower()
+
+
+def _marked(format: str) -> dict[str, Any]:
+    """What makes a picture say who wrote it, where its format can."""
+    if format in ("jpg", "jpeg"):
+        return {"pil_kwargs": {"comment": MARK.encode()}}
+    field = {"png": "Software", "pdf": "Creator", "svg": "Creator", "eps": "Creator", "ps": "Creator"}.get(format)
+    return {} if field is None else {"metadata": {field: MARK}}
 
 
 def load_pyplot() -> Any:
@@ -49,7 +57,7 @@ def save_picture(figure: Any, path: Path) -> Path:
     """Writes a picture that exists whole or not at all."""
     unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        figure.savefig(unfinished, format=_format(path), dpi=150, bbox_inches="tight")
+        figure.savefig(unfinished, format=_format(path), dpi=150, bbox_inches="tight", **_marked(_format(path)))
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, cast
@@ -17,16 +18,21 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from fastlora.core.data import AdapterData, LoraData
+from fastlora.core.data import AdapterData, Ia3Data, LoraData
 from fastlora.core.dtypes import parse_dtype
 from fastlora.core.names import CONFIG_NAME, check_name
 from fastlora.engine import write as engine
+from fastlora.engine.checks import require_finite_extras
 from fastlora.engine.contracts import Sink
 from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.files.disk_errors import partial_of
+from fastlora.files.earlier import Overwrite
 from fastlora.files.locate import find
 from fastlora.files.output import OutputDirectory, replacing
 from fastlora.files.tensor_files import SAFETENSORS
+
+LISTED = 8
+"""Folders that a message names."""
 
 
 class Format(Protocol):
@@ -87,7 +93,9 @@ def read(path: str | Path, name: str | None = None) -> AdapterData:
     raise AssertionError("unreachable")
 
 
-def save(record: AdapterData, path: Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Path:
+def save(
+    record: AdapterData, path: Path, *, dtype: torch.dtype | str | None = None, overwrite: Overwrite = False
+) -> Path:
     """Writes one adapter, atomically: a directory, or the one file of a format that has a suffix.
 
     ``dtype=None`` keeps the widest dtype of the inputs (task vectors: float32).
@@ -111,6 +119,7 @@ def write_adapter(record: AdapterData, directory: Path, dtype: torch.dtype | str
     if isinstance(record, LoraData):
         write_adapters({directory: record}, dtype)
     else:
+        require_finite_extras([record] if isinstance(record, Ia3Data) else [])
         writer_of(record).write(directory, record, dtype)
 
 
@@ -123,6 +132,7 @@ def write_adapters(
 
     ``meanwhile`` is called while the last of them are written; see :func:`fastlora.engine.write.write_adapters`.
     """
+    require_finite_extras(adapters.values())
     targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
     engine.write_adapters(adapters, targets, _open_sink, meanwhile)
 
@@ -146,11 +156,12 @@ def _refuse_file(path: Path) -> None:
 
 
 def _refuse_directory(directory: Path) -> None:
-    inside = sorted(p.parent.name for p in directory.glob(f"*/{CONFIG_NAME}"))
+    inside = _adapters_below(directory)
     if inside:
+        more = f" and {len(inside) - LISTED} more" if len(inside) > LISTED else ""
         raise InputError(
-            f"{directory} holds {len(inside)} adapters ({', '.join(inside[:4])}) and is none itself; pass "
-            f"one of them, for example {directory / inside[0]}"
+            f"{directory} holds {len(inside)} adapters ({', '.join(inside[:LISTED])}{more}) and is none itself; pass "
+            f"one of them, for example {directory / inside[-1]}"
         )
     if (directory / "config.json").exists():
         raise InputError(
@@ -162,3 +173,13 @@ def _refuse_directory(directory: Path) -> None:
         f"{directory} has no {CONFIG_NAME} (found: {found}); pass the directory that "
         "`model.save_pretrained(...)` of a PEFT model wrote"
     )
+
+
+def _adapters_below(directory: Path) -> list[str]:
+    """Folders in a folder, or in those, that are adapters of PEFT, ``checkpoint-9`` before ``checkpoint-10``."""
+    depths = (f"*/{CONFIG_NAME}", f"*/*/{CONFIG_NAME}", f"*/*/*/{CONFIG_NAME}")
+    for depth in depths:
+        folders = [str(p.parent.relative_to(directory)) for p in directory.glob(depth)]
+        if folders:
+            return sorted(folders, key=lambda name: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", name)])
+    return []

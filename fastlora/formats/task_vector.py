@@ -43,8 +43,10 @@ def read(path: Path, name: str) -> DeltaData:
             raise InputError(f"{path}: {parameter} is {str(delta.dtype)[6:]}, which is no change of a parameter")
         if not is_finite(delta.reshape(1, -1)):
             raise NonFiniteError(f"{path}: {parameter} holds NaN or Inf; make the task vector again")
+    name = name.removesuffix(SUFFIX)
+    notes = () if any(bool(d.any()) for d in deltas.values()) else (f"task vector {name!r} changes nothing",)
     provenance = _metadata(path).get("provenance")
-    return DeltaData(name.removesuffix(SUFFIX), deltas, provenance=provenance if isinstance(provenance, dict) else {})
+    return DeltaData(name, deltas, notes=notes, provenance=provenance if isinstance(provenance, dict) else {})
 
 
 def write(path: Path, vector: AdapterData, dtype: torch.dtype | str | None) -> None:

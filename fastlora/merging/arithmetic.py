@@ -13,6 +13,7 @@ from fastlora.core.factors import add as add_factors
 from fastlora.core.sums import combine_extras, common_base
 from fastlora.core.updates import Update
 from fastlora.core.vector_space import VectorSpace, expression, linear, require_one_kind
+from fastlora.engine.checks import require_finite
 from fastlora.errors import InputError
 
 SEMANTICS = ("exact", "pem")
@@ -171,6 +172,7 @@ def _elementwise(terms: Sequence[tuple[float, float, X]], name: str, operation: 
     first = kept[0][2]
     used: list[dict[str, object]] = [{"weight": b, "of": x.provenance} for b, _, x in terms]
     if isinstance(first, Adapter):
+        require_finite(x for b, a, x in terms if (b, a) == (0.0, 0.0) and isinstance(x, Adapter))
         result: X = _elementwise_lora(kept, name)  # type: ignore[arg-type, assignment]
         used = [{"weight_A": a, **term} for (_, a, _), term in zip(terms, used, strict=True)]
     else:

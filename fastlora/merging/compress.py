@@ -7,6 +7,7 @@ import torch
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.placing import place
 from fastlora.adapters.pool import require_updates
+from fastlora.engine.checks import require_finite_extras
 from fastlora.runtime import devices
 
 
@@ -45,6 +46,7 @@ def compress(
     Cost: one read of the factors and ``O(r³)`` operations a module.
     """
     given = require_updates(adapter, "compress")
+    require_finite_extras([given])
     placed = place([given], devices.parse(device) or given.device, memory)
     with placed.in_use():
         return given.to(placed.device).compress(rank, energy=energy)

@@ -10,7 +10,7 @@ import torch
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.placing import place
 from fastlora.adapters.pool import Pool
-from fastlora.engine.checks import require_finite
+from fastlora.engine.checks import require_finite, require_finite_extras
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.merging.registry import Method, all_methods, find_method
 from fastlora.runtime import devices
@@ -66,6 +66,7 @@ def merge(
     """
     chosen = find_method(method)
     counted, notes = full_weights(pool, weights)
+    require_finite_extras(pool.adapters)
     placed = place(pool.adapters, devices.parse(device) or pool.device, memory)
     pool = pool.to(placed.device)
     try:

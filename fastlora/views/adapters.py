@@ -11,6 +11,7 @@ from fastlora.adapters.ia3 import IA3
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.task_vector import TaskVector
 from fastlora.core.data import Extra
+from fastlora.engine.checks import require_finite_extras
 from fastlora.engine.spectrum import singular_forms
 from fastlora.views.tables import ROWS, Data, Table, print_extras, without_common
 from fastlora.views.text import print_paragraph
@@ -25,6 +26,7 @@ def describe(element: object) -> Data:
 @describe.register
 def adapter_data(adapter: Adapter) -> Data:
     """Every module with its singular values; costs one read of the factors."""
+    require_finite_extras([adapter])
     forms = singular_forms(adapter.name, adapter.updates)
     modules = {
         module: {
@@ -54,6 +56,7 @@ def adapter_data(adapter: Adapter) -> Data:
 @describe.register
 def ia3_data(adapter: IA3) -> Data:
     """Every vector in numbers; ``change`` is ``‖l − 1‖/√d``, the root mean square distance from no change."""
+    require_finite_extras([adapter])
     modules = {}
     for module, scaling in adapter.vectors.items():
         vector = adapter.vector(module)

@@ -145,6 +145,7 @@ def overlap_data(result: Overlap) -> Data:
         "cosine": result.cosine.tolist(),
         "subspace": result.subspace.tolist(),
         "modules": modules,
+        "notices": list(result.notices),
     }
 
 

@@ -110,6 +110,8 @@ def test_a_table_that_exists_is_kept(pool: Path, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("mine")
     assert "x.csv exists" in refused("overlap", pool, "--csv", "x.csv", cwd=tmp_path)
     assert "there is no directory" in refused("overlap", pool, "--csv", "no/x.csv", cwd=tmp_path)
+    assert "--force" in refused("overlap", pool, "--csv", "x.csv", "--overwrite", cwd=tmp_path)
+    done("overlap", pool, "--csv", "x.csv", "--force", "-q", cwd=tmp_path)
     done("overlap", pool, "--csv", "x.csv", "--overwrite", "-q", cwd=tmp_path)
     assert rows(tmp_path / "x.csv")[0][0] == "similarity"
 

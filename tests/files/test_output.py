@@ -22,12 +22,21 @@ def left_in(directory: Path) -> list[str]:
     return sorted(p.name for p in directory.iterdir())
 
 
+EARLIER = '{"mode": "pool", "reports": []}'
+
+
 def earlier(path: Path) -> Path:
     path.mkdir(parents=True)
-    (path / "report.json").write_text("earlier")
+    (path / "report.json").write_text(EARLIER)
     (path / "unique" / "med").mkdir(parents=True)
     (path / "unique" / "med" / "adapter_config.json").write_text("{}")
+    marked(path / "unique" / "med" / "adapter_model.safetensors")
     return path
+
+
+def marked(file: Path) -> None:
+    """A file of tensors that says that fastlora wrote it."""
+    save_file({"a": torch.zeros(1)}, file, {"fastlora": "{}"})
 
 
 def test_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -65,7 +74,7 @@ def test_overwriting_replaces_all_of_an_earlier_output(tmp_path: Path) -> None:
     target = earlier(tmp_path / "out")
     with OutputDirectory(target, overwrite=True) as staging:
         (staging / "adapter_config.json").write_text("new")
-        assert (target / "report.json").read_text() == "earlier"
+        assert (target / "report.json").read_text() == EARLIER
     assert left_in(target) == ["adapter_config.json"] and left_in(tmp_path) == ["out"]
 
 
@@ -74,7 +83,7 @@ def test_a_failed_overwrite_keeps_the_earlier_output(tmp_path: Path) -> None:
     with pytest.raises(ValueError), OutputDirectory(target, overwrite=True) as staging:
         (staging / "report.json").write_text("new")
         raise ValueError
-    assert (target / "report.json").read_text() == "earlier" and left_in(tmp_path) == ["out"]
+    assert (target / "report.json").read_text() == EARLIER and left_in(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("failing", [1, 2], ids=["moving aside", "putting in place"])
@@ -93,7 +102,7 @@ def test_an_interrupted_exchange_keeps_the_earlier_output(
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(KeyboardInterrupt), OutputDirectory(target, overwrite=True) as staging:
         (staging / "report.json").write_text("new")
-    assert (target / "report.json").read_text() == "earlier" and left_in(tmp_path) == ["out"]
+    assert (target / "report.json").read_text() == EARLIER and left_in(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("foreign", ["thesis.tex", "unique/photo.jpg", ".bashrc", "model.safetensors"])
@@ -105,17 +114,60 @@ def test_overwriting_never_deletes_what_is_no_output(tmp_path: Path, foreign: st
     assert (target / foreign).read_text() == "precious"
 
 
+@pytest.mark.parametrize("foreign", ["adapter_model.safetensors", "unique/med/report.json", "README.md", "x.png"])
+def test_overwriting_looks_at_what_files_say(tmp_path: Path, foreign: str) -> None:
+    """A file of a usual name that somebody else wrote is nobody's earlier output."""
+    target = earlier(tmp_path / "out")
+    save_file({"a": torch.zeros(1)}, target / foreign)
+    with pytest.raises(OutputError, match=f"holds {foreign}.*--force"):
+        OutputDirectory(target, overwrite=True, files=["*.png"])
+
+
+def test_force_replaces_what_is_there(tmp_path: Path) -> None:
+    target = earlier(tmp_path / "out")
+    (target / "thesis.tex").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("out", "file"):
+        with OutputDirectory(tmp_path / name, overwrite="force") as staging:
+            (staging / "report.json").write_text("new")
+        assert left_in(tmp_path / name) == ["report.json"]
+    assert left_in(tmp_path) == ["file", "out"]
+
+
+def test_a_failed_force_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("precious")
+    real = os.rename
+
+    def rename(source: Path, destination: Path) -> None:
+        if ".partial-" in str(source):
+            raise KeyboardInterrupt
+        real(source, destination)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt), OutputDirectory(tmp_path / "file", overwrite="force"):
+        pass
+    assert (tmp_path / "file").read_text() == "precious" and left_in(tmp_path) == ["file"]
+
+
+def test_force_spares_the_places_that_the_user_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for place in (".", "..", tmp_path, Path.home()):
+        with pytest.raises(OutputError, match="directory"):
+            OutputDirectory(place, overwrite="force")
+
+
 def test_overwriting_checks_again_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(OutputError, match="exists"), OutputDirectory(target) as staging:
         (staging / "report.json").write_text("late")
         earlier(target)
-    assert (target / "report.json").read_text() == "earlier" and left_in(tmp_path) == ["out"]
+    assert (target / "report.json").read_text() == EARLIER and left_in(tmp_path) == ["out"]
 
 
 def test_outputs_may_name_further_files(tmp_path: Path) -> None:
     target = earlier(tmp_path / "out")
-    (target / "model-00001-of-00002.safetensors").write_text("x")
+    marked(target / "model-00001-of-00002.safetensors")
     OutputDirectory(target, overwrite=True, files=["model-*.safetensors"])
 
 

@@ -15,7 +15,7 @@ from fastlora.errors import InputError
 from fastlora.views.benchmarks import bench_rows, show_bench, show_bench_names
 
 
-@command("as_json", "quiet", "overwrite")
+@command("as_json", "quiet", "overwrite", "force")
 def bench(
     run: Run,
     names: Annotated[
@@ -32,6 +32,7 @@ def bench(
     # Spinning threads would make two of them slower than one on small machines; read before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     check_table(run, csv)
+    check_table(run, markdown)
     run.start()
     from fastlora.bench.cases import names_data, select
     from fastlora.bench.contest import Unavailable, rows

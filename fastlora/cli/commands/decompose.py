@@ -87,7 +87,7 @@ def decompose(
     elif not run.quiet:
         show_decomposition(data, every)
     told = parts.reports[0].notices if len(parts.reports) == 1 else []
-    run.tell_notes([*pool.notices, *told, *directory.notices])
+    run.tell_notes([*pool.told, *told, *directory.notices])
 
 
 def _write_plots(parts: Decomposition, staging: Path) -> None:

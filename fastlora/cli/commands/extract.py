@@ -18,7 +18,7 @@ Base = Annotated[Path, typer.Argument(help=f"The base model: {MODEL_HELP}", meta
 Tuned = Annotated[Path, typer.Argument(help=f"Its fine-tune: {MODEL_HELP}", metavar="TUNED", show_default=False)]
 
 
-@command("dtype", "as_json", "quiet", "overwrite")
+@command("dtype", "as_json", "quiet", "overwrite", "force")
 def extract(
     run: Run,
     base: Base,

@@ -19,7 +19,7 @@ Described = Annotated[
 ]
 
 
-@command("device", "backend", "as_json", "quiet", "overwrite")
+@command("device", "backend", "as_json", "quiet", "overwrite", "force")
 def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None) -> None:
     """What an adapter holds: modules, ranks, scaling, norms, spectrum; the vectors of (IA)³."""
     spec = parse_one(adapter)
@@ -38,6 +38,7 @@ def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None)
     if holds_adapters(spec.path):
         elements, notes = load_folder(spec.path, ANY)
         data = folder_data(str(spec.path), [moved(element) for element in elements], notes)
+        notes += [note for element in elements for note in element.notes]
     else:
         data = describe(moved(load(spec.path, spec.name)))
     if csv is not None:

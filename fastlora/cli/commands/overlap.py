@@ -15,7 +15,7 @@ from fastlora.cli.run import Run, print_json
 from fastlora.errors import InputError
 
 
-@command("device", "backend", "as_json", "quiet", "overwrite")
+@command("device", "backend", "as_json", "quiet", "overwrite", "force")
 def overlap(
     run: Run,
     adapters: Adapters,
@@ -30,7 +30,7 @@ def overlap(
     if plot is not None:
         from fastlora.files.pictures import check_picture
 
-        check_picture(plot, run.overwrite)
+        check_picture(plot, run.replace)
     run.start()
     from fastlora.analysis.overlap import overlap as compare
     from fastlora.views.results import overlap_data, overlap_rows, show_overlap
@@ -52,4 +52,4 @@ def overlap(
         print_json(data)
     elif not run.quiet:
         show_overlap(data, every, csv)
-    run.tell_notes(pool.notices)
+    run.tell_notes(similarities.notices)

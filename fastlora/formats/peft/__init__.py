@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastlora.core.data import AdapterData, Ia3Data, LoraData
+from fastlora.core.inert import note_on_zeros
 from fastlora.core.names import CONFIG_NAME
 from fastlora.engine.contracts import Sink
 from fastlora.formats.peft import ia3, reading
+from fastlora.formats.peft.beside import note_on_files
 from fastlora.formats.peft.config import read_fields
 from fastlora.formats.peft.writing import AdapterFile
 
@@ -20,15 +24,18 @@ WRITES = (LoraData, Ia3Data)
 
 def detects(path: Path) -> bool:
     """Whether a path is such a directory."""
-    return path.is_dir() and (path / CONFIG_NAME).exists()
+    return path.is_dir() and os.path.lexists(path / CONFIG_NAME)  # a link to nowhere is told by the reader
 
 
 def read(path: Path, name: str) -> AdapterData:
     """The LoRA or (IA)³ adapter in a directory; its tensors are views of the mapped file."""
     fields = read_fields(path)
     if fields.values.get("peft_type") == "IA3":
-        return ia3.read(path, name, fields)
-    return reading.read(path, name, fields)
+        scalings = ia3.read(path, name, fields)
+        return replace(scalings, notes=(*scalings.notes, *ia3.note_on_ones(scalings), *note_on_files(path, name)))
+    adapter = reading.read(path, name, fields)
+    zeros = note_on_zeros(name, adapter.updates.values(), with_extras=bool(adapter.extras))
+    return replace(adapter, notes=(*adapter.notes, *zeros, *note_on_files(path, name)))
 
 
 def sink(directory: Path, adapter: LoraData, outlines: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> Sink:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeGuard
 from fastlora.core.data import BaseInfo
 from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import InputError, UnsupportedAdapter
-from fastlora.files.json_files import is_plain, parse_object, require_file, shown
+from fastlora.files.json_files import is_plain, parse_object, refuse_dangling, require_file, shown
 from fastlora.formats.peft.patterns import Patterns
 
 LARGEST_CONFIG = 64 << 20
@@ -136,6 +136,7 @@ def read_config(reader: Fields, name: str) -> PeftConfig:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    refuse_dangling(path)
     if not path.exists():
         raise InputError(
             f"{path.parent} has no {CONFIG_NAME}, so it is no PEFT adapter directory; "

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastlora._version import __version__
 from fastlora.core.data import BaseInfo, Extra, Ia3Data, Scaling
 from fastlora.core.dtypes import parse_dtype
+from fastlora.core.inert import PROBABLY
 from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import InputError, NonFiniteError, OutputError
 from fastlora.files.disk_errors import writing
@@ -26,7 +27,8 @@ from fastlora.files.tensor_writing import TensorFile, cast_tensor
 from fastlora.formats.peft.config import Fields, refuse_unknown
 from fastlora.formats.peft.names import HEADS, PREFIX, WEIGHTS_NAME
 from fastlora.formats.peft.patterns import Unsupported, compiled_whole
-from fastlora.formats.peft.reading import add_values, check_tensor, read_tensors
+from fastlora.formats.peft.reading import add_values, check_tensor
+from fastlora.formats.peft.weights import read_tensors
 from fastlora.formats.peft.writing import FileContents, exclude_pattern, place_values
 from fastlora.ops.finite import is_finite
 
@@ -74,6 +76,14 @@ def read(directory: Path, name: str, fields: Fields) -> Ia3Data:
     add_values(extras, others, vectors, base, file)
     dtype = functools.reduce(torch.promote_types, (s.vector.dtype for s in vectors.values()))
     return Ia3Data(name, vectors, extras=extras, base=base, dtype=dtype)
+
+
+def note_on_ones(adapter: Ia3Data) -> list[str]:
+    """A sentence on an adapter all of whose vectors are one; none for any other. Reads one vector of a trained one."""
+    if not all(bool((s.vector == 1).all()) for s in adapter.vectors.values()):
+        return []
+    what = "changes nothing but the modules that it replaces" if adapter.extras else "changes nothing"
+    return [f"(IA)³ adapter {adapter.name!r} {what}: all its vectors are one, {PROBABLY}"]
 
 
 def _read_config(fields: Fields, name: str) -> tuple[BaseInfo, Callable[[str], bool] | None]:

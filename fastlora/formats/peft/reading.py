@@ -19,18 +19,10 @@ from fastlora.core.factors import Factor
 from fastlora.core.names import CONFIG_NAME, EMBEDDINGS
 from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update
 from fastlora.errors import InputError, NonFiniteError, UnsupportedAdapter
-from fastlora.files.tensor_files import DTYPE_NAMES, read_safetensors
-from fastlora.files.torch_files import read_torch
+from fastlora.files.tensor_files import DTYPE_NAMES
 from fastlora.formats.peft.config import MERGE_FIRST, Fields, PeftConfig, read_config
-from fastlora.formats.peft.names import (
-    HEADS,
-    OLD_WEIGHTS_NAME,
-    PREFIX,
-    REGISTRATION_ORDER,
-    WEIGHTS_NAME,
-    WRAPPED,
-    saved_module,
-)
+from fastlora.formats.peft.names import HEADS, PREFIX, REGISTRATION_ORDER, WRAPPED, saved_module
+from fastlora.formats.peft.weights import read_tensors
 
 PARTS = {
     "lora_A.weight": "A",
@@ -49,6 +41,10 @@ MARKS = {
 """Tensors that only adapters have that are no ``s·B·A``, whatever their configuration says."""
 
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+
+MOST_ABOVE_SIDES = 2048
+"""A rank above both sides of a module together is possible and useless. Up to here it is computed with like any other;
+beyond, matrices of rank × rank would be out of proportion to the file."""
 
 MOST_EXPERTS = 8192
 """Of one parameter; each becomes a module of its own."""
@@ -104,20 +100,6 @@ def read(directory: Path, name: str, fields: Fields) -> LoraData:
         base=config.base,
         dtype=functools.reduce(torch.promote_types, (d for u in updates.values() for d in u.dtypes())),
         notes=(*config.notes, *notes),
-    )
-
-
-def read_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file of tensors in a PEFT directory, and what it holds."""
-    file, old = directory / WEIGHTS_NAME, directory / OLD_WEIGHTS_NAME
-    if file.exists():
-        return file, read_safetensors(file)
-    if old.exists():
-        return old, {key: tensor.contiguous() for key, tensor in read_torch(old).items()}
-    found = ", ".join(sorted(p.name for p in directory.iterdir())[:8])
-    raise InputError(
-        f"{directory} has {CONFIG_NAME} but neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME} (found: {found}); "
-        "copy or download the weights beside it"
     )
 
 
@@ -225,7 +207,7 @@ def _check_factors(path: str, module: _StoredModule, file: Path) -> None:
         a, b = tensors["A"], tensors["B"]
         if a.dim() == b.dim() == 2 and a.dtype in DTYPES and b.dtype in DTYPES:
             (r, m), (n, columns) = a.shape, b.shape
-            if 0 < r == columns and r <= n + m and n and m:
+            if 0 < r == columns and r <= max(n + m, MOST_ABOVE_SIDES) and n and m:
                 return
     for part, partner in (("A", "B"), ("B", "A"), ("bias", "B")):
         if part in module.tensors and partner not in module.tensors:
@@ -252,10 +234,11 @@ def _check_factors(path: str, module: _StoredModule, file: Path) -> None:
             f"{file}: module {path!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}: their ranks "
             f"{a.shape[0]} and {b.shape[1]} must agree; save or download the adapter again"
         )
-    if a.shape[0] > b[:, 0].numel() + a[0].numel():
+    if a.shape[0] > max(b[:, 0].numel() + a[0].numel(), MOST_ABOVE_SIDES):
         raise InputError(
-            f"{file}: module {path!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}: its rank is larger than "
-            "both sides of the module together, so the update can be stored in less; compress it first"
+            f"{file}: module {path!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}: its rank is far above "
+            f"both sides of the module together, and above {MOST_ABOVE_SIDES}; store its update as one dense matrix, "
+            "lora_B · lora_A, beside an identity"
         )
     shift = module.tensors.get("bias")
     if shift is not None and shift.shape != b.shape[:1]:

@@ -77,7 +77,13 @@ def merge(
         check_result(name, blocks.modules, shares, (len(blocks.modules), len(pool)))
         coefficients |= dict(zip(blocks.modules, (shares * given).tolist(), strict=True))
     updates = {m: _summed(pool, m, coefficients[m]) for m in pool.modules}
-    extras = _extras(pool, coefficients)
+
+    def of_equal(owns: Tensor) -> Tensor:
+        """Coefficients ``[k]`` for one update that some adapters have alike, ``owns [k]``: of length one."""
+        weighted = given * owns
+        return program((weighted * weighted[:, None])[None], **parameters)[0] * given
+
+    extras = _extras(pool, coefficients, of_equal)
     merged = merged_adapter(name, pool, given.tolist(), updates, parameters, extras=extras)
     return merged if rank is None and energy is None else merged.compress(rank, energy=energy)
 
@@ -87,7 +93,7 @@ def _summed(pool: Pool, module: str, coefficients: Sequence[float]) -> Update:
     return sum_updates([(coefficients[i], adapters[i].updates[module]) for i in pool.present(module)])
 
 
-def _extras(pool: Pool, coefficients: CoefficientsByModule) -> dict[str, Extra]:
+def _extras(pool: Pool, coefficients: CoefficientsByModule, of_equal: Callable[[Tensor], Tensor]) -> dict[str, Extra]:
     """What the adapters hold beside their updates, summed with the weights of the module that it belongs to."""
     extras: dict[str, Extra] = {}
     for name in dict.fromkeys(n for a in pool.adapters for n in a.extras):
@@ -98,16 +104,20 @@ def _extras(pool: Pool, coefficients: CoefficientsByModule) -> dict[str, Extra]:
         if owner:
             extras |= combine_extras(list(zip(coefficients[owner], adapters, strict=True)))
         else:
-            extras |= _extra_of_no_module(name, adapters)
+            extras |= _extra_of_no_module(name, adapters, of_equal)
     return extras
 
 
-def _extra_of_no_module(name: str, adapters: Sequence[Adapter]) -> dict[str, Extra]:
-    """A replaced value is refused as in every sum; a change has no weight to take."""
+def _extra_of_no_module(
+    name: str, adapters: Sequence[Adapter], of_equal: Callable[[Tensor], Tensor]
+) -> dict[str, Extra]:
+    """A replaced value is refused as in every sum, unless all that have it have the same; a change has no weight to
+    take."""
     for adapter in adapters:
         if name in adapter.extras and adapter.extras[name].kind == "delta":
             raise InputError(
                 f"adapter {adapter.name!r} changes {name}, which belongs to no adapted module, so this method has no "
                 "weight for it. Use `adapter.without_extras()` (`--drop-extras`) to leave it out"
             )
-    return combine_extras([(1.0, a) for a in adapters])
+    owns = torch.tensor([float(name in a.extras) for a in adapters], dtype=torch.float64)
+    return combine_extras(list(zip(of_equal(owns).tolist(), adapters, strict=True)))

@@ -1,0 +1,52 @@
+"""Adapters that change nothing: as they were before training, or what is left of a run that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from fastlora.core.updates import Update
+
+COLUMNS = 64
+"""Of ``A`` that are looked at first: of a trained update one row of ``B`` times these is not zero."""
+
+NO_CHANGE = "the result changes nothing: every update is zero"
+PROBABLY = "so it was probably saved before it was trained, or its tensors were lost on the way"
+
+
+def note_on_zeros(name: str, updates: Iterable[Update], *, with_extras: bool = False) -> list[str]:
+    """A sentence on an adapter whose every ``ΔW = s·B·A`` is zero; none for any other.
+
+    ``with_extras``: it holds biases or replaced modules beside them. Of an adapter that was trained, one row of ``B``
+    and 64 columns of ``A`` of one module are read.
+    """
+    reasons: set[str] = set()
+    for update in updates:
+        reason = _zero_because(update)
+        if reason is None:
+            return []
+        reasons.add(reason)
+    if not reasons:
+        return []
+    why = reasons.pop() if len(reasons) == 1 else "every update is zero"
+    what = "changes nothing but what it holds beside its updates" if with_extras else "changes nothing"
+    return [f"adapter {name!r} {what}: {why}, {PROBABLY}"]
+
+
+def _zero_because(update: Update) -> str | None:
+    """Why an update is zero; ``None`` where it is not, or where that cannot be told from stored matrices."""
+    if update.scaling == 0.0:
+        return "its scaling is zero (lora_alpha)"
+    B, A = update.B.stored, update.A.stored
+    if B is None or A is None:
+        return None
+    if bool((B[:1].double() @ A[:, :COLUMNS].double()).any()):  # NaN is something, too
+        return None
+    if not bool(B.any()):
+        return "all its lora_B are zero"
+    if not bool(A.any()):
+        return "all its lora_A are zero"
+    left, right = B.double(), A.double()
+    square = ((left.mT @ left) * (right @ right.mT)).sum()  # ‖BA‖²
+    return None if bool(square != 0) or bool(torch.isnan(square)) else "every update is zero"

@@ -1,0 +1,86 @@
+"""What fastlora wrote earlier, by what the files say of themselves: only that is replaced by ``overwrite=True``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Literal
+
+from fastlora.errors import OutputError
+
+Overwrite = bool | Literal["force"]
+"""Of something that exists: refuse it, replace it where fastlora wrote it, or replace it whatever it is."""
+
+MARK = "fastlora"
+"""In the metadata of tensors and pictures."""
+
+HEADINGS = ("similarity,adapter", "adapter,module", "report,module", "what,opponent,theirs")
+"""How tables begin."""
+
+LARGEST_HEADER, LARGEST_LOOK = 100_000_000, 1 << 26
+"""Bytes of a header of tensors, and of any other file that is looked at."""
+
+
+def is_ours(file: Path) -> bool:
+    """Whether a file says that fastlora wrote it: adapters, task vectors, reports, tables, pictures, benchmarks."""
+    try:
+        if not file.is_file():
+            return False
+        if file.suffix == ".safetensors":
+            return MARK in _metadata(file)
+        if file.name == "adapter_config.json":  # written after the tensors beside it
+            return MARK in _metadata(file.with_name("adapter_model.safetensors"))
+        with file.open("rb") as opened:
+            content = opened.read(LARGEST_LOOK)
+    except OSError:
+        return False
+    if file.suffix in (".csv", ".tsv", ".txt"):
+        return content.startswith(tuple(h.encode() for h in HEADINGS))
+    if file.suffix == ".json":
+        return content.startswith(b'{"mode": "') and b'"reports": [' in content
+    return MARK.encode() in content
+
+
+def _metadata(file: Path) -> dict[str, object]:
+    """The metadata in the header of a safetensors file; none where it has no readable header."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        raw = opened.read(length) if length <= LARGEST_HEADER else b""
+    try:
+        metadata = json.loads(raw).get("__metadata__")
+    except (ValueError, AttributeError, RecursionError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def foreign_files(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """Files in a directory that are no part of an earlier output: of other names, or not written by fastlora."""
+    for folder, folders, files in os.walk(directory):
+        folders.sort()
+        for name in sorted(files):
+            file = Path(folder, name)
+            if file.is_symlink() or not any(fnmatch(name, p) for p in patterns) or not is_ours(file):
+                yield file
+        for name in folders:
+            if Path(folder, name).is_symlink():
+                yield Path(folder, name)
+
+
+def check_file(path: Path, *, overwrite: Overwrite) -> None:
+    """Refuses a file as output that exists, unless it may be replaced, and what is no file."""
+    if path.is_dir():
+        raise OutputError(f"the output {path} is a directory; give a file name")
+    if not os.path.lexists(path) or overwrite == "force":
+        return
+    if not overwrite:
+        raise OutputError(
+            f"the output {path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
+        )
+    if not is_ours(path):
+        raise OutputError(
+            f"the output {path} exists and was not written by fastlora; choose another name, or replace it with "
+            "--force (overwrite='force')"
+        )

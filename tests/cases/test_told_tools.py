@@ -1,0 +1,138 @@
+"""Folders and files of other tools say what they are; an adapter in several files is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from builders import gaussian, make_adapter, peft_tensors
+from command import refused
+from safetensors.torch import load_file, save_file
+from told import SMALL
+from tolerances import FLOAT32
+
+import fastlora as fl
+
+DOWN, UP = gaussian(2, 6, seed=1), gaussian(5, 2, seed=2)
+KOHYA = "lora_unet_down_blocks_0_attentions_0_to_q"
+FOREIGN: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "kohya": (
+        {f"{KOHYA}.lora_down.weight": DOWN, f"{KOHYA}.lora_up.weight": UP, f"{KOHYA}.alpha": torch.tensor(1.0)},
+        "a LoRA of kohya's scripts",
+    ),
+    "diffusers": ({"unet.to_q.lora_A.weight": DOWN, "unet.to_q.lora_B.weight": UP}, "a LoRA of diffusers"),
+    "old diffusers": (
+        {"unet.mid.processor.to_q_lora.down.weight": DOWN, "unet.mid.processor.to_q_lora.up.weight": UP},
+        "a LoRA of diffusers",
+    ),
+    "flux diffusers": (
+        {"transformer.blocks.0.to_q.lora_A.weight": DOWN, "transformer.blocks.0.to_q.lora_B.weight": UP},
+        "a LoRA of diffusers",
+    ),
+    "mlx": ({"model.q_proj.lora_a": DOWN.mT, "model.q_proj.lora_b": UP.mT}, "a LoRA of MLX"),
+    "comfyui": ({"diffusion_model.q.lora_A.weight": DOWN, "diffusion_model.q.lora_B.weight": UP}, "ComfyUI"),
+    "xlabs": ({"double_blocks.0.processor.qkv_lora1.down.weight": DOWN}, "XLabs"),
+    "loha": ({f"{KOHYA}.hada_w1_a": UP, f"{KOHYA}.alpha": torch.tensor(1.0)}, "LyCORIS adapter (LoHa)"),
+    "lokr": ({f"{KOHYA}.lokr_w1": UP, f"{KOHYA}.lokr_w2": DOWN}, "LyCORIS adapter (LoKr)"),
+    "dora": ({f"{KOHYA}.lora_down.weight": DOWN, f"{KOHYA}.dora_scale": UP}, "a DoRA of image models"),
+    "loralib": ({"layers.0.q.lora_A": DOWN, "layers.0.q.lora_B": UP}, "loralib or LitGPT"),
+    "adapterhub": ({"encoder.layer.0.output.adapters.mine.adapter_down.0.weight": DOWN}, "an adapter of AdapterHub"),
+    "no config": (peft_tensors({"q": (UP, DOWN)}), "without its adapter_config.json"),
+    "no config, named": ({"base_model.model.q.lora_A.default.weight": DOWN}, "without its adapter_config.json"),
+}
+
+
+@pytest.mark.parametrize("tool", FOREIGN)
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_files_of_other_tools_say_what_they_are(tool: str, suffix: str, tmp_path: Path) -> None:
+    tensors, what = FOREIGN[tool]
+    (tmp_path / "lora").mkdir()
+    file = tmp_path / "lora" / f"style.{suffix}"
+    if suffix == "bin":
+        torch.save(tensors, file)
+    else:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, file)
+    for path in ("lora", f"lora/style.{suffix}"):
+        message = refused("inspect", path, cwd=tmp_path)
+        assert what in message and ("from_tensors" in message or "no way" in message or "copy adapter_c" in message)
+        with pytest.raises(fl.UnsupportedAdapter, match="which is not read"):
+            fl.load(tmp_path / path)
+    assert what in refused("merge", "lora", "lora/style.bin" if suffix == "bin" else "lora", "-o", "x", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("tool", ["kohya", "diffusers", "mlx", "loralib"])
+def test_the_way_out_of_other_tools_works(tool: str, tmp_path: Path) -> None:
+    """What the message says, run as Python: the same ΔW as the tool's own definition."""
+    tensors, _ = FOREIGN[tool]
+    save_file({k: t.contiguous() for k, t in tensors.items()}, tmp_path / "style.safetensors")
+    message = refused("inspect", "style.safetensors", cwd=tmp_path)
+    text = message.partition("{module: ")[2].partition(", …}")[0]
+    key = next(iter(tensors)).rpartition(".lora_")[0]
+    factors = eval(text, {"tensors": tensors, "key": key, "alpha": 1.0, "rank": 2, "scale": 0.5})
+    adapter = fl.Adapter.from_tensors({"layers.0.q": factors}, name="converted")
+    torch.testing.assert_close(adapter.delta("layers.0.q"), 0.5 * UP @ DOWN, rtol=0, atol=FLOAT32)
+    assert fl.load(adapter.save(tmp_path / "peft")).modules == ["layers.0.q"]
+
+
+def test_configurations_of_other_tools(tmp_path: Path) -> None:
+    mlx = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 2, "scale": 20.0}}
+    hub = {"config": {"architecture": "lora"}, "model_class": "BertAdapterModel", "model_type": "bert", "name": "x"}
+    for fields, what in ((mlx, "a LoRA of MLX"), (hub, "an adapter of AdapterHub")):
+        folder = tmp_path / what.rpartition(" ")[2]
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(fields))
+        assert what in refused("inspect", folder.name, cwd=tmp_path)
+        save_file({"x": UP}, folder / "adapters.safetensors")
+        assert what in refused("inspect", folder.name, cwd=tmp_path)
+    (tmp_path / "lora.gguf").write_bytes(b"GGUF" + b"\0" * 20 + b"general.type" + b"\0" * 12 + b"adapter")
+    assert "llama.cpp" in refused("inspect", "lora.gguf", cwd=tmp_path)
+    (tmp_path / "run" / "global_step5").mkdir(parents=True)
+    assert "DeepSpeed" in refused("inspect", "run", cwd=tmp_path)
+
+
+def test_a_folder_says_which_folders_in_it_are_adapters(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        make_adapter(tmp_path / "run" / f"checkpoint-{step}", SMALL)
+    with pytest.raises(fl.InputError, match=r"3 adapters \(checkpoint-9, checkpoint-10, checkpoint-100\).*-100$"):
+        fl.load(tmp_path / "run")
+    make_adapter(tmp_path / "deep" / "a" / "checkpoint-9", SMALL)
+    assert "1 adapters (a/checkpoint-9)" in refused("compress", "deep", "--rank", "2", "-o", "x", cwd=tmp_path)
+
+
+def split(folder: Path, suffix: str, index: bool) -> None:
+    """Puts the tensors of an adapter into two files, as transformers does."""
+    whole = folder / "adapter_model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    names = [f"adapter_model-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+    places = {key: names[i % 2] for i, key in enumerate(sorted(tensors))}
+    for name in names:
+        part = {key: tensors[key] for key in tensors if places[key] == name}
+        torch.save(part, folder / name) if suffix == "bin" else save_file(part, folder / name)
+    if index:
+        (folder / f"adapter_model.{suffix}.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("index", [True, False])
+def test_adapters_in_several_files(suffix: str, index: bool, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "x", SMALL)
+    expected = {m: fl.load(folder).delta(m) for m in SMALL}
+    split(folder, suffix, index)
+    adapter = fl.load(folder)
+    assert adapter.notes == () and all(torch.equal(adapter.delta(m), d) for m, d in expected.items())
+    (folder / f"adapter_model-00002-of-00002.{suffix}").unlink()
+    assert "adapter_model-0000" in refused("inspect", "x", cwd=tmp_path)
+
+
+def test_several_files_that_do_not_belong_together(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "x", SMALL)
+    split(folder, "safetensors", True)
+    index = folder / "adapter_model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {k: v for i, (k, v) in enumerate(places.items()) if i}}))
+    assert "do not belong together" in refused("inspect", "x", cwd=tmp_path)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(places, "../../etc/passwd")}))
+    assert "names the file" in refused("inspect", "x", cwd=tmp_path)
