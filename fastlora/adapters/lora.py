@@ -125,7 +125,7 @@ class Adapter(LoraData, VectorSpace):
         Cost: one buffer and one copy. Factors that came from the host are not copied back.
         """
         target = devices.parse(device) or self.device
-        if self.device == target:
+        if self.place in (None, target):
             return self
         with memory_told(f"moving adapter {self.name!r} to {target}"):
             moved_tensors = moved_once(distinct(self.updates.values()), target)

@@ -132,11 +132,11 @@ class Pool:
     @property
     def device(self) -> torch.device:
         """Where the adapters are. Raises :class:`InputError` when they are on different devices."""
-        name_by_device = {a.device: a.name for a in reversed(self._adapters.values())}
+        name_by_device = {a.place: a.name for a in reversed(self._adapters.values()) if a.place is not None}
         if len(name_by_device) > 1:
             where = ", ".join(f"{name!r} on {device}" for device, name in reversed(name_by_device.items()))
             raise InputError(f"the adapters of the pool are on different devices ({where}); use `pool.to(…)`")
-        return next(iter(name_by_device))
+        return next(iter(name_by_device), torch.device("cpu"))
 
     def to(self, device: torch.device | str) -> Pool:
         """The pool with all factors on a device; a pool that is there already is returned as it is.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.updates import sources
 from fastlora.engine.blocks import read_pair_blocks
-from fastlora.engine.gram_cache import GramCache, use_cache
+from fastlora.engine.gram_cache import GramCache, enter, leave
 from fastlora.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,7 +34,8 @@ class PoolGram:
         for weight in (0.1, 0.2, 0.3):
             gram.merge({"a": weight, "b": 1 - weight}, rank=16).save(f"merged-{weight}")
 
-    The stored matrices of the pool stay in memory (or mapped) as long as this object, and must not be changed.
+    The stored matrices of the pool stay in memory (or mapped) as long as this object, and must not be changed. One
+    object serves any number of threads and tasks: ``with gram:`` holds in the one that enters it.
 
     Raises:
         NonFiniteError: a factor that holds NaN or Inf, by adapter and module.
@@ -44,7 +44,6 @@ class PoolGram:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self._cache = GramCache()
-        self._contexts: list[AbstractContextManager[None]] = []
         self._svd: WeightedSVD | None = None
         self._cache.hold(sources(u for a in pool.adapters for u in a.updates.values()))
         k = len(pool)
@@ -117,13 +116,11 @@ class PoolGram:
             return overlap(self.pool)
 
     def __enter__(self) -> PoolGram:
-        context = use_cache(self._cache)
-        context.__enter__()
-        self._contexts.append(context)
+        enter(self._cache)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._contexts.pop().__exit__(*error)
+        leave(self._cache)
 
     def __repr__(self) -> str:
         return f"PoolGram({self.pool!r})"

@@ -108,11 +108,17 @@ class LoraData(ModulesData):
         return list(self.updates)
 
     @property
-    def device(self) -> torch.device:
-        """Where the matrices are: those of an adapter are together. An adapter without matrices is on the CPU."""
+    def place(self) -> torch.device | None:
+        """Where the matrices are: those of an adapter are together. ``None`` without any, as in what is shared by
+        adapters that share nothing: it can be computed with anywhere."""
         terms = (t for u in self.updates.values() for t in (*u.B.terms, *u.A.terms))
         first = next(terms, None)
-        return torch.device("cpu") if first is None else first.source.device
+        return None if first is None else first.source.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrices are; an adapter without matrices is on the CPU."""
+        return self.place or torch.device("cpu")
 
     def __contains__(self, module: object) -> bool:
         return module in self.updates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,8 +24,8 @@ SUM_TOLERANCE = 1e-9
 
 def require_one_device(adapters: Sequence[LoraData]) -> None:
     """Refuses matrices that no kernel could read together."""
-    first = adapters[0]
-    for other in adapters[1:]:
+    placed = [a for a in adapters if a.place is not None]
+    for first, other in itertools.pairwise(placed):
         if other.device != first.device:
             raise InputError(
                 f"adapter {first.name!r} is on {first.device} and {other.name!r} on {other.device}; move one of them "
@@ -49,7 +50,7 @@ def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Updat
 def sum_updates(terms: Sequence[tuple[float, Update]]) -> Update:
     """:func:`combine_updates` of updates that are known to be of one module, as those of a pool are."""
     first = terms[0][1]
-    kept = [(w, u) for w, u in terms if w != 0.0]
+    kept = _without_cancelled([(w, u) for w, u in terms if w != 0.0])
     if not kept:
         return with_rank_zero(first)
     if len(kept) == 1:
@@ -58,6 +59,26 @@ def sum_updates(terms: Sequence[tuple[float, Update]]) -> Update:
     left = concatenate([u.B.scaled(u.scaling * w) for w, u in kept])
     floor = max([u.floor * abs(w) for w, u in kept])
     return Update(left, concatenate([u.A for _, u in kept]), 1.0, kept[0][1].layout, floor)
+
+
+# Relative to its terms, a sum of weights at or below it is zero: a few roundings of float64.
+CANCELLED = 1e-15
+
+
+def _without_cancelled(terms: Sequence[tuple[float, Update]]) -> Sequence[tuple[float, Update]]:
+    """The terms but for those of one update whose weights add up to zero: ``a − a`` is empty, and not ``a`` twice with
+    the rounding of their difference."""
+    weights: dict[tuple[int, int], list[float]] = {}
+    for weight, update in terms:
+        weights.setdefault((id(update.B), id(update.A)), []).append(weight * update.scaling)
+    if len(weights) == len(terms):
+        return terms
+    cancelled = {
+        key
+        for key, values in weights.items()
+        if len(values) > 1 and abs(sum(values)) <= CANCELLED * sum(map(abs, values))
+    }
+    return [(w, u) for w, u in terms if (id(u.B), id(u.A)) not in cancelled]
 
 
 def combine_extras(terms: Sequence[tuple[float, WithExtras]]) -> dict[str, Extra]:

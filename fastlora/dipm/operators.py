@@ -18,7 +18,7 @@ from fastlora import ops
 from fastlora.adapters.lora import Adapter
 from fastlora.errors import InputError
 
-# A difference of unit vectors that is shorter than this, relative to what it is made of, is rounding and no direction.
+# A sum of vectors that is shorter than this, relative to what it is computed from, is rounding and no direction.
 FLOOR = 1e-6
 # Eigenvalues of the Gram matrix of unit vectors at or below it: the vectors do not differ.
 SPAN = 1e-10
@@ -29,19 +29,21 @@ class State:
     """Direction and magnitude at the ``P`` places of one module.
 
     ``gram [K, K, P]``: ``⟨x_k, x_l⟩``. ``weights [K, P]``: the modulated vector is ``Σ_k weights_k x_k``. ``magnitude
-    [P]``: its norm ``μ``; its direction is ``D = Σ_k (weights_k / μ) x_k``, zero where ``μ`` is zero. All float64.
-    ``events``: what users should know, counted.
+    [P]``: its norm ``μ``; its direction is ``D = Σ_k (weights_k / μ) x_k``. All float64. ``idle [K, P]``: ``D`` at
+    places where ``μ`` was scaled to zero. ``events``: what users should know, counted.
     """
 
     gram: Tensor
     weights: Tensor
     magnitude: Tensor
+    idle: Tensor | None = None
     events: Counter[str] = field(default_factory=Counter)
 
     @property
     def direction(self) -> Tensor:
         """Coefficients of ``D``: ``[K, P]``."""
-        return _divided(self.weights, self.magnitude)
+        direction = _divided(self.weights, self.magnitude)
+        return direction if self.idle is None else torch.where(self.magnitude > 0, direction, self.idle)
 
     def unit(self, index: int) -> Tensor:
         """Coefficients of the direction of adapter ``index`` as it was decoupled: ``[K, P]``."""
@@ -54,18 +56,31 @@ class State:
         """Inner products of two combinations: ``[P]``."""
         return torch.einsum("kp,klp,lp->p", first, self.gram, second)
 
-    def normalised(self, combination: Tensor) -> Tensor:
-        """The combination at unit length, or zero where nothing but rounding is left of it."""
+    def normalised(self, combination: Tensor, terms: Sequence[Tensor]) -> Tensor:
+        """The combination at unit length, or zero where nothing but rounding is left of it: relative to the lengths of
+        the ``terms`` that it is the sum of, since coefficients of one adapter cancel in it."""
         norm = self.dot(combination, combination).clamp(min=0).sqrt()
-        parts = (combination.abs() * self.gram.diagonal(dim1=0, dim2=1).mT.sqrt()).sum(0)
-        norm = torch.where(norm > FLOOR * parts, norm, 0.0)
-        return _divided(combination, norm)
+        lengths = self.gram.diagonal(dim1=0, dim2=1).mT.sqrt()  # [K, P]
+        size = sum((term.abs() * lengths).sum(0) for term in terms)
+        return _divided(combination, torch.where(norm > FLOOR * size, norm, 0.0))
 
     def turned(self, direction: Tensor, magnitude: Tensor) -> State:
         """The state of a new direction and magnitude; a zero direction has no magnitude."""
-        there = direction.any(0)
-        magnitude = magnitude * there
-        return replace(self, weights=direction * magnitude, magnitude=magnitude)
+        magnitude = magnitude * direction.any(0)
+        idle = direction * self.direction.any(0)
+        return replace(self, weights=direction * magnitude, magnitude=magnitude, idle=idle)
+
+    def scaled(self, sign: float, strength: float) -> State:
+        """The state with the direction times ``sign`` and the magnitude times ``strength``."""
+        idle = sign * self.direction if strength == 0 else None if self.idle is None else sign * self.idle
+        weights, magnitude = sign * strength * self.weights, strength * self.magnitude
+        return replace(self, weights=weights, magnitude=magnitude, idle=idle)
+
+    def count(self, what: str, places: Tensor) -> None:
+        """Counts places where something happened that users should know."""
+        number = int(places.sum())
+        if number:
+            self.events[what] += number
 
 
 def _divided(values: Tensor, by: Tensor) -> Tensor:
@@ -195,16 +210,19 @@ def _not_negative(name: str, strength: float) -> float:
 
 
 def _reverse(state: State, strength: float, others: Sequence[int]) -> State:
-    return replace(state, weights=-strength * state.weights, magnitude=strength * state.magnitude)
+    return state.scaled(-1.0, strength)
 
 
 def _scale(state: State, strength: float, others: Sequence[int]) -> State:
-    return replace(state, weights=strength * state.weights, magnitude=strength * state.magnitude)
+    return state.scaled(1.0, strength)
 
 
 def _shift(state: State, strength: float, others: Sequence[int]) -> State:
+    direction = state.direction
     source, target = (state.unit(k) for k in others)
-    turned = state.normalised(state.direction + strength * (target - source))
+    terms = direction, strength * target, strength * source
+    turned = state.normalised(direction + strength * (target - source), terms)
+    state.count("directions that the shift cancels: nothing is left of them", direction.any(0) & ~turned.any(0))
     return state.turned(turned, state.magnitude)
 
 
@@ -217,16 +235,13 @@ def _interpolate(state: State, t: float, others: Sequence[int]) -> State:
     sine = torch.where(near, 1.0, angle.sin())
     first = torch.where(near, 1 - t, ((1 - t) * angle).sin() / sine)
     second = torch.where(near, t, (t * angle).sin() / sine)
-    there, other_there = direction.any(0), other_direction.any(0)
-    opposite = there & other_there & (sum_ <= FLOOR)
-    first = torch.where(opposite, float(t <= 0.5), first)
-    second = torch.where(opposite, float(t > 0.5), second)
-    turned = torch.where(
-        there & other_there, state.normalised(first * direction + second * other_direction), direction + other_direction
-    )
-    count = int(opposite.sum())
-    if count:
-        state.events["opposite directions, where interpolation keeps the nearer end"] += count
+    both = direction.any(0) & other_direction.any(0)
+    ends = first * direction, second * other_direction
+    between = state.normalised(ends[0] + ends[1], ends)
+    opposite = both & ((sum_ <= FLOOR) | ~between.any(0))
+    between = torch.where(opposite, direction if t <= 0.5 else other_direction, between)
+    turned = torch.where(both, between, direction + other_direction)
+    state.count("opposite directions, where interpolation keeps the nearer end", opposite)
     magnitude = (1 - t) * state.magnitude + t * state.gram[others[0], others[0]].sqrt()
     return state.turned(turned, magnitude)
 
@@ -240,10 +255,12 @@ def _remove(state: State, strength: float, others: Sequence[int]) -> State:
     inverse = torch.where(values > SPAN * values[:, -1:], 1.0 / values, 0.0)
     inverse = torch.where(values > 0, inverse, 0.0)
     amounts = (vectors @ (inverse[..., None] * (vectors.mT @ cosines[..., None])))[..., 0]  # [p, q]
-    turned = state.normalised(direction - strength * torch.einsum("pa,akp->kp", amounts, units))
-    lost = int((direction.any(0) & ~turned.any(0)).sum())
-    if lost:
-        state.events["directions that lay in the span of what was removed: nothing is left of them"] += lost
+    left = direction - strength * torch.einsum("pa,akp->kp", amounts, units)
+    turned = state.normalised(left, [direction, *(strength * amounts.mT[:, None] * units)])
+    state.count(
+        "directions that lay in the span of what was removed: nothing is left of them",
+        direction.any(0) & ~turned.any(0),
+    )
     return state.turned(turned, state.magnitude)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ from fastlora.ops.dispatch import Launches, prepared, run_pass
 from fastlora.ops.passes import BlockPlace, GramJob
 
 Pairs = Sequence[tuple[int, int]]
+
+# Of the squared norm that a column would have if nothing cancelled: below it all digits are those of rounding, as in
+# what is unique of an adapter that shares everything.
+ROUNDING = 1e-14
 
 Pieces = tuple[tuple[tuple[int, float], ...], ...]
 """Columns (B sides) or rows (A sides) and scale of the stored matrices side by side that each factor is."""
@@ -95,7 +100,9 @@ class GramPass:
             kind = kinds.get(looks)
             if kind is None:
                 pieces = tuple(tuple((t.source.shape[axis], t.scale) for t in f.terms) for f in factors)
-                blocks = block_places if len(terms) == len(factors) else _pieces_of(pieces, r, block_places)
+                # Places of factors are places of stored matrices only where each is one: one may be empty, one a sum.
+                plain = all(len(f.terms) == 1 for f in factors)
+                blocks = block_places if plain else _pieces_of(pieces, r, block_places)
                 kind = kinds[looks] = blocks, pieces, []
             self.jobs.append(GramJob(sources, kind[0], axis == 0, out, r, m * size))
             kind[2].append(m)
@@ -149,23 +156,49 @@ def _finish_joined(
         out[modules] = chosen
 
 
+class _Coefficients(NamedTuple):
+    """A factor on stored matrices: ``C [len(index), rank]`` belongs to the rows ``index`` of their Gram matrix. The
+    others are left out and not multiplied by zero, so that NaN or Inf in one adapter is not found in another.
+    ``size``: sums of absolute values where ``C`` has sums."""
+
+    index: Tensor
+    C: Tensor
+    size: Tensor
+
+    @staticmethod
+    def of(factor: Factor, first_rows: Mapping[object, int], device: torch.device) -> _Coefficients:
+        """``first_rows``: where stored matrices start in the Gram matrix, by their identity."""
+        sums: dict[object, tuple[Tensor, Tensor]] = {}
+        for term in factor.terms:
+            key, C = source_key(term.source), term.matrix(factor.side, factor.rank)
+            sums[key] = (sums[key][0] + C, sums[key][1] + C.abs()) if key in sums else (C, C.abs())
+        if not sums:
+            none = torch.zeros(0, factor.rank, dtype=torch.float64, device=device)
+            return _Coefficients(torch.zeros(0, dtype=torch.int64, device=device), none, none)
+        index = [torch.arange(C.shape[0], device=device) + first_rows[key] for key, (C, _) in sums.items()]
+        return _Coefficients(torch.cat(index), *(torch.cat(x) for x in zip(*sums.values(), strict=True)))
+
+    def without_rounding(self, gram: Tensor) -> Tensor:
+        """``C`` with zeros in the columns of which nothing but rounding is left, given the whole Gram matrix."""
+        norms = gram.diagonal()[self.index].sqrt() @ self.size  # that columns would have if nothing cancelled
+        squares = (self.C * (gram[self.index][:, self.index] @ self.C)).sum(0)
+        return self.C * ~(squares <= ROUNDING * norms.square())  # what is NaN stays
+
+
 def _put_products(
-    gram: Tensor, coefficients: Sequence[tuple[Tensor, Tensor]], out: Tensor, r: int, block_places: Sequence[BlockPlace]
+    gram: Tensor, coefficients: Sequence[_Coefficients], out: Tensor, r: int, block_places: Sequence[BlockPlace]
 ) -> None:
     """Blocks of factors from the upper triangle of the Gram matrix of what they are made of: ``C_iᵀ G C_j``."""
     full = gram.triu() + gram.triu(1).mT
+    known = [c.without_rounding(full) for c in coefficients]
     for i, j, offset in block_places:
-        (at, left), (to, right) = coefficients[i], coefficients[j]
+        at, to, left, right = coefficients[i].index, coefficients[j].index, known[i], known[j]
         shape = left.shape[1], right.shape[1]
         out.view(-1)[offset:].as_strided(shape, (r, 1)).copy_(left.mT @ full[at][:, to] @ right)
 
 
-def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[tuple[Tensor, Tensor]]]:
-    """The Gram matrix of the distinct stored matrices behind some factors, and each factor's coefficients on them.
-
-    The coefficients are ``(index, C)``: ``C`` belongs to the rows ``index`` of the Gram matrix. The others are left out
-    and not multiplied by zero, so that NaN or Inf in one adapter is not found in another.
-    """
+def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[_Coefficients]]:
+    """The Gram matrix of the distinct stored matrices behind some factors, and each factor's coefficients on them."""
     first_rows: dict[object, int] = {}
     sources: list[Tensor] = []
     total = 0
@@ -175,20 +208,8 @@ def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[t
                 first_rows[source_key(term.source)] = total
                 sources.append(term.source)
                 total += term.source.shape[0 if rows else 1]
-    coefficients = []
     device = sources[0].device if sources else torch.device("cpu")
-    for factor in factors:
-        merged = factor.coefficients()
-        index = [torch.arange(c.shape[0], device=device) + first_rows[source_key(source)] for source, c in merged]
-        stacked = [c for _, c in merged]
-        coefficients.append(
-            (torch.cat(index), torch.cat(stacked))
-            if merged
-            else (
-                torch.zeros(0, dtype=torch.int64, device=device),
-                torch.zeros(0, factor.rank, dtype=torch.float64, device=device),
-            )
-        )
+    coefficients = [_Coefficients.of(factor, first_rows, device) for factor in factors]
     starts = [first_rows[source_key(s)] for s in sources]
     blocks = [(i, j, starts[i] * total + starts[j]) for i in range(len(sources)) for j in range(i, len(sources))]
     gram = torch.zeros(total, total, dtype=torch.float64, device=device)

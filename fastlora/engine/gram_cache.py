@@ -1,14 +1,13 @@
 """Gram blocks that were computed before, so that a factor is not read again for the same inner products.
 
-Inside ``use_cache(cache)`` every Gram pass of the thread looks its blocks up in the cache: :class:`fastlora.PoolGram`
-opens that block, and whoever reads Gram blocks says in its docstring that they may come from there.
+After ``enter(cache)`` every Gram pass of the thread, or of the task, looks its blocks up in the cache:
+:class:`fastlora.PoolGram` does that, and whoever reads Gram blocks says in its docstring that they may come from there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -66,23 +65,33 @@ class GramCache:
         return True
 
 
-_active: contextvars.ContextVar[GramCache | None] = contextvars.ContextVar("fastlora_gram_cache", default=None)
+_entered: contextvars.ContextVar[tuple[GramCache, ...]] = contextvars.ContextVar("fastlora_gram_cache", default=())
+"""Of this thread or task, the last one in use. No tokens: whoever entered in one thread may leave in another, where
+nothing was entered."""
 
 
-@contextlib.contextmanager
-def use_cache(cache: GramCache) -> Iterator[None]:
-    """Inside the block, Gram blocks that the cache has are not computed again."""
-    token = _active.set(cache)
-    try:
-        yield
-    finally:
-        _active.reset(token)
+def entered() -> tuple[GramCache, ...]:
+    """The caches that this thread (or task) has entered; the last one is in use."""
+    return _entered.get()
+
+
+def enter(cache: GramCache) -> None:
+    """From here on, this thread (or task) does not compute Gram blocks again that the cache has."""
+    _entered.set((*_entered.get(), cache))
+
+
+def leave(cache: GramCache) -> None:
+    """Takes back the last :func:`enter` of the cache in this thread (or task), if there was one."""
+    caches = _entered.get()
+    last = max((i for i, other in enumerate(caches) if other is cache), default=None)
+    if last is not None:
+        _entered.set((*caches[:last], *caches[last + 1 :]))
 
 
 def run_through_cache(jobs: list[GramJob], launch: Callable[[list[GramJob]], object]) -> None:
     """One Gram pass: ``launch`` gets the jobs, or only what the cache in use does not have."""
-    cache = _active.get()
-    if cache is None:
-        launch(jobs)
+    caches = entered()
+    if caches:
+        caches[-1].run(jobs, launch)
     else:
-        cache.run(jobs, launch)
+        launch(jobs)

@@ -15,6 +15,9 @@ from fastlora.engine.combine_jobs import WantedFactor, combine_job, require_one_
 from fastlora.ops.dispatch import run_pass
 from fastlora.ops.passes import CombineJob
 
+# Relative to the terms of a sum: what is left below it has no digit that is known, through Gram blocks in float64.
+ROUNDING = 1e-7
+
 
 def materialise(updates: Sequence[Update], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     """``(B [out, r], A [r, in])`` of each update of one module in ``dtype``, without the scaling (see
@@ -51,6 +54,18 @@ def materialise_groups(
     results = [_materialise_side(jobs, *pair, dtype, room) for pair in zip(sides, stored, strict=True)]
     run_pass("combine_pass", jobs)
     return [list(zip(*pair, strict=True)) for pair in zip(results[::2], results[1::2], strict=True)]
+
+
+def is_rounding(factor: Factor, computed: Tensor) -> bool:
+    """Whether a factor that was ``computed`` in float64 is nothing but the rounding of what its terms cancel to: each
+    of its elements would count as one elsewhere. Costs a read of its stored matrices."""
+    if len(factor.terms) < 2:
+        return False
+    size = 0.0
+    for term in factor.terms:
+        coefficient = 1.0 if term.coefficient is None else float(term.coefficient.norm())
+        size += abs(term.scale) * coefficient * float(term.source.double().norm())
+    return float(computed.norm()) <= ROUNDING * size
 
 
 def _materialise_side(

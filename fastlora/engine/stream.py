@@ -80,7 +80,7 @@ def current() -> Stream | None:
 def needed(adapters: Sequence[LoraData], device: torch.device, bound: int | None) -> Stream | None:
     """The stream for adapters that do not fit into the bound together with their results; else ``None``, as for those
     that are on the device already."""
-    if bound is None or device.type == "cpu" or all(a.device == device for a in adapters):
+    if bound is None or device.type == "cpu" or all(a.place in (None, device) for a in adapters):
         return None
     size = sum(t.nbytes for a in adapters for u in a.updates.values() for t in tensors(u))
     return Stream(device, bound) if SHARE * size > bound else None

@@ -32,6 +32,11 @@ def show_progress(on: bool = True) -> Iterator[None]:
             bar.stop()
 
 
+def is_shown() -> bool:
+    """Whether bars are switched on."""
+    return _bars.get() is not None
+
+
 def track(items: Sequence[T], label: str) -> Iterator[T]:
     """Iterates over ``items``; a bar appears once the loop has run for a second."""
     bars = _bars.get()

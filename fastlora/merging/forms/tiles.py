@@ -20,7 +20,7 @@ from fastlora.adapters.pool import Pool
 from fastlora.core.factors import Factor
 from fastlora.core.updates import MIN_RTOL, Update, sources, with_rank_zero
 from fastlora.engine.checks import LARGEST, require_finite
-from fastlora.engine.materialise import materialise
+from fastlora.engine.materialise import is_rounding, materialise
 from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
 from fastlora.merging.forms.frames import Cut
@@ -152,7 +152,7 @@ def tiles_of(pool: Pool, module: str, weights: Sequence[float], side: int | None
     updates = [pool.adapters[i].updates[module] for i in present]
     factors: list[tuple[Tensor, Tensor] | None] = [None] * len(pool)
     for i, update, (B, A) in zip(present, updates, materialise(updates, torch.float64), strict=True):
-        if update.rank:
+        if update.rank and not is_rounding(update.B, B) and not is_rounding(update.A, A):
             factors[i] = B * (weights[i] * update.scaling), A
     if side is None:
         side = max(1, math.isqrt(batch_bytes(TILE_BYTES) // (8 * len(pool))))
