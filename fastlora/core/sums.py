@@ -73,11 +73,8 @@ def _without_cancelled(terms: Sequence[tuple[float, Update]]) -> Sequence[tuple[
         weights.setdefault((id(update.B), id(update.A)), []).append(weight * update.scaling)
     if len(weights) == len(terms):
         return terms
-    cancelled = {
-        key
-        for key, values in weights.items()
-        if len(values) > 1 and abs(sum(values)) <= CANCELLED * sum(map(abs, values))
-    }
+    several = {key: values for key, values in weights.items() if len(values) > 1}
+    cancelled = {key for key, values in several.items() if abs(sum(values)) <= CANCELLED * sum(map(abs, values))}
     return [(w, u) for w, u in terms if (id(u.B), id(u.A)) not in cancelled]
 
 

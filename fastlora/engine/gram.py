@@ -157,11 +157,11 @@ def _finish_joined(
 
 
 class _Coefficients(NamedTuple):
-    """A factor on stored matrices: ``C [len(index), rank]`` belongs to the rows ``index`` of their Gram matrix. The
+    """A factor on stored matrices: ``C [len(rows), rank]`` belongs to the ``rows`` of their Gram matrix. The
     others are left out and not multiplied by zero, so that NaN or Inf in one adapter is not found in another.
     ``size``: sums of absolute values where ``C`` has sums."""
 
-    index: Tensor
+    rows: Tensor
     C: Tensor
     size: Tensor
 
@@ -175,13 +175,13 @@ class _Coefficients(NamedTuple):
         if not sums:
             none = torch.zeros(0, factor.rank, dtype=torch.float64, device=device)
             return _Coefficients(torch.zeros(0, dtype=torch.int64, device=device), none, none)
-        index = [torch.arange(C.shape[0], device=device) + first_rows[key] for key, (C, _) in sums.items()]
-        return _Coefficients(torch.cat(index), *(torch.cat(x) for x in zip(*sums.values(), strict=True)))
+        rows = [torch.arange(C.shape[0], device=device) + first_rows[key] for key, (C, _) in sums.items()]
+        return _Coefficients(torch.cat(rows), *(torch.cat(x) for x in zip(*sums.values(), strict=True)))
 
     def without_rounding(self, gram: Tensor) -> Tensor:
         """``C`` with zeros in the columns of which nothing but rounding is left, given the whole Gram matrix."""
-        norms = gram.diagonal()[self.index].sqrt() @ self.size  # that columns would have if nothing cancelled
-        squares = (self.C * (gram[self.index][:, self.index] @ self.C)).sum(0)
+        norms = gram.diagonal()[self.rows].sqrt() @ self.size  # that columns would have if nothing cancelled
+        squares = (self.C * (gram[self.rows][:, self.rows] @ self.C)).sum(0)
         return self.C * ~(squares <= ROUNDING * norms.square())  # what is NaN stays
 
 
@@ -192,7 +192,7 @@ def _put_products(
     full = gram.triu() + gram.triu(1).mT
     known = [c.without_rounding(full) for c in coefficients]
     for i, j, offset in block_places:
-        at, to, left, right = coefficients[i].index, coefficients[j].index, known[i], known[j]
+        at, to, left, right = coefficients[i].rows, coefficients[j].rows, known[i], known[j]
         shape = left.shape[1], right.shape[1]
         out.view(-1)[offset:].as_strided(shape, (r, 1)).copy_(left.mT @ full[at][:, to] @ right)
 

@@ -138,7 +138,9 @@ def test_a_shift_from_itself_to_nothing_leaves_nothing(granularity: str, strengt
 
 
 def test_a_pool_gram_serves_many_threads() -> None:
-    pool = fl.Pool(pools.make_adapter(name, {MODULE: (*factors(seed), 1.0)}) for name, seed in zip("abc", (1, 5, 9)))
+    pool = fl.Pool(
+        pools.make_adapter(name, {MODULE: (*factors(seed), 1.0)}) for name, seed in zip("abc", (1, 5, 9), strict=True)
+    )
     gram = fl.PoolGram(pool)
     points = [{"a": 1.0, "b": 0.1 * i, "c": -0.5} for i in range(3)]
     wanted = [delta(gram.merge(p, rank=4)) for p in points]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,21 @@ def test_pools_on_different_devices_are_refused(device: None) -> None:
         mixed["a0"] + mixed["a1"]
     assert fl.decompose(mixed.to("cpu"), 0.5).shared.device == torch.device("cpu")
     assert fl.decompose(mixed, 0.5, device="cuda").shared.device == DEVICE
+
+
+def test_what_has_no_matrices_goes_with_any_device(device: None) -> None:
+    pool = ragged_pool()
+    nothing = fl.decompose(pool, 0.999).shared
+    assert not any(u.rank for u in nothing.updates.values())
+    moved = fl.Pool([*(replace(pool[n].to("cuda"), name=n) for n in ("a0", "a1")), replace(nothing, name="nothing")])
+    assert moved.device == DEVICE and moved.to("cuda").device == DEVICE
+    found = fl.decompose(moved, 0.5).unique_of("a0")
+    assert found.device == DEVICE
+    for module, update in pool["a0"].updates.items():
+        assert torch.equal(found.to("cpu").delta(module), fl.Adapter("x", {module: update}).delta(module))
+    assert fl.PoolGram(moved).norms()["nothing"] == 0.0
+    assert (moved["a0"] + nothing).device == (nothing - moved["a1"]).device == DEVICE
+    assert fl.merge(moved, rank=3, device="cuda").device == DEVICE
 
 
 def equal_ranks() -> fl.Pool:
@@ -228,8 +244,6 @@ def test_no_device_here_is_told_with_the_reason() -> None:
 
 
 def test_memory_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     from fastlora.backends import cpu
 
     def full(*_: object) -> None:
