@@ -24,8 +24,8 @@ def gram(module: ModulatedModule, on: str) -> Tensor:
         return module.scaled(module.left.diagonal(dim1=-2, dim2=-1)[..., :r])
     if on == "A":
         module.require_equal_ranks("granularity='column', on='A'")
-    rows = [dense(u.A) for u in module.present]  # [r_k, m], where the factors are
-    left = module.left.to(rows[0].device)
+    rows = [dense(u.A).to(module.device) for u in module.present]  # [r_k, m], where the factors are
+    left = module.left.to(module.device)
     result = rows[0].new_zeros(k, k, rows[0].shape[1])
     for i in range(k):
         for j in range(i, k):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastlora.core.factors import Factor, add
+from fastlora.core.factors import Factor, add, device_of
 from fastlora.core.updates import Update
 from fastlora.engine.materialise import materialise
 from fastlora.errors import InputError
@@ -36,6 +36,11 @@ class ModulatedModule:
     def present(self) -> list[Update]:
         """The updates of the members, in their order."""
         return [u for u in self.updates if u is not None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are; those of an empty update are anywhere."""
+        return device_of([[u.B, u.A] for u in self.present])
 
     @property
     def scalings(self) -> Tensor:

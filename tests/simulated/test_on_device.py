@@ -12,6 +12,7 @@ import pytest
 import torch
 from simulated import DEVICE, OnDevice
 from test_plan import ragged_pool
+from tolerances import FLOAT32
 
 import fastlora as fl
 from fastlora.engine import buffers
@@ -112,6 +113,12 @@ def test_what_has_no_matrices_goes_with_any_device(device: None) -> None:
     assert fl.PoolGram(moved).norms()["nothing"] == 0.0
     assert (moved["a0"] + nothing).device == (nothing - moved["a1"]).device == DEVICE
     assert fl.merge(moved, rank=3, device="cuda").device == DEVICE
+    for granularity in ("column", "component", "matrix"):
+        for first, second in ((moved["a0"], nothing), (nothing, moved["a0"])):
+            half = fl.modulate(first, fl.dipm.interpolate(second, 0.5), granularity=granularity)
+            for module in pool["a0"].modules:
+                wanted = 0.5 * pool["a0"].delta(module)
+                assert float((half.to("cpu").delta(module) - wanted).norm()) <= FLOAT32 * float(wanted.norm())
 
 
 def equal_ranks() -> fl.Pool:
