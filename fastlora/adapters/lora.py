@@ -184,15 +184,26 @@ class Adapter(LoraData, VectorSpace):
             details={"retained_energy": {m: f.retained for m, f in forms.items()}},
         )
 
-    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: Overwrite = False) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        uniform_rank: int | bool | None = None,
+        overwrite: Overwrite = False,
+    ) -> Path:
         """Writes a PEFT directory, atomically: it is complete or not there, and then as it was before.
 
         Every module is saved with ``B [n, r]``, ``A [r, m]`` and the scaling inside ``B`` (``lora_alpha = r``), so that
-        PEFT and readers that ignore patterns see the same ``ΔW``. Modules of rank 0 are left out.
+        PEFT and readers that take ``r`` from the configuration see the same ``ΔW``. Modules of rank 0 are left out.
 
         Args:
             path: the directory to make.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; by default the widest of the inputs.
+            uniform_rank: ``True`` saves every module with the largest rank, a number with that one; zeros fill the
+                smaller ones. It is for readers that divide ``lora_alpha`` by a module's own rank (llama.cpp) or take
+                one rank only. By default ranks are what they are, except where PEFT needs one: among experts with
+                factors of their own, and under names of older model code.
             overwrite: replace an earlier output of fastlora, known by what its files say; ``"force"`` replaces
                 whatever is there.
 
@@ -200,13 +211,13 @@ class Adapter(LoraData, VectorSpace):
             ``path``.
 
         Raises:
-            InputError: an unknown dtype, an adapter without modules.
+            InputError: an unknown dtype, an adapter without modules, a ``uniform_rank`` below the adapter's own.
             OutputError: a path that exists or cannot be written, a full disk, a number that holds NaN or Inf or that
                 overflows ``dtype``.
 
         Cost: one read of the factors, one write of the result. Memory does not grow with the model.
         """
-        return formats.save(self, Path(path), dtype=dtype, overwrite=overwrite)
+        return formats.save(self, Path(path), dtype=dtype, uniform_rank=uniform_rank, overwrite=overwrite)
 
     def without_extras(self) -> Adapter:
         """The low-rank updates alone, without biases and replaced modules. No factor is read or copied."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlora.core.dtypes import WIDTHS
 from fastlora.core.factors import Factor
-from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update
+from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update, chosen_rank
 from fastlora.engine.materialise import materialise_groups
 from fastlora.errors import InputError
 
@@ -77,11 +77,8 @@ def tensors_of(
     """``(B, A)`` of every module for :meth:`fastlora.Adapter.tensors`."""
     baked = [u.baked() for u in updates.values()]
     pairs = [pair for [pair] in materialise_groups([[u] for u in baked], dtype)]
-    if uniform_rank is not None and uniform_rank is not False:
-        most = max((u.rank for u in baked), default=0)
-        rank = max(1, most) if uniform_rank is True else uniform_rank
-        if rank < max(1, most):
-            raise InputError(f"uniform_rank={uniform_rank}: the adapter has rank {most}; compress it, or give {most}")
+    rank = chosen_rank(baked, uniform_rank)
+    if rank is not None:
         pairs = [(_widened(B, 1, rank), _widened(A, 0, rank)) for B, A in pairs]
     return {m: _shaped(pair, u.layout) for (m, u), pair in zip(updates.items(), pairs, strict=True)}
 

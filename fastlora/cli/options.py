@@ -49,12 +49,16 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N
 Backend = Annotated[str | None, typer.Option(help="Force a backend: cpu, cuda, triton, reference.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report, errors only.")]
+UniformRank = Annotated[
+    bool, typer.Option("--uniform-rank", help="Give all modules the largest rank, filled with zeros.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of fastlora.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace whatever is there, also what fastlora did not write.")]
 
 SHARED: dict[str, Any] = {
     "memory": Memory,
     "dtype": DType,
+    "uniform_rank": UniformRank,
     "device": Device,
     "backend": Backend,
     "as_json": Json,

@@ -67,11 +67,12 @@ def write_adapter(run: Run, adapter: Adapter, target: OutputDirectory, out: Path
     """Writes a LoRA adapter and says what it is."""
     from fastlora import formats
 
+    given, adapter = adapter, formats.ready(adapter, run.uniform_rank)
     with target as staging:
         formats.write_adapter(adapter, staging, run.dtype)
     ranks = [u.rank for u in adapter.updates.values()]
     retained = adapter.provenance.get("retained_energy") if any(ranks) else None  # of nothing there is no share
-    notes = [*notes, *target.notices]
+    notes = [*notes, *(n for n in adapter.notes if n not in given.notes), *target.notices]
     if run.as_json:
         data = {"out": str(out), "modules": len(ranks), "rank": max(ranks, default=0), "retained_energy": retained}
         print_json({**data, "retained_energy_by_module": adapter.details.get("retained_energy"), "notices": notes})

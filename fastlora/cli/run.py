@@ -28,6 +28,7 @@ class Run:
     quiet: bool = False
     overwrite: bool = False
     force: bool = False
+    uniform_rank: bool = False
     stack: ExitStack = field(default_factory=ExitStack, repr=False)
     """What is switched on until the command ends."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
@@ -27,6 +27,31 @@ class Extra:
 
 
 @dataclass(frozen=True, slots=True)
+class Selection:
+    """How configurations chose the modules of adapters. A result keeps it where it still chooses what the result has.
+
+    ``modules``, ``parameters``: ends of paths. What equals one of them, or ends with one after a dot, was chosen.
+    ``verbatim``: the fields of a configuration that chooses in another way (by a pattern, by layers, with exclusions),
+    as JSON; it is of use only as a whole.
+    """
+
+    modules: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    verbatim: str = ""
+
+
+def joined_selection(selections: Sequence[Selection]) -> Selection:
+    """What chooses the modules of all: one selection where they agree, else the ends of paths of every one."""
+    first = selections[0]
+    if all(s == first for s in selections):
+        return first
+    parameters = tuple(dict.fromkeys(p for s in selections for p in s.parameters))
+    if any(s.verbatim for s in selections):
+        return Selection(parameters=parameters)
+    return Selection(tuple(dict.fromkeys(m for s in selections for m in s.modules)), parameters)
+
+
+@dataclass(frozen=True, slots=True)
 class BaseInfo:
     """What an adapter says about the model it belongs to; carried through every operation."""
 
@@ -37,6 +62,7 @@ class BaseInfo:
     layer_replication: tuple[tuple[int, int], ...] | None = None
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
+    selection: Selection = Selection()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastlora.core.data import BaseInfo, Extra, Ia3Data, LoraData
+from fastlora.core.data import BaseInfo, Extra, Ia3Data, LoraData, joined_selection
 from fastlora.core.factors import concatenate
 from fastlora.core.updates import Update, with_rank_zero
 from fastlora.errors import InputError
@@ -159,4 +159,5 @@ def common_base(adapters: Sequence[WithExtras]) -> BaseInfo:
             )
     saved = tuple(dict.fromkeys(m for a in adapters for m in a.base.modules_to_save))
     model = next((a.base.model for a in adapters if a.base.model), None)
-    return replace(first, model=model, modules_to_save=saved)
+    selection = joined_selection([a.base.selection for a in adapters])
+    return replace(first, model=model, modules_to_save=saved, selection=selection)

@@ -122,6 +122,27 @@ def with_rank_zero(update: Update) -> Update:
     return replace(update, B=replace(update.B, **empty), A=replace(update.A, **empty), scaling=1.0)  # type: ignore[arg-type]
 
 
+def with_rank(update: Update, rank: int) -> Update:
+    """The same ``ΔW`` at a higher rank: the columns of ``B`` and rows of ``A`` that are added are zero."""
+    return (
+        update
+        if update.rank == rank
+        else replace(update, B=replace(update.B, rank=rank), A=replace(update.A, rank=rank))
+    )
+
+
+def chosen_rank(updates: Iterable[Update], uniform_rank: int | bool | None) -> int | None:
+    """What ``uniform_rank`` stands for: ``True`` is the largest rank of all, at least 1; a number must be that or
+    more; ``None`` and ``False`` are none."""
+    if uniform_rank is None or uniform_rank is False:
+        return None
+    most = max([1, *[u.rank for u in updates]])
+    rank = most if uniform_rank is True else uniform_rank
+    if rank < most:
+        raise InputError(f"uniform_rank={uniform_rank}: the adapter has rank {most}; compress it, or give {most}")
+    return rank
+
+
 # The least relative size of a singular value that is a direction and not rounding; MATH section 2.
 MIN_RTOL = 1e-6
 

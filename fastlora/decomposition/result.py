@@ -201,12 +201,20 @@ class Decomposition:
                     adapters |= {f"pairs/{a}+{b}/unique/{n}": pair.unique_of(n) for n in (a, b)}
                 yield adapters
 
-    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: Overwrite = False) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        uniform_rank: bool = False,
+        overwrite: Overwrite = False,
+    ) -> Path:
         """Writes every part as a PEFT directory, and ``report.json``, below ``path``: complete or not at all.
 
         Args:
             path: the directory to make; :meth:`adapters` has the names of the folders in it.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; by default each part's own.
+            uniform_rank: all modules of a part have its largest rank (:meth:`Adapter.save`).
             overwrite: replace an earlier output of fastlora, known by what its files say; ``"force"`` replaces
                 whatever is there.
 
@@ -221,11 +229,12 @@ class Decomposition:
         the ``memory`` of :func:`fastlora.decompose`.
         """
         with OutputDirectory(Path(path), overwrite=overwrite) as staging:
-            self.write(staging, dtype)
+            self.write(staging, dtype, uniform_rank)
         return Path(path)
 
-    def write(self, staging: Path, dtype: torch.dtype | str | None = None) -> None:
-        """Writes into the directory ``staging``, which exists; see :meth:`save` for ``dtype`` and what it raises."""
+    def write(self, staging: Path, dtype: torch.dtype | str | None = None, uniform_rank: bool = False) -> None:
+        """Writes into the directory ``staging``, which exists; for ``dtype``, ``uniform_rank`` and what it raises see
+        :meth:`save`."""
         empty = []
         with (
             (staging / "report.json").open("w") as file,
@@ -237,7 +246,7 @@ class Decomposition:
                     (staging / folder).mkdir(parents=True)
                 # Reports need no kernels, so they are made while results are written.
                 meanwhile = functools.partial(self._write_reports, file) if i == 0 else lambda: None
-                write_adapters({staging / folder: a for folder, a in adapters.items()}, dtype, meanwhile)
+                write_adapters({staging / f: a for f, a in adapters.items()}, dtype, meanwhile, uniform_rank)
                 empty += [p for p, a in adapters.items() if not any(u.rank for u in a.updates.values())]
             file.write(f', "empty_adapters": {json.dumps(empty)}}}\n')
 

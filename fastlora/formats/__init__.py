@@ -1,8 +1,9 @@
 """Adapter files: from a path to a record, from a record to files. One module a format, found by listing this folder.
 
 A format has ``detects(path)``, ``read(path, name) -> AdapterData`` and ``WRITES``, the kinds of record that it writes
-(none for a format that is only read). It writes low-rank adapters through ``sink(…)``, which the engine fills, and
-other kinds through ``write(…)``; with ``SUFFIX`` they are single files, else directories.
+(none for a format that is only read). It writes low-rank adapters through ``sink(…)``, which the engine fills, after
+``ready(…)`` gave them the ranks that its readers can take, and other kinds through ``write(…)``; with ``SUFFIX`` they
+are single files, else directories.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ from fastlora.files.tensor_files import SAFETENSORS
 LISTED = 8
 """Folders that a message names."""
 
+Lora = TypeVar("Lora", bound=LoraData)
+
 
 class Format(Protocol):
     """A module of this folder."""
@@ -45,6 +48,10 @@ class Format(Protocol):
 
     def read(self, path: Path, name: str) -> AdapterData:
         """What the path holds, under a ``name``; :class:`InputError` says what is wrong with it."""
+
+    def ready(self, adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:
+        """The low-rank adapter as it will be written: at the ranks that readers of this format can take, with notes on
+        what that changed. ``uniform_rank``: see :func:`write_adapters`."""
 
     def sink(
         self, directory: Path, adapter: LoraData, outlines: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
@@ -94,18 +101,24 @@ def read(path: str | Path, name: str | None = None) -> AdapterData:
 
 
 def save(
-    record: AdapterData, path: Path, *, dtype: torch.dtype | str | None = None, overwrite: Overwrite = False
+    record: AdapterData,
+    path: Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    uniform_rank: int | bool | None = None,
+    overwrite: Overwrite = False,
 ) -> Path:
     """Writes one adapter, atomically: a directory, or the one file of a format that has a suffix.
 
-    ``dtype=None`` keeps the widest dtype of the inputs (task vectors: float32).
+    ``dtype=None`` keeps the widest dtype of the inputs (task vectors: float32). ``uniform_rank``: see
+    :func:`write_adapters`.
     """
     if hasattr(writer_of(record), "SUFFIX"):
         with replacing(path, overwrite=overwrite) as staging:
             writer_of(record).write(staging, record, dtype)
     else:
         with OutputDirectory(path, overwrite=overwrite) as staging:
-            write_adapter(record, staging, dtype)
+            write_adapter(record, staging, dtype, uniform_rank)
     return path
 
 
@@ -114,10 +127,15 @@ def writer_of(record: AdapterData) -> Format:
     return next(f for f in all_formats().values() if isinstance(record, f.WRITES))
 
 
-def write_adapter(record: AdapterData, directory: Path, dtype: torch.dtype | str | None = None) -> None:
+def write_adapter(
+    record: AdapterData,
+    directory: Path,
+    dtype: torch.dtype | str | None = None,
+    uniform_rank: int | bool | None = None,
+) -> None:
     """Writes one adapter into a directory that is being staged."""
     if isinstance(record, LoraData):
-        write_adapters({directory: record}, dtype)
+        write_adapters({directory: record}, dtype, uniform_rank=uniform_rank)
     else:
         require_finite_extras([record] if isinstance(record, Ia3Data) else [])
         writer_of(record).write(directory, record, dtype)
@@ -127,14 +145,23 @@ def write_adapters(
     adapters: Mapping[Path, LoraData],
     dtype: torch.dtype | str | None = None,
     meanwhile: Callable[[], object] = lambda: None,
+    uniform_rank: int | bool | None = None,
 ) -> None:
     """Writes low-rank adapters that share stored matrices into directories, reading each of those matrices once.
 
     ``meanwhile`` is called while the last of them are written; see :func:`fastlora.engine.write.write_adapters`.
+    ``uniform_rank``: ``True`` writes all modules of an adapter with its largest rank, a number with that one; zeros
+    fill the smaller ones. By default ranks differ where readers can take that. Raises :class:`InputError` for a number
+    below an adapter's own rank.
     """
     require_finite_extras(adapters.values())
     targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
-    engine.write_adapters(adapters, targets, _open_sink, meanwhile)
+    engine.write_adapters({d: ready(a, uniform_rank) for d, a in adapters.items()}, targets, _open_sink, meanwhile)
+
+
+def ready(adapter: Lora, uniform_rank: int | bool | None = None) -> Lora:
+    """The low-rank adapter as it will be written; its notes say what that changed."""
+    return cast(Lora, writer_of(adapter).ready(adapter, uniform_rank))
 
 
 def _open_sink(

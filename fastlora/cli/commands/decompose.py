@@ -76,7 +76,7 @@ def decompose(
         device=run.device,
     )
     with directory as staging:
-        parts.write(staging, run.dtype)
+        parts.write(staging, run.dtype, run.uniform_rank)
         if plots:
             _write_plots(parts, staging)
     data = decomposition_data(parts, out)

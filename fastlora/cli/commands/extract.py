@@ -18,7 +18,7 @@ Base = Annotated[Path, typer.Argument(help=f"The base model: {MODEL_HELP}", meta
 Tuned = Annotated[Path, typer.Argument(help=f"Its fine-tune: {MODEL_HELP}", metavar="TUNED", show_default=False)]
 
 
-@command("dtype", "as_json", "quiet", "overwrite", "force")
+@command("dtype", "uniform_rank", "as_json", "quiet", "overwrite", "force")
 def extract(
     run: Run,
     base: Base,
@@ -35,6 +35,8 @@ def extract(
     lowrank = rank is not None or energy is not None
     if biases and not lowrank:
         raise InputError("--biases is for an adapter; a task vector holds every parameter (or give --rank N)")
+    if run.uniform_rank and not lowrank:
+        raise InputError("--uniform-rank is for an adapter; a task vector has no ranks (or give --rank N)")
     if lowrank != (out.suffix != ".safetensors"):
         raise InputError(
             f"--out {out}: "

@@ -17,6 +17,7 @@ from fastlora.engine.contracts import Sink
 from fastlora.formats.peft import ia3, reading
 from fastlora.formats.peft.beside import note_on_files
 from fastlora.formats.peft.config import read_fields
+from fastlora.formats.peft.ranks import with_readable_ranks
 from fastlora.formats.peft.writing import AdapterFile
 
 WRITES = (LoraData, Ia3Data)
@@ -36,6 +37,11 @@ def read(path: Path, name: str) -> AdapterData:
     adapter = reading.read(path, name, fields)
     zeros = note_on_zeros(name, adapter.updates.values(), with_extras=bool(adapter.extras))
     return replace(adapter, notes=(*adapter.notes, *zeros, *note_on_files(path, name)))
+
+
+def ready(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:
+    """The adapter at the ranks that PEFT can read."""
+    return with_readable_ranks(adapter, uniform_rank)
 
 
 def sink(directory: Path, adapter: LoraData, outlines: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> Sink:

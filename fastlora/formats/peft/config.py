@@ -14,6 +14,7 @@ from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.files.json_files import is_plain, parse_object, refuse_dangling, require_file, shown
 from fastlora.formats.peft.patterns import Patterns
+from fastlora.formats.peft.selection import read_selection
 
 LARGEST_CONFIG = 64 << 20
 LARGEST_RANK = 1 << 24
@@ -116,6 +117,7 @@ def read_config(reader: Fields, name: str) -> PeftConfig:
         layer_replication=reader.ranges("layer_replication"),
         modules_to_save=tuple(dict.fromkeys(reader.texts("modules_to_save"))),
         bias=bias,
+        selection=read_selection(reader.values),
     )
     return PeftConfig(
         path=reader.path,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlora._version import __version__
-from fastlora.core.data import BaseInfo, Extra, Ia3Data, Scaling
+from fastlora.core.data import BaseInfo, Extra, Ia3Data, Scaling, Selection
 from fastlora.core.dtypes import parse_dtype
 from fastlora.core.inert import PROBABLY
 from fastlora.core.names import CONFIG_NAME
@@ -28,8 +28,9 @@ from fastlora.formats.peft.config import Fields, refuse_unknown
 from fastlora.formats.peft.names import HEADS, PREFIX, WEIGHTS_NAME
 from fastlora.formats.peft.patterns import Unsupported, compiled_whole
 from fastlora.formats.peft.reading import add_values, check_tensor
+from fastlora.formats.peft.selection import module_fields, read_selection
 from fastlora.formats.peft.weights import read_tensors
-from fastlora.formats.peft.writing import FileContents, exclude_pattern, place_values
+from fastlora.formats.peft.writing import FileContents, place_values
 from fastlora.ops.finite import is_finite
 
 PART = ".ia3_l"
@@ -95,6 +96,7 @@ def _read_config(fields: Fields, name: str) -> tuple[BaseInfo, Callable[[str], b
         task_type=fields.text("task_type"),
         fan_in_fan_out=fields.flag("fan_in_fan_out"),
         modules_to_save=tuple(dict.fromkeys(fields.texts("modules_to_save"))),
+        selection=read_selection(fields.values),
     )
     pattern = fields.values.get("feedforward_modules")
     if pattern is None:
@@ -174,20 +176,31 @@ def _config(adapter: Ia3Data, modules_to_save: list[str]) -> Mapping[str, Any]:
     heads = HEADS.get(base.task_type or "", ())
     # For these tasks PEFT insists on a trained head in the file; without one, the adapter loads for any task.
     task = base.task_type if not heads or set(heads) & set(modules_to_save) else None
-    return {
+    config: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": base.model,
-        "exclude_modules": exclude_pattern(adapter.modules),
         "fan_in_fan_out": base.fan_in_fan_out,
-        "feedforward_modules": _feedforward_modules(adapter.vectors),
         "inference_mode": True,
         "init_ia3_weights": True,
         "modules_to_save": modules_to_save or None,
         "peft_type": "IA3",
         "revision": base.revision,
-        "target_modules": adapter.modules,
         "task_type": task,
     }
+    return dict(sorted((config | _module_fields(adapter)).items()))
+
+
+def _module_fields(adapter: Ia3Data) -> dict[str, Any]:
+    """The fields that select the modules, and those among them whose inputs are scaled: PEFT wants a subset."""
+    fields = module_fields(adapter.base.selection, adapter.modules, adapter.modules)
+    targets = fields["target_modules"]
+    if isinstance(targets, list):
+        inputs = [m for m, s in adapter.vectors.items() if s.feedforward]
+        ends = [t for t in targets if any(m.endswith(t) for m in inputs)]
+        if [m for m in adapter.vectors if m.endswith(tuple(ends))] == inputs:
+            return {**fields, "feedforward_modules": ends}
+        fields = module_fields(Selection(), adapter.modules, adapter.modules)
+    return {**fields, "feedforward_modules": _feedforward_modules(adapter.vectors)}
 
 
 def _feedforward_modules(vectors: Mapping[str, Scaling]) -> list[str] | str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastlora.errors import InputError
+from fastlora.formats.peft.names import path_tails
 
 PLAIN = re.compile(r"[\w.]+", re.ASCII)
 LARGEST = 10_000
@@ -56,14 +57,14 @@ class Patterns:
         self._place = place
         self._keys = tuple(values)
         self._exact: dict[str, int] = {}  # whole paths
-        self._last: dict[str, int] = {}  # last parts of paths
+        self._tails: dict[str, int] = {}  # ends of paths, after a dot
         self._others: list[tuple[int, Callable[[str], bool]]] = []
         for index, pattern in enumerate(self._keys):
             literal = _literal(pattern)
             if literal is not None:
                 self._exact.setdefault(literal, index)
-            elif pattern.isidentifier():
-                self._last.setdefault(pattern, index)
+            elif (tail := _tail(pattern)) is not None:
+                self._tails.setdefault(tail, index)
             else:
                 self._others.append((index, self._compiled(pattern)))
 
@@ -75,8 +76,9 @@ class Patterns:
         return self._values.get(module if index is None else self._keys[index])
 
     def _first(self, module: str) -> int | None:
-        last = module.rpartition(".")[2]
-        indices = [i for i in (self._exact.get(module), self._last.get(last)) if i is not None]
+        indices = [self._exact[module]] if module in self._exact else []
+        if self._tails:
+            indices += [self._tails[tail] for tail in path_tails(module) if tail in self._tails]
         known = min(indices, default=None)
         for index, matches in self._others:
             if known is not None and known < index:
@@ -111,8 +113,21 @@ def _literal(pattern: str) -> str | None:
     """The only module that a pattern ``^…`` of escaped characters matches."""
     if not pattern.startswith("^"):
         return None
-    text = re.sub(r"\\([^\w\s])", r"\1", pattern[1:])
+    text = _unescaped(pattern[1:])
     return text if text and re.escape(text) == pattern[1:] else None
+
+
+def _tail(pattern: str) -> str | None:
+    """The end of a path, from a dot on, that is all that a pattern of escaped characters matches."""
+    if pattern.isidentifier():
+        return pattern
+    text = _unescaped(pattern)
+    return text if PLAIN.fullmatch(text) and re.escape(text) == pattern else None
+
+
+def _unescaped(pattern: str) -> str:
+    """The text that a pattern stands for if it is one of escaped characters."""
+    return re.sub(r"\\([^\w\s])", r"\1", pattern)
 
 
 @functools.lru_cache(4096)

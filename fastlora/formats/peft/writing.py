@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -32,9 +31,9 @@ from fastlora.formats.peft.names import (
     REGISTRATION_ORDER,
     WEIGHTS_NAME,
     WRAPPED,
-    exact_pattern,
     saved_module,
 )
+from fastlora.formats.peft.selection import module_fields, rank_patterns, selected_parameters
 
 NAMES: Mapping[Side, str] = {"A": "lora_A.weight", "B": "lora_B.weight"}
 EMBEDDING_NAMES: Mapping[Side, str] = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
@@ -133,7 +132,7 @@ class AdapterFile:
         """Checks that everything was written, then writes the configuration: without it, nothing takes this for an
         adapter."""
         self._file.close()
-        config = json.dumps(_config(self._contents, self.adapter.base), indent=2) + "\n"
+        config = json.dumps(_config(self._contents, self.adapter), indent=2) + "\n"
         with writing(self.directory / CONFIG_NAME):
             (self.directory / CONFIG_NAME).write_text(config, encoding="utf-8")
 
@@ -267,9 +266,10 @@ def place_values(contents: FileContents, values: Mapping[str, Tensor], base: Bas
         contents.bias = base.bias if base.bias != "none" else "lora_only"
 
 
-def _config(contents: FileContents, base: BaseInfo) -> dict[str, Any]:
-    rank = max(contents.ranks.values())
-    patterns = {exact_pattern(m): r for m, r in contents.ranks.items() if r != rank}
+def _config(contents: FileContents, adapter: LoraData) -> dict[str, Any]:
+    base, rank = adapter.base, max(contents.ranks.values())
+    smaller = {m: r for m, r in contents.ranks.items() if r != rank}
+    patterns = dict(zip(rank_patterns(smaller, contents.ranks), smaller.values(), strict=True))
     heads = HEADS.get(base.task_type or "", ())
     # For these tasks PEFT insists on a trained head in the file; without one, the adapter loads for any task.
     task = base.task_type if not heads or set(heads) & set(contents.modules_to_save) else None
@@ -289,33 +289,16 @@ def _config(contents: FileContents, base: BaseInfo) -> dict[str, Any]:
         "r": rank,
         "rank_pattern": patterns,
         "revision": base.revision,
-        "target_modules": contents.modules,
         "task_type": task,
         "use_dora": False,
         "use_rslora": False,
     }
+    known = [m for m, u in adapter.updates.items() if u.layout.kind != "expert"]
+    config |= module_fields(base.selection, known, contents.modules)
     # Older readers refuse fields that they do not know, so these are there only when they say something.
-    if contents.modules:
-        config["exclude_modules"] = exclude_pattern(contents.modules)
     if contents.parameters:
-        config["target_parameters"] = contents.parameters
+        containers = dict.fromkeys(u.layout.container for u in adapter.updates.values() if u.layout.container)
+        config["target_parameters"] = selected_parameters(base.selection, containers, contents.parameters)
     if contents.lora_bias:
         config["lora_bias"] = True
     return dict(sorted(config.items()))
-
-
-def exclude_pattern(modules: Iterable[str]) -> str:
-    """A full-match pattern for ``exclude_modules`` that leaves of ``target_modules`` the exact paths.
-
-    PEFT also adapts modules whose path *ends* with a listed one: ``x.query`` would take ``y.x.query`` with
-    it. Such a path has the first part of a listed path in a later place.
-    """
-    paths = list(modules)
-    starts = sorted({p.partition(".")[0] for p in paths})
-    inner = rf".+\.(?:{'|'.join(map(re.escape, starts))})(?:\..*)?"
-    # PEFT warns about a pattern that excludes nothing. The containers at the top are in every model and are
-    # no targets, so they are excluded too.
-    tops = [re.escape(s) for s in starts if s not in paths]
-    if tops and not any(re.fullmatch(inner, p) for p in paths):
-        return "|".join([*tops, inner])
-    return rf"(?!(?:{'|'.join(map(re.escape, paths))})$).*"
