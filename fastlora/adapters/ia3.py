@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora import formats
+from fastlora.adapters.alignment import aligned
 from fastlora.core.data import Ia3Data, Scaling
 from fastlora.core.dtypes import widest
 from fastlora.core.sums import combine_extras, common_base
@@ -97,6 +98,8 @@ class IA3(Ia3Data, VectorSpace):
     def weighted_sum(cls, terms: Sequence[tuple[float, IA3]], name: str | None = None) -> IA3:
         """``l = 1 + Σ_i w_i (l_i − 1)`` in every module that some adapter has, in float64.
 
+        Names of modules are aligned as in a :class:`Pool`, and the notes of the sum say how.
+
         Args:
             terms: ``(w_i, adapter)``, one pair at the least; the weights are finite.
             name: of the sum; by default its expression, such as ``0.7*a - b``.
@@ -107,7 +110,8 @@ class IA3(Ia3Data, VectorSpace):
 
         Cost: one read of all vectors.
         """
-        adapters = [a for _, a in terms]
+        adapters, told = aligned([a for _, a in terms])
+        terms = [(w, a) for (w, _), a in zip(terms, adapters, strict=True)]
         modules = list(dict.fromkeys(m for a in adapters for m in a))
         return cls(
             name or expression([(w, a.name) for w, a in terms]),
@@ -116,7 +120,7 @@ class IA3(Ia3Data, VectorSpace):
             base=common_base(adapters),
             dtype=widest(a.dtype for a in adapters),
             provenance={"sum": [{"weight": w, "of": a.provenance} for w, a in terms], "semantics": "exact"},
-            notes=tuple(dict.fromkeys(n for a in adapters for n in a.notes)),
+            notes=tuple(dict.fromkeys([*(n for a in adapters for n in a.notes), *told])),
         )
 
 

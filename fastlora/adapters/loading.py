@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from fastlora import formats
 from fastlora.adapters.ia3 import IA3
 from fastlora.adapters.lora import Adapter
+from fastlora.adapters.renaming import Renaming
 from fastlora.adapters.task_vector import TaskVector
 from fastlora.core.data import AdapterData, DeltaData, Ia3Data, LoraData
 from fastlora.runtime.cpython import paused_collector
@@ -20,19 +22,20 @@ KINDS: dict[type[AdapterData], type[Element]] = {LoraData: Adapter, Ia3Data: IA3
 
 
 @paused_collector()
-def load(path: str | Path, name: str | None = None) -> Element:
+def load(path: str | Path, name: str | None = None, *, rename: Mapping[str, str] | None = None) -> Element:
     """Loads one adapter: LoRA, (IA)³ or a saved task vector. The format is detected from the files.
 
     Args:
         path: a PEFT directory, the Hub id (``org/name``) of one, or the ``.safetensors`` file of a task vector. A Hub
             id needs ``huggingface_hub``: it is looked up in the local cache first, and downloaded if it is not there.
         name: what the adapter is called from here on. By default it is the name of the folder or file.
+        rename: ``{old: new}``: modules called ``old`` or ``old.…`` become ``new`` or ``new.…``, by whole segments.
 
     Returns:
         :class:`Adapter`, :class:`IA3` or :class:`TaskVector`, on the CPU and in the dtype of the file.
 
     Raises:
-        InputError: a path, file, field or tensor that cannot be used.
+        InputError: a path, file, field or tensor that cannot be used; a ``rename`` that nothing has a use for.
         UnsupportedAdapter: a kind whose numbers would come out wrong (DoRA, …), or a file without a configuration.
             Both errors say what was found and what to do.
 
@@ -41,4 +44,7 @@ def load(path: str | Path, name: str | None = None) -> Element:
     """
     record = formats.read(Path(path), name)
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    return KINDS[type(record)](**fields)
+    renaming = Renaming(rename)
+    element = renaming(KINDS[type(record)](**fields))
+    renaming.require_used()
+    return element

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora import formats
+from fastlora.adapters.alignment import aligned
 from fastlora.adapters.tensors import tensors_of, updates_of
 from fastlora.core.data import BaseInfo, LoraData
 from fastlora.core.dtypes import parse_dtype, widest
@@ -228,7 +229,8 @@ class Adapter(LoraData, VectorSpace):
     def weighted_sum(cls, terms: Sequence[tuple[float, Adapter]], name: str | None = None) -> Adapter:
         """``ΔW = Σ_i w_i ΔW_i`` in every module, exactly: ``B = [w_1 s_1 B_1 | …]`` and ``A = [A_1; …]``.
 
-        The rank of a module is ``Σ_i r_i``; terms of weight 0 add nothing, and are looked at for NaN and Inf.
+        The rank of a module is ``Σ_i r_i``; terms of weight 0 add nothing, and are looked at for NaN and Inf. Names of
+        modules are aligned as in a :class:`Pool`, and the notes of the sum say how.
 
         Args:
             terms: ``(w_i, adapter)``, one pair at the least; the weights are finite.
@@ -242,7 +244,8 @@ class Adapter(LoraData, VectorSpace):
 
         Cost: no factor is read until the sum is used, except for those of weight 0.
         """
-        adapters = [a for _, a in terms]
+        adapters, told = aligned([a for _, a in terms])
+        terms = [(w, a) for (w, _), a in zip(terms, adapters, strict=True)]
         require_one_device(adapters)
         require_finite(a for w, a in terms if w == 0.0)  # no factor of these is read later
         modules = list(dict.fromkeys(m for a in adapters for m in a.updates))
@@ -253,5 +256,5 @@ class Adapter(LoraData, VectorSpace):
             base=common_base(adapters),
             dtype=widest(a.dtype for a in adapters),
             provenance={"sum": [{"weight": w, "of": a.provenance} for w, a in terms], "semantics": "exact"},
-            notes=tuple(dict.fromkeys(n for a in adapters for n in a.notes)),
+            notes=tuple(dict.fromkeys([*(n for a in adapters for n in a.notes), *told])),
         )

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from fastlora.adapters.alignment import alignment, renamed
+from fastlora.adapters.alignment import aligned
 from fastlora.adapters.folders import holds_adapters, load_folder
 from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
+from fastlora.adapters.renaming import Renaming
 from fastlora.core.names import check_name, check_names_differ
 from fastlora.core.updates import Layout
 from fastlora.core.vector_space import VectorSpace
@@ -41,35 +42,50 @@ class Pool:
 
     Args:
         adapters: one LoRA adapter at the least, each with a name of its own.
-        align: adapters of one model may call its modules differently, because the model was wrapped differently.
-            Where one prefix makes the names fit those of the first adapters, it is exchanged and ``notices`` say so.
-            ``False`` takes the names as they are.
+        align: adapters of one model may call its modules differently, because the model was wrapped differently or its
+            code was reorganised. Modules that are certainly the same get one name, and ``notices`` say so; names that
+            end alike and may be the same are told (docs/formats.md). ``False`` takes the names as they are.
+        rename: ``{old: new}``, names or beginnings of names (whole segments) that are exchanged in all adapters before
+            that: it settles what ``align`` cannot know.
 
     Raises:
         InputError: no adapters, a name that repeats or cannot be a folder, a module whose shape or layout differs, an
-            adapter that has no module in common with the others and lies in other layers.
+            adapter that has no module in common with the others and lies in other layers, a ``rename`` that nothing has
+            a use for or that makes two modules one.
         UnsupportedAdapter: an (IA)³ adapter or a task vector, which have no factors.
 
     Cost: names and shapes are compared; no factor is read.
     """
 
-    def __init__(self, adapters: Iterable[VectorSpace], *, align: bool = True) -> None:
+    def __init__(
+        self,
+        adapters: Iterable[VectorSpace],
+        *,
+        align: bool = True,
+        rename: Mapping[str, str] | None = None,
+    ) -> None:
         given = [require_updates(adapter) for adapter in adapters]
         if not given:
             raise InputError("a pool needs adapters, none was given")
         for adapter in given:
             check_name(adapter.name)
         check_names_differ((a.name, repr(a)) for a in given)
-        self.notices: list[str] = []
+        self.notices: list[str]
         self._adapters: dict[str, Adapter] = {}
         self._owners: dict[str, list[int]] = {}
+        given, self.notices = _named(given, align, Renaming(rename))
         for adapter in given:
-            self._add(adapter, align)
+            self._add(adapter)
         self._compare_bases()
 
     @classmethod
     @paused_collector()
-    def load(cls, sources: AdapterSource | Iterable[AdapterSource | VectorSpace] | Mapping[str, AdapterSource]) -> Pool:
+    def load(
+        cls,
+        sources: AdapterSource | Iterable[AdapterSource | VectorSpace] | Mapping[str, AdapterSource],
+        *,
+        rename: Mapping[str, str] | None = None,
+    ) -> Pool:
         """Loads adapters with :func:`fastlora.load` and puts them into a pool.
 
         Args:
@@ -77,6 +93,8 @@ class Pool:
                 called after their folders. Or ``{name: path}``. A folder that holds adapters, in the list or in its
                 place, stands for all LoRA adapters directly in it, with numbers in their names in order;
                 :attr:`notices` say which entries were left out and why.
+            rename: ``{old: new}``, as :class:`Pool` takes it: ``{"visual": "model.visual"}`` where one adapter has
+                ``visual.blocks.0.attn.qkv`` and another ``model.visual.blocks.0.attn.qkv``.
 
         Raises:
             InputError: what :func:`fastlora.load` and :class:`Pool` refuse; one adapter instead of a list; a folder
@@ -92,9 +110,9 @@ class Pool:
                 )
             sources = [sources]
         if isinstance(sources, Mapping):
-            return cls(load(os.fspath(path), name) for name, path in sources.items())
+            return cls([load(os.fspath(path), name) for name, path in sources.items()], rename=rename)
         elements, notices = _loaded(s if isinstance(s, VectorSpace) else find(os.fspath(s)) for s in sources)
-        pool = cls(elements)
+        pool = cls(elements, rename=rename)
         pool.notices[:0] = notices
         return pool
 
@@ -184,9 +202,7 @@ class Pool:
         pool.notices = list(self.notices)
         return pool
 
-    def _add(self, adapter: Adapter, align: bool) -> None:
-        if self._adapters and align:
-            adapter = self._aligned(adapter)
+    def _add(self, adapter: Adapter) -> None:
         earlier = self.adapters
         for module in adapter.updates:
             owners = self._owners.setdefault(module, [])
@@ -209,13 +225,6 @@ class Pool:
                 f"{_layout(two.layout)} in adapter {second.name!r}; they belong to different base models"
             )
 
-    def _aligned(self, adapter: Adapter) -> Adapter:
-        """The adapter under the module names of the pool."""
-        change, notice = alignment(adapter.name, adapter.modules, self._owners.keys(), self._adapters)
-        if notice is not None:
-            self.notices.append(notice)
-        return adapter if change is None else renamed(adapter, *change)
-
     def _compare_bases(self) -> None:
         first, *others = self.adapters
         for other in others:
@@ -234,6 +243,13 @@ class Pool:
             if len(set(told.values())) > 1:
                 listed = ", ".join(f"{name}: {value}" for name, value in told.items())
                 self.notices.append(f"the adapters name different {what} ({listed})")
+
+
+def _named(adapters: list[Adapter], align: bool, renaming: Renaming) -> tuple[list[Adapter], list[str]]:
+    """The adapters under the names that they have in a pool, and notices."""
+    adapters = [renaming(adapter) for adapter in adapters]
+    renaming.require_used()
+    return aligned(adapters, strict=True) if align else (adapters, [])
 
 
 def _loaded(sources: Iterable[LocatedPath | VectorSpace]) -> tuple[list[VectorSpace], list[str]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlora import formats
+from fastlora.adapters.alignment import aligned
 from fastlora.adapters.extract import extract
 from fastlora.adapters.lora import Adapter
 from fastlora.core.data import DeltaData
@@ -52,6 +53,8 @@ class TaskVector(DeltaData, VectorSpace):
     def weighted_sum(cls, terms: Sequence[tuple[float, TaskVector]], name: str | None = None) -> TaskVector:
         """``Σ_i w_i τ_i``, parameter by parameter: summed in float64, kept in the widest dtype of the terms.
 
+        Names of parameters are aligned as those of modules in a :class:`Pool`, and the notes of the sum say how.
+
         Args:
             terms: ``(w_i, task vector)``, one pair at the least; the weights are finite.
             name: of the sum; by default its expression, such as ``0.7*a - b``.
@@ -61,7 +64,8 @@ class TaskVector(DeltaData, VectorSpace):
 
         Cost: one read of all changes.
         """
-        vectors = [v for _, v in terms]
+        vectors, told = aligned([v for _, v in terms])
+        terms = [(w, v) for (w, _), v in zip(terms, vectors, strict=True)]
         deltas: dict[str, Tensor] = {}
         for parameter in dict.fromkeys(p for v in vectors for p in v):
             changes = [(w, v.deltas[parameter]) for w, v in terms if parameter in v]
@@ -78,7 +82,7 @@ class TaskVector(DeltaData, VectorSpace):
             name or expression([(w, v.name) for w, v in terms]),
             deltas,
             provenance={"sum": [{"weight": w, "of": v.provenance} for w, v in terms], "semantics": "exact"},
-            notes=tuple(dict.fromkeys(n for v in vectors for n in v.notes)),
+            notes=tuple(dict.fromkeys([*(n for v in vectors for n in v.notes), *told])),
         )
 
     def apply(self, base: ModelSource) -> dict[str, Tensor]:

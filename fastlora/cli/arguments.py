@@ -58,6 +58,21 @@ def parse_all(texts: Iterable[str]) -> list[AdapterSpec]:
     return specs
 
 
+def parse_renaming(texts: Iterable[str]) -> dict[str, str]:
+    """``{old: new}`` of ``--map OLD=NEW``. Raises :class:`InputError` for another form, or what stands there twice."""
+    changes: dict[str, str] = {}
+    for text in texts:
+        old, equals, new = text.partition("=")
+        if not equals or text.strip() == "=":
+            raise InputError(
+                f"--map {text!r}: write OLD=NEW, a module's name or what names begin with, such as visual=model.visual"
+            )
+        if old.strip().strip(".") in changes:
+            raise InputError(f"--map {text!r}: {old.strip()!r} is given twice")
+        changes[old.strip().strip(".")] = new
+    return changes
+
+
 def _readings(text: str) -> Iterable[tuple[str | None, str, str | None]]:
     """``(name, path, weight)`` as ``text`` can be split, from no split to every split."""
     yield None, text, None

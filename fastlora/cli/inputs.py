@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +34,21 @@ def refuse_weights(specs: Iterable[AdapterSpec]) -> None:
 
 def load_adapter(run: Run, spec: AdapterSpec, command: str) -> Adapter:
     """One LoRA adapter, on the device of the run."""
+    return load_adapters(run, [spec], command)[0]
+
+
+def load_adapters(run: Run, specs: Sequence[AdapterSpec], command: str) -> list[Adapter]:
+    """LoRA adapters under the names of modules that ``--map`` gives them, on the device of the run."""
     from fastlora.adapters.loading import load
     from fastlora.adapters.pool import require_updates
+    from fastlora.adapters.renaming import Renaming
+    from fastlora.runtime.progress import track
 
     run.require_backend()
-    adapter = require_updates(load(spec.path, spec.name), command)
-    return adapter
+    renaming = Renaming(run.changes)
+    adapters = [renaming(require_updates(load(s.path, s.name), command)) for s in track(specs, "loading")]
+    renaming.require_used()
+    return adapters
 
 
 def load_pool(run: Run, specs: list[AdapterSpec], device: str = "cpu") -> tuple[Pool, Weights]:
@@ -64,8 +73,8 @@ def load_pool(run: Run, specs: list[AdapterSpec], device: str = "cpu") -> tuple[
             loaded.append((elements[0], spec.path))
         weights |= {element.name: spec.weight for element in elements}
     check_names_differ((element.name, str(path)) for element, path in loaded)
-    pool = Pool(element for element, _ in loaded)
-    pool.notices[:0] = notes
+    pool = Pool([element for element, _ in loaded], rename=run.changes)
+    pool.notices[:0] = [*notes, *(note for adapter in pool.adapters for note in adapter.notes)]
     return (pool if device in ("auto", "cpu") else pool.to(device)), weights
 
 

@@ -39,6 +39,15 @@ DropExtras = Annotated[
 Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the whole table to this file.", show_default=False)]
 Every = Annotated[bool, typer.Option("--all", help="Print every module, not the first ones.")]
 
+Map = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        help="Take modules called OLD, or OLD.…, for NEW; may be repeated.",
+        metavar="OLD=NEW",
+        show_default=False,
+    ),
+]
 Memory = Annotated[
     str | None, typer.Option(help="Bound on resident memory, or on the GPU's: 1GiB.", show_default=False)
 ]
@@ -56,6 +65,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 Force = Annotated[bool, typer.Option("--force", help="Replace whatever is there, also what fastlora did not write.")]
 
 SHARED: dict[str, Any] = {
+    "rename": Map,
     "memory": Memory,
     "dtype": DType,
     "uniform_rank": UniformRank,

@@ -72,7 +72,8 @@ def write_adapter(run: Run, adapter: Adapter, target: OutputDirectory, out: Path
         formats.write_adapter(adapter, staging, run.dtype)
     ranks = [u.rank for u in adapter.updates.values()]
     retained = adapter.provenance.get("retained_energy") if any(ranks) else None  # of nothing there is no share
-    notes = [*notes, *(n for n in adapter.notes if n not in given.notes), *target.notices]
+    more = [n for n in adapter.notes if n not in given.notes]
+    notes = list(dict.fromkeys([*notes, *more, *target.notices]))
     if run.as_json:
         data = {"out": str(out), "modules": len(ranks), "rank": max(ranks, default=0), "retained_energy": retained}
         print_json({**data, "retained_energy_by_module": adapter.details.get("retained_energy"), "notices": notes})

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from fastlora.cli.arguments import parse_renaming
 from fastlora.errors import InputError
 from fastlora.files.earlier import Overwrite
 from fastlora.views.text import escaped
@@ -29,6 +30,7 @@ class Run:
     overwrite: bool = False
     force: bool = False
     uniform_rank: bool = False
+    rename: list[str] | None = None
     stack: ExitStack = field(default_factory=ExitStack, repr=False)
     """What is switched on until the command ends."""
 
@@ -39,6 +41,7 @@ class Run:
         from fastlora.runtime import devices, memory
         from fastlora.runtime.progress import show_progress
 
+        self.changes  # noqa: B018  (wrong ones are told before any work)
         devices.parse(self.device)
         self.stack.enter_context(use_backend(self.backend or current_backend()))
         self.stack.enter_context(show_progress(not self.quiet))
@@ -50,6 +53,11 @@ class Run:
     def replace(self) -> Overwrite:
         """What may be replaced of what exists."""
         return "force" if self.force else self.overwrite
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """``{old: new}`` names of modules."""
+        return parse_renaming(self.rename or ())
 
     @property
     def on_host(self) -> bool:

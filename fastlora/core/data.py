@@ -53,7 +53,10 @@ def joined_selection(selections: Sequence[Selection]) -> Selection:
 
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
-    """What an adapter says about the model it belongs to; carried through every operation."""
+    """What an adapter says about the model it belongs to; carried through every operation.
+
+    ``settled``: names of its modules that were given by hand, and are not compared with others that end alike.
+    """
 
     model: str | None = None
     revision: str | None = None
@@ -63,6 +66,7 @@ class BaseInfo:
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     selection: Selection = Selection()
+    settled: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

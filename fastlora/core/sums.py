@@ -160,4 +160,5 @@ def common_base(adapters: Sequence[WithExtras]) -> BaseInfo:
     saved = tuple(dict.fromkeys(m for a in adapters for m in a.base.modules_to_save))
     model = next((a.base.model for a in adapters if a.base.model), None)
     selection = joined_selection([a.base.selection for a in adapters])
-    return replace(first, model=model, modules_to_save=saved, selection=selection)
+    settled = frozenset().union(*(a.base.settled for a in adapters))
+    return replace(first, model=model, modules_to_save=saved, selection=selection, settled=settled)

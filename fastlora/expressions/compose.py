@@ -10,11 +10,12 @@ from numbers import Real
 
 import torch
 
-from fastlora.adapters.alignment import alignment
+from fastlora.adapters.alignment import aligned
 from fastlora.adapters.ia3 import IA3
 from fastlora.adapters.loading import Element, load
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
+from fastlora.adapters.renaming import Renaming
 from fastlora.adapters.task_vector import TaskVector
 from fastlora.core.vector_space import VectorSpace, linear, require_one_kind
 from fastlora.engine.checks import require_finite, require_finite_extras
@@ -39,6 +40,7 @@ def compose(
     drop_extras: bool = False,
     memory: int | str | None = None,
     device: str | torch.device | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> Element:
     """Computes the adapter that an expression such as ``"0.6*a + 0.4*b - 0.3*unique(c | a, b)"`` stands for.
 
@@ -55,6 +57,8 @@ def compose(
         memory: bound on the peak resident memory, as in :func:`fastlora.decompose`.
         device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the adapters are. With
             ``memory`` modules are streamed through it, and the result is on the CPU. LoRA adapters alone.
+        rename: ``{old: new}``, names of modules or what they begin with, exchanged in all adapters, as in
+            :class:`Pool`.
 
     Returns:
         An adapter of the kind of the inputs: :class:`Adapter`, :class:`IA3` or :class:`TaskVector`.
@@ -77,7 +81,7 @@ def compose(
     where = Placement(devices.parse(device), parse_memory(memory))
     on_device = where.device is not None and where.device.type != "cpu"
     with bounded(None if on_device else where.memory):
-        notices, elements = _prepare({n: adapters[n] for n in used}, drop_extras, where)
+        notices, elements = _prepare({n: adapters[n] for n in used}, drop_extras, where, Renaming(rename))
         result = Evaluator(expression, elements, where).element(tree)
     bound_to = {"numbers": values} if values else {}
     unused = [f"{n} is not used by the expression" for n in adapters if n not in used]
@@ -99,7 +103,7 @@ def _check_numbers(values: Mapping[str, float], adapters: Mapping[str, ElementSo
 
 
 def _prepare(
-    sources: Mapping[str, ElementSource], drop_extras: bool, where: Placement
+    sources: Mapping[str, ElementSource], drop_extras: bool, where: Placement, renaming: Renaming
 ) -> tuple[list[str], dict[str, VectorSpace]]:
     """Notices, and the adapters under their names in the expression and one naming of modules."""
     elements: dict[str, VectorSpace] = {}
@@ -111,24 +115,22 @@ def _prepare(
         element: Element = source if isinstance(source, Element) else load(os.fspath(source), name)
         if drop_extras and isinstance(element, Adapter | IA3):
             element = element.without_extras()
-        elements[name] = _moved(replace(element, name=name), where)
+        elements[name] = _moved(replace(renaming(element), name=name), where)
+    renaming.require_used()
     notices: list[str] = []
     require_finite_extras(e for e in elements.values() if isinstance(e, Adapter | IA3))
     updates = [e for e in elements.values() if isinstance(e, Adapter)]
     if updates:
         require_finite(updates)
-        pool = Pool(updates)
+        adapters, told = aligned(updates, strict=True)
+        pool = Pool(adapters, align=False)
         elements |= {a.name: a for a in pool.adapters}
-        notices += pool.notices
-    known: dict[str, None] = {}
-    earlier: list[str] = []
-    for scalings in [e for e in elements.values() if isinstance(e, IA3)]:
-        change, notice = alignment(scalings.name, scalings.modules, known.keys(), earlier)
-        notices += [] if notice is None else [notice]
-        aligned = scalings if change is None else scalings.renamed(*change)
-        elements[aligned.name] = aligned
-        known |= dict.fromkeys(aligned.modules)
-        earlier.append(aligned.name)
+        notices += [*told, *pool.notices]
+    for kind in (IA3, TaskVector):
+        same: list[VectorSpace] = [e for e in elements.values() if isinstance(e, kind)]
+        same, told = aligned(same, strict=kind is IA3)
+        elements |= {e.name: e for e in same}
+        notices += told
     return notices, elements
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from fastlora.adapters.alignment import aligned
 from fastlora.adapters.lora import Adapter
 from fastlora.core.dtypes import widest
 from fastlora.core.factors import add as add_factors
@@ -181,12 +182,13 @@ def _elementwise(terms: Sequence[tuple[float, float, X]], name: str, operation: 
 
 
 def _elementwise_lora(terms: Sequence[tuple[float, float, Adapter]], name: str) -> Adapter:
-    adapters = [x for _, _, x in terms]
+    adapters, told = aligned([x for _, _, x in terms])
     base = common_base(adapters)
     first = adapters[0]
     for other in adapters[1:]:
         _require_correspondence(first, other)
     updates: dict[str, Update] = {}
+    terms = [(b, a, x) for (b, a, _), x in zip(terms, adapters, strict=True)]
     for module, like in first.updates.items():
         updates_here = [x.updates[module] for x in adapters]
         left = add_factors(u.B.scaled(b) for (b, _, _), u in zip(terms, updates_here, strict=True))
@@ -199,7 +201,7 @@ def _elementwise_lora(terms: Sequence[tuple[float, float, Adapter]], name: str) 
         extras=combine_extras([(b, x) for b, _, x in terms]),
         base=base,
         dtype=widest(a.dtype for a in adapters),
-        notes=tuple(dict.fromkeys(n for a in adapters for n in a.notes)),
+        notes=tuple(dict.fromkeys([*(n for a in adapters for n in a.notes), *told])),
     )
 
 

@@ -81,7 +81,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "bias without the field": (replaced("model.norm.bias", torch.zeros(5)), "unknown kind"),
     "adapter name in the tensor": (
         replaced(f"{Q}.lora_A.default.weight", torch.zeros(4, 16)),
-        "unknown kind: .*lora_A.default.weight",
+        "lora_A.default.weight.*other factors of that module carry none",
     ),
     "DoRA tensors": (replaced(f"{Q}.lora_magnitude_vector", torch.zeros(24)), "DoRA"),
     "trained tokens": (

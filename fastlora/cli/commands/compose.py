@@ -60,5 +60,13 @@ def compose(run: Run, expression: Expression, adapters: Named, out: OutAny, drop
     from fastlora.expressions.compose import compose as evaluate
 
     named = {s.name: s.path for s in specs}
-    result = evaluate(expression, named, name=out.name, drop_extras=drop_extras, memory=run.memory, device=run.device)
+    result = evaluate(
+        expression,
+        named,
+        name=out.name,
+        drop_extras=drop_extras,
+        memory=run.memory,
+        device=run.device,
+        rename=run.changes,
+    )
     write_element(run, result, target, out)

@@ -19,7 +19,7 @@ Described = Annotated[
 ]
 
 
-@command("device", "backend", "as_json", "quiet", "overwrite", "force")
+@command("rename", "device", "backend", "as_json", "quiet", "overwrite", "force")
 def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None) -> None:
     """What an adapter holds: modules, ranks, scaling, norms, spectrum; the vectors of (IA)³."""
     spec = parse_one(adapter)
@@ -29,22 +29,28 @@ def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None)
     from fastlora.adapters.folders import ANY, holds_adapters, load_folder
     from fastlora.adapters.loading import Element, load
     from fastlora.adapters.lora import Adapter
+    from fastlora.adapters.renaming import Renaming
     from fastlora.views.adapters import csv_rows, describe, folder_data, show
 
+    renaming = Renaming(run.changes)
+
     def moved(element: Element) -> Element:
+        element = renaming(element)
         return element.to(run.device) if isinstance(element, Adapter) and not run.on_host else element
 
     notes: list[str] = []
     if holds_adapters(spec.path):
         elements, notes = load_folder(spec.path, ANY)
-        data = folder_data(str(spec.path), [moved(element) for element in elements], notes)
-        notes += [note for element in elements for note in element.notes]
+        elements = [moved(element) for element in elements]
+        data = folder_data(str(spec.path), elements, notes)
     else:
-        data = describe(moved(load(spec.path, spec.name)))
+        elements = [moved(load(spec.path, spec.name))]
+        data = describe(elements[0])
+    renaming.require_used()
     if csv is not None:
         write_table(run, csv, csv_rows(data))
     if run.as_json:
         print_json(data)
     elif not run.quiet:
         show(data, every)
-    run.tell_notes(notes)
+    run.tell_notes([*notes, *(note for element in elements for note in element.notes)])

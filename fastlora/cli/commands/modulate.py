@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlora.cli.inputs import load_adapter, parse_one
+from fastlora.cli.inputs import load_adapters, parse_one
 from fastlora.cli.options import ALL, DropExtras, Energy, One, Out, Rank, command
 from fastlora.cli.outputs import output_directory, write_adapter
 from fastlora.cli.run import Run
@@ -53,14 +52,11 @@ def modulate(
     target = output_directory(run, out, [s.path for s in specs.values()])
     run.start()
     from fastlora.dipm import modulate as modulate_adapter
-    from fastlora.runtime.progress import track
 
     # One path is one adapter, however it is written: an operator between an adapter and itself is the identity.
-    loaded: dict[Path, Adapter] = {}
-    for spec in track(list(specs.values()), "loading"):
-        if spec.path.resolve() not in loaded:
-            loaded_adapter = load_adapter(run, spec, "modulate")
-            loaded[spec.path.resolve()] = loaded_adapter.without_extras() if drop_extras else loaded_adapter
+    distinct = {spec.path.resolve(): spec for spec in reversed(specs.values())}
+    adapters = load_adapters(run, list(distinct.values()), "modulate")
+    loaded = {path: a.without_extras() if drop_extras else a for path, a in zip(distinct, adapters, strict=True)}
     known = {text: loaded[spec.path.resolve()] for text, spec in specs.items()}
     operators = [_operator(name, [known[o] for o in others], strength) for name, others, strength in parsed]
     result = modulate_adapter(

@@ -15,7 +15,7 @@ from fastlora.cli.run import Run, print_json
 from fastlora.errors import InputError
 
 
-@command("device", "backend", "as_json", "quiet", "overwrite", "force")
+@command("rename", "device", "backend", "as_json", "quiet", "overwrite", "force")
 def overlap(
     run: Run,
     adapters: Adapters,

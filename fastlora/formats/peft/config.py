@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
@@ -80,16 +80,28 @@ class PeftConfig:
     target_parameters: tuple[str, ...] = ()
     base: BaseInfo = field(default_factory=BaseInfo)
     notes: tuple[str, ...] = ()
+    as_trained: Callable[[str], str] = str
+    """The path that a module had when it was trained, maybe inside wrappers: patterns are also looked up by it."""
 
     def rank_of(self, module: str) -> int:
         """The rank of a module: of the first pattern that matches, else of all."""
-        rank = self.rank_pattern.value(module)
+        rank = self._of(self.rank_pattern, module)
         return self.rank if rank is None else int(rank)
 
     def scaling_of(self, module: str, rank: int) -> float:
         """``s = α/r``, or ``α/√r`` with rsLoRA, with this module's own ``α``."""
-        alpha = self.alpha_pattern.value(module)
+        alpha = self._of(self.alpha_pattern, module)
         return (self.alpha if alpha is None else alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def of_wrapped(self, as_trained: Callable[[str], str]) -> PeftConfig:
+        """The same for a model that was wrapped when it was trained: a pattern that chose modules there chooses none by
+        their own names."""
+        base = replace(self.base, selection=replace(self.base.selection, verbatim=""))
+        return replace(self, as_trained=as_trained, base=base)
+
+    def _of(self, patterns: Patterns, module: str) -> float | None:
+        value, trained = patterns.value(module), self.as_trained(module)
+        return patterns.value(trained) if value is None and trained != module else value
 
 
 def read_fields(directory: Path) -> Fields:

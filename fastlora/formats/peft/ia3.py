@@ -25,6 +25,7 @@ from fastlora.errors import InputError, NonFiniteError, OutputError
 from fastlora.files.disk_errors import writing
 from fastlora.files.tensor_writing import TensorFile, cast_tensor
 from fastlora.formats.peft.config import Fields, refuse_unknown
+from fastlora.formats.peft.keys import read_keys, without_base
 from fastlora.formats.peft.names import HEADS, PREFIX, WEIGHTS_NAME
 from fastlora.formats.peft.patterns import Unsupported, compiled_whole
 from fastlora.formats.peft.reading import add_values, check_tensor
@@ -50,17 +51,14 @@ def read(directory: Path, name: str, fields: Fields) -> Ia3Data:
     base, is_feedforward = _read_config(fields, name)
     file, tensors = read_tensors(directory)
     vectors: dict[str, Scaling] = {}
-    keys: dict[str, str] = {}
     others: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        plain = key.removeprefix(PREFIX)
+    found = read_keys(tensors, file, name, fields.values)
+    for plain, key in found.names.items():
+        tensor = tensors[key]
         if not plain.endswith(PART):
             others[plain] = tensor
             continue
         module = plain.removesuffix(PART)
-        if module in keys:
-            raise InputError(f"{file}: tensors {keys[module]!r} and {key!r} are the same vector; remove one")
-        keys[module] = key
         check_tensor(key, tensor, file)
         if not is_finite(tensor.reshape(1, -1)):
             raise NonFiniteError(
@@ -74,9 +72,11 @@ def read(directory: Path, name: str, fields: Fields) -> Ia3Data:
             "it was saved before it was trained, or from a model that is no PEFT model"
         )
     extras: dict[str, Extra] = {}
+    others, left_out = without_base(others, vectors, found, base, name)
     add_values(extras, others, vectors, base, file)
     dtype = functools.reduce(torch.promote_types, (s.vector.dtype for s in vectors.values()))
-    return Ia3Data(name, vectors, extras=extras, base=base, dtype=dtype)
+    notes = (*found.notes, *left_out)
+    return Ia3Data(name, vectors, extras=extras, base=base, dtype=dtype, notes=notes)
 
 
 def note_on_ones(adapter: Ia3Data) -> list[str]:

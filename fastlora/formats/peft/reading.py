@@ -21,7 +21,8 @@ from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update
 from fastlora.errors import InputError, NonFiniteError, UnsupportedAdapter
 from fastlora.files.tensor_files import DTYPE_NAMES
 from fastlora.formats.peft.config import MERGE_FIRST, Fields, PeftConfig, read_config
-from fastlora.formats.peft.names import HEADS, PREFIX, REGISTRATION_ORDER, WRAPPED, saved_module
+from fastlora.formats.peft.keys import Keys, read_keys, without_base
+from fastlora.formats.peft.names import HEADS, REGISTRATION_ORDER, WRAPPED, saved_module
 from fastlora.formats.peft.weights import read_tensors
 
 PARTS = {
@@ -72,7 +73,10 @@ def read(directory: Path, name: str, fields: Fields) -> LoraData:
     """
     config = read_config(fields, name)
     file, tensors = read_tensors(directory)
-    modules, others, notes = _sort(tensors, file, name)
+    keys = read_keys(tensors, file, name, fields.values)
+    if keys.notes:
+        config = config.of_wrapped(keys.as_trained)
+    modules, others, notes = _sort(tensors, keys, file, name)
     if not modules:
         raise InputError(
             f"{file} has no lora_A and lora_B tensors, so adapter {name!r} is empty; "
@@ -92,6 +96,7 @@ def read(directory: Path, name: str, fields: Fields) -> LoraData:
                     extras[f"{path}.bias"] = Extra("delta", shift.to(_at_least_float32(module.tensors["bias"])))
             else:
                 updates.update(_experts(path, module, config, file))
+    others, left_out = without_base(others, modules, keys, config.base, name)
     add_values(extras, others, modules, config.base, file)
     return LoraData(
         name,
@@ -99,19 +104,20 @@ def read(directory: Path, name: str, fields: Fields) -> LoraData:
         extras=extras,
         base=config.base,
         dtype=functools.reduce(torch.promote_types, (d for u in updates.values() for d in u.dtypes())),
-        notes=(*config.notes, *notes),
+        notes=(*config.notes, *keys.notes, *notes, *left_out),
     )
 
 
 def _sort(
-    tensors: Mapping[str, Tensor], file: Path, name: str
+    tensors: Mapping[str, Tensor], keys: Keys, file: Path, name: str
 ) -> tuple[dict[str, _StoredModule], dict[str, Tensor], list[str]]:
     """Tensors by module, tensors that are no factors, and what is worth telling."""
     modules: dict[str, _StoredModule] = {}
     others: dict[str, Tensor] = {}
     dropped = 0
-    for key, tensor in tensors.items():
-        plain, path, part = _split(key)
+    for plain, key in keys.names.items():
+        tensor = tensors[key]
+        path, part = _split(plain)
         if part in PARTS and path:
             module = modules.get(path)
             if module is None:
@@ -136,14 +142,13 @@ def _sort(
 
 
 @functools.lru_cache(maxsize=2**14)
-def _split(key: str) -> tuple[str, str, str]:
-    """``(name without prefix, module, part)`` of a tensor; adapters of one model have the same names."""
-    plain = key.removeprefix(PREFIX)
+def _split(plain: str) -> tuple[str, str]:
+    """``(module, part)`` of a tensor; adapters of one model have the same names."""
     path, _, part = plain.rpartition(".")
     if part in ("weight", "bias"):
         path, _, owner = path.rpartition(".")
         part = f"{owner}.{part}"
-    return plain, path, part
+    return path, part
 
 
 def _group(modules: Mapping[str, _StoredModule], file: Path) -> dict[str, list[_StoredModule]]:
