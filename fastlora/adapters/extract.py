@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fastlora.adapters.lora import Adapter
+from fastlora.core.architectures import (
+    BIAS,
+    DEPTHWISE,
+    EXPERT_MODULES,
+    EXPERT_NUMBER,
+    FUSED_NAMES,
+    LOOKS_LIKE_CONV1D,
+    OFFSET_EMBEDDING,
+    WEIGHT,
+    is_embedding,
+    is_head,
+)
 from fastlora.core.data import BaseInfo, DeltaData, Extra
 from fastlora.core.dtypes import parse_dtype
 from fastlora.core.factors import Factor
-from fastlora.core.names import EMBEDDINGS
-from fastlora.core.updates import MIN_RTOL, Layout, Update
+from fastlora.core.updates import EMBEDDING, LINEAR, MIN_RTOL, Layout, Update
 from fastlora.errors import InputError
+from fastlora.files.shards import listed
 from fastlora.runtime.progress import track
-
-WEIGHT, BIAS = ".weight", ".bias"
 
 
 def extract(
@@ -25,7 +36,7 @@ def extract(
     *,
     energy: float | None = None,
     embeddings: Sequence[str] | None = None,
-    fan_in_fan_out: bool = False,
+    fan_in_fan_out: bool | None = None,
     biases: bool = False,
     base_model: str | None = None,
 ) -> Adapter:
@@ -33,88 +44,234 @@ def extract(
     share ``energy`` of ``Σσ²`` (Eckart–Young); ``B = U√Σ``, ``A = √ΣVᵀ``.
 
     embeddings: ends of the paths of modules that are embeddings, whose weight is ``[vocabulary, dim]``; by default the
-        usual names and what ends in ``embeddings``.
-    fan_in_fan_out: weights are ``[in, out]`` (GPT-2).
+        usual names.
+    fan_in_fan_out: whether weights are ``[in, out]`` (``Conv1D``); by default what the models say, module by module.
     biases: keep the changes of the biases of these modules (``lora_bias`` of PEFT).
     base_model: what the adapter names as its base model.
 
-    Only ``<module>.weight`` of two dimensions or more (convolutions) can be approximated; a note says what was left
-    out, and ``provenance`` what share of ``‖τ‖²`` is kept. Costs a dense decomposition of every weight.
+    Only ``<module>.weight`` of two dimensions or more (convolutions) and fused experts can be approximated; a note says
+    what was left out, and ``provenance`` what share of ``‖τ‖²`` is kept. Costs a dense decomposition of every weight.
     """
+    _check_cut(rank, energy)
+    cutter = _Cutter(vector, rank, energy, embeddings, fan_in_fan_out)
+    for parameter, delta in track(list(vector.deltas.items()), "extracting"):
+        cutter.add(parameter, delta)
+    extras: dict[str, Extra] = {}
+    for parameter, delta in vector.deltas.items():
+        module = parameter.removesuffix(BIAS)
+        if biases and module in cutter.updates and delta.dim() == 1 and module != parameter:
+            extras[parameter] = Extra("delta", delta)
+            cutter.kept += _square(delta)
+        elif parameter not in cutter.done:
+            cutter.lost.setdefault(parameter, "no weight matrix")
+    extras |= {name: Extra("value", value) for name, value in vector.values.items()}
+    if not cutter.updates:
+        whole = "" if not vector.values else "; PEFT needs one: keep fewer parameters whole"
+        raise InputError(
+            f"extract: task vector {vector.name!r} changes no weight matrix{_reasons(cutter.lost)}; there is nothing "
+            f"to extract{whole}"
+        )
+    cutter.fill_experts()
+    return Adapter(
+        vector.name,
+        cutter.updates,
+        extras=extras,
+        base=BaseInfo(
+            model=base_model,
+            task_type=vector.facts.task_type,
+            fan_in_fan_out=cutter.flipped,
+            modules_to_save=tuple(dict.fromkeys(name.rpartition(".")[0] for name in vector.values)),
+        ),
+        dtype=parse_dtype(None, torch.float32),
+        provenance={
+            "extract": vector.provenance,
+            "rank": rank,
+            "energy": energy,
+            "retained_energy": None if vector.facts.unknown else cutter.share(),
+        },
+        notes=(*vector.notes, *cutter.notes(biases)),
+    )
+
+
+def _check_cut(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
         raise InputError("extract: give rank=N or energy=X (the share of Σσ² to keep), one of the two")
     if rank is not None and rank < 1:
         raise InputError(f"extract: rank={rank} must be at least 1")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise InputError(f"extract: energy={energy} must be above 0 and at most 1")
-    updates: dict[str, Update] = {}
-    extras: dict[str, Extra] = {}
-    lost: list[str] = []
-    kept = 0.0
-    for parameter, delta in track(list(vector.deltas.items()), "extracting"):
+
+
+@dataclass(slots=True, eq=False)
+class _Cutter:
+    """Cuts one change after the other, and keeps the books: what is kept, and what is lost for which reason."""
+
+    vector: DeltaData
+    rank: int | None
+    energy: float | None
+    embeddings: Sequence[str] | None
+    fan_in_fan_out: bool | None
+    updates: dict[str, Update] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    lost: dict[str, str] = field(default_factory=dict)
+    kept: float = 0.0
+    total: float = 0.0
+    flipped: bool = False
+    assumed: list[str] = field(default_factory=list)
+
+    def add(self, parameter: str, delta: Tensor) -> None:
+        """Cuts the change of a parameter, and of those that are tied to it."""
+        tied = [p for p, source in self.vector.facts.ties.items() if source == parameter]
+        self.total += (1 + len(tied)) * _square(delta)
         module = parameter.removesuffix(WEIGHT)
-        if module == parameter or not 2 <= delta.dim() <= 5:
-            continue
-        layout = _layout(module, delta, embeddings)
-        updates[module], share = _cut(_matrix(delta, layout, fan_in_fan_out), layout, rank, energy)
-        kept += share
-    for parameter, delta in vector.deltas.items():
-        module = parameter.removesuffix(BIAS)
-        if biases and module in updates and delta.dim() == 1 and module != parameter:
-            extras[parameter] = Extra("delta", delta)
-            kept += float(delta.double().square().sum())
-        elif parameter.removesuffix(WEIGHT) not in updates:
-            lost.append(parameter)
-    if not updates:
-        raise InputError(f"extract: task vector {vector.name!r} changes no weight matrix; there is nothing to extract")
-    total = vector.norm**2
-    notes = list(vector.notes)
-    if lost:
-        size = sum(float(vector.deltas[p].double().square().sum()) for p in lost) / total
-        notes.append(
-            f"extract: the changes of {len(lost)} parameters that are no weight matrices ({lost[0]}, …) are left out, "
-            f"{100 * size:.2g} % of ‖τ‖²" + ("" if biases else "; biases=True keeps biases")
-        )
-    return Adapter(
-        vector.name,
-        updates,
-        extras=extras,
-        base=BaseInfo(model=base_model, fan_in_fan_out=fan_in_fan_out),
-        dtype=parse_dtype(None, torch.float32),
-        provenance={"extract": vector.provenance, "rank": rank, "energy": energy, "retained_energy": kept / total},
-        notes=tuple(notes),
+        experts = _experts(parameter, delta)
+        if experts:
+            self._add_experts(parameter.removesuffix(WEIGHT) if experts == "module" else parameter, parameter, delta)
+            return
+        reason = _unsuited(module, delta) if module != parameter else "no weight matrix"
+        if reason is not None or not 2 <= delta.dim() <= 5:
+            self.lost[parameter] = reason or "no weight matrix"
+            return
+        layout = self._layout(module, delta)
+        matrix = delta.double().reshape(delta.shape[0], -1)
+        stored = matrix.mT if layout == EMBEDDING or self._is_flipped(module, layout) else matrix
+        left, right, kept = self._cut(stored)
+        self._put(module, left, right, layout)
+        self.kept += (1 + len(tied)) * kept
+        self.done.add(parameter)
+        for other in (p.removesuffix(WEIGHT) for p in tied):
+            # ΔW of a head is that of the embedding: [vocabulary, dim] for [dim, vocabulary].
+            other_layout = self._layout(other, delta)
+            same = other_layout == layout
+            self._put(other, *((left, right) if same else (right.mT, left.mT)), other_layout)
+
+    def _put(self, module: str, left: Tensor, right: Tensor, layout: Layout) -> None:
+        b, a = left.float().contiguous(), right.float().contiguous()
+        self.updates[module] = Update(Factor.of("B", b), Factor.of("A", a), 1.0, layout)
+
+    def _add_experts(self, container: str, parameter: str, delta: Tensor) -> None:
+        """Fused experts ``[experts, out, in]``, as PEFT 0.19 and later takes them."""
+        for expert in range(delta.shape[0]):
+            change = delta[expert].double()
+            left, right, kept = self._cut(change.mT if self.vector.facts.in_out_experts else change)
+            layout = Layout("expert", container=container, expert=expert, experts=delta.shape[0])
+            self._put(f"{container}[{expert}]", left, right, layout)
+            self.kept += kept
+        self.done.add(parameter)
+
+    def _layout(self, module: str, delta: Tensor) -> Layout:
+        if delta.dim() > 2:
+            return Layout("conv", kernel=tuple(delta.shape[2:]))
+        if module + WEIGHT in self.vector.facts.parameter_routers:
+            return Layout("expert", container=module + WEIGHT)
+        if self.embeddings is None:
+            return EMBEDDING if is_embedding(module) else LINEAR
+        return EMBEDDING if module.endswith(tuple(self.embeddings)) and self.embeddings else LINEAR
+
+    def _is_flipped(self, module: str, layout: Layout) -> bool:
+        """Whether a weight is ``[in, out]``; heads of models that have such weights are ``[out, in]``."""
+        if layout != LINEAR:
+            return False
+        if self.fan_in_fan_out is None:
+            flipped = module in self.vector.facts.in_out
+            self.assumed += [module] if module in self.vector.facts.assumed else []
+        elif any(LOOKS_LIKE_CONV1D.fullmatch(p.removesuffix(WEIGHT)) for p in self.vector):
+            flipped = self.fan_in_fan_out and LOOKS_LIKE_CONV1D.fullmatch(module) is not None
+        else:
+            flipped = self.fan_in_fan_out and not is_head(module)
+        self.flipped |= flipped
+        return flipped
+
+    def _cut(self, matrix: Tensor) -> tuple[Tensor, Tensor, float]:
+        """``B`` and ``A`` in float64, and the ``Σσ²`` that they keep."""
+        left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+        squares = sigma.square()
+        count = int((sigma > MIN_RTOL * sigma[0]).sum())  # the rest is rounding of the two models
+        rank = self.rank
+        if self.energy is not None and count:
+            shares = squares.cumsum(0) / squares.sum()
+            rank = int((shares < self.energy).sum()) + 1
+        count = min(count, count if rank is None else rank)
+        root = sigma[:count].sqrt()
+        return left[:, :count] * root, root[:, None] * right[:count], float(squares[:count].sum())
+
+    def fill_experts(self) -> None:
+        """Gives all experts of a module an update, of one rank with everything else: readers that fuse experts need
+        all of them, and know one rank."""
+        groups: dict[tuple[str, str], set[int]] = {}
+        for module in self.updates:
+            match = EXPERT_NUMBER.fullmatch(module)
+            if match is not None:
+                groups.setdefault((match[1], match[3]), set()).add(int(match[2]))
+        if not groups:
+            return
+        rank = max(u.rank for u in self.updates.values())
+        self.updates = {m: _padded(u, rank) for m, u in self.updates.items()}
+
+    def share(self) -> float:
+        """The share of ``‖τ‖²`` that is kept."""
+        everything = self.total + self.vector.facts.excluded
+        return min(self.kept / everything, 1.0) if everything else 1.0
+
+    def notes(self, biases: bool) -> list[str]:
+        """What was assumed and what is lost."""
+        found = []
+        if self.assumed:
+            found.append(
+                f"extract: no config.json says how the weights of {listed(self.assumed)} lie, so they were taken for "
+                "[out, in]; give fan_in_fan_out=True (--fan-in-fan-out) for [in, out] (Conv1D)"
+            )
+        if self.lost:
+            everything = self.total + self.vector.facts.excluded
+            size = sum(_square(self.vector.deltas[p]) for p in self.lost) / everything
+            way = "" if biases else "; biases=True keeps biases"
+            found.append(
+                f"extract: the changes of {len(self.lost)} parameters that are no weight matrices "
+                f"({next(iter(self.lost))}, …) are left out, {100 * size:.2g} % of ‖τ‖²{way}; whole= keeps more"
+            )
+            for reason in dict.fromkeys(r for r in self.lost.values() if r != "no weight matrix"):
+                members = [p for p, r in self.lost.items() if r == reason]
+                found.append(f"extract: {listed(members)}: {reason}")
+        return found
+
+
+def _experts(parameter: str, delta: Tensor) -> str | None:
+    """Whether a tensor is experts in one: ``"parameter"``, or ``"module"`` where it is the weight of one."""
+    if delta.dim() != 3:
+        return None
+    last = parameter.removesuffix(WEIGHT).rpartition(".")[2]
+    if parameter.endswith(WEIGHT):
+        return "module" if last in EXPERT_MODULES else None
+    return "parameter" if last in FUSED_NAMES else None
+
+
+def _unsuited(module: str, delta: Tensor) -> str | None:
+    """Why PEFT cannot adapt a weight of such a module."""
+    if OFFSET_EMBEDDING.fullmatch(module) and delta.dim() == 2:
+        return "PEFT adapts no embedding of such a class; keep it whole (whole=, --whole)"
+    if delta.dim() > 2 and delta.shape[1] == 1 and DEPTHWISE.fullmatch(module):
+        return "PEFT has no low-rank update of a convolution in groups; keep it whole (whole=, --whole)"
+    return None
+
+
+def _padded(update: Update, rank: int) -> Update:
+    """The same update with zeros up to a rank."""
+    if update.rank == rank:
+        return update
+    b, a = update.B.terms[0].source, update.A.terms[0].source
+    extra = rank - update.rank
+    return Update(
+        Factor.of("B", torch.cat([b, b.new_zeros(b.shape[0], extra)], 1)),
+        Factor.of("A", torch.cat([a, a.new_zeros(extra, a.shape[1])])),
+        update.scaling,
+        update.layout,
     )
 
 
-def _layout(module: str, delta: Tensor, embeddings: Sequence[str] | None) -> Layout:
-    if delta.dim() > 2:
-        return Layout("conv", kernel=tuple(delta.shape[2:]))
-    last = module.rpartition(".")[2]
-    if embeddings is None:
-        is_embedding = last.endswith("embeddings") or (last in EMBEDDINGS and last not in ("lm_head", "embed_out"))
-    else:
-        is_embedding = module.endswith(tuple(embeddings))
-    return Layout("embedding") if is_embedding else Layout()
+def _square(delta: Tensor) -> float:
+    return float(delta.double().square().sum())
 
 
-def _matrix(delta: Tensor, layout: Layout, fan_in_fan_out: bool) -> Tensor:
-    """``ΔW [out, in]`` as adapters have it, float64."""
-    matrix = delta.double().reshape(delta.shape[0], -1)
-    flipped = layout.kind == "embedding" or (layout.kind == "linear" and fan_in_fan_out)
-    return matrix.mT if flipped else matrix
-
-
-def _cut(matrix: Tensor, layout: Layout, rank: int | None, energy: float | None) -> tuple[Update, float]:
-    """The update, and the ``Σσ²`` that it keeps."""
-    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
-    squares = sigma.square()
-    count = int((sigma > MIN_RTOL * sigma[0]).sum())  # the rest is rounding of the two models
-    if energy is not None:
-        shares = squares.cumsum(0) / squares.sum()
-        rank = int((shares < energy).sum()) + 1
-    assert rank is not None
-    count = min(count, rank)
-    root = sigma[:count].sqrt()
-    b = (left[:, :count] * root).float().contiguous()
-    a = (root[:, None] * right[:count]).float().contiguous()
-    return Update(Factor.of("B", b), Factor.of("A", a), 1.0, layout), float(squares[:count].sum())
+def _reasons(lost: Mapping[str, str]) -> str:
+    told: Iterable[str] = dict.fromkeys(r for r in lost.values() if r != "no weight matrix")
+    return "".join(f" ({reason})" for reason in told)

@@ -3,8 +3,8 @@ everything here is dense."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,20 +12,19 @@ from torch import Tensor
 
 from fastlora import formats
 from fastlora.adapters.alignment import aligned
+from fastlora.adapters.comparison import Comparison
 from fastlora.adapters.extract import extract
 from fastlora.adapters.lora import Adapter
-from fastlora.core.data import DeltaData
+from fastlora.adapters.model_names import tie_group
+from fastlora.adapters.selection import Selection
+from fastlora.core.data import DeltaData, ModelFacts
 from fastlora.core.vector_space import VectorSpace, expression
-from fastlora.errors import InputError, NonFiniteError, OutputError
+from fastlora.errors import InputError, OutputError
+from fastlora.files.checkpoint import ModelSource, read_checkpoint
 from fastlora.files.earlier import Overwrite
-from fastlora.files.shards import read_model
+from fastlora.files.quantised import quantised_error
+from fastlora.files.shards import listed
 from fastlora.files.tensor_files import SAFETENSORS
-
-StateDict = Mapping[str, Tensor]
-ModelSource = StateDict | str | os.PathLike[str]
-
-LISTED = 4
-"""Names in a message."""
 
 
 class TaskVector(DeltaData, VectorSpace):
@@ -42,6 +41,9 @@ class TaskVector(DeltaData, VectorSpace):
         provenance: how the task vector came about, as plain data; it is saved with it.
         notes: what a user should know about it, in sentences.
         details: what was measured while it was made, by name; it is not saved.
+        values: ``{parameter: tensor}`` of parameters that are kept whole, as the fine-tune has them; no arithmetic
+            takes them, and they are not saved but in an adapter.
+        facts: what the models say about their parameters (which are tied, which lie as ``[in, out]``); it is saved.
     """
 
     kind = "a task vector"
@@ -65,10 +67,17 @@ class TaskVector(DeltaData, VectorSpace):
         Cost: one read of all changes.
         """
         vectors, told = aligned([v for _, v in terms])
-        terms = [(w, v) for (w, _), v in zip(terms, vectors, strict=True)]
+        whole = next((v for v in vectors if v.values), None)
+        if whole is not None:
+            raise InputError(
+                f"task vector {whole.name!r} keeps {listed(list(whole.values))} whole, which cannot be added or "
+                "scaled; make it without whole="
+            )
+        vectors, facts = _with_common_ties(vectors)
+        weights = [w for w, _ in terms]
         deltas: dict[str, Tensor] = {}
         for parameter in dict.fromkeys(p for v in vectors for p in v):
-            changes = [(w, v.deltas[parameter]) for w, v in terms if parameter in v]
+            changes = [(w, v.deltas[parameter]) for w, v in zip(weights, vectors, strict=True) if parameter in v]
             shapes = {tuple(d.shape) for _, d in changes}
             if len(shapes) > 1:
                 found = " and ".join(str(list(s)) for s in sorted(shapes))
@@ -83,6 +92,7 @@ class TaskVector(DeltaData, VectorSpace):
             deltas,
             provenance={"sum": [{"weight": w, "of": v.provenance} for w, v in terms], "semantics": "exact"},
             notes=tuple(dict.fromkeys([*(n for v in vectors for n in v.notes), *told])),
+            facts=facts,
         )
 
     def apply(self, base: ModelSource) -> dict[str, Tensor]:
@@ -90,24 +100,36 @@ class TaskVector(DeltaData, VectorSpace):
 
         Args:
             base: a state dict, a file of tensors or a model's directory, as for :func:`fastlora.task_vector`. It is
-                left as it is.
+                left as it is. A parameter that it ties to another is added where it changes in another way.
 
         Raises:
-            InputError: a file that cannot be read, a parameter that the base model lacks or has in another shape.
+            InputError: a file that cannot be read, a parameter that the base model lacks, has in another shape, or
+                stores quantised.
 
         Cost: one copy of the model.
         """
-        state = read_state(base)
-        lacking = [p for p in self.deltas if p not in state]
+        stored = read_checkpoint(base)
+        state = stored.tensors
+        group = tie_group(state, [stored.config], None) if stored.config is not None else []
+        changes = {p: d for p, d in self.deltas.items()}
+        changes |= {
+            p: self.deltas[source] for p, source in self.facts.ties.items() if p in state and source in self.deltas
+        }
+        sources = {p: p if p in state else next((g for g in group if p in group and g in state), None) for p in changes}
+        lacking = [p for p, source in sources.items() if source is None]
         if lacking:
             raise InputError(
-                f"task vector {self.name!r} changes {_listed(lacking)}, which the base model does not have; it belongs "
+                f"task vector {self.name!r} changes {listed(lacking)}, which the base model does not have; it belongs "
                 "to another model"
             )
-        for parameter, delta in self.deltas.items():
-            _check_shapes(parameter, state[parameter], delta)
-        changed = {p: (state[p].to(d.dtype) + d).to(state[p].dtype) for p, d in self.deltas.items()}
-        return {p: changed[p] if p in changed else value.clone() for p, value in state.items()}
+        result = {p: value.clone() for p, value in state.items()}
+        for parameter, delta in changes.items():
+            source = sources[parameter] or parameter
+            if source in stored.coding.scales or stored.coding.refusal(source) is not None:
+                raise quantised_error(stored.where, [(source, "its values cannot be written back")])
+            _check_shapes(parameter, state[source], delta)
+            result[parameter] = (state[source].to(delta.dtype) + delta).to(state[source].dtype)
+        return result | {p: v.clone() for p, v in self.values.items()}
 
     def extract(
         self,
@@ -115,7 +137,7 @@ class TaskVector(DeltaData, VectorSpace):
         *,
         energy: float | None = None,
         embeddings: Sequence[str] | None = None,
-        fan_in_fan_out: bool = False,
+        fan_in_fan_out: bool | None = None,
         biases: bool = False,
         base_model: str | None = None,
     ) -> Adapter:
@@ -123,14 +145,17 @@ class TaskVector(DeltaData, VectorSpace):
 
         With the singular value decomposition ``θ − θ₀ = U Σ Vᵀ`` of a weight, ``B = U √Σ`` ``[n, r]`` and ``A = √Σ Vᵀ``
         ``[r, m]``, cut to the ``r`` largest singular values. Only ``<module>.weight`` of two dimensions or more (with
-        convolutions) can be approximated.
+        convolutions) and fused experts can be approximated. A head that is tied to the embedding gets the embedding's
+        change; parameters that are kept whole become replaced modules (``modules_to_save``).
 
         Args:
             rank: the largest ``r`` of a module, at least 1.
             energy: instead of ``rank``: the smallest ``r`` that keeps this share of ``Σσ²``, in ``(0, 1]``.
             embeddings: ends of the paths of embeddings, whose weight is ``[vocabulary, dim]``; by default the usual
                 names and what ends in ``embeddings``.
-            fan_in_fan_out: weights are stored as ``[in, out]`` (GPT-2).
+            fan_in_fan_out: whether weights of linear modules are stored as ``[in, out]`` (the class ``Conv1D`` of
+                GPT-2). By default that is told by the model's configuration and by the lengths of biases, module by
+                module; without either it is ``[out, in]``, and a note says so.
             biases: keep the changes of the biases of these modules (``lora_bias`` of PEFT).
             base_model: what the adapter names as its base model.
 
@@ -173,22 +198,45 @@ class TaskVector(DeltaData, VectorSpace):
         """
         if Path(path).suffix != SAFETENSORS:
             raise OutputError(f"{path}: a task vector is one file; give a name that ends in {SAFETENSORS}")
+        if self.values:
+            raise OutputError(
+                f"{path} was not written: task vector {self.name!r} keeps {listed(list(self.values))} whole, which is "
+                "no change; make an adapter of it (.extract), or make it without whole="
+            )
         if not self.deltas:
             raise OutputError(f"{path} was not written: task vector {self.name!r} changes nothing")
         return formats.save(self, Path(path), dtype=dtype, overwrite=overwrite)
 
 
 def task_vector(
-    base: ModelSource, finetuned: ModelSource, name: str | None = None, *, common_only: bool = False
+    base: ModelSource,
+    finetuned: ModelSource,
+    name: str | None = None,
+    *,
+    common_only: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    whole: Sequence[str] = (),
+    tied: bool | None = None,
 ) -> TaskVector:
     """Subtracts two models: ``τ = θ − θ₀``, the change of every parameter by a fine-tune (arXiv 2212.04089).
+
+    ``config.json`` beside the files says which parameters are tied and how the weights lie; an index says which files
+    are the model. Weights in scaled float8 are multiplied out. A model that was saved without its head, and with
+    shorter names, is matched with the other.
 
     Args:
         base: ``θ₀``: a state dict, a ``.safetensors`` or ``.bin``/``.pt`` file, or a model's directory.
         finetuned: ``θ``, in the same ways.
         name: of the result; by default that of the fine-tune's file or folder.
-        common_only: leave out parameters that only one of the two has (a new head) instead of refusing them. The
-            result's ``notes`` name them.
+        common_only: leave out parameters that only one of the two has (a new head), and rows that were added to an
+            embedding or a head or removed from it, instead of refusing them. The result's ``notes`` name them.
+        include: patterns of the parameters that take part; all by default. A pattern is the end of a module's path
+            (``q_proj``), may have ``*`` and ``?``, or is a regular expression; it takes all that is inside.
+        exclude: patterns of parameters that are left out.
+        whole: patterns of parameters that are kept whole, as the fine-tune has them: a new head, an embedding with
+            more rows. :meth:`TaskVector.extract` makes replaced modules (``modules_to_save``) of them.
+        tied: whether the output head is the input embedding, where no configuration says it.
 
     Returns:
         :class:`TaskVector`. Differences are taken in float64 and kept in float32, or in float64 where the model is.
@@ -196,59 +244,52 @@ def task_vector(
         those that differ.
 
     Raises:
-        InputError: a file that cannot be read, a parameter that only one of them has or whose shapes differ.
+        InputError: a file that cannot be read, a model that is not complete, a parameter that only one of them has or
+            whose shapes differ, weights that are quantised in another way than scaled float8, a pattern that matches
+            nothing.
         NonFiniteError: NaN or Inf in a parameter of either.
 
     Cost: one read of both models, and memory for every parameter that changed.
     """
-    first, second = read_state(base), read_state(finetuned)
+    first, second = read_checkpoint(base), read_checkpoint(finetuned)
     if name is None:
         name = "task" if isinstance(finetuned, Mapping) else _name(Path(finetuned).expanduser().absolute())
-    notes = []
-    alone = [p for p in (*first, *second) if (p in first) != (p in second)]
-    if alone and not common_only:
-        raise InputError(
-            f"only one of the two models has {_listed(alone)}, whose change is unknown; leave such parameters out with "
-            "common_only=True"
-        )
-    if alone:
-        notes.append(f"task vector {name!r}: only one of the models has {_listed(alone)}, left out")
-    deltas: dict[str, Tensor] = {}
-    counted = []
-    for parameter in (p for p in first if p in second):
-        old, new = first[parameter], second[parameter]
-        _check_shapes(parameter, old, new)
-        if not (old.is_floating_point() and new.is_floating_point()):
-            if not torch.equal(old, new):
-                counted.append(parameter)
-            continue
-        delta = new.double() - old.double()
-        if not bool(delta.isfinite().all()):
-            raise NonFiniteError(
-                f"{parameter} holds NaN or Inf in the base model or in the fine-tune, so its change would mean "
-                "nothing; save the models again"
-            )
-        if bool(delta.any()):
-            deltas[parameter] = delta.to(_widest((old, new)))
-    if not deltas:
-        notes.append(f"task vector {name!r} changes nothing: the two models have equal parameters")
-    if counted:
-        notes.append(f"task vector {name!r}: {_listed(counted)} differ and are no parameters, left out")
-    return TaskVector(name, deltas, notes=tuple(notes))
+    selection = Selection(_patterns("include", include), _patterns("exclude", exclude), _patterns("whole", whole))
+    found = Comparison(first, second, name, common_only=common_only, selection=selection, tied=tied).change()
+    return TaskVector(name, found.deltas, values=found.values, facts=found.facts, notes=found.notes)
 
 
-def read_state(source: ModelSource) -> dict[str, Tensor]:
-    """A state dict from a mapping, a file of tensors or a model's directory; files are mapped."""
-    if isinstance(source, Mapping):
-        wrong = next((k for k, v in source.items() if not isinstance(v, Tensor)), None)
-        if wrong is not None:
-            raise InputError(f"the state dict holds {wrong!r}, which is no tensor; pass `model.state_dict()`")
-        return {k: v.detach() for k, v in source.items()}
-    return read_model(Path(source))
+def _patterns(option: str, given: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(given, str) or not all(isinstance(p, str) for p in given):
+        raise InputError(f"{option} must be a list of patterns, such as {option}=['lm_head']")
+    return tuple(given)
 
 
 def _name(path: Path) -> str:
     return path.name if path.is_dir() else path.stem
+
+
+def _with_common_ties(vectors: Sequence[TaskVector]) -> tuple[list[TaskVector], ModelFacts]:
+    """The vectors with the ties that all of them have, others written out; and what is known of their model."""
+    tie_sets = [set(v.facts.ties.items()) for v in vectors]
+    common = {p: s for p, s in set.intersection(*tie_sets)} if tie_sets else {}
+    # A vector that changes one of the two alone has no tie.
+    common = {p: s for p, s in common.items() if not any(p in v for v in vectors)}
+    found = []
+    for vector in vectors:
+        own = {p: vector.deltas[s] for p, s in vector.facts.ties.items() if p not in common and s in vector}
+        found.append(replace(vector, deltas={**vector.deltas, **own}) if own else vector)
+    facts = [v.facts for v in vectors]
+    return found, ModelFacts(
+        configured=any(f.configured for f in facts),
+        in_out=tuple(dict.fromkeys(m for f in facts for m in f.in_out)),
+        assumed=tuple(dict.fromkeys(m for f in facts for m in f.assumed)),
+        ties=common,
+        in_out_experts=any(f.in_out_experts for f in facts),
+        parameter_routers=tuple(dict.fromkeys(m for f in facts for m in f.parameter_routers)),
+        task_type=next((f.task_type for f in facts if f.task_type is not None), None),
+        unknown=tuple(dict.fromkeys(m for f in facts for m in f.unknown)),
+    )
 
 
 def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -261,8 +302,3 @@ def _check_shapes(parameter: str, first: Tensor, second: Tensor) -> None:
             f"{parameter} is {list(first.shape)} in one and {list(second.shape)} in the other; these are different "
             "models"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

@@ -12,7 +12,7 @@ import typer
 from fastlora.cli.exits import outputs
 from fastlora.cli.run import Run, print_json
 from fastlora.errors import InputError, OutputError
-from fastlora.views.text import escaped
+from fastlora.views.text import escaped, share_text
 
 if TYPE_CHECKING:
     from fastlora.adapters.loading import Element
@@ -78,7 +78,7 @@ def write_adapter(run: Run, adapter: Adapter, target: OutputDirectory, out: Path
         data = {"out": str(out), "modules": len(ranks), "rank": max(ranks, default=0), "retained_energy": retained}
         print_json({**data, "retained_energy_by_module": adapter.details.get("retained_energy"), "notices": notes})
     elif not run.quiet:
-        share = "" if retained is None else f", {100 * float(str(retained)):.2f} % of the energy kept"
+        share = "" if retained is None else f", {share_text(float(str(retained)))} of the energy kept"
         typer.echo(f"{out}: {len(ranks)} modules, rank {min(ranks, default=0)}–{max(ranks, default=0)}{share}")
     run.tell_notes(notes)
 

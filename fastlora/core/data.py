@@ -175,11 +175,37 @@ class Ia3Data(ModulesData):
         return iter(self.vectors)
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What two models said about the parameters whose change was taken, beside the change itself.
+
+    ``configured``: whether a configuration names the architecture. ``in_out``: modules whose weight is ``[in, out]``.
+    ``assumed``: modules whose weight was taken for ``[out, in]`` without evidence. ``ties {parameter: parameter}``: the
+    first is the second, and changes with it. ``in_out_experts``: fused experts are ``[experts, in, out]``.
+    ``parameter_routers``: modules that PEFT adapts by their parameter. ``task_type``: as PEFT calls it. ``unknown``:
+    parameters that changed in a way that is not known. ``excluded``: ``‖τ‖²`` of those that were left out on demand.
+    """
+
+    configured: bool = False
+    in_out: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
+    in_out_experts: bool = False
+    parameter_routers: tuple[str, ...] = ()
+    task_type: str | None = None
+    unknown: tuple[str, ...] = ()
+    excluded: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class DeltaData(AdapterData):
-    """The change of every parameter of a model: ``deltas {parameter: change}``."""
+    """The change of every parameter of a model: ``deltas {parameter: change}``. ``values``: parameters that are kept
+    whole, as the fine-tune has them. ``facts``: what the models say about all of these."""
 
     deltas: Mapping[str, Tensor]
+    _: KW_ONLY
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    facts: ModelFacts = ModelFacts()
 
     def __post_init__(self) -> None:
         if not self.provenance:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from fastlora._version import __version__
-from fastlora.core.data import AdapterData, DeltaData
+from fastlora.core.data import AdapterData, DeltaData, ModelFacts
 from fastlora.core.dtypes import parse_dtype
 from fastlora.errors import InputError, NonFiniteError
+from fastlora.files.json_files import shown
 from fastlora.files.tensor_files import SAFETENSORS, read_safetensors
 from fastlora.files.tensor_writing import TensorFile, cast_tensor
 from fastlora.ops.finite import is_finite
@@ -44,9 +48,41 @@ def read(path: Path, name: str) -> DeltaData:
         if not is_finite(delta.reshape(1, -1)):
             raise NonFiniteError(f"{path}: {parameter} holds NaN or Inf; make the task vector again")
     name = name.removesuffix(SUFFIX)
-    notes = () if any(bool(d.any()) for d in deltas.values()) else (f"task vector {name!r} changes nothing",)
-    provenance = _metadata(path).get("provenance")
-    return DeltaData(name, deltas, notes=notes, provenance=provenance if isinstance(provenance, dict) else {})
+    metadata = _metadata(path)
+    provenance = metadata.get("provenance")
+    return DeltaData(
+        name,
+        deltas,
+        notes=() if any(bool(d.any()) for d in deltas.values()) else (f"task vector {name!r} changes nothing",),
+        provenance=provenance if isinstance(provenance, dict) else {},
+        facts=_facts(metadata.get("facts"), path),
+    )
+
+
+def _facts(stored: object, path: Path) -> ModelFacts:
+    """What was known of the model; files of other versions lack some of it."""
+    if stored is None:
+        return ModelFacts()
+    defaults: dict[str, Any] = asdict(ModelFacts())
+    found: dict[str, Any] = {}
+    for key, value in (stored if isinstance(stored, dict) else {"": None}).items():
+        default = defaults.get(key)
+        if isinstance(default, tuple) and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            found[key] = tuple(value)
+        elif key == "ties" and isinstance(value, dict) and all(isinstance(v, str) for v in value.values()):
+            found[key] = value
+        elif key == "task_type" and isinstance(value, str | None):
+            found[key] = value
+        elif isinstance(default, bool) and isinstance(value, bool):
+            found[key] = value
+        elif key == "excluded" and isinstance(value, int | float) and math.isfinite(value) and value >= 0:
+            found[key] = float(value)
+        else:
+            raise InputError(
+                f"{path}: its metadata say {shown(key)} of the model in a form that is not understood; make the task "
+                "vector again"
+            )
+    return ModelFacts(**found)
 
 
 def write(path: Path, vector: AdapterData, dtype: torch.dtype | str | None) -> None:
@@ -54,7 +90,8 @@ def write(path: Path, vector: AdapterData, dtype: torch.dtype | str | None) -> N
     assert isinstance(vector, DeltaData)
     target = parse_dtype(dtype, torch.float32)
     tensors = {p: cast_tensor(d, target, p) for p, d in vector.deltas.items()}
-    data = {"kind": KIND, "version": __version__, "provenance": vector.provenance}
+    facts = asdict(vector.facts) | {"ties": dict(vector.facts.ties)}
+    data = {"kind": KIND, "version": __version__, "provenance": vector.provenance, "facts": facts}
     file = TensorFile(path, tensors, {"format": "pt", "fastlora": json.dumps(data, default=str)})
     file.write(tensors, check=True)
     file.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,8 @@ from rich.cells import cell_len
 
 BOLD, YELLOW = "1", "33"
 NARROWEST = 40
+NOTHING = 1e-11
+"""The share of squares of singular values that float32 rounding and their own roundoff can make of all."""
 
 
 def terminal_width() -> int:
@@ -27,6 +30,13 @@ def terminal_width() -> int:
 def escaped(text: str) -> str:
     """Names come from files: what is no printable character is shown as its escape sequence."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def share_text(share: float) -> str:
+    """A share in percent, which is 100 % where nothing but rounding is lost and never is rounded up to it."""
+    if share >= 1.0 - NOTHING:
+        return "100.00 %"
+    return f"{math.floor(1e4 * share) / 100:.2f} %"
 
 
 def styled(text: str, style: str) -> str:

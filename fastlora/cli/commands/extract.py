@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +16,16 @@ MODEL_HELP = "a file of tensors (.safetensors, .bin, .pt) or a model's directory
 Base = Annotated[Path, typer.Argument(help=f"The base model: {MODEL_HELP}", metavar="BASE", show_default=False)]
 Tuned = Annotated[Path, typer.Argument(help=f"Its fine-tune: {MODEL_HELP}", metavar="TUNED", show_default=False)]
 
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Take these modules only: q_proj, layers.*.mlp or a regular expression.", metavar="PATTERN"),
+]
+Exclude = Annotated[list[str] | None, typer.Option(help="Leave these modules out.", metavar="PATTERN")]
+Whole = Annotated[
+    list[str] | None,
+    typer.Option(help="Keep these modules whole, as the fine-tune has them (modules_to_save).", metavar="PATTERN"),
+]
+
 
 @command("dtype", "uniform_rank", "as_json", "quiet", "overwrite", "force")
 def extract(
@@ -27,16 +36,44 @@ def extract(
     rank: Rank = None,
     energy: Energy = None,
     common_only: Annotated[
-        bool, typer.Option("--common-only", help="Leave out parameters that only one of the models has.")
+        bool,
+        typer.Option("--common-only", help="Leave out parameters, and rows of embeddings, that only one of them has."),
     ] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    whole: Whole = None,
     biases: Annotated[bool, typer.Option("--biases", help="Keep the changes of biases in the adapter.")] = False,
+    fan_in_fan_out: Annotated[
+        bool | None,
+        typer.Option(
+            "--fan-in-fan-out/--no-fan-in-fan-out",
+            help="Weights are stored [in, out], as Conv1D has them; by default config.json says it.",
+            show_default=False,
+        ),
+    ] = None,
+    tied: Annotated[
+        bool | None,
+        typer.Option(
+            "--tied/--no-tied",
+            help="The output head is the input embedding; by default config.json says it.",
+            show_default=False,
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="What the adapter names as its base model.", metavar="NAME", show_default=False)
+    ] = None,
 ) -> None:
     """The change from a model to its fine-tune: a task vector, or with --rank or --energy a LoRA adapter."""
     lowrank = rank is not None or energy is not None
-    if biases and not lowrank:
-        raise InputError("--biases is for an adapter; a task vector holds every parameter (or give --rank N)")
-    if run.uniform_rank and not lowrank:
-        raise InputError("--uniform-rank is for an adapter; a task vector has no ranks (or give --rank N)")
+    given = {
+        "--biases": biases,
+        "--whole": bool(whole),
+        "--fan-in-fan-out": fan_in_fan_out is not None,
+        "--base-model": base_model is not None,
+        "--uniform-rank": bool(run.uniform_rank),
+    }
+    for option in (option for option, is_given in given.items() if is_given and not lowrank):
+        raise InputError(f"{option} is for an adapter; a task vector holds every parameter's change (or give --rank N)")
     if lowrank != (out.suffix != ".safetensors"):
         raise InputError(
             f"--out {out}: "
@@ -47,7 +84,20 @@ def extract(
     run.start()
     from fastlora.adapters.task_vector import task_vector
 
-    vector = task_vector(base, tuned, out.stem, common_only=common_only)
-    result = vector.extract(rank, energy=energy, biases=biases) if lowrank else vector
-    result = replace(result, notes=tuple(dict.fromkeys([*vector.notes, *result.notes])))
+    vector = task_vector(
+        base,
+        tuned,
+        out.stem,
+        common_only=common_only,
+        include=include or (),
+        exclude=exclude or (),
+        whole=whole or (),
+        tied=tied,
+    )
+    if not lowrank:
+        write_element(run, vector, target, out)
+        return
+    result = vector.extract(
+        rank, energy=energy, fan_in_fan_out=fan_in_fan_out, biases=biases, base_model=base_model or None
+    )
     write_element(run, result, target, out)

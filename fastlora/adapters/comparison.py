@@ -1,0 +1,366 @@
+"""Two models, parameter by parameter: what changed, what is tied, what only one of them has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastlora.adapters.model_names import aligned, shares_embedding, tie_group
+from fastlora.adapters.selection import Selection
+from fastlora.core.architectures import (
+    BIAS,
+    LANGUAGE_HEADS,
+    LOOKS_LIKE_CONV1D,
+    PARAMETER_ROUTERS,
+    TRANSPOSED_EXPERTS,
+    WEIGHT,
+    is_conv1d,
+    is_embedding,
+    is_head,
+    is_row_table,
+    task_type,
+)
+from fastlora.core.data import ModelFacts
+from fastlora.errors import InputError, NonFiniteError
+from fastlora.files.checkpoint import Checkpoint, stored_as
+from fastlora.files.model_config import ModelConfig
+from fastlora.files.quantised import quantised_error
+from fastlora.files.shards import listed
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a comparison found: see :class:`fastlora.core.data.DeltaData`."""
+
+    deltas: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    facts: ModelFacts = field(default_factory=ModelFacts)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class _Side:
+    """One of the two models, under common names. ``names``: ``{common name: stored name}``."""
+
+    stored: Checkpoint
+    names: dict[str, str]
+    tied: list[str]
+
+    def find(self, name: str) -> str | None:
+        """The stored name of a parameter, or of the one that it is tied to."""
+        if name in self.names:
+            return self.names[name]
+        if name not in self.tied:
+            return None
+        return next((self.names[n] for n in self.tied if n in self.names), None)
+
+    def tensor(self, name: str) -> Tensor:
+        """As it is stored."""
+        return self.stored.tensors[name]
+
+
+class Comparison:
+    """Takes the change from one model to another; a fresh one for each pair."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        tuned: Checkpoint,
+        name: str,
+        *,
+        common_only: bool,
+        selection: Selection,
+        tied: bool | None,
+    ) -> None:
+        self.name = name
+        self.common_only = common_only
+        self.selection = selection
+        self.configs = [c.config for c in (tuned, base) if c.config is not None]
+        self.notes: list[str] = [*base.notes, *tuned.notes]
+        first = {n: base.tensors[n] for n in base.parameters}
+        second = {n: tuned.tensors[n] for n in tuned.parameters}
+        ours, theirs, rules = aligned(first, second)
+        self._tell_rules(rules, base.where)
+        self.group = tie_group({*ours.values(), *theirs.values()}, self.configs, tied)
+        self.base = self._side(base, ours, tuned.config, tied)
+        self.tuned = self._side(tuned, theirs, base.config, tied)
+
+    def change(self) -> Change:
+        """The change. Raises :class:`InputError` for what cannot be compared, :class:`NonFiniteError` for NaN."""
+        names = dict.fromkeys([*self.base.names, *self.tuned.names])
+        tied = [n for n in self.group if n not in names and self._pair(n) is not None]
+        every = [*names, *tied]
+        if not any(self._pair(n) for n in every):
+            raise InputError(
+                f"{self.base.stored.where} and {self.tuned.stored.where} have no parameter in common (such as "
+                f"{next(iter(self.base.names), 'none')} and {next(iter(self.tuned.names), 'none')}); these are "
+                "different models, or one of them is no model"
+            )
+        self.selection.check(every)
+        whole = [n for n in every if self.selection.keeps_whole(n)]
+        if any(n in self.group for n in whole):
+            whole = [*dict.fromkeys([*whole, *(n for n in self.group if n in every)])]
+        values = {n: self._value(n) for n in whole}
+        wanted = [n for n in every if n not in values]
+        self._refuse_codes([n for n in wanted if self.selection.takes(n)])
+        unknown = self._alone([n for n in wanted if self.selection.takes(n)])
+        wanted = [n for n in wanted if n not in unknown and self._pair(n) is not None]
+        unknown += self._resized([n for n in wanted if self.selection.takes(n)])
+        deltas, excluded = self._deltas(wanted)
+        if not deltas and not values:
+            self.notes.append(f"task vector {self.name!r} changes nothing: the two models have equal parameters")
+        ties = self._ties(deltas)
+        facts = self._facts(deltas, ties)
+        self._tell_dtypes([n for n in wanted if self.selection.takes(n)])
+        return Change(
+            {n: d for n, d in deltas.items() if n not in ties},
+            {n: v for n, v in values.items() if not self._is_unchanged(n)},
+            replace(facts, ties=ties, unknown=tuple(unknown), excluded=excluded),
+            tuple(dict.fromkeys(self.notes)),
+        )
+
+    def _side(
+        self, stored: Checkpoint, renamed: Mapping[str, str], other: ModelConfig | None, tied: bool | None
+    ) -> _Side:
+        ties = tied if tied is not None else _ties(stored.config or other)
+        return _Side(stored, {common: own for own, common in renamed.items()}, self.group if ties else [])
+
+    def _tell_rules(self, rules: Sequence[tuple[str, str]], where: str) -> None:
+        for ours, theirs in rules:
+            if ours == "" or theirs == "":
+                lacks = "base model" if ours == "" else "fine-tune"
+                self.notes.append(
+                    f"task vector {self.name!r}: the {lacks} was saved without {ours or theirs!r} in front of its "
+                    "names; the result has the longer names"
+                )
+            else:
+                self.notes.append(
+                    f"task vector {self.name!r}: {theirs!r} of the fine-tune is {ours!r} of the base model {where}, "
+                    "whose names the result has"
+                )
+
+    def _pair(self, name: str) -> tuple[str, str] | None:
+        """The stored names of a parameter in both models."""
+        old, new = self.base.find(name), self.tuned.find(name)
+        return None if old is None or new is None else (old, new)
+
+    def _value(self, name: str) -> Tensor:
+        """A parameter as the fine-tune has it; what is scaled, multiplied out."""
+        stored = self.tuned.find(name)
+        if stored is None:
+            raise InputError(f"whole: the fine-tune {self.tuned.stored.where} has no {name}; leave that pattern out")
+        raw, value = self.tuned.tensor(stored), self.tuned.stored.value(stored)
+        if not bool(value.isfinite().all()):
+            raise _not_finite(name)
+        return value if value.dtype == raw.dtype and raw.dtype.itemsize > 1 else value.float()
+
+    def _is_unchanged(self, name: str) -> bool:
+        pair = self._pair(name)
+        if pair is None or self.base.tensor(pair[0]).shape != self.tuned.tensor(pair[1]).shape:
+            return False
+        return torch.equal(self.base.stored.value(pair[0]).double(), self.tuned.stored.value(pair[1]).double())
+
+    def _refuse_codes(self, names: Iterable[str]) -> None:
+        """Refuses codes, also where the modules have other tensors than weights (``qweight``)."""
+        for side in (self.base, self.tuned):
+            found = [(n, side.stored.coding.refusal(side.names[n])) for n in names if n in side.names]
+            coded = [(n, reason) for n, reason in found if reason is not None]
+            if coded:
+                raise quantised_error(side.stored.where, coded)
+
+    def _alone(self, names: Sequence[str]) -> list[str]:
+        """Parameters that only one of the models has: told, or refused."""
+        alone = [n for n in names if self._pair(n) is None]
+        if not alone:
+            return []
+        only_tuned = [n for n in alone if self.base.find(n) is None]
+        only_base = [n for n in alone if self.tuned.find(n) is None]
+        if not self.common_only:
+            raise InputError(self._alone_message(only_base, only_tuned))
+        self.notes.append(
+            f"task vector {self.name!r}: only one of the models has {listed(alone)}, left out"
+            + ("" if not only_tuned else "; what the fine-tune alone has can be kept whole (whole=, --whole)")
+        )
+        return only_tuned
+
+    def _alone_message(self, only_base: list[str], only_tuned: list[str]) -> str:
+        sides = (("the base model", only_base), ("the fine-tune", only_tuned))
+        where = ", ".join(f"{which} alone has {len(names)}" for which, names in sides if names)
+        heads = [n for n in (*only_base, *only_tuned) if is_head(n.removesuffix(WEIGHT))]
+        ways = []
+        if heads and not self.configs:
+            ways.append(f"say with tied=True (--tied) that {heads[0]} is the embedding, if it is")
+        if only_tuned:
+            modules = listed(list(dict.fromkeys(n.rpartition(".")[0] or n for n in only_tuned)))
+            ways.append(f"keep the fine-tune's own modules whole (whole=, --whole: {modules})")
+        ways.append("leave out what only one has with common_only=True (--common-only), if the result can do without")
+        return (
+            f"only one of the two models has {listed([*only_base, *only_tuned])}, whose change is unknown ({where}); "
+            + ", or ".join(ways)
+        )
+
+    def _resized(self, names: Sequence[str]) -> list[str]:
+        """Parameters of other shapes: tables whose rows were added or removed are told, others refused."""
+        resized = []
+        for name in names:
+            old, new = self._shapes(name)
+            if old == new:
+                continue
+            if not (is_row_table(name) and old[1:] == new[1:]):
+                raise InputError(
+                    f"{name} is {list(old)} in one and {list(new)} in the other; these are different models, unless it "
+                    "was replaced: then keep it whole (whole=, --whole) or leave it out (exclude=, --exclude)"
+                )
+            resized.append(name)
+        if not resized:
+            return []
+        old, new = self._shapes(resized[0])
+        low, high = sorted((old[0], new[0]))
+        rows = f"rows {low} to {high - 1}" if high - low > 1 else f"row {low}"
+        happened = (
+            f"{rows} were {'added' if new[0] > old[0] else 'removed'}"
+            if high - low > 1
+            else (f"{rows} was {'added' if new[0] > old[0] else 'removed'}")
+        )
+        told = f"{listed(resized)}: {old[0]} rows in the base model and {new[0]} in the fine-tune ({happened})"
+        if not self.common_only:
+            ends = " ".join(
+                f"--whole {n.removesuffix(WEIGHT).rpartition('.')[2]}" for n in resized if n.endswith(WEIGHT)
+            )
+            raise InputError(
+                f"{told}; take the change of the common rows (common_only=True, --common-only), keep the fine-tune's "
+                f"whole matrices (whole=, {ends}), or leave them out (exclude=, --exclude)"
+            )
+        self.notes.append(f"task vector {self.name!r}: {told}; the change is that of the {low} common rows")
+        return [n for n in resized if self._shapes(n)[1][0] > self._shapes(n)[0][0]]
+
+    def _shapes(self, name: str) -> tuple[torch.Size, torch.Size]:
+        pair = self._pair(name)
+        assert pair is not None
+        return self.base.tensor(pair[0]).shape, self.tuned.tensor(pair[1]).shape
+
+    def _deltas(self, names: Sequence[str]) -> tuple[dict[str, Tensor], float]:
+        """The changes that take part, and ``‖τ‖²`` of the others."""
+        deltas: dict[str, Tensor] = {}
+        excluded, counted, left_out = 0.0, [], []
+        for name in names:
+            pair = self._pair(name)
+            assert pair is not None
+            takes = self.selection.takes(name)
+            old, new = self.base.tensor(pair[0]), self.tuned.tensor(pair[1])
+            if not (old.is_floating_point() and new.is_floating_point()):
+                if takes and not torch.equal(old, new):
+                    counted.append(name)
+                continue
+            if not takes:
+                size = self._size(pair)
+                excluded += size
+                left_out += [name] if size else []
+                continue
+            delta = self._delta(name, pair)
+            if bool(delta.any()):
+                deltas[name] = delta.to(torch.float64 if torch.float64 in (old.dtype, new.dtype) else torch.float32)
+        if counted:
+            self.notes.append(f"task vector {self.name!r}: {listed(counted)} differ and are no parameters, left out")
+        if left_out:
+            self.notes.append(f"task vector {self.name!r}: {listed(left_out)} changed and are left out, as asked for")
+        return deltas, excluded
+
+    def _delta(self, name: str, pair: tuple[str, str]) -> Tensor:
+        """``θ − θ₀`` in float64, in the shape of the base model: rows that only one has do not change."""
+        old, new = self.base.stored.value(pair[0]).double(), self.tuned.stored.value(pair[1]).double()
+        if old.shape != new.shape:
+            rows = min(old.shape[0], new.shape[0])
+            delta = torch.zeros_like(old)
+            delta[:rows] = new[:rows] - old[:rows]
+        else:
+            delta = new - old
+        if not bool(delta.isfinite().all()):
+            raise _not_finite(name)
+        return delta
+
+    def _size(self, pair: tuple[str, str]) -> float:
+        """``‖Δ‖²`` of a parameter that is left out; 0 where it cannot be told."""
+        if any(side.stored.coding.refusal(n) for side, n in zip((self.base, self.tuned), pair, strict=True)):
+            return 0.0
+        old, new = self.base.stored.value(pair[0]).double(), self.tuned.stored.value(pair[1]).double()
+        return float((new - old).square().sum()) if old.shape == new.shape else 0.0
+
+    def _ties(self, deltas: Mapping[str, Tensor]) -> dict[str, str]:
+        """Changed parameters that a model does not store, which are others that change in the same way."""
+        stored = [n for n in self.group if n in deltas and n in self.base.names]
+        source = next(iter(stored), None)
+        if source is None:
+            return {}
+        others = [n for n in self.group if n in deltas and n not in self.base.names]
+        return {n: source for n in others if torch.equal(deltas[n], deltas[source])}
+
+    def _facts(self, deltas: Mapping[str, Tensor], ties: Mapping[str, str]) -> ModelFacts:
+        types = {t for c in self.configs for t in c.model_types}
+        in_out, assumed = [], []
+        for parameter, delta in deltas.items():
+            module = parameter.removesuffix(WEIGHT)
+            if module == parameter or delta.dim() != 2 or is_head(module) or is_embedding(module):
+                continue
+            shape = self._is_in_out(module, delta.shape)
+            if shape if shape is not None else any(is_conv1d(module, t) for t in types):
+                in_out.append(module)
+            elif shape is None and (not self.configs or (LOOKS_LIKE_CONV1D.fullmatch(module) and not types)):
+                assumed.append(module)
+        last = {m.rpartition(".")[2] for m in in_out}
+        if not types and any(LOOKS_LIKE_CONV1D.fullmatch(m) for m in in_out):
+            # Square weights of the same class: only the others show how they lie.
+            in_out += [m for m in assumed if LOOKS_LIKE_CONV1D.fullmatch(m) or m.rpartition(".")[2] in last]
+        tasks = (task_type(c.architectures, c.encoder_decoder) for c in self.configs)
+        return ModelFacts(
+            configured=bool(self.configs),
+            in_out=tuple(in_out),
+            assumed=tuple(m for m in assumed if m not in in_out),
+            in_out_experts=bool(types & TRANSPOSED_EXPERTS),
+            parameter_routers=tuple(p for p in deltas if p.endswith("router.weight") and types & PARAMETER_ROUTERS),
+            task_type=next((t for t in tasks if t is not None), None),
+        )
+
+    def _is_in_out(self, module: str, shape: torch.Size) -> bool | None:
+        """Whether a weight is ``[in, out]``, which the length of the bias tells where the weight is not square."""
+        stored = self.base.names.get(module + BIAS)
+        if stored is None or shape[0] == shape[1]:
+            return None
+        bias = self.base.tensor(stored).shape
+        return None if tuple(bias) not in ((shape[0],), (shape[1],)) else bias[0] == shape[1]
+
+    def _tell_dtypes(self, names: Sequence[str]) -> None:
+        """Notes where one model is coarser than the other: its rounding counts as change."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for name in names:
+            pair = self._pair(name)
+            assert pair is not None
+            old, new = self.base.tensor(pair[0]), self.tuned.tensor(pair[1])
+            if old.dtype != new.dtype and old.is_floating_point() and new.is_floating_point():
+                found.setdefault((stored_as(old), stored_as(new)), []).append(name)
+        for (old_dtype, new_dtype), members in found.items():
+            self.notes.append(
+                f"task vector {self.name!r}: {listed(members)} are {old_dtype} in the base model and {new_dtype} in "
+                "the fine-tune; the rounding of the coarser counts as change"
+            )
+
+
+def _ties(config: ModelConfig | None) -> bool:
+    """Whether a model whose head is not stored has the embedding as its head."""
+    if config is None:
+        return False
+    if shares_embedding(config):
+        return True
+    if config.ties is None:
+        return any(LANGUAGE_HEADS.fullmatch(a) for a in config.architectures)
+    return config.ties
+
+
+def _not_finite(name: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"{name} holds NaN or Inf in the base model or in the fine-tune, so its change would mean nothing; save the "
+        "models again"
+    )
