@@ -77,12 +77,11 @@ def find_coding(state: Mapping[str, Tensor], method: str | None) -> Coding:
         hidden = QUANT_STATE.fullmatch(name)
         if last in CODES:
             owner = module.removesuffix(".weight")
-            refused.setdefault(owner, CODES[last])
+            refused[owner] = CODES[last]
         elif hidden is not None:
             refused[hidden[1].removesuffix(".weight")] = CODES["absmax"]
-        elif packed is not None and f"{packed[1]}_scales" in state:
-            refused[packed[1]] = "MXFP4"
-            companions |= {name, f"{packed[1]}_scales"}
+        elif packed is not None and f"{packed[1]}_scales" in state and tensor.dtype == torch.uint8:
+            refused.update(dict.fromkeys((packed[1], name, f"{packed[1]}_scales"), "MXFP4"))
         elif ACTIVATIONS.fullmatch(name):
             companions.add(name)
         elif _may_be_codes(name, tensor):
@@ -90,12 +89,15 @@ def find_coding(state: Mapping[str, Tensor], method: str | None) -> Coding:
             companions.update(found)
             if tensor.dtype in FLOAT8 and len(found) == 1 and _is_scale(state[found[0]]):
                 scales[name] = state[found[0]]
-            elif tensor.dtype in FLOAT8 and not found and method is None and not _unknown_scale(name, state):
+            elif tensor.dtype in FLOAT8 and not (found or method or _unknown_scale(name, state) or _fills(tensor)):
                 continue  # rounded to float8 and no more
             elif tensor.dtype in FLOAT8 or found or not tensor.is_floating_point():
-                refused[name.removesuffix(".weight")] = _why(tensor, found or _unknown_scale(name, state), method)
+                why = _why(tensor, found or _unknown_scale(name, state), method)
+                refused.setdefault(name.removesuffix(".weight"), why)
     orphans = [n for n in state if n not in companions and re.fullmatch(r".+\.(weight_scale\w*|scale_weight)", n)]
-    refused.update({n.rpartition(".")[0]: f"{n.rpartition('.')[2]} without its weight" for n in orphans})
+    for orphan in orphans:
+        module, _, last = orphan.rpartition(".")
+        refused.setdefault(module, f"{last} without its weight")
     return Coding(scales, refused, frozenset(companions))
 
 
@@ -126,6 +128,11 @@ def _unknown_scale(name: str, state: Mapping[str, Tensor]) -> list[str]:
         and SCALE_LIKE.fullmatch(n.removeprefix(module))
         and not ACTIVATIONS.fullmatch(n)
     ]
+
+
+def _fills(weight: Tensor) -> bool:
+    """Whether entries come near the largest number of the dtype: weights do so only when they were scaled to it."""
+    return float(weight.float().abs().max()) > 0.25 * torch.finfo(weight.dtype).max if weight.numel() else False
 
 
 def _is_scale(scale: Tensor) -> bool:

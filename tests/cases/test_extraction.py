@@ -79,7 +79,7 @@ def changed(model: nn.Module, names: Callable[[str], bool] = lambda name: True) 
     """Adds a change of rank 2 to every weight matrix of a model, and to every expert."""
     with torch.no_grad():
         for i, (name, weight) in enumerate(model.named_parameters()):
-            if weight.dim() >= 2 and names(name):
+            if weight.dim() >= 2 and not name.endswith("bias") and names(name):
                 left = gaussian(*weight.shape[:-1], 2, seed=2 * i)
                 right = gaussian(*weight.shape[:-2], 2, weight.shape[-1], seed=2 * i + 1)
                 weight += 0.05 * left @ right
