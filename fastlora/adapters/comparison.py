@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastlora.adapters.model_names import aligned, shares_embedding, tie_group
+from fastlora.adapters.model_names import matched_names, shares_embedding, tie_group
 from fastlora.adapters.selection import Selection
 from fastlora.core.architectures import (
     BIAS,
+    EXPERT_NUMBER,
     LANGUAGE_HEADS,
     LOOKS_LIKE_CONV1D,
     PARAMETER_ROUTERS,
@@ -23,7 +24,7 @@ from fastlora.core.architectures import (
     is_row_table,
     task_type,
 )
-from fastlora.core.data import ModelFacts
+from fastlora.core.model_facts import ModelFacts
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.files.checkpoint import Checkpoint, stored_as
 from fastlora.files.model_config import ModelConfig
@@ -82,7 +83,7 @@ class Comparison:
         self.notes: list[str] = [*base.notes, *tuned.notes]
         first = {n: base.tensors[n] for n in base.parameters}
         second = {n: tuned.tensors[n] for n in tuned.parameters}
-        ours, theirs, rules = aligned(first, second)
+        ours, theirs, rules = matched_names(first, second)
         self._tell_rules(rules, base.where)
         self.group = tie_group({*ours.values(), *theirs.values()}, self.configs, tied)
         self.base = self._side(base, ours, tuned.config, tied)
@@ -322,7 +323,16 @@ class Comparison:
             in_out_experts=bool(types & TRANSPOSED_EXPERTS),
             parameter_routers=tuple(p for p in deltas if p.endswith("router.weight") and types & PARAMETER_ROUTERS),
             task_type=next((t for t in tasks if t is not None), None),
+            still=self._still_experts(deltas),
         )
+
+    def _still_experts(self, deltas: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Weights of experts that did not change, beside others of the same container."""
+        found = {n: EXPERT_NUMBER.fullmatch(n.removesuffix(WEIGHT)) for n in self.base.names if n.endswith(WEIGHT)}
+        experts = {n: m[1] for n, m in found.items() if m is not None}
+        containers = {experts[n] for n in deltas if n in experts}
+        shapes = {n: tuple(self.base.tensor(self.base.names[n]).shape) for n in experts if n not in deltas}
+        return {n.removesuffix(WEIGHT): s for n, s in shapes.items() if experts[n] in containers and len(s) == 2}
 
     def _is_in_out(self, module: str, shape: torch.Size) -> bool | None:
         """Whether a weight is ``[in, out]``, which the length of the bias tells where the weight is not square."""

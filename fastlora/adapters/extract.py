@@ -71,7 +71,7 @@ def extract(
             f"extract: task vector {vector.name!r} changes no weight matrix{_reasons(cutter.lost)}; there is nothing "
             f"to extract{whole}"
         )
-    cutter.fill_experts()
+    cutter.add_still_experts()
     return Adapter(
         vector.name,
         cutter.updates,
@@ -195,18 +195,13 @@ class _Cutter:
         root = sigma[:count].sqrt()
         return left[:, :count] * root, root[:, None] * right[:count], float(squares[:count].sum())
 
-    def fill_experts(self) -> None:
-        """Gives all experts of a module an update, of one rank with everything else: readers that fuse experts need
-        all of them, and know one rank."""
-        groups: dict[tuple[str, str], set[int]] = {}
-        for module in self.updates:
+    def add_still_experts(self) -> None:
+        """Updates of rank 0 for experts that did not change: readers that stack experts need all of them."""
+        containers = {m[1] for m in map(EXPERT_NUMBER.fullmatch, self.updates) if m is not None}
+        for module, (n, m) in self.vector.facts.still.items():
             match = EXPERT_NUMBER.fullmatch(module)
-            if match is not None:
-                groups.setdefault((match[1], match[3]), set()).add(int(match[2]))
-        if not groups:
-            return
-        rank = max(u.rank for u in self.updates.values())
-        self.updates = {m: _padded(u, rank) for m, u in self.updates.items()}
+            if match is not None and match[1] in containers and module not in self.updates:
+                self._put(module, torch.zeros(n, 0), torch.zeros(0, m), LINEAR)
 
     def share(self) -> float:
         """The share of ``‖τ‖²`` that is kept."""
@@ -252,20 +247,6 @@ def _unsuited(module: str, delta: Tensor) -> str | None:
     if delta.dim() > 2 and delta.shape[1] == 1 and DEPTHWISE.fullmatch(module):
         return "PEFT has no low-rank update of a convolution in groups; keep it whole (whole=, --whole)"
     return None
-
-
-def _padded(update: Update, rank: int) -> Update:
-    """The same update with zeros up to a rank."""
-    if update.rank == rank:
-        return update
-    b, a = update.B.terms[0].source, update.A.terms[0].source
-    extra = rank - update.rank
-    return Update(
-        Factor.of("B", torch.cat([b, b.new_zeros(b.shape[0], extra)], 1)),
-        Factor.of("A", torch.cat([a, a.new_zeros(extra, a.shape[1])])),
-        update.scaling,
-        update.layout,
-    )
 
 
 def _square(delta: Tensor) -> float:

@@ -25,7 +25,7 @@ Rule = tuple[str, str]
 """What the names of the first and of the second model start with, before what they have in common."""
 
 
-def aligned(
+def matched_names(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor]
 ) -> tuple[dict[str, str], dict[str, str], list[Rule]]:
     """``{name: common name}`` of both models, and what was done: a model that was saved without its head lacks the

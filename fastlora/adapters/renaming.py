@@ -50,7 +50,10 @@ def renamed(record: X, names: Mapping[str, str]) -> X:
         return names.get(old, old)
 
     if isinstance(record, DeltaData):
-        return replace(record, deltas=_moved(record.deltas, name, record))
+        values = _moved(record.values, name, record)
+        return replace(
+            record, deltas=_moved(record.deltas, name, record), values=values, facts=record.facts.renamed(name)
+        )
     if isinstance(record, LoraData):
         updates = {m: _contained(m, u, name(m)) for m, u in record.updates.items()}
         record = replace(record, updates=_moved(updates, name, record))

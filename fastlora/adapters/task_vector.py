@@ -17,7 +17,8 @@ from fastlora.adapters.extract import extract
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.model_names import tie_group
 from fastlora.adapters.selection import Selection
-from fastlora.core.data import DeltaData, ModelFacts
+from fastlora.core.data import DeltaData
+from fastlora.core.model_facts import ModelFacts
 from fastlora.core.vector_space import VectorSpace, expression
 from fastlora.errors import InputError, OutputError
 from fastlora.files.checkpoint import ModelSource, read_checkpoint
@@ -289,6 +290,7 @@ def _with_common_ties(vectors: Sequence[TaskVector]) -> tuple[list[TaskVector], 
         parameter_routers=tuple(dict.fromkeys(m for f in facts for m in f.parameter_routers)),
         task_type=next((f.task_type for f in facts if f.task_type is not None), None),
         unknown=tuple(dict.fromkeys(m for f in facts for m in f.unknown)),
+        still={m: s for f in facts for m, s in f.still.items()},
     )
 
 

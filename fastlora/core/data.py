@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastlora.core.model_facts import ModelFacts
 from fastlora.core.updates import Update
 
 
@@ -175,28 +176,6 @@ class Ia3Data(ModulesData):
         return iter(self.vectors)
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What two models said about the parameters whose change was taken, beside the change itself.
-
-    ``configured``: whether a configuration names the architecture. ``in_out``: modules whose weight is ``[in, out]``.
-    ``assumed``: modules whose weight was taken for ``[out, in]`` without evidence. ``ties {parameter: parameter}``: the
-    first is the second, and changes with it. ``in_out_experts``: fused experts are ``[experts, in, out]``.
-    ``parameter_routers``: modules that PEFT adapts by their parameter. ``task_type``: as PEFT calls it. ``unknown``:
-    parameters that changed in a way that is not known. ``excluded``: ``‖τ‖²`` of those that were left out on demand.
-    """
-
-    configured: bool = False
-    in_out: tuple[str, ...] = ()
-    assumed: tuple[str, ...] = ()
-    ties: Mapping[str, str] = field(default_factory=dict)
-    in_out_experts: bool = False
-    parameter_routers: tuple[str, ...] = ()
-    task_type: str | None = None
-    unknown: tuple[str, ...] = ()
-    excluded: float = 0.0
-
-
 @dataclass(frozen=True, eq=False)
 class DeltaData(AdapterData):
     """The change of every parameter of a model: ``deltas {parameter: change}``. ``values``: parameters that are kept
@@ -205,7 +184,7 @@ class DeltaData(AdapterData):
     deltas: Mapping[str, Tensor]
     _: KW_ONLY
     values: Mapping[str, Tensor] = field(default_factory=dict)
-    facts: ModelFacts = ModelFacts()
+    facts: ModelFacts = field(default_factory=ModelFacts)
 
     def __post_init__(self) -> None:
         if not self.provenance:

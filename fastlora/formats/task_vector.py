@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 
 from fastlora._version import __version__
-from fastlora.core.data import AdapterData, DeltaData, ModelFacts
+from fastlora.core.data import AdapterData, DeltaData
 from fastlora.core.dtypes import parse_dtype
+from fastlora.core.model_facts import ModelFacts
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.files.json_files import shown
 from fastlora.files.tensor_files import SAFETENSORS, read_safetensors
@@ -59,6 +60,10 @@ def read(path: Path, name: str) -> DeltaData:
     )
 
 
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in value)
+
+
 def _facts(stored: object, path: Path) -> ModelFacts:
     """What was known of the model; files of other versions lack some of it."""
     if stored is None:
@@ -71,6 +76,8 @@ def _facts(stored: object, path: Path) -> ModelFacts:
             found[key] = tuple(value)
         elif key == "ties" and isinstance(value, dict) and all(isinstance(v, str) for v in value.values()):
             found[key] = value
+        elif key == "still" and isinstance(value, dict) and all(map(_is_shape, value.values())):
+            found[key] = {module: tuple(shape) for module, shape in value.items()}
         elif key == "task_type" and isinstance(value, str | None):
             found[key] = value
         elif isinstance(default, bool) and isinstance(value, bool):
@@ -90,7 +97,7 @@ def write(path: Path, vector: AdapterData, dtype: torch.dtype | str | None) -> N
     assert isinstance(vector, DeltaData)
     target = parse_dtype(dtype, torch.float32)
     tensors = {p: cast_tensor(d, target, p) for p, d in vector.deltas.items()}
-    facts = asdict(vector.facts) | {"ties": dict(vector.facts.ties)}
+    facts = asdict(vector.facts)
     data = {"kind": KIND, "version": __version__, "provenance": vector.provenance, "facts": facts}
     file = TensorFile(path, tensors, {"format": "pt", "fastlora": json.dumps(data, default=str)})
     file.write(tensors, check=True)

@@ -127,6 +127,19 @@ def test_the_adapter_has_the_logits_of_the_fine_tune(name: str, tmp_path: Path) 
     assert adapter.notes == () and adapter.provenance["retained_energy"] == pytest.approx(1)
 
 
+def test_one_expert_of_several(tmp_path: Path) -> None:
+    """Readers that stack experts get all of them, with zeros for those that did not change."""
+    tuned = pair(tmp_path, mixtral, lambda name: "self_attn" in name)
+    with torch.no_grad():  # one of the two halves of one expert, which lie in one tensor here
+        tuned.model.layers[1].mlp.experts.gate_up_proj[2, :24] += (
+            0.1 * gaussian(24, 1, seed=1) @ gaussian(1, 16, seed=2)
+        )
+    tuned.save_pretrained(tmp_path / "tuned")
+    adapter = fl.task_vector(tmp_path / "base", tmp_path / "tuned").extract(rank=3)
+    adapter.save(tmp_path / "adapter")
+    assert_same(adapted(tmp_path / "base", tmp_path / "adapter"), logits(tuned))
+
+
 def test_the_command_says_nothing_where_nothing_is_lost(tmp_path: Path) -> None:
     tuned = pair(tmp_path, gpt2)
     found = done("extract", "base", "tuned", "--rank", 4, "--base-model", "org/name", "-o", "adapter", cwd=tmp_path)
