@@ -169,7 +169,7 @@ class Adapter(LoraData, VectorSpace):
         :func:`fastlora.compress` has the formula, the shapes, the cost and what it raises (:class:`InputError`).
         """
         check_cut(rank, energy)
-        forms = singular_forms(self.name, self.updates, rank=rank, energy=energy)
+        forms = singular_forms(self.name, self.updates, rank=rank, energy=energy, exact=True)
         total = sum(f.norm**2 for f in forms.values())
         kept = sum(f.retained * f.norm**2 for f in forms.values())
         return replace(

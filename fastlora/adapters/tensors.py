@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
 
+from fastlora.core.data import LoraData
 from fastlora.core.dtypes import WIDTHS
 from fastlora.core.factors import Factor
 from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update, chosen_rank
+from fastlora.engine.balance import balanced
 from fastlora.engine.materialise import materialise_groups
 from fastlora.errors import InputError
 
@@ -75,7 +78,10 @@ def tensors_of(
     updates: Mapping[str, Update], dtype: torch.dtype, uniform_rank: int | bool | None
 ) -> dict[str, FactorPair]:
     """``(B, A)`` of every module for :meth:`fastlora.Adapter.tensors`."""
-    baked = [u.baked() for u in updates.values()]
+    whole, lost = balanced({None: LoraData("adapter", updates)}, {None: dtype})
+    for loss in lost.values():
+        warnings.warn(loss.told("adapter.tensors", dtype), stacklevel=3)
+    baked = [u.baked() for u in whole[None].updates.values()]
     pairs = [pair for [pair] in materialise_groups([[u] for u in baked], dtype)]
     rank = chosen_rank(baked, uniform_rank)
     if rank is not None:

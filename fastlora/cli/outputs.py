@@ -69,11 +69,11 @@ def write_adapter(run: Run, adapter: Adapter, target: OutputDirectory, out: Path
 
     given, adapter = adapter, formats.ready(adapter, run.uniform_rank)
     with target as staging:
-        formats.write_adapter(adapter, staging, run.dtype)
+        lost = formats.write_adapter(adapter, staging, run.dtype)
     ranks = [u.rank for u in adapter.updates.values()]
     retained = adapter.provenance.get("retained_energy") if any(ranks) else None  # of nothing there is no share
     more = [n for n in adapter.notes if n not in given.notes]
-    notes = list(dict.fromkeys([*notes, *more, *target.notices]))
+    notes = list(dict.fromkeys([*notes, *more, *lost, *target.notices]))
     if run.as_json:
         data = {"out": str(out), "modules": len(ranks), "rank": max(ranks, default=0), "retained_energy": retained}
         print_json({**data, "retained_energy_by_module": adapter.details.get("retained_energy"), "notices": notes})

@@ -45,7 +45,8 @@ class WeightedSVD:
             total = frames.total(scales)  # ΔW = Q_B total Q_Aᵀ
             if not bool((total.abs() <= LARGEST).all()):  # not so with NaN, either
                 raise InputError(f"the weighted sum overflows: lower the weights {given}")
-            cut_updates = frames.updates(total, frames.right_of_total(scales), frames.cut(given, rank, energy))
+            cut, noises = frames.cut(given, rank, energy), frames.noises(given)
+            cut_updates = frames.updates(total, frames.right_of_total(scales), cut, noises)
             for module, (update, kept, of_all) in cut_updates.items():
                 updates[module], squares[module] = update, (kept, of_all)
         share, shares = retained(squares)

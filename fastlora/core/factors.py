@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -31,6 +31,16 @@ class Term:
         if self.coefficient is None:
             return self.source.shape[1 if side == "B" else 0]
         return self.coefficient.shape[1 if side == "B" else 0]
+
+    def stretched(self, side: Side, lengths: Tensor) -> Term:
+        """The term with the columns (B side) or rows (A side) of its factor times ``lengths``, float64 ``[rank]``."""
+        own = lengths[self.at : self.at + self.width(side)]
+        if not len(own) or bool((own == own[0]).all()):
+            return replace(self, scale=self.scale * float(own[0]) if len(own) else self.scale)
+        own = own.to(self.source.device)
+        if self.coefficient is None:
+            return replace(self, coefficient=torch.diag(own))
+        return replace(self, coefficient=self.coefficient * (own if side == "B" else own[:, None]))
 
     def matrix(self, side: Side, rank: int) -> Tensor:
         """The term's share of the coefficient of its source, scale included: float64 ``[r, rank]`` on both sides."""
@@ -91,6 +101,11 @@ class Factor:
             return self
         terms = tuple(Term(t.source, t.coefficient, t.at, t.scale * weight) for t in self.terms)
         return Factor(self.side, self.length, self.rank, terms)
+
+    def stretched(self, lengths: Tensor) -> Factor:
+        """The factor with its columns (B side) or rows (A side) times ``lengths``, float64 ``[rank]``; no matrix is
+        computed."""
+        return Factor(self.side, self.length, self.rank, tuple(t.stretched(self.side, lengths) for t in self.terms))
 
     def coefficients(self) -> list[tuple[Tensor, Tensor]]:
         """``(source, C)`` for every distinct source, with float64 ``C [r, rank]``: the factor is ``Σ source · C``

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlora.core.data import BaseInfo, Extra, Ia3Data, LoraData, joined_selection
 from fastlora.core.factors import concatenate
-from fastlora.core.updates import Update, with_rank_zero
+from fastlora.core.updates import Update, joint_noise, with_rank_zero
 from fastlora.errors import InputError
 
 WithExtras = LoraData | Ia3Data
@@ -55,10 +55,10 @@ def sum_updates(terms: Sequence[tuple[float, Update]]) -> Update:
         return with_rank_zero(first)
     if len(kept) == 1:
         weight, update = kept[0]
-        return replace(update, scaling=update.scaling * weight, floor=update.floor * abs(weight))
+        return replace(update, scaling=update.scaling * weight, noise=update.noise.scaled(weight))
     left = concatenate([u.B.scaled(u.scaling * w) for w, u in kept])
-    floor = max([u.floor * abs(w) for w, u in kept])
-    return Update(left, concatenate([u.A for _, u in kept]), 1.0, kept[0][1].layout, floor)
+    noise = joint_noise([u.noise.scaled(w) for w, u in kept])
+    return Update(left, concatenate([u.A for _, u in kept]), 1.0, kept[0][1].layout, noise)
 
 
 # Relative to its terms, a sum of weights at or below it is zero: a few roundings of float64.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,19 +34,45 @@ class Layout:
 LINEAR, EMBEDDING = Layout(), Layout("embedding")
 
 
+class Noise(NamedTuple):
+    """What is known of the rounding in an update: nothing of a loaded one, whose numbers are exact.
+
+    ``floor``: singular values of ``ΔW`` at or below it were not significant in what it was computed from, by the cut
+    of that decomposition. ``origin``: the largest singular value of what it was computed from; the arithmetic left
+    rounding of a small share of that (:data:`MIN_RTOL`). Both in units of ``ΔW``.
+    """
+
+    floor: float = 0.0
+    origin: float = 0.0
+
+    def scaled(self, weight: float) -> Noise:
+        """That of ``weight · ΔW``."""
+        return Noise(self.floor * abs(weight), self.origin * abs(weight))
+
+    @property
+    def rounding(self) -> float:
+        """Singular values at or below it are rounding of the arithmetic."""
+        return MIN_RTOL * self.origin
+
+
+NO_NOISE = Noise()
+
+
+def joint_noise(noises: Iterable[Noise]) -> Noise:
+    """That of a sum: the largest of each."""
+    floors, origins = zip(*noises, strict=True)
+    return Noise(max(floors), max(origins))
+
+
 @dataclass(slots=True, eq=False)
 class Update:
-    """``ΔW = scaling · B · A`` of one module, ``[out, in]``.
-
-    ``floor``: singular values of ``ΔW`` at or below it are rounding noise of what it was computed from
-    (0 for a loaded update).
-    """
+    """``ΔW = scaling · B · A`` of one module, ``[out, in]``; ``noise``: what is known of its rounding."""
 
     B: Factor
     A: Factor
     scaling: float = 1.0
     layout: Layout = LINEAR
-    floor: float = 0.0
+    noise: Noise = NO_NOISE
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,7 +88,7 @@ class Update:
         """The same update with scaling 1: the scaling moves into ``B``."""
         if self.scaling == 1.0:
             return self
-        return Update(self.B.scaled(self.scaling), self.A, 1.0, self.layout, self.floor)
+        return Update(self.B.scaled(self.scaling), self.A, 1.0, self.layout, self.noise)
 
     def dtypes(self) -> set[torch.dtype]:
         """The dtypes of the stored matrices."""
@@ -172,6 +198,6 @@ def factor(update: Update, side: Side) -> Factor:
     return update.B if side == "B" else update.A
 
 
-def unscaled_floor(update: Update) -> float:
-    """The noise floor in units of the singular values of ``BA``; above all of them for a scaling of 0."""
-    return update.floor / abs(update.scaling) if update.scaling else math.inf
+def unscaled(floor: float, update: Update) -> float:
+    """A floor of ``ΔW`` in units of the singular values of ``BA``; above all of them for a scaling of 0."""
+    return floor / abs(update.scaling) if update.scaling else math.inf

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.core.updates import Update
+from fastlora.core.updates import Noise, Update, joint_noise
 from fastlora.engine.blocks import ChainBlocks
 from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.stream import current as streaming
@@ -144,10 +144,13 @@ class ModuleResult:
         total = sum(self.shared_norms)
         return tuple(s / total if total > 0 else 0.0 for s in self.shared_norms)
 
-    def unique_floor(self, i: int, update: Update) -> float:
-        """The noise floor of the unique part of adapter ``i``, from its ``update``: what was taken from it is known to
-        the rounding of the whole."""
-        return max(update.floor, self.rtol * float(self.batch.sigma[self.row, i, 0])) if self.count else update.floor
+    def unique_noise(self, i: int, update: Update) -> Noise:
+        """That of the unique part of adapter ``i``, from its ``update``: what was taken from it is known to the
+        rounding of the whole."""
+        if not self.count:
+            return update.noise
+        largest = float(self.batch.sigma[self.row, i, 0])
+        return joint_noise([update.noise, Noise(self.rtol * largest, largest)])
 
 
 def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleResult]:

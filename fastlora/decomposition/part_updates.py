@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlora.adapters.pool import Pool
 from fastlora.core.factors import Factor, add
-from fastlora.core.updates import Update, factor, sides
+from fastlora.core.updates import NO_NOISE, Noise, Update, factor, sides
 from fastlora.decomposition.devec import ModuleResult, ResultBatch, Settings
 
 
@@ -42,10 +42,10 @@ def unique_factor(start: Factor, movers: Iterable[Factor], removals: Iterable[Te
     return Factor(start.side, start.length, start.rank, tuple(terms))
 
 
-def assembled(like: Update, side: str, projected: Factor, other: Factor, scaling: float, floor: float) -> Update:
+def assembled(like: Update, side: str, projected: Factor, other: Factor, scaling: float, noise: Noise) -> Update:
     """The update of a part, in the layout of the module."""
     left, right = (projected, other) if side == "left" else (other, projected)
-    return Update(left, right, scaling, like.layout, floor)
+    return Update(left, right, scaling, like.layout, noise)
 
 
 def first_update(pool: Pool, module: str) -> Update:
@@ -83,7 +83,7 @@ class LazyUpdates:
                         coefficients.append(C if self.is_left else C.mT)
                 if others:
                     like, mixed = first_update(self.pool, result.module), combination(others, coefficients)
-                    updates[result.module] = assembled(like, self.side, self._basis(result), mixed, 1.0, 0.0)
+                    updates[result.module] = assembled(like, self.side, self._basis(result), mixed, 1.0, NO_NOISE)
         return updates
 
     def unique(self, name: str) -> dict[str, Update]:
@@ -96,8 +96,8 @@ class LazyUpdates:
                 start, other = factor(update, self._projected_side), factor(update, self._other_side)
                 coefficients = removals if self.is_left else [C.mT for C in removals]
                 projected = unique_factor(start, self._movers(result), coefficients)
-                floor = result.unique_floor(i, update)
-                updates[result.module] = assembled(update, self.side, projected, other, update.scaling, floor)
+                noise = result.unique_noise(i, update)
+                updates[result.module] = assembled(update, self.side, projected, other, update.scaling, noise)
         return updates
 
     def mixing_weights(self, result: ModuleResult, members: Sequence[int], name: str | None) -> list[float]:

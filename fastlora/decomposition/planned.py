@@ -189,6 +189,6 @@ class PlannedUpdates(LazyUpdates):
             side, other_side = sides(self.side)
             projected, other = Factor.of(side, out), factor(update, other_side)
             scaling = 1.0 if self.side == "left" else update.scaling  # on the left it is inside
-            floor = result.unique_floor(result.names.index(name), update)
-            updates[module] = assembled(update, self.side, projected, other, scaling, floor)
+            noise = result.unique_noise(result.names.index(name), update)
+            updates[module] = assembled(update, self.side, projected, other, scaling, noise)
         return updates

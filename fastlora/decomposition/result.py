@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -229,13 +230,16 @@ class Decomposition:
         the ``memory`` of :func:`fastlora.decompose`.
         """
         with OutputDirectory(Path(path), overwrite=overwrite) as staging:
-            self.write(staging, dtype, uniform_rank)
+            notes = self.write(staging, dtype, uniform_rank)
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
         return Path(path)
 
-    def write(self, staging: Path, dtype: torch.dtype | str | None = None, uniform_rank: bool = False) -> None:
+    def write(self, staging: Path, dtype: torch.dtype | str | None = None, uniform_rank: bool = False) -> list[str]:
         """Writes into the directory ``staging``, which exists; for ``dtype``, ``uniform_rank`` and what it raises see
-        :meth:`save`."""
-        empty = []
+        :meth:`save`. Returns what is worth telling, in sentences."""
+        empty: list[str] = []
+        notes: list[str] = []
         with (
             (staging / "report.json").open("w") as file,
             bounded(self.memory),
@@ -246,9 +250,10 @@ class Decomposition:
                     (staging / folder).mkdir(parents=True)
                 # Reports need no kernels, so they are made while results are written.
                 meanwhile = functools.partial(self._write_reports, file) if i == 0 else lambda: None
-                write_adapters({staging / f: a for f, a in adapters.items()}, dtype, meanwhile, uniform_rank)
+                notes += write_adapters({staging / f: a for f, a in adapters.items()}, dtype, meanwhile, uniform_rank)
                 empty += [p for p, a in adapters.items() if not any(u.rank for u in a.updates.values())]
             file.write(f', "empty_adapters": {json.dumps(empty)}}}\n')
+        return notes
 
     def _write_reports(self, file: TextIO) -> None:
         """The start of ``report.json``; pool by pool, since there can be thousands of pairs."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.core.factors import Factor, add, concatenate
-from fastlora.core.updates import MIN_RTOL, Update, unscaled_floor
+from fastlora.core.updates import MIN_RTOL, Update, unscaled
 from fastlora.dipm.module import ModulatedModule, dense
 from fastlora.engine.blocks import PairBlocks
 from fastlora.engine.checks import raise_for_info
@@ -46,7 +46,7 @@ def forms(blocks: PairBlocks) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
     forms_by_module: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in blocks.modules]
     for i in range(len(blocks.members)):
         left, right = blocks.left[:, i, i, None, None].contiguous(), blocks.right[:, i, i, None].contiguous()
-        floor = torch.tensor([[unscaled_floor(row[i])] for row in blocks.updates], dtype=torch.float64)
+        floor = torch.tensor([[unscaled(row[i].noise.rounding, row[i])] for row in blocks.updates], dtype=torch.float64)
         chain = ops.chain(left, right, threshold=0.0, rtol=MIN_RTOL, floor=floor)
         raise_for_info(blocks.modules, chain.info)
         for g, kept in enumerate(chain.kept[:, 0].tolist()):

@@ -43,7 +43,7 @@ class ModuleFrame:
         if not bool(weights.any()):
             return None if own_update is None else with_rank_zero(own_update)
         if (factor := only_own(weights, self.gram)) is not None and own_update is not None:
-            return replace(own_update, scaling=own_update.scaling * factor, floor=own_update.floor * abs(factor))
+            return replace(own_update, scaling=own_update.scaling * factor, noise=own_update.noise.scaled(factor))
         if self.on != "product" and own_update is None:
             return None
         if self.granularity == "component":
@@ -91,8 +91,8 @@ def _matrix_gram(module: ModulatedModule, on: str) -> Tensor:
     """``⟨X_k, X_l⟩`` of whole matrices: ``[k, k, 1]``."""
     if on == "product":
         products = module.scaled((module.left * module.right).sum((-1, -2)))
-        # Singular values at or below the floor are the noise of what a lazy update was computed from.
-        noise = torch.tensor([u.floor * u.rank**0.5 for u in module.present], dtype=torch.float64)
+        # A norm of that many singular values which are rounding of what a lazy update was computed from is rounding.
+        noise = torch.tensor([u.noise.rounding * u.rank**0.5 for u in module.present], dtype=torch.float64)
         real = products.diagonal() > noise.square()
         products = torch.where(real[:, None] & real, products, 0.0)
     elif on == "B":

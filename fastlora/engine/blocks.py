@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlora.core.factors import SIDES, Side
-from fastlora.core.updates import Update, factor, sides, sources, unscaled_floor
+from fastlora.core.updates import Update, factor, sides, sources, unscaled
 from fastlora.engine.checks import check_diagonal
 from fastlora.engine.contracts import PoolView
 from fastlora.engine.gram import GramPass, read_gram
@@ -104,26 +104,28 @@ class ChainBlocks:
             )
 
 
-def ask_chain_blocks(grams: GramPass, part: GroupPart, side: str, kind: str) -> ChainBlocks:
+def ask_chain_blocks(grams: GramPass, part: GroupPart, side: str, kind: str, *, exact: bool = False) -> ChainBlocks:
     """The blocks of a part, which are there once ``grams`` ran; nothing is read here.
 
     ``side``: ``"left"`` projects on the ``B`` side. ``kind``: the blocks of that side, ``"chain"`` or ``"pairs"``.
+    ``exact``: the floors are those of the arithmetic, and not of what was significant in what updates came from.
     """
     projected_side, other_side = sides(side)
     updates = part.updates()
     r, pairs = part.group.rank, blocks_of(kind, len(part.group.members))
     projected = grams.blocks([[factor(u, projected_side) for u in row] for row in updates], r, pairs)
     other = grams.diagonal([[factor(u, other_side) for u in row] for row in updates], r)
-    floor = torch.tensor([[unscaled_floor(u) for u in row] for row in updates], dtype=torch.float64)
+    floors = [[unscaled(u.noise.rounding if exact else u.noise.floor, u) for u in row] for row in updates]
+    floor = torch.tensor(floors, dtype=torch.float64)
     names = [part.names] * len(part.modules)
     return ChainBlocks(part.modules, names, updates, projected, other, floor.to(projected.device), part.group)
 
 
-def read_chain_blocks(part: GroupPart, side: str, kind: str) -> ChainBlocks:
+def read_chain_blocks(part: GroupPart, side: str, kind: str, *, exact: bool = False) -> ChainBlocks:
     """:func:`ask_chain_blocks`, read in one pass over both sides' factors or taken from the Gram cache in use, and
     checked."""
     grams = GramPass()
-    blocks = ask_chain_blocks(grams, part, side, kind)
+    blocks = ask_chain_blocks(grams, part, side, kind, exact=exact)
     grams.run()
     require_finite_blocks(blocks, side)
     release(sources(u for row in blocks.updates for u in row))

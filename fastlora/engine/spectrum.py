@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.core.updates import Update
+from fastlora.core.updates import MIN_RTOL, Update
 from fastlora.engine.blocks import read_chain_blocks
 from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.schedule import GroupPart, one_adapter, parts, rtol_or_default
@@ -44,29 +44,33 @@ def singular_forms(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    rtol: float | None = None,
+    exact: bool = False,
 ) -> dict[str, SingularForm]:
     """The singular value form of every module of an adapter, cut by noise floor, rank or energy.
 
-    Modules of one rank are computed together; costs one read of the factors (none of what the Gram cache in use has)
-    and about 20·r³ operations a module.
+    ``exact``: stored numbers are exact, and only what is rounding of the arithmetic is cut, as best approximations need
+    it. Else directions below the rounding of the stored dtype are not significant and are cut too. Modules of one rank
+    are computed together; costs one read of the factors (none of what the Gram cache in use has) and about 20·r³
+    operations a module.
     """
     forms: dict[str, SingularForm] = {}
     pool = one_adapter(name, updates)
     label = f"singular values of {name}"
-    for part in parts(pool, label, rtol_of=rtol_or_default(rtol), matrices=MATRICES, stream=current()):
+    rtol_of = rtol_or_default(MIN_RTOL if exact else None)
+    for part in parts(pool, label, rtol_of=rtol_of, matrices=MATRICES, stream=current()):
         if part.group.ranks == (0,):
             empty = torch.zeros(0, dtype=torch.float64)
             zero = SingularForm(empty, empty.reshape(0, 0), empty.reshape(0, 0), 0, 0.0, 1.0)
             forms |= dict.fromkeys(part.modules, zero)
         else:
-            forms |= _read_forms(part, rank, energy)
+            forms |= _read_forms(part, rank, energy, exact)
     return {m: forms[m] for m in updates}
 
 
-def _read_forms(part: GroupPart, rank: int | None, energy: float | None) -> dict[str, SingularForm]:
+def _read_forms(part: GroupPart, rank: int | None, energy: float | None, exact: bool) -> dict[str, SingularForm]:
     """The forms of some modules of one rank, through the Gram cache in use."""
-    blocks = read_chain_blocks(part, "left", "chain")  # of a single adapter: [g, 1, 1, r, r] and [g, 1, r, r]
+    # Of a single adapter: [g, 1, 1, r, r] and [g, 1, r, r].
+    blocks = read_chain_blocks(part, "left", "chain", exact=exact)
     modules = part.modules
     chain = ops.chain(
         blocks.projected,
@@ -101,7 +105,7 @@ def _read_forms(part: GroupPart, rank: int | None, energy: float | None) -> dict
 
 def cut(update: Update, form: SingularForm) -> Update:
     """``B' = B T = U``, ``A' = D A = Σ Vᵀ`` (scaling kept apart)."""
-    return Update(update.B.times(form.T), update.A.applied(form.D), update.scaling, update.layout, update.floor)
+    return Update(update.B.times(form.T), update.A.applied(form.D), update.scaling, update.layout, update.noise)
 
 
 def check_cut(rank: int | None, energy: float | None) -> None:

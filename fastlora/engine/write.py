@@ -19,6 +19,7 @@ from fastlora.core.data import LoraData
 from fastlora.core.factors import SIDES, Side
 from fastlora.core.updates import Update, sources, zero_factors
 from fastlora.engine import stream
+from fastlora.engine.balance import balanced
 from fastlora.engine.combine_jobs import WantedFactor, combine_job
 from fastlora.engine.contracts import OpenSink, Sink
 from fastlora.engine.materialise import materialise_groups
@@ -41,14 +42,17 @@ def write_adapters(
     targets: Mapping[Path, torch.dtype],
     open_sink: OpenSink,
     meanwhile: Callable[[], object],
-) -> None:
+) -> list[str]:
     """Writes adapters that share stored matrices into the sinks of their directories, in the ``targets``' dtypes; each
-    stored matrix is read once.
+    stored matrix is read once, and once more where the range of float16 asks for a look at sizes.
+
+    Returns what is worth telling, in sentences: digits that a dtype does not hold.
 
     Modules of rank 0 are left out; an adapter with nothing in it is written as zeros of rank 1, which PEFT can load.
     Factors are computed where they are written from, a module at a time in every thread, so memory does not grow with
     the model; one thread prepares the next modules meanwhile. ``meanwhile`` is called while the last are written.
     """
+    adapters, losses = balanced(adapters, targets)
     adapters = stream.on_host(adapters, targets)
     empty = {
         d: zero_factors(a.name, a.updates, targets[d])
@@ -79,6 +83,7 @@ def write_adapters(
             last.result()
     for file in files.values():
         file.close()
+    return [loss.told(adapters[d].name, targets[d]) for d, loss in losses.items()]
 
 
 def _outline(update: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

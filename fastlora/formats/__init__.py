@@ -12,6 +12,7 @@ import functools
 import importlib
 import pkgutil
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
@@ -118,7 +119,9 @@ def save(
             writer_of(record).write(staging, record, dtype)
     else:
         with OutputDirectory(path, overwrite=overwrite) as staging:
-            write_adapter(record, staging, dtype, uniform_rank)
+            notes = write_adapter(record, staging, dtype, uniform_rank)
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
     return path
 
 
@@ -132,13 +135,13 @@ def write_adapter(
     directory: Path,
     dtype: torch.dtype | str | None = None,
     uniform_rank: int | bool | None = None,
-) -> None:
-    """Writes one adapter into a directory that is being staged."""
+) -> list[str]:
+    """Writes one adapter into a directory that is being staged; returns what is worth telling, in sentences."""
     if isinstance(record, LoraData):
-        write_adapters({directory: record}, dtype, uniform_rank=uniform_rank)
-    else:
-        require_finite_extras([record] if isinstance(record, Ia3Data) else [])
-        writer_of(record).write(directory, record, dtype)
+        return write_adapters({directory: record}, dtype, uniform_rank=uniform_rank)
+    require_finite_extras([record] if isinstance(record, Ia3Data) else [])
+    writer_of(record).write(directory, record, dtype)
+    return []
 
 
 def write_adapters(
@@ -146,17 +149,19 @@ def write_adapters(
     dtype: torch.dtype | str | None = None,
     meanwhile: Callable[[], object] = lambda: None,
     uniform_rank: int | bool | None = None,
-) -> None:
+) -> list[str]:
     """Writes low-rank adapters that share stored matrices into directories, reading each of those matrices once.
 
-    ``meanwhile`` is called while the last of them are written; see :func:`fastlora.engine.write.write_adapters`.
+    ``meanwhile`` is called while the last of them are written; see :func:`fastlora.engine.write.write_adapters`, also
+    for what is returned.
     ``uniform_rank``: ``True`` writes all modules of an adapter with its largest rank, a number with that one; zeros
     fill the smaller ones. By default ranks differ where readers can take that. Raises :class:`InputError` for a number
     below an adapter's own rank.
     """
     require_finite_extras(adapters.values())
     targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
-    engine.write_adapters({d: ready(a, uniform_rank) for d, a in adapters.items()}, targets, _open_sink, meanwhile)
+    whole = {d: ready(a, uniform_rank) for d, a in adapters.items()}
+    return engine.write_adapters(whole, targets, _open_sink, meanwhile)
 
 
 def ready(adapter: Lora, uniform_rank: int | bool | None = None) -> Lora:

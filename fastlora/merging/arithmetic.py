@@ -12,7 +12,7 @@ from fastlora.adapters.lora import Adapter
 from fastlora.core.dtypes import widest
 from fastlora.core.factors import add as add_factors
 from fastlora.core.sums import combine_extras, common_base
-from fastlora.core.updates import Update
+from fastlora.core.updates import Update, joint_noise
 from fastlora.core.vector_space import VectorSpace, expression, linear, require_one_kind
 from fastlora.engine.checks import require_finite
 from fastlora.errors import InputError
@@ -193,8 +193,8 @@ def _elementwise_lora(terms: Sequence[tuple[float, float, Adapter]], name: str) 
         updates_here = [x.updates[module] for x in adapters]
         left = add_factors(u.B.scaled(b) for (b, _, _), u in zip(terms, updates_here, strict=True))
         right = add_factors(u.A.scaled(a) for (_, a, _), u in zip(terms, updates_here, strict=True))
-        floor = max(u.floor * abs(b) for (b, _, _), u in zip(terms, updates_here, strict=True))
-        updates[module] = replace(like, B=left, A=right, floor=floor)
+        noise = joint_noise(u.noise.scaled(b) for (b, _, _), u in zip(terms, updates_here, strict=True))
+        updates[module] = replace(like, B=left, A=right, noise=noise)
     return Adapter(
         name,
         updates,

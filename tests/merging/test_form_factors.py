@@ -60,7 +60,7 @@ def test_cat_has_the_bits_of_the_sum(weights: dict[str, float] | None) -> None:
     total = Adapter.weighted_sum([(given[n], pool[n]) for n in pool.names])
     for module in pool.modules:
         one, two = merged.updates[module], total.updates[module]
-        assert one.rank == two.rank and one.scaling == two.scaling and one.floor == two.floor
+        assert one.rank == two.rank and one.scaling == two.scaling and one.noise == two.noise
         assert torch.equal(pools.exact(one), pools.exact(two))
     assert merged.name == "cat" and merged.base == total.base and merged.dtype == total.dtype
     assert merged.provenance["of"] == [{"weight": given[n], "of": {"adapter": n}} for n in pool.names]

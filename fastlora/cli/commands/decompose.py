@@ -76,7 +76,7 @@ def decompose(
         device=run.device,
     )
     with directory as staging:
-        parts.write(staging, run.dtype, run.uniform_rank)
+        lost = parts.write(staging, run.dtype, run.uniform_rank)
         if plots:
             _write_plots(parts, staging)
     data = decomposition_data(parts, out)
@@ -87,7 +87,7 @@ def decompose(
     elif not run.quiet:
         show_decomposition(data, every)
     told = parts.reports[0].notices if len(parts.reports) == 1 else []
-    run.tell_notes([*pool.told, *told, *directory.notices])
+    run.tell_notes([*pool.told, *told, *lost, *directory.notices])
 
 
 def _write_plots(parts: Decomposition, staging: Path) -> None:

@@ -78,11 +78,12 @@ def merge(
             cores = frames.cores(scales, len(pool))
             if not bool(cores.isfinite().all()):
                 raise InputError(f"the weighted updates overflow: lower the weights {given}")
-            cut = frames.cut(given, rank, energy)
+            cut = frames.cut(given, rank, energy, significant=cuts_itself)
             cut = replace(cut, floor=torch.maximum(cut.floor, frames.rounding(scales)))
             core = program(cores, cut, **parameters) if cuts_itself else program(cores, **parameters)
             check_result(name, frames.blocks.modules, core, (len(part), R, R))
-            cut_updates = frames.updates(core, frames.right_of(core), _rounding(cut) if cuts_itself else cut)
+            last = _rounding(cut) if cuts_itself else cut
+            cut_updates = frames.updates(core, frames.right_of(core), last, frames.noises(given))
             for module, (update, kept, total) in cut_updates.items():
                 updates[module], squares[module] = update, (kept, total)
     used = {"rank": rank, "energy": energy, **parameters}

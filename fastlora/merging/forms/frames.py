@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.core.factors import Factor, Side, add
-from fastlora.core.updates import Update, default_rtol, factor, with_rank_zero
+from fastlora.core.updates import MIN_RTOL, Noise, Update, default_rtol, factor, joint_noise, with_rank_zero
 from fastlora.engine.blocks import PairBlocks
 
 # What is below it, relative to the largest eigenvalue of a Gram matrix or to the terms of a sum, is rounding.
@@ -108,14 +108,25 @@ class Frames:
             torch.matmul(columns, self.right[:, :, start:end].mT, out=result[:, member])
         return result
 
-    def cut(self, weights: Sequence[float], rank: int | None, energy: float | None) -> Cut:
-        """Where sums with these weights of the pool are cut: at the noise of the stored dtypes, a rank, an energy."""
-        strength = [abs(weights[i]) for i in self.blocks.members]
-        rows = self.blocks.updates
-        floors = [max(u.floor * w for u, w in zip(row, strength, strict=True)) for row in rows]
-        rtol = [default_rtol(row) for row in rows]
+    def cut(
+        self, weights: Sequence[float], rank: int | None, energy: float | None, *, significant: bool = False
+    ) -> Cut:
+        """Where sums with these weights of the pool are cut: at the rounding of the arithmetic, a rank, an energy.
+
+        Stored numbers are exact, unless ``significant``: then the rounding of the stored dtypes is a floor too, for
+        what gives directions a length that they did not have.
+        """
+        noises, rows = self.noises(weights), self.blocks.updates
+        floors = [noise.floor if significant else noise.rounding for noise in noises]
+        rtol = [default_rtol(row) if significant else MIN_RTOL for row in rows]
         rtol_of, floor_of = (torch.tensor(values, dtype=torch.float64) for values in (rtol, floors))
         return Cut(rtol_of, floor_of, rank, energy)
+
+    def noises(self, weights: Sequence[float]) -> list[Noise]:
+        """Of sums with these weights, module by module."""
+        strength = [weights[i] for i in self.blocks.members]
+        rows = self.blocks.updates
+        return [joint_noise(u.noise.scaled(w) for u, w in zip(row, strength, strict=True)) for row in rows]
 
     def rounding(self, scales: Tensor) -> Tensor:
         """The size that a sum of the cores of ``scales_i B_i A_i`` has where it cancels and only rounding is left:
@@ -132,8 +143,11 @@ class Frames:
         """:meth:`right_of` of :meth:`total`, without the way over ``Q_A``."""
         return self.left, self.spread(scales * self.norms_B)
 
-    def updates(self, core: Tensor, right: tuple[Tensor, Tensor], cut: Cut) -> dict[str, tuple[Update, float, float]]:
-        """``Q_B core Q_Aᵀ`` in factors, with the ``Σσ²`` that is kept and that of all; ``right``: :meth:`right_of`."""
+    def updates(
+        self, core: Tensor, right: tuple[Tensor, Tensor], cut: Cut, noises: Sequence[Noise]
+    ) -> dict[str, tuple[Update, float, float]]:
+        """``Q_B core Q_Aᵀ`` in factors, with the ``Σσ²`` that is kept and that of all; ``right``: :meth:`right_of`,
+        ``noises``: :meth:`noises`."""
         D, columns = right
         values, vectors = ops.eigh(core @ core.mT)
         sigma, vectors = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
@@ -147,7 +161,7 @@ class Frames:
             U = vectors[g, :, :count]
             T = (self.inverse[g] @ U) * self.spread(_inverse(self.norms_B[g : g + 1])).mT  # Q_B U = [B_1 …] T
             B, A = self._stacked(row, "B", T), self._stacked(row, "A", ((U.mT @ D[g]) * columns[g]).mT)
-            update = Update(B, A, 1.0, row[0].layout, float(cut.floor[g]))
+            update = Update(B, A, 1.0, row[0].layout, noises[g])
             result[module] = update, float(squares[:count].sum()), float(squares.sum())
         return result
 

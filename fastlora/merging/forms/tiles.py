@@ -18,7 +18,7 @@ from torch import Tensor
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.factors import Factor
-from fastlora.core.updates import MIN_RTOL, Update, sources, with_rank_zero
+from fastlora.core.updates import MIN_RTOL, Noise, Update, joint_noise, sources, with_rank_zero
 from fastlora.engine.checks import LARGEST, require_finite
 from fastlora.engine.materialise import is_rounding, materialise
 from fastlora.engine.spectrum import check_cut
@@ -116,9 +116,9 @@ def merge(
         present = pool.present(module)
         row = [pool.adapters[i].updates[module] for i in present]
         dense = _merged(program, measure, module, tiles_of(pool, module, given), parameters)
-        floor = max(u.floor * abs(given[i]) for i, u in zip(present, row, strict=True))
-        noise, least = (torch.tensor([x], dtype=torch.float64) for x in (MIN_RTOL, floor))
-        updates[module], squares[module] = _cut(dense, row, Cut(noise, least, rank, energy))
+        noise = joint_noise(u.noise.scaled(given[i]) for i, u in zip(present, row, strict=True))
+        rtol, floor = (torch.tensor([x], dtype=torch.float64) for x in (MIN_RTOL, noise.rounding))
+        updates[module], squares[module] = _cut(dense, row, Cut(rtol, floor, rank, energy), noise)
         release(sources(row))
     used = {"rank": rank, "energy": energy, **parameters}
     return merged_adapter(name, pool, given, updates, used, squares=squares)
@@ -159,7 +159,7 @@ def tiles_of(pool: Pool, module: str, weights: Sequence[float], side: int | None
     return Tiles(factors, updates[0].shape, side)
 
 
-def _cut(dense: Tensor, row: Sequence[Update], cut: Cut) -> tuple[Update, tuple[float, float]]:
+def _cut(dense: Tensor, row: Sequence[Update], cut: Cut, noise: Noise) -> tuple[Update, tuple[float, float]]:
     """``ΔW = (U√Σ)(√ΣVᵀ)`` of what is kept of a merged module, and the ``Σσ²`` that is kept and that of all.
 
     ``row``: updates of the module, for its layout and dtype.
@@ -173,4 +173,4 @@ def _cut(dense: Tensor, row: Sequence[Update], cut: Cut) -> tuple[Update, tuple[
     dtype = torch.float64 if torch.float64 in {d for u in row for d in u.dtypes()} else torch.float32
     root = sigma[:count].sqrt().to(dense.device)
     B, A = (U[:, :count] * root).to(dtype).contiguous(), (root[:, None] * Vt[:count]).to(dtype).contiguous()
-    return Update(Factor.of("B", B), Factor.of("A", A), 1.0, row[0].layout, float(cut.floor)), energies
+    return Update(Factor.of("B", B), Factor.of("A", A), 1.0, row[0].layout, noise), energies
