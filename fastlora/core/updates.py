@@ -34,12 +34,16 @@ class Layout:
 LINEAR, EMBEDDING = Layout(), Layout("embedding")
 
 
+# Of what an update was computed from: the root of the rounding of a Gram matrix is 1e-8 of it, and a few of these.
+ROUNDING = 1e-7
+
+
 class Noise(NamedTuple):
     """What is known of the rounding in an update: nothing of a loaded one, whose numbers are exact.
 
     ``floor``: singular values of ``ΔW`` at or below it were not significant in what it was computed from, by the cut
     of that decomposition. ``origin``: the largest singular value of what it was computed from; the arithmetic left
-    rounding of a small share of that (:data:`MIN_RTOL`). Both in units of ``ΔW``.
+    rounding of a small share of that (:data:`ROUNDING`). Both in units of ``ΔW``.
     """
 
     floor: float = 0.0
@@ -52,7 +56,7 @@ class Noise(NamedTuple):
     @property
     def rounding(self) -> float:
         """Singular values at or below it are rounding of the arithmetic."""
-        return MIN_RTOL * self.origin
+        return ROUNDING * self.origin
 
 
 NO_NOISE = Noise()
