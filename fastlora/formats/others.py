@@ -76,7 +76,7 @@ KINDS = (
     Kind("an adapter of AdapterHub", r".*\.(adapters|loras|prefix_tunings|adapter_fusion_layer)\..*"),
     Kind("a LLaMA-Adapter", r".*(adapter_query|adaption_prompt|adapter_wte|gating_factor).*"),
     Kind(
-        "the tensors of a PEFT adapter without its adapter_config.json",
+        "the tensors of a PEFT adapter",
         r".*\.lora_(A|B|embedding_A|embedding_B)(\.\w+)*(\.weight)|base_model\.model\..*\.lora_\w+.*|.*\.ia3_l",
     ),
     Kind(
@@ -87,7 +87,7 @@ KINDS = (
     Kind("embeddings of textual inversion", r"emb_params|string_to_param|<[^<>]+>"),
 )
 
-WITHOUT_CONFIG = next(kind for kind in KINDS if "without its" in kind.what)
+WITHOUT_CONFIG = next(kind for kind in KINDS if "PEFT" in kind.what)
 GGUF = Kind("a LoRA of llama.cpp (GGUF)", "")
 ADAPTER_HUB = next(kind for kind in KINDS if "AdapterHub" in kind.what)
 MLX = next(kind for kind in KINDS if "MLX" in kind.what)
@@ -108,15 +108,15 @@ def read(path: Path, name: str) -> NoReturn:
     assert found is not None, "detects() said so"
     kind, file = found
     where = f"{path}" if file == path else f"{path} ({file.name})"
+    if kind is WITHOUT_CONFIG:
+        raise UnsupportedAdapter(
+            f"{where} has no {CONFIG_NAME}, and holds {kind.what}; copy it beside them, from where the adapter was "
+            "trained or downloaded: it has what the tensors lack (lora_alpha, r, modules_to_save)"
+        )
     raise UnsupportedAdapter(f"{where} holds {kind.what}, which is not read; {_way_out(kind)}")
 
 
 def _way_out(kind: Kind) -> str:
-    if kind is WITHOUT_CONFIG:
-        return (
-            f"copy {CONFIG_NAME} beside it, from where the adapter was trained or downloaded: it has what the tensors "
-            "lack (lora_alpha, r, modules_to_save)"
-        )
     if kind is GGUF:
         return "pass the PEFT adapter that it was converted from; there is no way back from GGUF yet"
     if kind is TRAINING_STATE:

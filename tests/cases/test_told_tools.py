@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import gaussian, make_adapter, peft_tensors
+from builders import gaussian, make_adapter, peft_tensors, write_peft
 from command import refused
 from safetensors.torch import load_file, save_file
 from told import SMALL
 from tolerances import FLOAT32
 
 import fastlora as fl
+from fastlora.formats.peft.kinds import UNMERGEABLE
 
 DOWN, UP = gaussian(2, 6, seed=1), gaussian(5, 2, seed=2)
 KOHYA = "lora_unet_down_blocks_0_attentions_0_to_q"
@@ -39,8 +40,8 @@ FOREIGN: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "dora": ({f"{KOHYA}.lora_down.weight": DOWN, f"{KOHYA}.dora_scale": UP}, "a DoRA of image models"),
     "loralib": ({"layers.0.q.lora_A": DOWN, "layers.0.q.lora_B": UP}, "loralib or LitGPT"),
     "adapterhub": ({"encoder.layer.0.output.adapters.mine.adapter_down.0.weight": DOWN}, "an adapter of AdapterHub"),
-    "no config": (peft_tensors({"q": (UP, DOWN)}), "without its adapter_config.json"),
-    "no config, named": ({"base_model.model.q.lora_A.default.weight": DOWN}, "without its adapter_config.json"),
+    "no config": (peft_tensors({"q": (UP, DOWN)}), "the tensors of a PEFT adapter"),
+    "no config, named": ({"base_model.model.q.lora_A.default.weight": DOWN}, "the tensors of a PEFT adapter"),
 }
 
 
@@ -56,8 +57,8 @@ def test_files_of_other_tools_say_what_they_are(tool: str, suffix: str, tmp_path
         save_file({k: t.contiguous() for k, t in tensors.items()}, file)
     for path in ("lora", f"lora/style.{suffix}"):
         message = refused("inspect", path, cwd=tmp_path)
-        assert what in message and ("from_tensors" in message or "no way" in message or "copy adapter_c" in message)
-        with pytest.raises(fl.UnsupportedAdapter, match="which is not read"):
+        assert what in message and ("from_tensors" in message or "no way" in message or "copy it beside" in message)
+        with pytest.raises(fl.UnsupportedAdapter, match=r"which is not read|has no adapter_config"):
             fl.load(tmp_path / path)
     assert what in refused("merge", "lora", "lora/style.bin" if suffix == "bin" else "lora", "-o", "x", cwd=tmp_path)
 
@@ -136,3 +137,51 @@ def test_several_files_that_do_not_belong_together(tmp_path: Path) -> None:
     assert "do not belong together" in refused("inspect", "x", cwd=tmp_path)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(places, "../../etc/passwd")}))
     assert "names the file" in refused("inspect", "x", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("PROMPT_TUNING", "peft cannot merge it"),
+        ("P_TUNING", "peft cannot merge it"),
+        ("PREFIX_TUNING", "peft cannot merge it"),
+        ("ADAPTION_PROMPT", "peft cannot merge it"),
+        ("XLORA", "load those adapters"),
+        ("POLY", "peft cannot merge it"),
+        ("LOHA", "merge_and_unload"),
+        ("VERA", "merge_and_unload"),
+        ("NEW_KIND", "merge_and_unload"),
+    ],
+)
+def test_other_kinds_of_peft_say_a_way_out_that_exists(kind: str, words: str, tmp_path: Path) -> None:
+    write_peft(tmp_path / "x", {"prompt_embeddings": DOWN}, {"peft_type": kind})
+    message = refused("inspect", "x", cwd=tmp_path)
+    assert words in message and ("merge_and_unload" in message) == (words == "merge_and_unload")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("alora_invocation_tokens", [1, 2], "peft cannot merge it"),
+        ("arrow_config", {"top_k": 2}, "load the LoRA adapters that it mixes"),
+        ("use_qalora", True, "peft cannot merge it"),
+        ("use_dora", True, "fastlora extract BASE MERGED"),
+        ("trainable_token_indices", [1], "fastlora extract BASE MERGED"),
+    ],
+)
+def test_variants_of_lora_say_a_way_out_that_exists(field: str, value: object, words: str, tmp_path: Path) -> None:
+    make_adapter(tmp_path / "x", SMALL, **{field: value})
+    assert words in refused("inspect", "x", cwd=tmp_path)
+
+
+def test_peft_has_the_ways_out() -> None:
+    """Every type of the installed PEFT: those without a merged form are in the table."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+        if issubclass(config, peft.PromptLearningConfig) or not hasattr(tuner, "merge_and_unload"):
+            assert str(kind.value) in UNMERGEABLE, kind
+    assert callable(peft.save_as_lora)
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(NotImplementedError):
+        peft.get_peft_model(base, peft.PolyConfig(r=2, target_modules=["0"])).merge_and_unload()

@@ -13,6 +13,7 @@ from fastlora.core.data import BaseInfo
 from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.files.json_files import is_plain, parse_object, refuse_dangling, require_file, shown
+from fastlora.formats.peft.kinds import MERGE_FIRST, VARIANTS, way_out_of
 from fastlora.formats.peft.patterns import Patterns
 from fastlora.formats.peft.selection import read_selection
 
@@ -35,24 +36,6 @@ TRAINING_ONLY = {
     "monteclora_config": "MonteCLoRA samples during training",
 }
 """Variants whose update after training is the plain ``s·B·A``."""
-
-MERGE_FIRST = "load it with peft on its base model, merge it (`merge_and_unload`) and work with the merged checkpoint"
-
-VARIANTS = {
-    "use_dora": ("a DoRA adapter: its magnitudes rescale the rows of the base weight, so its change is not s·B·A"),
-    "alora_invocation_tokens": (
-        "an aLoRA adapter: it acts on the tokens after its invocation sequence only, so it is no change of the weights"
-    ),
-    "use_qalora": "a QALoRA adapter: its lora_A acts on pooled inputs, so its change is not s·B·A",
-    "kasa_config": ("a KaSA adapter: it belongs to a truncated base model and has a diagonal between its factors"),
-    "use_bdlora": "a BD-LoRA adapter: its factors are block-diagonal and stored in a packed form",
-    "arrow_config": "an Arrow router: it mixes other adapters per token and is no change of the weights",
-    "trainable_token_indices": (
-        "an adapter with trained token embeddings (trainable_token_indices): they replace rows of the base "
-        "model's embedding, whose change is unknown without the base model"
-    ),
-}
-"""Fields that, when set, make an adapter something else than ``s·B·A`` added to a weight."""
 
 RESIDUAL = {
     "pissa": "PiSSA",
@@ -172,11 +155,11 @@ def _refuse_other_kinds(reader: Fields, name: str) -> None:
             reader.fail("peft_type", 'the text "LORA" or "IA3"')
         raise UnsupportedAdapter(
             f"adapter {name!r} is of PEFT type {kind[:40]!r} ({path}): only LoRA and (IA)³ adapters can be read; "
-            f"convert it with `peft.save_as_lora` where peft supports that, or {MERGE_FIRST}"
+            f"{way_out_of(kind)}"
         )
-    for key, what in VARIANTS.items():
+    for key, (what, way_out) in VARIANTS.items():
         if values.get(key):
-            raise UnsupportedAdapter(f"adapter {name!r} is {what} ({path}); {MERGE_FIRST}")
+            raise UnsupportedAdapter(f"adapter {name!r} is {what} ({path}); {way_out}")
     _refuse_residual_base(reader, name)
     if values.get("ensure_weight_tying") and values.get("modules_to_save"):
         raise UnsupportedAdapter(

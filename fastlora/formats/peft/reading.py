@@ -20,8 +20,9 @@ from fastlora.core.names import CONFIG_NAME, EMBEDDINGS
 from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update
 from fastlora.errors import InputError, NonFiniteError, UnsupportedAdapter
 from fastlora.files.tensor_files import DTYPE_NAMES
-from fastlora.formats.peft.config import MERGE_FIRST, Fields, PeftConfig, read_config
+from fastlora.formats.peft.config import Fields, PeftConfig, read_config
 from fastlora.formats.peft.keys import Keys, read_keys, without_base
+from fastlora.formats.peft.kinds import MERGE_FIRST, VARIANTS
 from fastlora.formats.peft.names import HEADS, REGISTRATION_ORDER, WRAPPED, saved_module
 from fastlora.formats.peft.weights import read_tensors
 
@@ -34,10 +35,10 @@ PARTS = {
 }
 TRAINING_STATE = re.compile(r"\.lora_(velora_embed$|monteclora_sampler\.)")
 MARKS = {
-    ".lora_magnitude_vector": "DoRA magnitudes, which rescale the rows of the base weight",
-    ".lora_diag": "a KaSA diagonal between the factors",
-    ".lora_arrow": "an Arrow router",
-    ".token_adapter.": "trained token embeddings, which replace rows of the base model's embedding",
+    ".lora_magnitude_vector": ("DoRA magnitudes, which rescale the rows of the base weight", MERGE_FIRST),
+    ".lora_diag": ("a KaSA diagonal between the factors", MERGE_FIRST),
+    ".lora_arrow": ("an Arrow router", VARIANTS["arrow_config"][1]),
+    ".token_adapter.": ("trained token embeddings, which replace rows of the base model's embedding", MERGE_FIRST),
 }
 """Tensors that only adapters have that are no ``s·B·A``, whatever their configuration says."""
 
@@ -131,7 +132,7 @@ def _sort(
             mark = next((what for sign, what in MARKS.items() if sign in plain), None)
             if mark is not None:
                 raise UnsupportedAdapter(
-                    f"adapter {name!r}: tensor {key!r} in {file} is {mark}, so its change is not s·B·A; {MERGE_FIRST}"
+                    f"adapter {name!r}: tensor {key!r} in {file} is {mark[0]}, so its change is not s·B·A; {mark[1]}"
                 )
             others[plain] = tensor
     return (
