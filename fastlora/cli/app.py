@@ -21,7 +21,7 @@ from fastlora.cli.commands import (
     modulate,
     overlap,
 )
-from fastlora.cli.exits import guarded, listen
+from fastlora.cli.exits import guarded, listen, open_streams
 
 app = typer.Typer(
     name="fastlora",
@@ -67,6 +67,7 @@ def _start(
 
 def main() -> None:
     """Entry point: 0 done, 2 wrong use or bad input (one message), 1 internal error, 128 + n stopped by signal n."""
+    open_streams()
     listen()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # σ and ‖ where the encoding has none

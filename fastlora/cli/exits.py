@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fastlora.errors import FastloraError
-from fastlora.views.text import escaped
+from fastlora.views.text import escaped, print_aside
 
 if TYPE_CHECKING:
     from fastlora.files.output import OutputDirectory
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Newer typer has a copy of click inside, older typer uses click: this is the class in both.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
-UNPRINTABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+UNPRINTABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EAGAIN, errno.ECONNRESET)
 
 
 class _Stopped(BaseException):
@@ -46,6 +46,19 @@ def _stop(number: int, _: object) -> None:
     if _listening and (not _signals or now - _signals[-1][1] > 1.0):
         _signals.append((number, now))
         raise _Stopped
+
+
+def open_streams() -> None:
+    """Puts nothing in the place of standard streams that are closed (``>&-``). Python has ``None`` there, and the first
+    file that is opened would get their number: what somebody prints would land in a result."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
 
 
 def listen() -> None:
@@ -108,7 +121,7 @@ def _usage(error: Any) -> str:
 
 
 def _complain(text: str) -> None:
-    typer.echo("\n".join(map(escaped, text.split("\n"))), err=True)
+    print_aside("\n".join(map(escaped, text.split("\n"))))
 
 
 def _leave_stdout() -> None:

@@ -14,7 +14,7 @@ import typer
 from fastlora.cli.arguments import parse_renaming
 from fastlora.errors import InputError
 from fastlora.files.earlier import Overwrite
-from fastlora.views.text import escaped
+from fastlora.views.text import escaped, print_aside
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Run:
         """Notes on standard error, each once."""
         if not self.quiet:
             for line in dict.fromkeys(lines):
-                typer.echo(f"note: {escaped(line)}", err=True)
+                print_aside(f"note: {escaped(line)}")
 
 
 def print_json(data: object) -> None:

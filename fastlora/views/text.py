@@ -63,6 +63,15 @@ def print_lines(lines: Iterable[str]) -> None:
         print(line)
 
 
+def print_aside(line: str) -> None:
+    """Prints a line to standard error. Where nobody can read it, that is no error: the result is what counts."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def print_paragraph(text: str, *, start: str = "", style: str = BOLD) -> None:
     """A paragraph that fits the terminal; what it starts with is set off."""
     lines = wrapped(escaped(start + text), terminal_width())

@@ -15,6 +15,8 @@ import pytest
 from builders import make_adapter
 from command import ADAPTERS, COMMAND, environment, refused, run, tree
 
+import fastlora as fl
+
 SPAM, MOVIE = ADAPTERS / "spam", ADAPTERS / "movie_a"
 
 
@@ -110,7 +112,7 @@ def test_an_interrupted_run_leaves_nothing(
 @needs_proc
 def test_an_interrupted_overwrite_keeps_the_earlier_output(long_work: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
-    make_adapter(root / "out" / "shared")
+    fl.load(SPAM).save(root / "out" / "shared")
     (root / "pool").symlink_to(long_work)
     check_interrupted(is_writing, signal.SIGINT, root, "--overwrite")
 
