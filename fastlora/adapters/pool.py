@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from fastlora.adapters.alignment import aligned
 from fastlora.adapters.folders import holds_adapters, load_folder
 from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
+from fastlora.adapters.one_form import in_one_form
 from fastlora.adapters.renaming import Renaming
 from fastlora.core.names import check_name, check_names_differ
 from fastlora.core.updates import Layout
@@ -44,7 +44,8 @@ class Pool:
         adapters: one LoRA adapter at the least, each with a name of its own.
         align: adapters of one model may call its modules differently, because the model was wrapped differently or its
             code was reorganised. Modules that are certainly the same get one name, and ``notices`` say so; names that
-            end alike and may be the same are told (docs/formats.md). ``False`` takes the names as they are.
+            end alike and may be the same are told (docs/formats.md). ``False`` takes the names as they are. Experts and
+            projections that are fused in one adapter and in parts in another get one form in either case.
         rename: ``{old: new}``, names or beginnings of names (whole segments) that are exchanged in all adapters before
             that: it settles what ``align`` cannot know.
 
@@ -249,7 +250,7 @@ def _named(adapters: list[Adapter], align: bool, renaming: Renaming) -> tuple[li
     """The adapters under the names that they have in a pool, and notices."""
     adapters = [renaming(adapter) for adapter in adapters]
     renaming.require_used()
-    return aligned(adapters, strict=True) if align else (adapters, [])
+    return in_one_form(adapters, align=align, strict=True)
 
 
 def _loaded(sources: Iterable[LocatedPath | VectorSpace]) -> tuple[list[VectorSpace], list[str]]:
@@ -296,5 +297,6 @@ def _layout(layout: Layout) -> str:
     if layout.kind == "conv":
         return f"a convolution with kernel {list(layout.kernel)}"
     if layout.kind == "expert":
-        return f"expert {layout.expert} of {layout.experts}"
+        laid_out = {"out-in": "", "older": ", laid out by peft before 0.19", "unsaid": ", laid out by an unknown peft"}
+        return f"expert {layout.expert} of {layout.experts}{laid_out[layout.order]}"
     return {"linear": "a linear module", "embedding": "an embedding"}[layout.kind]

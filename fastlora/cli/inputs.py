@@ -51,11 +51,15 @@ def load_adapters(run: Run, specs: Sequence[AdapterSpec], command: str) -> list[
     return adapters
 
 
-def load_pool(run: Run, specs: list[AdapterSpec], device: str = "cpu") -> tuple[Pool, Weights]:
-    """The adapters that were named, those of folders in their place, on a device; and their weights by name."""
+def load_pool(
+    run: Run, specs: list[AdapterSpec], device: str = "cpu", *, drop_extras: bool = False
+) -> tuple[Pool, Weights]:
+    """The adapters that were named, those of folders in their place, on a device; and their weights by name.
+
+    ``drop_extras``: without biases and replaced modules."""
     from fastlora.adapters.folders import holds_adapters, load_folder
     from fastlora.adapters.loading import Element, load
-    from fastlora.adapters.pool import Pool
+    from fastlora.adapters.pool import Pool, require_updates
     from fastlora.runtime.progress import track
 
     run.require_backend()
@@ -73,7 +77,8 @@ def load_pool(run: Run, specs: list[AdapterSpec], device: str = "cpu") -> tuple[
             loaded.append((elements[0], spec.path))
         weights |= {element.name: spec.weight for element in elements}
     check_names_differ((element.name, str(path)) for element, path in loaded)
-    pool = Pool([element for element, _ in loaded], rename=run.changes)
+    adapters = [require_updates(element) for element, _ in loaded]
+    pool = Pool([a.without_extras() if drop_extras else a for a in adapters], rename=run.changes)
     pool.notices[:0] = [*notes, *(note for adapter in pool.adapters for note in adapter.notes)]
     return (pool if device in ("auto", "cpu") else pool.to(device)), weights
 

@@ -22,6 +22,9 @@ class Layout:
     ``linear``: as they are. ``embedding``: ``A [r, vocabulary]``, ``B [dim, r]``, and ``ΔW [dim, vocabulary]``.
     ``conv``: ``A [r, in, *kernel]``, flattened to ``[r, in·Πkernel]``. ``expert``: expert ``expert`` of ``experts``
     of the parameter ``container`` (mixture-of-experts parameters adapted through ``target_parameters``).
+
+    ``order``, of experts: ``out-in`` is ``ΔW [out, in]``, as of every module. ``older`` was saved by a version of PEFT
+    that laid some transposed, and ``unsaid`` by an unknown one, and shapes do not tell (:mod:`fastlora.core.experts`).
     """
 
     kind: Literal["linear", "embedding", "conv", "expert"] = "linear"
@@ -29,6 +32,7 @@ class Layout:
     container: str = ""
     expert: int = 0
     experts: int = 1
+    order: Literal["out-in", "older", "unsaid"] = "out-in"
 
 
 LINEAR, EMBEDDING = Layout(), Layout("embedding")

@@ -14,6 +14,7 @@ from fastlora.adapters.alignment import aligned
 from fastlora.adapters.ia3 import IA3
 from fastlora.adapters.loading import Element, load
 from fastlora.adapters.lora import Adapter
+from fastlora.adapters.one_form import in_one_form
 from fastlora.adapters.pool import Pool
 from fastlora.adapters.renaming import Renaming
 from fastlora.adapters.task_vector import TaskVector
@@ -122,7 +123,7 @@ def _prepare(
     updates = [e for e in elements.values() if isinstance(e, Adapter)]
     if updates:
         require_finite(updates)
-        adapters, told = aligned(updates, strict=True)
+        adapters, told = in_one_form(updates, strict=True)
         pool = Pool(adapters, align=False)
         elements |= {a.name: a for a in pool.adapters}
         notices += [*told, *pool.notices]

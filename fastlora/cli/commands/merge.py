@@ -54,9 +54,9 @@ def merge(
     from fastlora.merging.merge import merge as merge_pool
     from fastlora.runtime import devices
 
-    pool, given = load_pool(run, specs)
+    pool, given = load_pool(run, specs, drop_extras=drop_extras)
     placed = place(pool.adapters, devices.parse(run.device) or pool.device, run.memory)
-    pool = (pool.without_extras() if drop_extras else pool).to(placed.device)
+    pool = pool.to(placed.device)
     notes = list(pool.notices)
     weights = {name: 1.0 if weight is None else weight for name, weight in given.items()}
     if weights_by is not None:

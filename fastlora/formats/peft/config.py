@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, Literal, NoReturn, TypeGuard
 
 from fastlora.core.data import BaseInfo
 from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.files.json_files import is_plain, parse_object, refuse_dangling, require_file, shown
+from fastlora.formats.peft.experts import expert_order
 from fastlora.formats.peft.kinds import MERGE_FIRST, VARIANTS, way_out_of
 from fastlora.formats.peft.patterns import Patterns
 from fastlora.formats.peft.selection import read_selection
@@ -61,6 +62,7 @@ class PeftConfig:
     rslora: bool = False
     lora_bias: bool = False
     target_parameters: tuple[str, ...] = ()
+    expert_order: Literal["out-in", "older", "unsaid"] = "out-in"
     base: BaseInfo = field(default_factory=BaseInfo)
     notes: tuple[str, ...] = ()
     as_trained: Callable[[str], str] = str
@@ -123,6 +125,7 @@ def read_config(reader: Fields, name: str) -> PeftConfig:
         alpha_pattern=reader.pattern("alpha_pattern", whole=False),
         lora_bias=reader.flag("lora_bias"),
         target_parameters=tuple(dict.fromkeys(reader.texts("target_parameters"))),
+        expert_order=expert_order(reader.values.get("peft_version")),
         base=base,
         notes=tuple(
             f"adapter {name!r}: {why}; that state is not kept"

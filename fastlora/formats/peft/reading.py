@@ -21,6 +21,7 @@ from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update
 from fastlora.errors import InputError, NonFiniteError, UnsupportedAdapter
 from fastlora.files.tensor_files import DTYPE_NAMES
 from fastlora.formats.peft.config import Fields, PeftConfig, read_config
+from fastlora.formats.peft.experts import with_settled_order
 from fastlora.formats.peft.keys import Keys, read_keys, without_base
 from fastlora.formats.peft.kinds import MERGE_FIRST, VARIANTS
 from fastlora.formats.peft.names import HEADS, REGISTRATION_ORDER, WRAPPED, saved_module
@@ -99,13 +100,14 @@ def read(directory: Path, name: str, fields: Fields) -> LoraData:
                 updates.update(_experts(path, module, config, file))
     others, left_out = without_base(others, modules, keys, config.base, name)
     add_values(extras, others, modules, config.base, file)
+    updates, told = with_settled_order(updates, name)
     return LoraData(
         name,
         updates,
         extras=extras,
         base=config.base,
         dtype=functools.reduce(torch.promote_types, (d for u in updates.values() for d in u.dtypes())),
-        notes=(*config.notes, *keys.notes, *notes, *left_out),
+        notes=(*config.notes, *keys.notes, *notes, *left_out, *told),
     )
 
 
@@ -303,12 +305,13 @@ def _experts(path: str, module: _StoredModule, config: PeftConfig, file: Path) -
     # The columns of one expert are strided on disk; kernels need rows that lie together.
     left = b.reshape(-1, rank, experts).permute(2, 0, 1).contiguous()
     right = a.reshape(experts, rank, -1)
+    order = config.expert_order if experts > 1 else "out-in"
     return {
         f"{path}[{e}]": Update(
             Factor.of("B", left[e]),
             Factor.of("A", right[e]),
             scaling,
-            Layout("expert", container=path, expert=e, experts=experts),
+            Layout("expert", container=path, expert=e, experts=experts, order=order),
         )
         for e in range(experts)
     }

@@ -25,6 +25,7 @@ from fastlora.core.updates import Layout
 from fastlora.errors import OutputError
 from fastlora.files.disk_errors import writing
 from fastlora.files.tensor_writing import TensorFile, cast_tensor
+from fastlora.formats.peft.experts import VERSIONS
 from fastlora.formats.peft.names import (
     HEADS,
     PREFIX,
@@ -299,6 +300,20 @@ def _config(contents: FileContents, adapter: LoraData) -> dict[str, Any]:
     if contents.parameters:
         containers = dict.fromkeys(u.layout.container for u in adapter.updates.values() if u.layout.container)
         config["target_parameters"] = selected_parameters(base.selection, containers, contents.parameters)
+        version = _layout_version(adapter)
+        if version is not None:
+            config["peft_version"] = version
     if contents.lora_bias:
         config["lora_bias"] = True
     return dict(sorted(config.items()))
+
+
+def _layout_version(adapter: LoraData) -> str | None:
+    """The version of PEFT whose layout the experts of an adapter have; ``None`` where that is not known."""
+    orders = {u.layout.order for u in adapter.updates.values() if u.layout.kind == "expert"}
+    if len(orders) > 1:
+        raise OutputError(
+            f"adapter {adapter.name!r} has experts that different versions of peft laid out, and PEFT has no adapter "
+            "with both; write them as separate adapters"
+        )
+    return VERSIONS[next(iter(orders))]
