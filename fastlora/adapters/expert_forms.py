@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from fastlora.adapters.renaming import renamed
 from fastlora.core.data import LoraData
 from fastlora.core.experts import DOWN, GATE_UP, Shape, both_shapes, compared, fused_shapes, settled, unsettled
 from fastlora.core.fusing import Stored, stacked
@@ -26,6 +27,12 @@ NUMBERED = re.compile(r"(.*experts)\.(\d+)\.(\w+)")
 GATE, UP, BACK = frozenset({"w1", "gate_proj"}), frozenset({"w3", "up_proj"}), frozenset({"w2", "down_proj"})
 PARTS = {**dict.fromkeys(GATE, "gate"), **dict.fromkeys(UP, "up"), **dict.fromkeys(BACK, DOWN), GATE_UP: GATE_UP}
 """What a layer of an expert is of the parameters: ``gate_up_proj = [gate; up]``."""
+
+SPELLINGS = (
+    {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"},
+    {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+)
+"""What a layer of an expert is called in the other of two kinds of model code."""
 
 IN_OUT = re.compile(r"gpt[-_]?oss|llama[-_]?4|\baria\b", re.IGNORECASE)
 """Models whose parameters are ``[experts, in, out]``, which PEFT always laid out in the same way."""
@@ -43,7 +50,8 @@ def with_one_expert_form(adapters: Sequence[A]) -> tuple[list[A], list[str]]:
         result, notes = _with_one_layout(result)
         result, more = _all_fused(result)
         notes += more
-    return result, notes
+    result, more = _with_one_spelling(result)
+    return result, [*notes, *more]
 
 
 # -- layouts ----------------------------------------------------------------------------------------------------------
@@ -182,6 +190,36 @@ def _fused(adapter: A, layers: Mapping[str, str], fused: Mapping[str, Update]) -
             ranks.setdefault(parameter, set()).add(update.rank)
     told = [f"{parameter} of rank {max(found)}" for parameter, found in ranks.items()]
     return replace(adapter, updates=updates), told
+
+
+def _with_one_spelling(adapters: list[A]) -> tuple[list[A], list[str]]:
+    """Experts one by one, all under the names that the first adapter with such layers has."""
+    layers = [_layers(a) for a in adapters]
+    first = next((i for i, found in enumerate(layers) if found), None)
+    if first is None or not any(layers[first + 1 :]):
+        return adapters, []
+    ends: dict[str, str] = {}
+    owners: dict[str, int] = {}
+    for module, part in layers[first].items():
+        owner, _, end = module.rpartition(".")
+        ends.setdefault(part, end)
+        owners[owner.rpartition(".")[0]] = 1
+    spelling = next((s for s in SPELLINGS if set(ends.values()) <= s.keys()), None)
+    result, notes = list(adapters), []
+    for i in range(first + 1, len(adapters)):
+        names = {}
+        for module in layers[i]:
+            owner, _, end = module.rpartition(".")
+            where, _, expert = owner.rpartition(".")
+            new_end = next((s[end] for s in SPELLINGS if spelling is not None and end in s and s is not spelling), end)
+            new = f"{_counterpart(where, owners)[0]}.{expert}.{new_end}"
+            if new != module:
+                names[module] = new
+        if names:
+            old, new = next(iter(names.items()))
+            result[i] = renamed(adapters[i], names)
+            notes.append(f"adapter {adapters[i].name!r}: {old}, … is taken for {new}, …: the same layers of experts")
+    return result, notes
 
 
 def _refuse_what_cannot_be_fused(adapter: LoraData, layers: Mapping[str, str], fused: Mapping[str, Update]) -> None:

@@ -207,6 +207,24 @@ def _block(parent: str) -> str:
     return ".".join(parts)
 
 
+def refuse_two_forms(modules_by_adapter: Sequence[tuple[str, Iterable[str]]]) -> None:
+    """Refuses a weight that is fused in one adapter and in parts in another, given ``(name, modules)`` of each."""
+    known: dict[str, str] = {}
+    for adapter, modules in modules_by_adapter:
+        own = dict.fromkeys(modules, adapter)
+        for module in own:
+            parent, _, end = module.rpartition(".")
+            others = _names(parent, (*FUSED.get(end, ()), *FUSED_OF.get(end, ())))
+            other = next((n for n in others if n in known), None)
+            if other is not None and module not in known:
+                raise InputError(
+                    f"adapter {adapter!r} has {module}, and {known[other]!r} has {other}: one weight, fused and in "
+                    "parts, which cannot be combined here; convert the adapters to one form with the code that trained "
+                    "them"
+                )
+        known = own | known
+
+
 def with_one_projection_form(adapters: Sequence[A]) -> tuple[list[A], list[str]]:
     """Adapters under one naming, their projections as in the adapters before them, and what was changed, in sentences.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlora import formats
 from fastlora.adapters.alignment import aligned
+from fastlora.adapters.fused_projections import refuse_two_forms
 from fastlora.core.data import Ia3Data, Scaling
 from fastlora.core.dtypes import widest
 from fastlora.core.sums import combine_extras, common_base
@@ -111,6 +112,7 @@ class IA3(Ia3Data, VectorSpace):
         Cost: one read of all vectors.
         """
         adapters, told = aligned([a for _, a in terms])
+        refuse_two_forms([(a.name, a.vectors) for a in adapters])
         terms = [(w, a) for (w, _), a in zip(terms, adapters, strict=True)]
         modules = list(dict.fromkeys(m for a in adapters for m in a))
         return cls(

@@ -170,3 +170,20 @@ def test_peft_loads_the_sum_of_both_forms(tmp_path: Path, pair: tuple[Path, Path
     for name, change in found.items():
         expected = one[name] + two[name]
         torch.testing.assert_close(change, expected, rtol=0, atol=SUMS32 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("order", [("mixtral", "qwen"), ("qwen", "mixtral")])
+def test_two_spellings_of_single_experts_are_one(tmp_path: Path, order: tuple[str, str]) -> None:
+    a, b = (single_adapter(tmp_path / kind, seed, kind) for seed, kind in enumerate(order, 3))
+    merged = fl.merge(fl.Pool.load([a, b]), method="cat")
+    assert merged.modules == fl.load(a).modules
+    merged.save(tmp_path / "out")
+    assert_same_fused(tmp_path / "out", combined([(1, a), (1, b)]))
+    assert_same_fused((fl.load(a) - 2 * fl.load(b)).save(tmp_path / "sum"), combined([(1, a), (-2, b)]))
+
+
+def assert_same_fused(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = fused_deltas(folder)
+    assert found.keys() == expected.keys()
+    for module, delta in expected.items():
+        torch.testing.assert_close(found[module], delta, rtol=0, atol=SUMS32 * float(delta.abs().max()))

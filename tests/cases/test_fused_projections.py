@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import make_config, peft_tensors, write_peft
+from builders import PREFIX, make_config, peft_tensors, write_peft
 from tolerances import SUMS32
 from torch import Tensor
 from two_forms import HIDDEN, WHERE, changes, factors, run
@@ -160,6 +160,18 @@ def test_forms_that_cannot_be_brought_together_are_refused_by_name(tmp_path: Pat
         assert mine in str(error.value) and theirs.rpartition(".")[2] in str(error.value)
         with pytest.raises(fl.InputError):
             fl.load(order[0]) + fl.load(order[1])
+
+
+def test_vectors_of_fused_projections_and_of_their_parts_are_refused(tmp_path: Path) -> None:
+    for name, modules in (("a", {"mlp.gate_up_proj": 40}), ("b", {"mlp.gate_proj": 20, "mlp.up_proj": 20})):
+        tensors = {f"{PREFIX}{WHERE}{m}.ia3_l": torch.ones(n, 1) for m, n in modules.items()}
+        tensors[f"{PREFIX}{WHERE}mlp.down_proj.ia3_l"] = torch.ones(1, 20)
+        config = {"peft_type": "IA3", "target_modules": ["mlp"], "feedforward_modules": ["down_proj"]}
+        write_peft(tmp_path / name, tensors, config)
+    a, b = fl.load(tmp_path / "a"), fl.load(tmp_path / "b")
+    with pytest.raises(fl.InputError, match=r"'b' has .*gate_proj, and 'a' has .*gate_up_proj"):
+        a + b
+    assert (a + a).modules == a.modules
 
 
 def test_a_model_with_fused_and_split_attention_is_no_conflict(tmp_path: Path) -> None:
