@@ -30,7 +30,7 @@ def plot_spectrum(report: Report, path: Path) -> Path:
         axes.plot([row.chance_edge], [y], "|", color="tab:red", ms=12, mew=2)
     axes.axvline(report.settings["threshold"], color="black", ls="--", lw=1)
     axes.plot([], [], "o", color="tab:blue", label="eigenvalue")
-    axes.plot([], [], "|", color="tab:red", ms=12, mew=2, label="largest by chance (Wachter edge)")
+    axes.plot([], [], "|", color="tab:red", ms=12, mew=2, label="largest by chance")
     axes.plot([], [], "--", color="black", label=f"τ = {report.settings['threshold']:g}")
     axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel="eigenvalue of the projection chain")
     axes.set_yticks(range(len(rows)), [_short(r.module) for r in rows], fontsize=7)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastlora.analysis.chance import chance_edge, expected_by_chance
+from fastlora.analysis.chance import chance_edge, expected_by_chance, pair_edge
 from fastlora.decomposition.components import Components
 from fastlora.decomposition.devec import ModuleResult
 
@@ -17,6 +17,7 @@ COMMON_INITIALISATION = 0.9  # right-side eigenvalues above this mean one initia
 LOST_TOO_MUCH = 0.7  # a unique part below this share of the norm
 CHANCE_SHARE = 0.1  # of the shared directions
 UNDECIDABLE = 1e-6  # distance of an eigenvalue to τ
+WEAK = 0.3  # cos² of directions that are still worth a look
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def module_row(components: Components, result: ModuleResult) -> ModuleRow:
         directions=result.kept,
         shared=result.count,
         eigenvalues=listed,
-        chance_edge=chance_edge(n, dimensions),
+        chance_edge=chance_edge(n, dimensions, settings.chain),
         expected_by_chance=expected_by_chance(n, dimensions, settings.chain, settings.threshold),
         gap=min((abs(v - settings.threshold) for v in real), default=1.0),
         energy_shared={
@@ -155,10 +156,17 @@ def _mean_threshold(components: Components, rows: list[ModuleRow]) -> str:
     k = max(len(r.adapters) for r in rows)
     if components.settings.threshold > (k - 1) / k:
         return ""
-    return (
+    least = max((k - 1) / k, *(r.chance_edge for r in rows))
+    text = (
         f"chain='mean' with {k} adapters: a direction that one of them lacks altogether still has eigenvalue up to "
-        f"{(k - 1) / k:.3f}, above τ = {components.settings.threshold:g}. Use a threshold above {(k - 1) / k:.3f}."
+        f"{(k - 1) / k:.3f}, above τ = {components.settings.threshold:g}."
     )
+    return text if least >= 1 else f"{text} Use a threshold above {_up(least, 3)}."
+
+
+def _up(value: float, digits: int) -> str:
+    """A threshold as text, rounded up: what it must be above stays below it."""
+    return f"{math.ceil(round(value * 10**digits, 6)) / 10**digits:.{digits}f}"
 
 
 def _common_initialisation(components: Components, rows: list[ModuleRow]) -> str:
@@ -194,18 +202,32 @@ def _empty(components: Components, rows: list[ModuleRow]) -> str:
     edge = max(r.chance_edge for r in rows)
     text = (
         f"Nothing is shared at τ = {components.settings.threshold:g}: the largest eigenvalues are "
-        f"{', '.join(f'{v:.3f}' for v in top[:4])} (by chance alone up to {edge:.3f}), so a threshold just below "
-        "these would share 1, 2, … directions. An empty shared part is normal for LoRAs that were trained "
-        "independently. "
+        f"{', '.join(f'{v:.3f}' for v in top[:4])} (by chance alone up to {edge:.3f}). "
     )
-    if len(components.pool.names) > 2:
-        text += "A product chain over three or more adapters hides what pairs share: try mode='pairs' or 'iterative'. "
-    suggestion = max(0.3, 2 * edge)
-    if suggestion < components.settings.threshold:
-        text += (
-            f"To look for weaker common directions, opt in to τ = max(0.3, twice the chance edge) = {suggestion:.2f}."
-        )
-    return text.rstrip()
+    if top[0] > edge:
+        text += "A threshold between chance and the largest would share 1, 2, … directions. "
+    text += "An empty shared part is normal for LoRAs that were trained independently. "
+    if len(components.pool.names) > 2 and components.settings.chain != "mean":
+        text += "A chain over three or more adapters hides what pairs share: try mode='pairs' or 'iterative'. "
+    return (text + _weaker_threshold(components, rows, edge)).rstrip()
+
+
+def _weaker_threshold(components: Components, rows: list[ModuleRow], edge: float) -> str:
+    """The lowest threshold that has a meaning, where it is below ``τ``: above chance, and beside ``mean`` above what a
+    direction keeps that one adapter lacks."""
+    if components.settings.chain != "mean":
+        value, meaning = max(WEAK, 2 * edge), f" = max({WEAK:g}, twice the chance edge) = {_up(max(WEAK, 2 * edge), 2)}"
+    else:
+        axis = 0 if components.settings.side == "left" else 1
+        k = max(len(r.adapters) for r in rows)
+        square = min(1.0, max(WEAK, *(2 * pair_edge(r.shape[axis], r.directions) for r in rows)))
+        # Of a direction that k − 1 adapters have, and the last one nearly: the larger root of a 2×2 matrix.
+        value = (k + math.sqrt(k**2 - 4 * (k - 1) * (1 - square))) / (2 * k)
+        shares = f"cos² in one adapter is {square:.2g} and 1 in the others"
+        meaning = f" = {_up(value, 2)}, which a direction has whose {shares}"
+    if not edge < value < components.settings.threshold:
+        return ""
+    return f"To look for weaker common directions, opt in to τ{meaning}."
 
 
 def _undecidable(components: Components, rows: list[ModuleRow]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pools
@@ -111,7 +112,26 @@ def test_an_empty_result_says_what_would_be_shared() -> None:
     found = report(independent(3))
     (text,) = (w for w in found.warnings if EMPTY in w)
     assert f"{found.rows[0].eigenvalues[0]:.3f}" in text and "mode='pairs'" in text
-    assert "opt in to τ = max(0.3, twice the chance edge) = 0.32" in text
+    assert "opt in to τ = max(0.3, twice the chance edge) = 0.30" in text
+    (text,) = (w for w in report(independent(2)).warnings if EMPTY in w)
+    assert "opt in to τ = max(0.3, twice the chance edge) = 0.32" in text and "mode='pairs'" not in text
+
+
+@pytest.mark.parametrize("threshold", [0.6, 0.75, 0.85, 0.95, 0.99])
+@pytest.mark.parametrize("chain", ["product", "palindrome", "mean"])
+@pytest.mark.parametrize("k", [2, 3, 4, 6])
+@pytest.mark.parametrize(("n", "r"), [(96, 4), (1000, 8), (40, 9), (30, 14)])
+def test_no_advice_names_a_threshold_that_chance_reaches(n: int, r: int, k: int, chain: str, threshold: float) -> None:
+    """Nor one that a direction reaches which an adapter lacks."""
+    found = report(independent(k, n, r), threshold, chain=chain)
+    least = max(found.rows[0].chance_edge, (k - 1) / k if chain == "mean" else 0.0)
+    advice = r"(?:opt in to τ = |twice the chance edge\) = |Use a threshold above )(0\.\d+)"
+    for value in (float(x) for w in found.warnings for x in re.findall(advice, w)):
+        assert value >= least, found.warnings
+    if not found.shared_directions:
+        (text,) = (w for w in found.warnings if EMPTY in w)
+        reached = found.rows[0].eigenvalues[0] > found.rows[0].chance_edge
+        assert ("A threshold between chance and the largest" in text) == reached
 
 
 def test_numbers_of_a_row() -> None:
