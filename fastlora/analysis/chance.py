@@ -185,7 +185,7 @@ def expected_by_chance(n: int, dimensions: tuple[int, ...], chain: str, threshol
 
 
 def chance_edge(n: int, dimensions: tuple[int, ...], chain: str = "product") -> float:
-    """The largest eigenvalue that random subspaces of these dimensions in ``n`` have in a chain: MATH (10a), (10c), (10d),
+    """The largest eigenvalue that random subspaces of these dimensions in ``n`` have in a chain, MATH (10a), (10c), (10d);
     of a product of three and more what most draws stay below. It is what reports print beside a spectrum."""
     present = tuple(sorted(d for d in dimensions if d))
     if len(dimensions) < 2 or (chain != "mean" and len(present) < len(dimensions)):
