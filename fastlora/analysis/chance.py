@@ -164,6 +164,7 @@ def drawn_values(n: int, dimensions: tuple[int, ...], chain: str) -> Tensor:
         return ops.chain(gram, other, threshold=0.999, kind=chain, rtol=1e-9).values.real
 
 
+@functools.lru_cache(maxsize=2**14)
 def expected_by_chance(n: int, dimensions: tuple[int, ...], chain: str, threshold: float) -> float:
     """How many directions random subspaces of these dimensions in ``n`` would share above ``threshold``. A zero update
     has the dimension 0: nothing is shared with it, and a mean counts it."""
@@ -184,9 +185,10 @@ def expected_by_chance(n: int, dimensions: tuple[int, ...], chain: str, threshol
     return float((values > threshold).sum()) / len(values)
 
 
+@functools.lru_cache(maxsize=2**14)
 def chance_edge(n: int, dimensions: tuple[int, ...], chain: str = "product") -> float:
-    """The largest eigenvalue that random subspaces of these dimensions in ``n`` have in a chain, MATH (10a), (10c), (10d);
-    of a product of three and more what most draws stay below. It is what reports print beside a spectrum."""
+    """What reports print beside a spectrum: the largest eigenvalue that random subspaces of these dimensions in ``n``
+    have in a chain, MATH (10a), (10c), (10d); of a product of three and more what most draws stay below."""
     present = tuple(sorted(d for d in dimensions if d))
     if len(dimensions) < 2 or (chain != "mean" and len(present) < len(dimensions)):
         return 0.0

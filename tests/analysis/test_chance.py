@@ -176,14 +176,19 @@ def test_zero_updates(chain: str, zeros: int) -> None:
             assert abs(expected_by_chance(50, dimensions, chain, threshold) - wanted) <= 0.35 + 0.1 * wanted
 
 
+def forget() -> None:
+    for function in (chance_edge, expected_by_chance, drawn_values):
+        function.cache_clear()
+
+
 def test_samples_are_shared_by_modules_and_do_not_grow_with_the_dimension() -> None:
     """224 modules of a model of nearly the same ranks take few samples, which nothing else seeds."""
-    drawn_values.cache_clear()
+    forget()
     torch.manual_seed(1)
     first = [chance_edge(4096, (60 + i % 5, 61, 62 + i % 3), "product") for i in range(224)]
     assert drawn_values.cache_info().misses <= 6
     assert drawn_values(10**6, (16, 16, 16), "product").numel() == drawn_values(100, (16, 16, 16), "product").numel()
-    drawn_values.cache_clear()
+    forget()
     torch.manual_seed(2)
     with fl.use_backend("reference"):  # what is forced for adapters is not forced here
         assert [chance_edge(4096, (60 + i % 5, 61, 62 + i % 3), "product") for i in range(224)] == first
