@@ -26,8 +26,9 @@ def load(path: str | Path, name: str | None = None, *, rename: Mapping[str, str]
     """Loads one adapter: LoRA, (IA)³ or a saved task vector. The format is detected from the files.
 
     Args:
-        path: a PEFT directory, the Hub id (``org/name``) of one, or the ``.safetensors`` file of a task vector. A Hub
-            id needs ``huggingface_hub``: it is looked up in the local cache first, and downloaded if it is not there.
+        path: a PEFT directory, the Hub id of one (``org/name``, ``org/name@revision``, ``org/name@revision/folder``),
+            or the ``.safetensors`` file of a task vector. A Hub id needs ``huggingface_hub``: it is looked up in the
+            local cache first, and downloaded if it is not there.
         name: what the adapter is called from here on. By default it is the name of the folder or file.
         rename: ``{old: new}``: modules called ``old`` or ``old.…`` become ``new`` or ``new.…``, by whole segments.
 

@@ -1,15 +1,14 @@
-"""Where adapters lie and what they are called: paths, ``NAME=PATH:WEIGHT`` on the command line, Hub ids."""
+"""Where adapters lie and what they are called: paths and Hub ids."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastlora.errors import InputError
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+from fastlora.files import hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +28,34 @@ def find(path: str | Path) -> LocatedPath:
         local = Path(text).expanduser()
         # "." and ".." have a name only when written out; links keep the name they were given.
         return LocatedPath(local, Path(os.path.abspath(local)).name)
-    if HUB_ID.fullmatch(text):
-        return LocatedPath(_from_hub(text), text.rpartition("/")[2])
+    _refuse_dangling(Path(text))
+    candidates = hub.places(text)
+    if candidates and ("@" in text or not candidates[0].folder):
+        place, folder = hub.fetched(text, candidates)
+        return LocatedPath(folder, place.name)
+    if candidates:  # org/name/folder: more often a path with a slip than a folder of the Hub, so nothing is fetched
+        with contextlib.suppress(ImportError):
+            cached = hub.cached(candidates[0])
+            if cached is not None:
+                return LocatedPath(cached, candidates[0].name)
     missing = next((p for p in reversed(Path(text).parents) if not exists(p)), None)
     reason = "" if missing is None else f" ({missing} does not exist)"
-    raise InputError(f"there is no file or directory {text}{reason}; correct the path, or give a Hub id as org/name")
+    raise InputError(
+        f"there is no file or directory {text}{reason}; correct the path, or give a Hub id as org/name, "
+        "org/name@revision or org/name@revision/folder"
+    )
+
+
+def _refuse_dangling(path: Path) -> None:
+    """Refuses a path at or through a link whose target does not exist."""
+    try:
+        local = path.expanduser()
+        link = next((p for p in (local, *local.parents) if p.is_symlink() and not p.exists()), None)
+        target = "" if link is None else os.readlink(link)
+    except (OSError, ValueError, RuntimeError):  # no path at all
+        return
+    if link is not None:
+        raise InputError(f"{link} is a link to {target}, which does not exist; copy or download what it stands for")
 
 
 def exists(path: str | Path) -> bool:
@@ -43,27 +65,3 @@ def exists(path: str | Path) -> bool:
     except (OSError, ValueError, RuntimeError):
         # Too long, with a null character, or of an unknown user: no such path.
         return False
-
-
-def _from_hub(repo: str) -> Path:
-    """The snapshot of the default branch: the one in the local Hub cache if it holds an adapter, else a download."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise InputError(
-            f"{repo} is neither a path nor can it be looked up in the Hub or its local cache; correct the path, or "
-            "to take it from the Hub: pip install 'fastlora[hub]'"
-        ) from None
-    files = ["adapter_config.json", "adapter_model.*"]
-    reason = ""
-    for local in (True, False):
-        try:
-            snapshot = Path(snapshot_download(repo, allow_patterns=files, local_files_only=local))
-        except Exception as error:
-            # The Hub client has many kinds of errors (not cached, network, permissions, names). In the cache all of
-            # them mean "not there", and after a download all of them mean the same here.
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            continue
-        if not local or all(any(snapshot.glob(name)) for name in files):
-            return snapshot
-    raise InputError(f"{repo} is no path here and could not be fetched from the Hub: {reason[:300]}")

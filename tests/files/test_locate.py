@@ -121,6 +121,74 @@ def test_the_local_hub_cache_is_used_without_network(here: Path, monkeypatch: py
     assert parse("org/lawyer").path == Path("org/lawyer"), "an existing path wins"
 
 
+def cache(root: Path, repo: str, commit: str, *, refs: tuple[str, ...] = (), folders: tuple[str, ...] = ("",)) -> Path:
+    """A snapshot of a repository as the Hub's client keeps it, with adapters in some folders."""
+    home = root / "hub" / f"models--{repo.replace('/', '--')}"
+    for ref in refs:
+        (home / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+        (home / "refs" / ref).write_text(commit)
+    for folder in folders:
+        (home / "snapshots" / commit / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (home / "snapshots" / commit / folder / name).write_text("x")
+    return home / "snapshots" / commit
+
+
+@pytest.fixture
+def offline(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    constants = pytest.importorskip("huggingface_hub.constants", reason="huggingface_hub is not installed")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return here
+
+
+def test_revisions_and_folders_of_the_local_hub_cache(offline: Path) -> None:
+    commits = "a" * 40, "b" * 40
+    main = cache(offline, "org/lawyer", commits[0], refs=("main",), folders=("", "step-5", "a/b"))
+    other = cache(offline, "org/lawyer", commits[1], refs=("v2", "refs/pr/1", "feature/x"), folders=("", "step-5"))
+    expected = {
+        "org/lawyer": (main, "lawyer"),
+        "org/lawyer/step-5": (main / "step-5", "step-5"),
+        "org/lawyer/a/b": (main / "a" / "b", "b"),
+        "org/lawyer@main": (main, "lawyer"),
+        f"org/lawyer@{commits[1]}": (other, "lawyer"),
+        "org/lawyer@v2": (other, "lawyer"),
+        "org/lawyer@v2/step-5": (other / "step-5", "step-5"),
+        "org/lawyer/step-5@v2": (other / "step-5", "step-5"),
+        "org/lawyer@refs/pr/1": (other, "lawyer"),
+        "org/lawyer@feature/x": (other, "lawyer"),
+        "org/lawyer@feature/x/step-5": (other / "step-5", "step-5"),
+    }
+    for text, (path, name) in expected.items():
+        found = find(text)
+        assert (found.path, found.name) == (path, name), text
+    spec = parse("law=org/lawyer@v2/step-5:0.5")
+    assert (spec.name, spec.path, spec.weight) == ("law", other / "step-5", 0.5)
+    for text in ("org/lawyer@v3", "org/lawyer@v2/step-6", "org/nobody@main"):
+        with pytest.raises(InputError, match=f"{text} is no path here and could not be fetched from the Hub"):
+            find(text)
+    with pytest.raises(InputError, match=r"there is no file or directory org/lawyer/step-6.*@revision"):
+        find("org/lawyer/step-6")
+    for text in ("org/lawyer@../x", "org/lawyer@v2/../x", "org/../lawyer", "org/lawyer@"):
+        with pytest.raises(InputError, match="there is no file or directory"):
+            find(text)
+
+
+def test_a_repository_of_several_adapters(offline: Path) -> None:
+    """Its root is none: who reads it says which folders are."""
+    main = cache(offline, "org/pool", "c" * 40, refs=("main",), folders=("legal", "med"))
+    assert find("org/pool").path == main and find("org/pool/med").path == main / "med"
+
+
+def test_links_to_nowhere(here: Path) -> None:
+    (here / "gone").symlink_to(here / "deleted")
+    (here / "there").symlink_to(here / "legal")
+    for text in ("gone", "gone:0.5", "gone/inside", "n=gone"):
+        with pytest.raises(InputError, match=r"gone is a link to .*deleted, which does not exist"):
+            parse(text)
+    assert parse("there:0.5").path.resolve() == here / "legal" and parse("there").name == "there"
+
+
 def test_half_an_adapter_in_the_cache_is_downloaded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     asked: list[bool] = []
