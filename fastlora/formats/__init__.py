@@ -180,9 +180,9 @@ def _refuse_file(path: Path) -> None:
         raise InputError(f"{path} is one file of an adapter; pass its directory {path.parent}")
     if path.suffix == SAFETENSORS:
         raise UnsupportedAdapter(
-            f"{path} is a single file without {CONFIG_NAME}; adapters are read from PEFT directories: "
-            "convert it with diffusers (`pipe.load_lora_weights(...)`, then `save_pretrained` of the "
-            "adapted model). A whole model takes part through `fl.task_vector(base, finetuned)`"
+            f"{path} is a single file without {CONFIG_NAME}, and its tensors are none of an adapter that is known "
+            "here; pass the directory that `model.save_pretrained(...)` of a PEFT model wrote. A whole model takes "
+            "part through `fl.task_vector(base, finetuned)`"
         )
     raise InputError(f"{path} is a file, needed is a PEFT adapter directory (with {CONFIG_NAME})")
 

@@ -127,8 +127,9 @@ def _way_out(kind: Kind) -> str:
             "that it is from, and take the difference of the two models (`fastlora extract BASE TUNED`)"
         )
     return (
-        f"in Python, `fl.Adapter.from_tensors({{module: {kind.factors}, …}})` makes an adapter of its tensors, with "
-        "the paths of the modules in the model as names, and `.save(…)` a PEFT directory"
+        "in Python, with `tensors = safetensors.torch.load_file(…)`, "
+        f"`fl.Adapter.from_tensors({{module: {kind.factors}, …}})` is the adapter, with the paths of the modules in "
+        "the model as names, and `.save(…)` makes a PEFT directory of it"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import gaussian, make_adapter, peft_tensors, write_peft
-from command import refused
+from command import done, refused
 from safetensors.torch import load_file, save_file
 from told import SMALL
 from tolerances import FLOAT32
@@ -75,6 +75,17 @@ def test_the_way_out_of_other_tools_works(tool: str, tmp_path: Path) -> None:
     adapter = fl.Adapter.from_tensors({"layers.0.q": factors}, name="converted")
     torch.testing.assert_close(adapter.delta("layers.0.q"), 0.5 * UP @ DOWN, rtol=0, atol=FLOAT32)
     assert fl.load(adapter.save(tmp_path / "peft")).modules == ["layers.0.q"]
+
+
+def test_links_to_nowhere_inside_an_adapter(tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        folder = make_adapter(tmp_path / name.partition(".")[0], SMALL)
+        (folder / name).unlink()
+        (folder / name).symlink_to("../blobs/gone")
+        message = refused("inspect", folder.name, cwd=tmp_path)
+        assert f"{name} is a link to ../blobs/gone, which does not exist" in message
+    (tmp_path / "linked").symlink_to(make_adapter(tmp_path / "there", SMALL))
+    done("compress", "linked", "--rank", "2", "-o", "out", cwd=tmp_path)
 
 
 def test_configurations_of_other_tools(tmp_path: Path) -> None:
