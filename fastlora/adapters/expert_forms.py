@@ -64,7 +64,8 @@ def _with_one_layout(adapters: list[A]) -> tuple[list[A], list[str]]:
         return adapters, []
     result, notes = [], []
     for adapter in adapters:
-        if unsettled(adapter.updates) is None:
+        # Experts of other names are compared with nothing, and stay as they are where all are of one layout.
+        if unsettled(adapter.updates) is None or (len(orders) == 1 and not fused_shapes(adapter.updates)):
             result.append(adapter)
             continue
         turned = _lies_transposed(adapter, known, adapters)
@@ -132,11 +133,11 @@ def _lies_transposed(adapter: LoraData, known: Mapping[str, Shape], adapters: Se
 
 def _all_fused(adapters: list[A]) -> tuple[list[A], list[str]]:
     """Adapters with a pair of factors for each expert's layers, as those that have fused parameters."""
-    fused: dict[str, Update] = {}
-    for adapter in adapters:
-        for update in adapter.updates.values():
-            if update.layout.container.rpartition(".")[2] in (GATE_UP, DOWN):
-                fused.setdefault(update.layout.container, update)
+    containers = {u.layout.container: u for a in adapters for u in a.updates.values() if u.layout.experts > 1}
+    fused = {c: u for c, u in containers.items() if c.rpartition(".")[2] in (GATE_UP, DOWN)}
+    unknown = {_block(c.rpartition(".")[0])[0]: c for c in containers if c not in fused}
+    if unknown:
+        _refuse_unknown(adapters, unknown)
     if not fused:
         return adapters, []
     result, notes = [], []
@@ -152,9 +153,24 @@ def _all_fused(adapters: list[A]) -> tuple[list[A], list[str]]:
     return result, notes
 
 
+def _refuse_unknown(adapters: Iterable[LoraData], containers: Mapping[str, str]) -> None:
+    """Refuses layers of single experts beside fused parameters that say nothing of how these lie in them."""
+    for adapter in adapters:
+        for module in _layers(adapter):
+            block = _block(module.rpartition(".")[0].rpartition(".")[0])[0]
+            if block in containers:
+                raise InputError(
+                    f"adapter {adapter.name!r} has factors for single experts ({module}), and another adapter has "
+                    f"{containers[block]} for all of them together: one weight in two forms, and how the first lies in "
+                    "the second is not known; convert the adapters to one form with the code that trained them"
+                )
+
+
 def _part(module: str, update: Update) -> str | None:
+    if "experts." not in module or update.layout.kind != "linear":
+        return None
     numbered = NUMBERED.fullmatch(module)
-    return None if numbered is None or update.layout.kind != "linear" else PARTS.get(numbered[3])
+    return None if numbered is None else PARTS.get(numbered[3])
 
 
 def _layers(adapter: LoraData) -> dict[str, str]:

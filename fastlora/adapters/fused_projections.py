@@ -30,10 +30,23 @@ FUSED_OF: Mapping[str, tuple[str, ...]] = {
     part: tuple(f for f, parts in FUSED.items() if part in parts) for part in (*QKV, *GATED)
 }
 
-OTHERS = frozenset("query_key_value c_attn Wqkv wqkv qkv to_qkv in_proj qkv_proj W_pack".split())
-"""Fused weights of attention, most with the rows of their heads in turn or in an order that differs between models."""
-PARTS_OF_OTHERS = frozenset("q_proj k_proj v_proj query key value to_q to_k to_v wq wk wv q_lin k_lin v_lin".split())
-ATTENTION = frozenset("attn self_attn attention self_attention self".split())
+ATTENTION, MLP = (
+    frozenset("attn self_attn attention self_attention self".split()),
+    frozenset("mlp feed_forward".split()),
+)
+KEYS_AND_VALUES = frozenset("k_proj v_proj key value to_k to_v wk wv k_lin v_lin".split())
+OTHERS: Sequence[tuple[frozenset[str], frozenset[str], frozenset[str]]] = (
+    (
+        frozenset("query_key_value c_attn Wqkv wqkv qkv to_qkv in_proj linear_qkv qkv_proj W_pack".split()),
+        KEYS_AND_VALUES.union("q_proj query to_q wq q_lin".split()),
+        ATTENTION,
+    ),
+    (frozenset("kv_proj to_kv kv key_value kv_linear".split()), KEYS_AND_VALUES, ATTENTION),
+    (frozenset("linear_fc1 dense_h_to_4h w12 gate_up up_gate_proj".split()), frozenset(GATED), MLP),
+)
+"""Other fused weights, what their parts may be called, and names that both lie below: their rows are those of heads in
+turn, or in an order that differs between models."""
+OTHER_ENDS = frozenset[str]().union(*(fused | parts for fused, parts, _ in OTHERS))
 
 
 class FusedProjections:
@@ -43,8 +56,7 @@ class FusedProjections:
     """
 
     def __init__(self) -> None:
-        self._fused_attention: dict[str, str] = {}
-        self._split_attention: dict[str, str] = {}
+        self._met: list[tuple[dict[str, str], dict[str, str]]] = [({}, {}) for _ in OTHERS]
 
     def fitted(self, adapter: A, shape_of: ShapeOf) -> tuple[A, list[str]]:
         """The adapter in the form that earlier ones have, and what was changed, in sentences."""
@@ -55,7 +67,7 @@ class FusedProjections:
             adapter, cut = _cut(adapter, shape_of)
             adapter, put = self._put_together(adapter, shape_of)
             notes = [f"adapter {adapter.name!r}: {text}" for text in (cut, put) if text]
-        if not ends.isdisjoint(OTHERS) or not ends.isdisjoint(PARTS_OF_OTHERS):
+        if not ends.isdisjoint(OTHER_ENDS):
             self._refuse_others(adapter)
         return adapter, notes
 
@@ -86,26 +98,25 @@ class FusedProjections:
         return replace(adapter, updates=updates), f"{text}: those of the parts add up"
 
     def _refuse_others(self, adapter: LoraData) -> None:
-        """Refuses attention that is fused in one adapter and split in another, where the rows are in another order."""
-        fused: dict[str, str] = {}
-        split: dict[str, str] = {}
-        for module in adapter.updates:
-            parent, _, end = module.rpartition(".")
-            if end in OTHERS:
-                fused.setdefault(_block(parent), module)
-            elif end in PARTS_OF_OTHERS:
-                split.setdefault(_block(parent), module)
-        for mine, theirs in ((fused, self._split_attention), (split, self._fused_attention)):
-            other = split if mine is fused else fused
-            block = next((b for b in mine if b in theirs and b not in other), None)
-            if block is not None:
-                raise InputError(
-                    f"adapter {adapter.name!r} has {mine[block]}, and an adapter before it {theirs[block]}: one weight "
-                    "in two forms, fused and in parts, whose rows may be in different orders. Convert the adapters to "
-                    "one form with the code that trained them"
-                )
-        self._fused_attention |= {b: m for b, m in fused.items() if b not in split}
-        self._split_attention |= {b: m for b, m in split.items() if b not in fused}
+        """Refuses a weight that is fused in one adapter and in parts in another, where its rows may be in any order."""
+        for (fused_ends, part_ends, above), met in zip(OTHERS, self._met, strict=True):
+            found: tuple[dict[str, str], dict[str, str]] = ({}, {})
+            for module in adapter.updates:
+                parent, _, end = module.rpartition(".")
+                for ends, blocks in zip((fused_ends, part_ends), found, strict=True):
+                    if end in ends:
+                        blocks.setdefault(_block(parent, above), module)
+            fused, split = found
+            for mine, other, theirs in ((fused, split, met[1]), (split, fused, met[0])):
+                block = next((b for b in mine if b in theirs and b not in other), None)
+                if block is not None:
+                    raise InputError(
+                        f"adapter {adapter.name!r} has {mine[block]}, and an adapter before it {theirs[block]}: one "
+                        "weight in two forms, fused and in parts, whose rows may be in different orders. Convert the "
+                        "adapters to one form with the code that trained them"
+                    )
+            met[0].update((b, m) for b, m in fused.items() if b not in split)
+            met[1].update((b, m) for b, m in split.items() if b not in fused)
 
 
 def _fused(adapter: LoraData, fused: str, parts: Mapping[str, str], shape: Shape | None, made: Stored) -> Update:
@@ -199,10 +210,10 @@ def _refuse_extras(adapter: LoraData, modules: Iterable[str]) -> None:
         )
 
 
-def _block(parent: str) -> str:
-    """The path above the modules of an attention: ``layers.0`` for ``layers.0.attention.self``."""
+def _block(parent: str, above: frozenset[str]) -> str:
+    """The path above the modules of one part of a layer: ``layers.0`` for ``layers.0.attention.self``."""
     parts = parent.split(".")
-    while parts and parts[-1] in ATTENTION:
+    while parts and parts[-1] in above:
         parts.pop()
     return ".".join(parts)
 

@@ -154,6 +154,17 @@ def test_too_many_experts_are_refused(tmp_path: Path) -> None:
         fl.Pool.load([single, fused_adapter(tmp_path / "fused")])
 
 
+def test_fused_parameters_that_are_not_known_are_refused(tmp_path: Path) -> None:
+    where = f"{WHERE}block_sparse_moe.experts"
+    tensors = peft_tensors({where: (torch.ones(24, 6), torch.ones(6, 16))})
+    config = make_config(r=RANK, lora_alpha=ALPHA, target_modules=[], target_parameters=["experts.weights"])
+    other = write_peft(tmp_path / "other", tensors, config)
+    single = single_adapter(tmp_path / "single")
+    for order in ([other, single], [single, other]):
+        with pytest.raises(fl.InputError, match=r"single experts .*w1.*experts\.weights"):
+            fl.Pool.load(order)
+
+
 def test_rows_in_turn_are_refused_by_name(tmp_path: Path) -> None:
     single = single_adapter(tmp_path / "single", kind="qwen")
     config = json.loads((single / "adapter_config.json").read_text())

@@ -141,6 +141,12 @@ REFUSED = {
     "Conv1D": ({"attn.c_attn": (48, 16)}, {"self_attn.v_proj": (16, 16)}),
     "bert": ({"attention.self.query": (16, 16)}, {"attn.qkv": (48, 16)}),
     "parts of unknown order": ({"attn.qkv_proj": (48, 16)}, {"attn.q_proj": (16, 16)}),
+    "keys and values": ({"attn.to_kv": (32, 16)}, {"attn.to_v": (16, 16)}),
+    "keys and values beside queries": (
+        {"attn.kv_proj": (32, 16), "attn.q_proj": (16, 16)},
+        {"attn.k_proj": (16, 16), "attn.q_proj": (16, 16)},
+    ),
+    "megatron": ({"mlp.linear_fc1": (40, 16)}, {"mlp.gate_proj": (20, 16)}),
     "wrong width": ({"mlp.gate_up_proj": (48, 16)}, {"mlp.up_proj": (16, 16)}),
     "wrong inputs": ({"self_attn.qkv_proj": (48, 16)}, {"self_attn.q_proj": (16, 8)}),
     "both in one": ({"self_attn.qkv_proj": (48, 16), "self_attn.q_proj": (16, 16)}, {"self_attn.q_proj": (16, 16)}),
