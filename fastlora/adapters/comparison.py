@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,9 +13,12 @@ from fastlora.adapters.selection import Selection
 from fastlora.core.architectures import (
     BIAS,
     EXPERT_NUMBER,
+    FUSED_SINCE,
     LANGUAGE_HEADS,
     LOOKS_LIKE_CONV1D,
-    PARAMETER_ROUTERS,
+    NO_MODULES,
+    ROUTERS,
+    TRANSLATED,
     TRANSPOSED_EXPERTS,
     WEIGHT,
     is_conv1d,
@@ -315,24 +318,35 @@ class Comparison:
         if not types and any(LOOKS_LIKE_CONV1D.fullmatch(m) for m in in_out):
             # Square weights of the same class: only the others show how they lie.
             in_out += [m for m in assumed if LOOKS_LIKE_CONV1D.fullmatch(m) or m.rpartition(".")[2] in last]
-        tasks = (task_type(c.architectures, c.encoder_decoder) for c in self.configs)
+        tasks = (task_type(c.architectures, c.encoder_decoder and shares_embedding(c)) for c in self.configs)
+        matrices = [n.removesuffix(WEIGHT) for n, d in deltas.items() if n.endswith(WEIGHT) and d.dim() >= 2]
         return ModelFacts(
             configured=bool(self.configs),
             in_out=tuple(in_out),
             assumed=tuple(m for m in assumed if m not in in_out),
             in_out_experts=bool(types & TRANSPOSED_EXPERTS),
-            parameter_routers=tuple(p for p in deltas if p.endswith("router.weight") and types & PARAMETER_ROUTERS),
+            by_parameter=tuple(m for m in matrices if self._is_by_parameter(m, types)),
+            unsuited=tuple(m for m in matrices if any(m.rpartition(".")[2] in NO_MODULES.get(t, ()) for t in types)),
+            fused_later=bool(types & FUSED_SINCE),
             task_type=next((t for t in tasks if t is not None), None),
-            still=self._still_experts(deltas),
+            still=self._still(deltas),
         )
 
-    def _still_experts(self, deltas: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """Weights of experts that did not change, beside others of the same container."""
-        found = {n: EXPERT_NUMBER.fullmatch(n.removesuffix(WEIGHT)) for n in self.base.names if n.endswith(WEIGHT)}
-        experts = {n: m[1] for n, m in found.items() if m is not None}
-        containers = {experts[n] for n in deltas if n in experts}
-        shapes = {n: tuple(self.base.tensor(self.base.names[n]).shape) for n in experts if n not in deltas}
-        return {n.removesuffix(WEIGHT): s for n, s in shapes.items() if experts[n] in containers and len(s) == 2}
+    def _is_by_parameter(self, module: str, types: Collection[str]) -> bool:
+        """Whether PEFT adapts a module by its parameter ``weight`` alone."""
+        if EXPERT_NUMBER.fullmatch(module):
+            return False
+        parent, _, last = module.rpartition(".")
+        translated = [TRANSLATED[t] for t in types if t in TRANSLATED]
+        if translated:
+            return any(last in names for names in translated)
+        return last in ROUTERS and any(n.startswith(f"{parent}.experts.") for n in self.base.names)
+
+    def _still(self, deltas: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Modules with a weight matrix that does not take part, and its shape."""
+        names = [n for n in self.base.names if n.endswith(WEIGHT) and n not in deltas]
+        shapes = {n: tuple(self.base.tensor(self.base.names[n]).shape) for n in names}
+        return {n.removesuffix(WEIGHT): s for n, s in shapes.items() if len(s) >= 2}
 
     def _is_in_out(self, module: str, shape: torch.Size) -> bool | None:
         """Whether a weight is ``[in, out]``, which the length of the bias tells where the weight is not square."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from fastlora.adapters.extracted_experts import fused, selection, with_later_names
 from fastlora.adapters.lora import Adapter
 from fastlora.core.architectures import (
     BIAS,
@@ -53,6 +54,7 @@ def extract(
     what was left out, and ``provenance`` what share of ``‖τ‖²`` is kept. Costs a dense decomposition of every weight.
     """
     _check_cut(rank, energy)
+    vector = replace(vector, deltas=fused(vector))
     cutter = _Cutter(vector, rank, energy, embeddings, fan_in_fan_out)
     for parameter, delta in track(list(vector.deltas.items()), "extracting"):
         cutter.add(parameter, delta)
@@ -72,15 +74,17 @@ def extract(
             f"to extract{whole}"
         )
     cutter.add_still_experts()
+    updates = with_later_names(cutter.updates)
     return Adapter(
         vector.name,
-        cutter.updates,
+        updates,
         extras=extras,
         base=BaseInfo(
             model=base_model,
             task_type=vector.facts.task_type,
             fan_in_fan_out=cutter.flipped,
             modules_to_save=tuple(dict.fromkeys(name.rpartition(".")[0] for name in vector.values)),
+            selection=selection(updates, cutter.others()),
         ),
         dtype=parse_dtype(None, torch.float32),
         provenance={
@@ -124,11 +128,10 @@ class _Cutter:
         tied = [p for p, source in self.vector.facts.ties.items() if source == parameter]
         self.total += (1 + len(tied)) * _square(delta)
         module = parameter.removesuffix(WEIGHT)
-        experts = _experts(parameter, delta)
-        if experts:
-            self._add_experts(parameter.removesuffix(WEIGHT) if experts == "module" else parameter, parameter, delta)
+        if _is_experts(parameter, delta):
+            self._add_experts(parameter, delta)
             return
-        reason = _unsuited(module, delta) if module != parameter else "no weight matrix"
+        reason = self._unsuited(module, delta) if module != parameter else "no weight matrix"
         if reason is not None or not 2 <= delta.dim() <= 5:
             self.lost[parameter] = reason or "no weight matrix"
             return
@@ -136,7 +139,7 @@ class _Cutter:
         matrix = delta.double().reshape(delta.shape[0], -1)
         stored = matrix.mT if layout == EMBEDDING or self._is_flipped(module, layout) else matrix
         left, right, kept = self._cut(stored)
-        self._put(module, left, right, layout)
+        self._put(f"{layout.container}[0]" if layout.container else module, left, right, layout)
         self.kept += (1 + len(tied)) * kept
         self.done.add(parameter)
         for other in (p.removesuffix(WEIGHT) for p in tied):
@@ -149,20 +152,20 @@ class _Cutter:
         b, a = left.float().contiguous(), right.float().contiguous()
         self.updates[module] = Update(Factor.of("B", b), Factor.of("A", a), 1.0, layout)
 
-    def _add_experts(self, container: str, parameter: str, delta: Tensor) -> None:
+    def _add_experts(self, parameter: str, delta: Tensor) -> None:
         """Fused experts ``[experts, out, in]``, as PEFT 0.19 and later takes them."""
         for expert in range(delta.shape[0]):
             change = delta[expert].double()
             left, right, kept = self._cut(change.mT if self.vector.facts.in_out_experts else change)
-            layout = Layout("expert", container=container, expert=expert, experts=delta.shape[0])
-            self._put(f"{container}[{expert}]", left, right, layout)
+            layout = Layout("expert", container=parameter, expert=expert, experts=delta.shape[0])
+            self._put(f"{parameter}[{expert}]", left, right, layout)
             self.kept += kept
         self.done.add(parameter)
 
     def _layout(self, module: str, delta: Tensor) -> Layout:
         if delta.dim() > 2:
             return Layout("conv", kernel=tuple(delta.shape[2:]))
-        if module + WEIGHT in self.vector.facts.parameter_routers:
+        if module in self.vector.facts.by_parameter:
             return Layout("expert", container=module + WEIGHT)
         if self.embeddings is None:
             return EMBEDDING if is_embedding(module) else LINEAR
@@ -195,13 +198,31 @@ class _Cutter:
         root = sigma[:count].sqrt()
         return left[:, :count] * root, root[:, None] * right[:count], float(squares[:count].sum())
 
+    def _unsuited(self, module: str, delta: Tensor) -> str | None:
+        """Why PEFT cannot adapt a weight of such a module."""
+        if module in self.vector.facts.unsuited:
+            return "PEFT adapts no such module of this architecture; keep it whole (whole=, --whole)"
+        if OFFSET_EMBEDDING.fullmatch(module) and delta.dim() == 2:
+            return "PEFT adapts no embedding of such a class; keep it whole (whole=, --whole)"
+        if delta.dim() > 2 and delta.shape[1] == 1 and DEPTHWISE.fullmatch(module):
+            return "PEFT has no low-rank update of a convolution in groups; keep it whole (whole=, --whole)"
+        if delta.dim() == 3 and module.rpartition(".")[2] in EXPERT_MODULES:
+            return "experts in one tensor, whose name differs between versions of transformers"
+        return None
+
+    def others(self) -> list[str]:
+        """Modules with weights that are not adapted."""
+        lost = (p.removesuffix(WEIGHT) for p in self.lost if p.endswith(WEIGHT))
+        whole = (p.rpartition(".")[0] for p in self.vector.values)
+        return [m for m in (*self.vector.facts.still, *lost, *whole) if m not in self.updates]
+
     def add_still_experts(self) -> None:
         """Updates of rank 0 for experts that did not change: readers that stack experts need all of them."""
         containers = {m[1] for m in map(EXPERT_NUMBER.fullmatch, self.updates) if m is not None}
-        for module, (n, m) in self.vector.facts.still.items():
+        for module, shape in self.vector.facts.still.items():
             match = EXPERT_NUMBER.fullmatch(module)
             if match is not None and match[1] in containers and module not in self.updates:
-                self._put(module, torch.zeros(n, 0), torch.zeros(0, m), LINEAR)
+                self._put(module, torch.zeros(shape[0], 0), torch.zeros(0, shape[1]), LINEAR)
 
     def share(self) -> float:
         """The share of ``‖τ‖²`` that is kept."""
@@ -230,23 +251,9 @@ class _Cutter:
         return found
 
 
-def _experts(parameter: str, delta: Tensor) -> str | None:
-    """Whether a tensor is experts in one: ``"parameter"``, or ``"module"`` where it is the weight of one."""
-    if delta.dim() != 3:
-        return None
-    last = parameter.removesuffix(WEIGHT).rpartition(".")[2]
-    if parameter.endswith(WEIGHT):
-        return "module" if last in EXPERT_MODULES else None
-    return "parameter" if last in FUSED_NAMES else None
-
-
-def _unsuited(module: str, delta: Tensor) -> str | None:
-    """Why PEFT cannot adapt a weight of such a module."""
-    if OFFSET_EMBEDDING.fullmatch(module) and delta.dim() == 2:
-        return "PEFT adapts no embedding of such a class; keep it whole (whole=, --whole)"
-    if delta.dim() > 2 and delta.shape[1] == 1 and DEPTHWISE.fullmatch(module):
-        return "PEFT has no low-rank update of a convolution in groups; keep it whole (whole=, --whole)"
-    return None
+def _is_experts(parameter: str, delta: Tensor) -> bool:
+    """Whether a tensor is experts in one, and no convolution."""
+    return delta.dim() == 3 and parameter.rpartition(".")[2] in FUSED_NAMES
 
 
 def _square(delta: Tensor) -> float:

@@ -58,7 +58,7 @@ def matched_names(
         used.append(rule)
         for a, b in pairs:
             done |= {a, b}
-            ours[a] = theirs[b] = b if b.endswith(a) else a
+            ours[a] = theirs[b] = a if rule[0] else b
     return ours, theirs, used
 
 

@@ -15,7 +15,7 @@ from fastlora.adapters.alignment import aligned
 from fastlora.adapters.comparison import Comparison
 from fastlora.adapters.extract import extract
 from fastlora.adapters.lora import Adapter
-from fastlora.adapters.model_names import tie_group
+from fastlora.adapters.model_names import matched_names, tie_group
 from fastlora.adapters.selection import Selection
 from fastlora.core.data import DeltaData
 from fastlora.core.model_facts import ModelFacts
@@ -111,11 +111,15 @@ class TaskVector(DeltaData, VectorSpace):
         """
         stored = read_checkpoint(base)
         state = stored.tensors
+        own, common, _ = matched_names(state, {**self.deltas, **self.values})
+        names = {new: old for old, new in own.items()}  # the base model's name of a common one
+
+        def name(parameter: str) -> str:
+            return names.get(common.get(parameter, parameter), parameter)
+
         group = tie_group(state, [stored.config], None) if stored.config is not None else []
-        changes = {p: d for p, d in self.deltas.items()}
-        changes |= {
-            p: self.deltas[source] for p, source in self.facts.ties.items() if p in state and source in self.deltas
-        }
+        changes = {name(p): d for p, d in self.deltas.items()}
+        changes |= {name(p): self.deltas[s] for p, s in self.facts.ties.items() if name(p) in state and s in self}
         sources = {p: p if p in state else next((g for g in group if p in group and g in state), None) for p in changes}
         lacking = [p for p, source in sources.items() if source is None]
         if lacking:
@@ -130,7 +134,7 @@ class TaskVector(DeltaData, VectorSpace):
                 raise quantised_error(stored.where, [(source, "its values cannot be written back")])
             _check_shapes(parameter, state[source], delta)
             result[parameter] = (state[source].to(delta.dtype) + delta).to(state[source].dtype)
-        return result | {p: v.clone() for p, v in self.values.items()}
+        return result | {name(p): v.clone() for p, v in self.values.items()}
 
     def extract(
         self,
@@ -287,7 +291,9 @@ def _with_common_ties(vectors: Sequence[TaskVector]) -> tuple[list[TaskVector], 
         assumed=tuple(dict.fromkeys(m for f in facts for m in f.assumed)),
         ties=common,
         in_out_experts=any(f.in_out_experts for f in facts),
-        parameter_routers=tuple(dict.fromkeys(m for f in facts for m in f.parameter_routers)),
+        by_parameter=tuple(dict.fromkeys(m for f in facts for m in f.by_parameter)),
+        unsuited=tuple(dict.fromkeys(m for f in facts for m in f.unsuited)),
+        fused_later=any(f.fused_later for f in facts),
         task_type=next((f.task_type for f in facts if f.task_type is not None), None),
         unknown=tuple(dict.fromkeys(m for f in facts for m in f.unknown)),
         still={m: s for f in facts for m, s in f.still.items()},

@@ -78,7 +78,8 @@ def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
     stride, step = x.stride()
     if columns > 1 and step != 1:
         raise ValueError(f"a factor must have contiguous rows, got strides {x.stride()} for shape {tuple(x.shape)}")
-    return x.data_ptr(), rows, columns, stride, DTYPES[x.dtype]
+    # torch gives a single row any stride; what is copied as it lies is rows times the stride.
+    return x.data_ptr(), rows, columns, columns if rows == 1 else stride, DTYPES[x.dtype]
 
 
 def _factors(tensors: Sequence[Tensor], table: list[int], alive: list[Tensor]) -> None:
@@ -90,7 +91,7 @@ def _factors(tensors: Sequence[Tensor], table: list[int], alive: list[Tensor]) -
         if columns > 1 and step != 1:
             x, stride = x.contiguous(), columns
         alive.append(x)
-        table += (x.data_ptr(), rows, columns, stride, DTYPES[x.dtype])
+        table += (x.data_ptr(), rows, columns, columns if rows == 1 else stride, DTYPES[x.dtype])
 
 
 def _table(numbers: Sequence[int], columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -46,8 +46,26 @@ FUSED_NAMES = frozenset("gate_up_proj down_proj gate_proj up_proj w1 w2 w3 v1 wi
 EXPERT_MODULES = frozenset("input_linear output_linear".split())
 TRANSPOSED_EXPERTS = frozenset(("gpt_oss", "aria", "aria_text", "openai_privacy_filter"))
 """Model types whose fused experts PEFT takes for ``[experts, in, out]``; ``[experts, out, in]`` elsewhere."""
-PARAMETER_ROUTERS = frozenset(("gpt_oss", "openai_privacy_filter"))
-"""Model types whose ``router.weight`` belongs to a module of a class of its own, which PEFT adapts by parameter."""
+EXPERT_NAMES = {
+    "w1 w2 w3": "mixtral minimax minimax_m2",
+    "gate_proj up_proj down_proj": "Dots3NoteTextModel afmoe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe "
+    "glm4_moe glm4_moe_lite glm_moe_dsa glm4v_moe longcat_flash solar_open mellum qwen3_moe beam qwen3_omni_moe "
+    "qwen3_omni_moe_thinker qwen3_omni_moe_text qwen3_next hunyuan_v1_moe flex_olmo olmoe sarvam_mla exaone_moe "
+    "cohere2_moe",
+}
+TRANSLATED = {t: frozenset(names.split()) for names, types in EXPERT_NAMES.items() for t in types.split()}
+"""Names of the weights of experts that PEFT translates for newer model code, by model type, with the router ``gate``.
+It takes every module of such a name for an expert's, so others must be adapted by their parameter."""
+FUSED_SINCE = frozenset(("qwen2_moe",))
+"""Model types whose experts lie one by one in files and in one tensor in newer model code, which PEFT does not
+translate."""
+ROUTERS = frozenset(("router", "gate"))
+"""Modules that choose experts. Their classes are often their own, so PEFT adapts them by their parameter."""
+NO_MODULES = {
+    model_type: frozenset(("out_proj", "conv1d"))
+    for model_type in ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+}
+"""Modules that PEFT refuses to adapt, by model type."""
 
 OWN_HEADS = {
     "lm_head.decoder": "roberta xlm-roberta xlm-roberta-xl camembert roberta-prelayernorm data2vec-text longformer "
@@ -128,14 +146,13 @@ def is_conv1d(module: str, model_type: str | None) -> bool:
     return pattern is not None and re.search(rf"(^|\.)({pattern.pattern})$", module) is not None
 
 
-def task_type(architectures: Collection[str], encoder_decoder: bool) -> str | None:
-    """What PEFT calls the task of a model of these classes; ``None`` where that is unknown."""
+def task_type(architectures: Collection[str], text_pair: bool) -> str | None:
+    """What PEFT calls the task of a model of these classes, from text to text where ``text_pair``; ``None`` where that
+    is unknown, or where PEFT's own class for the task could not be called with what the model takes."""
     for name in architectures:
         task = next((task for end, task in TASKS if name.endswith(end)), None)
-        if task is None and encoder_decoder and name.endswith("ForConditionalGeneration"):
+        if task is None and text_pair and name.endswith("ForConditionalGeneration"):
             task = "SEQ_2_SEQ_LM"
-        if task is None and name.endswith("Model"):
-            task = "FEATURE_EXTRACTION"
         if task is not None:
             return task
     return None

@@ -13,9 +13,10 @@ class ModelFacts:
     ``configured``: whether a configuration names the architecture. ``in_out``: modules whose weight is ``[in, out]``.
     ``assumed``: modules whose weight was taken for ``[out, in]`` without evidence. ``ties {parameter: parameter}``: the
     first is the second, and changes with it. ``in_out_experts``: fused experts are ``[experts, in, out]``.
-    ``parameter_routers``: modules that PEFT adapts by their parameter. ``task_type``: as PEFT calls it. ``unknown``:
-    parameters that changed in a way that is not known. ``excluded``: ``‖τ‖²`` of those that were left out on demand.
-    ``still {module: shape}``: experts that did not change, beside others that did.
+    ``by_parameter``: modules that PEFT adapts by their parameter. ``unsuited``: those that it does not
+    adapt. ``fused_later``: experts lie one by one and have to be adapted in one tensor. ``task_type``: as PEFT calls
+    it. ``unknown``: parameters that changed in a way that is not known. ``excluded``: ``‖τ‖²`` of those that were left
+    out on demand. ``still {module: shape}``: those that do not take part.
     """
 
     configured: bool = False
@@ -23,7 +24,9 @@ class ModelFacts:
     assumed: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     in_out_experts: bool = False
-    parameter_routers: tuple[str, ...] = ()
+    by_parameter: tuple[str, ...] = ()
+    unsuited: tuple[str, ...] = ()
+    fused_later: bool = False
     task_type: str | None = None
     unknown: tuple[str, ...] = ()
     excluded: float = 0.0
@@ -40,7 +43,8 @@ class ModelFacts:
             in_out=tuple(map(of_module, self.in_out)),
             assumed=tuple(map(of_module, self.assumed)),
             ties={name(p): name(source) for p, source in self.ties.items()},
-            parameter_routers=tuple(map(name, self.parameter_routers)),
+            by_parameter=tuple(map(of_module, self.by_parameter)),
+            unsuited=tuple(map(of_module, self.unsuited)),
             unknown=tuple(map(name, self.unknown)),
             still={of_module(m): shape for m, shape in self.still.items()},
         )

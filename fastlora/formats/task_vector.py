@@ -61,7 +61,7 @@ def read(path: Path, name: str) -> DeltaData:
 
 
 def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in value)
+    return isinstance(value, list) and 2 <= len(value) <= 5 and all(type(n) is int and 0 < n < 1 << 31 for n in value)
 
 
 def _facts(stored: object, path: Path) -> ModelFacts:

@@ -153,3 +153,18 @@ def test_nan_is_found_when_it_is_used(tmp_path: Path) -> None:
         adapter.compress(rank=1)
     with pytest.raises(fl.OutputError, match="NaN"):
         adapter.save(tmp_path / "out")
+
+
+@pytest.mark.parametrize("stride", [1, 5, 40])
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_a_single_row_of_any_stride_is_saved_bit_for_bit(side: str, stride: int, tmp_path: Path) -> None:
+    """torch calls a single row contiguous whatever its stride is: a transposed column has 1."""
+    row = torch.as_strided(normal(64, seed=1), (1, 8), (stride, 1))
+    left, right = (normal(6, 1, seed=2), row) if side == "A" else (row[:, :4], normal(4, 9, seed=3))
+    other = normal(6, 2, seed=4), normal(2, 8, seed=5)
+    fl.Adapter.from_tensors({"q": (left, right), "v": other}).save(tmp_path / "x")
+    saved = fl.load(tmp_path / "x")
+    assert isinstance(saved, fl.Adapter)
+    found = saved.tensors()
+    assert torch.equal(found["q"][0], left) and torch.equal(found["q"][1], right)
+    assert torch.equal(found["v"][0], other[0]) and torch.equal(found["v"][1], other[1])

@@ -58,6 +58,34 @@ def bigcode() -> nn.Module:
     return transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(**BLOCKS))
 
 
+def qwen2_moe() -> nn.Module:
+    """Experts one by one in files and in one tensor in the model, which PEFT does not translate."""
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    config = transformers.Qwen2MoeConfig(**LAYERS, **experts, shared_expert_intermediate_size=8)
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
+def deepseek() -> nn.Module:
+    """Dense layers and shared experts, whose names PEFT takes for those of experts."""
+    experts = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    heads = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "q_lora_rank": 8}
+    sizes = {"moe_intermediate_size": 8, "first_k_dense_replace": 1}
+    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**LAYERS, **experts, **heads, **sizes))
+
+
+def llama4() -> nn.Module:
+    """A router of a class of its own."""
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 1, "intermediate_size_mlp": 24}
+    config = transformers.Llama4TextConfig(**LAYERS, **experts, head_dim=8, attention_chunk_size=8)
+    return transformers.Llama4ForCausalLM(config)
+
+
+def neox() -> nn.Module:
+    """A head that the model calls otherwise than its files."""
+    config = {k: v for k, v in LAYERS.items() if k != "num_key_value_heads"}
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**config))
+
+
 def t5() -> nn.Module:
     """One matrix is three embeddings and the head."""
     config = transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40)
@@ -71,6 +99,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mixtral": mixtral,
     "gpt_oss": gpt_oss,
     "gpt_bigcode": bigcode,
+    "gpt_neox": neox,
+    "qwen2_moe": qwen2_moe,
+    "deepseek_v3": deepseek,
+    "llama4": llama4,
     "t5": t5,
 }
 

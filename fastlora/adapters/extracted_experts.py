@@ -1,0 +1,72 @@
+"""Experts and what chooses the modules of an extracted adapter, as PEFT's own names need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fastlora.core.architectures import EXPERT_NUMBER, WEIGHT
+from fastlora.core.data import DeltaData, Selection
+from fastlora.core.updates import Update
+
+HALVES = ("gate_proj", "up_proj")
+"""The weights that lie below each other in ``gate_up_proj``."""
+LATER_NAMES = {"embed_out": "lm_head"}
+"""Heads that newer model code calls otherwise than files do, which PEFT does not translate."""
+
+
+def fused(vector: DeltaData) -> dict[str, Tensor]:
+    """The changes of a model, those of experts that lie one by one put together: ``gate_up_proj [experts, 2·n, m]`` and
+    ``down_proj [experts, n, m]``. What did not change is zero."""
+    if not vector.facts.fused_later:
+        return dict(vector.deltas)
+    shapes = {m: tuple(d.shape) for m, d in _modules(vector.deltas).items()} | dict(vector.facts.still)
+    containers: dict[str, set[int]] = {}
+    for match in map(EXPERT_NUMBER.fullmatch, shapes):
+        if match is not None:
+            containers.setdefault(match[1], set()).add(int(match[2]))
+    changes = _modules(vector.deltas)
+    changed = {m[1] for m in map(EXPERT_NUMBER.fullmatch, changes) if m is not None}
+
+    def weight(module: str) -> Tensor:
+        found = changes.get(module)
+        return torch.zeros(shapes[module]) if found is None else found
+
+    result = {p: d for p, d in vector.deltas.items() if EXPERT_NUMBER.fullmatch(p.removesuffix(WEIGHT)) is None}
+    for container, numbers in containers.items():
+        experts = [f"{container}.{n}" for n in sorted(numbers)]
+        if container in changed:
+            both = [torch.cat([weight(f"{e}.{half}") for half in HALVES]) for e in experts]
+            result[f"{container}.gate_up_proj"] = torch.stack(both)
+            result[f"{container}.down_proj"] = torch.stack([weight(f"{e}.down_proj") for e in experts])
+    return {p: d for p, d in result.items() if bool(d.any())}
+
+
+def _modules(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {p.removesuffix(WEIGHT): d for p, d in deltas.items() if p.endswith(WEIGHT)}
+
+
+def with_later_names(updates: Mapping[str, Update]) -> dict[str, Update]:
+    """The updates, those of some heads under both names that the head has: a reader knows one, and leaves the other."""
+    later = {LATER_NAMES[m]: u for m, u in updates.items() if m in LATER_NAMES and LATER_NAMES[m] not in updates}
+    return {**updates, **later}
+
+
+def selection(updates: Mapping[str, Update], others: Iterable[str]) -> Selection:
+    """What selects the modules of an adapter: their last names, where every module of that name is adapted. That holds
+    under names of other versions too, which differ in their beginnings. ``others``: modules that are not adapted."""
+    modules = [m for m, u in updates.items() if u.layout.kind != "expert"]
+    containers = dict.fromkeys(u.layout.container for u in updates.values() if u.layout.container)
+    rest = [*others, *(c.removesuffix(WEIGHT) for c in containers)]
+    ends = _ends(modules, rest)
+    parameters = [".".join(c.split(".")[-2:]) for c in containers]
+    return Selection(tuple(ends), tuple(dict.fromkeys(parameters)))
+
+
+def _ends(modules: list[str], others: list[str]) -> list[str]:
+    inside = {part for m in (*modules, *others) for part in m.split(".")[:-1]}
+    blocked = inside | {m.rpartition(".")[2] for m in others}
+    ends = dict.fromkeys(m.rpartition(".")[2] for m in modules)
+    return [end for end in ends if end not in blocked and not end.isdecimal()]
