@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.adapters.pool import Pool, on_device
-from fastlora.engine.blocks import ChainBlocks, read_chain_blocks
+from fastlora.core.data import LoraData
+from fastlora.engine.blocks import ChainBlocks, read_chain_blocks, read_pair_blocks
 from fastlora.engine.checks import raise_for_info
 from fastlora.engine.gram import read_gram
-from fastlora.engine.schedule import parts, rtol_or_default
+from fastlora.engine.schedule import one_adapter, parts, rtol_or_default
 from fastlora.engine.stream import current
 from fastlora.ops.gram import blocks_of
 
@@ -32,9 +33,10 @@ def overlap(pool: Pool, *, device: str | torch.device | None = None) -> Overlap:
 
     Returns:
         An object with ``names`` and, in their order, ``cosine`` and ``subspace``: float64 ``[k, k]`` over all modules,
-        NaN where a pair has no module in common or a zero update. ``cosine`` sums its three products over the modules
-        first; ``subspace`` is the mean over the modules. ``modules`` is ``{module: (cosine, subspace)}``. ``notices``
-        are those of the pool and the notes of its adapters.
+        NaN where a pair has no module in common or a zero update; 1 of an adapter that is not zero with itself.
+        ``cosine`` sums its three products over the modules first; ``subspace`` is the mean over the modules.
+        ``modules`` is ``{module: (cosine, subspace)}``, of modules that two adapters have. ``notices`` are those of the
+        pool and the notes of its adapters.
 
     Raises:
         InputError: adapters on different devices, a device that cannot be used.
@@ -85,9 +87,19 @@ def pool_overlap(pool: Pool) -> Overlap:
             known = subspace[g].isfinite()
             shares[index[:, None], index] += torch.where(known, subspace[g], 0.0)
             counts[index[:, None], index] += known
-    cosine = products / (squares * squares.mT).sqrt()
+    cosine, subspace = products / (squares.sqrt() * squares.mT.sqrt()), shares / counts
+    for i, adapter in enumerate(pool.adapters):
+        if products[i, i] > 0 or _changes_something(adapter, modules):
+            cosine[i, i] = subspace[i, i] = 1.0
     ordered = {m: modules[m] for m in pool.modules if m in modules}
-    return Overlap(list(pool.names), cosine, shares / counts, ordered, tuple(pool.told))
+    return Overlap(list(pool.names), cosine, subspace, ordered, tuple(pool.told))
+
+
+def _changes_something(adapter: LoraData, compared: Container[str]) -> bool:
+    """Whether an adapter has an update that is not zero beside the modules that were compared; reads those that it has
+    alone until there is one."""
+    alone = {module: update for module, update in adapter.updates.items() if module not in compared}
+    return any(bool((blocks.inner() > 0).any()) for blocks in read_pair_blocks(one_adapter(adapter.name, alone)))
 
 
 def _similarities(blocks: ChainBlocks, rtols: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -11,18 +11,21 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.adapters.lora import Adapter
 from fastlora.coefficients.pool_gram import PoolGram
-from fastlora.core.updates import Update
+from fastlora.core.updates import Update, unscaled
 from fastlora.decomposition.components import Components
 from fastlora.decomposition.devec import ModuleResult
 from fastlora.decomposition.result import Decomposition
 from fastlora.engine.blocks import PairBlocks, read_pair_blocks
+from fastlora.engine.checks import raise_for_info
 from fastlora.engine.schedule import one_adapter
 from fastlora.errors import InputError
 
 KINDS = ("random", "top")
-# Directions below it, relative to the largest, are not taken for the adapters' own: what a Gram matrix says about them
-# is rounding to 1e-6 and worse.
+# Directions of an adapter below it, relative to its largest, are not taken for its own, unless the decomposition took
+# them: what a Gram matrix says about them is rounding to 1e-6 and worse.
 RTOL = 1e-5
+# Eigenvalues of the Gram matrix of all adapters' directions at or below it: what is left of them is rounding.
+SPAN = 1e-12
 
 
 def control(parts: Decomposition, kind: str = "random", *, seed: int = 0) -> dict[str, Adapter]:
@@ -45,7 +48,8 @@ def control(parts: Decomposition, kind: str = "random", *, seed: int = 0) -> dic
         shared components, also where they are empty.
 
     Raises:
-        InputError: an unknown kind, or ``mode="iterative"``, which has no shared component.
+        InputError: an unknown kind, ``mode="iterative"``, which has no shared component, or a module whose adapters
+            span fewer directions than they share.
 
     Cost: two passes over the factors and ``O((Σr_i)³)`` operations a module of every component.
     """
@@ -84,15 +88,19 @@ def _replaced(shared: ModuleResult, blocks: PairBlocks, g: int, side: str, kind:
     ranks = shared.ranks
     k = len(ranks)
     projected, other = (blocks.left[g], blocks.right[g]) if side == "left" else (blocks.right[g], blocks.left[g])
-    # Stacked over the adapters: G [R, R] of the projected factors, W [R, R] with ΔW ΔWᵀ = Σ_i X_i W_ii X_iᵀ.
     gram = torch.cat([torch.cat([projected[i, j, : ranks[i], : ranks[j]] for j in range(k)], 1) for i in range(k)])
     scaling = blocks.scaling[g]
     starts = torch.tensor([0, *ranks]).cumsum(0).tolist()
-    inner = torch.zeros_like(gram)
-    for i in range(k):
-        columns = slice(starts[i], starts[i + 1])
-        inner[columns, columns] = scaling[i].square() * other[i, i, : ranks[i], : ranks[i]]
-    C = _directions(gram, inner, shared, kind, seed)  # [R, q]
+    bases, sizes = [], []  # of the column space of every ΔW_i = s_i U_i Σ_i V_iᵀ: U_i = X_i T_i, and its |s_i| Σ_i
+    for i, update in enumerate(blocks.updates[g]):
+        floor = torch.tensor([[unscaled(update.noise.rounding, update)]], dtype=torch.float64)
+        own, others = projected[i, i][None, None, None].contiguous(), other[i, i][None, None].contiguous()
+        chain = ops.chain(own, others, threshold=0.0, rtol=min(RTOL, shared.rtol), floor=floor)
+        raise_for_info([shared.module], chain.info)
+        bases.append(chain.basis[0, 0, : ranks[i], : int(chain.kept)])
+        sizes.append(scaling[i].abs() * chain.sigma[0, 0, : int(chain.kept)])
+    T: Tensor = torch.block_diag(*bases)  # type: ignore[no-untyped-call]
+    C = _directions(T, torch.cat(sizes), gram, shared, kind, seed)  # [R, q]
     H = [C.mT @ gram[:, starts[i] : starts[i + 1]] for i in range(k)]
     norms = [
         float(scaling[i].abs() * ((h.mT @ h) * other[i, i, : ranks[i], : ranks[i]]).sum().clamp(min=0).sqrt())
@@ -112,23 +120,29 @@ def _padded(blocks: list[Tensor]) -> Tensor:
     return torch.stack([torch.nn.functional.pad(b, (0, columns - b.shape[1], 0, rows - b.shape[0])) for b in blocks])
 
 
-def _directions(gram: Tensor, inner: Tensor, shared: ModuleResult, kind: str, seed: int) -> Tensor:
-    """``C [R, q]`` with ``X C`` orthonormal, in the span of the updates; ``X`` the stacked projected factors."""
-    values, vectors = ops.eigh(gram)
-    kept = values > RTOL**2 * values[-1]
+def _directions(T: Tensor, sizes: Tensor, gram: Tensor, shared: ModuleResult, kind: str, seed: int) -> Tensor:
+    """``C [R, q]`` with ``X C`` orthonormal, in the span of all ``U = X T [n, Q]``. Their columns have length one,
+    whatever the sizes of the updates are. ``X``: the stacked projected factors, ``gram = XᵀX``; ``sizes [Q]``: singular
+    values of the updates."""
+    values, vectors = ops.eigh((T.mT @ gram @ T).contiguous())
+    kept = values > SPAN * values[-1]
+    if int(kept.sum()) < shared.count:
+        raise InputError(
+            f"control: in {shared.module}, {' and '.join(map(repr, shared.names))} span {int(kept.sum())} directions "
+            f"and share {shared.count}, so there are no others to compare with; raise the threshold"
+        )
     root = values[kept].sqrt()
-    whitening = vectors[:, kept] / root  # X · whitening is orthonormal
-    unwhitening = vectors[:, kept] * root  # its transpose times X's coordinates
-    spectrum, E = ops.eigh(unwhitening.mT @ inner @ unwhitening)  # σ² of [ΔW_1 … ΔW_k], ascending
-    spanned = int((spectrum > RTOL**2 * spectrum[-1]).sum())
-    E = E.flip(-1)[:, :spanned]
+    whitening = T @ (vectors[:, kept] / root)  # X · whitening is orthonormal
+    # [ΔW_1 … ΔW_k] = X · whitening · (sizes · (vectors · root))ᵀ · (orthonormal rows): its left singular vectors are
+    # the right ones of what follows.
+    _, _, rotation = ops.svd((sizes[:, None] * (vectors[:, kept] * root)).contiguous())
     if kind == "top":
-        return whitening @ E[:, : shared.count]
+        return whitening @ rotation[: shared.count].mT
     label = "\0".join((shared.module, *shared.names))
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}\0{label}".encode()))
-    drawn = torch.randn(spanned, shared.count, generator=generator, dtype=torch.float64)
+    drawn = torch.randn(len(root), shared.count, generator=generator, dtype=torch.float64)
     Q: Tensor = torch.linalg.qr(drawn).Q
-    return whitening @ (E @ Q)
+    return whitening @ (rotation.mT @ Q)
 
 
 def _norms(name: str, updates: dict[str, Update]) -> dict[str, float]:

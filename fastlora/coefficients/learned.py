@@ -249,9 +249,10 @@ def named_sources(sources: ComponentSources) -> dict[str, Adapter]:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Mean entropy ``−Σ_c p_c log p_c`` of ``softmax(logits [..., classes])``, in nats."""
+    """Mean entropy ``−Σ_c p_c log p_c`` of ``softmax(logits [..., classes])``, in nats. A class that a logit of −inf
+    masks has ``p = 0``: it adds nothing, and has no gradient."""
     logs = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
-    return -(logs.exp() * logs).sum(-1).mean()
+    return -(logs.exp() * logs.masked_fill(logs == -torch.inf, 0.0)).sum(-1).mean()
 
 
 def _endless(batches: Iterable[Any], steps: int) -> Iterator[Any]:

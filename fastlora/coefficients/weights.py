@@ -29,8 +29,9 @@ def weights(pool: Pool | PoolGram, method: str = "least_interference") -> dict[s
 
             ``"least_interference"``: the minimiser over ``w`` of ``Σ_l Σ_i ‖(Σ_j w_j ΔW_j − ΔW_i) ΔW_iᵀ‖_F² /
             ‖ΔW_i‖_F²``, the objective of WUDI-Merging (arXiv 2503.08099; rows of ``ΔW_i`` stand for the inputs of task
-            ``i``) restricted to weighted sums, where it has a closed form. Of several minimisers (duplicates) the one
-            of least norm. 1 for every adapter when their row spaces are orthogonal, ``1/k`` for ``k`` equal ones.
+            ``i``) restricted to weighted sums, where it has a closed form. Of several minimisers (multiples or sums of
+            others) the one of least ``Σ w_i²``. 1 for every adapter when their row spaces are orthogonal, ``1/k`` for
+            ``k`` equal ones.
 
     Returns:
         ``{name: weight}``. A zero adapter has the weight 0.
@@ -101,7 +102,22 @@ def least_interference(pool: Pool) -> Tensor:
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
     balanced = inverse[:, None] * matrix * inverse
     values: Tensor = inverse * (torch.linalg.pinv(balanced, rtol=RTOL, hermitian=True) @ (inverse * right))
-    return values
+    return _shortest(values, inverse, balanced)
+
+
+def _shortest(values: Tensor, inverse: Tensor, balanced: Tensor) -> Tensor:
+    """The weights of least norm among those that solve the equations as well as ``values`` do. The balanced equations
+    say what is singular; their own shortest solution is short in units of the updates' sizes."""
+    there = inverse > 0
+    spectrum, vectors = torch.linalg.eigh(balanced[there][:, there])
+    free = vectors[:, spectrum <= RTOL * spectrum[-1]]  # moves that change nothing, in those units
+    if not free.shape[1]:
+        return values
+    moves = torch.zeros(len(values), free.shape[1], dtype=torch.float64)
+    moves[there] = inverse[there, None] * free
+    moves = moves / moves.norm(dim=0)
+    nearest: Tensor = moves @ torch.linalg.lstsq(moves, values[:, None]).solution
+    return values - nearest[:, 0]
 
 
 def _products(blocks: PairBlocks) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 import fastlora as fl
 from fastlora.adapters.lora import Adapter
 from fastlora.coefficients import control as module
+from fastlora.engine.materialise import materialise
 
 
 def ragged(k: int = 3) -> list[Part]:
@@ -126,3 +127,41 @@ def test_messages() -> None:
         fl.control(fl.decompose(pool, 0.6), "best")
     with pytest.raises(fl.InputError, match="mode='iterative' has no shared component"):
         fl.control(fl.decompose(pool, 0.6, mode="iterative", target="a0"))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["random", "top"])
+@pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-7, 1e-9])
+def test_adapters_of_very_different_sizes(size: float, kind: str, side: str) -> None:
+    """Their column spaces do not depend on their sizes: as many directions, orthonormal, of all adapters together."""
+    parts = pools.planted(3, noise=0.02)
+    parts = [(b * factor, a, s) for (b, a, s), factor in zip(parts, (1.0, size, size**0.5), strict=True)]
+    pool = pools.make_pool(parts if side == "left" else pools.transposed(parts))
+    found = fl.decompose(pool, 0.2, chain="mean", side=side)
+    (row,) = found.report.rows
+    spanned = rank_of(torch.cat([pools.dense((b / b.norm(), a, s)) for b, a, s in parts], 1))
+    assert spanned >= row.shared > max(row.directions)  # those of the small ones count, too
+    control = fl.control(found, kind, seed=1)["shared"].update(MODULE)
+    B, A = materialise([control], torch.float64)[0]
+    Z = B if side == "left" else A.mT
+    assert Z.shape[1] == row.shared
+    torch.testing.assert_close(Z.mT @ Z, torch.eye(row.shared, dtype=torch.float64), rtol=0, atol=WEAK64)
+    frames = torch.linalg.svd(torch.cat([pools.dense((b / b.norm(), a, s)) for b, a, s in parts], 1)).U[:, :spanned]
+    assert float((Z - frames @ (frames.mT @ Z)).norm()) <= WEAK64
+    shared = pools.exact(found.shared.update(MODULE))
+    assert float(pools.exact(control).norm()) == pytest.approx(float(shared.norm()), rel=WEAK64)
+
+
+def test_a_tiny_adapter_counts_in_the_random_directions() -> None:
+    """Uniform in the space of both: on average the small one has its share of them."""
+    large, small = (
+        pools.split(pools.orthonormal(N, 6, 3)[:, :3], 28, 5),
+        pools.split(pools.orthonormal(N, 6, 3)[:, 3:], 28, 9),
+    )
+    pool = pools.make_pool([large, (1e-8 * small[0], *small[1:])])
+    found = fl.decompose(pool, 0.4, chain="mean")
+    assert found.report.rows[0].shared == 6
+    other = fl.decompose(pools.make_pool([large, small]), 0.4, chain="mean")
+    for kind in ("random", "top"):
+        one, two = (fl.control(d, kind)["shared"].update(MODULE) for d in (found, other))
+        assert one.rank == two.rank == 6

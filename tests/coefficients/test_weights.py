@@ -77,6 +77,60 @@ def test_duplicates_share_the_weight(k: int) -> None:
         )
 
 
+def equations(parts: list[pools.Part]) -> tuple[Tensor, Tensor]:
+    """The normal equations of the objective on dense matrices."""
+    deltas = [pools.dense(p) for p in parts]
+    matrix, right = torch.zeros(len(deltas), len(deltas), dtype=torch.float64), torch.zeros(len(deltas)).double()
+    for own in deltas:
+        norm = float(own.norm())
+        if norm > 0:
+            across = torch.stack([(other @ own.mT / norm).flatten() for other in deltas])
+            matrix += across @ across.mT
+            right += across @ (own @ own.mT / norm).flatten()
+    return matrix, right
+
+
+DEPENDENT = {
+    "equal": [(0, 1.0), (0, 1.0), (1, 1.0)],
+    "twice": [(0, 1.0), (0, 2.0), (1, 1.0)],
+    "turned": [(0, 1.0), (0, -8.0), (1, 1.0)],
+    "tiny": [(0, 1.0), (0, 1e-6), (1, 1.0)],
+    "huge": [(0, 1.0), (0, 1e6), (1, 1e6)],
+    "two pairs": [(0, 1.0), (0, 3.0), (1, 1.0), (1, -0.2)],
+    "three of one": [(0, 1.0), (0, 0.1), (0, 10.0)],
+    "beside a zero adapter": [(0, 1.0), (0, 4.0), (1, 0.0), (2, 1.0)],
+}
+
+
+@pytest.mark.parametrize("multiples", DEPENDENT.values(), ids=DEPENDENT)
+def test_of_equally_good_weights_the_shortest(multiples: list[tuple[int, float]]) -> None:
+    originals = pools.cast(pools.planted(3), torch.float64)
+    parts = [(originals[i][0] * factor, originals[i][1], originals[i][2]) for i, factor in multiples]
+    found = vector(pools.make_pool(parts), "least_interference")
+    matrix, right = equations(parts)
+    sizes = torch.tensor([matrix[i, i].sqrt() for i in range(len(parts))])
+    residual = (matrix @ found - right) / sizes.clamp(min=1e-300)
+    assert float(residual.norm()) <= SUBSPACE64 * float((right / sizes.clamp(min=1e-300)).nan_to_num().norm())
+    for i in {i for i, _ in multiples}:
+        members = [j for j, (k, _) in enumerate(multiples) if k == i]
+        factors = torch.tensor([multiples[j][1] for j in members], dtype=torch.float64)
+        if factors.any():  # least Σw² with Σ c w given: w ∝ c
+            share = found[members] @ factors / factors.square().sum()
+            torch.testing.assert_close(
+                found[members], share * factors, rtol=1e-6, atol=SUBSPACE64 * float(found.norm())
+            )
+
+
+def test_the_shortest_weights_of_a_sum_and_its_terms() -> None:
+    """One adapter is the sum of two others: one move of weights changes nothing; the shortest is orthogonal to it."""
+    a, b = pools.cast(pools.planted(2), torch.float64)
+    one, two = pools.make_adapter("a", {MODULE: a}), pools.make_adapter("b", {MODULE: b})
+    total = fl.Adapter.weighted_sum([(1.0, one), (7.0, two)], "total")
+    w = vector(fl.Pool([one, two, total]), "least_interference")
+    move = torch.tensor([1.0, 7.0, -1.0], dtype=torch.float64)
+    assert abs(float(w @ move)) <= SUBSPACE64 * float(w.norm() * move.norm())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_zero_adapter_has_no_weight_and_changes_no_other(method: str) -> None:
     parts = pools.cast(pools.with_zero(3), torch.float32)
