@@ -10,7 +10,7 @@ from builders import gaussian, make_adapter, make_config, make_factors, peft_ten
 from command import done, refused
 from safetensors.torch import save_file
 from told import COMMANDS, SMALL
-from tolerances import FLOAT32
+from tolerances import FLOAT32, SUMS32
 
 import fastlora as fl
 
@@ -157,6 +157,18 @@ def test_one_update_is_enough_to_change_something(tmp_path: Path) -> None:
     assert "changes nothing but what it holds beside its updates" in with_head.notes[0]
 
 
+def test_what_the_configuration_names_and_the_file_lacks(tmp_path: Path) -> None:
+    lost = fl.load(make_adapter(tmp_path / "a", SMALL, modules_to_save=["classifier", "score"]))
+    assert "'modules_to_save' names classifier, score, and its file holds no tensor of it" in lost.notes[0]
+    patterns = {"v_proj": 3, "layers.0.self_attn.q_proj": 2, "mlp.up_proj": 5}
+    scaled = fl.load(make_adapter(tmp_path / "b", SMALL, alpha_pattern=patterns))
+    (note,) = scaled.notes
+    assert "'alpha_pattern' has 'mlp.up_proj', which is for no module" in note
+    assert scaled.update("model.layers.0.self_attn.v_proj").scaling == 3 / 4
+    saved = fl.load((scaled.without_extras()).save(tmp_path / "c"))
+    assert saved.notes == ()
+
+
 def test_other_kinds_that_change_nothing(tmp_path: Path) -> None:
     assert "all its vectors are one" in fl.load(make_scalings(tmp_path / "ones", 1.0)).notes[0]
     assert fl.load(make_scalings(tmp_path / "scaled", 1.5)).notes == ()
@@ -209,8 +221,12 @@ def test_ranks_above_the_sides_of_a_module(rank: int, side: int, tmp_path: Path)
         for place, delta in expected.items():
             found = fl.load(tmp_path / place).delta(module)
             assert (found - delta).norm() <= FLOAT32 * delta.norm(), place
-        shared, unique = (fl.load(tmp_path / "parts" / p) for p in ("shared", "unique/wide"))
-        assert shared is not None and unique.update(module).rank <= rank
+        parts = fl.decompose(fl.Pool([wide, other]))
+        total = parts.shared_of("wide").delta(module) + parts.unique_of("wide").delta(module)
+        assert (total - wide.delta(module)).norm() <= SUMS32 * wide.delta(module).norm()
+        a, b = (x.delta(module).double() for x in (wide, other))
+        cosine = fl.overlap(fl.Pool([wide, other])).modules[module][0][0, 1]
+        assert abs(float(cosine) - float((a * b).sum() / a.norm() / b.norm())) <= FLOAT32
     assert fl.load(tmp_path / "exact").update(module).rank == side
 
 

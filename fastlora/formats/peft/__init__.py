@@ -17,6 +17,7 @@ from fastlora.engine.contracts import Sink
 from fastlora.formats.peft import ia3, reading
 from fastlora.formats.peft.beside import note_on_files
 from fastlora.formats.peft.config import read_fields
+from fastlora.formats.peft.missing import note_on_modules
 from fastlora.formats.peft.ranks import with_readable_ranks
 from fastlora.formats.peft.writing import AdapterFile
 
@@ -33,10 +34,11 @@ def read(path: Path, name: str) -> AdapterData:
     fields = read_fields(path)
     if fields.values.get("peft_type") == "IA3":
         scalings = ia3.read(path, name, fields)
-        return replace(scalings, notes=(*scalings.notes, *ia3.note_on_ones(scalings), *note_on_files(path, name)))
+        told = [*ia3.note_on_ones(scalings), *note_on_modules(scalings), *note_on_files(path, name)]
+        return replace(scalings, notes=(*scalings.notes, *told))
     adapter = reading.read(path, name, fields)
     zeros = note_on_zeros(name, adapter.updates.values(), with_extras=bool(adapter.extras))
-    return replace(adapter, notes=(*adapter.notes, *zeros, *note_on_files(path, name)))
+    return replace(adapter, notes=(*adapter.notes, *zeros, *note_on_modules(adapter), *note_on_files(path, name)))
 
 
 def ready(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:

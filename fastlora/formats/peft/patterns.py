@@ -57,6 +57,7 @@ class Patterns:
         self._place = place
         self._keys = tuple(values)
         self._exact: dict[str, int] = {}  # whole paths
+        self._used: set[str] = set()
         self._tails: dict[str, int] = {}  # ends of paths, after a dot
         self._others: list[tuple[int, Callable[[str], bool]]] = []
         for index, pattern in enumerate(self._keys):
@@ -73,7 +74,14 @@ class Patterns:
         if not self._keys:
             return None
         index = self._first(module)
-        return self._values.get(module if index is None else self._keys[index])
+        key = module if index is None else self._keys[index]
+        self._used.add(key)
+        return self._values.get(key)
+
+    @property
+    def unused(self) -> list[str]:
+        """The patterns that were first for no module that was asked for."""
+        return [key for key in self._keys if key not in self._used]
 
     def _first(self, module: str) -> int | None:
         indices = [self._exact[module]] if module in self._exact else []

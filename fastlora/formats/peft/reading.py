@@ -24,6 +24,7 @@ from fastlora.formats.peft.config import Fields, PeftConfig, read_config
 from fastlora.formats.peft.experts import with_settled_order
 from fastlora.formats.peft.keys import Keys, read_keys, without_base
 from fastlora.formats.peft.kinds import MERGE_FIRST, VARIANTS
+from fastlora.formats.peft.missing import note_on_scalings
 from fastlora.formats.peft.names import HEADS, REGISTRATION_ORDER, WRAPPED, saved_module
 from fastlora.formats.peft.weights import read_tensors
 
@@ -107,7 +108,7 @@ def read(directory: Path, name: str, fields: Fields) -> LoraData:
         extras=extras,
         base=config.base,
         dtype=functools.reduce(torch.promote_types, (d for u in updates.values() for d in u.dtypes())),
-        notes=(*config.notes, *keys.notes, *notes, *left_out, *told),
+        notes=(*config.notes, *keys.notes, *notes, *left_out, *told, *note_on_scalings(name, config.alpha_pattern)),
     )
 
 
