@@ -23,6 +23,12 @@ constexpr T kTiny = sizeof(T) == 4 ? T(1e-30) : T(1e-280);
 // `size`, negated where `sign` is negative (-0 is not).
 FASTLORA_INLINE double copy_sign(double size, double sign) { return sign < 0 ? -size : size; }
 
+// Balance of two factors in a chain: a row whose squared length is below kUnbalanced of the longest's is divided by
+// kPower = √kUnbalanced until it is not, at most down to kLeastPower. Noise of its arithmetic: kArithmetic √(r ε)
+// ‖B‖‖A‖.
+constexpr double kUnbalanced = 0x1p-16, kPower = 0x1p-8, kLeastPower = 0x1p-400;
+constexpr double kArithmetic = 0.5;  // four times the most that was seen
+
 // One-sided Jacobi. Columns with squared norms at or below kSmallSquare are left alone; kBoost lifts them to measure
 // them. Entries are scaled to below 2^largest_exponent, so that products of two squared norms neither overflow (squares
 // of singular values stay below 2^62 in float32) nor, above kSmallSquare, underflow.

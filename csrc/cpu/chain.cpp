@@ -1,4 +1,6 @@
 // chain: from the Gram blocks of one group of modules to the shared directions of every module, MATH (1)-(6), (10).
+//   balance    B' = B D, A' = D⁻¹A with powers of two              rows of A within 2^8 of the longest: lengths of its
+//                                                                  rows may as well be in the columns of B
 //   whitening  Gᴬ = L Lᵀ,  Lᵀ Gᴮ L = V Σ² Vᵀ,  T = L V Σ⁻¹         MATH (3): U = B T is orthonormal, σ are those of BA
 //   product    M = (U₁ᵀU₂)…(U_{k-1}ᵀU_k)(U_kᵀU₁)                    MATH (5), real Schur form
 //   palindrome M = C Cᵀ, C = (U₁ᵀU₂)…(U_{k-1}ᵀU_k)                  from the SVD of C; also product for k = 2
@@ -36,6 +38,7 @@ void multiply(int m, int n, int k, const double* a, int64_t a_stride, bool a_tra
 struct Buffers {
     double *values, *vectors;                 // [N, r], [N, r, r] of the eigendecompositions; N = groups · k
     double *root, *core;                      // L and LᵀGᴮL, then T in `root`: [N, r, r]
+    double *powers, *floor;                   // [N, r] of the balance, [N] below which σ is noise
     double *chain, *left, *singular, *right;  // [groups, ·]: chain matrix, its left vectors, values, right vectors
     int32_t *info_a, *info_b;                 // [N]
     int32_t* info_chain;                      // [groups]
@@ -48,6 +51,8 @@ size_t lay_out(char* base, const ChainArgs& a, Buffers& b) {
     b.vectors = arena.take<double>(n * r * r);
     b.root = arena.take<double>(n * r * r);
     b.core = arena.take<double>(n * r * r);
+    b.powers = arena.take<double>(n * r);
+    b.floor = arena.take<double>(n);
     b.chain = arena.take<double>(g * w * w);
     b.left = arena.take<double>(g * w * w);
     b.singular = arena.take<double>(g * w);
@@ -63,12 +68,49 @@ const double* block(const ChainArgs& a, int64_t group, int64_t i, int64_t j) {
     return a.left + ((group * a.k + i) * a.k + j) * a.r * a.r;
 }
 
-// Columns of L: eigenvectors of Gᴬ times the root of their eigenvalue; directions at the rounding level are dropped.
-void take_root(const double* values, const double* vectors, int r, double* root) {
+// D and D⁻¹ Gᴬ D⁻¹ of one adapter. Rows that are not far shorter than the longest keep their bits.
+void balance(const double* gram, int r, double* powers, double* balanced) {
+    double longest = 0.0;
+    for (int j = 0; j < r; ++j) longest = max_(longest, gram[j * r + j]);
+    for (int j = 0; j < r; ++j) {
+        double square = gram[j * r + j], power = 1.0;
+        while (square > 0.0 && square < kUnbalanced * longest && power > kLeastPower)
+            square /= kUnbalanced, power *= kPower;
+        powers[j] = power;
+    }
+    for (int i = 0; i < r; ++i)
+        for (int j = 0; j < r; ++j) balanced[i * r + j] = gram[i * r + j] / powers[i] / powers[j];
+}
+
+// What the arithmetic leaves of a σ that is zero: kArithmetic √(r ε) ‖B'‖ ‖A'‖, where A' has rows of length one. The
+// squares of these norms are bounded by sums of rows of the Gram matrices.
+double arithmetic_noise(const double* left, const double* right, int r, double* lengths) {
+    double widest_left = 0.0, widest_right = 0.0;
+    int rank = 0;
+    for (int i = 0; i < r; ++i) {
+        lengths[i] = sqrt_(max_(right[i * r + i], 0.0));
+        rank += lengths[i] > 0.0;
+    }
+    for (int i = 0; i < r; ++i) {
+        if (!(lengths[i] > 0.0)) continue;
+        double of_left = 0.0, of_right = 0.0;
+        for (int j = 0; j < r; ++j) {
+            if (!(lengths[j] > 0.0)) continue;
+            of_left += abs_(left[i * r + j] * lengths[i]) * lengths[j];
+            of_right += abs_(right[i * r + j] / lengths[i]) / lengths[j];
+        }
+        widest_left = max_(widest_left, of_left), widest_right = max_(widest_right, of_right);
+    }
+    return kArithmetic * sqrt_(rank * 2 * kEpsilon<double>) * sqrt_(widest_left) * sqrt_(widest_right);
+}
+
+// Columns of L: eigenvectors of the balanced Gᴬ times the root of their eigenvalue, their rows times D; directions at
+// the rounding level are dropped.
+void take_root(const double* values, const double* vectors, const double* powers, int r, double* root) {
     const double least = values[r - 1] * r * 4 * kEpsilon<double>;
     for (int j = 0; j < r; ++j) {
         const double scale = values[j] > least && values[j] > 0.0 ? sqrt_(values[j]) : 0.0;
-        for (int i = 0; i < r; ++i) root[i * r + j] = scale == 0.0 ? 0.0 : vectors[j * r + i] * scale;
+        for (int i = 0; i < r; ++i) root[i * r + j] = scale == 0.0 ? 0.0 : vectors[j * r + i] * scale * powers[i];
     }
 }
 
@@ -94,7 +136,7 @@ void whiten(const ChainArgs& a, int64_t index, const Buffers& b, double* scratch
     double* vectors = b.vectors + index * r * r;  // no longer needed once they are in `scratch`
     double *root = b.root + index * r * r, *sigma = a.sigma + index * r;
     for (int j = 0; j < r; ++j) sigma[j] = sqrt_(max_(values[r - 1 - j], 0.0));
-    const int64_t kept = directions_kept(sigma, a, a.floor[index]);
+    const int64_t kept = directions_kept(sigma, a, max_(a.floor[index], b.floor[index]));
     a.kept[index] = kept;
     for (int p = 0; p < r; ++p)
         for (int j = 0; j < r; ++j) scratch[p * r + j] = j < kept ? vectors[(r - 1 - j) * r + p] : 0.0;
@@ -229,12 +271,17 @@ void finish_mean(const ChainArgs& a, const Buffers& b, int64_t group) {
 int whiten_all(const ChainArgs& a, const Buffers& b) {
     const int64_t n = a.groups * a.k;
     const int r = int(a.r);
-    int status = eigh<double>(a.right, b.values, b.vectors, b.info_a, n, r, int(a.threads));
+    for_stretches(int(a.threads), n, [&](int64_t i) {
+        const double *gram = block(a, i / a.k, i % a.k, i % a.k), *other = a.right + i * r * r;
+        b.floor[i] = arithmetic_noise(gram, other, r, b.values + i * r);
+        balance(other, r, b.powers + i * r, b.core + i * r * r);
+    });
+    int status = eigh<double>(b.core, b.values, b.vectors, b.info_a, n, r, int(a.threads));
     if (status != kDone) return status;
     for_stretches(int(a.threads), n, [&](int64_t i) {
         const double* gram = block(a, i / a.k, i % a.k, i % a.k);
         double *root = b.root + i * r * r, *core = b.core + i * r * r, *scratch = b.vectors + i * r * r;
-        take_root(b.values + i * r, scratch, r, root);
+        take_root(b.values + i * r, scratch, b.powers + i * r, r, root);
         multiply(r, r, r, gram, r, false, root, r, scratch, r);
         multiply(r, r, r, root, r, true, scratch, r, core, r);
     });

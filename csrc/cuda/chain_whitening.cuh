@@ -110,9 +110,49 @@ __device__ __forceinline__ int directions_kept(const ChainArgs& a, Doubles sigma
     return count;
 }
 
-__device__ __forceinline__ void load_columns(Crew crew, const double* block, int r, PowerOfTwo scale, Doubles to,
-                                             int ld) {
-    for (int e = crew.rank; e < r * r; e += crew.size) to[e / r * ld + e % r] = scale * block[e];
+// The exponent of D for a row of A of this squared length, relative to the longest: a power of four near its length,
+// which may as well be in the column of B.
+__device__ __forceinline__ int balance_exponent(double square, PowerOfTwo scale) {
+    int power = 0;
+    if (square > 0) frexp(scale * square, &power);
+    const int half = (power >> 1) + 1;
+    return half < 0 ? half / 2 * 2 : 0;
+}
+
+// What the arithmetic leaves of a σ that is zero: kArithmetic √(r ε) ‖B'‖ ‖A'‖, where A' has rows of length one. The
+// squares of these norms are bounded by sums of rows of the Gram matrices. lengths [r], sums [2 r]: scratch.
+__device__ __forceinline__ double arithmetic_noise(Crew crew, const double* left, const double* right, int r,
+                                                   Doubles lengths, Doubles sums) {
+    for (int j = crew.rank; j < r; j += crew.size) lengths[j] = sqrt(fmax(right[j * r + j], 0.0));
+    crew.sync();
+    for (int i = crew.rank; i < r; i += crew.size) {
+        double of_left = 0.0, of_right = 0.0;
+        const double own = lengths[i];
+        for (int j = 0; j < r; ++j) {
+            const double other = lengths[j];
+            if (!(own > 0.0 && other > 0.0)) continue;
+            of_left += fabs(left[i * r + j] * own) * other;
+            of_right += fabs(right[i * r + j] / own) / other;
+        }
+        sums[i] = of_left;
+        sums[r + i] = of_right;
+    }
+    crew.sync();
+    int rank = 0;
+    for (int j = 0; j < r; ++j) rank += lengths[j] > 0.0;
+    const double noise = kArithmetic * sqrt(rank * 2 * kEpsilon<double>) * sqrt(largest_of(sums, r).size) *
+                         sqrt(largest_of(sums + r, r).size);
+    crew.sync();
+    return noise;
+}
+
+// D⁻¹ G D⁻¹ or, with `sign` 1, D G D by columns; the exponents of D are in `balance`.
+__device__ __forceinline__ void load_columns(Crew crew, const double* block, int r, PowerOfTwo scale, Ints balance,
+                                             int sign, Doubles to, int ld) {
+    for (int e = crew.rank; e < r * r; e += crew.size) {
+        const int row = e % r, column = e / r;
+        to[column * ld + row] = ldexp(scale * block[e], sign * (balance[row] + balance[column]));
+    }
 }
 
 // T of adapter i in slot `slot`, by columns; those behind the kept ones are zero. False if not converged.
@@ -121,8 +161,17 @@ __device__ __forceinline__ bool whiten(const Module& m, Crew crew, int own, int 
     const int left_power = m.exponents()[i], right_power = m.exponents()[m.l.k + i];
     const Doubles root = m.root(own), x = m.columns(own), t = m.whitened(slot), vector = m.vectors(own);
     const Ints order = m.order(own);
-    load_columns(crew, m.right(i), r, PowerOfTwo(-2 * right_power), root, ld);
-    load_columns(crew, m.left(i, i), r, PowerOfTwo(-2 * left_power), t, ld);
+    const int64_t adapter = m.group * m.l.k + i;
+    const double noise = arithmetic_noise(crew, m.left(i, i), m.right(i), r, x, vector);
+    const Ints balance = order + r;
+    const auto find_balance = [&] {
+        for (int j = crew.rank; j < r; j += crew.size)
+            balance[j] = balance_exponent(m.right(i)[j * r + j], PowerOfTwo(-2 * right_power));
+        crew.sync();
+    };
+    find_balance();
+    load_columns(crew, m.right(i), r, PowerOfTwo(-2 * right_power), balance, -1, root, ld);
+    load_columns(crew, m.left(i, i), r, PowerOfTwo(-2 * left_power), balance, 1, t, ld);
     crew.sync();
     pivoted_cholesky(crew, 2, r, ld, root, t, vector, order);
     multiply(crew, r, r, r, by_rows(root, ld), by_columns(t, ld), [=](int p, int j, double y) { x[j * ld + p] = y; });
@@ -130,9 +179,9 @@ __device__ __forceinline__ bool whiten(const Module& m, Crew crew, int own, int 
     const Doubles sigma = vector + r;
     rank_columns(crew, vector, r, order, sigma);
 
-    const int64_t adapter = m.group * m.l.k + i;
+    find_balance();  // the factorisation worked in its place
     const PowerOfTwo scale(left_power + right_power), back(-left_power);
-    const int kept = directions_kept(m.a, sigma, scale, m.a.floor[adapter]);
+    const int kept = directions_kept(m.a, sigma, scale, fmax(m.a.floor[adapter], noise));
     for (int j = crew.rank; j < r; j += crew.size) m.a.sigma[adapter * r + j] = scale * sigma[j];
     if (crew.rank == 0) {
         m.kept()[i] = kept;
@@ -141,7 +190,7 @@ __device__ __forceinline__ bool whiten(const Module& m, Crew crew, int own, int 
     const auto directions = [=](int p, int j) -> double { return x[order[j] * ld + p]; };
     multiply(crew, r, kept, r, by_columns(root, ld), directions, [=](int p, int j, double y) {
         const double s = sigma[j];
-        t[j * ld + p] = back * (y / (s * s));
+        t[j * ld + p] = ldexp(back * (y / (s * s)), balance[p]);
     });
     for (int e = kept * r + crew.rank; e < r * r; e += crew.size) t[e / r * ld + e % r] = 0.0;
     return converged;

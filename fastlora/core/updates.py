@@ -192,6 +192,20 @@ def default_rtol(updates: Sequence[Update]) -> float:
     return max([MIN_RTOL, *[EPSILON[t.source.dtype] for u in updates for f in (u.B, u.A) for t in f.terms]])
 
 
+# The same for half-precision factors on a GPU, whose tensor cores sum inner products in float32: to 2⁻²⁴.
+TENSOR_CORE_RTOL = 2.0**-12
+
+
+def exact_rtol(updates: Sequence[Update], *, on_gpu: bool = False) -> float:
+    """The relative size of a singular value that is rounding where stored numbers are taken as exact.
+
+    ``on_gpu``: the factors will be computed with there, wherever they are now.
+    """
+    stored = [t.source for u in updates for f in (u.B, u.A) for t in f.terms]
+    rough = any(x.element_size() == 2 and (on_gpu or x.device.type != "cpu") for x in stored)
+    return TENSOR_CORE_RTOL if rough else MIN_RTOL
+
+
 def sides(side: str) -> tuple[Side, Side]:
     """(projected factor, other factor) of a decomposition side."""
     if side == "left":

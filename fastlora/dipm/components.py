@@ -40,8 +40,8 @@ class SingularComponents:
 def forms(blocks: PairBlocks) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
     """``(T, D, σ)`` of every member of every module, ``D`` with unit rows ``D A``, ``σ`` of ``B A``: by ``[g][k]``.
 
-    Stored factors are taken as exact, whatever their dtype: only what is below 1e-6 of the largest ``σ``, where the
-    Gram matrix itself is rounding, is left out.
+    Stored factors are taken as exact, whatever their dtype: only what is below 1e-6 of the largest ``σ``, or of what a
+    part was computed from, is left out. The root of the rounding of a Gram matrix is two digits below.
     """
     forms_by_module: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in blocks.modules]
     for i in range(len(blocks.members)):

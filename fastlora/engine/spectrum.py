@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.core.updates import MIN_RTOL, Update
+from fastlora.core.updates import Update, exact_rtol
 from fastlora.engine.blocks import read_chain_blocks
 from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.schedule import GroupPart, one_adapter, parts, rtol_or_default
 from fastlora.engine.stream import current
 from fastlora.errors import InputError
+from fastlora.reference.chain import arithmetic_noise
+
+# Directions up to this times the noise of the arithmetic may be lost; and the share of Σσ² from which on it counts.
+LARGEST_NOISE, UNKNOWN = 4.0, 1e-9
 
 MATRICES = 6  # r×r of a module that are in memory: two Gram blocks, and what is made of them
 
@@ -56,8 +61,10 @@ def singular_forms(
     forms: dict[str, SingularForm] = {}
     pool = one_adapter(name, updates)
     label = f"singular values of {name}"
-    rtol_of = rtol_or_default(MIN_RTOL if exact else None)
-    for part in parts(pool, label, rtol_of=rtol_of, matrices=MATRICES, stream=current()):
+    stream = current()
+    exact_of = functools.partial(_exact_rtol, on_gpu=stream is not None)
+    rtol_of = exact_of if exact else rtol_or_default(None)
+    for part in parts(pool, label, rtol_of=rtol_of, matrices=MATRICES, stream=stream):
         if part.group.ranks == (0,):
             empty = torch.zeros(0, dtype=torch.float64)
             zero = SingularForm(empty, empty.reshape(0, 0), empty.reshape(0, 0), 0, 0.0, 1.0)
@@ -65,6 +72,10 @@ def singular_forms(
         else:
             forms |= _read_forms(part, rank, energy, exact)
     return {m: forms[m] for m in updates}
+
+
+def _exact_rtol(update: Update, *, on_gpu: bool) -> float:
+    return exact_rtol([update], on_gpu=on_gpu)
 
 
 def _read_forms(part: GroupPart, rank: int | None, energy: float | None, exact: bool) -> dict[str, SingularForm]:
@@ -91,14 +102,18 @@ def _read_forms(part: GroupPart, rank: int | None, energy: float | None, exact: 
     energies = torch.nn.functional.pad(sigma.square().cumsum(1), (1, 0))  # [g, r + 1]
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
     counts = kept[:, 0].tolist()
-    totals = energies[:, -1].tolist()
+    # Directions that the arithmetic cannot tell from zero may have that size: of ordinary factors that is nothing.
+    noise = LARGEST_NOISE * arithmetic_noise(blocks.projected[:, 0, 0], blocks.other[:, 0]).cpu() * scalings
+    unknown = noise.square() * (sigma <= noise[:, None]).sum(1)
+    unknown = torch.where(unknown > UNKNOWN * energies[:, -1], unknown, 0.0)
+    totals, wholes = energies[:, -1].tolist(), (energies[:, -1] + unknown).tolist()
     kept_energies = energies.gather(1, kept).flatten().tolist()
     forms = {}
-    rows = zip(modules, counts, totals, kept_energies, sigma.unbind(), T.unbind(), D.unbind(), strict=True)
-    for module, count, total, kept_energy, sigma_row, T_row, D_row in rows:
+    rows = zip(modules, counts, totals, wholes, kept_energies, sigma.unbind(), T.unbind(), D.unbind(), strict=True)
+    for module, count, total, whole, kept_energy, sigma_row, T_row, D_row in rows:
         if count < most:
             T_row, D_row = T_row[:, :count], D_row[:count]
-        retained = kept_energy / total if total > 0 else 1.0
+        retained = kept_energy / whole if whole > 0 else 1.0
         forms[module] = SingularForm(sigma_row, T_row, D_row, count, math.sqrt(total), retained)
     return forms
 

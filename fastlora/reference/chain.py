@@ -9,6 +9,10 @@ from torch import Tensor
 
 # Below it, z = Σ U_i y_i/√(kλ) is the difference of nearly equal vectors: no direction, only rounding.
 LEAST_MEAN = 1e-10
+# Squared lengths of rows, relative to the longest, and powers below which none is balanced.
+UNBALANCED, LEAST_POWER = 2.0**-16, 2.0**-400
+# What rounding leaves of a singular value that is zero, in units of √(r ε) ‖B‖ ‖A‖: four times the most that was seen.
+ARITHMETIC = 0.5
 
 
 def chain(
@@ -37,7 +41,9 @@ def chain(
 
 def whiten(g: Tensor, a: Tensor, floor: float, rtol: float, rank: int, energy: float) -> tuple[Tensor, Tensor]:
     """``T [r, kept]`` and all ``σ`` descending, MATH (3)."""
-    root = semidefinite_root(a)
+    powers = balance(a.diagonal())
+    root = powers[:, None] * semidefinite_root(a / powers[:, None] / powers)
+    floor = max(floor, float(arithmetic_noise(g, a)))
     values, vectors = torch.linalg.eigh(root.mT @ g @ root)
     sigma, vectors = values.clamp(min=0).sqrt().flip(-1), vectors.flip(-1)
     keep = int((sigma > max(rtol * float(sigma[0]), floor)).sum()) if float(sigma[0]) > 0 else 0
@@ -48,6 +54,35 @@ def whiten(g: Tensor, a: Tensor, floor: float, rtol: float, rank: int, energy: f
         total = float((sigma > max(rtol * float(sigma[0]), floor)).double() @ sigma.square())
         keep = min(keep, int((share < energy * total).sum()) + 1)
     return root @ vectors[:, :keep] / sigma[:keep], sigma
+
+
+def balance(squares: Tensor) -> Tensor:
+    """Powers of two that bring rows of these squared lengths ``[..., r]`` within 2⁸ of the longest: a row's length may
+    as well be in the other factor."""
+    powers = torch.ones_like(squares)
+    if not squares.numel():
+        return powers
+    longest = squares.amax(-1, keepdim=True)
+    while True:
+        short = (squares > 0) & (squares < UNBALANCED * powers.square() * longest) & (powers > LEAST_POWER)
+        if not bool(short.any()):
+            return powers
+        powers = torch.where(short, powers * UNBALANCED**0.5, powers)
+
+
+def arithmetic_noise(g: Tensor, a: Tensor) -> Tensor:
+    """What the arithmetic leaves of a ``σ`` that is zero: ``½ √(r ε) ‖B‖ ‖A‖``, with rows of ``A`` brought to length
+    one and their lengths to ``B``, from ``g``, ``a`` ``[..., r, r]``: ``[...]``.
+
+    The squares of the norms are bounded by sums of rows of the Gram matrices. ``r`` counts rows that are not zero.
+    """
+    lengths = a.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    inverse = torch.where(lengths > 0, 1.0 / lengths, 0.0)
+    left = (g.abs() * lengths[..., :, None] * lengths[..., None, :]).sum(-1)
+    right = (a.abs() * inverse[..., :, None] * inverse[..., None, :]).sum(-1)
+    epsilon = (lengths > 0).sum(-1) * torch.finfo(torch.float64).eps
+    noise: Tensor = ARITHMETIC * (epsilon * left.amax(-1)).sqrt() * right.amax(-1).sqrt()
+    return noise
 
 
 def semidefinite_root(a: Tensor) -> Tensor:

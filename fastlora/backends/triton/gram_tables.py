@@ -77,7 +77,7 @@ def kind_of(job: AddressedJob) -> GramKind:
 def chunks(jobs: Sequence[AddressedJob], triple: bool, workspace: int = WORKSPACE) -> Iterator[JobChunk]:
     """``triple``: whether one program may form all three products of two groups of slabs."""
     kinds: dict[GramKind, list[AddressedJob]] = {}
-    for job in jobs:
+    for job in _of_one_arithmetic(jobs):
         if any(job.factors[i].width and job.factors[j].width for i, j, _ in job.blocks):
             kinds.setdefault(kind_of(job), []).append(job)
     tables_of = functools.lru_cache(maxsize=None)(_job_tables)
@@ -94,6 +94,26 @@ def chunks(jobs: Sequence[AddressedJob], triple: bool, workspace: int = WORKSPAC
                 filling = _FillingChunk(kind)
             filling.add(job, made)
         yield filling.chunk()
+
+
+def _of_one_arithmetic(jobs: Sequence[AddressedJob]) -> Iterator[AddressedJob]:
+    """The jobs, those on factors of several dtypes by the pairs of dtypes of their blocks: how a block is summed
+    depends on its two factors, not on what else is in the pool."""
+    split: dict[tuple[int, tuple[int, ...]], list[list[BlockPlace]]] = {}  # jobs mostly share their list of blocks
+    for job in jobs:
+        codes = tuple([x.code for x in job.factors])
+        if len(set(codes)) == 1:
+            yield job
+            continue
+        key = id(job.blocks), codes
+        if key not in split:
+            alike: dict[int | None, list[BlockPlace]] = {}
+            for i, j, offset in job.blocks:
+                is_half = codes[i] == codes[j] and codes[i] in HALVES
+                alike.setdefault(codes[i] if is_half else None, []).append((i, j, offset))
+            split[key] = list(alike.values())
+        for blocks in split[key]:
+            yield job._replace(blocks=blocks)
 
 
 @dataclass(slots=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -79,7 +78,6 @@ def merge(
             if not bool(cores.isfinite().all()):
                 raise InputError(f"the weighted updates overflow: lower the weights {given}")
             cut = frames.cut(given, rank, energy, significant=cuts_itself)
-            cut = replace(cut, floor=torch.maximum(cut.floor, frames.rounding(scales)))
             core = program(cores, cut, **parameters) if cuts_itself else program(cores, **parameters)
             check_result(name, frames.blocks.modules, core, (len(part), R, R))
             last = _rounding(cut) if cuts_itself else cut

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.core.factors import Factor, Side, add
-from fastlora.core.updates import MIN_RTOL, Noise, Update, default_rtol, factor, joint_noise, with_rank_zero
+from fastlora.core.updates import Noise, Update, default_rtol, exact_rtol, factor, joint_noise, with_rank_zero
 from fastlora.engine.blocks import PairBlocks
+from fastlora.reference.chain import balance
 
 # What is below it, relative to the largest eigenvalue of a Gram matrix or to the terms of a sum, is rounding.
 ROUNDING = 1e-14
@@ -49,9 +50,9 @@ class Frames:
     """Modules of one group, ``R`` their stacked rank; all float64.
 
     With orthonormal ``Q_B``, ``Q_A``: ``[B_1/β_1 …] = Q_B left [R, R]``, ``[A_1/α_1; …] = rightᵀ Q_Aᵀ``. ``inverse``:
-    ``Q_B = [B_1/β_1 …] inverse``. ``norms_B``, ``norms_A`` ``[g, k]``: the ``β_i``, ``α_i``, which keep adapters of
-    different sizes apart from each other's rounding. A direction that no factor has is a row of zeros in ``left`` or
-    ``right`` and a column of zeros in ``inverse``.
+    ``Q_B = [B_1/β_1 …] inverse``. ``norms_B``, ``norms_A`` ``[g, R]``: the ``β_i``, ``α_i``, which keep adapters of
+    different sizes apart from each other's rounding, and columns of one adapter of very different sizes. A direction
+    that no factor has is a row of zeros in ``left`` or ``right`` and a column of zeros in ``inverse``.
     """
 
     blocks: PairBlocks
@@ -94,17 +95,17 @@ class Frames:
 
     def total(self, scales: Tensor) -> Tensor:
         """``Σ_i M_i``, where ``M_i`` is ``scales_i B_i A_i``: ``[g, R, R]``."""
-        return (self.left * self.spread(scales * self.norms_B * self.norms_A)[:, None]) @ self.right.mT
+        return (self.left * (self.spread(scales) * self.norms_B * self.norms_A)[:, None]) @ self.right.mT
 
     def cores(self, scales: Tensor, count: int) -> Tensor:
         """The ``M_i`` of ``scales_i B_i A_i``, one for each of the ``count`` adapters of the pool: ``[g, k, R, R]``."""
         g, R = self.left.shape[:2]
         result = self.left.new_zeros(g, count, R, R)
-        sizes = scales * self.norms_B * self.norms_A
+        sizes = self.spread(scales) * self.norms_B * self.norms_A
         end = 0
-        for place, (member, rank) in enumerate(zip(self.blocks.members, self.ranks, strict=True)):
+        for member, rank in zip(self.blocks.members, self.ranks, strict=True):
             start, end = end, end + rank
-            columns = self.left[:, :, start:end] * sizes[:, place, None, None]
+            columns = self.left[:, :, start:end] * sizes[:, None, start:end]
             torch.matmul(columns, self.right[:, :, start:end].mT, out=result[:, member])
         return result
 
@@ -118,9 +119,9 @@ class Frames:
         """
         noises, rows = self.noises(weights), self.blocks.updates
         floors = [noise.floor if significant else noise.rounding for noise in noises]
-        rtol = [default_rtol(row) if significant else MIN_RTOL for row in rows]
+        rtol = [default_rtol(row) if significant else exact_rtol(row) for row in rows]
         rtol_of, floor_of = (torch.tensor(values, dtype=torch.float64) for values in (rtol, floors))
-        return Cut(rtol_of, floor_of, rank, energy)
+        return Cut(rtol_of, torch.maximum(floor_of, self.rounding(self.scales(weights))), rank, energy)
 
     def noises(self, weights: Sequence[float]) -> list[Noise]:
         """Of sums with these weights, module by module."""
@@ -131,17 +132,19 @@ class Frames:
     def rounding(self, scales: Tensor) -> Tensor:
         """The size that a sum of the cores of ``scales_i B_i A_i`` has where it cancels and only rounding is left:
         ``[g]``."""
-        return ROUNDING * (scales * self.norms_B * self.norms_A).abs().sum(1)
+        sizes = (self.spread(scales) * self.norms_B * self.norms_A).abs()
+        largest = [piece.amax(1) for piece in torch.split_with_sizes(sizes, self.ranks, 1) if piece.shape[1]]
+        return ROUNDING * torch.stack(largest).sum(0) if largest else sizes.new_zeros(len(sizes))
 
     def right_of(self, core: Tensor) -> tuple[Tensor, Tensor]:
         """``core Q_Aᵀ = D diag(c) [A_1; …]`` for ``core [g, R, R]``: ``D [g, R, R]`` and ``c [g, R]``."""
         squares = self.right.square().sum(2)  # Λ of the A side, since E is orthonormal
         inverse = self.right.mT * _inverse(squares)[:, None]
-        return core @ inverse.mT, self.spread(_inverse(self.norms_A))
+        return core @ inverse.mT, _inverse(self.norms_A)
 
     def right_of_total(self, scales: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`right_of` of :meth:`total`, without the way over ``Q_A``."""
-        return self.left, self.spread(scales * self.norms_B)
+        return self.left, self.spread(scales) * self.norms_B
 
     def updates(
         self, core: Tensor, right: tuple[Tensor, Tensor], cut: Cut, noises: Sequence[Noise]
@@ -159,7 +162,7 @@ class Frames:
                 result[module] = with_rank_zero(row[0]), 0.0, float(squares.sum())
                 continue
             U = vectors[g, :, :count]
-            T = (self.inverse[g] @ U) * self.spread(_inverse(self.norms_B[g : g + 1])).mT  # Q_B U = [B_1 …] T
+            T = (self.inverse[g] @ U) * _inverse(self.norms_B[g])[:, None]  # Q_B U = [B_1 …] T
             B, A = self._stacked(row, "B", T), self._stacked(row, "A", ((U.mT @ D[g]) * columns[g]).mT)
             update = Update(B, A, 1.0, row[0].layout, noises[g])
             result[module] = update, float(squares[:count].sum()), float(squares.sum())
@@ -172,12 +175,17 @@ class Frames:
 
 
 def _root(gram: Tensor, ranks: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """``(root, norms, inverse)`` of the stacked factors ``X = [X_i/‖X_i‖]``: ``X = Q root``, ``Q = X inverse``."""
+    """``(root, norms, inverse)`` of the stacked factors ``X = [X_i/‖X_i‖]``: ``X = Q root``, ``Q = X inverse``.
+
+    ``norms [g, R]``: of each column that of its adapter, times a power of two where it is far shorter than others.
+    """
     g, k, _, r, _ = gram.shape
     index = torch.cat([i * r + torch.arange(rank) for i, rank in enumerate(ranks)])
     stacked = gram.transpose(2, 3).reshape(g, k * r, k * r)[:, index][:, :, index]
     norms = gram.diagonal(dim1=1, dim2=2).diagonal(dim1=1, dim2=2).sum(-1).clamp(min=0).sqrt()  # [g, k]
-    scale = _inverse(norms).repeat_interleave(torch.tensor(ranks), dim=1)
+    norms = norms.repeat_interleave(torch.tensor(ranks), dim=1)
+    norms = norms * balance(stacked.diagonal(dim1=1, dim2=2) * _inverse(norms).square())
+    scale = _inverse(norms)
     values, vectors = ops.eigh((scale[:, :, None] * stacked * scale[:, None]).contiguous())
     kept = values > ROUNDING * values[:, -1:].clamp(min=0) if len(index) else values > 0
     size = torch.where(kept, values, 0.0).sqrt()
