@@ -71,6 +71,7 @@ class TestOp:
     def test_scale(self, kind: str) -> None:
         op.test_scale_of_the_factors_changes_nothing(1e30, kind)
         op.test_scale_of_the_factors_changes_nothing(1e-30, kind)
+        op.test_lengths_of_single_rows_change_nothing("cuda", kind)
 
     @KINDS
     @pytest.mark.parametrize("shape", [(0, 2, 4), (3, 2, 0), (0, 3, 0)], ids=str)
@@ -78,6 +79,8 @@ class TestOp:
         op.test_empty("cuda", kind, shape)
 
     def test_edges(self) -> None:
+        for small in (1.0, 1e-3, 1e-6):
+            op.test_rounding_of_factors_that_cancel_is_no_direction("cuda", small)
         op.test_one_adapter_is_the_whitening_alone("cuda")
         op.test_mean_at_threshold_zero_takes_directions_and_no_rounding("cuda")
 

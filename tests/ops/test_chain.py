@@ -106,6 +106,37 @@ def test_scale_of_the_factors_changes_nothing(scale: float, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CHAINS)
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths_of_single_rows_change_nothing(backend: str, kind: str) -> None:
+    """A row of ``A`` times a power of two and a column of ``B`` divided by it: from a few powers to hundreds."""
+    B, A = stack(pools.planted(3))
+    powers = torch.randint(-9, 9, (3, 1, A.shape[1]), generator=torch.Generator().manual_seed(1)).double()
+    with fl.use_backend(backend):
+        plain = fl.ops.chain(*blocks_of(B, A, kind), threshold=0.5, kind=kind)
+        for step in (1, 4, 11):
+            lengths = (step * powers).exp2()
+            moved = fl.ops.chain(*blocks_of(B / lengths, A * lengths.mT, kind), threshold=0.5, kind=kind)
+            assert torch.equal(plain.kept, moved.kept) and torch.equal(plain.shared, moved.shared)
+            torch.testing.assert_close(moved.values, plain.values, rtol=0, atol=SUBSPACE64)
+            torch.testing.assert_close(moved.sigma, plain.sigma, rtol=0, atol=ROOT64 * float(plain.sigma.max()))
+            z, reference = (x @ c.basis for x, c in ((B / lengths, moved), (B, plain)))
+            z, reference = z.sum(0), reference.sum(0)
+            torch.testing.assert_close(z @ z.mT, reference @ reference.mT, rtol=0, atol=WEAK64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("small", [1.0, 1e-3, 1e-6])
+def test_rounding_of_factors_that_cancel_is_no_direction(backend: str, small: float) -> None:
+    """``B = [X | X]`` and ``A = [Y; −Y + small·Y']``: what is left has the rank of ``Y'``."""
+    X, Y, rest = (pools.orthonormal(n, 4, seed).double() for n, seed in ((30, 1), (25, 2), (25, 3)))
+    B, A = torch.cat([X, X], 1), torch.cat([Y.mT, small * rest.mT - Y.mT])
+    left, right = (B.mT @ B)[None, None], (A @ A.mT)[None]
+    with fl.use_backend(backend):
+        found = fl.ops.chain(left, right, threshold=0.5, rtol=1e-12)
+    assert found.kept.tolist() == [4]
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_floor_takes_weak_directions_out(backend: str, kind: str) -> None:
     B, A = stack(pools.planted(2))
     left, right = blocks_of(B, A, kind)
