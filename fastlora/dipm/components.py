@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.core.factors import Factor, add, concatenate
-from fastlora.core.updates import MIN_RTOL, Update, unscaled
+from fastlora.core.updates import Update, exact_rtol, unscaled
 from fastlora.dipm.module import ModulatedModule, dense
 from fastlora.engine.blocks import PairBlocks
 from fastlora.engine.checks import raise_for_info
+from fastlora.engine.stream import current
 
 # Singular values at a smaller relative distance are equal to rounding: any rotation of their components is as good.
 EQUAL = 1e-6
@@ -40,14 +41,16 @@ class SingularComponents:
 def forms(blocks: PairBlocks) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
     """``(T, D, σ)`` of every member of every module, ``D`` with unit rows ``D A``, ``σ`` of ``B A``: by ``[g][k]``.
 
-    Stored factors are taken as exact, whatever their dtype: only what is below 1e-6 of the largest ``σ``, or of what a
-    part was computed from, is left out. The root of the rounding of a Gram matrix is two digits below.
+    Stored factors are taken as exact, whatever their dtype: only what is below 1e-6 of the largest ``σ``, or below 1e-7
+    of that of what a part was computed from, is left out (2⁻¹² for half-precision factors on a GPU). The root of the
+    rounding of a Gram matrix is lower.
     """
     forms_by_module: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in blocks.modules]
     for i in range(len(blocks.members)):
         left, right = blocks.left[:, i, i, None, None].contiguous(), blocks.right[:, i, i, None].contiguous()
         floor = torch.tensor([[unscaled(row[i].noise.rounding, row[i])] for row in blocks.updates], dtype=torch.float64)
-        chain = ops.chain(left, right, threshold=0.0, rtol=MIN_RTOL, floor=floor)
+        rtol = max(exact_rtol([row[i]], on_gpu=current() is not None) for row in blocks.updates)
+        chain = ops.chain(left, right, threshold=0.0, rtol=rtol, floor=floor)
         raise_for_info(blocks.modules, chain.info)
         for g, kept in enumerate(chain.kept[:, 0].tolist()):
             rank = blocks.updates[g][i].rank

@@ -16,6 +16,7 @@ from fastlora import ops
 from fastlora.core.factors import Factor, Side, add
 from fastlora.core.updates import Noise, Update, default_rtol, exact_rtol, factor, joint_noise, with_rank_zero
 from fastlora.engine.blocks import PairBlocks
+from fastlora.engine.stream import current
 from fastlora.reference.chain import balance
 
 # What is below it, relative to the largest eigenvalue of a Gram matrix or to the terms of a sum, is rounding.
@@ -119,7 +120,8 @@ class Frames:
         """
         noises, rows = self.noises(weights), self.blocks.updates
         floors = [noise.floor if significant else noise.rounding for noise in noises]
-        rtol = [default_rtol(row) if significant else exact_rtol(row) for row in rows]
+        on_gpu = current() is not None
+        rtol = [default_rtol(row) if significant else exact_rtol(row, on_gpu=on_gpu) for row in rows]
         rtol_of, floor_of = (torch.tensor(values, dtype=torch.float64) for values in (rtol, floors))
         return Cut(rtol_of, torch.maximum(floor_of, self.rounding(self.scales(weights))), rank, energy)
 
