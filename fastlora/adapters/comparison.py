@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fastlora.adapters.model_names import matched_names, shares_embedding, tie_group
+from fastlora.adapters.found_facts import found_facts
+from fastlora.adapters.model_names import body_prefix, matched_names, shares_embedding, tie_group
 from fastlora.adapters.selection import Selection
-from fastlora.core.architectures import (
-    BIAS,
-    EXPERT_NUMBER,
-    FUSED_SINCE,
-    LANGUAGE_HEADS,
-    LOOKS_LIKE_CONV1D,
-    NO_MODULES,
-    ROUTERS,
-    TRANSLATED,
-    TRANSPOSED_EXPERTS,
-    WEIGHT,
-    is_conv1d,
-    is_embedding,
-    is_head,
-    is_row_table,
-    task_type,
-)
+from fastlora.core.architectures import INPUT_EMBEDDINGS, LANGUAGE_HEADS, WEIGHT, is_buffer, is_head, is_row_table
 from fastlora.core.model_facts import ModelFacts
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.files.checkpoint import Checkpoint, stored_as
 from fastlora.files.model_config import ModelConfig
 from fastlora.files.quantised import quantised_error
 from fastlora.files.shards import listed
+
+OUTSIDE = re.compile(r"lm_head|cls\.|predictions\.|generator_|vocab_|score\.|classifier|qa_outputs|embed_out|proj_out")
+"""What lies beside the body of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +54,10 @@ class _Side:
         """As it is stored."""
         return self.stored.tensors[name]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter."""
+        return {common: tuple(self.stored.tensors[name].shape) for common, name in self.names.items()}
+
 
 class Comparison:
     """Takes the change from one model to another; a fresh one for each pair."""
@@ -81,6 +74,7 @@ class Comparison:
     ) -> None:
         self.name = name
         self.common_only = common_only
+        self.is_settled = tied is not None
         self.selection = selection
         self.configs = [c.config for c in (tuned, base) if c.config is not None]
         self.notes: list[str] = [*base.notes, *tuned.notes]
@@ -88,6 +82,7 @@ class Comparison:
         second = {n: tuned.tensors[n] for n in tuned.parameters}
         ours, theirs, rules = matched_names(first, second)
         self._tell_rules(rules, base.where)
+        self._add_body_prefix(ours, theirs)
         self.group = tie_group({*ours.values(), *theirs.values()}, self.configs, tied)
         self.base = self._side(base, ours, tuned.config, tied)
         self.tuned = self._side(tuned, theirs, base.config, tied)
@@ -107,6 +102,9 @@ class Comparison:
         whole = [n for n in every if self.selection.keeps_whole(n)]
         if any(n in self.group for n in whole):
             whole = [*dict.fromkeys([*whole, *(n for n in self.group if n in every)])]
+        # A module is replaced with all of its parameters, of which one may have stayed.
+        modules = {_module(n) for n in whole}
+        whole += [n for n in every if n not in whole and _module(n) in modules]
         values = {n: self._value(n) for n in whole}
         wanted = [n for n in every if n not in values]
         self._refuse_codes([n for n in wanted if self.selection.takes(n)])
@@ -117,13 +115,28 @@ class Comparison:
         if not deltas and not values:
             self.notes.append(f"task vector {self.name!r} changes nothing: the two models have equal parameters")
         ties = self._ties(deltas)
-        facts = self._facts(deltas, ties)
+        self._tell_unknown_head(deltas)
+        facts = found_facts(deltas, self.base.shapes(), self.configs)
         self._tell_dtypes([n for n in wanted if self.selection.takes(n)])
+        changed = {_module(n) for n in values if not self._is_unchanged(n)}
         return Change(
             {n: d for n, d in deltas.items() if n not in ties},
-            {n: v for n, v in values.items() if not self._is_unchanged(n)},
+            {n: v for n, v in values.items() if _module(n) in changed},
             replace(facts, ties=ties, unknown=tuple(unknown), excluded=excluded),
             tuple(dict.fromkeys(self.notes)),
+        )
+
+    def _add_body_prefix(self, ours: dict[str, str], theirs: dict[str, str]) -> None:
+        """Names as the model has them that the configuration names, where both files lack the first part."""
+        prefix = body_prefix({*ours.values(), *theirs.values()}, self.configs)
+        if not prefix:
+            return
+        for names in (ours, theirs):
+            names |= {own: n if OUTSIDE.match(n) else prefix + n for own, n in names.items()}
+        architecture = next((a for c in self.configs for a in c.architectures), "the model")
+        self.notes.append(
+            f"task vector {self.name!r}: the files lack {prefix!r} in front of their names, which {architecture} has; "
+            "the result has it"
         )
 
     def _side(
@@ -178,6 +191,12 @@ class Comparison:
     def _alone(self, names: Sequence[str]) -> list[str]:
         """Parameters that only one of the models has: told, or refused."""
         alone = [n for n in names if self._pair(n) is None]
+        buffers = [n for n in alone if is_buffer(n, self._any(n).shape)]
+        if buffers:
+            self.notes.append(
+                f"task vector {self.name!r}: {listed(buffers)}, which one model stores, are no parameters"
+            )
+            alone = [n for n in alone if n not in buffers]
         if not alone:
             return []
         only_tuned = [n for n in alone if self.base.find(n) is None]
@@ -189,6 +208,11 @@ class Comparison:
             + ("" if not only_tuned else "; what the fine-tune alone has can be kept whole (whole=, --whole)")
         )
         return only_tuned
+
+    def _any(self, name: str) -> Tensor:
+        """A parameter of the model that has it."""
+        side = self.base if self.base.find(name) is not None else self.tuned
+        return side.tensor(side.find(name) or name)
 
     def _alone_message(self, only_base: list[str], only_tuned: list[str]) -> str:
         sides = (("the base model", only_base), ("the fine-tune", only_tuned))
@@ -205,6 +229,20 @@ class Comparison:
             f"only one of the two models has {listed([*only_base, *only_tuned])}, whose change is unknown ({where}); "
             + ", or ".join(ways)
         )
+
+    def _tell_unknown_head(self, deltas: Mapping[str, Tensor]) -> None:
+        """Notes where an embedding changed that may be the head, too, and nothing says whether it is."""
+        if self.group or self.is_settled or any(is_head(n.removesuffix(WEIGHT)) for n in deltas):
+            return
+        if any(c.ties is False or c.architectures for c in self.configs):
+            return
+        modules = [n.removesuffix(WEIGHT) for n in deltas if "embeddings." not in n]  # as encoders have them
+        inputs = [m for m in modules if m.rpartition(".")[2] in INPUT_EMBEDDINGS]
+        if inputs and not any(is_head(n.removesuffix(WEIGHT)) for n in self.base.names):
+            self.notes.append(
+                f"task vector {self.name!r}: nothing says whether an output head is {inputs[0]}; where it is, say so "
+                "with tied=True (--tied), or its change is not in an adapter (without one, tied=False, --no-tied)"
+            )
 
     def _resized(self, names: Sequence[str]) -> list[str]:
         """Parameters of other shapes: tables whose rows were added or removed are told, others refused."""
@@ -302,60 +340,6 @@ class Comparison:
         others = [n for n in self.group if n in deltas and n not in self.base.names]
         return {n: source for n in others if torch.equal(deltas[n], deltas[source])}
 
-    def _facts(self, deltas: Mapping[str, Tensor], ties: Mapping[str, str]) -> ModelFacts:
-        types = {t for c in self.configs for t in c.model_types}
-        in_out, assumed = [], []
-        for parameter, delta in deltas.items():
-            module = parameter.removesuffix(WEIGHT)
-            if module == parameter or delta.dim() != 2 or is_head(module) or is_embedding(module):
-                continue
-            shape = self._is_in_out(module, delta.shape)
-            if shape if shape is not None else any(is_conv1d(module, t) for t in types):
-                in_out.append(module)
-            elif shape is None and (not self.configs or (LOOKS_LIKE_CONV1D.fullmatch(module) and not types)):
-                assumed.append(module)
-        last = {m.rpartition(".")[2] for m in in_out}
-        if not types and any(LOOKS_LIKE_CONV1D.fullmatch(m) for m in in_out):
-            # Square weights of the same class: only the others show how they lie.
-            in_out += [m for m in assumed if LOOKS_LIKE_CONV1D.fullmatch(m) or m.rpartition(".")[2] in last]
-        tasks = (task_type(c.architectures, c.encoder_decoder and shares_embedding(c)) for c in self.configs)
-        matrices = [n.removesuffix(WEIGHT) for n, d in deltas.items() if n.endswith(WEIGHT) and d.dim() >= 2]
-        return ModelFacts(
-            configured=bool(self.configs),
-            in_out=tuple(in_out),
-            assumed=tuple(m for m in assumed if m not in in_out),
-            in_out_experts=bool(types & TRANSPOSED_EXPERTS),
-            by_parameter=tuple(m for m in matrices if self._is_by_parameter(m, types)),
-            unsuited=tuple(m for m in matrices if any(m.rpartition(".")[2] in NO_MODULES.get(t, ()) for t in types)),
-            fused_later=bool(types & FUSED_SINCE),
-            task_type=next((t for t in tasks if t is not None), None),
-            still=self._still(deltas),
-        )
-
-    def _is_by_parameter(self, module: str, types: Collection[str]) -> bool:
-        """Whether PEFT adapts a module by its parameter ``weight`` alone."""
-        if EXPERT_NUMBER.fullmatch(module):
-            return False
-        parent, _, last = module.rpartition(".")
-        translated = [TRANSLATED[t] for t in types if t in TRANSLATED]
-        if translated:
-            return any(last in names for names in translated)
-        return last in ROUTERS and any(n.startswith(f"{parent}.experts.") for n in self.base.names)
-
-    def _still(self, deltas: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """Modules with a weight matrix that does not take part, and its shape."""
-        names = [n for n in self.base.names if n.endswith(WEIGHT) and n not in deltas]
-        shapes = {n: tuple(self.base.tensor(self.base.names[n]).shape) for n in names}
-        return {n.removesuffix(WEIGHT): s for n, s in shapes.items() if len(s) >= 2}
-
-    def _is_in_out(self, module: str, shape: torch.Size) -> bool | None:
-        """Whether a weight is ``[in, out]``, which the length of the bias tells where the weight is not square."""
-        stored = self.base.names.get(module + BIAS)
-        if stored is None or shape[0] == shape[1]:
-            return None
-        bias = self.base.tensor(stored).shape
-        return None if tuple(bias) not in ((shape[0],), (shape[1],)) else bias[0] == shape[1]
-
     def _tell_dtypes(self, names: Sequence[str]) -> None:
         """Notes where one model is coarser than the other: its rounding counts as change."""
         found: dict[tuple[str, str], list[str]] = {}
@@ -381,6 +365,10 @@ def _ties(config: ModelConfig | None) -> bool:
     if config.ties is None:
         return any(LANGUAGE_HEADS.fullmatch(a) for a in config.architectures)
     return config.ties
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0] or parameter
 
 
 def _not_finite(name: str) -> NonFiniteError:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastlora.adapters.extracted_experts import fused, selection, with_later_names
 from fastlora.adapters.lora import Adapter
+from fastlora.adapters.peft_parts import fused, saved_modules, selection, with_later_names
 from fastlora.core.architectures import (
     BIAS,
     DEPTHWISE,
@@ -83,7 +83,7 @@ def extract(
             model=base_model,
             task_type=vector.facts.task_type,
             fan_in_fan_out=cutter.flipped,
-            modules_to_save=tuple(dict.fromkeys(name.rpartition(".")[0] for name in vector.values)),
+            modules_to_save=saved_modules(vector.values, vector.facts.task_type),
             selection=selection(updates, cutter.others()),
         ),
         dtype=parse_dtype(None, torch.float32),

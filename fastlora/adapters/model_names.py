@@ -113,10 +113,27 @@ def tie_group(names: Collection[str], configs: Sequence[ModelConfig], tied: bool
     head = min(heads, key=_depth, default=None)
     if head is None and has_head:
         own = next((HEAD_BY_TYPE[t] for t in types if t in HEAD_BY_TYPE), "lm_head")
-        inner = source.partition("model.")[0] if source.startswith("language_model.model.") else ""
+        known = [*(EMBEDDING_BY_TYPE[t] for t in types if t in EMBEDDING_BY_TYPE), "model.embed_tokens"]
+        # A model inside another one has its head inside, too: ``decoder.transformer.wte``, ``decoder.lm_head``.
+        inner = next((source.removesuffix(e) for e in known if source == e or source.endswith(f".{e}")), "")
         head = inner + own
     group += [head] if head is not None else []
     return [m + WEIGHT for m in group] if len(group) > 1 else []
+
+
+def body_prefix(names: Collection[str], configs: Sequence[ModelConfig]) -> str:
+    """What the names of a language model's body lack in front where its files were saved from the body alone, or long
+    ago, and the configuration says that it has a head: ``transformer.`` for ``wte``."""
+    architectures = [a for c in configs for a in c.architectures]
+    if not any(LANGUAGE_HEADS.fullmatch(a) for a in architectures):
+        return ""
+    types = [t for c in configs for t in c.model_types[:1]]
+    known = [EMBEDDING_BY_TYPE[t] for t in types if t in EMBEDDING_BY_TYPE] or ["model.embed_tokens"]
+    found = {n.removesuffix(WEIGHT) for n in names}
+    if any(path in found for path in known):
+        return ""
+    ends = ((path, m) for path in known for m in found if path.endswith(f".{m}"))
+    return next((path.removesuffix(m) for path, m in ends), "")
 
 
 def shares_embedding(config: ModelConfig) -> bool:

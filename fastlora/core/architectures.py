@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 WEIGHT, BIAS = ".weight", ".bias"
 
@@ -116,8 +116,13 @@ TASKS = (
     ("LMHeadModel", "CAUSAL_LM"),
 )
 """Ends of the names of classes, and what PEFT calls their task."""
+BUFFERS = re.compile(
+    r"(.*\.)?((cross)?attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|"
+    r"position_ids|relative_position_index|final_logits_bias)"
+)
+"""Tables that some versions of transformers store and others compute."""
 LANGUAGE_HEADS = re.compile(
-    r".*(LMHead\w*|WithLMHead\w*|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining)"
+    r".*(EncoderDecoderModel|LMHead\w*|WithLMHead\w*|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining)"
 )
 
 
@@ -132,6 +137,12 @@ def is_embedding(module: str) -> bool:
     if is_head(module):
         return False
     return EMBEDDING.fullmatch(last) is not None and NO_EMBEDDING.fullmatch(last) is None
+
+
+def is_buffer(parameter: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is a table that is computed and not learned: a mask ``[1, 1, n, n]`` is no bias."""
+    learned = len(shape) == 1 and parameter.endswith((".attn.bias", ".crossattn.bias", ".attention.bias"))
+    return BUFFERS.fullmatch(parameter) is not None and not learned
 
 
 def is_row_table(parameter: str) -> bool:

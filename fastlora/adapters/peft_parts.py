@@ -1,4 +1,4 @@
-"""Experts and what chooses the modules of an extracted adapter, as PEFT's own names need it."""
+"""What PEFT needs to find the modules of an extracted adapter: experts as it stacks them, names that select, heads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlora.core.architectures import EXPERT_NUMBER, WEIGHT
 from fastlora.core.data import DeltaData, Selection
 from fastlora.core.updates import Update
+from fastlora.formats.peft.names import HEADS
 
 HALVES = ("gate_proj", "up_proj")
 """The weights that lie below each other in ``gate_up_proj``."""
@@ -63,6 +64,17 @@ def selection(updates: Mapping[str, Update], others: Iterable[str]) -> Selection
     ends = _ends(modules, rest)
     parameters = [".".join(c.split(".")[-2:]) for c in containers]
     return Selection(tuple(ends), tuple(dict.fromkeys(parameters)))
+
+
+def saved_modules(parameters: Iterable[str], task: str | None) -> tuple[str, ...]:
+    """The modules to save of parameters that are kept whole: a head of the task as one, others one by one."""
+    heads = HEADS.get(task or "", ())
+    found = []
+    for parameter in parameters:
+        parts = parameter.split(".")
+        at = next((i for i, part in enumerate(parts) if part in heads), len(parts) - 2)
+        found.append(".".join(parts[: at + 1]))
+    return tuple(dict.fromkeys(found))
 
 
 def _ends(modules: list[str], others: list[str]) -> list[str]:
