@@ -45,11 +45,13 @@ KINDS = (
     Kind("a LyCORIS adapter (LoKr)", r".*\.lokr_[wt]\d.*"),
     Kind("a LyCORIS adapter (OFT or BOFT)", r".*\.(oft_blocks|oft_diag|boft_blocks)"),
     Kind("a LyCORIS adapter (GLoRA)", r".*\.[ab][12]\.weight"),
-    Kind("a LyCORIS adapter (full differences)", r".*\.(diff|diff_b|on_input)"),
-    Kind("a DoRA of image models", r".*\.(dora_scale|lora_magnitude_vector.*)"),
+    Kind("a LyCORIS adapter (full differences)", r".*\.(diff|diff_[bm]|[wb]_norm|set_weight|reshape_weight|on_input)"),
+    Kind("a LyCORIS adapter (a LoRA with a core, lora_mid)", r".*\.lora_mid\.weight"),
+    Kind("a T-LoRA", r".*\.lambda_layer"),
+    Kind("a DoRA of image models", r".*\.(dora_scale|magnitude|lora_magnitude_vector.*)"),
     Kind(
         "a LoRA of kohya's scripts",
-        r"lora_\w+\.lora_(down|up)\.weight",
+        r"(lora|lycoris)_\w+\.lora_(down|up)\.weight",
         "(tensors[f'{key}.lora_up.weight'], tensors[f'{key}.lora_down.weight'], alpha / rank)",
     ),
     Kind(
@@ -67,6 +69,11 @@ KINDS = (
         r"(unet|transformer\w*|text_encoder\w*|prior)\..*(lora_[AB]\.weight|lora\w*\.(down|up)\.weight)"
         r"|.*\.processor\..*lora.*\.(down|up)\.weight",
         "(tensors[f'{key}.lora_B.weight'], tensors[f'{key}.lora_A.weight'], alpha / rank)",
+    ),
+    Kind(
+        "a LoRA of image models",
+        r".*[._]lora[._](down|up)\.weight",
+        "(tensors[f'{key}.lora_up.weight'], tensors[f'{key}.lora_down.weight'], alpha / rank)",
     ),
     Kind(
         "a LoRA of MLX",
@@ -111,7 +118,8 @@ def read(path: Path, name: str) -> NoReturn:
     if kind is WITHOUT_CONFIG:
         raise UnsupportedAdapter(
             f"{where} has no {CONFIG_NAME}, and holds {kind.what}; copy it beside them, from where the adapter was "
-            "trained or downloaded: it has what the tensors lack (lora_alpha, r, modules_to_save)"
+            "trained or downloaded: it has what the tensors lack (lora_alpha, r, modules_to_save). Where there is "
+            "none, `fl.Adapter.from_tensors({module: (lora_B, lora_A, alpha / rank), …})` makes an adapter"
         )
     raise UnsupportedAdapter(f"{where} holds {kind.what}, which is not read; {_way_out(kind)}")
 
@@ -129,7 +137,7 @@ def _way_out(kind: Kind) -> str:
     return (
         "in Python, with `tensors = safetensors.torch.load_file(…)`, "
         f"`fl.Adapter.from_tensors({{module: {kind.factors}, …}})` is the adapter, with the paths of the modules in "
-        "the model as names, and `.save(…)` makes a PEFT directory of it"
+        "the model as names, and `.save(…)` makes a PEFT directory of it. The scaling is 1 where the file has no alpha"
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import gaussian, make_adapter, make_config, make_factors, peft_tensors, write_peft
 from command import done, refused
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from told import COMMANDS, SMALL
 from tolerances import FLOAT32, SUMS32
 
@@ -96,6 +96,18 @@ def test_what_a_checkpoint_always_holds_needs_no_note(tmp_path: Path) -> None:
     (folder / "merged" / "config.json").write_text('{"model_type": "llama"}')
     (folder / "merged" / "model.safetensors").write_bytes(b"a whole model")
     assert fl.load(folder).notes == ()
+
+
+def test_two_files_of_one_adapter(tmp_path: Path) -> None:
+    """The older one is left from an earlier run, unless both hold the same."""
+    folder = make_adapter(tmp_path / "x", SMALL)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    torch.save(tensors, folder / "adapter_model.bin")
+    assert fl.load(folder).notes == ()
+    for changed in ({k: 2 * t for k, t in tensors.items()}, dict(list(tensors.items())[1:])):
+        torch.save(changed, folder / "adapter_model.bin")
+        (note,) = fl.load(folder).notes
+        assert "adapter_model.bin beside adapter_model.safetensors holds other tensors and is not read" in note
 
 
 def test_scalings_tell_what_lies_beside_them(tmp_path: Path) -> None:

@@ -11,7 +11,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from fastlora.core.names import CONFIG_NAME
+from fastlora.errors import FastloraError
+from fastlora.files.tensor_files import read_safetensors
+from fastlora.files.torch_files import read_torch
+from fastlora.formats.peft.names import OLD_WEIGHTS_NAME, WEIGHTS_NAME
 
 TENSOR_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz"})
 
@@ -31,22 +38,47 @@ USUAL_FOLDERS = re.compile(
 
 LISTED, MOST_ENTRIES = 8, 2000
 
+COMPARED = 8
+"""Tensors of two files that are compared."""
+
 
 def note_on_files(directory: Path, name: str) -> list[str]:
     """A sentence on the files of tensors beside an adapter that no reader of it reads; none where there are none."""
-    files = sorted(_files(directory))
+    files, twins = sorted(_files(directory)), note_on_twin(directory, name)
     if not files:
-        return []
+        return twins
     more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
     they, are, them = ("it", "is", "it") if len(files) == 1 else ("they", "are", "them")
     listed = ", ".join(files[:LISTED]) + more
     return [
+        *twins,
         (
             f"adapter {name!r}: {listed} beside it may hold trained parameters (such as a projector, a head or new "
             f"embeddings). {they.capitalize()} {are} not read, and no part of a result: where the result needs {them}, "
             f"copy {them} beside it"
-        )
+        ),
     ]
+
+
+def note_on_twin(directory: Path, name: str) -> list[str]:
+    """A sentence on an ``adapter_model.bin`` that holds something else than the ``.safetensors`` beside it: one of them
+    is left from an earlier run. Names, shapes and some small tensors are compared."""
+    file, twin = directory / WEIGHTS_NAME, directory / OLD_WEIGHTS_NAME
+    if not (file.is_file() and twin.is_file()):
+        return []
+    try:
+        tensors, others = read_safetensors(file), read_torch(twin)
+    except FastloraError:  # it is of no use to any reader
+        return []
+    if tensors.keys() == others.keys():
+        small = sorted(tensors, key=lambda key: tensors[key].numel())[:COMPARED]
+        if all(_equal(tensors[key], others[key]) for key in small):
+            return []
+    return [f"adapter {name!r}: {twin.name} beside {file.name} holds other tensors and is not read, as in peft"]
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first.double(), second.double())
 
 
 def _files(directory: Path) -> Iterator[str]:
