@@ -12,7 +12,7 @@ from fastlora.views.benchmarks import HEADER, machine_line, notes
 
 PREAMBLE = """# Benchmarks
 
-`fastlora bench --markdown docs/benchmarks.md` writes this page. Every answer is checked before it is timed.
+`fastlora bench --markdown docs/benchmarks.md --overwrite` writes this page. Every answer is checked before it is timed.
 
 * **Times** are medians of seven alternated rounds, or of as many as the notes say. A round repeats a short run until
   50 ms have passed and counts the median.

@@ -24,7 +24,7 @@ def output_directory(run: Run, out: Path, inputs: Iterable[Path]) -> OutputDirec
     """The output directory, which a signal removes while it is unfinished."""
     from fastlora.files.output import OutputDirectory
 
-    target = OutputDirectory(out, overwrite=run.replace, files=("*.png",))
+    target = OutputDirectory(out, overwrite=run.replace)
     target.refuse_inputs(inputs)
     outputs.append(target)
     return target

@@ -17,8 +17,16 @@ Overwrite = bool | Literal["force"]
 MARK = "fastlora"
 """In the metadata of tensors and pictures."""
 
-HEADINGS = ("similarity,adapter", "adapter,module", "report,module", "what,opponent,theirs")
-"""How tables begin."""
+HEADINGS = (
+    b"similarity,adapter",
+    b"adapter,module",
+    b"report,module",
+    b"what,opponent,theirs",
+    b"# Benchmarks\n\n`fastlora bench ",
+)
+"""How tables begin, and the page of benchmarks."""
+
+PICTURES = frozenset({".png", ".pdf", ".svg", ".jpg", ".jpeg", ".eps", ".ps"})
 
 LARGEST_HEADER, LARGEST_LOOK = 100_000_000, 1 << 26
 """Bytes of a header of tensors, and of any other file that is looked at."""
@@ -37,11 +45,11 @@ def is_ours(file: Path) -> bool:
             content = opened.read(LARGEST_LOOK)
     except OSError:
         return False
-    if file.suffix in (".csv", ".tsv", ".txt"):
-        return content.startswith(tuple(h.encode() for h in HEADINGS))
     if file.suffix == ".json":
         return content.startswith(b'{"mode": "') and b'"reports": [' in content
-    return MARK.encode() in content
+    if file.suffix.lower() in PICTURES:
+        return MARK.encode() in content
+    return content.startswith(HEADINGS)
 
 
 def _metadata(file: Path) -> dict[str, object]:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from builders import gaussian, make_adapter, shared_pool
-from command import done, refused, tree
+from command import ROOT, done, refused, tree
 from told import SMALL
 
 import fastlora as fl
+from fastlora.files.earlier import is_ours
 
 WRITING = {
     "merge": ["merge", "a", "b"],
@@ -67,6 +68,12 @@ def test_single_files(here: Path) -> None:
     vector = fl.task_vector(model, {"q.weight": gaussian(4, 4, seed=2)}, "t")
     vector.save(here / "t.safetensors")
     vector.save(here / "t.safetensors", overwrite=True)
+    for name in ("notes.md", "notes.txt", "table.csv"):
+        (here / name).write_text("what I think of fastlora")
+        assert not is_ours(here / name)
+    (here / "table.csv").write_text("adapter,module,rank\n")
+    assert is_ours(here / "table.csv")
+    assert is_ours(ROOT / "docs" / "benchmarks.md") and not is_ours(ROOT / "README.md")
     (here / "mine.safetensors").write_bytes(b"mine")
     with pytest.raises(fl.OutputError, match=r"was not written by fastlora.*--force"):
         vector.save(here / "mine.safetensors", overwrite=True)
