@@ -39,7 +39,8 @@ def require_finite_extras(adapters: Iterable[LoraData | Ia3Data]) -> None:
                 raise NonFiniteError(
                     f"adapter {adapter.name!r}: {name}, which it holds beside its updates (modules_to_save or a "
                     "trained bias), holds NaN or Inf. Leave such parameters out with `adapter.without_extras()` "
-                    "(`--drop-extras`), or save the adapter again from a training step that did not diverge"
+                    "(`fastlora compose x x=PATH --drop-extras --out CLEAN`), or save the adapter again from a "
+                    "training step that did not diverge"
                 )
             release([tensor])
 

@@ -43,6 +43,8 @@ FOREIGN: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "dora": ({f"{KOHYA}.lora_down.weight": DOWN, f"{KOHYA}.dora_scale": UP}, "a DoRA of image models"),
     "loralib": ({"layers.0.q.lora_A": DOWN, "layers.0.q.lora_B": UP}, "loralib or LitGPT"),
     "adapterhub": ({"encoder.layer.0.output.adapters.mine.adapter_down.0.weight": DOWN}, "an adapter of AdapterHub"),
+    "llama adapter": ({"llama.adapter_query.weight": DOWN}, "a LLaMA-Adapter"),
+    "textual inversion": ({"<cat>": DOWN}, "embeddings of textual inversion"),
     "no config": (peft_tensors({"q": (UP, DOWN)}), "the tensors of a PEFT adapter"),
     "no config, named": ({"base_model.model.q.lora_A.default.weight": DOWN}, "the tensors of a PEFT adapter"),
 }
