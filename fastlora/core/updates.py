@@ -82,6 +82,13 @@ class Update:
     layout: Layout = LINEAR
     noise: Noise = NO_NOISE
 
+    def __post_init__(self) -> None:
+        if self.B.rank != self.A.rank:
+            raise InputError(
+                f"the factors of an update do not fit: B is {list(self.B.shape)} and A {list(self.A.shape)}; needed "
+                "are [out, rank] and [rank, in] of one rank"
+            )
+
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)`` of ``ΔW``."""

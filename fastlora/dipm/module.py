@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlora.core.factors import Factor, add, device_of
 from fastlora.core.updates import Update
-from fastlora.engine.materialise import materialise
+from fastlora.engine.materialise import materialise_factor
 from fastlora.errors import InputError
 
 
@@ -88,10 +88,7 @@ def only_own(weights: Tensor, gram: Tensor) -> float | None:
 
 def dense(factor: Factor) -> Tensor:
     """A factor in float64: ``[length, rank]`` or ``[rank, length]``."""
-    empty = {"rank": 0, "terms": ()}
-    other = Factor("A" if factor.side == "B" else "B", factor.length, **empty)  # type: ignore[arg-type]
-    update = Update(factor, other) if factor.side == "B" else Update(other, factor)
-    return materialise([update], torch.float64)[0][0 if factor.side == "B" else 1]
+    return materialise_factor(factor, torch.float64)
 
 
 def storage(updates: Sequence[Update]) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlora.core.factors import Factor, source_key
-from fastlora.errors import InputError
+from fastlora.engine.belonging import require_length, require_one_length, require_room
 from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm
 
 
@@ -31,7 +31,7 @@ def combine_job(wanted: Sequence[WantedFactor]) -> CombineJob:
     """The job for factors of one side of one module, its outputs in the same order; each stored matrix is read once.
 
     A factor that is already stored in the dtype of its file goes there as it is. The file itself is named later
-    (``output.file``). Raises :class:`InputError` as :func:`require_one_length` does.
+    (``output.file``). Raises :class:`InputError` for factors, or terms of them, that are not of one module.
     """
     matrices, length = _StoredMatrices(), wanted[0].factor.length
     outputs = []
@@ -44,16 +44,6 @@ def combine_job(wanted: Sequence[WantedFactor]) -> CombineJob:
         else:
             outputs.append(CombineOutput(factor.shape, dtype, matrices.terms(factor), out, -1, offset, out is None))
     return CombineJob(matrices.tensors, outputs, wanted[0].factor.side == "A")
-
-
-def require_one_length(factors: Sequence[Factor]) -> None:
-    """Refuses factors that cannot be of one side of one module: a kernel would read beyond the shorter ones."""
-    lengths = sorted({f.length for f in factors})
-    if len(lengths) > 1:
-        raise InputError(
-            f"these updates are of different modules: their factors have the lengths {', '.join(map(str, lengths))}. "
-            "Updates that are computed together share stored matrices; give each module a group of its own"
-        )
 
 
 def stored_as(factor: Factor, dtype: torch.dtype) -> Tensor | None:
@@ -76,7 +66,9 @@ class _StoredMatrices:
         for term in factor.terms:
             index = self._index.get(id(term.source))
             if index is None:
+                require_length(factor, term.source)
                 index = self._index[id(term.source)] = self._index_of(term.source)
+            require_room(factor, term)
             terms.append((index, term.coefficient, term.at, term.scale))
         return terms
 

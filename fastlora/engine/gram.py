@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlora.core.factors import Factor, device_of, source_key
+from fastlora.engine.belonging import require_length, require_one_length, require_room
 from fastlora.engine.gram_cache import run_through_cache
 from fastlora.ops.dispatch import Launches, prepared, run_pass
 from fastlora.ops.passes import BlockPlace, GramJob
@@ -96,9 +97,14 @@ class GramPass:
                 continue
             terms = [t for f in factors for t in f.terms]
             sources = [t.source for t in terms]
+            if any([f.length != factors[0].length for f in factors]):
+                require_one_length(factors)
             looks = (*[len(f.terms) for f in factors], *[x.shape for x in sources], *[t.scale for t in terms])
             kind = kinds.get(looks)
             if kind is None:
+                for factor in factors:
+                    for source in (t.source for t in factor.terms):
+                        require_length(factor, source)
                 pieces = tuple(tuple((t.source.shape[axis], t.scale) for t in f.terms) for f in factors)
                 # Places of factors are places of stored matrices only where each is one: one may be empty, one a sum.
                 plain = all(len(f.terms) == 1 for f in factors)
@@ -202,8 +208,11 @@ def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[_
     first_rows: dict[object, int] = {}
     sources: list[Tensor] = []
     total = 0
+    require_one_length(factors)
     for factor in factors:
         for term in factor.terms:
+            require_length(factor, term.source)
+            require_room(factor, term)
             if source_key(term.source) not in first_rows:
                 first_rows[source_key(term.source)] = total
                 sources.append(term.source)

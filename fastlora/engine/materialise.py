@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastlora.core.factors import Factor, device_of
 from fastlora.core.updates import Update
+from fastlora.engine.belonging import require_one_device, require_one_module
 from fastlora.engine.buffers import ResultRoom, padded
-from fastlora.engine.combine_jobs import WantedFactor, combine_job, require_one_length, stored_as
+from fastlora.engine.combine_jobs import WantedFactor, combine_job, stored_as
 from fastlora.ops.dispatch import run_pass
 from fastlora.ops.passes import CombineJob
 
@@ -24,8 +25,8 @@ def materialise(updates: Sequence[Update], dtype: torch.dtype) -> list[tuple[Ten
     :meth:`Update.baked`).
 
     A factor that is a stored matrix of that dtype is returned as it is, bit for bit. Updates that share stored
-    matrices should be passed together: each is read once. Raises :class:`InputError` for updates of different shapes,
-    which are of different modules.
+    matrices should be passed together: each is read once. Raises :class:`InputError` for updates that are not of one
+    module: of other shapes, layouts or devices.
     """
     return materialise_groups([updates], dtype)[0]
 
@@ -37,9 +38,23 @@ def materialise_groups(
 
     ``room``: where results go, until it is reserved again; memory of their own by default.
     """
+    for group in groups:
+        require_one_module(group)
+        require_one_device(group)
     sides = [side for group in groups for side in ([u.B for u in group], [u.A for u in group])]
-    for side in sides:
-        require_one_length(side)
+    results = _materialise_sides(sides, dtype, room)
+    return [list(zip(*pair, strict=True)) for pair in zip(results[::2], results[1::2], strict=True)]
+
+
+def materialise_factor(factor: Factor, dtype: torch.dtype) -> Tensor:
+    """:func:`materialise` for one factor alone: ``[length, rank]`` (B side) or ``[rank, length]``."""
+    return _materialise_sides([[factor]], dtype, None)[0][0]
+
+
+def _materialise_sides(
+    sides: Sequence[Sequence[Factor]], dtype: torch.dtype, room: ResultRoom | None
+) -> list[list[Tensor]]:
+    """The tensors of the factors of one side of one module, for many of them in one launch."""
     stored = [[stored_as(f, dtype) for f in side] for side in sides]
     room = room or ResultRoom(device_of(sides))
     room.reserve(
@@ -53,7 +68,7 @@ def materialise_groups(
     jobs: list[CombineJob] = []
     results = [_materialise_side(jobs, *pair, dtype, room) for pair in zip(sides, stored, strict=True)]
     run_pass("combine_pass", jobs)
-    return [list(zip(*pair, strict=True)) for pair in zip(results[::2], results[1::2], strict=True)]
+    return results
 
 
 def is_rounding(factor: Factor, computed: Tensor) -> bool:

@@ -20,6 +20,7 @@ from fastlora.core.factors import SIDES, Side
 from fastlora.core.updates import Update, sources, zero_factors
 from fastlora.engine import stream
 from fastlora.engine.balance import balanced
+from fastlora.engine.belonging import require_one_module
 from fastlora.engine.combine_jobs import WantedFactor, combine_job
 from fastlora.engine.contracts import OpenSink, Sink
 from fastlora.engine.materialise import materialise_groups
@@ -198,6 +199,7 @@ def _prepare(
             else:
                 updates.append((directory, update.baked()))
         if updates:
+            require_one_module([u for _, u in updates])
             sides += (_side_writes(sinks, module, side, updates) for side in SIDES)
     launch = dispatch.prepared("combine_pass", [side.job for side in sides]) if stream.current() is None else None
     return _WriteBatch(sinks, sides, packed, launch)

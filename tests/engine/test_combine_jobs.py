@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pools
 import pytest
 import torch
 from builders import gaussian
 
 import fastlora as fl
+from fastlora import formats
 from fastlora.core.factors import Factor, Term, add
-from fastlora.core.updates import Update
+from fastlora.core.updates import Layout, Update
 from fastlora.engine.combine_jobs import WantedFactor, combine_job
-from fastlora.engine.gram import GramPass
-from fastlora.engine.materialise import materialise, materialise_groups
+from fastlora.engine.gram import GramPass, read_gram
+from fastlora.engine.materialise import materialise, materialise_factor, materialise_groups
 
 B = gaussian(9, 3, seed=1)
 SMALL = gaussian(3, 2, seed=2, dtype=torch.float64)
@@ -57,6 +62,84 @@ def test_updates_of_different_modules_are_refused(scale: float) -> None:
     (first,), (second,) = materialise_groups([[one], [two]], torch.float32)
     for (left, right), update in ((first, one), (second, two)):
         torch.testing.assert_close(left @ right, pools.exact(update).float())
+
+
+EXPERT = Layout("expert", container="experts.w1", expert=0, experts=2)
+OTHERS = {
+    "another kind": (Layout("embedding"), "one is of the kind 'linear' and another of the kind 'embedding'"),
+    "another kernel": (Layout("conv", kernel=(2,)), r"another of a convolution \[2\]"),
+    "an expert": (EXPERT, "another expert 0 of 2 of 'experts.w1'"),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0], ids=["stored", "computed"])
+@pytest.mark.parametrize(("layout", "message"), OTHERS.values(), ids=OTHERS)
+def test_updates_of_other_layouts_are_refused(layout: Layout, message: str, scale: float) -> None:
+    """Also where their shapes are the same: what shares a group is one module's."""
+    one, _ = updates_of_two_modules(scale)
+    with pytest.raises(fl.InputError, match=message):
+        materialise([one, replace(one, layout=layout)], torch.float32)
+    assert len(materialise_groups([[one], [replace(one, layout=layout)]], torch.float32)) == 2
+
+
+@pytest.mark.parametrize("change", [{"expert": 1}, {"container": "experts.w2"}, {"experts": 4}], ids=str)
+def test_updates_of_other_experts_are_refused(change: dict[str, Any]) -> None:
+    one, _ = updates_of_two_modules()
+    with pytest.raises(fl.InputError, match=r"of different modules: one is expert 0 of 2 of 'experts\.w1' and"):
+        materialise([replace(one, layout=EXPERT), replace(one, layout=replace(EXPERT, **change))], torch.float32)
+
+
+def test_updates_on_different_devices_are_refused() -> None:
+    one, _ = updates_of_two_modules()
+    away = Update(Factor.of("B", torch.empty(9, 3, device="meta")), Factor.of("A", torch.empty(3, 14, device="meta")))
+    with pytest.raises(fl.InputError, match=r"on different devices \(cpu, meta\)"):
+        materialise([one, away], torch.float32)
+
+
+def test_factors_of_unequal_ranks_are_no_update() -> None:
+    with pytest.raises(fl.InputError, match=r"do not fit: B is \[9, 2\] and A \[3, 14\]"):
+        Update(Factor.of("B", B[:, :2]), Factor.of("A", gaussian(3, 14, seed=1)))
+
+
+LONG = gaussian(12, 3, seed=5)
+FOREIGN = {
+    "too short": (Factor("B", 12, 3, (Term(B, scale=2.0),)), r"length 12 has a term of shape \[9, 3\]"),
+    "too long": (Factor("A", 9, 3, (Term(LONG.mT.contiguous()),)), r"length 9 has a term of shape \[3, 12\]"),
+    "beyond its rank": (Factor("B", 9, 2, (Term(B),)), "a term at 0 of width 3 does not fit into a factor B of rank 2"),
+    "behind its rank": (Factor("B", 9, 4, (Term(B, at=2),)), "a term at 2 of width 3"),
+    "a wide coefficient": (Factor("B", 9, 1, (Term(B, SMALL),)), "a term at 0 of width 2"),
+    "a tall coefficient": (Factor("B", 9, 2, (Term(B, gaussian(4, 2, seed=1, dtype=torch.float64)),)),
+                           r"a coefficient \[4, 2\] does not fit its matrix \[9, 3\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("factor", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_terms_that_are_not_of_their_factor_are_refused(factor: Factor, message: str) -> None:
+    """A kernel would read or write beyond the memory of a matrix."""
+    for ask in (
+        lambda: materialise_factor(factor, torch.float64),
+        lambda: combine_job([WantedFactor(factor, torch.float64)]),
+        lambda: read_gram([[factor, factor]], 4, [(0, 0), (0, 1), (1, 1)]),
+    ):
+        with pytest.raises(fl.InputError, match=message):
+            ask()
+
+
+def test_a_gram_pass_over_factors_of_different_lengths_is_refused() -> None:
+    one, two = Factor.of("B", B), Factor.of("B", LONG)
+    for factors in ([one, two], [one.times(SMALL), two], [one, one.scaled(2.0), two]):
+        with pytest.raises(fl.InputError, match="their factors have the lengths 9, 12"):
+            read_gram([factors], 3, [(0, 0), (0, 1)])
+
+
+def test_saving_one_module_in_two_layouts_is_refused(tmp_path: Path) -> None:
+    one, _ = updates_of_two_modules()
+    adapters = [fl.Adapter("a", {"q": one}), fl.Adapter("b", {"q": replace(one, layout=Layout("embedding"))})]
+    folders = [tmp_path / a.name for a in adapters]
+    for folder in folders:
+        folder.mkdir()
+    with pytest.raises(fl.InputError, match="of different modules: one is of the kind 'linear'"):
+        formats.write_adapters(dict(zip(folders, adapters, strict=True)), None, lambda: None)
 
 
 def test_writing_one_module_in_two_shapes_is_refused() -> None:
