@@ -90,7 +90,7 @@ def as_stored(update: Update) -> Update:
     if not update.rank or float(delta(update).norm()) < NOTHING:
         return with_rank_zero(update)
     B, A = materialise([update.baked()], torch.float64)[0]
-    return Update(Factor.of("B", B), Factor.of("A", A), 1.0, update.layout, update.floor)
+    return Update(Factor.of("B", B), Factor.of("A", A), 1.0, update.layout, update.noise)
 
 
 def delta(update: Update) -> Tensor:
