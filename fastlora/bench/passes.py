@@ -70,7 +70,7 @@ def _prepare_gram(workload: str) -> Task:
             scale = float(x[i].norm(dim=1).max() * x[j].norm(dim=1).max())
             require("gram", job.block(block), x[i] @ x[j].mT, 1e-5, scale)
     contenders = {OURS: Contender(run, thread_counts()), BLOCKS: Contender(plain, thread_counts())}
-    return Task(contenders, moved, operations)
+    return Task(contenders, moved, operations, torch.float64)  # whatever is stored
 
 
 def combine(workload: str) -> list[Contest]:

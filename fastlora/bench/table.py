@@ -23,8 +23,7 @@ PREAMBLE = """# Benchmarks
   read and written over the speed of a large copy in memory, and operations over the speed of a large matrix product.
 * **Operations** are counted for three ops; bytes are counted everywhere. `eigh` takes 14/3·n³, as divide and conquer
   does, 10/3·n³ where eigenvalues cluster, and none for the identity. `svd` takes 9·n³: that, AᵀA, A·V and a check. The
-  third is the Gram pass. A processor with AMX multiplies bfloat16 faster than that product, so a Gram pass can be
-  below its floor.
+  third is the Gram pass, in float64.
 
 The workloads are seeded adapters with the shapes of real models (`fastlora/bench/workloads.py`). They have decaying
 spectra and four planted common directions; `minilm` is the trained adapters in `examples/adapters`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,7 +95,10 @@ def write_element(run: Run, result: Element, target: OutputDirectory | None, out
         raise InputError(f"the result is {result.kind}, which is written as {needed}; change --out {out}")
     notes = list(result.notes)
     if isinstance(result, TaskVector):
-        result.save(out, dtype=run.dtype, overwrite=run.replace)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            result.save(out, dtype=run.dtype, overwrite=run.replace)
+        notes += [str(warning.message) for warning in told]
         data = {"kind": "task vector", "parameters": len(result.deltas)}
         said = f"task vector of {len(result.deltas)} parameters"
     else:

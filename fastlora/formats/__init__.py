@@ -20,13 +20,14 @@ from typing import Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from fastlora.core.data import AdapterData, Ia3Data, LoraData
+from fastlora.core.data import AdapterData, DeltaData, Ia3Data, LoraData
 from fastlora.core.dtypes import parse_dtype
 from fastlora.core.names import CONFIG_NAME, check_name
 from fastlora.engine import write as engine
 from fastlora.engine.checks import require_finite_extras
 from fastlora.engine.contracts import Sink
 from fastlora.errors import InputError, UnsupportedAdapter
+from fastlora.files.digits import digits_lost
 from fastlora.files.disk_errors import partial_of
 from fastlora.files.earlier import Overwrite
 from fastlora.files.locate import find
@@ -116,12 +117,12 @@ def save(
     """
     if hasattr(writer_of(record), "SUFFIX"):
         with replacing(path, overwrite=overwrite) as staging:
-            writer_of(record).write(staging, record, dtype)
+            notes = write_adapter(record, staging, dtype)
     else:
         with OutputDirectory(path, overwrite=overwrite) as staging:
             notes = write_adapter(record, staging, dtype, uniform_rank)
-        for note in notes:
-            warnings.warn(note, stacklevel=3)
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
     return path
 
 
@@ -136,11 +137,14 @@ def write_adapter(
     dtype: torch.dtype | str | None = None,
     uniform_rank: int | bool | None = None,
 ) -> list[str]:
-    """Writes one adapter into a directory that is being staged; returns what is worth telling, in sentences."""
+    """Writes one adapter into a directory, or the file of one, that is being staged; returns what is worth telling, in
+    sentences."""
     if isinstance(record, LoraData):
         return write_adapters({directory: record}, dtype, uniform_rank=uniform_rank)
     require_finite_extras([record] if isinstance(record, Ia3Data) else [])
     writer_of(record).write(directory, record, dtype)
+    if isinstance(record, DeltaData):
+        return digits_lost(record.name, record.deltas, parse_dtype(dtype, torch.float32))
     return []
 
 
@@ -161,7 +165,11 @@ def write_adapters(
     require_finite_extras(adapters.values())
     targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
     whole = {d: ready(a, uniform_rank) for d, a in adapters.items()}
-    return engine.write_adapters(whole, targets, _open_sink, meanwhile)
+    notes = engine.write_adapters(whole, targets, _open_sink, meanwhile)
+    for directory, adapter in whole.items():
+        shifts = {path: extra.tensor for path, extra in adapter.extras.items() if extra.kind == "delta"}
+        notes += digits_lost(adapter.name, shifts, targets[directory])
+    return notes
 
 
 def ready(adapter: Lora, uniform_rank: int | bool | None = None) -> Lora:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pools
 import pytest
 import torch
 from builders import gaussian
+from command import done
 from pools import MODULE, Part, make_adapter
 from tolerances import FLOAT32, GRAM64
 from torch import Tensor
 
 import fastlora as fl
 from fastlora.adapters.lora import Adapter
+from fastlora.core.data import Extra
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALVES = DTYPES[1:]
@@ -260,3 +263,28 @@ def test_digits_that_are_lost_all_the_same_are_told(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny.save(tmp_path / "wide", dtype="bfloat16")
+
+
+def test_numbers_without_a_second_factor_are_told_in_float16(tmp_path: Path) -> None:
+    """Task vectors, and what modules add to their outputs: nothing can share their size."""
+    change = gaussian(9, 5, seed=1)
+    tau = fl.TaskVector("tau", {"w": 1e-7 * change, "v": change})
+    with pytest.warns(UserWarning, match=r"tau: w is too small for float16, which changes it by .* numbers zero; save"):
+        tau.save(tmp_path / "tau.safetensors", dtype="float16")
+    B, A, s = small(1.0, torch.float32, 1)[0]
+    shifts = {f"{MODULE}.bias": Extra("delta", 1e-7 * gaussian(48, seed=1))}
+    adapter = replace(make_adapter("a", {MODULE: (B, A, s)}), extras=shifts)
+    with pytest.warns(UserWarning, match=rf"a: {MODULE}.bias is too small"):
+        adapter.save(tmp_path / "a", dtype="float16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tau.save(tmp_path / "wide.safetensors")
+        replace(adapter, extras={}).save(tmp_path / "b", dtype="float16")
+
+
+def test_the_command_tells_what_float16_does_not_hold(tmp_path: Path) -> None:
+    B, A, s = small(1e-5, torch.float32, 1)[0]
+    Adapter.from_tensors({MODULE: (B, 1e-5 * A, s)}, name="tiny").save(tmp_path / "tiny")
+    options = ("--rank", "2", "--dtype", "float16", "--out", "out")
+    result = done("compress", "tiny", *options, cwd=tmp_path)
+    assert "is too small for float16" in " ".join((result.out + result.err).split())

@@ -11,7 +11,7 @@ import torch
 from fastlora.backends.triton import combine_tables, gram_tables
 from fastlora.backends.triton.tables import Matrix, Sections
 
-BF16, FP32 = 3, 0
+BF16, FP16, FP32 = 3, 2, 0
 FAR = 2**47 - 2**20  # near the end of the address space
 TILES = combine_tables.TileShapes(((256, 16), (128, 32), (128, 64)), {False: (64, 16), True: (64, 32)}, (128, 16))
 
@@ -66,6 +66,24 @@ def test_every_wanted_pair_is_formed_once(ranks: tuple[int, ...], triple: bool) 
     for row in chunk.blocks.tolist():
         assert sum(formed[row[0] + u * row[1]] for u in range(row[2])) == 9000
         assert sum(formed[row[10] + u * row[13]] for u in range(row[2])) == 9000
+
+
+def test_the_arithmetic_of_a_block_is_that_of_its_two_factors() -> None:
+    """Tensor cores take what two factors of one half-precision dtype make, whoever else is in the pool."""
+    codes = (BF16, BF16, FP32, FP16, FP16)
+    factors = tuple(Matrix(FAR + 2**20 * i, 5000, 16, 16, code) for i, code in enumerate(codes))
+    places = {(i, j): 256 * (5 * i + j) for i in range(5) for j in range(i, 5)}
+    blocks = [(i, j, offset) for (i, j), offset in places.items()]
+    jobs = [gram_tables.AddressedJob(factors, blocks, False, FAR + 2**30 * job, 16) for job in range(2)]
+    found = {}
+    for chunk in gram_tables.chunks(jobs, True):
+        found |= {address: (chunk.kind.half, chunk.kind.code) for address in chunk.blocks[:, 6].tolist()}
+    halves = {(0, 0): BF16, (0, 1): BF16, (1, 1): BF16, (3, 3): FP16, (3, 4): FP16, (4, 4): FP16}
+    for pair, offset in places.items():
+        for job in range(2):
+            half, code = found.pop(FAR + 2**30 * job + 8 * offset)
+            assert half == (pair in halves) and (not half or code == halves[pair])
+    assert not found
 
 
 def test_chunks_keep_to_the_workspace() -> None:
