@@ -38,6 +38,8 @@ def bench(
     from fastlora.bench.contest import Unavailable, rows
     from fastlora.bench.table import as_dict, as_markdown
     from fastlora.bench.timing import measure_machine, waiting
+    from fastlora.files.disk_errors import writing
+    from fastlora.files.output import replacing
     from fastlora.runtime.progress import track
 
     if listing:
@@ -56,7 +58,8 @@ def bench(
     if not result_rows:
         raise InputError("; ".join(skipped))
     if markdown is not None:
-        markdown.write_text(as_markdown(machine, result_rows), encoding="utf-8")
+        with replacing(markdown, overwrite=run.replace) as staging, writing(markdown):
+            staging.write_text(as_markdown(machine, result_rows), encoding="utf-8")
     data = as_dict(machine, result_rows)
     if csv is not None:
         write_table(run, csv, bench_rows(data))
