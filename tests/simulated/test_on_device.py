@@ -11,6 +11,7 @@ import pools
 import pytest
 import torch
 from simulated import DEVICE, OnDevice
+from structures import pool_of, random_mix
 from test_plan import ragged_pool
 from tolerances import FLOAT32
 
@@ -221,6 +222,25 @@ def test_what_is_streamed_is_read_on_the_device(device: None, monkeypatch: pytes
     monkeypatch.setattr("fastlora.engine.gram.run_pass", counted)
     fl.merge(ragged_pool(), rank=2, device="cuda", memory="1KiB")
     assert len(seen) >= 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_updates_of_every_structure(seed: int, device: None) -> None:
+    """Sums, parts and empty updates beside each other, on the device and streamed through it: as on the CPU."""
+    _, mix = random_mix(seed)
+    pool = pool_of(mix)
+    for chain, threshold in (("product", 0.5), ("mean", 0.8)):
+        wanted = fl.decompose(pool, threshold, chain=chain).adapters()
+        for found in (
+            fl.decompose(pool.to("cuda"), threshold, chain=chain),
+            fl.decompose(pool, threshold, chain=chain, device="cuda", memory="2KiB"),
+        ):
+            for place, part in found.adapters().items():
+                for module in pool.modules:
+                    x, y = part.to("cpu").delta(module), wanted[place].delta(module)
+                    assert float((x - y).norm()) <= FLOAT32 * float(pool["a0"].delta(module).norm() + y.norm()), place
+    for method in ("equal_energy", "least_interference"):
+        assert fl.weights(pool.to("cuda"), method) == pytest.approx(fl.weights(pool, method), abs=FLOAT32)
 
 
 def test_all_pairs(device: None) -> None:
