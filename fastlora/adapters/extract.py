@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters.lora import Adapter
-from fastlora.adapters.peft_parts import fused, saved_modules, selection, with_later_names
+from fastlora.adapters.peft_parts import MOST_BEYOND, fused, saved_modules, selection, with_later_names
 from fastlora.core.architectures import (
     BIAS,
     DEPTHWISE,
@@ -222,6 +222,11 @@ class _Cutter:
         for module, shape in self.vector.facts.still.items():
             match = EXPERT_NUMBER.fullmatch(module)
             if match is not None and match[1] in containers and module not in self.updates:
+                if max(shape) > MOST_BEYOND * max(max(u.shape) for u in self.updates.values()):
+                    raise InputError(
+                        f"task vector {self.vector.name!r}: {module} {list(shape)} is far larger than what changed; "
+                        "make the task vector again from both models"
+                    )
                 self._put(module, torch.zeros(shape[0], 0), torch.zeros(0, shape[1]), LINEAR)
 
     def share(self) -> float:

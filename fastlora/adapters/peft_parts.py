@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor
 from fastlora.core.architectures import EXPERT_NUMBER, WEIGHT
 from fastlora.core.data import DeltaData, Selection
 from fastlora.core.updates import Update
+from fastlora.errors import InputError
 from fastlora.formats.peft.names import HEADS
 
+MOST_BEYOND = 64
+"""How much larger a weight may be than the largest that changed: experts of one model are of one size."""
 HALVES = ("gate_proj", "up_proj")
 """The weights that lie below each other in ``gate_up_proj``."""
 LATER_NAMES = {"embed_out": "lm_head"}
@@ -31,9 +35,16 @@ def fused(vector: DeltaData) -> dict[str, Tensor]:
     changes = _modules(vector.deltas)
     changed = {m[1] for m in map(EXPERT_NUMBER.fullmatch, changes) if m is not None}
 
+    largest = max((d.numel() for d in changes.values()), default=0)
+
     def weight(module: str) -> Tensor:
-        found = changes.get(module)
-        return torch.zeros(shapes[module]) if found is None else found
+        found, shape = changes.get(module), shapes.get(module)
+        if found is None and (shape is None or math.prod(shape) > MOST_BEYOND * largest):
+            raise InputError(
+                f"task vector {vector.name!r}: {module} is missing among the experts, or far larger than the others "
+                f"({shape}); make the task vector again from both models"
+            )
+        return torch.zeros(shape or ()) if found is None else found
 
     result = {p: d for p, d in vector.deltas.items() if EXPERT_NUMBER.fullmatch(p.removesuffix(WEIGHT)) is None}
     for container, numbers in containers.items():
@@ -62,8 +73,15 @@ def selection(updates: Mapping[str, Update], others: Iterable[str]) -> Selection
     containers = dict.fromkeys(u.layout.container for u in updates.values() if u.layout.container)
     rest = [*others, *(c.removesuffix(WEIGHT) for c in containers)]
     ends = _ends(modules, rest)
-    parameters = [".".join(c.split(".")[-2:]) for c in containers]
-    return Selection(tuple(ends), tuple(dict.fromkeys(parameters)))
+    taken = {end for m in (*modules, *rest) if m + WEIGHT not in containers for end in _parameter_ends(m + WEIGHT)}
+    parameters = dict.fromkeys(next((e for e in _parameter_ends(c) if e not in taken), c) for c in containers)
+    return Selection(tuple(ends), tuple(parameters))
+
+
+def _parameter_ends(parameter: str) -> list[str]:
+    """The ends of a parameter's path that have its module's name in it, shortest first."""
+    parts = parameter.split(".")
+    return [".".join(parts[-n:]) for n in range(2, len(parts) + 1)]
 
 
 def saved_modules(parameters: Iterable[str], task: str | None) -> tuple[str, ...]:

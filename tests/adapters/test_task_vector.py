@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,40 @@ def test_hostile_files(tmp_path: Path) -> None:
     save_file(BASE, tmp_path / "model.safetensors")
     with pytest.raises(fl.UnsupportedAdapter, match=r"fl\.task_vector"):
         fl.load(tmp_path / "model.safetensors")
+
+
+FACTS: dict[str, object] = {
+    "a list": [1],
+    "a text": "in_out",
+    "unknown": {"colour": "red"},
+    "names that are none": {"in_out": [1]},
+    "a flag that is none": {"in_out_experts": "yes"},
+    "ties to nothing": {"ties": {"a": 1}},
+    "a size that is none": {"excluded": -1},
+    "shapes that are none": {"still": {"a": [0, 4]}},
+}
+
+
+@pytest.mark.parametrize("case", FACTS)
+def test_metadata_of_other_forms_are_refused(case: str, tmp_path: Path) -> None:
+    data = json.dumps({"kind": "task_vector", "provenance": {}, "facts": FACTS[case]})
+    save_file(BASE, tmp_path / "tau.safetensors", {"fastlora": data})
+    with pytest.raises(fl.InputError, match="in a form that is not understood; make the task vector again"):
+        fl.load(tmp_path / "tau.safetensors")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_metadata_cannot_ask_for_memory(fused: bool, tmp_path: Path) -> None:
+    """The sizes of experts that did not change come from the file, too."""
+    name = "mlp.experts.0.gate_proj"
+    still = {"mlp.experts.0.up_proj": [1 << 30, 1 << 30], "mlp.experts.0.down_proj": [4, 4]}
+    facts = {"fused_later": fused, "still": still}
+    save_file({f"{name}.weight": torch.ones(4, 4)}, tmp_path / "tau.safetensors",
+              {"fastlora": json.dumps({"kind": "task_vector", "facts": facts})})  # fmt: skip
+    tau = fl.load(tmp_path / "tau.safetensors")
+    assert isinstance(tau, TaskVector)
+    with pytest.raises(fl.InputError, match=r"mlp\.experts\.0\.up_proj .*far larger"):
+        tau.extract(1)
 
 
 def planted(rank: int, seed: int = 7) -> dict[str, Tensor]:

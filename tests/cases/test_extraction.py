@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import gaussian
 from command import done, refused
-from tolerances import MODEL32
+from tolerances import MODEL32, ROUNDED32
 from torch import Tensor, nn
 
 import fastlora as fl
@@ -157,6 +157,10 @@ def test_the_adapter_has_the_logits_of_the_fine_tune(name: str, tmp_path: Path) 
     assert config["fan_in_fan_out"] == (name == "gpt2")
     assert config["task_type"] == ("SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM")
     assert adapter.notes == () and adapter.provenance["retained_energy"] == pytest.approx(1)
+    again = fl.load(tmp_path / "adapter")
+    assert isinstance(again, fl.Adapter) and set(again.updates) == set(adapter.updates)
+    for module in adapter.updates:
+        torch.testing.assert_close(again.delta(module), adapter.delta(module), rtol=0, atol=ROUNDED32)
 
 
 def test_one_expert_of_several(tmp_path: Path) -> None:
