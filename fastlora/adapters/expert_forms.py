@@ -14,7 +14,17 @@ from typing import TypeVar
 
 from fastlora.adapters.renaming import renamed
 from fastlora.core.data import LoraData
-from fastlora.core.experts import DOWN, GATE_UP, Shape, both_shapes, compared, fused_shapes, settled, unsettled
+from fastlora.core.experts import (
+    DOWN,
+    GATE_UP,
+    Shape,
+    both_shapes,
+    compared,
+    fused_shapes,
+    laid_out,
+    settled,
+    unsettled,
+)
 from fastlora.core.fusing import Stored, stacked
 from fastlora.core.updates import Layout, Update
 from fastlora.errors import InputError
@@ -59,7 +69,11 @@ def with_one_expert_form(adapters: Sequence[A]) -> tuple[list[A], list[str]]:
 
 def _with_one_layout(adapters: list[A]) -> tuple[list[A], list[str]]:
     orders = {unsettled(a.updates) for a in adapters if any(u.layout.experts > 1 for u in a.updates.values())}
-    known = both_shapes(_known_shapes(adapters) or _straight_shapes(adapters))
+    known = _known_shapes(adapters)
+    if not known and {"older", "unsaid"} <= orders:
+        known, adapters = _of_unsaid(adapters)
+        orders = {unsettled(a.updates) for a in adapters}
+    known = both_shapes(known)
     if not any(orders) or (len(orders) == 1 and not known):
         return adapters, []
     result, notes = [], []
@@ -77,11 +91,14 @@ def _with_one_layout(adapters: list[A]) -> tuple[list[A], list[str]]:
     return result, notes
 
 
-def _straight_shapes(adapters: Iterable[LoraData]) -> dict[str, Shape]:
-    """The shapes in adapters that do not say who saved them, where those of an older peft are their transposes."""
+def _of_unsaid(adapters: list[A]) -> tuple[dict[str, Shape], list[A]]:
+    """What adapters that do not say who saved them tell beside those of an older peft: they are of the same layout, or,
+    where theirs is the transpose, they have the shapes ``[out, in]``."""
     by_order = {order: fused_shapes(a.updates) for a in adapters if (order := unsettled(a.updates)) is not None}
-    older, unsaid = by_order.get("older", {}), by_order.get("unsaid", {})
-    return unsaid if compared(unsaid, older) == {True} else {}
+    found = compared(by_order["unsaid"], by_order["older"])
+    if found == {False}:
+        return {}, [replace(a, updates=laid_out(a.updates, "older")) for a in adapters]
+    return (by_order["unsaid"] if found == {True} else {}), adapters
 
 
 def _known_shapes(adapters: Iterable[LoraData]) -> dict[str, Shape]:

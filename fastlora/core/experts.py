@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 from fastlora.core.fusing import Stored, transposed
 from fastlora.core.updates import Update
@@ -37,6 +38,14 @@ def settled(updates: Mapping[str, Update], is_transposed: bool) -> dict[str, Upd
             update = transposed(update, made) if is_transposed else update
         result[module] = update
     return result
+
+
+def laid_out(updates: Mapping[str, Update], order: Literal["older", "unsaid"]) -> dict[str, Update]:
+    """The updates with another word on the layout of those experts that may lie transposed."""
+    return {
+        m: u if u.layout.order == "out-in" else replace(u, layout=replace(u.layout, order=order))
+        for m, u in updates.items()
+    }
 
 
 def fused_shapes(updates: Mapping[str, Update]) -> dict[str, Shape]:

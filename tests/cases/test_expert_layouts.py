@@ -103,6 +103,23 @@ def test_two_of_the_same_older_layout_stay_in_it(tmp_path: Path) -> None:
     assert_is(fl.load(tmp_path / "out"), combined([(1, p) for p in paths]))
 
 
+@pytest.mark.parametrize("order", [("said", "unsaid"), ("unsaid", "said")])
+def test_unsaid_and_older_with_the_same_shapes_are_of_one_layout(tmp_path: Path, order: tuple[str, str]) -> None:
+    layer = LAYERS["down_proj"]()
+    for name, told in (("said", {"peft_version": "0.18.0"}), ("unsaid", {})):
+        fused_adapter(tmp_path / name, layer=layer, attention=False, older=True, **told)
+    run("merge", *(tmp_path / name for name in order), "--method", "cat", "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_version"].startswith("0.18")
+    assert_is(fl.load(tmp_path / "out"), combined([(1, tmp_path / "said"), (1, tmp_path / "unsaid")]))
+
+
+def test_unsaid_and_older_with_transposed_shapes(tmp_path: Path) -> None:
+    layer = LAYERS["down_proj"]()
+    older = fused_adapter(tmp_path / "older", layer=layer, attention=False, older=True, peft_version="0.18.0")
+    unsaid = fused_adapter(tmp_path / "unsaid", layer=layer, attention=False)
+    assert_is(fl.load(older) + fl.load(unsaid), {m: 2 * d for m, d in fused_deltas(unsaid).items()})
+
+
 def test_a_version_that_is_not_said_stays_so(tmp_path: Path) -> None:
     folder = fused_adapter(tmp_path / "a", layer=square_layer(), attention=False)
     run("compress", folder, "--rank", "2", "--out", tmp_path / "out")
