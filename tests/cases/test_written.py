@@ -160,6 +160,13 @@ def test_a_sum_of_adapters_under_older_names(tmp_path: Path, older: Path) -> Non
     assert_same(changes(llava(), tmp_path / "out"), expected)
 
 
+def test_a_zero_under_older_names_still_loads(tmp_path: Path, older: Path) -> None:
+    adapter = fl.load(older)
+    zero = 0.0 * adapter
+    assert not any(u.rank for u in zero.updates.values())
+    assert changes(llava(), zero.save(tmp_path / "zero")) == {}
+
+
 SELECTIONS: dict[str, dict[str, Any]] = {
     "ends": {"target_modules": ["q_proj", "mlp.up_proj"]},
     "a pattern": {"target_modules": r".*\.1\.mlp\..*_proj"},
@@ -210,6 +217,18 @@ def test_add_weighted_adapter_keeps_the_modules_of_other_adapters(tmp_path: Path
         before = llama().state_dict()
         expected = changes(llama(), first) | changes(llama(), other)
         assert_same({k: w - before[k] for k, w in merged.items() if not torch.equal(w, before[k])}, expected)
+
+
+def test_an_exclusion_beside_full_paths_is_not_kept(tmp_path: Path) -> None:
+    folder = trained(llama(), tmp_path / "a", **QV)
+    config = json.loads((folder / CONFIG).read_text())
+    paths = {"target_modules": fl.load(folder).modules, "exclude_modules": r"model|.+\.(?:model)(?:\..*)?"}
+    (folder / CONFIG).write_text(json.dumps(config | paths))
+    expected = changes(llama(), folder)
+    run("compress", folder, "--rank", "4", "--out", tmp_path / "out")
+    after = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert "exclude_modules" not in after and after["target_modules"] == paths["target_modules"]
+    assert_same(changes(llama(), tmp_path / "out"), expected)
 
 
 class Nested(nn.Module):

@@ -34,21 +34,22 @@ def with_readable_ranks(adapter: LoraData, uniform_rank: int | bool | None) -> L
     most = max((u.rank for u in updates.values()), default=0)
     if rank is not None:
         kept = (m for m, u in updates.items() if u.rank or f"{m}.bias" in adapter.extras)
-        return _filled(adapter, {*kept, *_needed(updates, most)}, rank)
-    changed = [m for m in _needed(updates, most) if updates[m].rank != most]
+        return _filled(adapter, {*kept, *_needed(updates)}, rank)
+    wanted = max(most, 1)
+    changed = [m for m in _needed(updates) if updates[m].rank != wanted]
     if not changed:
         return adapter
-    filled = _filled(adapter, set(changed), max(most, 1))
-    return replace(filled, notes=(*adapter.notes, _told(adapter.name, changed, max(most, 1))))
+    filled = _filled(adapter, set(changed), wanted)
+    return replace(filled, notes=(*adapter.notes, _told(adapter.name, changed, wanted)))
 
 
 def _filled(adapter: LoraData, modules: Set[str], rank: int) -> LoraData:
     return replace(adapter, updates={m: with_rank(u, rank) if m in modules else u for m, u in adapter.updates.items()})
 
 
-def _needed(updates: Mapping[str, Update], most: int) -> list[str]:
+def _needed(updates: Mapping[str, Update]) -> list[str]:
     """The modules that must have the largest rank, those that are zero among them."""
-    if most and any(m.partition(".")[0] in OLDER_TOPS for m in updates):
+    if any(m.partition(".")[0] in OLDER_TOPS for m in updates):
         count = Counter(tail for module in updates for tail in path_tails(module))
         return [m for m in updates if count[t := block_tail(m)] > 1 or t == m]
     groups: dict[str, list[str]] = {}

@@ -48,7 +48,9 @@ def module_fields(selection: Selection, known: Iterable[str], modules: list[str]
     everything, wanted = dict.fromkeys([*known, *modules]), dict.fromkeys(modules)
     if selection.verbatim and len(everything) == len(wanted):
         fields: dict[str, Any] = json.loads(selection.verbatim)
-        return fields
+        # Full paths need no exclusion, which earlier versions of fastlora wrote beside them.
+        if not isinstance(fields["target_modules"], list) or set(fields["target_modules"]) != wanted.keys():
+            return fields
     ends = () if selection.verbatim else selection.modules
     kept, paths = _chosen(ends, everything, wanted)
     excluded = _also_taken(paths, everything, wanted, is_complete=bool(ends))
