@@ -8,6 +8,7 @@ from typing import TypeVar
 from fastlora.adapters.alignment import aligned
 from fastlora.adapters.expert_forms import with_one_expert_form
 from fastlora.adapters.fused_projections import with_one_projection_form
+from fastlora.adapters.unwrapping import unwrapped
 from fastlora.core.data import LoraData
 
 A = TypeVar("A", bound=LoraData)
@@ -21,7 +22,9 @@ def in_one_form(adapters: Sequence[A], *, align: bool = True, strict: bool = Fal
     """
     if len(adapters) < 2:
         return list(adapters), []
-    given, notices = with_one_expert_form(adapters)
+    adapters, notices = unwrapped(adapters) if align else (adapters, [])
+    given, more = with_one_expert_form(adapters)
+    notices += more
     given, more = with_one_projection_form(given)
     notices += more
     if align:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -36,6 +36,24 @@ def signatures(record: AdapterData) -> dict[str, Hashable]:
                 beside.setdefault(module, []).append((parameter, tuple(extra.tensor.shape)))
         found |= {module: tuple(parameters) for module, parameters in beside.items()}
     return found
+
+
+def parts_of(record: AdapterData) -> Mapping[str, object]:
+    """What an adapter changes, by name, without what lies beside it."""
+    parts = record.deltas if isinstance(record, DeltaData) else getattr(record, "updates", None)
+    return parts if parts is not None else record.vectors  # type: ignore[attr-defined]
+
+
+def named_alike(records: Sequence[AdapterData]) -> bool:
+    """Whether all adapters have the same names, so that there is nothing to find out."""
+    parts = [parts_of(record).keys() for record in records]
+    beside = [record.extras.keys() if isinstance(record, ModulesData) else set() for record in records]
+    return all(p == parts[0] for p in parts) and all(b == beside[0] for b in beside)
+
+
+def settled_names(records: Iterable[AdapterData]) -> frozenset[str]:
+    """The names that were given by hand."""
+    return frozenset().union(*(r.base.settled for r in records if isinstance(r, ModulesData)))
 
 
 def renamed(record: X, names: Mapping[str, str]) -> X:

@@ -13,6 +13,14 @@ EMBEDDINGS = frozenset("embed_tokens lm_head wte wpe word_embeddings embed_in em
 """Usual names of embeddings and of heads tied to them. PEFT saves such modules whole, unasked, when they are adapted or
 the vocabulary was resized."""
 
+WRAPPERS = frozenset("_orig_mod _fsdp_wrapped_module _fpw_module _checkpoint_wrapped_module _forward_module".split())
+"""Private attributes in which torch.compile, FSDP, activation checkpointing and Lightning Fabric keep a module. As
+segments of names they are no part of a model."""
+
+PLAIN_WRAPPER = "module"
+"""Where DataParallel and DeepSpeed keep it. A model may have a part of that name, so it is taken for a wrapper's only
+where that is certain."""
+
 LONGEST_NAME = 200
 """Bytes: file systems stop at 255 and the unfinished output needs room for its own suffix."""
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PREFIX, make_config, peft_tensors, write_peft
+from builders import PREFIX, gaussian, make_config, peft_tensors, write_peft
 from tolerances import ROUNDED32
 from torch import Tensor
 
 import fastlora as fl
+from fastlora.core.data import Scaling
 from fastlora.errors import InputError
 
 RANK, SCALING = 3, 2.0
@@ -164,6 +165,21 @@ def test_what_may_be_two_is_not_made_one_and_is_told(case: str, tmp_path: Path) 
     assert next(iter(one)) in notice and next(iter(two)) in notice and "--map OLD=NEW" in notice
 
 
+def test_vectors_and_task_vectors_are_aligned_too() -> None:
+    """``l = 1 + Σ w(l − 1)`` of (IA)³, and the sum of changes of whole models, by the same rules for names."""
+    rows = {m: gaussian(n, 1, seed=i) for i, (m, (n, _)) in enumerate(OLD.items())}
+    old = fl.IA3("old", {m: Scaling(v, feedforward=False) for m, v in rows.items()})
+    new = fl.IA3("new", {m: Scaling(v, feedforward=False) for m, v in zip(NEW, rows.values(), strict=True)})
+    for total, names in ((old + new, OLD), (new + old, NEW), (fl.compose("a + b", {"a": old, "b": new}), OLD)):
+        assert isinstance(total, fl.IA3) and set(total.modules) == set(names) and total.notes
+        for module, vector in zip(names, rows.values(), strict=True):
+            assert torch.equal(total.vector(module), (2.0 * vector.double() - 1.0).flatten())
+    plain = fl.TaskVector("plain", {f"{m}.weight": torch.randn(s) for m, s in OLD.items()})
+    wrapped = fl.TaskVector("wrapped", {f"module.{p}": d for p, d in plain.deltas.items()})
+    for nothing in (plain - wrapped, wrapped - plain):
+        assert set(nothing.deltas) == set(plain.deltas) and nothing.norm == 0.0 and nothing.notes
+
+
 def test_other_shapes_are_other_modules(tmp_path: Path) -> None:
     wider = {m: (n + 1, k) for m, (n, k) in TEXT.items()}
     a, b = adapter(tmp_path / "a", under("model.", TEXT), 1), adapter(tmp_path / "b", under("", wider), 2)
@@ -259,6 +275,16 @@ def test_a_part_called_module_stays_where_the_configuration_names_it(tmp_path: P
     config = make_config(r=RANK, target_modules=[f"module.layers.{i}.self_attn.q_proj" for i in range(2)])
     kept = fl.load(write_peft(tmp_path / "a", peft_tensors(factors(modules, 1)), config))
     assert set(kept.modules) == set(modules) and not kept.notes
+
+
+@pytest.mark.parametrize("start", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_in_memory_may_be_those_of_a_wrapped_model(start: str) -> None:
+    modules = under("model.", TEXT)
+    a = fl.Adapter.from_tensors(factors(under(start, modules), 1), name="a")
+    b = fl.Adapter.from_tensors(factors(modules, 2), name="b")
+    for pool in (fl.Pool([a, b]), fl.Pool([b, a])):
+        assert set(pool.modules) == set(modules) and pool.notices
+    assert set((a + b).modules) == set(modules)
 
 
 def test_keys_that_become_one_are_refused(tmp_path: Path) -> None:

@@ -149,7 +149,9 @@ def read(directory: Path) -> dict[str, Array]:
     tensors = read_safetensors(file) if file.exists() else read_torch(directory / "adapter_model.bin")
     modules: dict[str, dict[str, Array]] = {}
     for name, value in tensors.items():
-        module = name.removeprefix(PREFIX)
+        module = name
+        while module.startswith(PREFIX):  # PEFT around PEFT
+            module = module.removeprefix(PREFIX)
         suffix = next(p for p in PARTS if name.endswith(p))
         parts = modules.setdefault(module.removesuffix(suffix), {})
         if PARTS[suffix] in parts:

@@ -85,8 +85,11 @@ class PeftConfig:
         return replace(self, as_trained=as_trained, base=base)
 
     def _of(self, patterns: Patterns, module: str) -> float | None:
-        value, trained = patterns.value(module), self.as_trained(module)
-        return patterns.value(trained) if value is None and trained != module else value
+        value = patterns.value(module)
+        for other in (self.as_trained(module), module.replace(".module.", ".")):
+            if value is None and other != module:
+                value = patterns.value(other)
+        return value
 
 
 def read_fields(directory: Path) -> Fields:

@@ -16,15 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from fastlora.core.data import BaseInfo
+from fastlora.core.names import PLAIN_WRAPPER, WRAPPERS
 from fastlora.errors import InputError
 from fastlora.formats.peft.names import PREFIX, WRAPPED
-
-WRAPPERS = frozenset("_orig_mod _fsdp_wrapped_module _fpw_module _checkpoint_wrapped_module _forward_module".split())
-"""Private attributes in which torch.compile, FSDP, activation checkpointing and Lightning Fabric keep a module."""
-
-PLAIN_WRAPPER = "module"
-"""Where DataParallel and DeepSpeed keep it. A model may have a part of that name, so it counts as a wrapper only before
-PEFT's own prefix, or at the start of every name."""
 
 PEFT = tuple(PREFIX.rstrip(".").split("."))
 
