@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from fastlora.core.data import AdapterData
 from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import FastloraError, UnsupportedAdapter
+from fastlora.files.earlier import MARK
 from fastlora.files.json_files import parse_object, require_file
 from fastlora.files.tensor_files import SAFETENSORS
 from fastlora.files.torch_files import read_torch
@@ -200,7 +201,8 @@ def _tensor_names(file: Path) -> Iterable[str]:
     try:
         if file.suffix == SAFETENSORS:
             with safe_open(file, framework="pt") as opened:
-                return list(opened.keys())
+                says = (opened.metadata() or {}).get(MARK, "")
+                return () if '"kind"' in says else list(opened.keys())  # a file of a kind of ours
         if file.suffix == ".npz":
             with zipfile.ZipFile(file) as archive:
                 return [name.removesuffix(".npy") for name in archive.namelist()]

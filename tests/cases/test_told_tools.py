@@ -93,6 +93,13 @@ def test_links_to_nowhere_inside_an_adapter(tmp_path: Path) -> None:
     done("compress", "linked", "--rank", "2", "-o", "out", cwd=tmp_path)
 
 
+def test_a_task_vector_of_wrapped_models_is_a_task_vector(tmp_path: Path) -> None:
+    """Its parameters may be called like those of an adapter."""
+    states = [{f"blocks.{n}.diff": gaussian(2, 3, seed=i) for n in "ab"} for i in range(2)]
+    vector = fl.task_vector(*states, "v")
+    assert set(fl.load(vector.save(tmp_path / "v.safetensors")).deltas) == set(states[0])
+
+
 def test_configurations_of_other_tools(tmp_path: Path) -> None:
     mlx = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 2, "scale": 20.0}}
     hub = {"config": {"architecture": "lora"}, "model_class": "BertAdapterModel", "model_type": "bert", "name": "x"}
