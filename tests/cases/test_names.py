@@ -305,3 +305,12 @@ def test_patterns_may_name_wrappers(tmp_path: Path) -> None:
     write_peft(path, {WRAPPED["sharded"](k): t for k, t in peft_tensors(factors(modules, 1)).items()}, config)
     scalings = {m: u.scaling for m, u in fl.load(path).updates.items()}
     assert scalings == dict(zip(modules, (3.0, 1.0, 1.0, 2.0), strict=True))
+
+
+def test_parameters_may_be_named_with_wrappers(tmp_path: Path) -> None:
+    """Experts that were adapted inside a wrapper: their parameter is the model's own."""
+    start = f"{PREFIX}model.layers.0._fsdp_wrapped_module.mlp.experts."
+    tensors = {f"{start}lora_A.weight": gaussian(8, 6, seed=1), f"{start}lora_B.weight": gaussian(5, 8, seed=2)}
+    for target in ("mlp.experts.down_proj", "model.layers.0._fsdp_wrapped_module.mlp.experts.down_proj"):
+        path = write_peft(tmp_path / target[:3], tensors, make_config(r=4, target_parameters=[target]))
+        assert fl.load(path).modules == [f"model.layers.0.mlp.experts.down_proj[{e}]" for e in range(2)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeGuard
 
 from fastlora.core.data import BaseInfo
-from fastlora.core.names import CONFIG_NAME
+from fastlora.core.names import CONFIG_NAME, WRAPPERS
 from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.files.json_files import is_plain, parse_object, refuse_dangling, require_file, shown
 from fastlora.formats.peft.experts import expert_order
@@ -80,9 +80,10 @@ class PeftConfig:
 
     def of_wrapped(self, as_trained: Callable[[str], str]) -> PeftConfig:
         """The same for a model that was wrapped when it was trained: a pattern that chose modules there chooses none by
-        their own names."""
+        their own names, and paths of parameters may lead through wrappers."""
         base = replace(self.base, selection=replace(self.base.selection, verbatim=""))
-        return replace(self, as_trained=as_trained, base=base)
+        paths = (".".join(s for s in p.split(".") if s not in WRAPPERS) for p in self.target_parameters)
+        return replace(self, as_trained=as_trained, base=base, target_parameters=tuple(dict.fromkeys(paths)))
 
     def _of(self, patterns: Patterns, module: str) -> float | None:
         value = patterns.value(module)
