@@ -217,6 +217,13 @@ class Comparison:
     def _alone_message(self, only_base: list[str], only_tuned: list[str]) -> str:
         sides = (("the base model", only_base), ("the fine-tune", only_tuned))
         where = ", ".join(f"{which} alone has {len(names)}" for which, names in sides if names)
+        alike = self._alike(only_base, only_tuned)
+        if alike is not None:
+            return (
+                f"only one of the two models has {listed([*only_base, *only_tuned])} ({where}), and {alike[0]} of the "
+                f"base model ends as {alike[1]} of the fine-tune does; these are different models, or one has other "
+                "names: rename its tensors, and pass a state dict or a file of them"
+            )
         heads = [n for n in (*only_base, *only_tuned) if is_head(n.removesuffix(WEIGHT))]
         ways = []
         if heads and not self.configs:
@@ -229,6 +236,12 @@ class Comparison:
             f"only one of the two models has {listed([*only_base, *only_tuned])}, whose change is unknown ({where}); "
             + ", or ".join(ways)
         )
+
+    def _alike(self, only_base: list[str], only_tuned: list[str]) -> tuple[str, str] | None:
+        """Two parameters, each of one model alone, that end alike and have one shape: other names for the same."""
+        ends = {(n.split(".")[-2:][0], self._any(n).shape): n for n in only_base if n.endswith(WEIGHT)}
+        found = ((ends.get((n.split(".")[-2:][0], self._any(n).shape)), n) for n in only_tuned if n.endswith(WEIGHT))
+        return next(((a, b) for a, b in found if a is not None), None)
 
     def _tell_unknown_head(self, deltas: Mapping[str, Tensor]) -> None:
         """Notes where an embedding changed that may be the head, too, and nothing says whether it is."""

@@ -79,6 +79,8 @@ def find_model(directory: Path) -> ModelFiles:
             return found
     files = [name for name in present if name.endswith(SAFETENSORS)]
     if files:
+        for stem in dict.fromkeys(m[1] for m in map(SHARD.fullmatch, files) if m is not None):
+            _by_stem(directory, stem, SAFETENSORS, files)  # under names of its own: complete all the same
         return ModelFiles(directory, tuple(directory / name for name in files))
     raise InputError(
         f"{directory} holds no model.safetensors and no pytorch_model.bin, whole or in shards; {_out(directory)}"

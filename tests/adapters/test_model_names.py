@@ -53,6 +53,15 @@ def test_different_parts_stay_apart(first: str, second: str) -> None:
         fl.task_vector(state(first), state(second, seed=50), common_only=True)
 
 
+def test_other_names_are_not_left_out() -> None:
+    """What has only other names is no reason to leave it out, so that way is not offered."""
+    base = state("encoder.") | {"lm_head.weight": gaussian(4, 4, seed=9)}
+    tuned = state("decoder.") | {"lm_head.weight": gaussian(4, 4, seed=8)}
+    with pytest.raises(fl.InputError, match=r"ends as decoder\.layers.* of the fine-tune does") as error:
+        fl.task_vector(base, tuned)
+    assert "common" not in str(error.value)
+
+
 def test_names_that_two_could_have_are_not_guessed() -> None:
     one, two = state(""), state("first.") | state("second.")
     ours, theirs, rules = matched_names(one, two)

@@ -104,6 +104,13 @@ def test_incomplete_models_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "shards of models in 2 and in 3 files, and no model.safetensors.index.json says which")
 
 
+def test_shards_of_other_names_are_complete_too(tmp_path: Path) -> None:
+    save(tmp_path / "weights.fp16-00001-of-00002.safetensors", ONE)
+    refused(tmp_path, "lacks shard number 2 of 2")
+    save(tmp_path / "weights.fp16-00002-of-00002.safetensors", TWO)
+    assert assert_is_model(tmp_path) == ()
+
+
 @pytest.mark.parametrize("place", ["../out.safetensors", "/out.safetensors", "sub/out.safetensors", "..", "a\\b"])
 def test_an_index_stays_in_its_directory(place: str, tmp_path: Path) -> None:
     save(tmp_path / "out.safetensors", ONE)
