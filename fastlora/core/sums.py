@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastlora.core.data import BaseInfo, Extra, Ia3Data, LoraData, joined_selection
-from fastlora.core.factors import concatenate
+from fastlora.core.factors import Factor, concatenate
 from fastlora.core.updates import Update, joint_noise, with_rank_zero
 from fastlora.errors import InputError
 
@@ -57,8 +57,9 @@ def sum_updates(terms: Sequence[tuple[float, Update]]) -> Update:
         weight, update = kept[0]
         return replace(update, scaling=update.scaling * weight, noise=update.noise.scaled(weight))
     left = concatenate([u.B.scaled(u.scaling * w) for w, u in kept])
+    left, right = _without_cancelled_blocks(left, concatenate([u.A for _, u in kept]))
     noise = joint_noise([u.noise.scaled(w) for w, u in kept])
-    return Update(left, concatenate([u.A for _, u in kept]), 1.0, kept[0][1].layout, noise)
+    return Update(left, right, 1.0, kept[0][1].layout, noise) if left.rank else with_rank_zero(first)
 
 
 # Relative to its terms, a sum of weights at or below it is zero: a few roundings of float64.
@@ -73,9 +74,35 @@ def _without_cancelled(terms: Sequence[tuple[float, Update]]) -> Sequence[tuple[
         weights.setdefault((id(update.B), id(update.A)), []).append(weight * update.scaling)
     if len(weights) == len(terms):
         return terms
-    several = {key: values for key, values in weights.items() if len(values) > 1}
-    cancelled = {key for key, values in several.items() if abs(sum(values)) <= CANCELLED * sum(map(abs, values))}
+    cancelled = _cancelled(weights)
     return [(w, u) for w, u in terms if (id(u.B), id(u.A)) not in cancelled]
+
+
+def _without_cancelled_blocks(B: Factor, A: Factor) -> tuple[Factor, Factor]:
+    """The same for stored matrices side by side, ``Σ_b s_b B_b A_b``: of ``(a + b) − a`` the blocks of ``b`` are
+    left."""
+    if B.joined is None or A.joined is None or [t.at for t in B.terms] != [t.at for t in A.terms]:
+        return B, A
+    blocks = list(zip(B.terms, A.terms, strict=True))
+    weights: dict[tuple[int, int], list[float]] = {}
+    for b, a in blocks:
+        weights.setdefault((id(b.source), id(a.source)), []).append(b.scale * a.scale)
+    cancelled = _cancelled(weights) if len(weights) < len(blocks) else set()
+    if not cancelled:
+        return B, A
+    left, right, rank = [], [], 0
+    for b, a in blocks:
+        if (id(b.source), id(a.source)) not in cancelled:
+            left.append(replace(b, at=rank))
+            right.append(replace(a, at=rank))
+            rank += b.width("B")
+    return replace(B, rank=rank, terms=tuple(left)), replace(A, rank=rank, terms=tuple(right))
+
+
+def _cancelled(weights: Mapping[tuple[int, int], Sequence[float]]) -> set[tuple[int, int]]:
+    """The keys that are there several times and whose weights add up to zero."""
+    several = {key: values for key, values in weights.items() if len(values) > 1}
+    return {key for key, values in several.items() if abs(sum(values)) <= CANCELLED * sum(map(abs, values))}
 
 
 def combine_extras(terms: Sequence[tuple[float, WithExtras]]) -> dict[str, Extra]:

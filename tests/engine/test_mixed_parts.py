@@ -120,5 +120,12 @@ def test_what_cancels_is_empty() -> None:
     left = total((0.3, one), (1.0, other), (-0.3, one))
     assert left.rank == other.rank and torch.equal(delta(left), delta(other))
     assert total((1.0, one), (1.0, one)).rank == 2 * one.rank  # ranks add up where nothing cancels
+    both = total((1.0, one), (2.0, other))
+    assert total((1.0, both), (-1.0, one), (-2.0, other)).rank == 0
+    rest = total((0.5, both), (-0.5, one))
+    assert rest.rank == other.rank and torch.equal(delta(rest), delta(other))
+    assert total((1.0, both), (-2.0, other), (3.0, one)).rank == 2 * one.rank
+    nothing = adapter("x", one) + adapter("y", other) - adapter("x", one) - adapter("y", other)
+    assert nothing.updates["m"].rank == 0
     scaled = replace(one, scaling=2.0)
     assert total((1.0, one), (-0.5, scaled)).rank == 0
