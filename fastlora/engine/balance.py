@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlora.core.data import LoraData
-from fastlora.core.factors import SIDES
+from fastlora.core.factors import SIDES, Factor
 from fastlora.core.updates import Update, factor, sources
 from fastlora.engine.combine_jobs import stored_as
 from fastlora.engine.gram import GramPass
@@ -33,6 +33,9 @@ INSIDE = 2.0**2, 2.0**-5
 COUNTS = 2.0**-24
 # A loss that is told, relative to ΔW: twice the rounding of a float16 number.
 TOLD = 2.0**-10
+# Places of a long factor that are looked at first, so many side by side. Where they show that next to nothing can be
+# lost, the rest is not read.
+SAMPLES, SIDE_BY_SIDE = 256, 16
 
 
 class Range(NamedTuple):
@@ -81,8 +84,9 @@ def balanced(
 ) -> tuple[dict[Key, LoraData], dict[Key, Loss]]:
     """The adapters as they are to be written in these dtypes, and what is lost all the same.
 
-    Costs one read of the factors of modules that have to be computed, where the dtype is float16; else nothing, unless
-    a weight or a scaling is extreme.
+    Where the dtype is float16, a few rows of every factor that has to be computed are looked at. Where these do not
+    show that it lies inside the range, the factors of the module are read once. Else it costs nothing, unless a weight
+    or a scaling is extreme.
     """
     result, losses = dict(adapters), {}
     for dtype in dict.fromkeys(dtypes.values()):
@@ -106,9 +110,49 @@ def _at_risk(adapter: LoraData, dtype: torch.dtype) -> list[str]:
 
 def _may_leave_range(update: Update, dtype: torch.dtype) -> bool:
     computed = [f for f in (update.B, update.A) if stored_as(f, dtype) is None]
-    if dtype == torch.float16:
-        return bool(computed)
-    return any(not ORDINARY[0] <= abs(t.scale) <= ORDINARY[1] for f in computed for t in f.terms)
+    if dtype != torch.float16 and all(ORDINARY[0] <= abs(t.scale) <= ORDINARY[1] for f in computed for t in f.terms):
+        return False
+    return bool(computed) and not _surely_inside(update, dtype)
+
+
+def _surely_inside(update: Update, dtype: torch.dtype) -> bool:
+    """Whether a sample of the factors shows that a quarter of what is told is lost at most.
+
+    The squares in a sample are a part of those in a column, so they bound its root mean square from below.
+    """
+    limits = Range.of(dtype)
+    sampled = [_sample(f) for f in (update.B, update.A)]
+    rms, least = ([x.square().sum(0).div(n).sqrt().cpu() for x, n in zip(sampled, by, strict=True)]
+                  for by in ([len(x) for x in sampled], update.shape))  # fmt: skip
+    sizes = rms[0] * rms[1]
+    if not bool((sizes > 0).all()) or not bool(sizes.isfinite().all()):
+        return False
+    errors = torch.zeros_like(sizes)
+    for factor_of, size, bound in zip((update.B, update.A), rms, least, strict=True):
+        if stored_as(factor_of, dtype) is None:
+            errors += limits.error(bound)
+            if bool((size > limits.most).any()):
+                return False
+    return float((sizes * errors).norm()) <= TOLD / 4 * float(sizes.norm())
+
+
+def _sample(factor: Factor) -> Tensor:
+    """Some rows of ``B``, or columns of ``A``, in float64: ``[samples, rank]``; all of a short factor."""
+    axis, length = (0 if factor.side == "B" else 1), factor.length
+    chunks = SAMPLES // SIDE_BY_SIDE
+    places = torch.arange(length)
+    if length > 2 * SAMPLES:
+        places = (torch.arange(chunks) * (length // chunks))[:, None] + torch.arange(SIDE_BY_SIDE)
+    sample: Tensor | None = None
+    for term in factor.terms:
+        own = term.source.index_select(axis, places.flatten().to(term.source.device)).double()
+        own = term.scale * (own if axis == 0 else own.mT)
+        if term.coefficient is not None:
+            own = own @ (term.coefficient if axis == 0 else term.coefficient.mT)
+        if sample is None:
+            sample = own.new_zeros(len(own), factor.rank)
+        sample[:, term.at : term.at + own.shape[1]] += own
+    return torch.zeros(1, factor.rank, dtype=torch.float64) if sample is None else sample
 
 
 def _of_dtype(

@@ -217,6 +217,21 @@ def test_experts_embeddings_and_convolutions_have_their_digits_in_float16() -> N
         assert relative(left.flatten(1).double() @ right.flatten(1).double(), pools.dense((B, A, s))) < FLOAT16
 
 
+@pytest.mark.parametrize("rows", ["all", "sparse", "uneven"])
+def test_long_factors_have_their_digits_in_float16(rows: str) -> None:
+    """Of which a few rows are looked at first: what these do not show is found all the same."""
+    n, m = 3001, 2000
+    left, right = gaussian(n, 5, seed=1), gaussian(5, m, seed=2)
+    if rows == "sparse":  # nothing is where a sample may look
+        left[1:] *= (torch.arange(1, n) % 64 == 63)[:, None]
+        left[0] = 0.0
+    if rows == "uneven":
+        left *= torch.where(torch.arange(n) % 500 == 0, 1e3, 1.0)[:, None]
+    for size in (1.0, 1e-4, 1e-6):
+        B, A = Adapter.from_tensors({MODULE: (size * left, 0.01 * right)}).tensors("float16")[MODULE]
+        assert relative(B.double() @ A.double(), pools.dense((size * left, 0.01 * right, 1.0))) < FLOAT16
+
+
 @pytest.mark.parametrize("power", [4, 14, 24])
 def test_columns_of_many_sizes_have_their_digits_in_float16(power: int) -> None:
     """Every column is balanced by itself where one power of two does not serve them all."""
