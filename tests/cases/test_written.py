@@ -2,102 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import PREFIX, gaussian, make_config, make_factors, peft_tensors, write_peft
+from builders import write_peft
+from in_peft import CONFIG, WEIGHTS, assert_same, changes, llama, llava, older_llava_name, renamed, run, trained
 from safetensors.torch import load_file
-from tolerances import FLOAT32, SUMS32
 from torch import Tensor, nn
 
 import fastlora as fl
-from fastlora.cli.app import app
 from fastlora.formats.peft.selection import exclude_pattern
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def run(*arguments: str | Path) -> None:
-    """A command that must succeed."""
-    app([str(a) for a in arguments], standalone_mode=False)
-
-
-def llava() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**SIZES, image_size=16, patch_size=8, projection_dim=16),
-        text_config=transformers.LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=64),
-        image_token_index=63,
-    )
-    return transformers.LlavaForConditionalGeneration(config)  # type: ignore[no-any-return]
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=64))  # type: ignore[no-any-return]
-
-
-def mixtral() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        **SIZES | {"intermediate_size": 12}, num_key_value_heads=2, vocab_size=60, num_local_experts=4
-    )
-    return transformers.MixtralForCausalLM(config)  # type: ignore[no-any-return]
-
-
-def older_llava_name(key: str) -> str:
-    """The name that older model code gave a tensor."""
-    return key.replace("model.language_model.", "language_model.model.").replace(
-        "model.vision_tower.", "vision_tower.vision_model."
-    )
-
-
-def trained(
-    model: nn.Module, folder: Path, seed: int = 1, keep: Callable[[str], bool] = lambda key: True, **config: Any
-) -> Path:
-    """An adapter that peft saved, with random factors; under the names ``keep`` leaves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
-        rng = torch.Generator().manual_seed(seed)
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape, generator=rng) * keep(name)
-        adapted.save_pretrained(folder)
-    return folder
-
-
-def renamed(folder: Path, rename: Callable[[str], str]) -> Path:
-    """The adapter under other names of its tensors; the configuration stays."""
-    tensors = {PREFIX + rename(k.removeprefix(PREFIX)): t for k, t in load_file(folder / WEIGHTS).items()}
-    return write_peft(folder.with_name(folder.name + "-renamed"), tensors, json.loads((folder / CONFIG).read_text()))
-
-
-def changes(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """What an adapter that peft loads changes in the weights of a model."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        merged = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).merge_and_unload()
-    before = model.state_dict()
-    return {k: w - before[k] for k, w in merged.state_dict().items() if not torch.equal(w, before[k])}
-
-
-def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, change in expected.items():
-        torch.testing.assert_close(found[name], change, rtol=0, atol=SUMS32 * float(change.abs().max()))
-
 
 QV = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 
@@ -199,23 +121,37 @@ def test_ends_that_select_too_much_become_paths(tmp_path: Path) -> None:
     assert_same(changes(llama(), tmp_path / "out"), changes(llama(), folder))
 
 
+class Inside(nn.Module):
+    """A model in a model: the first part of a path comes again in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = llama()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("build", [llama, Inside])
 @pytest.mark.parametrize("method", ["cat", "svd", "linear"])
-def test_add_weighted_adapter_keeps_the_modules_of_other_adapters(tmp_path: Path, method: str) -> None:
-    first = trained(llama(), tmp_path / "a", r=4, target_modules=["q_proj"])
-    other = trained(llama(), tmp_path / "b", seed=2, r=4, lora_alpha=4, target_modules=["v_proj"])
+def test_add_weighted_adapter_keeps_the_modules_of_other_adapters(
+    tmp_path: Path, method: str, build: Callable[[], nn.Module]
+) -> None:
+    first = trained(build(), tmp_path / "a", r=4, target_modules=["q_proj"])
+    other = trained(build(), tmp_path / "b", seed=2, r=4, lora_alpha=4, target_modules=["v_proj"])
     made = fl.Adapter.from_tensors({m: fl.load(first).factors(m) for m in fl.load(first).modules})
     run("compress", first, "--rank", "4", "--out", tmp_path / "loaded")
     made.save(tmp_path / "made")
     for ours in ("loaded", "made"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = peft.PeftModel.from_pretrained(llama(), str(tmp_path / ours), adapter_name="ours")
+            model = peft.PeftModel.from_pretrained(build(), str(tmp_path / ours), adapter_name="ours")
             model.load_adapter(str(other), adapter_name="other")
             model.add_weighted_adapter(["ours", "other"], [1.0, 1.0], "sum", combination_type=method)
             model.set_adapter("sum")
             merged = model.merge_and_unload().state_dict()
-        before = llama().state_dict()
-        expected = changes(llama(), first) | changes(llama(), other)
+        before = build().state_dict()
+        expected = changes(build(), first) | changes(build(), other)
         assert_same({k: w - before[k] for k, w in merged.items() if not torch.equal(w, before[k])}, expected)
 
 
@@ -264,137 +200,3 @@ def test_no_exclusion_that_nobody_needs(tmp_path: Path, modules: list[str]) -> N
 
 def test_an_exclusion_names_only_what_is_longer() -> None:
     assert exclude_pattern(["x.query"], ["x.query", "z.x.query"]) == r"x|z|(?!(?:z\.x\.query)$).+\.(?:x\.query)"
-
-
-# -- ranks ------------------------------------------------------------------------------------------------------------
-
-
-def decaying(folder: Path, seed: int = 1) -> Path:
-    """An adapter whose modules need different ranks for the same energy."""
-    tensors = {}
-    for i, decay in enumerate((0.9, 0.1)):
-        for k, name in enumerate(("q_proj", "v_proj")):
-            left = gaussian(16, 4, seed=10 * seed + 4 * i + k) * decay ** torch.arange(4)
-            module = f"model.layers.{i}.self_attn.{name}"
-            tensors |= peft_tensors({module: (left, gaussian(4, 16, seed=10 * seed + 100 + 4 * i + k))})
-    return write_peft(folder, tensors, make_config(target_modules=["q_proj", "v_proj"]))
-
-
-def llama_cpp_deltas(folder: Path) -> dict[str, Tensor]:
-    """ΔW as a reader takes it that divides the configuration's α by a module's own rank."""
-    tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
-    modules = [k.removesuffix(".lora_A.weight") for k in tensors if k.endswith(".lora_A.weight")]
-    factors = {m: (tensors[f"{m}.lora_B.weight"], tensors[f"{m}.lora_A.weight"]) for m in modules}
-    return {m.removeprefix(PREFIX): config["lora_alpha"] / b.shape[1] * (b @ a) for m, (b, a) in factors.items()}
-
-
-WRITING: dict[str, Callable[[Path, Path, Path], Iterable[str | Path]]] = {
-    "compress": lambda a, b, out: ("compress", a, "--energy", "0.9", "--out", out),
-    "merge": lambda a, b, out: ("merge", a, b, "--energy", "0.9", "--out", out),
-    "merge of all": lambda a, b, out: ("merge", a, b, "--method", "ties", "--energy", "0.9", "--out", out),
-    "compose": lambda a, b, out: ("compose", "compress(a - 0.5*b, energy=0.9)", f"a={a}", f"b={b}", "--out", out),
-    "modulate": lambda a, b, out: ("modulate", a, "--op", "reverse:0.2", "--energy", "0.9", "--out", out),
-}
-
-
-@pytest.mark.parametrize("command", WRITING.values(), ids=WRITING)
-def test_one_rank_for_all_modules_under_every_reading(tmp_path: Path, command: Callable[..., Any]) -> None:
-    a, b = decaying(tmp_path / "a"), decaying(tmp_path / "b", seed=2)
-    run(*command(a, b, tmp_path / "mixed"))
-    run(*command(a, b, tmp_path / "uniform"), "--uniform-rank")
-    mixed, uniform = fl.load(tmp_path / "mixed"), fl.load(tmp_path / "uniform")
-    assert len({u.rank for u in mixed.updates.values()}) > 1
-    assert {u.rank for u in uniform.updates.values()} == {max(u.rank for u in mixed.updates.values())}
-    config = json.loads((tmp_path / "uniform" / CONFIG).read_text())
-    assert config["rank_pattern"] == config["alpha_pattern"] == {}
-    for module, found in llama_cpp_deltas(tmp_path / "uniform").items():
-        assert torch.equal(uniform.delta(module), mixed.delta(module))  # zeros add nothing
-        torch.testing.assert_close(found, mixed.delta(module), rtol=0, atol=FLOAT32 * float(found.abs().max()))
-
-
-def test_parts_of_a_decomposition_with_one_rank_each(tmp_path: Path) -> None:
-    paths = [decaying(tmp_path / name, seed) for name, seed in (("a", 1), ("b", 2))]
-    parts = fl.decompose(fl.Pool.load(paths), threshold=0.05, energy=0.7)
-    parts.save(tmp_path / "mixed")
-    parts.save(tmp_path / "uniform", uniform_rank=True)
-    run("decompose", *paths, "--threshold", "0.05", "--energy", "0.7", "--uniform-rank", "--out", tmp_path / "command")
-    for place in ("shared", "unique/a", "unique/b"):
-        uniform = fl.load(tmp_path / "uniform" / place)
-        assert len({u.rank for u in uniform.updates.values()}) == 1
-        for other in ("mixed", "command"):
-            adapter = fl.load(tmp_path / other / place)
-            assert all(torch.equal(adapter.delta(m), uniform.delta(m)) for m in adapter.modules)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_filling_changes_no_stored_bit(tmp_path: Path, dtype: str) -> None:
-    ranks = {"model.layers.0.self_attn.q_proj": 1, "model.layers.0.self_attn.v_proj": 3}
-    factors = make_factors({m: (24, 16) for m in ranks}, rank=ranks)
-    made = fl.Adapter.from_tensors(
-        {m: (b.to(getattr(torch, dtype)), a.to(getattr(torch, dtype))) for m, (b, a) in factors.items()}
-    )
-    again = fl.load(made.save(tmp_path / "a", uniform_rank=5))
-    for module, (b, a) in again.tensors().items():
-        stored, r = made.tensors()[module], ranks[module]
-        assert b.shape[1] == a.shape[0] == 5 and not b[:, r:].any() and not a[r:].any()
-        assert torch.equal(b[:, :r], stored[0]) and torch.equal(a[:r], stored[1])
-    with pytest.raises(fl.InputError, match=r"uniform_rank=2.*rank 3"):
-        made.save(tmp_path / "b", uniform_rank=2)
-
-
-def test_a_task_vector_has_no_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, value in (("base", 0.0), ("tuned", 1.0)):
-        torch.save({"q.weight": torch.full((4, 4), value)}, tmp_path / f"{name}.pt")
-    files = tmp_path / "base.pt", tmp_path / "tuned.pt"
-    with pytest.raises(fl.InputError, match="--uniform-rank is for an adapter"):
-        run("extract", *files, "--uniform-rank", "--out", tmp_path / "t.safetensors")
-    run("extract", *files, "--uniform-rank", "--rank", "2", "--out", tmp_path / "t")
-
-
-# -- experts with factors of their own --------------------------------------------------------------------------------
-
-
-def per_expert(folder: Path, ranks: Mapping[str, int] | None = None, *, zero: str = "", seed: int = 1) -> Path:
-    """An adapter of a Mixtral whose experts were modules of their own, with decaying spectra."""
-    tensors = {}
-    for layer in range(2):
-        where = f"model.layers.{layer}"
-        shapes = {f"{where}.self_attn.q_proj": (16, 16)}
-        for e in range(4):
-            expert = f"{where}.block_sparse_moe.experts.{e}"
-            shapes |= {f"{expert}.w1": (12, 16), f"{expert}.w3": (12, 16), f"{expert}.w2": (16, 12)}
-        for i, (module, (n, m)) in enumerate(shapes.items()):
-            own = 1000 * seed + 100 * layer + 2 * i
-            decay = (0.2 + 0.6 * (i % 3) / 2) ** torch.arange(4)
-            left = gaussian(n, 4, seed=own) * decay * (not zero or zero not in module)
-            tensors |= peft_tensors({module: (left, gaussian(4, m, seed=own + 1))})
-    return write_peft(folder, tensors, make_config(target_modules=["q_proj", "w1", "w2", "w3"], lora_dropout=0.0))
-
-
-@pytest.mark.parametrize("zero", ["", "layers.0.block_sparse_moe.experts.2.w1", "layers.1.block_sparse_moe"])
-def test_experts_have_one_rank_so_that_peft_can_stack_them(tmp_path: Path, zero: str) -> None:
-    folder = per_expert(tmp_path / "a", zero=zero)
-    run("compress", folder, "--energy", "1", "--out", tmp_path / "same")
-    assert_same(changes(mixtral(), tmp_path / "same"), changes(mixtral(), folder))
-    run("compress", folder, "--energy", "0.9", "--out", tmp_path / "out")
-    small = fl.load(folder).compress(energy=0.9)
-    assert len({u.rank for u in small.updates.values()}) > 1
-    assert len({u.rank for m, u in fl.load(tmp_path / "out").updates.items() if "experts" in m}) == 1
-    found = changes(mixtral(), tmp_path / "out")
-    for layer in range(2):
-        for e in range(4):
-            where = f"model.layers.{layer}.block_sparse_moe.experts.{e}"
-            expected = {
-                "gate_up_proj": torch.cat([small.delta(f"{where}.w1"), small.delta(f"{where}.w3")]),
-                "down_proj": small.delta(f"{where}.w2"),
-            }
-            for name, delta in expected.items():
-                change = found.get(f"model.layers.{layer}.mlp.experts.{name}", torch.zeros(4, *delta.shape))[e]
-                torch.testing.assert_close(change, delta, rtol=0, atol=SUMS32)
-
-
-def test_a_merge_of_experts_that_were_modules_loads(tmp_path: Path) -> None:
-    a, b = per_expert(tmp_path / "a"), per_expert(tmp_path / "b", seed=2)
-    run("merge", a, b, "--method", "cat", "--out", tmp_path / "out")
-    one, two = changes(mixtral(), a), changes(mixtral(), b)
-    assert_same(changes(mixtral(), tmp_path / "out"), {k: one[k] + two[k] for k in one})
