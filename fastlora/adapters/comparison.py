@@ -115,7 +115,7 @@ class Comparison:
         if not deltas and not values:
             self.notes.append(f"task vector {self.name!r} changes nothing: the two models have equal parameters")
         ties = self._ties(deltas)
-        self._tell_unknown_head(deltas)
+        unknown += self._unknown_head(deltas)
         facts = found_facts(deltas, self.base.shapes(), self.configs)
         self._tell_dtypes([n for n in wanted if self.selection.takes(n)])
         changed = {_module(n) for n in values if not self._is_unchanged(n)}
@@ -243,19 +243,21 @@ class Comparison:
         found = ((ends.get((n.split(".")[-2:][0], self._any(n).shape)), n) for n in only_tuned if n.endswith(WEIGHT))
         return next(((a, b) for a, b in found if a is not None), None)
 
-    def _tell_unknown_head(self, deltas: Mapping[str, Tensor]) -> None:
-        """Notes where an embedding changed that may be the head, too, and nothing says whether it is."""
+    def _unknown_head(self, deltas: Mapping[str, Tensor]) -> list[str]:
+        """The head, with a note, where an embedding changed that may be it, and nothing says whether it is."""
         if self.group or self.is_settled or any(is_head(n.removesuffix(WEIGHT)) for n in deltas):
-            return
+            return []
         if any(c.ties is False or c.architectures for c in self.configs):
-            return
+            return []
         modules = [n.removesuffix(WEIGHT) for n in deltas if "embeddings." not in n]  # as encoders have them
         inputs = [m for m in modules if m.rpartition(".")[2] in INPUT_EMBEDDINGS]
-        if inputs and not any(is_head(n.removesuffix(WEIGHT)) for n in self.base.names):
-            self.notes.append(
-                f"task vector {self.name!r}: nothing says whether an output head is {inputs[0]}; where it is, say so "
-                "with tied=True (--tied), or its change is not in an adapter (without one, tied=False, --no-tied)"
-            )
+        if not inputs or any(is_head(n.removesuffix(WEIGHT)) for n in self.base.names):
+            return []
+        self.notes.append(
+            f"task vector {self.name!r}: nothing says whether an output head is {inputs[0]}; where it is, say so with "
+            "tied=True (--tied), or its change is not in an adapter (without one, tied=False, --no-tied)"
+        )
+        return ["lm_head.weight"]
 
     def _resized(self, names: Sequence[str]) -> list[str]:
         """Parameters of other shapes: tables whose rows were added or removed are told, others refused."""

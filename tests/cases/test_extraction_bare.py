@@ -58,6 +58,7 @@ def test_a_head_that_nobody_speaks_of() -> None:
     silent = fl.task_vector(base, tuned).extract(rank=4)
     assert list(silent.updates) == ["model.embed_tokens"]
     assert "nothing says whether an output head is model.embed_tokens" in silent.notes[0]
+    assert silent.provenance["retained_energy"] is None  # nobody knows
     without = fl.task_vector(base, tuned, tied=False).extract(rank=4)
     assert list(without.updates) == ["model.embed_tokens"] and without.notes == ()
     with_head = fl.task_vector(base, tuned, tied=True).extract(rank=4)
