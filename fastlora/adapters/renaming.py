@@ -124,8 +124,10 @@ class Renaming:
 
     def __init__(self, changes: Mapping[str, str] | None) -> None:
         self.changes: dict[str, str] = {}
+        if not isinstance(changes, Mapping | None):
+            raise InputError(f"rename must be {{old: new}}, not of type {type(changes).__name__}")
         for old, new in (changes or {}).items():
-            if not isinstance(old, str) or not isinstance(new, str):
+            if not all(isinstance(name, str) and name.isprintable() and ".." not in name for name in (old, new)):
                 raise InputError(f"rename: {old!r} and {new!r} must be names of modules, or what names begin with")
             key = old.strip().strip(".")
             if key in self.changes:

@@ -205,6 +205,9 @@ def test_rename_settles_names() -> None:
     assert fl.Pool([a, b], rename={"x": "", "y": ""}).modules == ["q"]
     assert fl.Pool([a, b], rename={"x": "x", "y": "y"}).modules == ["x.q", "y.q"]
     assert fl.Pool([a, b], rename={"": "z", "y": "z.x"}).modules == ["z.x.q"]
+    for wrong in (["y=x"], {"y": 1}, {"y": "x\x1b"}, {"y": "x..z"}):
+        with pytest.raises(InputError, match="rename"):
+            fl.Pool([a, b], rename=wrong)  # type: ignore[arg-type]
     for useless in ({"z": "x"}, {"y.": "x", "q": "p"}, {"x.q.w": "x"}):
         with pytest.raises(InputError, match="no name that could change"):
             fl.Pool([a, b], rename=useless)
@@ -262,7 +265,7 @@ def test_a_part_called_module_is_a_wrapper_where_others_do_not_have_it(tmp_path:
         for p in (plain, other)
     ]
     alone = fl.load(inner[0])
-    assert all(".module." in m for m in alone.modules) and "'module' inside" in alone.notes[0]
+    assert all(".module." in m for m in alone.modules) and "'module' in " in alone.notes[0]
     assert all(".module." in m for m in fl.Pool.load(inner).modules)
     for paths in ([inner[0], other], [other, inner[0]]):
         pool = fl.Pool.load(paths)
@@ -285,6 +288,12 @@ def test_names_in_memory_may_be_those_of_a_wrapped_model(start: str) -> None:
     for pool in (fl.Pool([a, b]), fl.Pool([b, a])):
         assert set(pool.modules) == set(modules) and pool.notices
     assert set((a + b).modules) == set(modules)
+
+
+def test_a_leading_part_called_module_that_not_all_names_have_is_kept_and_told(tmp_path: Path) -> None:
+    tensors = peft_tensors(factors(under("module.", TEXT) | {"head": (4, 5)}, 1))
+    found = fl.load(write_peft(tmp_path / "a", tensors, make_config(r=RANK)))
+    assert set(found.modules) == {*under("module.", TEXT), "head"} and "'module' in " in found.notes[0]
 
 
 def test_keys_that_become_one_are_refused(tmp_path: Path) -> None:

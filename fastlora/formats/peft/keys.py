@@ -95,10 +95,10 @@ def read_keys(names: Iterable[str], file: Path, adapter: str, config: Mapping[st
             f"adapter {adapter!r}: {', '.join(map(repr, taken))} in the names of its tensors was left there by a "
             "wrapper of the trained model and is taken off"
         )
-    inner = next((p for p in keys.names if f".{PLAIN_WRAPPER}." in p), None)
+    inner = next((p for p in keys.names if f".{PLAIN_WRAPPER}." in f".{p}"), None)
     if inner is not None and not _names_a_module(config):
         keys.notes.append(
-            f"adapter {adapter!r}: {PLAIN_WRAPPER!r} inside {inner!r} may be a part of the model or be left by a "
+            f"adapter {adapter!r}: {PLAIN_WRAPPER!r} in {inner!r} may be a part of the model or be left by a "
             "wrapper; it is kept, unless other adapters have the same names without it"
         )
     return keys
