@@ -81,6 +81,8 @@ def _without_cancelled(terms: Sequence[tuple[float, Update]]) -> Sequence[tuple[
 def _without_cancelled_blocks(B: Factor, A: Factor) -> tuple[Factor, Factor]:
     """The same for stored matrices side by side, ``Σ_b s_b B_b A_b``: of ``(a + b) − a`` the blocks of ``b`` are
     left."""
+    if len({id(t.source) for t in B.terms}) == len(B.terms):  # as in most sums
+        return B, A
     if B.joined is None or A.joined is None or [t.at for t in B.terms] != [t.at for t in A.terms]:
         return B, A
     blocks = list(zip(B.terms, A.terms, strict=True))

@@ -163,44 +163,58 @@ def _finish_joined(
 
 
 class _Coefficients(NamedTuple):
-    """A factor on stored matrices: ``C [len(rows), rank]`` belongs to the ``rows`` of their Gram matrix. The
-    others are left out and not multiplied by zero, so that NaN or Inf in one adapter is not found in another.
-    ``size``: sums of absolute values where ``C`` has sums."""
+    """A factor on stored matrices: ``C [len(rows), rank]`` belongs to the ``rows`` of their Gram matrix. The others are
+    left out and not multiplied by zero, so that NaN or Inf in one adapter is not found in another. ``size``: sums of
+    absolute values where ``C`` has sums; ``None`` where nothing can cancel."""
 
     rows: Tensor
     C: Tensor
-    size: Tensor
+    size: Tensor | None
 
     @staticmethod
     def of(factor: Factor, first_rows: Mapping[object, int], device: torch.device) -> _Coefficients:
         """``first_rows``: where stored matrices start in the Gram matrix, by their identity."""
-        sums: dict[object, tuple[Tensor, Tensor]] = {}
+        sums: dict[object, Tensor] = {}
+        sizes: dict[object, Tensor] = {}
         for term in factor.terms:
             key, C = source_key(term.source), term.matrix(factor.side, factor.rank)
-            sums[key] = (sums[key][0] + C, sums[key][1] + C.abs()) if key in sums else (C, C.abs())
+            sums[key] = sums[key] + C if key in sums else C
+            if len(factor.terms) > 1:
+                sizes[key] = sizes[key] + C.abs() if key in sizes else C.abs()
         if not sums:
             none = torch.zeros(0, factor.rank, dtype=torch.float64, device=device)
-            return _Coefficients(torch.zeros(0, dtype=torch.int64, device=device), none, none)
-        rows = [torch.arange(C.shape[0], device=device) + first_rows[key] for key, (C, _) in sums.items()]
-        return _Coefficients(torch.cat(rows), *(torch.cat(x) for x in zip(*sums.values(), strict=True)))
+            return _Coefficients(torch.zeros(0, dtype=torch.int64, device=device), none, None)
+        rows = [torch.arange(C.shape[0], device=device) + first_rows[key] for key, C in sums.items()]
+        size = torch.cat(list(sizes.values())) if sizes else None
+        return _Coefficients(torch.cat(rows), torch.cat(list(sums.values())), size)
 
-    def without_rounding(self, gram: Tensor) -> Tensor:
-        """``C`` with zeros in the columns of which nothing but rounding is left, given the whole Gram matrix."""
+    def known(self, gram: Tensor, own: Tensor) -> Tensor | None:
+        """Which columns are more than the rounding of what they are sums of, given the whole Gram matrix and the
+        factor's ``own`` block of it; ``None``: all."""
+        if self.size is None:
+            return None
         norms = gram.diagonal()[self.rows].sqrt() @ self.size  # that columns would have if nothing cancelled
-        squares = (self.C * (gram[self.rows][:, self.rows] @ self.C)).sum(0)
-        return self.C * ~(squares <= ROUNDING * norms.square())  # what is NaN stays
+        return ~(own.diagonal() <= ROUNDING * norms.square())  # what is NaN stays
 
 
 def _put_products(
     gram: Tensor, coefficients: Sequence[_Coefficients], out: Tensor, r: int, block_places: Sequence[BlockPlace]
 ) -> None:
-    """Blocks of factors from the upper triangle of the Gram matrix of what they are made of: ``C_iᵀ G C_j``."""
+    """Blocks of factors from the upper triangle of the Gram matrix of what they are made of: ``C_iᵀ G C_j``, with zeros
+    for columns of which nothing but rounding is left."""
     full = gram.triu() + gram.triu(1).mT
-    known = [c.without_rounding(full) for c in coefficients]
+    known: dict[int, Tensor | None] = {}
+    products = []
     for i, j, offset in block_places:
-        at, to, left, right = coefficients[i].rows, coefficients[j].rows, known[i], known[j]
-        shape = left.shape[1], right.shape[1]
-        out.view(-1)[offset:].as_strided(shape, (r, 1)).copy_(left.mT @ full[at][:, to] @ right)
+        at, to, left, right = coefficients[i].rows, coefficients[j].rows, coefficients[i].C, coefficients[j].C
+        products.append((i, j, offset, left.mT @ full[at][:, to] @ right))
+        if i == j:
+            known[i] = coefficients[i].known(full, products[-1][3])
+    for i, j, offset, product in products:
+        rows, columns = known.get(i), known.get(j)
+        product = product if rows is None else product * rows[:, None]
+        product = product if columns is None else product * columns
+        out.view(-1)[offset:].as_strided(product.shape, (r, 1)).copy_(product)
 
 
 def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[_Coefficients]]:
