@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import names_cases
 import run
@@ -52,7 +53,7 @@ def attempt(case: Case, root: Path) -> str:
     for adapter in case.adapters:
         adapter.write(root / adapter.label)
     try:
-        found, notes = VERBS[case.verb](case, [root / a.label for a in case.adapters])
+        found, notes = VERBS[case.verb.partition(" ")[0]](case, [root / a.label for a in case.adapters])
     except FastloraError as error:
         if "--map" not in str(error) or not any(repr(a.label) in str(error) for a in case.adapters):
             raise Wrong(f"refused without a way out: {error}") from None
@@ -65,13 +66,13 @@ def attempt(case: Case, root: Path) -> str:
     return judge(case, found, notes)
 
 
-def _loaded(paths: list[Path]) -> dict[str, fl.Adapter]:
-    adapters = {path.name: fl.load(path) for path in paths}
-    assert all(isinstance(a, fl.Adapter) for a in adapters.values())
-    return adapters  # type: ignore[return-value]
+def _loaded(paths: list[Path]) -> dict[str, Any]:
+    return {path.name: fl.load(path) for path in paths}
 
 
-def _dense(result: fl.Adapter) -> Found:
+def _dense(result: Any) -> Found:
+    if isinstance(result, fl.IA3):
+        return {m: result.vector(m)[:, None] - 1.0 for m in result}
     found = {m: b.double() @ a.double() for m, (b, a) in result.tensors("float32").items()}
     return found | {f"{p} shift": e.tensor.double() for p, e in result.extras.items()}
 
@@ -99,7 +100,6 @@ def compose(case: Case, paths: list[Path]) -> tuple[Found, list[str]]:
     terms = (f"{w}*{p.name}" for w, p in zip(case.weights, paths, strict=True))
     text = " + ".join(terms).replace("+ -", "- ")
     result = fl.compose(text, {p.name: p for p in paths})
-    assert isinstance(result, fl.Adapter)
     return _dense(result), list(result.notes)
 
 
@@ -195,7 +195,7 @@ def _judge_pieces(case: Case, found: Found, parts: Mapping[str, Mapping[str, Ten
 def _told_apart(case: Case, notes: Iterable[str], one: Iterable[str], two: Iterable[str]) -> bool:
     """Whether a note says of two groups of adapters that their modules stayed two."""
     said = [n for n in notes if "end alike and are counted as different" in n or "may be a part of the model" in n]
-    if case.verb == "sum":  # the names of sums of sums are in place of those of the adapters
+    if case.verb.startswith("sum"):  # the names of sums of sums are in place of those of the adapters
         return bool(said)
     return any(any(repr(a) in n for a in one) or any(repr(b) in n for b in two) for n in said)
 

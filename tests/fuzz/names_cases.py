@@ -85,6 +85,8 @@ class Written:
     alpha: float = 3.0
     config: dict[str, Any] = field(default_factory=dict)
     rename_key: list[Callable[[str], str]] = field(default_factory=list)
+    is_vectors: bool = False
+    """(IA)³: the first column of ``B`` is ``l``, which scales outputs; ``ΔW`` is then ``l − 1``."""
     inner: bool = False
     pickled: bool = False
     beside: dict[str, Tensor] = field(default_factory=dict)
@@ -103,12 +105,17 @@ class Written:
 
     def deltas(self) -> dict[str, Tensor]:
         """``ΔW`` at every place, dense, in float64."""
+        if self.is_vectors:
+            return {p: b[:, :1].double() - 1.0 for p, (b, _) in self.factors.items()}
         return {p: self.scaling(p) * (b.double() @ a.double()) for p, (b, a) in self.factors.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for place, (left, right) in self.factors.items():
             start = f"{PREFIX}{self.name(place)}"
+            if self.is_vectors:
+                found[f"{start}.ia3_l"] = left[:, :1]
+                continue
             if place.startswith("embed/"):
                 found |= {f"{start}.lora_embedding_A": right, f"{start}.lora_embedding_B": left}
                 continue
@@ -122,7 +129,12 @@ class Written:
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True)
-        fields = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, **self.config}
+        fields: dict[str, Any] = {"peft_type": "IA3", "feedforward_modules": []}
+        fields = (
+            fields
+            if self.is_vectors
+            else {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, **self.config}
+        )
         (folder / "adapter_config.json").write_text(json.dumps(fields))
         tensors = {k: t.contiguous() for k, t in self.tensors().items()}
         if self.pickled:
@@ -181,7 +193,7 @@ def own_name(adapter: Written, rng: random.Random) -> None:
         adapter.beside[f"{PREFIX}norm.weight"] = torch.ones(3)
         adapter.about.append("a whole state")
     adapter.rename_key.insert(
-        0, lambda key: re.sub(r"(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?=\.|$)", rf"\1.{name}", key)
+        0, lambda key: re.sub(r"(lora_A|lora_B|lora_embedding_A|lora_embedding_B|ia3_l)(?=\.|$)", rf"\1.{name}", key)
     )
     adapter.about.append(f"called {name} in keys")
 
@@ -255,6 +267,10 @@ def make(seed: int) -> Case:
         adapters.append(adapter)
     weights = [1.0] * count if verb == "overlap" else [rng.choice((1.0, 0.5, -0.25, 2.0)) for _ in adapters]
     rng.shuffle(adapters)
+    if verb in ("sum", "add", "compose") and rng.random() < 0.15:
+        verb = f"{verb} IA3"
+        for adapter in adapters:
+            adapter.is_vectors, adapter.shifts = True, {}
     return Case(seed, family, verb, adapters, weights)
 
 
