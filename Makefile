@@ -1,5 +1,6 @@
 # make demo   decompose real adapters: report and plots in examples/out
 # make test   lint, types, tests, package build
+# make cases  what files of the field and corners of the arithmetic once got wrong: tests/cases
 # make bench  timings on this machine
 # make gpu    on a machine with a GPU: build, tests and timings there, into benches/results/; installs nothing
 # make rehearsal  what make gpu runs, on a machine without a GPU: torch for CUDA on stand-ins for its libraries; 6 GB
@@ -17,7 +18,7 @@ ISAS := baseline avx2 avx512 avx512_bf16
 BEST_ISA = $(PY) -c "from fastlora.backends import cpu; print(cpu.isa())"
 HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
-.PHONY: demo test lint types unit isas package bench gpu rehearsal triton fuzz sanitize clean
+.PHONY: demo test lint types unit isas package cases bench gpu rehearsal triton fuzz sanitize clean
 
 $(VENV)/ready: $(SOURCES)
 	python3 -m venv $(VENV)
@@ -57,6 +58,9 @@ isas: $(VENV)/ready
 # sdist, wheel from the sdist, import of the wheel in an environment of its own.
 package: $(VENV)/ready
 	$(PYTEST) -m package
+
+cases: $(VENV)/ready
+	$(PYTEST) $(PARALLEL) tests/cases
 
 bench: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(PY) -m pytest benches --benchmark-only --benchmark-columns=median,iqr,rounds

@@ -70,13 +70,18 @@ const double* block(const ChainArgs& a, int64_t group, int64_t i, int64_t j) {
 
 // D and D⁻¹ Gᴬ D⁻¹ of one adapter. Rows that are not far shorter than the longest keep their bits.
 void balance(const double* gram, int r, double* powers, double* balanced) {
-    double longest = 0.0;
+    double longest = 0.0, greatest = 1.0;
     for (int j = 0; j < r; ++j) longest = max_(longest, gram[j * r + j]);
     for (int j = 0; j < r; ++j) {
         double square = gram[j * r + j], power = 1.0;
         while (square > 0.0 && square < kUnbalanced * longest && power > kLeastPower)
             square /= kUnbalanced, power *= kPower;
         powers[j] = power;
+        greatest = max_(greatest, 1.0 / power);
+    }
+    if (greatest == 1.0) {
+        __builtin_memcpy(balanced, gram, sizeof(double) * r * r);
+        return;
     }
     for (int i = 0; i < r; ++i)
         for (int j = 0; j < r; ++j) balanced[i * r + j] = gram[i * r + j] / powers[i] / powers[j];
@@ -84,22 +89,22 @@ void balance(const double* gram, int r, double* powers, double* balanced) {
 
 // What the arithmetic leaves of a σ that is zero: kArithmetic √(r ε) ‖B'‖ ‖A'‖, where A' has rows of length one. The
 // squares of these norms are bounded by sums of rows of the Gram matrices.
-double arithmetic_noise(const double* left, const double* right, int r, double* lengths) {
+double arithmetic_noise(const double* left, const double* right, int r, double* lengths, double* inverse) {
     double widest_left = 0.0, widest_right = 0.0;
     int rank = 0;
     for (int i = 0; i < r; ++i) {
         lengths[i] = sqrt_(max_(right[i * r + i], 0.0));
+        inverse[i] = lengths[i] > 0.0 ? 1.0 / lengths[i] : 0.0;
         rank += lengths[i] > 0.0;
     }
     for (int i = 0; i < r; ++i) {
-        if (!(lengths[i] > 0.0)) continue;
         double of_left = 0.0, of_right = 0.0;
         for (int j = 0; j < r; ++j) {
-            if (!(lengths[j] > 0.0)) continue;
-            of_left += abs_(left[i * r + j] * lengths[i]) * lengths[j];
-            of_right += abs_(right[i * r + j] / lengths[i]) / lengths[j];
+            of_left += abs_(left[i * r + j]) * lengths[j];
+            of_right += abs_(right[i * r + j]) * inverse[j];
         }
-        widest_left = max_(widest_left, of_left), widest_right = max_(widest_right, of_right);
+        widest_left = max_(widest_left, of_left * lengths[i]);
+        widest_right = max_(widest_right, of_right * inverse[i]);
     }
     return kArithmetic * sqrt_(rank * 2 * kEpsilon<double>) * sqrt_(widest_left) * sqrt_(widest_right);
 }
@@ -273,7 +278,7 @@ int whiten_all(const ChainArgs& a, const Buffers& b) {
     const int r = int(a.r);
     for_stretches(int(a.threads), n, [&](int64_t i) {
         const double *gram = block(a, i / a.k, i % a.k, i % a.k), *other = a.right + i * r * r;
-        b.floor[i] = arithmetic_noise(gram, other, r, b.values + i * r);
+        b.floor[i] = arithmetic_noise(gram, other, r, b.values + i * r, b.powers + i * r);
         balance(other, r, b.powers + i * r, b.core + i * r * r);
     });
     int status = eigh<double>(b.core, b.values, b.vectors, b.info_a, n, r, int(a.threads));

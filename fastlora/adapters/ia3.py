@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from fastlora import formats
-from fastlora.adapters.alignment import aligned
-from fastlora.adapters.fused_projections import refuse_two_forms
 from fastlora.core.data import Ia3Data, Scaling
 from fastlora.core.dtypes import widest
 from fastlora.core.sums import combine_extras, common_base
@@ -111,6 +109,9 @@ class IA3(Ia3Data, VectorSpace):
 
         Cost: one read of all vectors.
         """
+        from fastlora.adapters.alignment import aligned  # only sums need it, and every command imports this file
+        from fastlora.adapters.fused_projections import refuse_two_forms
+
         adapters, told = aligned([a for _, a in terms])
         refuse_two_forms([(a.name, a.vectors) for a in adapters])
         terms = [(w, a) for (w, _), a in zip(terms, adapters, strict=True)]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastlora import formats
-from fastlora.adapters.one_form import in_one_form
 from fastlora.adapters.tensors import tensors_of, updates_of
 from fastlora.core.data import BaseInfo, LoraData
 from fastlora.core.dtypes import parse_dtype, widest
@@ -244,6 +243,8 @@ class Adapter(LoraData, VectorSpace):
 
         Cost: no factor is read until the sum is used, except for those of weight 0.
         """
+        from fastlora.adapters.one_form import in_one_form  # only sums need it, and every command imports this file
+
         adapters, told = in_one_form([a for _, a in terms])
         terms = [(w, a) for (w, _), a in zip(terms, adapters, strict=True)]
         require_one_device(adapters)

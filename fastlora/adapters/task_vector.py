@@ -6,26 +6,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastlora import formats
-from fastlora.adapters.alignment import aligned
-from fastlora.adapters.comparison import Comparison
-from fastlora.adapters.extract import extract
-from fastlora.adapters.lora import Adapter
-from fastlora.adapters.model_names import matched_names, tie_group
-from fastlora.adapters.selection import Selection
 from fastlora.core.data import DeltaData
 from fastlora.core.model_facts import ModelFacts
 from fastlora.core.vector_space import VectorSpace, expression
 from fastlora.errors import InputError, OutputError
-from fastlora.files.checkpoint import ModelSource, read_checkpoint
 from fastlora.files.earlier import Overwrite
-from fastlora.files.quantised import quantised_error
 from fastlora.files.shards import listed
 from fastlora.files.tensor_files import SAFETENSORS
+
+# Comparing and extracting models is imported where it is done: every command imports this file.
+if TYPE_CHECKING:
+    from fastlora.adapters.lora import Adapter
+    from fastlora.files.checkpoint import ModelSource
 
 
 class TaskVector(DeltaData, VectorSpace):
@@ -67,6 +65,8 @@ class TaskVector(DeltaData, VectorSpace):
 
         Cost: one read of all changes.
         """
+        from fastlora.adapters.alignment import aligned
+
         vectors, told = aligned([v for _, v in terms])
         whole = next((v for v in vectors if v.values), None)
         if whole is not None:
@@ -109,6 +109,10 @@ class TaskVector(DeltaData, VectorSpace):
 
         Cost: one copy of the model.
         """
+        from fastlora.adapters.model_names import matched_names, tie_group
+        from fastlora.files.checkpoint import read_checkpoint
+        from fastlora.files.quantised import quantised_error
+
         stored = read_checkpoint(base)
         state = stored.tensors
         own, common, _ = matched_names(state, {**self.deltas, **self.values})
@@ -173,6 +177,8 @@ class TaskVector(DeltaData, VectorSpace):
 
         Cost: a dense singular value decomposition of every weight, ``O(n·m·min(n, m))``.
         """
+        from fastlora.adapters.extract import extract
+
         return extract(
             self,
             rank,
@@ -256,6 +262,10 @@ def task_vector(
 
     Cost: one read of both models, and memory for every parameter that changed.
     """
+    from fastlora.adapters.comparison import Comparison
+    from fastlora.adapters.selection import Selection
+    from fastlora.files.checkpoint import read_checkpoint
+
     first, second = read_checkpoint(base), read_checkpoint(finetuned)
     if name is None:
         name = "task" if isinstance(finetuned, Mapping) else _name(Path(finetuned).expanduser().absolute())

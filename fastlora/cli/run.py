@@ -37,9 +37,12 @@ class Run:
     def start(self) -> None:
         """Switches on the backend, the bound on memory and progress. It imports torch, which takes a second: a command
         tells wrong arguments before."""
-        from fastlora.ops.dispatch import current_backend, use_backend
-        from fastlora.runtime import devices, memory
-        from fastlora.runtime.progress import show_progress
+        from fastlora.runtime.cpython import paused_collector
+
+        with paused_collector():  # a tenth of the import, which makes many objects and no garbage
+            from fastlora.ops.dispatch import current_backend, use_backend
+            from fastlora.runtime import devices, memory
+            from fastlora.runtime.progress import show_progress
 
         self.changes  # noqa: B018  (wrong ones are told before any work)
         devices.parse(self.device)

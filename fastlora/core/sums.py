@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlora.core.data import BaseInfo, Extra, Ia3Data, LoraData, joined_selection
 from fastlora.core.factors import Factor, concatenate
-from fastlora.core.updates import Update, joint_noise, with_rank_zero
+from fastlora.core.updates import NO_NOISE, Update, joint_noise, with_rank_zero
 from fastlora.errors import InputError
 
 WithExtras = LoraData | Ia3Data
@@ -58,7 +58,8 @@ def sum_updates(terms: Sequence[tuple[float, Update]]) -> Update:
         return replace(update, scaling=update.scaling * weight, noise=update.noise.scaled(weight))
     left = concatenate([u.B.scaled(u.scaling * w) for w, u in kept])
     left, right = _without_cancelled_blocks(left, concatenate([u.A for _, u in kept]))
-    noise = joint_noise([u.noise.scaled(w) for w, u in kept])
+    noisy = any(u.noise is not NO_NOISE for _, u in kept)
+    noise = joint_noise([u.noise.scaled(w) for w, u in kept]) if noisy else NO_NOISE
     return Update(left, right, 1.0, kept[0][1].layout, noise) if left.rank else with_rank_zero(first)
 
 
@@ -69,11 +70,11 @@ CANCELLED = 1e-15
 def _without_cancelled(terms: Sequence[tuple[float, Update]]) -> Sequence[tuple[float, Update]]:
     """The terms but for those of one update whose weights add up to zero: ``a − a`` is empty, and not ``a`` twice with
     the rounding of their difference."""
+    if len({id(u.B) for _, u in terms}) == len(terms):  # as in most sums
+        return terms
     weights: dict[tuple[int, int], list[float]] = {}
     for weight, update in terms:
         weights.setdefault((id(update.B), id(update.A)), []).append(weight * update.scaling)
-    if len(weights) == len(terms):
-        return terms
     cancelled = _cancelled(weights)
     return [(w, u) for w, u in terms if (id(u.B), id(u.A)) not in cancelled]
 

@@ -7,20 +7,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastlora import ops
 from fastlora.core.updates import Update, exact_rtol
-from fastlora.engine.blocks import read_chain_blocks
+from fastlora.engine.blocks import ChainBlocks, read_chain_blocks
 from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.schedule import GroupPart, one_adapter, parts, rtol_or_default
 from fastlora.engine.stream import current
 from fastlora.errors import InputError
-from fastlora.reference.chain import arithmetic_noise
+from fastlora.reference.chain import ARITHMETIC, arithmetic_noise
 
 # Directions up to this times the noise of the arithmetic may be lost; and the share of Σσ² from which on it counts.
 LARGEST_NOISE, UNKNOWN = 4.0, 1e-9
+EPSILON = float(np.finfo(np.float64).eps)
+
+Numbers = npt.NDArray[np.float64]
 
 MATRICES = 6  # r×r of a module that are in memory: two Gram blocks, and what is made of them
 
@@ -93,29 +98,45 @@ def _read_forms(part: GroupPart, rank: int | None, energy: float | None, exact: 
         floor=blocks.floor,
     )
     raise_for_info(modules, chain.info)
-    most = int(chain.kept.max())
+    counts = chain.kept[:, 0].tolist()
+    most = max(counts)
     T = chain.basis[:, 0, :, :most].contiguous()  # [g, r, most]
     D = T.mT @ blocks.projected[:, 0, 0]  # [g, most, r]
-    scalings = torch.tensor([abs(update.scaling) for (update,) in blocks.updates], dtype=torch.float64)
-    kept, sigma = chain.kept.cpu(), chain.sigma[:, 0].cpu() * scalings[:, None]
-    check_size(blocks.names, modules, sigma[:, None])
-    energies = torch.nn.functional.pad(sigma.square().cumsum(1), (1, 0))  # [g, r + 1]
-    # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
-    counts = kept[:, 0].tolist()
-    # Directions that the arithmetic cannot tell from zero may have that size: of ordinary factors that is nothing.
-    noise = LARGEST_NOISE * arithmetic_noise(blocks.projected[:, 0, 0], blocks.other[:, 0]).cpu() * scalings
-    unknown = noise.square() * (sigma <= noise[:, None]).sum(1)
-    unknown = torch.where(unknown > UNKNOWN * energies[:, -1], unknown, 0.0)
-    totals, wholes = energies[:, -1].tolist(), (energies[:, -1] + unknown).tolist()
-    kept_energies = energies.gather(1, kept).flatten().tolist()
+    # Small numbers of the host from here on, in NumPy, whose calls take a third of the time of torch's.
+    scalings = np.array([abs(update.scaling) for (update,) in blocks.updates])
+    sigma = chain.sigma[:, 0].cpu().numpy() * scalings[:, None]
+    sigma_rows = torch.from_numpy(sigma)
+    check_size(blocks.names, modules, sigma_rows[:, None])
+    energies = np.zeros((len(modules), sigma.shape[1] + 1))
+    np.cumsum(np.square(sigma), axis=1, out=energies[:, 1:])
+    # Plain numbers in bulk: taking them out of arrays one by one would cost more than all of the above.
+    totals, wholes = energies[:, -1].tolist(), (energies[:, -1] + _unknown(blocks, sigma, energies, scalings)).tolist()
+    kept_energies = energies[np.arange(len(modules)), counts].tolist()
     forms = {}
-    rows = zip(modules, counts, totals, wholes, kept_energies, sigma.unbind(), T.unbind(), D.unbind(), strict=True)
+    rows = zip(modules, counts, totals, wholes, kept_energies, sigma_rows.unbind(), T.unbind(), D.unbind(), strict=True)
     for module, count, total, whole, kept_energy, sigma_row, T_row, D_row in rows:
         if count < most:
             T_row, D_row = T_row[:, :count], D_row[:count]
         retained = kept_energy / whole if whole > 0 else 1.0
         forms[module] = SingularForm(sigma_row, T_row, D_row, count, math.sqrt(total), retained)
     return forms
+
+
+def _unknown(blocks: ChainBlocks, sigma: Numbers, energies: Numbers, scalings: Numbers) -> Numbers:
+    """The ``Σσ²`` that directions may have which the arithmetic cannot tell from zero; 0 of ordinary factors: ``[g]``.
+
+    First a bound of :func:`arithmetic_noise` that costs less, ``½ r √ε Σ_j ‖b_j‖ ‖a_j‖``: it is enough where all
+    ``σ`` are above.
+    """
+    G, A = blocks.projected[:, 0, 0], blocks.other[:, 0]
+    products = (G.diagonal(dim1=1, dim2=2) * A.diagonal(dim1=1, dim2=2)).cpu().numpy()
+    lengths = np.sqrt(products.clip(min=0.0)).sum(1)
+    bound = LARGEST_NOISE * ARITHMETIC * sigma.shape[1] * EPSILON**0.5 * lengths * scalings
+    if (sigma.min(1) > bound).all():
+        return np.zeros(len(sigma))
+    noise = LARGEST_NOISE * arithmetic_noise(G, A).cpu().numpy() * scalings
+    unknown = np.square(noise) * (sigma <= noise[:, None]).sum(1)
+    return np.where(unknown > UNKNOWN * energies[:, -1], unknown, 0.0)
 
 
 def cut(update: Update, form: SingularForm) -> Update:
