@@ -18,6 +18,12 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 import torch
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random numbers of a test are its own, whatever ran before it in the same process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """New memory holds NaN (or the most negative integer), so that an element that nobody writes is seen."""
