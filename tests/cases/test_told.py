@@ -200,6 +200,8 @@ def test_inspect_and_python_tell_the_same(tmp_path: Path) -> None:
     (note,) = fl.load(tmp_path / "pool" / "x").notes
     assert done("inspect", "pool/x", "--json", cwd=tmp_path).json()["notes"] == [note]
     assert f"note: {note}\n" in done("inspect", "pool", cwd=tmp_path).err
+    alone = done("inspect", "pool/x", cwd=tmp_path)
+    assert alone.out.count("note:") == 1 and not alone.err  # in the report, and there once
     pool = fl.Pool.load(tmp_path / "pool")
     assert note in pool.told and note in fl.merge(pool).notes and note in fl.overlap(pool).notices
     assert note in fl.decompose(pool).report.notices and note in fl.decompose(pool).unique_of("x").notes

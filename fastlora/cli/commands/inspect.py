@@ -39,7 +39,8 @@ def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None)
         return element.to(run.device) if isinstance(element, Adapter) and not run.on_host else element
 
     notes: list[str] = []
-    if holds_adapters(spec.path):
+    folder = holds_adapters(spec.path)
+    if folder:
         elements, notes = load_folder(spec.path, ANY)
         elements = [moved(element) for element in elements]
         data = folder_data(str(spec.path), elements, notes)
@@ -53,4 +54,6 @@ def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None)
         print_json(data)
     elif not run.quiet:
         show(data, every)
-    run.tell_notes([*notes, *(note for element in elements for note in element.notes)])
+    if folder or run.as_json:  # the report of one adapter has its notes
+        notes += [note for element in elements for note in element.notes]
+    run.tell_notes(notes)
