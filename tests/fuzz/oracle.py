@@ -166,7 +166,11 @@ def read(directory: Path) -> dict[str, Array]:
 
 
 def _dense(module: str, b: Array, a: Array, config: Mapping[str, Any]) -> dict[str, Array]:
-    parameter = next((t for t in config.get("target_parameters") or [] if t.rpartition(".")[0] == module), None)
+    parameter = None
+    for target in config.get("target_parameters") or []:
+        owner, _, name = target.rpartition(".")
+        if parameter is None and (module == owner or module.endswith(f".{owner}")):
+            parameter = f"{module}.{name}"
     path = module if parameter is None else parameter
     rank = value_for(config.get("rank_pattern"), path, config["r"])
     alpha = value_for(config.get("alpha_pattern"), path, config["lora_alpha"])
