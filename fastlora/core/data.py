@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastlora.core.file_form import FileForm
 from fastlora.core.model_facts import ModelFacts
 from fastlora.core.updates import Update
 
@@ -57,6 +58,7 @@ class BaseInfo:
     """What an adapter says about the model it belongs to; carried through every operation.
 
     ``settled``: names of its modules that were given by hand, and are not compared with others that end alike.
+    ``form``: how the single file spelled it that it was read from; ``None`` for what no such file is behind.
     """
 
     model: str | None = None
@@ -68,6 +70,7 @@ class BaseInfo:
     bias: str = "none"
     selection: Selection = Selection()
     settled: frozenset[str] = frozenset()
+    form: FileForm | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

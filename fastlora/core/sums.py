@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastlora.core.data import BaseInfo, Extra, Ia3Data, LoraData, joined_selection
 from fastlora.core.factors import Factor, concatenate
+from fastlora.core.file_form import joined_form
 from fastlora.core.updates import NO_NOISE, Update, joint_noise, with_rank_zero
 from fastlora.errors import InputError
 
@@ -191,4 +192,5 @@ def common_base(adapters: Sequence[WithExtras]) -> BaseInfo:
     model = next((a.base.model for a in adapters if a.base.model), None)
     selection = joined_selection([a.base.selection for a in adapters])
     settled = frozenset().union(*(a.base.settled for a in adapters))
-    return replace(first, model=model, modules_to_save=saved, selection=selection, settled=settled)
+    form = joined_form([a.base.form for a in adapters])
+    return replace(first, model=model, modules_to_save=saved, selection=selection, settled=settled, form=form)

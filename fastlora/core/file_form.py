@@ -1,0 +1,42 @@
+"""How a single file spelled the adapter that was read from it, so that a result can be written the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class FileForm:
+    """The form of a single file.
+
+    ``format``: the module of :mod:`fastlora.formats` that read it. ``family``: of the model (``"sdxl"``, ``"flux"``),
+    ``None`` where it was not needed or not certain. ``style``: the dialect within the format, by its name there.
+    ``stems``: what the file calls each module, ``{module: name without the tensor's suffix}``. ``metadata``: what its
+    header says, without what fastlora writes itself.
+    """
+
+    format: str
+    family: str | None = None
+    style: str = ""
+    stems: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def joined_form(forms: Sequence[FileForm | None]) -> FileForm | None:
+    """The form of what is made of several adapters: that of the first, with the names of all that have it too, and
+    the metadata in which all agree. A family that is in doubt for some is that of the others."""
+    first = forms[0]
+    if first is None:
+        return None
+    if all(f is first for f in forms):
+        return first
+    alike = [f for f in forms if f is not None and (f.format, f.style) == (first.format, first.style)]
+    families = {f.family for f in forms if f is not None and f.family is not None}
+    stems: dict[str, str] = {}
+    for form in alike:
+        for module, stem in form.stems.items():
+            stems.setdefault(module, stem)
+    shared = {k: v for k, v in first.metadata.items() if all(f is not None and f.metadata.get(k) == v for f in forms)}
+    family = first.family if first.family is not None or len(families) != 1 else families.pop()
+    return FileForm(first.format, family, first.style, stems, shared)
