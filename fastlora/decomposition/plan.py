@@ -11,7 +11,8 @@ from fastlora.core.factors import SIDES
 from fastlora.core.updates import Update, factor
 from fastlora.decomposition.components import Components
 from fastlora.decomposition.devec import ModuleResult, Settings
-from fastlora.decomposition.planned import PlanMemory, PlannedPart, PlannedUpdates
+from fastlora.decomposition.planned import PlanMemory, PlannedPart
+from fastlora.decomposition.planned_updates import PlannedUpdates, outside_range
 from fastlora.decomposition.result import Decomposition
 from fastlora.engine.buffers import refill
 from fastlora.engine.gram import GramPass
@@ -70,6 +71,7 @@ class DecompositionPlan:
         groups = whole_groups(pool, rtol_of=rtol_or_default(rtol), least=2)
         self.parts = [PlannedPart(group, self.settings, grams) for group in groups]
         self._memory = PlanMemory.of(self.parts, pool.names, self.dtype, self.device)
+        # As the launches leave them, in the plan's dtype: `adapters` says which of them have all their digits.
         self.unique_parts, self.shared_parts = self._memory.unique, self._memory.shared
         self.block_bytes = sum(8 * len(job.blocks) * job.stride**2 for job in grams.jobs)
         self.gram = grams.prepared()
@@ -127,9 +129,12 @@ class DecompositionPlan:
     def adapters(self) -> dict[str, Adapter]:
         """The results of the last run, ``shared`` and ``unique/<name>``, on the device.
 
-        They lie in the plan's own memory: the next run overwrites them, so save or clone them before."""
+        They lie in the plan's own memory: the next run overwrites them, so save or clone them before. Where float16
+        memory does not hold the digits of a result, or a scaling is extreme, it is a sum on the pool's matrices
+        instead, and saving shares its size out between the factors."""
         results = self._results()
-        updates = PlannedUpdates(self.pool, results, self.settings, self._memory)
+        outside = outside_range(self.parts, self._memory, self.dtype)
+        updates = PlannedUpdates(self.pool, results, self.settings, self._memory, outside)
         parts = Components(self.pool, results, self.settings, "pool", updates=updates, dtype=self.dtype)
         return Decomposition(self.pool, "pool", whole=parts).adapters()
 

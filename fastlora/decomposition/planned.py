@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora.adapters.pool import Pool
 from fastlora.core.factors import Factor
-from fastlora.core.updates import Update, factor, sides
+from fastlora.core.updates import factor, sides
 from fastlora.decomposition.devec import ModuleResult, Settings, module_results
-from fastlora.decomposition.part_updates import LazyUpdates, assembled, combination, first_update, unique_factor
+from fastlora.decomposition.part_updates import combination, unique_factor
 from fastlora.engine.blocks import ask_chain_blocks, require_finite_blocks
 from fastlora.engine.buffers import Shape, room
 from fastlora.engine.checks import raise_for_info
@@ -158,37 +157,3 @@ class PlanMemory:
         }
         both = room([shape for pair in shared.values() for shape in pair], dtype, device)
         return PlanMemory(buffers, dict(zip(shared, zip(both[::2], both[1::2], strict=True), strict=True)))
-
-
-class PlannedUpdates(LazyUpdates):
-    """Updates whose computed sides lie in the memory of a plan: the next run overwrites them."""
-
-    def __init__(self, pool: Pool, results: Mapping[str, ModuleResult], settings: Settings, memory: PlanMemory) -> None:
-        super().__init__(pool, results, settings)
-        self._memory = memory
-
-    def shared(self, name: str | None) -> dict[str, Update]:
-        """The shared part by module; that of all (``name=None``) on views ``[n, count]``, ``[count, m]`` of the
-        memory."""
-        if name is not None:
-            return super().shared(name)
-        updates = {}
-        for module, result in self.results.items():
-            if result.count and any(self.mixing_weights(result, range(len(result.names)), None)):
-                Z, mixed = self._memory.shared[module]
-                left, right = (Z, mixed) if self.side == "left" else (mixed, Z)
-                B, A = Factor.of("B", left[:, : result.count]), Factor.of("A", right[: result.count])
-                updates[module] = Update(B, A, 1.0, first_update(self.pool, module).layout)
-        return updates
-
-    def unique(self, name: str) -> dict[str, Update]:
-        """The unique part of an adapter by module, its projected side in the memory."""
-        updates = {}
-        for module, out in self._memory.unique[name].items():
-            update, result = self.pool[name].updates[module], self.results[module]
-            side, other_side = sides(self.side)
-            projected, other = Factor.of(side, out), factor(update, other_side)
-            scaling = 1.0 if self.side == "left" else update.scaling  # on the left it is inside
-            noise = result.unique_noise(result.names.index(name), update)
-            updates[module] = assembled(update, self.side, projected, other, scaling, noise)
-        return updates

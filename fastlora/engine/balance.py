@@ -6,7 +6,7 @@ A factor whose entries lie well inside the range stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -55,6 +55,13 @@ class Range(NamedTuple):
         """Whether columns of these root mean squares have all their digits."""
         return (sizes >= self.least) & (sizes <= self.most)
 
+    def holds_update(self, least: Tensor, most: Tensor, other: Tensor) -> Tensor:
+        """Whether a factor whose columns have root mean squares between ``least`` and ``most`` keeps all digits that
+        count in its update; ``other``: those of the other factor. ``[…, rank]`` each, the answer ``[…]``."""
+        sizes = most * other
+        counts = (sizes > 0) & (sizes >= COUNTS * sizes.amax(-1, keepdim=True))
+        return ((most <= self.most) & ((least >= self.least) | ~counts)).all(-1)
+
     def error(self, sizes: Tensor) -> Tensor:
         """The relative error of columns that lie below the range: a step is rounded with a mean square of 1/12."""
         below = (sizes > 0) & (sizes < self.least)
@@ -77,6 +84,11 @@ class Loss:
             f"{name}: {self.module}{others} is too small for {str(dtype)[6:]}, whose smallest numbers change its ΔW "
             f"by {100 * min(self.share, 1.0):.2g} %; save with dtype=float32 or bfloat16 (--dtype)"
         )
+
+
+def is_narrow(dtype: torch.dtype, scales: Iterable[float]) -> bool:
+    """Whether sums of stored matrices with these scales may leave the range of the dtype."""
+    return dtype == torch.float16 or not all(ORDINARY[0] <= abs(scale) <= ORDINARY[1] for scale in scales)
 
 
 def balanced(
@@ -110,7 +122,7 @@ def _at_risk(adapter: LoraData, dtype: torch.dtype) -> list[str]:
 
 def _may_leave_range(update: Update, dtype: torch.dtype) -> bool:
     computed = [f for f in (update.B, update.A) if stored_as(f, dtype) is None]
-    if dtype != torch.float16 and all(ORDINARY[0] <= abs(t.scale) <= ORDINARY[1] for f in computed for t in f.terms):
+    if not is_narrow(dtype, (t.scale for f in computed for t in f.terms)):
         return False
     return bool(computed) and not _surely_inside(update, dtype)
 
