@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +13,8 @@ class FileForm:
     ``format``: the module of :mod:`fastlora.formats` that read it. ``family``: of the model (``"sdxl"``, ``"flux"``),
     ``None`` where it was not needed or not certain. ``style``: the dialect within the format, by its name there.
     ``stems``: what the file calls each module, ``{module: name without the tensor's suffix}``. ``metadata``: what its
-    header says, without what fastlora writes itself.
+    header says, without what fastlora writes itself. ``alpha_dtype``: of the scales that it stores. ``keeps_private``:
+    whether a result keeps what the metadata say of the training data.
     """
 
     format: str
@@ -21,6 +22,8 @@ class FileForm:
     style: str = ""
     stems: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    alpha_dtype: str = "float32"
+    keeps_private: bool = False
 
 
 def joined_form(forms: Sequence[FileForm | None]) -> FileForm | None:
@@ -39,4 +42,4 @@ def joined_form(forms: Sequence[FileForm | None]) -> FileForm | None:
             stems.setdefault(module, stem)
     shared = {k: v for k, v in first.metadata.items() if all(f is not None and f.metadata.get(k) == v for f in forms)}
     family = first.family if first.family is not None or len(families) != 1 else families.pop()
-    return FileForm(first.format, family, first.style, stems, shared)
+    return replace(first, family=family, stems=stems, metadata=shared)
