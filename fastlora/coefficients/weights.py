@@ -25,7 +25,7 @@ def weights(pool: Pool | PoolGram, method: str = "least_interference") -> dict[s
             *Our definition.*
 
             ``"matched_norm"``: one weight for all, ``w = (1/k) Σ_i ‖ΔW_i‖ / ‖Σ_i ΔW_i‖``: the merged update has the
-            mean norm of the adapters, which averaging would shrink. *Our definition.*
+            mean norm of the adapters that are not zero, which averaging would shrink. *Our definition.*
 
             ``"least_interference"``: the minimiser over ``w`` of ``Σ_l Σ_i ‖(Σ_j w_j ΔW_j − ΔW_i) ΔW_iᵀ‖_F² /
             ‖ΔW_i‖_F²``, the objective of WUDI-Merging (arXiv 2503.08099; rows of ``ΔW_i`` stand for the inputs of task
@@ -80,7 +80,7 @@ def matched_norm(pool: Pool) -> Tensor:
             "weights: method='matched_norm' needs a sum that is not zero, but these adapters cancel each other; use "
             "'equal_energy' or weights of your own"
         )
-    return (norms > 0) * (norms.mean() / total)
+    return (norms > 0) * (norms.sum() / (norms > 0).sum() / total)
 
 
 def least_interference(pool: Pool) -> Tensor:

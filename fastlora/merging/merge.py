@@ -101,8 +101,9 @@ def methods() -> dict[str, Method]:
     Returns:
         ``{name: method}`` in the order of names. Each has ``name``, ``form`` (what it is a function of: ``"weights"``,
         ``"cores"``, ``"tiles"`` or ``"factors"``), ``summary`` (one line with its formula), ``parameters``
-        (``{parameter: record}``, a record with ``kind``, ``default``, ``required``, ``choices`` and ``help``) and
-        ``source`` (the paper or the section of MATH).
+        (``{parameter: record}``, a record with ``kind``, ``default``, ``required``, ``choices`` and ``help``),
+        ``source`` (the paper or the section of MATH), ``needs`` (what must be given beside weights), ``cost`` (its
+        class in docs/methods.md) and ``rank`` (of the result, in a module).
 
     Cost: none beyond the first import of the methods; no tensor is read.
     """

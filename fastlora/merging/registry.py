@@ -23,6 +23,15 @@ Form = Literal["weights", "cores", "tiles", "factors"]
 
 Program = TypeVar("Program", bound=Callable[..., Any])
 
+FACTS: Mapping[Form, Mapping[str, str]] = {
+    "weights": {"cost": "Gram", "rank": "Σrᵢ, or cut"},
+    "cores": {"cost": "Gram", "rank": "cut, largest rᵢ by default"},
+    "tiles": {"cost": "tiles", "rank": "cut"},
+    "factors": {"cost": "none", "rank": "Σrᵢ"},
+}
+"""What the methods of a form have in common, unless they say something else. ``cost``: the classes of docs/methods.md;
+``rank``: of the result, in a module; ``needs``: the adapters, for all."""
+
 TAKEN = ("pool", "weights", "method", "memory", "device")
 """Parameters of :func:`fastlora.merge` itself."""
 
@@ -35,7 +44,8 @@ class Method:
 
     ``name``; ``form``: what it is a function of; ``summary``: one line with its formula; ``parameters``:
     ``{name: parameter}``, each with ``kind``, ``default``, ``required``, ``choices`` and ``help``; ``source``: the
-    paper or the section of MATH.
+    paper or the section of MATH; ``needs``: what must be given beside weights; ``cost``: its class; ``rank``: that of
+    the result in a module.
     """
 
     name: str
@@ -44,6 +54,9 @@ class Method:
     parameters: Mapping[str, Parameter]
     source: str
     run: Callable[..., Adapter]
+    needs: str
+    cost: str
+    rank: str
 
     def __call__(self, pool: Pool, weights: Mapping[str, float], **parameters: object) -> Adapter:
         given = {name: value for name, value in parameters.items() if value is not None}
@@ -60,31 +73,47 @@ class Method:
         return self.run(pool, weights, **values)
 
 
-def method(form: Form, *, summary: str, source: str) -> Callable[[Program], Program]:
-    """Registers ``run(pool, weights, *, …) -> Adapter``, a method that needs the whole pool at once."""
+def method(form: Form, *, summary: str, source: str, **facts: str) -> Callable[[Program], Program]:
+    """Registers ``run(pool, weights, *, …) -> Adapter``, a method that needs the whole pool at once.
+
+    ``facts``: its ``needs``, ``cost`` and ``rank`` where they are not those of the form, :data:`FACTS`.
+    """
 
     def register(run: Program) -> Program:
-        _add(run, Method(run.__name__, form, summary, parameters_of(run), source, run))
+        _add(run, _described(run.__name__, form, summary, parameters_of(run), source, run, facts))
         return run
 
     return register
 
 
 def driven(
-    form: Form, drive: Callable[..., Adapter], summary: str, source: str, *fixed: object
+    form: Form, drive: Callable[..., Adapter], summary: str, source: str, *fixed: object, **facts: str
 ) -> Callable[[Program], Program]:
     """Registers a program that ``drive(program, *fixed, pool, weights, *, …)`` runs.
 
-    The method takes the driver's parameters and the program's.
+    The method takes the driver's parameters and the program's. ``facts`` as in :func:`method`.
     """
 
     def register(program: Program) -> Program:
         parameters = parameters_of(drive) | parameters_of(program)
         run = functools.partial(drive, program, *fixed)
-        _add(program, Method(program.__name__, form, summary, parameters, source, run))
+        _add(program, _described(program.__name__, form, summary, parameters, source, run, facts))
         return program
 
     return register
+
+
+def _described(
+    name: str,
+    form: Form,
+    summary: str,
+    parameters: Mapping[str, Parameter],
+    source: str,
+    run: Callable[..., Adapter],
+    facts: Mapping[str, str],
+) -> Method:
+    told = {"needs": "adapters", **FACTS[form], **facts}
+    return Method(name, form, summary, parameters, source, run, **told)
 
 
 def _add(function: Callable[..., Any], method: Method) -> None:

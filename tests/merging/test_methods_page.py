@@ -32,7 +32,14 @@ EXAMPLES = {
 def row(method: Method) -> str:
     """The line of the table that describes a method."""
     parameters = ", ".join(f"`{p}`" for p in method.parameters.values())
-    return f"| `{method.name}` | {method.form} | {method.summary} | {parameters} | {method.source} |"
+    cells = f"`{method.name}`", method.form, method.summary, parameters, method.needs, method.cost, method.rank
+    return f"| {' | '.join(cells)} | {method.source} |"
+
+
+def test_classes_of_cost_are_explained() -> None:
+    for method in fl.methods().values():
+        for cost in method.cost.split(", "):
+            assert re.search(rf"^\* \*\*Cost\.\*\*.*?`{cost}`", PAGE, re.DOTALL | re.MULTILINE), cost
 
 
 def described() -> dict[str, str]:
@@ -76,7 +83,7 @@ DEFINITIONS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
     "one_norm": ({"norm": 2.0}, lambda x: (2 * x / x.flatten(1).norm(dim=1)[:, None, None]).sum(0)),
     "soft": ({"by": 0.25, "energy": 1.0}, soft),
     "largest": ({"rank": 40}, lambda x: x.gather(0, x.abs().argmax(0, keepdim=True))[0]),
-    "mean": ({}, lambda x: x.mean(0)),
+    "mean_of_present": ({}, lambda x: x.mean(0)),
 }
 
 

@@ -30,6 +30,7 @@ def methods(
     for name, method in chosen.items():
         typer.echo(f"{name} ({method.form}): {method.summary}")
         typer.echo(f"    from {method.source}")
+        typer.echo(f"    needs {method.needs}; cost {method.cost}; rank of the result: {method.rank}")
         for parameter in method.parameters.values():
             typer.echo(f"    {_usage(parameter)}: {parameter.help}")
 
@@ -45,7 +46,15 @@ def _data(method: Method) -> dict[str, object]:
         }
         for p in method.parameters.values()
     }
-    return {"form": method.form, "summary": method.summary, "source": method.source, "parameters": parameters}
+    return {
+        "form": method.form,
+        "summary": method.summary,
+        "source": method.source,
+        "needs": method.needs,
+        "cost": method.cost,
+        "rank": method.rank,
+        "parameters": parameters,
+    }
 
 
 def _usage(parameter: Parameter) -> str:

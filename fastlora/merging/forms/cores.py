@@ -27,9 +27,9 @@ from fastlora.merging.registry import driven
 Program = TypeVar("Program", bound=Callable[..., Tensor])
 
 
-def method(*, summary: str, source: str) -> Callable[[Program], Program]:
+def method(*, summary: str, source: str, **facts: str) -> Callable[[Program], Program]:
     """Registers ``program(cores, *, …)`` or ``program(cores, cut, *, …)``, which :func:`merge` runs."""
-    return driven("cores", merge, summary, source)
+    return driven("cores", merge, summary, source, **facts)
 
 
 def merge(

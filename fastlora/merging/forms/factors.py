@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
+from fastlora.core.sums import sum_updates
 from fastlora.core.updates import Update
 from fastlora.engine.checks import require_finite
 from fastlora.merging.forms.result import merged_adapter
@@ -16,9 +17,9 @@ from fastlora.runtime.progress import track
 Program = TypeVar("Program", bound=Callable[..., Update])
 
 
-def method(*, summary: str, source: str) -> Callable[[Program], Program]:
+def method(*, summary: str, source: str, **facts: str) -> Callable[[Program], Program]:
     """Registers ``program(terms, *, …)``, which :func:`merge` runs."""
-    return driven("factors", merge, summary, source)
+    return driven("factors", merge, summary, source, **facts)
 
 
 def merge(program: Callable[..., Update], pool: Pool, weights: Mapping[str, float], **parameters: object) -> Adapter:
@@ -45,4 +46,15 @@ def merge(program: Callable[..., Update], pool: Pool, weights: Mapping[str, floa
         if update.shape != terms[0][1].shape or update.layout != terms[0][1].layout:
             raise TypeError(f"method {name!r}: for {module} it returns an update of another shape or layout")
         updates[module] = update
+    return merged_adapter(name, pool, [weights[n] for n in pool.names], updates, parameters)
+
+
+def total(name: str, pool: Pool, weights: Mapping[str, float], parameters: Mapping[str, object]) -> Adapter:
+    """``Σ_i w_i ΔW_i`` and the same sum of what stands beside the updates, as the result of the method ``name``."""
+    require_finite(pool.adapters)
+    adapters = pool.adapters
+    updates = {
+        m: sum_updates([(weights[adapters[i].name], adapters[i].updates[m]) for i in pool.present(m)])
+        for m in pool.modules
+    }
     return merged_adapter(name, pool, [weights[n] for n in pool.names], updates, parameters)

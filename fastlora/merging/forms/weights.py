@@ -6,9 +6,10 @@ them (interpolations on a sphere, means) is of this form, with ``ΔW_i`` as the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from fastlora.adapters.pool import Pool
 from fastlora.core.data import Extra
 from fastlora.core.sums import combine_extras, sum_updates
 from fastlora.core.updates import Update
-from fastlora.engine.blocks import read_pair_blocks
+from fastlora.engine.blocks import PairBlocks, read_pair_blocks
 from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
 from fastlora.merging.forms.result import check_result, merged_adapter
@@ -30,9 +31,14 @@ CoefficientsByModule = Mapping[str, Sequence[float]]
 """``{module: one number for each adapter of the pool}``."""
 
 
-def method(*, summary: str, source: str) -> Callable[[Program], Program]:
-    """Registers ``program(inner, *, …)``, which :func:`merge` runs."""
-    return driven("weights", merge, summary, source)
+def method(
+    *, summary: str, source: str, over: Literal["module", "pool"] = "module", **facts: str
+) -> Callable[[Program], Program]:
+    """Registers ``program(inner, *, …)`` or ``program(inner, weights, *, …)``, which :func:`merge` runs.
+
+    ``over="pool"``: inner products are summed over all modules, which get the same weights (:func:`merge_alike`).
+    """
+    return driven("weights", merge if over == "module" else merge_alike, summary, source, **facts)
 
 
 def merge(
@@ -48,7 +54,9 @@ def merge(
 
     Args:
         program: takes float64 ``inner [g, k, k]`` of ``g`` modules and the ``k`` adapters of the pool, and returns
-            ``c [g, k]``. An adapter that lacks a module is zero there, and so is its ``inner``.
+            ``c [g, k]``. An adapter that lacks a module is zero there, and so is its ``inner``. A program that takes
+            ``weights`` too gets the inner products of the ``ΔW_i`` themselves and float64 ``weights [k]``, and returns
+            what stands in place of the ``c_i w_i``.
         pool: the adapters.
         weights: of every adapter, by name.
         rank: rank to cut the sum to; by default it is exact, of rank Σrᵢ
@@ -64,28 +72,87 @@ def merge(
     """
     if rank is not None or energy is not None:
         check_cut(rank, energy)
-    name, given = program.__name__, torch.tensor([weights[n] for n in pool.names], dtype=torch.float64)
+    finder = _Finder(program, [weights[n] for n in pool.names], parameters)
     coefficients: dict[str, list[float]] = {}
-    for blocks in read_pair_blocks(pool, f"inner products for {name}"):
-        members = torch.tensor(blocks.members)
-        inner = torch.zeros(len(blocks.modules), len(pool), len(pool), dtype=torch.float64)
-        inner[:, members[:, None], members] = blocks.inner()
-        inner = inner * given * given[:, None]
-        if not bool(inner.isfinite().all()):
-            raise InputError(f"the weighted updates overflow: lower the weights {given.tolist()}")
-        shares = program(inner, **parameters)
-        check_result(name, blocks.modules, shares, (len(blocks.modules), len(pool)))
-        coefficients |= dict(zip(blocks.modules, (shares * given).tolist(), strict=True))
+    for blocks in read_pair_blocks(pool, f"inner products for {finder.name}"):
+        found = finder.coefficients(_inner(blocks, len(pool)), blocks.modules)
+        coefficients |= dict(zip(blocks.modules, found.tolist(), strict=True))
     updates = {m: _summed(pool, m, coefficients[m]) for m in pool.modules}
 
     def of_equal(owns: Tensor) -> Tensor:
         """Coefficients ``[k]`` for one update that some adapters have alike, ``owns [k]``: of length one."""
-        weighted = given * owns
-        return program((weighted * weighted[:, None])[None], **parameters)[0] * given
+        return finder.of((owns * owns[:, None])[None])[0]
 
     extras = _extras(pool, coefficients, of_equal)
-    merged = merged_adapter(name, pool, given.tolist(), updates, parameters, extras=extras)
+    merged = merged_adapter(finder.name, pool, finder.weights.tolist(), updates, parameters, extras=extras)
     return merged if rank is None and energy is None else merged.compress(rank, energy=energy)
+
+
+def merge_alike(
+    program: Callable[..., Tensor],
+    pool: Pool,
+    weights: Mapping[str, float],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    **parameters: object,
+) -> Adapter:
+    """The sum ``Σ_i c_i w_i ΔW_i`` with one ``c`` for all modules, of inner products summed over all of them.
+
+    Args:
+        program: as that of :func:`merge`, called once with ``g = 1``.
+        pool: the adapters.
+        weights: of every adapter, by name.
+        rank: rank to cut the sum to; by default it is exact, of rank Σrᵢ
+        energy: share of Σσ² that every module keeps, in (0, 1], instead of a rank
+
+    Raises: as :func:`merge`, except for extras, which take the same weights. ``provenance["coefficients"]`` has the
+    ``c_i w_i``.
+    """
+    if rank is not None or energy is not None:
+        check_cut(rank, energy)
+    finder = _Finder(program, [weights[n] for n in pool.names], parameters)
+    inner = torch.zeros(1, len(pool), len(pool), dtype=torch.float64)
+    for blocks in read_pair_blocks(pool, f"inner products for {finder.name}"):
+        inner += _inner(blocks, len(pool)).sum(0)
+    found = finder.coefficients(inner, ["all modules"])[0].tolist()
+    extras = combine_extras(list(zip(found, pool.adapters, strict=True)))
+    updates = {m: _summed(pool, m, found) for m in pool.modules}
+    merged = merged_adapter(finder.name, pool, finder.weights.tolist(), updates, parameters, extras=extras)
+    told = {**merged.provenance, "coefficients": dict(zip(pool.names, found, strict=True))}
+    merged = replace(merged, provenance=told)
+    return merged if rank is None and energy is None else merged.compress(rank, energy=energy)
+
+
+class _Finder:
+    """A program with its parameters and the weights ``[k]`` of a pool."""
+
+    def __init__(self, program: Callable[..., Tensor], weights: Sequence[float], parameters: Mapping[str, object]):
+        self.program, self.parameters, self.name = program, parameters, program.__name__
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.knows_weights = "weights" in inspect.signature(program).parameters
+
+    def of(self, inner: Tensor) -> Tensor:
+        """What the ``ΔW_i`` are multiplied by, given their inner products ``[g, k, k]``: ``[g, k]``."""
+        if self.knows_weights:
+            return self.program(inner, self.weights, **self.parameters)
+        return self.program(inner * self.weights * self.weights[:, None], **self.parameters) * self.weights
+
+    def coefficients(self, inner: Tensor, modules: Sequence[str]) -> Tensor:
+        """:meth:`of`, checked."""
+        if not bool((inner * self.weights * self.weights[:, None]).isfinite().all()):
+            raise InputError(f"the weighted updates overflow: lower the weights {self.weights.tolist()}")
+        found = self.of(inner)
+        check_result(self.name, modules, found, tuple(inner.shape[:2]))
+        return found
+
+
+def _inner(blocks: PairBlocks, count: int) -> Tensor:
+    """Inner products of the ``count`` updates of a pool, zero for those that lack a module: ``[g, k, k]``."""
+    members = torch.tensor(blocks.members)
+    inner = torch.zeros(len(blocks.modules), count, count, dtype=torch.float64)
+    inner[:, members[:, None], members] = blocks.inner()
+    return inner
 
 
 def _summed(pool: Pool, module: str, coefficients: Sequence[float]) -> Update:

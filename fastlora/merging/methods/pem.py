@@ -16,6 +16,7 @@ from fastlora.merging.registry import method
     "factors",
     summary="elementwise on the factors, (ΣλᵢBᵢ)(ΣλᵢAᵢ), λᵢ = wᵢ/Σw",
     source="PEM, arXiv 2306.14870; MATH section 4",
+    rank="rᵢ",
 )
 def pem(pool: Pool, weights: Mapping[str, float]) -> Adapter:
     """The paper's addition of LoRA adapters of equal modules, ranks and scalings, :func:`fastlora.add`."""
