@@ -179,6 +179,43 @@ class Ia3Data(ModulesData):
         return iter(self.vectors)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Magnitude:
+    """``m`` of one module of a DoRA, as it is stored.
+
+    The module's weight becomes ``m · (W + ΔW) / ‖W + ΔW‖``, with one norm for each output (``axis="out"``, ``m`` has
+    ``out`` numbers) or for each input channel (``axis="in"``). What that changes depends on the base weight ``W``.
+    """
+
+    vector: Tensor
+    axis: Literal["out", "in"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of ``vector`` as it is stored."""
+        return tuple(self.vector.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class DoraData(ModulesData):
+    """A DoRA: ``updates {module: Update}`` as a LoRA has them, and ``magnitudes {module: Magnitude}`` for some of these
+    modules, the others being plain. It is no :class:`LoraData`: what it changes is not ``s·B·A``."""
+
+    updates: Mapping[str, Update]
+    magnitudes: Mapping[str, Magnitude]
+
+    @property
+    def modules(self) -> list[str]:
+        """Module paths, in the order of the file."""
+        return list(self.updates)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.updates
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.updates)
+
+
 @dataclass(frozen=True, eq=False)
 class DeltaData(AdapterData):
     """The change of every parameter of a model: ``deltas {parameter: change}``. ``values``: parameters that are kept
