@@ -8,14 +8,14 @@ if all families agree on them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastlora.dialects.encoders import CLIP, LANGUAGE, T5
 from fastlora.dialects.families import families, family_named
 from fastlora.dialects.family import Family, found
 from fastlora.dialects.naming import Named, Shape
-from fastlora.dialects.patterns import Table
+from fastlora.dialects.patterns import Found, Table
 from fastlora.dialects.prefixes import DENOISER, Prefixed, split_prefix
 from fastlora.errors import InputError
 
@@ -103,7 +103,7 @@ def _with_every_name(known: Sequence[Family], split: Mapping[str, Prefixed]) -> 
 def _pattern(family: Family, prefixed: Prefixed) -> str | None:
     """The canonical pattern of a name in a family, ``None`` if it has none."""
     if prefixed.component in DENOISERS:
-        known = found(family, _plain(prefixed.rest, prefixed.is_flat), prefixed.is_flat)
+        known = _found(family, prefixed)
         return None if known is None else known.pattern
     return "" if _text_module(family.text_encoders, prefixed) is not None else None
 
@@ -120,11 +120,15 @@ def _named(family: Family, split: Mapping[str, Prefixed], shapes: Mapping[str, S
 def _module(family: Family, prefixed: Prefixed, shape: Shape) -> Named | None:
     if prefixed.component not in DENOISERS:
         return _text_module(family.text_encoders, prefixed)
-    known = found(family, _plain(prefixed.rest, prefixed.is_flat), prefixed.is_flat)
+    known = _found(family, prefixed)
     if known is None:
         return None
     swapped = known.original and family.is_swapped(known.pattern, shape)
     return Named(prefixed.component, known.path, known.original, swapped)
+
+
+def _found(family: Family, prefixed: Prefixed) -> Found | None:
+    return found(family, _plain(prefixed.rest, prefixed.is_flat), prefixed.is_flat)
 
 
 def _plain(rest: str, is_flat: bool) -> str:
@@ -148,28 +152,48 @@ def _text_module(encoders: Mapping[str, tuple[tuple[str, Table], ...]], prefixed
 def _likely(
     fitting: Sequence[Family], split: Mapping[str, Prefixed], shapes: Mapping[str, Shape], hinted: Family | None
 ) -> list[Family]:
-    """The families among those that fit whose sizes and numbers of blocks are the file's; all, if none has them."""
-    if len(fitting) == 1:
-        return list(fitting)
-    sized = [f for f in fitting if _has_sizes(f, split, shapes)] or list(fitting)
-    return [hinted] if hinted is not None and hinted in sized else sized
+    """The families among those that fit that the weights' sizes and the numbers of blocks speak for. What speaks
+    against all of them, as of a model that was never published, is no reason."""
+    left = list(fitting)
+    for speaks_for in (_has_ratios, _has_columns, _has_blocks):
+        if len(left) > 1:
+            left = [f for f in left if all(speaks_for(f, *fact) for fact in _facts(f, split, shapes))] or left
+    if hinted is not None and hinted in left:
+        return [hinted]
+    return [f for f in left if _has_all_blocks(f, split, shapes)] or left if len(left) > 1 else left
 
 
-def _has_sizes(family: Family, split: Mapping[str, Prefixed], shapes: Mapping[str, Shape]) -> bool:
+def _facts(family: Family, split: Mapping[str, Prefixed], shapes: Mapping[str, Shape]) -> Iterator[tuple[Found, Shape]]:
+    """The modules of the denoiser, as the family has them, with their shapes."""
     for stem, prefixed in split.items():
-        if prefixed.component not in DENOISERS:
-            continue
-        known = found(family, _plain(prefixed.rest, prefixed.is_flat), prefixed.is_flat)
-        assert known is not None
-        out, columns = shapes[stem]
-        if columns not in family.columns.get(known.pattern, (columns,)):
-            return False
-        if (ratio := family.ratios.get(known.pattern)) is not None and out != ratio * columns:
-            return False
-        most = family.blocks.get(known.pattern.partition(".#")[0])
-        if most is not None and int(known.numbers[0]) >= most:
-            return False
-    return True
+        if prefixed.component in DENOISERS:
+            known = _found(family, prefixed)
+            assert known is not None
+            yield known, shapes[stem]
+
+
+def _has_ratios(family: Family, known: Found, shape: Shape) -> bool:
+    ratio = family.ratios.get(known.pattern)
+    return ratio is None or shape[0] == ratio * shape[1]
+
+
+def _has_columns(family: Family, known: Found, shape: Shape) -> bool:
+    columns = family.columns.get(known.pattern)
+    return columns is None or shape[1] in columns
+
+
+def _has_blocks(family: Family, known: Found, shape: Shape) -> bool:
+    most = family.blocks.get(known.pattern.partition(".#")[0])
+    return most is None or int(known.numbers[0]) < most
+
+
+def _has_all_blocks(family: Family, split: Mapping[str, Prefixed], shapes: Mapping[str, Shape]) -> bool:
+    """Whether the file has every block of the family's model, of the kinds of block that it has at all."""
+    numbers: dict[str, set[str]] = {}
+    for known, _ in _facts(family, split, shapes):
+        numbers.setdefault(known.pattern.partition(".#")[0], set()).update(known.numbers[:1])
+    counts = {kind: len(met) for kind, met in numbers.items() if kind in family.blocks}
+    return bool(counts) and all(count == family.blocks[kind] for kind, count in counts.items())
 
 
 def _hinted(metadata: Mapping[str, str]) -> tuple[Family | None, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property, lru_cache
 
 from fastlora.dialects.naming import Named, Shape
@@ -55,7 +56,7 @@ class Family:
     text_encoders: Mapping[str, tuple[tuple[str, Table], ...]] = field(default_factory=dict)
     blocks: Mapping[str, int] = field(default_factory=dict)
     columns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    ratios: Mapping[str, float] = field(default_factory=dict)
+    ratios: Mapping[str, int | Fraction] = field(default_factory=dict)
     hints: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
 
@@ -130,19 +131,3 @@ class Family:
 def found(family: Family, text: str, flat: bool) -> Found | None:
     """A name in the table of a family's denoiser. Kept: the files of one trainer have the same names."""
     return family.table.flat(text) if flat else family.table.dotted(text)
-
-
-def equal_rows(parts: int) -> RowsOf:
-    """Parts of one length."""
-    return lambda out, columns: (out // parts,) * parts if out % parts == 0 else None
-
-
-def attention_and_mlp(out: int, columns: int) -> tuple[int, ...] | None:
-    """Queries, keys and values as wide as the input, and all other rows."""
-    return (columns, columns, columns, out - 3 * columns) if out > 3 * columns else None
-
-
-def grouped(out: int, columns: int) -> tuple[int, ...] | None:
-    """Queries as wide as the input; keys and values share the rest."""
-    rest = out - columns
-    return (columns, rest // 2, rest // 2) if rest > 0 and rest % 2 == 0 else None

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 DENOISER = ""
 _FLAT = {
+    "lora_unet_llm_adapter_": "text_conditioner",  # Anima: a small model of its own in diffusers
     "lora_unet__": DENOISER,  # Wan-Fun
     "lora_unet_": DENOISER,
     "lora_transformer_": DENOISER,
@@ -19,6 +20,9 @@ _FLAT = {
     "lora_prior_te_": "prior_te",
 }
 _DOTTED = {
+    "model.diffusion_model.llm_adapter.": "text_conditioner",
+    "diffusion_model.llm_adapter.": "text_conditioner",
+    "text_conditioner.": "text_conditioner",
     "model.diffusion_model.": DENOISER,
     "diffusion_model.": DENOISER,
     "unet.": DENOISER,

@@ -35,6 +35,7 @@ def test_fused_projections_of_flux_stay_fused() -> None:
         {
             "lora_unet_double_blocks_3_img_attn_qkv": (9216, 3072),
             "lora_unet_single_blocks_7_linear1": (21504, 3072),
+            "lora_unet_double_blocks_3_img_mod_lin": (18432, 3072),
             "lora_unet_final_layer_adaLN_modulation_1": (6144, 3072),
         }
     )
@@ -42,6 +43,7 @@ def test_fused_projections_of_flux_stay_fused() -> None:
     assert [(n.module, n.swapped) for n in found.modules.values()] == [
         ("transformer_blocks.3.attn.to_qkv", False),
         ("single_transformer_blocks.7.attn.to_qkv_mlp_proj", False),
+        ("transformer_blocks.3.norm1.linear", False),
         ("norm_out.linear", True),
     ]
 

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from fastlora.dialects.encoders import CLIP, T5
-from fastlora.dialects.family import Family, Fused, Writing, attention_and_mlp, equal_rows
+from fastlora.dialects.family import Family, Writing
 from fastlora.dialects.patterns import expanded, paired
+from fastlora.dialects.projections import fused, fused_with_mlp, ours
 
 _DOUBLE, _SINGLE = "transformer_blocks.#", "single_transformer_blocks.#"
 _EMBEDDERS = {"timestep": "time_in", "text": "vector_in", "guidance": "guidance_in"}
 _NAMES = {
-    f"{_DOUBLE}.attn.{{to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj}}": "",
+    **ours(f"{_DOUBLE}.attn.{{to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj}}"),
     f"{_DOUBLE}.attn.{{to_qkv,to_added_qkv}}": "double_blocks.#.{img_attn,txt_attn}.qkv",
     f"{_DOUBLE}.attn.{{to_out.0,to_add_out}}": "double_blocks.#.{img_attn,txt_attn}.proj",
     f"{_DOUBLE}.attn.{{norm_q,norm_k}}": "double_blocks.#.img_attn.norm.{query_norm,key_norm}",
     f"{_DOUBLE}.attn.{{norm_added_q,norm_added_k}}": "double_blocks.#.txt_attn.norm.{query_norm,key_norm}",
     f"{_DOUBLE}.{{norm1,norm1_context}}.linear": "double_blocks.#.{img_mod,txt_mod}.lin",
     f"{_DOUBLE}.{{ff,ff_context}}.net.{{0.proj,2}}": "double_blocks.#.{img_mlp,txt_mlp}.{0,2}",
-    f"{_SINGLE}.attn.{{to_q,to_k,to_v,to_qkv}}": "",
-    f"{_SINGLE}.proj_mlp": "",
+    **ours(f"{_SINGLE}.attn.{{to_q,to_k,to_v,to_qkv}}", f"{_SINGLE}.proj_mlp"),
     f"{_SINGLE}.attn.to_qkv_mlp_proj": "single_blocks.#.linear1",
     f"{_SINGLE}.proj_out": "single_blocks.#.linear2",
     f"{_SINGLE}.attn.{{norm_q,norm_k}}": "single_blocks.#.norm.{query_norm,key_norm}",
     f"{_SINGLE}.norm.linear": "single_blocks.#.modulation.lin",
     "{x_embedder,context_embedder}": "{img_in,txt_in}",
     **{
-        f"time_text_embed.{ours}_embedder.{{linear_1,linear_2}}": f"{theirs}.{{in_layer,out_layer}}"
-        for ours, theirs in _EMBEDDERS.items()
+        f"time_text_embed.{here}_embedder.{{linear_1,linear_2}}": f"{there}.{{in_layer,out_layer}}"
+        for here, there in _EMBEDDERS.items()
     },
     "norm_out.linear": "final_layer.adaLN_modulation.1",
     "proj_out": "final_layer.linear",
@@ -41,10 +41,10 @@ _XLABS = {
     "single_blocks.#.processor.{qkv_lora,proj_lora}": f"{_SINGLE}.{{attn.to_qkv,proj_out}}",
     "single_blocks.#.processor.{qkv,proj}": f"{_SINGLE}.{{attn.to_qkv,proj_out}}",
 }
-_QKV = Fused(tuple(expanded(f"{_DOUBLE}.attn.{{to_q,to_k,to_v}}")), equal_rows(3))
-_SINGLE_QKV = tuple(expanded(f"{_SINGLE}.attn.{{to_q,to_k,to_v}}"))
-_T5 = (("text_encoder_2", T5),)
-_CLIP = (("text_encoder", CLIP),)
+_READS_HIDDEN = (
+    f"{_DOUBLE}.attn.{{to_q,to_k,to_v,to_qkv,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_added_qkv,to_add_out}}",
+    f"{_SINGLE}.attn.{{to_q,to_k,to_v,to_qkv_mlp_proj}}",
+)
 
 FAMILIES = (
     Family(
@@ -53,31 +53,27 @@ FAMILIES = (
         names=paired(_NAMES),
         also_read=paired(_XLABS),
         fused={
-            f"{_DOUBLE}.attn.to_qkv": _QKV,
-            f"{_DOUBLE}.attn.to_added_qkv": Fused(
-                tuple(expanded(f"{_DOUBLE}.attn.{{add_q_proj,add_k_proj,add_v_proj}}")), equal_rows(3)
-            ),
-            f"{_SINGLE}.attn.to_qkv_mlp_proj": Fused((*_SINGLE_QKV, f"{_SINGLE}.proj_mlp"), attention_and_mlp),
-            f"{_SINGLE}.attn.to_qkv": Fused(_SINGLE_QKV, equal_rows(3)),
+            **fused(f"{_DOUBLE}.attn", "to_qkv", "to_added_qkv"),
+            **fused_with_mlp(_SINGLE),
+            **fused(f"{_SINGLE}.attn", "to_qkv"),
         },
         swapped={"norm_out.linear": True},
         # sd-scripts calls T5 te3, OneTrainer te2.
         text_encoders={
-            **dict.fromkeys(("te", "te1", "clip_l", "text_encoder"), _CLIP),
-            **dict.fromkeys(("te2", "te3", "t5xxl", "text_encoder_2"), _T5),
+            **dict.fromkeys(("te", "te1", "clip_l", "text_encoder"), (("text_encoder", CLIP),)),
+            **dict.fromkeys(("te2", "te3", "t5xxl", "text_encoder_2"), (("text_encoder_2", T5),)),
         },
         blocks={"transformer_blocks": 19, "single_transformer_blocks": 38},
-        columns={
-            **dict.fromkeys(expanded(f"{_DOUBLE}.attn.{{to_q,to_k,to_v,to_qkv,to_out.0,to_added_qkv}}"), (3072,)),
-            **dict.fromkeys(expanded(f"{_DOUBLE}.attn.{{add_q_proj,add_k_proj,add_v_proj,to_add_out}}"), (3072,)),
-            **dict.fromkeys((*_SINGLE_QKV, f"{_SINGLE}.attn.to_qkv_mlp_proj"), (3072,)),
-        },
+        columns={name: (3072,) for pattern in _READS_HIDDEN for name in expanded(pattern)},
         ratios={
             f"{_SINGLE}.attn.to_qkv_mlp_proj": 7,
             **dict.fromkeys(expanded(f"{_DOUBLE}.{{ff,ff_context}}.net.0.proj"), 4),
         },
         hints=("flux1", "flux", "chroma"),
         aliases=("flux1", "chroma", "kontext"),
-        writing=(Writing("kohya-original", True, (_DOUBLE[:-1], _SINGLE[:-1])), Writing("component", False)),
+        writing=(
+            Writing("kohya-original", True, ("transformer_blocks.", "single_transformer_blocks.")),
+            Writing("component", False),
+        ),
     ),
 )

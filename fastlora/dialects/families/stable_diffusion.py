@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from fastlora.dialects.encoders import CLIP
-from fastlora.dialects.family import Family, Fused, Writing, equal_rows
-from fastlora.dialects.patterns import Table, expanded, paired
+from fastlora.dialects.family import Family, Fused, Writing
+from fastlora.dialects.patterns import Table, paired
+from fastlora.dialects.projections import fused, ours
 
 LAYERS = 2
 """Layers of a level of the encoder; a level of the decoder has one more."""
@@ -30,17 +31,17 @@ _BLOCK = (
 )
 
 
-def _resnet(ours: str, theirs: str) -> dict[str, str]:
-    return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in _RESNET.items()}
+def _resnet(here: str, there: str) -> dict[str, str]:
+    return {f"{here}.{a}": f"{there}.{b}" for a, b in _RESNET.items()}
 
 
-def _attention(ours: str, theirs: str, depth: int) -> dict[str, str]:
+def _attention(here: str, there: str, depth: int) -> dict[str, str]:
     """The modules of a spatial transformer; one of a single block has this block's number 0 in all names."""
     number = "0" if depth == 1 else "#"
     block = f"transformer_blocks.{number}"
     leaves = ("norm", "{proj_in,proj_out}", *(f"{block}.{leaf}" for leaf in _BLOCK))
-    rows = {f"{ours}.{leaf}": f"{theirs}.{leaf}" for leaf in leaves}
-    return rows | dict.fromkeys((f"{ours}.{block}.attn1.to_qkv", f"{ours}.{block}.attn2.to_kv"), "")
+    rows = {f"{here}.{leaf}": f"{there}.{leaf}" for leaf in leaves}
+    return rows | ours(f"{here}.{block}.attn1.to_qkv", f"{here}.{block}.attn2.to_kv")
 
 
 def _unet(down: Mapping[int, int], up: Iterable[int], levels: int, added: bool) -> dict[str, str]:
@@ -72,9 +73,20 @@ def _unet(down: Mapping[int, int], up: Iterable[int], levels: int, added: bool) 
     return paired(rows)
 
 
-def _context(names: Iterable[str], widths: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The columns of what reads the text."""
-    return {name: widths for name in names if name.endswith((".attn2.to_k", ".attn2.to_v"))}
+def _columns(names: Iterable[str], channels: tuple[int, ...], text: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The columns of what reads the picture, in the attention of each level, and of what reads the text.
+
+    ``channels``: of the levels of the encoder, which are those of the decoder from its end. ``text``: widths.
+    """
+    columns: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        if name.endswith((".attn2.to_k", ".attn2.to_v")):
+            columns[name] = text
+        elif name.endswith((".attn1.to_q", ".attn1.to_k", ".attn1.to_v", ".attn1.to_qkv", ".attn2.to_q")):
+            side, level = name.split(".")[:2]
+            levels = {"down_blocks": channels, "up_blocks": channels[::-1]}.get(side)
+            columns[name] = (levels[int(level)] if levels else channels[-1],)
+    return columns
 
 
 def _fused(names: Iterable[str]) -> dict[str, Fused]:
@@ -82,10 +94,8 @@ def _fused(names: Iterable[str]) -> dict[str, Fused]:
     rows: dict[str, Fused] = {}
     for name in names:
         attention, _, leaf = name.rpartition(".")
-        if leaf == "to_qkv":
-            rows[name] = Fused(tuple(expanded(f"{attention}.{{to_q,to_k,to_v}}")), equal_rows(3))
-        elif leaf == "to_kv":
-            rows[name] = Fused(tuple(expanded(f"{attention}.{{to_k,to_v}}")), equal_rows(2))
+        if leaf in ("to_qkv", "to_kv"):
+            rows |= fused(attention, leaf)
     return rows
 
 
@@ -108,7 +118,7 @@ FAMILIES = (
         names=_SD,
         fused=_fused(_SD),
         text_encoders=_encoders(("te", "te1", "clip_l", "clip_h", "text_encoder"), ()),
-        columns=_context(_SD, (768, 1024)),
+        columns=_columns(_SD, (320, 640, 1280, 1280), (768, 1024)),
         hints=("stablediffusionv1", "stablediffusionv2", "sdv1", "sdv2", "sd1", "sd2"),
         aliases=("sd1", "sd2", "sd21"),
         writing=(Writing("kohya-diffusers", False),),
@@ -119,7 +129,7 @@ FAMILIES = (
         names=_XL,
         fused=_fused(_XL),
         text_encoders=_TWO,
-        columns=_context(_XL, (2048,)),
+        columns=_columns(_XL, (320, 640, 1280), (2048,)),
         hints=("stablediffusionxl", "sdxl"),
         aliases=("xl",),
         writing=(Writing("kohya-original", True),),
@@ -130,7 +140,7 @@ FAMILIES = (
         names=_REFINER,
         fused=_fused(_REFINER),
         text_encoders=_encoders((), ("te", "te2", "clip_g", "text_encoder_2")),
-        columns=_context(_REFINER, (1280,)),
+        columns=_columns(_REFINER, (384, 768, 1536, 1536), (1280,)),
         hints=("stablediffusionxlv1refiner", "sdxlrefiner"),
         writing=(Writing("kohya-original", True),),
     ),
