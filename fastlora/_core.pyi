@@ -4,6 +4,8 @@ cuda_archs: str
 # Numbers of csrc/include/fastlora/kernels.h.
 DTYPES: dict[str, int]  # by torch's name
 CHAIN_KINDS: dict[str, int]
+TRIM_KINDS: dict[str, int]
+ELECT_KINDS: dict[str, int]
 INFO: dict[str, int]
 SYSTEM_ERROR: int  # first of what combine returns: the third is an errno
 LEAST_MEAN: float
@@ -18,6 +20,7 @@ CUDA_LARGEST_MEAN: int
 # Rows: the name of every field, and its code in struct.
 CHAIN_FIELDS: tuple[tuple[str, str], ...]
 COEFFICIENT_FIELDS: tuple[tuple[str, str], ...]
+MERGE_FIELDS: tuple[tuple[str, str], ...]
 
 # Arguments are addresses, sizes, and rows as fastlora.backends.rows packs them.
 def isa() -> str: ...
@@ -34,6 +37,9 @@ def combine(
 ) -> tuple[int, int, int]: ...
 def finite(data: int, rows: int, cols: int, stride: int, dtype: int) -> bool: ...
 def chain(row: bytes) -> None: ...
+def merge_select(row: bytes) -> None: ...
+def merge_row_masks(row: bytes) -> None: ...
+def merge_tiles(row: bytes) -> None: ...
 def eigh(a: int, values: int, vectors: int, info: int, batch: int, n: int, is_double: bool, threads: int) -> None: ...
 def svd(
     a: int, ut: int, s: int, vt: int, info: int, batch: int, p: int, q: int, is_double: bool, threads: int

@@ -62,6 +62,24 @@ py::tuple coefficient_fields() {
                         FASTLORA_FIELD(Row, mixing_row), FASTLORA_FIELD(Row, mixing_column)});
 }
 
+py::tuple merge_fields() {
+    using Row = MergeArgs;
+    return fields<Row>(
+        {FASTLORA_FIELD(Row, factors),    FASTLORA_FIELD(Row, scales),    FASTLORA_FIELD(Row, k),
+         FASTLORA_FIELD(Row, n),          FASTLORA_FIELD(Row, m),         FASTLORA_FIELD(Row, is_double),
+         FASTLORA_FIELD(Row, threads),    FASTLORA_FIELD(Row, trim),      FASTLORA_FIELD(Row, low),
+         FASTLORA_FIELD(Row, low_order),  FASTLORA_FIELD(Row, high),      FASTLORA_FIELD(Row, high_order),
+         FASTLORA_FIELD(Row, keep),       FASTLORA_FIELD(Row, keys),      FASTLORA_FIELD(Row, module_key),
+         FASTLORA_FIELD(Row, bits),       FASTLORA_FIELD(Row, row_least), FASTLORA_FIELD(Row, row_span),
+         FASTLORA_FIELD(Row, elect),      FASTLORA_FIELD(Row, votes),     FASTLORA_FIELD(Row, gains),
+         FASTLORA_FIELD(Row, shares),     FASTLORA_FIELD(Row, least),     FASTLORA_FIELD(Row, instead),
+         FASTLORA_FIELD(Row, scale),      FASTLORA_FIELD(Row, zero),      FASTLORA_FIELD(Row, out),
+         FASTLORA_FIELD(Row, add),        FASTLORA_FIELD(Row, thin),      FASTLORA_FIELD(Row, width),
+         FASTLORA_FIELD(Row, transposed), FASTLORA_FIELD(Row, product),   FASTLORA_FIELD(Row, square),
+         FASTLORA_FIELD(Row, counts),     FASTLORA_FIELD(Row, sums),      FASTLORA_FIELD(Row, queries),
+         FASTLORA_FIELD(Row, n_queries),  FASTLORA_FIELD(Row, variance)});
+}
+
 }  // namespace
 
 void bind_constants(py::module_& m) {
@@ -81,6 +99,10 @@ void bind_constants(py::module_& m) {
     m.attr("CUDA_LARGEST_MEAN") = cuda::kChainLargestMean;
     m.attr("CHAIN_FIELDS") = chain_fields();
     m.attr("COEFFICIENT_FIELDS") = coefficient_fields();
+    m.attr("MERGE_FIELDS") = merge_fields();
+    m.attr("TRIM_KINDS") = numbers(
+        {{"none", kKeepAll}, {"magnitude", kMagnitude}, {"random", kRandom}, {"bits", kBits}, {"variance", kVariance}});
+    m.attr("ELECT_KINDS") = numbers({{"none", kElectNone}, {"total", kElectTotal}, {"frequency", kElectFrequency}});
 }
 
 }  // namespace fastlora

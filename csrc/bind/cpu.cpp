@@ -29,6 +29,7 @@ void prefer_huge_pages([[maybe_unused]] uintptr_t data, [[maybe_unused]] int64_t
 
 static_assert(sizeof(Matrix) == 5 * 8 && sizeof(GramBlock) == 4 * 8 && sizeof(GramTask) == 5 * 8);
 static_assert(sizeof(Term) == 6 * 8 && sizeof(CombineOutput) == 6 * 8 && sizeof(CombineTask) == 5 * 8);
+static_assert(sizeof(CutQuery) == 4 * 8);
 
 }  // namespace
 
@@ -79,6 +80,19 @@ void bind_cpu(py::module_& m) {
             check(kernels().chain(args));
         },
         py::arg("row"), "row: CHAIN_FIELDS");
+    const auto def_merge = [&m](const char* name, int (*Kernels::*kernel)(const MergeArgs&)) {
+        m.def(
+            name,
+            [kernel](const py::bytes& row) {
+                const auto args = read_row<MergeArgs>(row);
+                py::gil_scoped_release release;
+                check((kernels().*kernel)(args));
+            },
+            py::arg("row"), "row: MERGE_FIELDS");
+    };
+    def_merge("merge_select", &Kernels::merge_select);
+    def_merge("merge_row_masks", &Kernels::merge_row_masks);
+    def_merge("merge_tiles", &Kernels::merge_tiles);
     m.def(
         "eigh",
         [](uintptr_t a, uintptr_t values, uintptr_t vectors, uintptr_t info, int64_t batch, int n, bool is_double,

@@ -7,7 +7,17 @@
 namespace fastlora::FASTLORA_ISA {
 
 extern const Kernels table;
-const Kernels table = {
-    FASTLORA_STRING(FASTLORA_ISA), gram, combine, chain, finite, eigh<float>, eigh<double>, svd<float>, svd<double>};
+const Kernels table = {FASTLORA_STRING(FASTLORA_ISA),
+                       gram,
+                       combine,
+                       chain,
+                       merge_select,
+                       merge_row_masks,
+                       merge_tiles,
+                       finite,
+                       eigh<float>,
+                       eigh<double>,
+                       svd<float>,
+                       svd<double>};
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -11,6 +11,10 @@ CombineProblem combine(const CombineTables& tables, int threads);
 
 int chain(const ChainArgs& args);
 
+int merge_select(const MergeArgs& args);
+int merge_row_masks(const MergeArgs& args);
+int merge_tiles(const MergeArgs& args);
+
 bool finite(const Matrix& matrix);
 
 template <class T>

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlora.backends import padded
+from fastlora.backends import cpu_tiles, padded
 from fastlora.backends.padded import aligned
 from fastlora.backends.rows import ChainRow, packed
 from fastlora.ops.chain import results
@@ -256,4 +256,8 @@ KERNELS: Mapping[str, Kernel] = {
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_jobs),
     "combine_pass": Kernel(_combine_pass, _supports_jobs, PreparedCombine),
+    "merge_select": Kernel(cpu_tiles.select, cpu_tiles.supports),
+    "merge_count_varied": Kernel(cpu_tiles.count_varied, cpu_tiles.supports),
+    "merge_row_masks": Kernel(cpu_tiles.row_masks, cpu_tiles.supports),
+    "merge_tiles": Kernel(cpu_tiles.merge, cpu_tiles.supports),
 }

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastlora.backends import reference_tiles
 from fastlora.ops.coefficients import fill
 from fastlora.ops.dispatch import Kernel, always
 from fastlora.ops.gram import blocks_of
@@ -86,4 +87,8 @@ KERNELS: Mapping[str, Kernel] = {
     "finite": Kernel(finite, always),
     "gram_pass": Kernel(_gram_pass, always),
     "combine_pass": Kernel(_combine_pass, always),
+    "merge_select": Kernel(reference_tiles.select, always),
+    "merge_count_varied": Kernel(reference_tiles.count_varied, always),
+    "merge_row_masks": Kernel(reference_tiles.row_masks, always),
+    "merge_tiles": Kernel(reference_tiles.merge, always),
 }

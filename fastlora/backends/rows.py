@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -92,7 +92,11 @@ class CoefficientsRow(NamedTuple):
 
 def packed(row: ChainRow | CoefficientsRow, fields: Sequence[tuple[str, str]]) -> bytes:
     """``fields``: ``(name, struct code)`` as the module has them."""
-    numbers = row._asdict()
+    return packed_numbers(type(row).__name__, row._asdict(), fields)
+
+
+def packed_numbers(name: str, numbers: Mapping[str, int | float], fields: Sequence[tuple[str, str]]) -> bytes:
+    """:func:`packed` of numbers by their names; ``name`` is that of the row."""
     if numbers.keys() != {name for name, _ in fields}:
-        raise ValueError(f"{type(row).__name__} has the fields {', '.join(numbers)}, the kernel {fields}")
+        raise ValueError(f"{name} has the fields {', '.join(numbers)}, the kernel {fields}")
     return struct.pack("=" + "".join(code for _, code in fields), *(numbers[name] for name, _ in fields))

@@ -106,11 +106,66 @@ struct ChainArgs {
     int64_t threads;
 };
 
+// The updates s_i B_i A_i of one module [n, m] whose elements are merged, and what becomes of them. A row of 8-byte
+// fields: see csrc/cpu/merge_tiles.cpp. All passes of merge_tiles take it; each reads what it needs.
+enum TrimKind : int64_t { kKeepAll = 0, kMagnitude = 1, kRandom = 2, kBits = 3, kVariance = 4 };
+enum ElectKind : int64_t { kElectNone = 0, kElectTotal = 1, kElectFrequency = 2 };
+
+struct CutQuery;
+
+struct MergeArgs {
+    const Matrix* factors;  // [2k]: B_i [n, r_i], A_i [r_i, m]; of rank 0 for an update of zero
+    const double* scales;   // [k]: s_i
+    int64_t k, n, m;
+    int64_t is_double;  // elements are float64, else float32
+    int64_t threads;
+    int64_t trim;       // TrimKind
+    const double* low;  // [k]: magnitudes of what is kept ([1] for kVariance), and the elements of that magnitude,
+    const int64_t* low_order;  // of which the first are kept
+    const double* high;        // [k] or null: of what is not kept above that
+    const int64_t* high_order;
+    const uint64_t* keep;     // [k]: words below are kept
+    const uint64_t* keys;     // [k]: of Philox
+    uint64_t module_key;      // upper half of its counter
+    uint64_t* bits;           // [k, n, ceil(m / 64)]: masks; the result of merge_row_masks
+    const double* row_least;  // [k]: of merge_row_masks, probability of the least element of a row
+    const double* row_span;   // [k]: and what the largest has more
+    int64_t elect;            // ElectKind
+    const double* votes;      // [k]
+    const double* gains;      // [k]
+    const double* shares;     // [k], or null: no divisor
+    double least, instead;    // a divisor below `least` is `instead`
+    double scale;
+    int64_t zero;        // the sign of a vote that is 0: 1 or -1
+    const Matrix* out;   // [1] or null: the merged matrix
+    int64_t add;         // 1: is added to what out holds
+    const double* thin;  // [m, width] or [n, width], width a multiple of 8, or null
+    int64_t width;
+    int64_t transposed;  // 1: product = M' thin [m, width], else M thin [n, width]
+    double* product;
+    double* square;     // [1]: sum of squares of the merged matrix
+    int64_t* counts;    // [2]: undecided places, majority; null: not counted
+    double* sums;       // [k, 3]: sums of |x|, |v|, v^2; null: not summed
+    CutQuery* queries;  // of merge_select
+    int64_t n_queries;
+    int64_t variance;  // 1: queries are of the variances of places
+};
+
+// The cut that keeps the `rank` largest magnitudes; rank -1: `order` is the number of magnitudes that are not 0.
+struct CutQuery {
+    int64_t adapter, rank;
+    double magnitude;
+    int64_t order;
+};
+
 struct Kernels {
     const char* name;
     int (*gram)(const Matrix* factors, const GramTask* tasks, const GramBlock* blocks, int64_t n_tasks, int threads);
     CombineProblem (*combine)(const CombineTables& tables, int threads);
     int (*chain)(const ChainArgs& args);
+    int (*merge_select)(const MergeArgs& args);
+    int (*merge_row_masks)(const MergeArgs& args);
+    int (*merge_tiles)(const MergeArgs& args);
     bool (*finite)(const Matrix& matrix);  // neither NaN nor infinity
     // a [batch, n, n] row-major; values [batch, n] ascending; vectors [batch, n, n]: row j is eigenvector j.
     int (*eigh_f32)(const float* a, float* values, float* vectors, int32_t* info, int64_t batch, int n, int threads);
