@@ -24,8 +24,6 @@ ORDER = (
 # reference is not among them: it runs there when it is forced.
 STREAMING = {"cuda": ("triton", "cuda"), "cpu": ("cpu", "reference")}  # passes over tall factors: bound by memory
 SOLVING = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}  # small matrices on chip
-# Where no kernel takes tiles on a GPU, the formulas do, there: they are torch.
-TILES = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
     "gram": STREAMING,
     "combine": STREAMING,
@@ -36,10 +34,10 @@ RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
     "eigh": SOLVING,
     "svd": SOLVING,
     "chain": SOLVING,
-    "merge_select": TILES,
-    "merge_count_varied": TILES,
-    "merge_row_masks": TILES,
-    "merge_tiles": TILES,
+    "merge_select": STREAMING,
+    "merge_count_varied": STREAMING,
+    "merge_row_masks": STREAMING,
+    "merge_tiles": STREAMING,
 }
 
 

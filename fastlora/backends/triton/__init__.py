@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends import padded
+from fastlora.backends import padded, reference_tiles
 from fastlora.backends.triton import combine_tables, gram_tables
 from fastlora.backends.triton.tables import Matrix, Sections
 from fastlora.ops.dispatch import Kernel
+from fastlora.ops.merge_tiles import TileTask
 from fastlora.ops.passes import CombineJob, CombineOutput, GramJob
 
 OLDEST = (3, 6)
@@ -80,6 +81,10 @@ def _supports_combine(jobs: Sequence[CombineJob]) -> str | None:
         return "results that go to files are computed on the CPU: move the factors there, or give each result memory"
     coefficients = [c for output in outputs for _, c, _, _ in output.terms]
     return _refused([*(x for job in jobs for x in job.factors), *(output.out for output in outputs), *coefficients])
+
+
+def _supports_tiles(task: TileTask, *_: object) -> str | None:
+    return _refused(task.factors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,4 +242,9 @@ KERNELS: Mapping[str, Kernel] = {
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_gram, prepare_gram),
     "combine_pass": Kernel(_combine_pass, _supports_combine, prepare_combine),
+    # By torch's operations where the factors are.
+    "merge_select": Kernel(reference_tiles.select, _supports_tiles),
+    "merge_count_varied": Kernel(reference_tiles.count_varied, _supports_tiles),
+    "merge_row_masks": Kernel(reference_tiles.row_masks, _supports_tiles),
+    "merge_tiles": Kernel(reference_tiles.merge, _supports_tiles),
 }
