@@ -21,6 +21,7 @@ _EXPORTS = {
     "OutputError": "fastlora.errors",
     "Pool": "fastlora.adapters.pool",
     "PoolGram": "fastlora.coefficients.pool_gram",
+    "Statistics": "fastlora.merging.input_rows",
     "Sweep": "fastlora.coefficients.sweep",
     "TaskVector": "fastlora.adapters.task_vector",
     "UnsupportedAdapter": "fastlora.errors",
@@ -36,6 +37,7 @@ _EXPORTS = {
     "modulate": "fastlora.dipm.parts",
     "negate": "fastlora.merging.arithmetic",
     "overlap": "fastlora.analysis.overlap",
+    "statistics": "fastlora.merging.statistics",
     "sweep": "fastlora.coefficients.sweep",
     "task_vector": "fastlora.adapters.task_vector",
     "use_backend": "fastlora.ops.dispatch",
@@ -75,8 +77,10 @@ if TYPE_CHECKING:
     from fastlora.merging.arithmetic import analogy as analogy
     from fastlora.merging.arithmetic import negate as negate
     from fastlora.merging.compress import compress as compress
+    from fastlora.merging.input_rows import Statistics as Statistics
     from fastlora.merging.merge import merge as merge
     from fastlora.merging.merge import methods as methods
+    from fastlora.merging.statistics import statistics as statistics
     from fastlora.ops.dispatch import use_backend as use_backend
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from fastlora.adapters.placing import place
 from fastlora.adapters.pool import Pool
 from fastlora.engine.checks import require_finite, require_finite_extras
 from fastlora.errors import InputError, NonFiniteError
+from fastlora.merging.input_rows import Statistics
 from fastlora.merging.registry import Method, all_methods, find_method
 from fastlora.runtime import devices
 from fastlora.runtime.cpython import paused_collector
@@ -25,6 +27,7 @@ def merge(
     method: str = "svd",
     rank: int | None = None,
     energy: float | None = None,
+    data: Statistics | str | Path | None = None,
     memory: int | str | None = None,
     device: str | torch.device | None = None,
     **parameters: object,
@@ -42,6 +45,8 @@ def merge(
         rank: of methods that cut: the rank of the result, at least 1. Of ``"svd"`` by default the largest rank in the
             pool.
         energy: instead of ``rank``: the share of ``Σσ²`` that every module keeps, in ``(0, 1]``.
+        data: for methods that use the inputs of modules (``"regmean"``, ``"ssr"``): what :func:`fastlora.statistics`
+            found for every adapter, or the file that it was saved in.
         memory: bound on the peak resident memory while this computes, as bytes or ``"1GiB"``; factors that were loaded
             from files are given back to the system after use. The result has the same bits. With a ``device`` it
             bounds the memory taken there: modules are streamed through it when the pool does not fit.
@@ -66,12 +71,13 @@ def merge(
     """
     chosen = find_method(method)
     counted, notes = full_weights(pool, weights)
+    statistics = Statistics.load(data) if isinstance(data, str | Path) else data
     require_finite_extras(pool.adapters)
     placed = place(pool.adapters, devices.parse(device) or pool.device, memory)
     pool = pool.to(placed.device)
     try:
         with placed.in_use():
-            merged = chosen(pool, counted, rank=rank, energy=energy, **parameters)
+            merged = chosen(pool, counted, statistics, rank=rank, energy=energy, **parameters)
     except NonFiniteError:
         require_finite(pool.adapters)  # names the adapter of the pool; the method only knows their sum
         raise InputError(f"the weighted sum overflows: lower the weights {counted}") from None

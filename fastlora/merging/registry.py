@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -16,6 +17,7 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.parameters import Parameter, parameters_of
 from fastlora.errors import InputError
+from fastlora.merging.input_rows import Statistics
 from fastlora.merging.listing import METHODS, method_files
 
 Form = Literal["weights", "cores", "tiles", "factors"]
@@ -32,7 +34,7 @@ FACTS: Mapping[Form, Mapping[str, str]] = {
 """What the methods of a form have in common, unless they say something else. ``cost``: the classes of docs/methods.md;
 ``rank``: of the result, in a module; ``needs``: the adapters, for all."""
 
-TAKEN = ("pool", "weights", "method", "memory", "device")
+TAKEN = ("pool", "weights", "method", "data", "memory", "device")
 """Parameters of :func:`fastlora.merge` itself."""
 
 _registry: dict[str, Method] = {}
@@ -45,7 +47,7 @@ class Method:
     ``name``; ``form``: what it is a function of; ``summary``: one line with its formula; ``parameters``:
     ``{name: parameter}``, each with ``kind``, ``default``, ``required``, ``choices`` and ``help``; ``source``: the
     paper or the section of MATH; ``needs``: what must be given beside weights; ``cost``: its class; ``rank``: that of
-    the result in a module.
+    the result in a module; ``takes_data``: whether it uses statistics of inputs.
     """
 
     name: str
@@ -57,8 +59,11 @@ class Method:
     needs: str
     cost: str
     rank: str
+    takes_data: bool = False
 
-    def __call__(self, pool: Pool, weights: Mapping[str, float], **parameters: object) -> Adapter:
+    def __call__(
+        self, pool: Pool, weights: Mapping[str, float], data: Statistics | None = None, **parameters: object
+    ) -> Adapter:
         given = {name: value for name, value in parameters.items() if value is not None}
         unknown = [name for name in given if name not in self.parameters]
         if unknown:
@@ -70,7 +75,27 @@ class Method:
         owner = f"method {self.name!r}"
         values = {n: p.default for n, p in self.parameters.items() if not p.required}
         values |= {n: self.parameters[n].convert(v, owner) for n, v in given.items()}
+        if not self.takes_data and data is not None:
+            raise InputError(f"method {self.name!r} uses no statistics of inputs; leave out data (`--data`)")
+        if self.takes_data:
+            return self.run(pool, weights, _of_all(data, pool, self.name), **values)
         return self.run(pool, weights, **values)
+
+
+def _of_all(data: Statistics | None, pool: Pool, method: str) -> Statistics:
+    """The statistics, which have those of every adapter of a pool."""
+    if data is None:
+        raise InputError(
+            f"method {method!r} needs the inputs of every adapter's modules: data=`fastlora.statistics(model, "
+            "{name: batches, …}, pool.modules)`, saved: `--data FILE`"
+        )
+    missing = [n for n in pool.names if n not in data.of]
+    if missing:
+        raise InputError(
+            f"method {method!r}: the statistics have {', '.join(data.of) or 'no adapter'} and lack "
+            f"{', '.join(missing)}; collect them too, or join two with `|` (`--data` twice)"
+        )
+    return data
 
 
 def method(form: Form, *, summary: str, source: str, **facts: str) -> Callable[[Program], Program]:
@@ -113,7 +138,8 @@ def _described(
     facts: Mapping[str, str],
 ) -> Method:
     told = {"needs": "adapters", **FACTS[form], **facts}
-    return Method(name, form, summary, parameters, source, run, **told)
+    takes_data = "data" in inspect.signature(run).parameters
+    return Method(name, form, summary, parameters, source, run, **told, takes_data=takes_data)
 
 
 def _add(function: Callable[..., Any], method: Method) -> None:
