@@ -66,7 +66,8 @@ class Statistics:
         return Statistics({**self.of, **other.of})
 
     def save(self, path: str | Path, *, overwrite: Overwrite = False) -> Path:
-        """Writes one ``.safetensors`` file, atomically; ``overwrite`` replaces an earlier one, ``"force"`` anything.
+        """Writes one ``.safetensors`` file to ``path``, atomically, and returns it; ``overwrite`` replaces an earlier
+        one, ``"force"`` anything.
 
         Raises :class:`OutputError` for a path that exists or cannot be written.
         """
@@ -84,7 +85,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """What :meth:`save` wrote. The rows stay in the file, memory-mapped, until they are used.
+        """What :meth:`save` wrote to the file ``path``. The rows stay in the file, memory-mapped, until they are used.
 
         Raises :class:`InputError` for another file, and :class:`NonFiniteError` for NaN or Inf.
         """

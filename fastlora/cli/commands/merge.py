@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +18,10 @@ from fastlora.cli.run import Run
 from fastlora.errors import InputError
 from fastlora.merging.listing import method_files
 
-OPTIONS = ("rank", "energy", "memory", "device", "method")
+if TYPE_CHECKING:
+    from fastlora.merging.input_rows import Statistics
+
+OPTIONS = ("rank", "energy", "data", "memory", "device", "method")
 """Parameters of a merge that are options of the command."""
 
 
@@ -37,6 +43,14 @@ def merge(
     weights_by: Annotated[
         str | None,
         typer.Option(help="equal_energy, matched_norm or least_interference, in place of :WEIGHT.", show_default=False),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A file of `fl.statistics(…)`, for methods that use inputs; may be given again.",
+            metavar="FILE",
+            show_default=False,
+        ),
     ] = None,
     rank: Rank = None,
     energy: Energy = None,
@@ -64,9 +78,26 @@ def merge(
             weights = find_weights(pool, weights_by)
         notes += [f"weight of {name}: {weight:.6g}" for name, weight in weights.items()]
     merged = merge_pool(
-        pool, weights, method=method, rank=rank, energy=energy, memory=run.memory, device=run.device, **settings
+        pool,
+        weights,
+        method=method,
+        rank=rank,
+        energy=energy,
+        data=read_statistics(data or ()),
+        memory=run.memory,
+        device=run.device,
+        **settings,
     )
     write_adapter(run, merged, target, out, [*notes, *merged.notes])
+
+
+def read_statistics(files: Sequence[Path]) -> Statistics | None:
+    """The inputs in some files, together; ``None`` without any."""
+    if not files:
+        return None
+    from fastlora.merging.input_rows import Statistics
+
+    return functools.reduce(operator.or_, map(Statistics.load, files))
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, str]:
