@@ -11,6 +11,7 @@ import torch
 from builders import gaussian
 from torch import Tensor
 
+import fastlora as fl
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.updates import Update, with_rank_zero
@@ -91,3 +92,66 @@ def truncated(matrix: Tensor, rank: int) -> Tensor:
 def noise(dtypes: Sequence[torch.dtype]) -> float:
     """Relative size below which singular values are not known from factors of these dtypes, MATH section 2."""
     return max([1e-6, *(torch.finfo(d).eps for d in dtypes)])
+
+
+Definition = Callable[[Tensor, Tensor, float], Tensor]
+"""``(w_i ΔW_i [k, n, m], weights [k], noise) → merged [n, m]``; ``noise``: relative size of what is not significant."""
+
+
+def require_parity(
+    method: str, definition: Definition, tolerance: float, *, without: Sequence[str] = (), **parameters: Any
+) -> None:
+    """A method on pools of every kind, in float64 and float32, of mixed dtypes and bfloat16, against its definition.
+
+    Weights are 1 in float64, and differ in size and sign elsewhere. The pools have ragged ranks, scalings, gaps,
+    duplicates, zero and rank-deficient updates. An error is relative to the longest of the result and the updates,
+    which may cancel. ``without``: kinds of pools for which the result is not unique.
+    """
+    for kind, make in ((kind, make) for kind, make in pools.POOLS.items() if kind not in without):
+        for dtype, given in ((torch.float64, (1.0, 1.0, 1.0)), (torch.float32, (0.5, -1.0, 2.0))):
+            pool = pools.make_pool(pools.cast(make(3), dtype))
+            weights = dict(zip(pool.names, given, strict=True))
+            _require_parity(method, definition, tolerance, pool, weights, noise([dtype]), kind, parameters)
+    for some in (None, torch.bfloat16):
+        pool = mixed_pool(dtype=some)
+        coarse = noise([torch.bfloat16])
+        _require_parity(method, definition, tolerance, pool, WEIGHTS, coarse, f"mixed {some}", parameters)
+
+
+def _require_parity(
+    method: str,
+    definition: Definition,
+    tolerance: float,
+    pool: Pool,
+    weights: Mapping[str, float],
+    coarse: float,
+    what: str,
+    parameters: Mapping[str, Any],
+) -> None:
+    merged = fl.merge(pool, weights, method=method, **parameters)
+    given = torch.tensor([weights[n] for n in pool.names], dtype=torch.float64)
+    assert merged.modules == pool.modules and merged.name == method
+    for module in pool.modules:
+        deltas = dense(pool, module, weights)
+        present = [d for a in pool.adapters if module in a for d in a.updates[module].dtypes()]
+        expected = definition(deltas, given, min(coarse, noise(present)))
+        error = float((pools.exact(merged.updates[module]) - expected).norm())
+        size = max(float(expected.norm()), float(deltas.flatten(1).norm(dim=1).max()))
+        assert error <= tolerance * size, f"{method} of {what}, {weights}, {module}: {error / size:.1e}"
+
+
+def forms(deltas: Tensor, noise: float) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """``(U, σ, Vᵀ)`` of every update, without directions that are not significant."""
+    found = []
+    for delta in deltas:
+        U, sigma, Vt = torch.linalg.svd(delta, full_matrices=False)
+        count = int((sigma > noise * sigma[0]).sum())
+        found.append((U[:, :count], sigma[:count], Vt[:count]))
+    return found
+
+
+def procrustes(columns: Tensor, noise: float) -> Tensor:
+    """``P Qᵀ`` of ``X = P S Qᵀ``, over the directions that are significant."""
+    U, sigma, Vt = torch.linalg.svd(columns, full_matrices=False)
+    count = int((sigma > noise * sigma[0]).sum()) if len(sigma) else 0
+    return U[:, :count] @ Vt[:count]

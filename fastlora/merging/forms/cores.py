@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -27,8 +28,10 @@ from fastlora.merging.registry import driven
 Program = TypeVar("Program", bound=Callable[..., Tensor])
 
 
-def method(*, summary: str, source: str, **facts: str) -> Callable[[Program], Program]:
-    """Registers ``program(cores, *, …)`` or ``program(cores, cut, *, …)``, which :func:`merge` runs."""
+def method(*, summary: str, source: str, whole: bool = False, **facts: str) -> Callable[[Program], Program]:
+    """Registers ``program(cores, *, …)``, which :func:`merge` runs, or :func:`merge_whole` if ``whole``."""
+    if whole:
+        return driven("cores", merge_whole, summary, source, **{"rank": "≤ Σrᵢ, or cut", **facts})
     return driven("cores", merge, summary, source, **facts)
 
 
@@ -46,8 +49,7 @@ def merge(
     Args:
         program: takes float64 ``cores [g, k, R, R]`` of ``g`` modules and the ``k`` adapters of the pool, and returns
             the merged ``[g, R, R]``, which should scale as they do. An adapter that lacks a module has a core of zeros.
-            A program that takes a second argument ``cut`` (:class:`Cut`) cuts to the rank or energy itself, before what
-            it does; else its result is cut.
+            It gets more by the names of its other arguments, :class:`Given`.
         pool: the adapters.
         weights: of every adapter, by name.
         rank: rank of the result; by default the largest rank of the pool
@@ -64,10 +66,103 @@ def merge(
     if rank is None and energy is None:
         rank = largest_rank(pool)
     check_cut(rank, energy)
+    return _merge(program, pool, weights, rank, energy, parameters)
+
+
+def merge_whole(
+    program: Callable[..., Tensor],
+    pool: Pool,
+    weights: Mapping[str, float],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    **parameters: object,
+) -> Adapter:
+    """:func:`merge` for rules that are the worse for a cut: without one the result has all that the program gives it.
+
+    Args:
+        program: as that of :func:`merge`.
+        pool: the adapters.
+        weights: of every adapter, by name.
+        rank: rank to cut the result to; by default nothing is cut, and the rank is at most Σrᵢ
+        energy: share of Σσ² that every module keeps, in (0, 1], instead of a rank
+    """
+    if rank is not None or energy is not None:
+        check_cut(rank, energy)
+    return _merge(program, pool, weights, rank, energy, parameters)
+
+
+def merge_to_rank(
+    program: Callable[..., Tensor],
+    pool: Pool,
+    weights: Mapping[str, float],
+    *,
+    rank: int | None = None,
+    **parameters: object,
+) -> Adapter:
+    """:func:`merge` for programs that need a rank.
+
+    Args:
+        program: as that of :func:`merge`.
+        pool: the adapters.
+        weights: of every adapter, by name.
+        rank: rank of the result; by default the largest rank of the pool
+    """
+    return merge(program, pool, weights, rank=rank, energy=None, **parameters)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """What a program may ask for by the name of an argument, for some modules.
+
+    ``cut``: counts the singular values that are significant and within the rank or the energy. A program that takes it
+    cuts by itself, before what it does; the result of every other is cut. ``noise``: counts those that are significant.
+    ``nulls``: counts those that are no rounding of the arithmetic, where stored numbers are exact.
+    ``sides``: ``(L [g, k, R, r], R [g, k, R, r])`` with ``M_i = L_i R_iᵀ``. ``stacks``: the stacked ``B`` and ``A`` as
+    they are stored, in the same frames. ``weights``: float64 ``[k]``.
+    """
+
+    frames: Frames
+    scales: Tensor
+    weights: list[float]
+    rank: int | None
+    energy: float | None
+
+    def named(self, name: str) -> object:
+        """The value of the argument ``name``."""
+        if name == "cut":
+            return self.frames.cut(self.weights, self.rank, self.energy, significant=True)
+        if name == "noise":
+            return self.frames.cut(self.weights, None, None, significant=True)
+        if name == "nulls":
+            return self.frames.cut(self.weights, None, None)
+        if name == "sides":
+            return self.frames.sides(self.scales, len(self.weights))
+        if name == "stacks":
+            return self.frames.stacks(self.scales)
+        if name == "weights":
+            return torch.tensor(self.weights, dtype=torch.float64)
+        raise TypeError(f"a program on cores cannot have {name!r}: cut, noise, nulls, sides, stacks or weights")
+
+
+def _asked(program: Callable[..., Tensor]) -> list[str]:
+    """The arguments of a program after its first."""
+    parameters = list(inspect.signature(program).parameters.values())
+    return [p.name for p in parameters[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def _merge(
+    program: Callable[..., Tensor],
+    pool: Pool,
+    weights: Mapping[str, float],
+    rank: int | None,
+    energy: float | None,
+    parameters: Mapping[str, object],
+) -> Adapter:
     name, given = program.__name__, [weights[n] for n in pool.names]
     updates: dict[str, Update] = {}
     squares: dict[str, tuple[float, float]] = {}
-    cuts_itself = "cut" in inspect.signature(program).parameters
+    asked = _asked(program)
     for blocks in read_pair_blocks(pool, f"cores of {name}"):
         group = Frames.of(blocks)
         R = group.left.shape[1]
@@ -77,15 +172,17 @@ def merge(
             cores = frames.cores(scales, len(pool))
             if not bool(cores.isfinite().all()):
                 raise InputError(f"the weighted updates overflow: lower the weights {given}")
-            cut = frames.cut(given, rank, energy, significant=cuts_itself)
-            core = program(cores, cut, **parameters) if cuts_itself else program(cores, **parameters)
+            more = Given(frames, scales, given, rank, energy)
+            core = program(cores, **{n: more.named(n) for n in asked}, **parameters)
             check_result(name, frames.blocks.modules, core, (len(part), R, R))
-            last = _rounding(cut) if cuts_itself else cut
+            cut = frames.cut(given, rank, energy, significant="cut" in asked)
+            last = _rounding(cut) if "cut" in asked else cut
             cut_updates = frames.updates(core, frames.right_of(core), last, frames.noises(given))
             for module, (update, kept, total) in cut_updates.items():
                 updates[module], squares[module] = update, (kept, total)
     used = {"rank": rank, "energy": energy, **parameters}
-    return merged_adapter(name, pool, given, updates, used, squares=None if cuts_itself else squares)
+    was_cut = (rank is not None or energy is not None) and "cut" not in asked
+    return merged_adapter(name, pool, given, updates, used, squares=squares if was_cut else None)
 
 
 def _rounding(cut: Cut) -> Cut:

@@ -37,13 +37,17 @@ class Cut:
 
     def __call__(self, sigma: Tensor) -> Tensor:
         """The counts, int64 ``[g]``, for ``sigma [g, R]``, descending."""
-        counts = (sigma > torch.maximum(self.rtol * sigma[:, :1].sum(1), self.floor)[:, None]).sum(1)
+        counts = self.above(sigma)
         if self.energy is not None and sigma.shape[1]:
             squares = sigma.square()
             enough = squares.cumsum(1) >= self.energy * squares.sum(1, keepdim=True) * (1 - 1e-12)
             wanted = torch.where(enough.any(1), enough.int().argmax(1) + 1, sigma.shape[1])
             counts = torch.minimum(counts, wanted)
         return counts if self.rank is None else counts.clamp(max=self.rank)
+
+    def above(self, sigma: Tensor) -> Tensor:
+        """How many are above the noise alone."""
+        return (sigma > torch.maximum(self.rtol * sigma[:, :1].sum(1), self.floor)[:, None]).sum(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +114,26 @@ class Frames:
             torch.matmul(columns, self.right[:, :, start:end].mT, out=result[:, member])
         return result
 
+    def sides(self, scales: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """``M_i = L_i R_iᵀ`` of ``scales_i B_i A_i`` for the ``count`` adapters of the pool: ``[g, k, R, r]`` twice,
+        with ``r`` the largest rank and columns of zeros where an adapter has fewer."""
+        g, R = self.left.shape[:2]
+        most = max(self.ranks, default=0)
+        left, right = self.left.new_zeros(2, g, count, R, most)
+        sizes = self.spread(scales) * self.norms_B * self.norms_A
+        end = 0
+        for member, rank in zip(self.blocks.members, self.ranks, strict=True):
+            start, end = end, end + rank
+            left[:, member, :, :rank] = self.left[:, :, start:end] * sizes[:, None, start:end]
+            right[:, member, :, :rank] = self.right[:, :, start:end]
+        return left, right
+
+    def stacks(self, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B_1 | B_2 | …] = Q_B X`` and ``[A_1; A_2; …]ᵀ = Q_A Y`` as they are stored: ``X``, ``Y`` ``[g, R, R]``,
+        zero for adapters whose scale is."""
+        counted = self.spread((scales != 0).double())
+        return self.left * (self.norms_B * counted)[:, None], self.right * (self.norms_A * counted)[:, None]
+
     def cut(
         self, weights: Sequence[float], rank: int | None, energy: float | None, *, significant: bool = False
     ) -> Cut:
@@ -164,11 +188,15 @@ class Frames:
                 result[module] = with_rank_zero(row[0]), 0.0, float(squares.sum())
                 continue
             U = vectors[g, :, :count]
-            T = (self.inverse[g] @ U) * _inverse(self.norms_B[g])[:, None]  # Q_B U = [B_1 …] T
-            B, A = self._stacked(row, "B", T), self._stacked(row, "A", ((U.mT @ D[g]) * columns[g]).mT)
+            B, A = self.columns(g, U), self._stacked(row, "A", ((U.mT @ D[g]) * columns[g]).mT)
             update = Update(B, A, 1.0, row[0].layout, noises[g])
             result[module] = update, float(squares[:count].sum()), float(squares.sum())
         return result
+
+    def columns(self, g: int, small: Tensor) -> Factor:
+        """``Q_B small`` of the module at ``g``, ``small [R, q]``."""
+        T = (self.inverse[g] @ small) * _inverse(self.norms_B[g])[:, None]  # Q_B small = [B_1 …] T
+        return self._stacked(self.blocks.updates[g], "B", T)
 
     def _stacked(self, row: Sequence[Update], side: Side, small: Tensor) -> Factor:
         """``[X_1 | X_2 | …] small`` of one side, ``small [R, q]``."""

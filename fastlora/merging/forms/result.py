@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,6 +72,19 @@ def merged_adapter(
         notes=tuple(dict.fromkeys(n for a in adapters for n in a.notes)),
         details=details,
     )
+
+
+def rescaled(
+    merged: Adapter, pool: Pool, weights: Mapping[str, float], factor: float, parameters: Mapping[str, object]
+) -> Adapter:
+    """``factor`` times a result: updates and what stands beside them. ``parameters``: all that the method was given."""
+    updates = {
+        m: replace(u, scaling=factor * u.scaling, noise=u.noise.scaled(factor)) for m, u in merged.updates.items()
+    }
+    extras = combine_extras([(factor * weights[a.name], a) for a in pool.adapters])
+    told = {key: value for key, value in parameters.items() if value is not None}
+    provenance = {**merged.provenance, "parameters": told, "scale": factor}
+    return replace(merged, updates=updates, extras=extras, provenance=provenance)
 
 
 def check_result(name: str, modules: Sequence[str], result: Tensor, shape: tuple[int, ...]) -> None:

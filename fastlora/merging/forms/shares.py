@@ -13,19 +13,23 @@ from fastlora.errors import InputError
 NOTHING = 1e-9
 
 
-def normalised(method: str, weights: Mapping[str, float]) -> dict[str, float]:
-    """``w_i / Σ_j w_j``. Raises :class:`InputError` where the weights add up to zero."""
-    total = sum(weights.values())
-    if abs(total) <= NOTHING * sum(abs(w) for w in weights.values()):
+def require_sum(method: str, weights: Tensor) -> float:
+    """``Σ w_i`` of ``weights [k]``. Raises :class:`InputError` where they add up to zero."""
+    total = float(weights.sum())
+    if abs(total) <= NOTHING * float(weights.abs().sum()):
         raise InputError(
-            f"method {method!r}: the weights {list(weights.values())} add up to {total:g}, and are divided by their "
-            "sum; give others, or use the method 'sum', which takes weights as they are"
+            f"method {method!r}: the weights {weights.tolist()} add up to {total:g}, and are divided by their sum; "
+            "give others, or use the method 'sum', which takes weights as they are"
         )
-    return {name: weight / total for name, weight in weights.items()}
+    return total
 
 
 def shares(method: str, weights: Tensor) -> Tensor:
-    """:func:`normalised` of ``weights [k]``."""
-    names = [str(i) for i in range(len(weights))]
-    found = normalised(method, dict(zip(names, weights.tolist(), strict=True)))
-    return torch.tensor(list(found.values()), dtype=torch.float64)
+    """``w_i / Σ_j w_j`` of ``weights [k]``, as :func:`require_sum` allows it."""
+    return weights / require_sum(method, weights)
+
+
+def normalised(method: str, weights: Mapping[str, float]) -> dict[str, float]:
+    """:func:`shares` of weights by name."""
+    found = shares(method, torch.tensor(list(weights.values()), dtype=torch.float64))
+    return dict(zip(weights, found.tolist(), strict=True))

@@ -1,0 +1,96 @@
+"""Compress, then merge: a rule on the elements of small cores in the best common subspaces, arXiv 2606.03723."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlora.errors import InputError
+from fastlora.merging.forms import cores
+from fastlora.merging.forms.bases import leading, squared_norms, squares_of
+from fastlora.merging.forms.elementwise import Combine, Rule, check_density, in_frames
+from fastlora.merging.forms.frames import Cut
+from fastlora.merging.registry import driven
+
+
+@driven(
+    "cores",
+    cores.merge_to_rank,
+    "U rule(UᵀwᵢΔWᵢV) Vᵀ in the r-dimensional U, V that keep most of all updates (Tucker-2)",
+    "Compress then Merge, arXiv 2606.03723; HOOI as in tensorly's `partial_tucker`",
+    cost="Gram, iterated",
+    rank="rank, largest rᵢ by default",
+)
+def ctm(
+    stack: Tensor,
+    cut: Cut,
+    nulls: Cut,
+    *,
+    rule: Rule = "ties",
+    density: float = 0.25,
+    combine: Combine = "mean",
+    balance: float = 0.25,
+    iterations: int = 1000,
+    tolerance: float = 1e-6,
+) -> Tensor:
+    """``U · rule(Uᵀ X_1 V, …) · Vᵀ``, ``X_i = w_i ΔW_i``, with ``U [n, r]``, ``V [m, r]`` that maximise
+    ``Σ_i ‖Uᵀ X̂_i V‖²``.
+
+    ``X̂_i`` is ``X_i`` at the norm ``β‖X_i‖ + (1 − β)·mean_j‖X_j‖``, so that no adapter decides the subspaces alone; the
+    rule sees ``X_i`` itself. From the leading eigenvectors of ``Σ X̂_iX̂_iᵀ`` and ``Σ X̂_iᵀX̂_i`` (HOSVD), ``U`` and ``V``
+    are in turn those of ``Σ X̂_iVVᵀX̂_iᵀ`` and ``Σ X̂_iᵀUUᵀX̂_i``, until the error changes by less than ``tolerance``.
+    The result has rank ``r`` at the most, and is not cut after the rule, which would cost more. With the rank of the
+    pool nothing is lost, and a linear rule gives the sum. Cost: two eigendecompositions of ``R×R`` an iteration.
+
+    Args:
+        rule: what is done with the elements: sum, magnitude (the largest of every update, summed) or ties
+        density: share of the r×r elements that every adapter keeps, in (0, 1]
+        combine: what ties takes of the elements that agree, their mean or their sum
+        balance: β, from 0 (all adapters count alike in the choice of the subspaces) to 1 (by their size)
+        iterations: steps at the most
+        tolerance: change of the relative error below which the subspaces stay
+    """
+    check_density("ctm", density)
+    if not 0.0 <= balance <= 1.0 or iterations < 0 or not tolerance > 0:
+        raise InputError(
+            f"ctm: balance={balance:g} must be between 0 and 1, iterations={iterations} at least 0, "
+            f"tolerance={tolerance:g} above 0"
+        )
+    norms = squared_norms(stack).sqrt()  # [g, k]
+    count = (norms > 0).sum(1, keepdim=True).clamp(min=1)
+    wanted = balance * norms + (1 - balance) * norms.sum(1, keepdim=True) / count
+    blended = stack * torch.where(norms > 0, wanted / norms, 0.0)[:, :, None, None]
+    R = stack.shape[2]
+    rank = min(cut.rank or R, R)
+    left, right = _subspaces(blended, rank, iterations, tolerance)
+    spans = squares_of(blended)
+    sizes = [nulls.above(_spectrum(base, gram)) for base, gram in zip((left, right), spans, strict=True)]
+    return in_frames(stack, left, right, sizes[0] * sizes[1], rule, density, combine)
+
+
+def _spectrum(base: Tensor, gram: Tensor) -> Tensor:
+    """What the updates have along the directions of a basis, descending: ``[g, c]``."""
+    energies = (base * (gram @ base)).sum(1)
+    return energies.clamp(min=0).sqrt().sort(dim=1, descending=True).values
+
+
+def _subspaces(stack: Tensor, rank: int, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """``U``, ``V`` ``[g, R, rank]`` by HOOI; modules that have converged are left alone."""
+    left, right = (leading(gram, rank) for gram in squares_of(stack))
+    total = squared_norms(stack).sum(1)  # [g]
+    left, right, moving = left.clone(), right.clone(), torch.arange(len(stack))
+    before = torch.full_like(total, torch.inf)
+    for _ in range(iterations if rank < stack.shape[2] else 0):
+        some = stack[moving]
+        across = some @ right[moving][:, None]  # M_i V  [g, k, R, r]
+        left[moving] = leading((across @ across.mT).sum(1), rank)
+        across = some.mT @ left[moving][:, None]
+        right[moving] = leading((across @ across.mT).sum(1), rank)
+        kept = (across.mT @ right[moving][:, None]).square().sum((1, 2, 3))
+        error = (1 - kept / total[moving].clamp(min=1e-300)).clamp(min=0).sqrt()
+        goes_on = (before[moving] - error).abs() >= tolerance
+        before[moving] = error
+        moving = moving[goes_on & (total[moving] > 0)]
+        if not len(moving):
+            break
+    return left, right

@@ -1,0 +1,99 @@
+"""KnOTS: a rule on the rows of all updates in their common left basis, arXiv 2410.19735."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastlora import ops
+from fastlora.adapters.lora import Adapter
+from fastlora.adapters.pool import Pool
+from fastlora.core.updates import Update, sources
+from fastlora.engine.blocks import read_pair_blocks
+from fastlora.engine.spectrum import check_cut
+from fastlora.errors import InputError
+from fastlora.merging.forms import elementwise
+from fastlora.merging.forms.bases import squares_of
+from fastlora.merging.forms.elementwise import Combine, Rule, check_density
+from fastlora.merging.forms.frames import Cut, Frames
+from fastlora.merging.forms.result import check_result, merged_adapter
+from fastlora.merging.forms.rows import Rows, update_of
+from fastlora.merging.registry import method
+from fastlora.runtime.memory import release
+
+
+@method(
+    "cores",
+    summary="U rule(ΣV₁ᵀ, ΣV₂ᵀ, …) with [w₁ΔW₁ | w₂ΔW₂ | …] = UΣ[V₁ᵀ | V₂ᵀ | …]; the rule is elementwise",
+    source="KnOTS, arXiv 2410.19735, with the scalings that its code leaves out",
+    cost="Gram, rows",
+    rank="≤ Σrᵢ, or cut",
+)
+def knots(
+    pool: Pool,
+    weights: Mapping[str, float],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    rule: Rule = "ties",
+    density: float = 0.2,
+    combine: Combine = "mean",
+) -> Adapter:
+    """``U · rule(ΣV_1ᵀ, ΣV_2ᵀ, …)`` with the singular form ``[w_1ΔW_1 | w_2ΔW_2 | …] = U Σ [V_1ᵀ | V_2ᵀ | …]``.
+
+    ``U [n, c]`` comes from ``c ≤ R = Σ r_i`` eigenvectors in factor space, ``ΣV_iᵀ = Uᵀ w_i ΔW_i [c, m]`` from the
+    ``A_i``: no ``ΔW_i`` is formed. ``rule="sum"`` gives the exact sum. Rules do not depend on the signs of the columns
+    of ``U``; where singular values are equal, the result is one of many. The ``A`` of the result is a new matrix.
+    Cost: ``O(c·m·R)`` operations a module and the memory of one ``[c, m]`` matrix in float64, twice.
+
+    Args:
+        rank: rank to cut the result to; by default nothing is cut, and the rank is at most Σrᵢ
+        energy: share of Σσ² that every module keeps, in (0, 1], instead of a rank
+        rule: what is done with the elements: sum, magnitude (the largest of every update, summed) or ties
+        density: share of the elements of ΣVᵢᵀ that every adapter keeps, in (0, 1]
+        combine: what ties takes of the elements that agree, their mean or their sum
+    """
+    check_density("knots", density)
+    if rank is not None or energy is not None:
+        check_cut(rank, energy)
+    given = [weights[n] for n in pool.names]
+    updates: dict[str, Update] = {}
+    squares: dict[str, tuple[float, float]] = {}
+
+    for blocks in read_pair_blocks(pool, "cores of knots"):
+        frames = Frames.of(blocks)
+        scales = frames.scales(given)
+        noises = frames.noises(given)
+        for g, module in enumerate(blocks.modules):
+            one = frames.part(range(g, g + 1))
+            stack = one.cores(scales[g : g + 1], len(pool))
+            if not bool(stack.isfinite().all()):
+                raise InputError(f"the weighted updates overflow: lower the weights {given}")
+            basis = _left_basis(stack, one.cut(given, None, None))
+            rows = Rows.of(one, 0, scales[g : g + 1], basis)
+            threshold = None if rule == "sum" else _thresholds(rows, density)
+            of_elements = functools.partial(elementwise.merged, threshold=threshold, rule=rule, combine=combine)
+            merged = rows.merged(of_elements)
+            check_result("knots", [module], merged[None], (1, *rows.shape))
+            updates[module], squares[module] = update_of(one, 0, basis, merged, one.cut(given, rank, energy), noises[g])
+            release(sources(one.blocks.updates[0]))
+    used = {"rank": rank, "energy": energy, "rule": rule, "density": density, "combine": combine}
+    was_cut = rank is not None or energy is not None
+    return merged_adapter("knots", pool, given, updates, used, squares=squares if was_cut else None)
+
+
+def _left_basis(stack: Tensor, noise: Cut) -> Tensor:
+    """Left singular vectors of ``[M_1 | M_2 | …]`` of one module that are no rounding: ``[R, c]``."""
+    values, vectors = ops.eigh(squares_of(stack)[0].contiguous())
+    count = int(noise.above(values.flip(-1).clamp(min=0).sqrt()))
+    return vectors[0].flip(-1)[:, :count].contiguous()
+
+
+def _thresholds(rows: Rows, density: float) -> Tensor:
+    """The least magnitude that every adapter keeps: ``[k]``."""
+    size = torch.tensor(rows.shape[0] * rows.shape[1])
+    found = [elementwise.thresholds(rows.elements(i).flatten(), size, density) for i in range(len(rows.factors))]
+    return torch.stack(found)
