@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from fastlora.adapters.image_projections import ImageProjections, of_another_model, refuse_extras
 from fastlora.core.data import LoraData
 from fastlora.core.fusing import Stored, rows, stacked
 from fastlora.core.updates import LINEAR, Update
@@ -37,7 +38,9 @@ ATTENTION, MLP = (
 KEYS_AND_VALUES = frozenset("k_proj v_proj key value to_k to_v wk wv k_lin v_lin".split())
 OTHERS: Sequence[tuple[frozenset[str], frozenset[str], frozenset[str]]] = (
     (
-        frozenset("query_key_value c_attn Wqkv wqkv qkv to_qkv in_proj linear_qkv qkv_proj W_pack".split()),
+        frozenset(
+            "query_key_value c_attn Wqkv wqkv qkv to_qkv to_qkv_mlp_proj in_proj linear_qkv qkv_proj W_pack".split()
+        ),
         KEYS_AND_VALUES.union("q_proj query to_q wq q_lin".split()),
         ATTENTION,
     ),
@@ -56,17 +59,18 @@ class FusedProjections:
     """
 
     def __init__(self) -> None:
+        self._of_images = ImageProjections()
         self._met: list[tuple[dict[str, str], dict[str, str]]] = [({}, {}) for _ in OTHERS]
 
     def fitted(self, adapter: A, shape_of: ShapeOf) -> tuple[A, list[str]]:
         """The adapter in the form that earlier ones have, and what was changed, in sentences."""
+        adapter, notes = self._of_images.fitted(adapter, shape_of)
         ends = {m.rpartition(".")[2] for m in adapter.updates}
-        notes: list[str] = []
         if not ends.isdisjoint(FUSED_OF) or not ends.isdisjoint(FUSED):
             _refuse_both(adapter)
             adapter, cut = _cut(adapter, shape_of)
             adapter, put = self._put_together(adapter, shape_of)
-            notes = [f"adapter {adapter.name!r}: {text}" for text in (cut, put) if text]
+            notes += [f"adapter {adapter.name!r}: {text}" for text in (cut, put) if text]
         if not ends.isdisjoint(OTHER_ENDS):
             self._refuse_others(adapter)
         return adapter, notes
@@ -83,7 +87,7 @@ class FusedProjections:
         if not groups:
             return adapter, ""
         owner = {module: fused for fused, parts in groups.items() for module in parts.values()}
-        _refuse_extras(adapter, owner)
+        refuse_extras(adapter, owner)
         updates: dict[str, Update] = {}
         made: Stored = {}
         for module, update in adapter.updates.items():
@@ -124,10 +128,10 @@ def _fused(adapter: LoraData, fused: str, parts: Mapping[str, str], shape: Shape
     assert shape is not None
     updates = {part: adapter.updates[module] for part, module in parts.items()}
     if any(u.shape[1] != shape[1] for u in updates.values()):
-        raise _of_another_model(adapter, parts.values(), fused, shape)
+        raise of_another_model(adapter.name, parts.values(), fused, shape)
     starts = _starts(fused, {part: u.shape[0] for part, u in updates.items()}, shape[0])
     if starts is None:
-        raise _of_another_model(adapter, parts.values(), fused, shape)
+        raise of_another_model(adapter.name, parts.values(), fused, shape)
     return stacked([(starts[part][0], u) for part, u in updates.items()], shape[0], made)
 
 
@@ -142,10 +146,10 @@ def _cut(adapter: A, shape_of: ShapeOf) -> tuple[A, str]:
         if not known or update.layout != LINEAR or shape_of(module) is not None:
             updates[module] = update
             continue
-        _refuse_extras(adapter, [module])
+        refuse_extras(adapter, [module])
         starts = _starts(module, {part: n for part, (n, _) in known.items()}, update.shape[0])
         if starts is None or any(m != update.shape[1] for _, m in known.values()):
-            raise _of_another_model(adapter, [names[p] for p in known], module, update.shape)
+            raise of_another_model(adapter.name, [names[p] for p in known], module, update.shape)
         updates |= {names[part]: rows(update, *starts[part]) for part in starts}
         done[module] = [names[p] for p in starts]
     if not done:
@@ -180,14 +184,6 @@ def _starts(fused: str, lengths: Mapping[str, int], total: int) -> dict[str, tup
     return {part: (stop - sizes[part], stop) for part, stop in zip(parts, ends, strict=True)}
 
 
-def _of_another_model(adapter: LoraData, parts: Iterable[str], fused: str, shape: Shape) -> InputError:
-    return InputError(
-        f"adapter {adapter.name!r}: {', '.join(parts)} and {fused} {list(shape)} are one weight in parts and fused, "
-        "but their shapes do not fit or the order of its rows is not known; convert the adapters to one form with the "
-        "code that trained them"
-    )
-
-
 def _refuse_both(adapter: LoraData) -> None:
     """Refuses an adapter that has a fused weight and its parts, which no model has."""
     for module in adapter.updates:
@@ -198,16 +194,6 @@ def _refuse_both(adapter: LoraData) -> None:
                 f"adapter {adapter.name!r} has both {module} and {part}, one weight fused and in parts, which no model "
                 "has; leave out one of the two"
             )
-
-
-def _refuse_extras(adapter: LoraData, modules: Iterable[str]) -> None:
-    changed = set(modules)
-    extra = next((p for p in adapter.extras if p.rpartition(".")[0] in changed), None)
-    if extra is not None:
-        raise InputError(
-            f"adapter {adapter.name!r} also changes {extra}, whose module is fused in one adapter and in parts in "
-            "another; use `adapter.without_extras()` (`--drop-extras`) to leave such parameters out"
-        )
 
 
 def _block(parent: str, above: frozenset[str]) -> str:

@@ -11,6 +11,8 @@ _PARTS = {
     "to_added_qkv": "{add_q_proj,add_k_proj,add_v_proj}",
     "to_added_kv": "{add_k_proj,add_v_proj}",
 }
+FUSED_ENDS = frozenset((*_PARTS, "to_qkv_mlp_proj"))
+PART_ENDS = frozenset("to_q to_k to_v add_q_proj add_k_proj add_v_proj proj_mlp".split())
 
 
 def equal_rows(parts: int) -> RowsOf:
@@ -19,8 +21,9 @@ def equal_rows(parts: int) -> RowsOf:
 
 
 def attention_and_mlp(out: int, columns: int) -> tuple[int, ...] | None:
-    """Queries, keys and values as wide as the input, and all other rows."""
-    return (columns, columns, columns, out - 3 * columns) if out > 3 * columns else None
+    """Queries, keys and values as wide as the input, and all other rows. With nine times its width it is that of
+    Flux.2, which is not made of parts."""
+    return (columns, columns, columns, out - 3 * columns) if out > 3 * columns and out != 9 * columns else None
 
 
 def grouped(out: int, columns: int) -> tuple[int, ...] | None:
