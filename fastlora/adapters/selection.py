@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from fastlora.core.architectures import BIAS, WEIGHT
+from fastlora.core.patterns import Unsupported, compiled
 from fastlora.errors import InputError
-from fastlora.formats.peft.patterns import Unsupported, compiled
 
 EXPRESSION = re.compile(r"[\\^$()|+{}]|^\.\*")
 """What only regular expressions have."""

@@ -39,6 +39,8 @@ LONGEST_NAME = 1000
 """Characters of a tensor's name."""
 MOST_KNOWN, LARGEST_KNOWN = 8, 2**20
 """How many headers are remembered, and of how many bytes."""
+UNREADABLE = (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, RuntimeError, MemoryError)
+"""What damaged files raise."""
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -53,7 +55,15 @@ class _Place:
     first: int
 
 
-_known: OrderedDict[tuple[bytes, int], dict[str, _Place]] = OrderedDict()
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says of itself: ``{tensor: shape}`` in the order of the library, and its metadata."""
+
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+
+_known: OrderedDict[tuple[bytes, int], tuple[dict[str, _Place], dict[str, str]]] = OrderedDict()
 """Headers that were checked last: those of adapters from one training recipe are the same to the byte."""
 
 
@@ -64,10 +74,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     eight adapters of a 7B model is loaded, decomposed and saved in 93 % of the processor time. Nothing is copied, so
     addresses can be odd: they are where the file put the tensors.
     """
-    refuse_pointer(path)
-    header, size = _read_header(path)
+    tensor_places, header, _ = _checked(path)
     try:
-        tensor_places = _known.get((header, size)) or _places(path, header, size)
         with path.open("rb") as raw:
             mapping = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)
         views = _Views(mapping, 8 + len(header))
@@ -75,26 +83,39 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         if len(tensors) < len(tensor_places):
             with safe_open(path, framework="pt", device="cpu") as file:
                 tensors = {name: tensors[name] if name in tensors else file.get_tensor(name) for name in tensor_places}
-    except (
-        SafetensorError,
-        OSError,
-        KeyError,
-        ValueError,
-        TypeError,
-        OverflowError,
-        RuntimeError,
-        MemoryError,
-    ) as error:
-        raise InputError(
-            f"{path} is no readable safetensors file ({first_line(error)}); it may be cut off: "
-            "copy or download it again"
-        ) from None
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from None
+    return tensors
+
+
+def read_header(path: Path) -> Header:
+    """The names and shapes of the tensors in a safetensors file, and its metadata; no tensor is read."""
+    places, _, metadata = _checked(path)
+    return Header({name: place.shape for name, place in places.items()}, metadata)
+
+
+def _checked(path: Path) -> tuple[dict[str, _Place], bytes, dict[str, str]]:
+    """Where the tensors are, the header's bytes, and the metadata, of a file whose header is sound."""
+    refuse_pointer(path)
+    header, size = _read_header(path)
+    known = _known.get((header, size))
+    if known is None:
+        try:
+            known = _places(path, header, size)
+        except UNREADABLE as error:
+            raise _unreadable(path, error) from None
     if len(header) <= LARGEST_KNOWN:
-        _known[header, size] = tensor_places
+        _known[header, size] = known
         _known.move_to_end((header, size))
         while len(_known) > MOST_KNOWN:
             _known.popitem(last=False)
-    return tensors
+    return known[0], header, known[1]
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} is no readable safetensors file ({first_line(error)}); it may be cut off: copy or download it again"
+    )
 
 
 def _read_header(path: Path) -> tuple[bytes, int]:
@@ -111,9 +132,9 @@ def _read_header(path: Path) -> tuple[bytes, int]:
         return file.read(length), size
 
 
-def _places(path: Path, raw: bytes, size: int) -> dict[str, _Place]:
-    """Where the tensors are, by name, in the order of the library, which checks offsets and sizes. Refuses what it
-    accepts or has no name for: tensors named twice, names and shapes that nothing can use."""
+def _places(path: Path, raw: bytes, size: int) -> tuple[dict[str, _Place], dict[str, str]]:
+    """Where the tensors are, by name, in the order of the library, which checks offsets and sizes; and the metadata.
+    Refuses what it accepts or has no name for: tensors named twice, names and shapes that nothing can use."""
     header = parse_object(raw, f"{path} is no readable safetensors file: its header")
     room = size - 8 - len(raw)
     for name, entry in header.items():
@@ -137,7 +158,7 @@ def _places(path: Path, raw: bytes, size: int) -> dict[str, _Place]:
                 f"{room} bytes of tensors); it may be cut off: copy or download it again"
             )
     with safe_open(path, framework="pt", device="cpu") as file:
-        return {name: _place(header[name]) for name in file.keys()}
+        return {name: _place(header[name]) for name in file.keys()}, dict(file.metadata() or {})
 
 
 def _place(entry: Mapping[str, Any]) -> _Place:

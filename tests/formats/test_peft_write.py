@@ -23,11 +23,11 @@ from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
 from fastlora.core.data import BaseInfo, Extra
 from fastlora.core.factors import Factor
+from fastlora.core.patterns import Patterns
 from fastlora.core.updates import Layout, Update
 from fastlora.errors import OutputError
 from fastlora.files.tensor_writing import TensorFile
 from fastlora.formats.peft.names import exact_pattern
-from fastlora.formats.peft.patterns import Patterns
 from fastlora.formats.peft.selection import exclude_pattern
 from fastlora.ops.dispatch import use_backend
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fastlora.core.patterns import Patterns
 from fastlora.errors import FastloraError, InputError
-from fastlora.formats.peft.patterns import Patterns
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))

@@ -11,11 +11,11 @@ from typing import Any, Literal, NoReturn, TypeGuard
 
 from fastlora.core.data import BaseInfo
 from fastlora.core.names import CONFIG_NAME, WRAPPERS
+from fastlora.core.patterns import Patterns
 from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.files.json_files import is_plain, parse_object, refuse_dangling, require_file, shown
 from fastlora.formats.peft.experts import expert_order
 from fastlora.formats.peft.kinds import MERGE_FIRST, VARIANTS, way_out_of
-from fastlora.formats.peft.patterns import Patterns
 from fastlora.formats.peft.selection import read_selection
 
 LARGEST_CONFIG = 64 << 20

@@ -21,13 +21,13 @@ from fastlora.core.data import BaseInfo, Extra, Ia3Data, Scaling, Selection
 from fastlora.core.dtypes import parse_dtype
 from fastlora.core.inert import PROBABLY
 from fastlora.core.names import CONFIG_NAME
+from fastlora.core.patterns import Unsupported, compiled_whole
 from fastlora.errors import InputError, NonFiniteError, OutputError
 from fastlora.files.disk_errors import writing
 from fastlora.files.tensor_writing import TensorFile, cast_tensor
 from fastlora.formats.peft.config import Fields, refuse_unknown
 from fastlora.formats.peft.keys import read_keys, without_base
 from fastlora.formats.peft.names import HEADS, PREFIX, WEIGHTS_NAME
-from fastlora.formats.peft.patterns import Unsupported, compiled_whole
 from fastlora.formats.peft.reading import add_values, check_tensor
 from fastlora.formats.peft.selection import module_fields, read_selection
 from fastlora.formats.peft.weights import read_tensors

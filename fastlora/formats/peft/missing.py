@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fastlora.core.data import ModulesData
+from fastlora.core.patterns import Patterns
 from fastlora.formats.peft.names import saved_module
-from fastlora.formats.peft.patterns import Patterns
 
 LISTED = 4
 

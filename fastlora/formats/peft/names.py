@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OLD_WEIGHTS_NAME = "adapter_model.bin"
@@ -21,15 +21,6 @@ HEADS = {
 REGISTRATION_ORDER = ("gate_up_proj", "gate_up_proj_bias", "w1", "v1", "w2", "down_proj", "down_proj_bias")
 """The order in which mixture-of-experts modules create their parameters: PEFT wraps the last one outermost,
 and the file does not say which parameter a wrapper belongs to."""
-
-
-def path_tails(path: str) -> Iterator[str]:
-    """The path, and what follows each of its dots: what PEFT lets a module be named by."""
-    yield path
-    at = path.find(".")
-    while at >= 0:
-        yield path[at + 1 :]
-        at = path.find(".", at + 1)
 
 
 def block_tail(path: str) -> str:

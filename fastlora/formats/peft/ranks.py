@@ -13,8 +13,9 @@ from collections.abc import Mapping, Set
 from dataclasses import replace
 
 from fastlora.core.data import LoraData
+from fastlora.core.patterns import path_tails
 from fastlora.core.updates import Update, chosen_rank, with_rank
-from fastlora.formats.peft.names import block_tail, path_tails
+from fastlora.formats.peft.names import block_tail
 
 EXPERT = re.compile(r"(.*experts)\.\d+\..+")
 """A module of one expert of several: ``block_sparse_moe.experts.3.w1``. The group is what they have in common."""

@@ -14,8 +14,9 @@ from typing import Any
 
 from fastlora.core.data import Selection
 from fastlora.core.names import EMBEDDINGS
+from fastlora.core.patterns import path_tails
 from fastlora.files.json_files import is_plain
-from fastlora.formats.peft.names import HEADS, block_tail, exact_pattern, path_tails
+from fastlora.formats.peft.names import HEADS, block_tail, exact_pattern
 
 OTHER_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 """Fields that select modules together with ``target_modules``."""

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fastlora.errors import InputError
-from fastlora.formats.peft.names import path_tails
 
 PLAIN = re.compile(r"[\w.]+", re.ASCII)
 LARGEST = 10_000
@@ -39,6 +38,15 @@ SHARED = re.compile(
 """Patterns that mean the same to Python and to RE2, if both can read them. Left out are what RE2 cannot do in linear
 time (look-around, back references, atomic groups, possessive repetitions) and what it reads in another way: octal
 escapes, ``{{,n}}``, sets such as ``[[:alpha:]]``, flags."""
+
+
+def path_tails(path: str) -> Iterator[str]:
+    """The path, and what follows each of its dots: what PEFT lets a module be named by."""
+    yield path
+    at = path.find(".")
+    while at >= 0:
+        yield path[at + 1 :]
+        at = path.find(".", at + 1)
 
 
 class Unsupported(ValueError):

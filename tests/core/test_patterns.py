@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, event, example, given, settings
 from hypothesis import strategies as st
 
+from fastlora.core.patterns import Patterns, Unsupported, compiled, compiled_whole
 from fastlora.errors import InputError
-from fastlora.formats.peft.patterns import Patterns, Unsupported, compiled, compiled_whole
 
 # Few letters, so that random paths are matched often; short ones, since Python's own matcher is exponential.
 PATHS = st.text("ab1._ ", max_size=9)
