@@ -14,6 +14,7 @@ _EXPORTS = {
     "Adapter": "fastlora.adapters.lora",
     "Decomposition": "fastlora.decomposition.result",
     "DecompositionPlan": "fastlora.decomposition.plan",
+    "DoRA": "fastlora.adapters.dora",
     "FastloraError": "fastlora.errors",
     "IA3": "fastlora.adapters.ia3",
     "InputError": "fastlora.errors",
@@ -51,6 +52,7 @@ __all__ = ["__version__", *_MODULES, *_EXPORTS]
 if TYPE_CHECKING:
     from fastlora import dipm as dipm
     from fastlora import ops as ops
+    from fastlora.adapters.dora import DoRA as DoRA
     from fastlora.adapters.ia3 import IA3 as IA3
     from fastlora.adapters.loading import load as load
     from fastlora.adapters.lora import Adapter as Adapter

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fastlora.adapters.dora import DoRA, refused
 from fastlora.adapters.folders import holds_adapters, load_folder
 from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
@@ -278,6 +279,8 @@ def require_updates(element: VectorSpace, what: str = "a pool") -> Adapter:
     """The element if it is a LoRA adapter. Raises :class:`UnsupportedAdapter` for ``what`` needs ``ΔW = s·B·A``."""
     if isinstance(element, Adapter):
         return element
+    if isinstance(element, DoRA):
+        raise refused(element)
     if element.kind == "a task vector":
         out = "make a LoRA adapter of it first: `.extract(rank=…)` or `.extract(energy=…)`"
     else:

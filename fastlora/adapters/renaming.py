@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from fastlora.core.data import AdapterData, DeltaData, Extra, Ia3Data, LoraData, ModulesData
+from fastlora.core.data import AdapterData, DeltaData, DoraData, Extra, Ia3Data, LoraData, ModulesData
 from fastlora.core.updates import Update
 from fastlora.errors import InputError
 
@@ -24,7 +24,7 @@ def signatures(record: AdapterData) -> dict[str, Hashable]:
     if isinstance(record, DeltaData):
         return {p: tuple(d.shape) for p, d in record.deltas.items()}
     found: dict[str, Hashable] = {}
-    if isinstance(record, LoraData):
+    if isinstance(record, LoraData | DoraData):
         found = {m: (u.shape, u.layout.kind, u.layout.kernel, u.layout.experts) for m, u in record.updates.items()}
     elif isinstance(record, Ia3Data):
         found = {m: (s.shape, s.feedforward) for m, s in record.vectors.items()}
@@ -75,6 +75,9 @@ def renamed(record: X, names: Mapping[str, str]) -> X:
     if isinstance(record, LoraData):
         updates = {m: _contained(m, u, name(m)) for m, u in record.updates.items()}
         record = replace(record, updates=_moved(updates, name, record))
+    elif isinstance(record, DoraData):
+        magnitudes = _moved(record.magnitudes, name, record)
+        record = replace(record, updates=_moved(record.updates, name, record), magnitudes=magnitudes)
     elif isinstance(record, Ia3Data):
         record = replace(record, vectors=_moved(record.vectors, name, record))
     assert isinstance(record, ModulesData)

@@ -108,8 +108,8 @@ def write_element(run: Run, result: Element, target: OutputDirectory | None, out
             return
         with target as staging:
             formats.write_adapter(result, staging, run.dtype)
-        data = {"kind": "IA3", "modules": len(result.vectors)}
-        said = f"(IA)³, {len(result.vectors)} modules"
+        data = {"kind": "IA3", "modules": len(result.modules)}
+        said = f"(IA)³, {len(result.modules)} modules"
         notes += target.notices
     if run.as_json:
         print_json({"out": str(out), **data, "notices": notes})

@@ -130,11 +130,17 @@ class Grouped:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """The same for the names alone, which adapters of one recipe share. ``twice``: names of one and the same part."""
+class Sorted:
+    """The same for the names alone, which adapters of one recipe share.
+
+    ``modules``: ``(stem, plain stem, ((part, name), …))`` of each. ``spellings``: of factors. ``twice``: names of one
+    and the same part. ``left_out``: bundled embeddings. ``refused``: a name that is no additive change, what it is, and
+    the way out. ``unknown``: names without a known suffix. ``adapters``: names of adapters inside names.
+    """
 
     modules: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...]
     spelling: str
+    spellings: frozenset[str]
     twice: tuple[tuple[str, str], ...]
     left_out: tuple[str, ...]
     refused: tuple[str, str, str] | None
@@ -148,7 +154,7 @@ def group(tensors: Mapping[str, Tensor], file: Path) -> Grouped:
     Raises :class:`InputError` for unknown suffixes, for a part that is there twice with different numbers and for
     several adapters in one file, and :class:`UnsupportedAdapter` for what is no additive change of weights.
     """
-    plan = _plan(tuple(tensors))
+    plan = sorted_names(tuple(tensors))
     if plan.refused is not None:
         key, what, way_out = plan.refused
         raise UnsupportedAdapter(f"{file}: tensor {key!r} is {what}; {way_out}")
@@ -182,8 +188,9 @@ def same(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
 
 
-@functools.lru_cache(maxsize=16)
-def _plan(keys: tuple[str, ...]) -> _Plan:
+@functools.lru_cache(maxsize=32)
+def sorted_names(keys: tuple[str, ...]) -> Sorted:
+    """The names of a file's tensors by module."""
     modules: dict[str, dict[str, str]] = {}
     plain: dict[str, str] = {}
     spelled: dict[str, int] = {}
@@ -214,9 +221,10 @@ def _plan(keys: tuple[str, ...]) -> _Plan:
         else:
             parts[part] = key
             plain[stem] = plain_stem(stem) if spelling == "processor" else plain.get(stem, stem)
-    return _Plan(
+    return Sorted(
         tuple((stem, plain[stem], tuple(parts.items())) for stem, parts in modules.items()),
         max(spelled, key=spelled.__getitem__, default=""),
+        frozenset(spelled),
         tuple(twice),
         tuple(left_out),
         refused,

@@ -30,6 +30,47 @@ KERNELS = 3
 """Dimensions of a convolution's kernel, at most."""
 
 
+Shape = tuple[int, ...]
+
+
+def is_factor(part: str) -> bool:
+    """Whether a part is one that only adapters have, and no number or norm that a whole model could have."""
+    return part in ("down", "up", "mid", "diff", "diff_b") or part.startswith(("hada_", "lokr_"))
+
+
+def weight_shape(shapes: Mapping[str, Shape]) -> tuple[int, int] | None:
+    """Rows and columns of the weight that a module's tensors change, by the shapes of these: of a convolution
+    ``(out, in · kernel)``. ``None`` where they do not say it."""
+    up, down = shapes.get("up"), shapes.get("down")
+    try:
+        if up is not None and down is not None:
+            core = math.prod(shapes["mid"][2:]) if "mid" in shapes else 1
+            return up[0], math.prod(down[1:]) * core
+        if "hada_w1_a" in shapes:
+            w_a, w_b, core_shape = shapes["hada_w1_a"], shapes["hada_w1_b"], shapes.get("hada_t1")
+            return (w_a[0], math.prod(w_b[1:])) if core_shape is None else (w_a[1], w_b[1] * math.prod(core_shape[2:]))
+        if any(part.startswith("lokr_") for part in shapes):
+            return _kronecker_shape(shapes)
+        if "diff" in shapes and len(shapes["diff"]) >= 2:
+            return shapes["diff"][0], math.prod(shapes["diff"][1:])
+    except (KeyError, IndexError):  # refused when it is read
+        pass
+    return None
+
+
+def _kronecker_shape(shapes: Mapping[str, Shape]) -> tuple[int, int]:
+    out, columns = 1, 1
+    for side in ("lokr_w1", "lokr_w2"):
+        if side in shapes:
+            n, m = shapes[side][0], math.prod(shapes[side][1:])
+        elif side == "lokr_w2" and "lokr_t2" in shapes:
+            n, m = shapes["lokr_w2_a"][1], shapes["lokr_w2_b"][1] * math.prod(shapes["lokr_t2"][2:])
+        else:
+            n, m = shapes[f"{side}_a"][0], math.prod(shapes[f"{side}_b"][1:])
+        out, columns = out * n, columns * m
+    return out, columns
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where something stands, for messages: a file and what it calls a module."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from fastlora.core.data import Ia3Data, LoraData
+from fastlora.core.data import LoraData, ModulesData
 from fastlora.core.updates import sources
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.ops.eigh import NOT_FINITE
@@ -27,7 +27,7 @@ def require_finite(adapters: Iterable[LoraData]) -> None:
             release(sources([adapter.updates[module]]))
 
 
-def require_finite_extras(adapters: Iterable[LoraData | Ia3Data]) -> None:
+def require_finite_extras(adapters: Iterable[ModulesData]) -> None:
     """Raises for the first bias or replaced module that holds NaN or Inf: like a factor, it would spoil a result.
 
     Costs one read of what the adapters hold beside their updates.

@@ -11,6 +11,7 @@ from numbers import Real
 import torch
 
 from fastlora.adapters.alignment import aligned
+from fastlora.adapters.dora import DoRA, refused
 from fastlora.adapters.ia3 import IA3
 from fastlora.adapters.loading import Element, load
 from fastlora.adapters.lora import Adapter
@@ -114,6 +115,8 @@ def _prepare(
                 f"{name!r} is of type {type(source).__name__}; an adapter is needed, or the path or Hub id of one"
             )
         element: Element = source if isinstance(source, Element) else load(os.fspath(source), name)
+        if isinstance(element, DoRA):
+            raise refused(element)
         if drop_extras and isinstance(element, Adapter | IA3):
             element = element.without_extras()
         elements[name] = _moved(replace(renaming(element), name=name), where)

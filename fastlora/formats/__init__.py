@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -64,6 +64,16 @@ class Format(Protocol):
         """Writes a whole record at once; ``None``: in its own dtype."""
 
 
+@runtime_checkable
+class SingleFiles(Protocol):
+    """A format of single files, whose ``read`` also takes the family of models and the rank of what is no LoRA."""
+
+    SINGLE_FILES: bool
+
+    def read(self, path: Path, name: str, *, family: str | None, rank: int | None) -> AdapterData:
+        """What the file holds, under a ``name``."""
+
+
 @functools.cache
 def all_formats() -> dict[str, Format]:
     """Every format by its name, that of its module."""
@@ -76,11 +86,14 @@ def find_format(path: Path) -> Format | None:
     return next((format for format in all_formats().values() if format.detects(path)), None)
 
 
-def read(path: str | Path, name: str | None = None) -> AdapterData:
+def read(
+    path: str | Path, name: str | None = None, *, family: str | None = None, rank: int | None = None
+) -> AdapterData:
     """The adapter at a path, as a record, without copying its tensors.
 
-    path: a PEFT directory, the Hub id (``org/name``) of one, or the file of a task vector.
-    name: what the adapter is called from here on; the folder name by default.
+    path: a PEFT directory, a single file of an adapter, the Hub id of one of these, or the file of a task vector.
+    name: what the adapter is called from here on; the name of the folder or file by default.
+    family, rank: how a single file is read; other formats have no use for them.
 
     Raises :class:`InputError` where nothing can be read and :class:`UnsupportedAdapter` for adapters whose
     numbers would come out wrong.
@@ -94,6 +107,8 @@ def read(path: str | Path, name: str | None = None) -> AdapterData:
             f"{location.path} lies in {unfinished.name}, an output that was never finished; run that command again"
         )
     format = find_format(location.path)
+    if isinstance(format, SingleFiles):
+        return format.read(location.path, name, family=family, rank=rank)
     if format is not None:
         return format.read(location.path, name)
     if location.path.is_file():

@@ -1,4 +1,4 @@
-"""LoRA files of other tools, recognised by how they name their tensors, and refused with the way to a PEFT adapter.
+"""Files of other tools, recognised by how they name their tensors, and refused with the way to an adapter.
 
 A format that is read gets a module of its own, which takes what it detects before this one where its name comes first.
 """
@@ -42,42 +42,8 @@ class Kind:
 
 
 KINDS = (
-    Kind("a LyCORIS adapter (LoHa)", r".*\.hada_[wt]\d.*"),
-    Kind("a LyCORIS adapter (LoKr)", r".*\.lokr_[wt]\d.*"),
-    Kind("a LyCORIS adapter (OFT or BOFT)", r".*\.(oft_blocks|oft_diag|boft_blocks)"),
-    Kind("a LyCORIS adapter (GLoRA)", r".*\.[ab][12]\.weight"),
-    Kind("a LyCORIS adapter (full differences)", r".*\.(diff|diff_[bm]|[wb]_norm|set_weight|reshape_weight|on_input)"),
-    Kind("a LyCORIS adapter (a LoRA with a core, lora_mid)", r".*\.lora_mid\.weight"),
-    Kind("a T-LoRA", r".*\.lambda_layer"),
-    Kind("a DoRA of image models", r".*\.(dora_scale|magnitude|lora_magnitude_vector.*)"),
     Kind(
-        "a LoRA of kohya's scripts",
-        r"(lora|lycoris)_\w+\.lora_(down|up)\.weight",
-        "(tensors[f'{key}.lora_up.weight'], tensors[f'{key}.lora_down.weight'], alpha / rank)",
-    ),
-    Kind(
-        "a LoRA of ComfyUI, in the names of the original model",
-        r"(diffusion_model|model\.diffusion_model)\..*lora.*",
-        "(lora_B or lora_up, lora_A or lora_down, alpha / rank)",
-    ),
-    Kind(
-        "a LoRA of XLabs' Flux scripts",
-        r".*\.(qkv|proj)_lora\d?\.(down|up)\.weight",
-        "(tensors[f'{key}.up.weight'], tensors[f'{key}.down.weight'], 1.0)",
-    ),
-    Kind(
-        "a LoRA of diffusers",
-        r"(unet|transformer\w*|text_encoder\w*|prior)\..*(lora_[AB]\.weight|lora\w*\.(down|up)\.weight)"
-        r"|.*\.processor\..*lora.*\.(down|up)\.weight",
-        "(tensors[f'{key}.lora_B.weight'], tensors[f'{key}.lora_A.weight'], alpha / rank)",
-    ),
-    Kind(
-        "a LoRA of image models",
-        r".*[._]lora[._](down|up)\.weight",
-        "(tensors[f'{key}.lora_up.weight'], tensors[f'{key}.lora_down.weight'], alpha / rank)",
-    ),
-    Kind(
-        "a LoRA of MLX",
+        "a LoRA of MLX without its configuration",
         r".*\.lora_[ab]",
         "(tensors[f'{key}.lora_b'].mT, tensors[f'{key}.lora_a'].mT, scale)",
     ),
@@ -92,13 +58,21 @@ KINDS = (
         r".*\.lora_[AB]",
         "(tensors[f'{key}.lora_B'], tensors[f'{key}.lora_A'], alpha / rank)",
     ),
+    Kind(
+        "a LoRA of a model that is not known here",
+        r".*[._]lora[._](down|up)\.weight|.*\.lora_(down|up)\.weight",
+        "(tensors[f'{key}.lora_up.weight'], tensors[f'{key}.lora_down.weight'], alpha / rank)",
+    ),
+    Kind(
+        "a LyCORIS adapter of a model that is not known here", r".*\.(hada_[wt]\d.*|lokr_[wt]\d.*|oft_blocks|oft_diag)"
+    ),
     Kind("embeddings of textual inversion", r"emb_params|string_to_param|<[^<>]+>"),
 )
 
 WITHOUT_CONFIG = next(kind for kind in KINDS if "PEFT" in kind.what)
 GGUF = Kind("a LoRA of llama.cpp (GGUF)", "")
 ADAPTER_HUB = next(kind for kind in KINDS if "AdapterHub" in kind.what)
-MLX = next(kind for kind in KINDS if "MLX" in kind.what)
+MLX = Kind("a LoRA of MLX without its adapters.safetensors", "")
 TRAINING_STATE = Kind("the state of a training run that is spread over processes (DeepSpeed or FSDP)", "")
 
 
@@ -128,6 +102,8 @@ def read(path: Path, name: str) -> NoReturn:
 def _way_out(kind: Kind) -> str:
     if kind is GGUF:
         return "pass the PEFT adapter that it was converted from; there is no way back from GGUF yet"
+    if kind is MLX:
+        return "copy that file beside the configuration, or convert adapters.npz of older versions with mlx"
     if kind is TRAINING_STATE:
         return "resume the run from it, and save the adapter with `save_pretrained` of the PEFT model"
     if kind.factors is None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # Dispatch on kinds needs the kinds; who describes an adapter has loaded them.
+from fastlora.adapters.dora import DoRA
 from fastlora.adapters.ia3 import IA3
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.task_vector import TaskVector
@@ -46,6 +47,37 @@ def adapter_data(adapter: Adapter) -> Data:
         "dtype": str(adapter.dtype)[6:],
         "base_model": adapter.base.model,
         "norm": sum(f.norm**2 for f in forms.values()) ** 0.5,
+        "modules": modules,
+        "extras": _extras(adapter.extras),
+        "notes": adapter.notes,
+        "provenance": adapter.provenance,
+    }
+
+
+@describe.register
+def dora_data(adapter: DoRA) -> Data:
+    """Every module with the singular values of its ``s·B·A``, and its magnitude: what it changes needs the base."""
+    require_finite_extras([adapter])
+    forms = singular_forms(adapter.name, adapter.updates)
+    modules: dict[str, Any] = {}
+    for module, update in adapter.updates.items():
+        magnitude = adapter.magnitudes.get(module)
+        vector = None if magnitude is None else adapter.magnitude(module)
+        modules[module] = {
+            "shape": list(update.shape),
+            "kind": update.layout.kind,
+            "rank": update.rank,
+            "scaling": update.scaling,
+            "norm": forms[module].norm,
+            "magnitude_of": None if magnitude is None else {"out": "outputs", "in": "inputs"}[magnitude.axis],
+            "least": None if vector is None else float(vector.min()),
+            "largest": None if vector is None else float(vector.max()),
+        }
+    return {
+        "name": adapter.name,
+        "kind": "DoRA",
+        "dtype": str(adapter.dtype)[6:],
+        "base_model": adapter.base.model,
         "modules": modules,
         "extras": _extras(adapter.extras),
         "notes": adapter.notes,
@@ -94,7 +126,7 @@ def task_vector_data(vector: TaskVector) -> Data:
     }
 
 
-def folder_data(folder: str, elements: Sequence[Adapter | IA3 | TaskVector], notes: Sequence[str]) -> Data:
+def folder_data(folder: str, elements: Sequence[Adapter | DoRA | IA3 | TaskVector], notes: Sequence[str]) -> Data:
     """What every adapter of a folder holds, and what was left out."""
     return {"folder": folder, "adapters": {e.name: describe(e) for e in elements}, "notes": list(notes)}
 
@@ -131,6 +163,26 @@ def show_adapter(data: Data, every: bool) -> None:
         row = rows[module]
         numbers = (_rank(row), f"{row['scaling']:g}", f"{row['norm']:.4g}", _sigma(row))
         table.add(short[module], _size(row), *[row["kind"]] * other_kinds, *numbers)
+    table.print()
+    _tell_more(rows, "modules", every)
+    print_extras(data)
+
+
+def show_dora(data: Data, every: bool) -> None:
+    """Prints a DoRA: one row a module with rank, the norm of ``s·B·A`` and the range of its magnitude."""
+    heading = f"DoRA, {len(data['modules'])} modules, {data['dtype']}, {_base(data)}; what it changes needs the base"
+    print_paragraph(f": {heading}", start=data["name"])
+    table = Table(
+        "name:module", "number:out×in", "number:rank", "number:scaling", "number:‖s·B·A‖", "text:magnitude of",
+        "number:from", "number:to",
+    )  # fmt: skip
+    rows = data["modules"]
+    short = without_common(list(rows))
+    for module in _first(rows, every):
+        row = rows[module]
+        numbers = (str(row["rank"]), f"{row['scaling']:g}", f"{row['norm']:.4g}", row["magnitude_of"] or "none")
+        ends = ["" if row[k] is None else f"{row[k]:.4g}" for k in ("least", "largest")]
+        table.add(short[module], _size(row), *numbers, *ends)
     table.print()
     _tell_more(rows, "modules", every)
     print_extras(data)
@@ -183,6 +235,7 @@ def show_folder(data: Data) -> None:
 
 SHOWN: dict[str, Callable[[Data, bool], None]] = {
     "LoRA": show_adapter,
+    "DoRA": show_dora,
     "IA3": show_ia3,
     "task vector": show_task_vector,
 }

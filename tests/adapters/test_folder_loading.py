@@ -51,7 +51,7 @@ def test_what_is_left_out_is_told_with_its_reason(folder: Path) -> None:
         "model.safetensors, notes.txt, README.md": "a file that is no adapter",
         "logs": "no adapter_config.json",
         "ia3": "an (IA)³ adapter, and LoRA adapters are needed",
-        "dora": "is a DoRA adapter",
+        "dora": "it is a DoRA adapter, and LoRA adapters are needed",
         ".out.partial-12": "never finished",
         "v.safetensors": "a task vector, and LoRA adapters are needed",
         "cut": "no readable safetensors",

@@ -64,7 +64,6 @@ def test_missing_fields(tmp_path: Path, field: str) -> None:
 
 
 OTHER_KINDS: list[tuple[dict[str, Any], str]] = [
-    ({"use_dora": True}, "DoRA"),
     ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
     ({"use_qalora": True}, "QALoRA"),
     ({"kasa_config": {"beta": 1.0}}, "KaSA"),
@@ -96,9 +95,10 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path, fields: dict[str, Any],
     one_message(caught.value, directory)
 
 
-def test_a_real_adapter_of_another_kind_is_refused() -> None:
-    with pytest.raises(UnsupportedAdapter, match="DoRA"):
-        load(DATA / "movie_dora")
+def test_a_real_dora_is_read_and_not_computed_with() -> None:
+    dora = load(DATA / "movie_dora")
+    with pytest.raises(UnsupportedAdapter, match=r"'movie_dora' is a DoRA adapter.*merge_and_unload"):
+        dora * 0.5
 
 
 def test_unknown_nesting_order_is_refused(tmp_path: Path) -> None:

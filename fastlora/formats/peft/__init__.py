@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlora.core.data import AdapterData, Ia3Data, LoraData
+from fastlora.core.data import AdapterData, DoraData, Ia3Data, LoraData
 from fastlora.core.inert import note_on_zeros
 from fastlora.core.names import CONFIG_NAME
 from fastlora.engine.contracts import Sink
-from fastlora.formats.peft import ia3, reading
+from fastlora.formats.peft import dora, ia3, reading
 from fastlora.formats.peft.beside import note_on_files
 from fastlora.formats.peft.config import read_fields
 from fastlora.formats.peft.missing import note_on_modules
 from fastlora.formats.peft.ranks import with_readable_ranks
 from fastlora.formats.peft.writing import AdapterFile
 
-WRITES = (LoraData, Ia3Data)
+WRITES = (LoraData, DoraData, Ia3Data)
 
 
 def detects(path: Path) -> bool:
@@ -30,7 +30,7 @@ def detects(path: Path) -> bool:
 
 
 def read(path: Path, name: str) -> AdapterData:
-    """The LoRA or (IA)³ adapter in a directory; its tensors are views of the mapped file."""
+    """The LoRA, DoRA or (IA)³ adapter in a directory; its tensors are views of the mapped file."""
     fields = read_fields(path)
     if fields.values.get("peft_type") == "IA3":
         scalings = ia3.read(path, name, fields)
@@ -53,5 +53,8 @@ def sink(directory: Path, adapter: LoraData, outlines: Mapping[str, tuple[Tensor
 
 def write(directory: Path, record: AdapterData, dtype: torch.dtype | str | None) -> None:
     """Writes what needs no kernels into a directory that is being staged."""
+    if isinstance(record, DoraData):
+        dora.write(directory, record, dtype)
+        return
     assert isinstance(record, Ia3Data)
     ia3.write(directory, record, dtype)

@@ -60,6 +60,7 @@ class PeftConfig:
     rank_pattern: Patterns
     alpha_pattern: Patterns
     rslora: bool = False
+    dora: bool = False
     lora_bias: bool = False
     target_parameters: tuple[str, ...] = ()
     expert_order: Literal["out-in", "older", "unsaid"] = "out-in"
@@ -125,6 +126,7 @@ def read_config(reader: Fields, name: str) -> PeftConfig:
         rank=rank,
         alpha=reader.number("lora_alpha"),
         rslora=reader.flag("use_rslora"),
+        dora=reader.flag("use_dora"),
         rank_pattern=reader.pattern("rank_pattern", whole=True),
         alpha_pattern=reader.pattern("alpha_pattern", whole=False),
         lora_bias=reader.flag("lora_bias"),
@@ -173,7 +175,17 @@ def _refuse_other_kinds(reader: Fields, name: str) -> None:
             f"adapter {name!r} ties trained modules to each other (ensure_weight_tying with "
             f"modules_to_save, {path}), which a saved adapter cannot express by tensors; {MERGE_FIRST}"
         )
-    known = USED | NEUTRAL | TRAINING_ONLY.keys() | VARIANTS.keys() | {"init_lora_weights", "ensure_weight_tying"}
+    known = (
+        USED
+        | NEUTRAL
+        | TRAINING_ONLY.keys()
+        | VARIANTS.keys()
+        | {
+            "init_lora_weights",
+            "ensure_weight_tying",
+            "use_dora",
+        }
+    )
     refuse_unknown(reader, name, known)
 
 

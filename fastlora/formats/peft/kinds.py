@@ -25,10 +25,6 @@ UNMERGEABLE = {
 """PEFT types that have no merged form."""
 
 VARIANTS = {
-    "use_dora": (
-        "a DoRA adapter: its magnitudes rescale the rows of the base weight, so its change is not s·B·A",
-        MERGE_FIRST,
-    ),
     "alora_invocation_tokens": (
         "an aLoRA adapter: it acts on the tokens after its invocation sequence only, so it is no change of the weights",
         NO_WAY,

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlora.core.data import BaseInfo, Extra, LoraData
+from fastlora.core.data import BaseInfo, DoraData, Extra, LoraData
 from fastlora.core.factors import Factor
 from fastlora.core.names import CONFIG_NAME, EMBEDDINGS
 from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update
 from fastlora.errors import InputError, NonFiniteError, UnsupportedAdapter
 from fastlora.files.tensor_files import DTYPE_NAMES
+from fastlora.formats.peft import dora
 from fastlora.formats.peft.config import Fields, PeftConfig, read_config
 from fastlora.formats.peft.experts import with_settled_order
 from fastlora.formats.peft.keys import Keys, read_keys, without_base
@@ -68,14 +69,15 @@ class _StoredModule:
         self.tensors[part], self.keys[part] = tensor, key
 
 
-def read(directory: Path, name: str, fields: Fields) -> LoraData:
-    """The LoRA adapter in a PEFT directory; its factors are views of the mapped file.
+def read(directory: Path, name: str, fields: Fields) -> LoraData | DoraData:
+    """The LoRA adapter or DoRA in a PEFT directory; its factors are views of the mapped file.
 
     Raises :class:`InputError` for missing or damaged files and tensors, and :class:`UnsupportedAdapter` for
     adapters that are no plain low-rank update, each with the way out.
     """
     config = read_config(fields, name)
     file, tensors = read_tensors(directory)
+    tensors, magnitudes = dora.taken(tensors, fields)
     keys = read_keys(tensors, file, name, fields.values)
     if keys.notes:
         config = config.of_wrapped(keys.as_trained)
@@ -102,7 +104,7 @@ def read(directory: Path, name: str, fields: Fields) -> LoraData:
     others, left_out = without_base(others, modules, keys, config.base, name)
     add_values(extras, others, modules, config.base, file)
     updates, told = with_settled_order(updates, name)
-    return LoraData(
+    adapter = LoraData(
         name,
         updates,
         extras=extras,
@@ -110,6 +112,10 @@ def read(directory: Path, name: str, fields: Fields) -> LoraData:
         dtype=functools.reduce(torch.promote_types, (d for u in updates.values() for d in u.dtypes())),
         notes=(*config.notes, *keys.notes, *notes, *left_out, *told, *note_on_scalings(name, config.alpha_pattern)),
     )
+    if not config.dora:
+        return adapter
+    names = {path: module.keys.get("A", "") for path, module in modules.items()}
+    return dora.with_magnitudes(adapter, names, magnitudes, file)
 
 
 def _sort(

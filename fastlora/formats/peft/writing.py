@@ -59,7 +59,7 @@ class AdapterFile:
     The shapes of all factors must be known at the start (``outlines``: factors, best on the meta device), since the
     header of a safetensors file comes first; the factors themselves are given to :meth:`put`, some modules at a time
     and in any order (the experts of one parameter together), and :meth:`close` writes the configuration. Nothing of a
-    tensor is kept here.
+    tensor is kept here but ``magnitudes``, ``{name: tensor}``, which make a DoRA of it.
 
     Raises :class:`OutputError` for contents that no PEFT directory can express and when writing fails.
     """
@@ -70,8 +70,10 @@ class AdapterFile:
         adapter: LoraData,
         outlines: Mapping[str, tuple[Tensor, Tensor]],
         dtype: torch.dtype,
+        magnitudes: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.directory = directory
+        self._magnitudes = dict(magnitudes or {})
         self.adapter = adapter
         self.dtype = dtype
         self._shifts = {p.removesuffix(".bias"): e.tensor for p, e in adapter.extras.items() if e.kind == "delta"}
@@ -85,6 +87,7 @@ class AdapterFile:
         _add_factors(self._contents, adapter, self._outlines, dtype)
         _add_shifts(self._contents, self._shifts, adapter, self._outlines, dtype)
         place_values(self._contents, self._values, adapter.base)
+        self._contents.tensors |= self._magnitudes
         if not self._contents.ranks:
             raise OutputError(
                 f"{directory} was not written: adapter {adapter.name!r} has no factors, and PEFT needs one "
@@ -127,13 +130,14 @@ class AdapterFile:
         others = FileContents(modules=self._contents.modules)
         place_values(others, self._values, self.adapter.base)
         _add_shifts(others, self._shifts, self.adapter, self._outlines, self.dtype)
-        self._file.write(others.tensors)
+        self._file.write({**others.tensors, **self._magnitudes})
 
     def close(self) -> None:
         """Checks that everything was written, then writes the configuration: without it, nothing takes this for an
         adapter."""
         self._file.close()
-        config = json.dumps(_config(self._contents, self.adapter), indent=2) + "\n"
+        fields = _config(self._contents, self.adapter) | {"use_dora": bool(self._magnitudes)}
+        config = json.dumps(fields, indent=2) + "\n"
         with writing(self.directory / CONFIG_NAME):
             (self.directory / CONFIG_NAME).write_text(config, encoding="utf-8")
 
