@@ -22,11 +22,11 @@ def model_stock(inner: Tensor) -> Tensor:
     next to nothing is left. ``c < 0`` gives 0, where the formula would turn all updates around.
     """
     norms = inner.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()  # [g, k]
-    count = (norms > 0).sum(1).double()
+    count = (norms > 0).sum(1).clamp(min=1).double()
     inverse = torch.where(norms > 0, 1.0 / norms, 0.0)
     cosines = inner * inverse[:, :, None] * inverse[:, None]
     pairs = count * (count - 1)
     off = cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)
     cosine = torch.where(pairs > 0, off / pairs.clamp(min=1), 1.0).clamp(0.0, 1.0)
     ratio = count * cosine / (1 + (count - 1) * cosine)
-    return (ratio / count.clamp(min=1))[:, None].expand_as(norms).contiguous()
+    return (ratio / count)[:, None].expand_as(norms).contiguous()
