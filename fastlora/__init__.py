@@ -22,6 +22,7 @@ _EXPORTS = {
     "OutputError": "fastlora.errors",
     "Pool": "fastlora.adapters.pool",
     "PoolGram": "fastlora.coefficients.pool_gram",
+    "Recipe": "fastlora.merging.recipe",
     "Statistics": "fastlora.merging.input_rows",
     "Sweep": "fastlora.coefficients.sweep",
     "TaskVector": "fastlora.adapters.task_vector",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from fastlora.merging.input_rows import Statistics as Statistics
     from fastlora.merging.merge import merge as merge
     from fastlora.merging.merge import methods as methods
+    from fastlora.merging.recipe import Recipe as Recipe
     from fastlora.merging.statistics import statistics as statistics
     from fastlora.ops.dispatch import use_backend as use_backend
 

@@ -23,8 +23,9 @@ HEADINGS = (
     b"report,module",
     b"what,opponent,theirs",
     b"# Benchmarks\n\n`fastlora bench ",
+    b"# Recipe of fastlora",
 )
-"""How tables begin, and the page of benchmarks."""
+"""How tables begin, the page of benchmarks, and recipes."""
 
 PICTURES = frozenset({".png", ".pdf", ".svg", ".jpg", ".jpeg", ".eps", ".ps"})
 

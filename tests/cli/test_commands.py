@@ -218,7 +218,7 @@ WRITES = (*COMMON, "--out", "--dtype", "--overwrite", "--rank", "--energy", "--m
 CHAIN = ("--threshold", "--chain", "--mode", "--target", "--order", "--side", "--rtol")
 OPTIONS = {
     "decompose": (*WRITES, *CHAIN, "--plots", "--all", "--csv"),
-    "merge": (*WRITES, "--method", "--set", "--weights-by", "--data", "--drop-extras"),
+    "merge": (*WRITES, "--method", "--set", "--weights-by", "--data", "--save-recipe", "--drop-extras"),
     "methods": ("--json",),
     "compress": WRITES,
     "inspect": (*COMMON, "--all", "--csv", "--overwrite"),

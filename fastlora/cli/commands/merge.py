@@ -14,6 +14,8 @@ from fastlora.cli.arguments import parse_all
 from fastlora.cli.inputs import load_pool, refuse_weights
 from fastlora.cli.options import ALL, Adapters, DropExtras, Energy, Out, Rank, command
 from fastlora.cli.outputs import output_directory, write_adapter
+from fastlora.cli.recipes import check_recipe, given_recipe, merge_recipe
+from fastlora.cli.recipes import save_recipe as write_recipe
 from fastlora.cli.run import Run
 from fastlora.errors import InputError
 from fastlora.merging.listing import method_files
@@ -52,15 +54,26 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    save_recipe: Annotated[
+        Path | None,
+        typer.Option(help="Write what this command does as a recipe, *.yaml.", metavar="FILE", show_default=False),
+    ] = None,
     rank: Rank = None,
     energy: Energy = None,
     drop_extras: DropExtras = False,
 ) -> None:
-    """Merge adapters into one: Σ wᵢΔWᵢ."""
+    """Merge adapters into one: Σ wᵢΔWᵢ; or what a recipe says, `fastlora merge RECIPE.yaml`."""
+    own = {"--method": method != "svd", "--set": set_, "--weights-by": weights_by, "--save-recipe": save_recipe}
+    recipe = given_recipe(adapters, own)
+    if recipe is not None:
+        statistics = read_statistics(data or ())
+        merge_recipe(run, recipe, out, drop_extras=drop_extras, rank=rank, energy=energy, data=statistics)
+        return
     specs = parse_all(adapters)
     if weights_by is not None:
         refuse_weights(specs)
     settings = parse_settings(set_ or ())
+    check_recipe(run, save_recipe)
     target = output_directory(run, out, [s.path for s in specs])
     run.start()
     from fastlora.adapters.placing import place
@@ -89,6 +102,11 @@ def merge(
         **settings,
     )
     write_adapter(run, merged, target, out, [*notes, *merged.notes])
+    if save_recipe is not None:
+        if len(specs) != len(pool):
+            raise InputError("--save-recipe: a recipe names every adapter; give them one by one, not as a folder")
+        used = {**settings, "rank": rank, "energy": energy}
+        write_recipe(run, save_recipe, [s.path for s in specs], [weights[s.name] for s in specs], method, used)
 
 
 def read_statistics(files: Sequence[Path]) -> Statistics | None:

@@ -1,0 +1,71 @@
+"""Recipes on the command line: ``fastlora merge RECIPE.yaml``, and ``--save-recipe`` of what a merge did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fastlora.cli.arguments import AdapterSpec
+from fastlora.cli.inputs import load_pool
+from fastlora.cli.outputs import output_directory, write_adapter
+from fastlora.cli.run import Run
+from fastlora.errors import InputError
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def given_recipe(adapters: Sequence[str], options: Mapping[str, object]) -> Path | None:
+    """The recipe among the arguments; it stands alone, without the ``options`` that it has itself."""
+    files = [a for a in adapters if a.lower().endswith(SUFFIXES)]
+    if not files:
+        return None
+    if len(adapters) > 1:
+        raise InputError(f"{files[0]} is a recipe, which names its adapters; leave out the other arguments")
+    used = next((name for name, value in options.items() if value), None)
+    if used is not None:
+        raise InputError(f"{files[0]} is a recipe, which has this itself; leave out {used}, or change the recipe")
+    return Path(files[0])
+
+
+def merge_recipe(run: Run, file: Path, out: Path, *, drop_extras: bool, **options: object) -> None:
+    """Merges what a recipe names and writes it; ``options`` are those of the merge that it does not have."""
+    from fastlora.merging.recipe import Recipe
+
+    recipe = Recipe.load(file)
+    specs = [AdapterSpec(name, Path(path), is_named=True) for name, path in recipe.named.items()]
+    target = output_directory(run, out, [s.path for s in specs])
+    run.start()
+    from fastlora.adapters.placing import place
+    from fastlora.runtime import devices
+
+    pool, _ = load_pool(run, specs, drop_extras=drop_extras)
+    placed = place(pool.adapters, devices.parse(run.device) or pool.device, run.memory)
+    pool = pool.to(placed.device)
+    merged = recipe.merge(pool, memory=run.memory, device=run.device, **options)
+    run = run if run.dtype is not None else replace(run, dtype=recipe.dtype)
+    write_adapter(run, merged, target, out, [*pool.notices, *merged.notes])
+
+
+def check_recipe(run: Run, file: Path | None) -> None:
+    """Refuses, before any work, a file for a recipe that could not be written."""
+    if file is None:
+        return
+    from fastlora.files.earlier import check_file
+
+    if file.suffix.lower() not in SUFFIXES:
+        raise InputError(f"--save-recipe {file}: a recipe is a file *.yaml")
+    check_file(file, overwrite=run.replace)
+
+
+def save_recipe(
+    run: Run, file: Path, paths: Sequence[Path], weights: Sequence[float], method: str, settings: Mapping[str, object]
+) -> None:
+    """Writes the recipe that does the same merge again."""
+    from fastlora.files.disk_errors import writing
+    from fastlora.files.output import replacing
+    from fastlora.merging.recipe import recipe_text
+
+    text = recipe_text([str(p) for p in paths], weights, method, settings, run.dtype)
+    with replacing(file, overwrite=run.replace) as staging, writing(file):
+        staging.write_text(text, encoding="utf-8")
