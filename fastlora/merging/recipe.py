@@ -131,7 +131,7 @@ class Recipe:
         merged, parameters = self._common_settings()
         weights = [e.settings.get("weight", self.settings.get("weight", 1.0)) for e in self.entries]
         normalise = merged in NORMALISED and _flag(parameters.pop("normalize", NORMALISED[merged]), "normalize")
-        factor = parameters.pop("lambda", 1.0) if merged in NORMALISED else 1.0
+        factor: Setting = parameters.pop("lambda", 1.0) if merged in NORMALISED else 1.0
         method = merged if merged not in NORMALISED else "mean" if normalise else "sum"
         if method not in method_names():
             raise InputError(
