@@ -191,14 +191,17 @@ class Adapter(LoraData, VectorSpace):
         dtype: torch.dtype | str | None = None,
         uniform_rank: int | bool | None = None,
         overwrite: Overwrite = False,
+        format: str | None = None,
     ) -> Path:
-        """Writes a PEFT directory, atomically: it is complete or not there, and then as it was before.
+        """Writes the adapter, atomically: it is complete or not there, and then as it was before. It becomes a PEFT
+        directory, or where it comes from a single file, a file of the same format and names.
 
         Every module is saved with ``B [n, r]``, ``A [r, m]`` and the scaling inside ``B`` (``lora_alpha = r``), so that
         PEFT and readers that take ``r`` from the configuration see the same ``ΔW``. Modules of rank 0 are left out.
+        Single files have scales as their readers agree on them (docs/formats.md).
 
         Args:
-            path: the directory to make.
+            path: the directory to make, or the file, ``NAME.safetensors``.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; by default the widest of the inputs.
             uniform_rank: ``True`` saves every module with the largest rank, a number with that one; zeros fill the
                 smaller ones. It is for readers that divide ``lora_alpha`` by a module's own rank (llama.cpp) or take
@@ -206,18 +209,23 @@ class Adapter(LoraData, VectorSpace):
                 factors of their own, and under names of older model code.
             overwrite: replace an earlier output of fastlora, known by what its files say; ``"force"`` replaces
                 whatever is there.
+            format: ``"peft"``, ``"kohya"``, ``"diffusers"``, ``"comfy"`` or ``"xlabs"``, in the dialect in which its
+                readers agree; by default the format and the names of the (first) file that the adapter is from.
 
         Returns:
             ``path``.
 
         Raises:
-            InputError: an unknown dtype, an adapter without modules, a ``uniform_rank`` below the adapter's own.
+            InputError: an unknown dtype, an adapter without modules, a ``uniform_rank`` below the adapter's own; a
+                path that is none for the format, modules that the format has no place for or no known name.
             OutputError: a path that exists or cannot be written, a full disk, a number that holds NaN or Inf or that
                 overflows ``dtype``.
 
         Cost: one read of the factors, one write of the result. Memory does not grow with the model.
         """
-        return formats.save(self, Path(path), dtype=dtype, uniform_rank=uniform_rank, overwrite=overwrite)
+        return formats.save(
+            self, Path(path), dtype=dtype, uniform_rank=uniform_rank, overwrite=overwrite, format=format
+        )
 
     def without_extras(self) -> Adapter:
         """The low-rank updates alone, without biases and replaced modules. No factor is read or copied."""

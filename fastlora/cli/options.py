@@ -18,6 +18,15 @@ ADAPTER_HELP = "PATH, PATH:WEIGHT or NAME=PATH[:WEIGHT]; a PEFT directory, a fol
 Adapters = Annotated[list[str], typer.Argument(help=ADAPTER_HELP, metavar="A…", show_default=False)]
 One = Annotated[str, typer.Argument(help="An adapter: a PEFT directory or a Hub id.", metavar="A", show_default=False)]
 Out = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Directory to write, or file (*.safetensors) for single-file formats; must not exist, or --overwrite.",
+        show_default=False,
+    ),
+]
+OutDirectory = Annotated[
     Path, typer.Option("--out", "-o", help="Directory to write; must not exist, or --overwrite.", show_default=False)
 ]
 OutAny = Annotated[
@@ -25,7 +34,8 @@ OutAny = Annotated[
     typer.Option(
         "--out",
         "-o",
-        help="Directory to write (for task vectors a file, *.safetensors); must not exist, or --overwrite.",
+        help="Directory to write, or file (*.safetensors) for task vectors and single-file formats; must not exist, "
+        "or --overwrite.",
         show_default=False,
     ),
 ]
@@ -54,6 +64,10 @@ Memory = Annotated[
 DType = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default: widest of the inputs.", show_default=False)
 ]
+Format = Annotated[
+    str | None,
+    typer.Option(help="peft, kohya, diffusers or comfy; default: that of the first input.", show_default=False),
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N; auto is the CPU.")]
 Backend = Annotated[str | None, typer.Option(help="Force a backend: cpu, cuda, triton, reference.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
@@ -68,6 +82,7 @@ SHARED: dict[str, Any] = {
     "rename": Map,
     "memory": Memory,
     "dtype": DType,
+    "format": Format,
     "uniform_rank": UniformRank,
     "device": Device,
     "backend": Backend,

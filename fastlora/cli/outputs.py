@@ -32,7 +32,11 @@ def output_directory(run: Run, out: Path, inputs: Iterable[Path]) -> OutputDirec
 
 
 def output_target(run: Run, out: Path, inputs: Iterable[Path]) -> OutputDirectory | None:
-    """The output directory; ``None`` for the file of a task vector."""
+    """The output directory; ``None`` for one file, of a task vector or of an adapter."""
+    is_file = out.suffix == ".safetensors"
+    if run.format is not None and is_file != (run.format != "peft"):
+        needed = "a directory" if is_file else "a file, NAME.safetensors"
+        raise InputError(f"--format {run.format} is written as {needed}; change --out {out}")
     if out.suffix != ".safetensors":
         return output_directory(run, out, inputs)
     from fastlora.files.earlier import check_file
@@ -41,6 +45,13 @@ def output_target(run: Run, out: Path, inputs: Iterable[Path]) -> OutputDirector
         raise InputError(f"the output {out} is an input; write to another file")
     check_file(out, overwrite=run.replace)
     return None
+
+
+def require_place(run: Run, out: Path, adapter: Adapter) -> None:
+    """Refuses, before any work, an output whose name does not fit the format of the result: that of its first input."""
+    from fastlora import formats
+
+    formats.require_place(adapter, out, run.format)
 
 
 def check_table(run: Run, path: Path | None) -> None:
@@ -64,17 +75,17 @@ def write_table(run: Run, path: Path, rows: Sequence[Sequence[object]]) -> None:
             csv.writer(file).writerows([escaped(c) if isinstance(c, str) else c for c in row] for row in rows)
 
 
-def write_adapter(run: Run, adapter: Adapter, target: OutputDirectory, out: Path, notes: Iterable[str]) -> None:
-    """Writes a LoRA adapter and says what it is."""
+def write_adapter(run: Run, adapter: Adapter, target: OutputDirectory | None, out: Path, notes: Iterable[str]) -> None:
+    """Writes a LoRA adapter and says what it is; ``target`` is ``None`` for one file."""
     from fastlora import formats
+    from fastlora.files.output import replacing
 
-    given, adapter = adapter, formats.ready(adapter, run.uniform_rank)
-    with target as staging:
-        lost = formats.write_adapter(adapter, staging, run.dtype)
-    ranks = [u.rank for u in adapter.updates.values()]
+    formats.require_place(adapter, out, run.format)
+    ranks, more = formats.ranks_written(adapter, run.uniform_rank, run.format)
+    with replacing(out, overwrite=run.replace) if target is None else target as staging:
+        lost = formats.write_adapter(adapter, staging, run.dtype, run.uniform_rank, run.format)
     retained = adapter.provenance.get("retained_energy") if any(ranks) else None  # of nothing there is no share
-    more = [n for n in adapter.notes if n not in given.notes]
-    notes = list(dict.fromkeys([*notes, *more, *lost, *target.notices]))
+    notes = list(dict.fromkeys([*notes, *more, *lost, *([] if target is None else target.notices)]))
     if run.as_json:
         data = {"out": str(out), "modules": len(ranks), "rank": max(ranks, default=0), "retained_energy": retained}
         print_json({**data, "retained_energy_by_module": adapter.details.get("retained_energy"), "notices": notes})
@@ -85,11 +96,14 @@ def write_adapter(run: Run, adapter: Adapter, target: OutputDirectory, out: Path
 
 
 def write_element(run: Run, result: Element, target: OutputDirectory | None, out: Path) -> None:
-    """Writes an adapter of any kind and says what it is; ``target`` is ``None`` for the file of a task vector."""
+    """Writes an adapter of any kind and says what it is; ``target`` is ``None`` for one file."""
     from fastlora import formats
     from fastlora.adapters.lora import Adapter
     from fastlora.adapters.task_vector import TaskVector
 
+    if isinstance(result, Adapter):
+        write_adapter(run, result, target, out, result.notes)
+        return
     if isinstance(result, TaskVector) != (target is None):
         needed = "a file, NAME.safetensors" if target is not None else "a directory"
         raise InputError(f"the result is {result.kind}, which is written as {needed}; change --out {out}")
@@ -103,9 +117,6 @@ def write_element(run: Run, result: Element, target: OutputDirectory | None, out
         said = f"task vector of {len(result.deltas)} parameters"
     else:
         assert target is not None
-        if isinstance(result, Adapter):
-            write_adapter(run, result, target, out, notes)
-            return
         with target as staging:
             formats.write_adapter(result, staging, run.dtype)
         data = {"kind": "IA3", "modules": len(result.modules)}

@@ -23,6 +23,7 @@ class Run:
 
     memory: str | None = None
     dtype: str | None = None
+    format: str | None = None
     device: str = "auto"
     backend: str | None = None
     as_json: bool = False

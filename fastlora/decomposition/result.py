@@ -23,7 +23,7 @@ from fastlora.engine.write import WRITE_BYTES
 from fastlora.errors import InputError
 from fastlora.files.earlier import Overwrite
 from fastlora.files.output import OutputDirectory
-from fastlora.formats import write_adapters
+from fastlora.formats import suffix_of, write_adapters
 from fastlora.runtime.memory import bounded
 
 
@@ -209,8 +209,10 @@ class Decomposition:
         dtype: torch.dtype | str | None = None,
         uniform_rank: bool = False,
         overwrite: Overwrite = False,
+        format: str | None = None,
     ) -> Path:
-        """Writes every part as a PEFT directory, and ``report.json``, below ``path``: complete or not at all.
+        """Writes every part and ``report.json`` below ``path``: complete or not at all. A part is a PEFT directory, or
+        where its adapters are from single files, ``NAME.safetensors`` of the same format and names.
 
         Args:
             path: the directory to make; :meth:`adapters` has the names of the folders in it.
@@ -218,25 +220,32 @@ class Decomposition:
             uniform_rank: all modules of a part have its largest rank (:meth:`Adapter.save`).
             overwrite: replace an earlier output of fastlora, known by what its files say; ``"force"`` replaces
                 whatever is there.
+            format: ``"peft"``, ``"kohya"``, ``"diffusers"`` or ``"comfy"`` (:meth:`Adapter.save`).
 
         Returns:
             ``path``.
 
         Raises:
-            InputError: an unknown dtype.
+            InputError: an unknown dtype or format.
             OutputError: a path that exists or cannot be written, a full disk, a number that overflows ``dtype``.
 
         Cost: one read of all factors and one write of all parts. Memory does not grow with the model, and stays below
         the ``memory`` of :func:`fastlora.decompose`.
         """
         with OutputDirectory(Path(path), overwrite=overwrite) as staging:
-            notes = self.write(staging, dtype, uniform_rank)
+            notes = self.write(staging, dtype, uniform_rank, format)
         for note in notes:
             warnings.warn(note, stacklevel=2)
         return Path(path)
 
-    def write(self, staging: Path, dtype: torch.dtype | str | None = None, uniform_rank: bool = False) -> list[str]:
-        """Writes into the directory ``staging``, which exists; for ``dtype``, ``uniform_rank`` and what it raises see
+    def write(
+        self,
+        staging: Path,
+        dtype: torch.dtype | str | None = None,
+        uniform_rank: bool = False,
+        format: str | None = None,
+    ) -> list[str]:
+        """Writes into the directory ``staging``, which exists; for the other arguments and what it raises see
         :meth:`save`. Returns what is worth telling, in sentences."""
         empty: list[str] = []
         notes: list[str] = []
@@ -246,11 +255,12 @@ class Decomposition:
             streamed(self.stream),
         ):
             for i, adapters in enumerate(self._parts()):
-                for folder in adapters:
-                    (staging / folder).mkdir(parents=True)
+                targets = {staging / f"{place}{suffix_of(a, format)}": a for place, a in adapters.items()}
+                for target, adapter in targets.items():
+                    (target.parent if suffix_of(adapter, format) else target).mkdir(parents=True, exist_ok=True)
                 # Reports need no kernels, so they are made while results are written.
                 meanwhile = functools.partial(self._write_reports, file) if i == 0 else lambda: None
-                notes += write_adapters({staging / f: a for f, a in adapters.items()}, dtype, meanwhile, uniform_rank)
+                notes += write_adapters(targets, dtype, meanwhile, uniform_rank, format)
                 empty += [p for p, a in adapters.items() if not any(u.rank for u in a.updates.values())]
             file.write(f', "empty_adapters": {json.dumps(empty)}}}\n')
         return notes

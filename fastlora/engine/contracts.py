@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlora.core.data import LoraData
-from fastlora.core.factors import Side
+from fastlora.core.factors import Factor, Side
 from fastlora.errors import OutputError
 
 
@@ -49,6 +49,9 @@ class Sink(Protocol):
 
     def place(self, module: str, side: Side) -> tuple[str, int]:
         """The name of a factor of a module that is not packed, and where in the file it starts, in bytes."""
+
+    def lay(self, module: str, side: Side, factor: Factor) -> Factor:
+        """A factor of such a module as it lies at its place: with columns of zeros where the tensor is wider."""
 
     def open(self) -> AbstractContextManager[int]:
         """The descriptor of the file, open for writing factors at their places."""

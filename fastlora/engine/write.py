@@ -213,7 +213,8 @@ def _side_writes(
     for directory, update in updates:
         sink = sinks[directory]
         tensor, offset = sink.place(module, side)
-        wanted.append(WantedFactor(update.B if side == "B" else update.A, sink.dtype, None, offset))
+        factor = sink.lay(module, side, update.B if side == "B" else update.A)
+        wanted.append(WantedFactor(factor, sink.dtype, None, offset))
         tensors.append(tensor)
     job = combine_job(wanted)
     placed = zip(updates, tensors, job.outputs, strict=True)

@@ -14,7 +14,7 @@ from fastlora.errors import OutputError
 from fastlora.files.disk_errors import PARTIAL, translated, writing
 from fastlora.files.earlier import Overwrite, check_file, foreign_files
 
-OUTPUT_FILES = ("adapter_config.json", "adapter_model.safetensors", "report.json", "*.png")
+OUTPUT_FILES = ("adapter_config.json", "*.safetensors", "report.json", "*.png")
 """What an earlier output consists of, where the files say that fastlora wrote them: only such files are ever deleted by
 overwriting."""
 

@@ -46,32 +46,45 @@ class TensorFile:
     """A safetensors file whose tensors are written one by one, in any order, each at its place.
 
     The safetensors library writes a file from tensors that are all in memory; this one is given their shapes first
-    (``outlines``: tensors, on the meta device or not) and keeps nothing.
+    (``outlines``: tensors, on the meta device or not) and keeps nothing. ``start``: where the first tensor begins;
+    ``entries``: what the header says of each.
     """
 
     def __init__(self, path: Path, outlines: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         self.path = path
         self._places: dict[str, tuple[int, int]] = {}
-        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        self.entries: dict[str, object] = {}
         offset = 0
         for name in sorted(sorted(outlines), key=lambda n: -outlines[n].dtype.itemsize):
             tensor = outlines[name]
             end = offset + tensor.nbytes
-            header[name] = {
+            self.entries[name] = {
                 "dtype": DTYPE_NAMES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [offset, end],
             }
             self._places[name] = offset, end
             offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(len(text) + 8) % ALIGNMENT)
-        self._start = 8 + len(text)
+        text = self._header(metadata)
+        self.start = 8 + len(text)
         self._missing = set(outlines)
         with writing(path), path.open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.flush()
-            _make_room(file.fileno(), self._start + offset)
+            _make_room(file.fileno(), self.start + offset)
+
+    def _header(self, metadata: Mapping[str, str]) -> bytes:
+        header = {"__metadata__": dict(metadata), **self.entries}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        return text + b" " * (-(len(text) + 8) % ALIGNMENT)
+
+    def restate(self, metadata: Mapping[str, str]) -> None:
+        """Writes the header again, with other metadata of the same length."""
+        text = self._header(metadata)
+        if 8 + len(text) != self.start:
+            raise ValueError(f"{self.path}: a header of {len(text)} bytes where {self.start - 8} were announced")
+        with self.open() as file:
+            os.pwrite(file, text, 8)
 
     def write(self, tensors: Mapping[str, Tensor], *, check: bool = False) -> None:
         """Writes some tensors, which have the shapes and dtypes that were announced; ``check`` refuses NaN and Inf."""
@@ -94,7 +107,7 @@ class TensorFile:
 
     def offset(self, name: str) -> int:
         """Where in the file a tensor starts."""
-        return self._start + self._places[name][0]
+        return self.start + self._places[name][0]
 
     @contextmanager
     def open(self) -> Iterator[int]:

@@ -14,6 +14,7 @@ import pkgutil
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar, cast, runtime_checkable
 
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from fastlora.core.data import AdapterData, DeltaData, Ia3Data, LoraData
 from fastlora.core.dtypes import parse_dtype
+from fastlora.core.file_form import FileForm
 from fastlora.core.names import CONFIG_NAME, check_name
+from fastlora.dialects.components import by_component
 from fastlora.engine import write as engine
 from fastlora.engine.checks import require_finite_extras
 from fastlora.engine.contracts import Sink
@@ -33,6 +36,10 @@ from fastlora.files.earlier import Overwrite
 from fastlora.files.locate import find
 from fastlora.files.output import OutputDirectory, replacing
 from fastlora.files.tensor_files import SAFETENSORS
+
+PEFT = "peft"
+WRITTEN = (PEFT, "kohya", "diffusers", "comfy", "xlabs")
+"""Formats that low-rank adapters are written in."""
 
 LISTED = 8
 """Folders that a message names."""
@@ -124,26 +131,78 @@ def save(
     dtype: torch.dtype | str | None = None,
     uniform_rank: int | bool | None = None,
     overwrite: Overwrite = False,
+    format: str | None = None,
 ) -> Path:
     """Writes one adapter, atomically: a directory, or the one file of a format that has a suffix.
 
-    ``dtype=None`` keeps the widest dtype of the inputs (task vectors: float32). ``uniform_rank``: see
+    ``dtype=None`` keeps the widest dtype of the inputs (task vectors: float32). ``uniform_rank``, ``format``: see
     :func:`write_adapters`.
     """
-    if hasattr(writer_of(record), "SUFFIX"):
-        with replacing(path, overwrite=overwrite) as staging:
-            notes = write_adapter(record, staging, dtype)
-    else:
-        with OutputDirectory(path, overwrite=overwrite) as staging:
-            notes = write_adapter(record, staging, dtype, uniform_rank)
+    suffix = require_place(record, path, format)
+    output = replacing(path, overwrite=overwrite) if suffix else OutputDirectory(path, overwrite=overwrite)
+    with output as staging:
+        notes = write_adapter(record, staging, dtype, uniform_rank, format)
     for note in notes:
         warnings.warn(note, stacklevel=3)
     return path
 
 
 def writer_of(record: AdapterData) -> Format:
-    """The format that a kind of record is written in."""
+    """The format that a record is written in: a low-rank adapter in that of the file that it is from."""
+    if isinstance(record, LoraData) and record.base.form is not None:
+        return all_formats()[record.base.form.format]
     return next(f for f in all_formats().values() if isinstance(record, f.WRITES))
+
+
+def in_format(adapter: Lora, format: str | None, family: str | None = None) -> dict[str, Lora]:
+    """The low-rank adapter as one that is written in a format, in the dialect in which its readers agree; ``None``
+    leaves it in the form of its file. ``family``: of its model, where its names leave that open.
+
+    Returns ``{folder: adapter}``; the folder is ``""`` for the output itself. PEFT adapts one model: an adapter of
+    several becomes one for each, in folders that have the names of diffusers (``unet``, ``text_encoder``, …).
+
+    Raises :class:`InputError` for a format that is not written, and for modules of no known model.
+    """
+    if format is None:
+        return {"": adapter}
+    if format not in WRITTEN:
+        raise InputError(f"there is no format {format!r} to write; formats are {', '.join(WRITTEN)}")
+    if format == PEFT:
+        return by_component(adapter, family)
+    form = adapter.base.form or FileForm(format)
+    form = replace(form, format=format, family=family or form.family, style="")
+    return {"": replace(adapter, base=replace(adapter.base, form=form))}
+
+
+def suffix_of(record: AdapterData, format: str | None = None) -> str:
+    """What the name of the file ends with that a record is written as; nothing for a directory."""
+    writer = writer_of(record) if format is None or not isinstance(record, LoraData) else all_formats().get(format)
+    return str(getattr(writer, "SUFFIX", ""))
+
+
+def require_place(record: AdapterData, path: Path, format: str | None = None) -> str:
+    """Refuses a directory for what is written as a file, and a file for what is written as a directory; returns
+    :func:`suffix_of`."""
+    suffix = suffix_of(record, format)
+    if isinstance(record, LoraData) and format is None and record.base.form is not None:
+        format = record.base.form.format
+    if suffix and path.suffix != suffix:
+        what = f"a file of the format {format}" if format else "a task vector"
+        way_out = f", or write a PEFT directory with format='{PEFT}' (--format {PEFT})" if format else ""
+        raise InputError(
+            f"the output {path} is no name for {what}: that is one file, NAME{suffix}; change it to "
+            f"{path.name}{suffix}{way_out}"
+        )
+    if not suffix and path.suffix == SAFETENSORS:
+        raise InputError(
+            f"the output {path} has the name of a file, and {'a PEFT' if isinstance(record, LoraData) else 'an'} "
+            f"adapter is a directory; change it to {path.stem}"
+            + (
+                ", or write one file with format='kohya', 'diffusers' or 'comfy' (--format)"
+                * isinstance(record, LoraData)
+            )
+        )
+    return suffix
 
 
 def write_adapter(
@@ -151,11 +210,12 @@ def write_adapter(
     directory: Path,
     dtype: torch.dtype | str | None = None,
     uniform_rank: int | bool | None = None,
+    format: str | None = None,
 ) -> list[str]:
     """Writes one adapter into a directory, or the file of one, that is being staged; returns what is worth telling, in
     sentences."""
     if isinstance(record, LoraData):
-        return write_adapters({directory: record}, dtype, uniform_rank=uniform_rank)
+        return write_adapters({directory: record}, dtype, uniform_rank=uniform_rank, format=format)
     require_finite_extras([record] if isinstance(record, Ia3Data) else [])
     writer_of(record).write(directory, record, dtype)
     if isinstance(record, DeltaData):
@@ -168,6 +228,7 @@ def write_adapters(
     dtype: torch.dtype | str | None = None,
     meanwhile: Callable[[], object] = lambda: None,
     uniform_rank: int | bool | None = None,
+    format: str | None = None,
 ) -> list[str]:
     """Writes low-rank adapters that share stored matrices into directories, reading each of those matrices once.
 
@@ -176,12 +237,16 @@ def write_adapters(
     ``uniform_rank``: ``True`` writes all modules of an adapter with its largest rank, a number with that one; zeros
     fill the smaller ones. By default ranks differ where readers can take that. Raises :class:`InputError` for a number
     below an adapter's own rank.
+    ``format``: that of all; by default each has the format and the names of the file that it is from.
     """
     require_finite_extras(adapters.values())
+    adapters = {d / folder: part for d, a in adapters.items() for folder, part in in_format(a, format).items()}
     targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
     whole = {d: ready(a, uniform_rank) for d, a in adapters.items()}
     notes = engine.write_adapters(whole, targets, _open_sink, meanwhile)
     for directory, adapter in whole.items():
+        if suffix_of(adapters[directory]):
+            notes += [note for note in adapter.notes if note not in adapters[directory].notes]
         shifts = {path: extra.tensor for path, extra in adapter.extras.items() if extra.kind == "delta"}
         notes += digits_lost(adapter.name, shifts, targets[directory])
     return notes
@@ -190,6 +255,18 @@ def write_adapters(
 def ready(adapter: Lora, uniform_rank: int | bool | None = None) -> Lora:
     """The low-rank adapter as it will be written; its notes say what that changed."""
     return cast(Lora, writer_of(adapter).ready(adapter, uniform_rank))
+
+
+def ranks_written(
+    adapter: LoraData, uniform_rank: int | bool | None = None, format: str | None = None
+) -> tuple[list[int], list[str]]:
+    """The ranks of all modules as they will be written, and notes on what that changed."""
+    ranks, notes = list[int](), list[str]()
+    for part in in_format(adapter, format).values():
+        whole = ready(part, uniform_rank)
+        ranks += [u.rank for u in whole.updates.values()]
+        notes += [note for note in whole.notes if note not in adapter.notes]
+    return ranks, notes
 
 
 def _open_sink(

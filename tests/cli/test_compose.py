@@ -101,7 +101,7 @@ def test_task_vectors(tmp_path: Path) -> None:
     assert "is an input" in refused("compose", "x", f"x={path}", "-o", path, "--overwrite", cwd=tmp_path)
     assert "written as a file, NAME.safetensors" in refused("compose", "x", f"x={path}", "-o", "out", cwd=tmp_path)
     message = refused("compose", "a", f"a={SPAM}", "-o", "out.safetensors", cwd=tmp_path)
-    assert "is a LoRA adapter, which is written as a directory" in message
+    assert "out.safetensors has the name of a file, and a PEFT adapter is a directory" in message
     message = refused("compose", "x + a", f"a={SPAM}", f"x={path}", "-o", "out", cwd=tmp_path)
     assert "'x' is a task vector" in message and ".extract(rank=…)" in message
     printed = done("inspect", path, cwd=tmp_path).out

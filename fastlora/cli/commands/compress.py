@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastlora.cli.inputs import load_adapter, parse_one
 from fastlora.cli.options import ALL, Energy, One, Out, Rank, command
-from fastlora.cli.outputs import output_directory, write_adapter
+from fastlora.cli.outputs import output_target, require_place, write_adapter
 from fastlora.cli.run import Run
 
 
@@ -12,10 +12,11 @@ from fastlora.cli.run import Run
 def compress(run: Run, adapter: One, out: Out, rank: Rank = None, energy: Energy = None) -> None:
     """Resize an adapter to a lower rank, keeping as much of it as that rank can."""
     spec = parse_one(adapter)
-    target = output_directory(run, out, [spec.path])
+    target = output_target(run, out, [spec.path])
     run.start()
     from fastlora.merging.compress import compress as compress_adapter
 
     given = load_adapter(run, spec, "compress")
+    require_place(run, out, given)
     smaller = compress_adapter(given, rank, energy=energy, memory=run.memory, device=run.device)
     write_adapter(run, smaller, target, out, smaller.notes)

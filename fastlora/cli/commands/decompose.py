@@ -9,7 +9,7 @@ import typer
 
 from fastlora.cli.arguments import parse_all
 from fastlora.cli.inputs import load_pool, refuse_weights
-from fastlora.cli.options import ALL, Adapters, Csv, Energy, Out, Rank, command
+from fastlora.cli.options import ALL, Adapters, Csv, Energy, OutDirectory, Rank, command
 from fastlora.cli.outputs import check_table, output_directory, write_table
 from fastlora.cli.run import Run, print_json
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def decompose(
     run: Run,
     adapters: Adapters,
-    out: Out,
+    out: OutDirectory,
     threshold: Annotated[float, typer.Option(help="τ: eigenvalues above it count as shared.")] = 0.85,
     chain: Annotated[str, typer.Option(help="product (the paper), palindrome or mean.")] = "product",
     mode: Annotated[
@@ -76,7 +76,7 @@ def decompose(
         device=run.device,
     )
     with directory as staging:
-        lost = parts.write(staging, run.dtype, run.uniform_rank)
+        lost = parts.write(staging, run.dtype, run.uniform_rank, run.format)
         if plots:
             _write_plots(parts, staging)
     data = decomposition_data(parts, out)

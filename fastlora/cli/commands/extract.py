@@ -27,7 +27,7 @@ Whole = Annotated[
 ]
 
 
-@command("dtype", "uniform_rank", "as_json", "quiet", "overwrite", "force")
+@command("dtype", "format", "uniform_rank", "as_json", "quiet", "overwrite", "force")
 def extract(
     run: Run,
     base: Base,
@@ -71,10 +71,11 @@ def extract(
         "--fan-in-fan-out": fan_in_fan_out is not None,
         "--base-model": base_model is not None,
         "--uniform-rank": bool(run.uniform_rank),
+        "--format": run.format is not None,
     }
     for option in (option for option, is_given in given.items() if is_given and not lowrank):
         raise InputError(f"{option} is for an adapter; a task vector holds every parameter's change (or give --rank N)")
-    if lowrank != (out.suffix != ".safetensors"):
+    if run.format in (None, "peft") and lowrank != (out.suffix != ".safetensors"):
         raise InputError(
             f"--out {out}: "
             + ("an adapter is a directory" if lowrank else "a task vector is a file, NAME.safetensors")

@@ -13,7 +13,7 @@ import typer
 from fastlora.cli.arguments import parse_all
 from fastlora.cli.inputs import load_pool, refuse_weights
 from fastlora.cli.options import ALL, Adapters, DropExtras, Energy, Out, Rank, command
-from fastlora.cli.outputs import output_directory, write_adapter
+from fastlora.cli.outputs import output_target, require_place, write_adapter
 from fastlora.cli.recipes import check_recipe, given_recipe, merge_recipe
 from fastlora.cli.recipes import save_recipe as write_recipe
 from fastlora.cli.run import Run
@@ -74,7 +74,7 @@ def merge(
         refuse_weights(specs)
     settings = parse_settings(set_ or ())
     check_recipe(run, save_recipe)
-    target = output_directory(run, out, [s.path for s in specs])
+    target = output_target(run, out, [s.path for s in specs])
     run.start()
     from fastlora.adapters.placing import place
     from fastlora.coefficients.weights import weights as find_weights
@@ -82,6 +82,7 @@ def merge(
     from fastlora.runtime import devices
 
     pool, given = load_pool(run, specs, drop_extras=drop_extras)
+    require_place(run, out, pool.adapters[0])
     placed = place(pool.adapters, devices.parse(run.device) or pool.device, run.memory)
     pool = pool.to(placed.device)
     notes = list(pool.notices)

@@ -9,7 +9,7 @@ import typer
 
 from fastlora.cli.inputs import load_adapters, parse_one
 from fastlora.cli.options import ALL, DropExtras, Energy, One, Out, Rank, command
-from fastlora.cli.outputs import output_directory, write_adapter
+from fastlora.cli.outputs import output_target, require_place, write_adapter
 from fastlora.cli.run import Run
 from fastlora.errors import InputError
 
@@ -49,7 +49,7 @@ def modulate(
     """Change direction and magnitude of an adapter's updates (DiPM)."""
     parsed = [_parse(text) for text in op or ()]
     specs = {text: parse_one(text) for text in dict.fromkeys([adapter, *(o for p in parsed for o in p[1])])}
-    target = output_directory(run, out, [s.path for s in specs.values()])
+    target = output_target(run, out, [s.path for s in specs.values()])
     run.start()
     from fastlora.dipm import modulate as modulate_adapter
 
@@ -58,6 +58,7 @@ def modulate(
     adapters = load_adapters(run, list(distinct.values()), "modulate")
     loaded = {path: a.without_extras() if drop_extras else a for path, a in zip(distinct, adapters, strict=True)}
     known = {text: loaded[spec.path.resolve()] for text, spec in specs.items()}
+    require_place(run, out, known[adapter])
     operators = [_operator(name, [known[o] for o in others], strength) for name, others, strength in parsed]
     result = modulate_adapter(
         known[adapter],

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastlora._version import __version__
 from fastlora.core.data import BaseInfo, LoraData
-from fastlora.core.factors import Side
+from fastlora.core.factors import Factor, Side
 from fastlora.core.names import CONFIG_NAME, EMBEDDINGS
 from fastlora.core.updates import Layout
 from fastlora.errors import OutputError
@@ -105,6 +105,10 @@ class AdapterFile:
         parts = EMBEDDING_NAMES if self.adapter.updates[module].layout.kind == "embedding" else NAMES
         name = f"{PREFIX}{module}.{parts[side]}"
         return name, self._file.offset(name)
+
+    def lay(self, module: str, side: Side, factor: Factor) -> Factor:
+        """The factor itself: its tensor holds nothing else."""
+        return factor
 
     def open(self) -> AbstractContextManager[int]:
         """The descriptor of the file, open for writing factors at their places."""
