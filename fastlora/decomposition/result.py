@@ -245,8 +245,8 @@ class Decomposition:
         uniform_rank: bool = False,
         format: str | None = None,
     ) -> list[str]:
-        """Writes into the directory ``staging``, which exists; for the other arguments and what it raises see
-        :meth:`save`. Returns what is worth telling, in sentences."""
+        """Writes into the directory ``staging``, which exists; for ``dtype``, ``uniform_rank``, ``format`` and what it
+        raises see :meth:`save`. Returns what is worth telling, in sentences."""
         empty: list[str] = []
         notes: list[str] = []
         with (
