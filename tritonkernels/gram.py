@@ -6,10 +6,11 @@ Here are the launches; a kernel has a file of its own, gram_{half,exact,write,re
 
 Factors are cut into slabs of 16 columns of X. Two ways to sum the products of slabs over a unit of the long dimension:
 
-* ``half_sums``: float16 and bfloat16 on tensor cores. A program takes up to 8 slabs at once, so that each is read
-  once, and forms all their products [W, W] from one tile. Products are exact in float32; a stretch of 256 rows is
-  summed there, stretches in a float32 pair (a sum and its rounding error). Float64 sums would do the same for 2.5 times
-  the issue slots: conversions to float64 run at 16 a clock and multiprocessor.
+* ``half_sums``: float16 and bfloat16 on tensor cores, 4 slabs by 4 slabs a program. Tensor cores truncate their float32
+  sums, so every 64 rows each column is split, exactly, into multiples of a unit, whose products are summed without any
+  rounding, and a remainder, 2⁻⁹ of its largest element at the most, whose products are rounded. Sums of 64 rows go into
+  a float32 pair (a sum and the rounding errors). An inner product is known to about 2⁻³¹ of ``‖x‖‖y‖`` so. float64
+  needs five times as long, since it has no tensor cores in Triton.
 * ``exact_sums``: fused multiply-add in float64, a program a pair of slabs. float32, float64, mixed and short factors.
 
 ``write_blocks`` adds the units of each pair of slabs in order and writes it into the caller's block. ``repair_blocks``
@@ -18,8 +19,9 @@ again in float64; else it only looks.
 
 Units depend on the long dimension alone, and every product of slabs is summed by the same instructions in the same
 order wherever it lies, so bits do not depend on the pool. No atomics.
-Floor: each factor read once, Σ n·r_i·sizeof bytes; ``half_sums`` does 2·n·W² operations a tile on tensor cores,
-``exact_sums`` 2·n·256 a pair of slabs.
+Floor: each factor read once, Σ n·r_i·sizeof bytes; ``half_sums`` reads one that has products with other groups of slabs
+again for each of those, and does 6·n·W² operations a product on tensor cores; ``exact_sums`` does 2·n·256 a pair of
+slabs.
 """
 
 from __future__ import annotations
@@ -31,23 +33,19 @@ from tritonkernels.gram_write import write_blocks
 from tritonkernels.launch import INTERPRETED, Launch
 from tritonkernels.values import DTYPES
 
-DEPTH = 64  # rows of a tile of half_sums
-STRETCH = 256  # rows of a float32 sum
+DEPTH = 64  # rows of a tile of half_sums, and of its float32 sums: 2·9 bits and these are the 24 that float32 has
 LANES = 64 if INTERPRETED else 8  # rows that exact_sums handles side by side; the interpreter counts steps
 REPAIRED = 8  # blocks that a program of repair_blocks looks after
 
 
 def half_sums_launch(
-    programs: int, tiles: object, slabs: object, parts: object, *,
-    rows: bool, code: int, odd: bool, vector: int, products: tuple[bool, bool, bool],
-) -> Launch:  # fmt: skip
-    """``products``: which of left·left, left·right, right·right are formed. Three take all of a multiprocessor."""
-    # Without vector loads every element takes an address: fewer of them at a time, so that registers suffice.
-    depth, stages = (DEPTH, 5) if vector > 1 else (DEPTH // 4 if odd else DEPTH // 2, 3)
-    constants = {"ROWS": rows, "DTYPE": DTYPES[code], "BYTES": odd, "VECTOR": vector, "DEPTH": depth}
-    constants |= dict(zip(("LL", "LR", "RR"), products, strict=True))
-    constants["STRETCH"] = STRETCH
-    return Launch(half_sums, programs, (tiles, slabs, parts), constants, 8 if all(products) else 4, stages)
+    programs: int, tiles: object, slabs: object, parts: object, *, rows: bool, code: int, vector: int, one_group: bool
+) -> Launch:
+    """``one_group``: the products of groups of slabs with themselves, else those of two groups."""
+    constants = {"ROWS": rows, "DTYPE": DTYPES[code], "VECTOR": vector, "ONE_GROUP": one_group, "DEPTH": DEPTH}
+    # Without vector loads every element takes an address, which is too much for the registers of 4 warps.
+    warps, stages = (4, 5) if vector > 1 else (8, 3)
+    return Launch(half_sums, programs, (tiles, slabs, parts), constants, warps, stages)
 
 
 def exact_sums_launch(
@@ -62,8 +60,6 @@ def write_blocks_launch(programs: int, blocks: object, slabs: object, parts: obj
     return Launch(write_blocks, programs, (blocks, slabs, parts), {}, 1, 1)
 
 
-def repair_blocks_launch(
-    count: int, blocks: object, slabs: object, parts: object, *, rows: bool, code: int, odd: bool
-) -> Launch:
-    constants = {"ROWS": rows, "DTYPE": DTYPES[code], "BYTES": odd, "LANES": LANES, "REPAIRED": REPAIRED}
+def repair_blocks_launch(count: int, blocks: object, slabs: object, parts: object, *, rows: bool, code: int) -> Launch:
+    constants = {"ROWS": rows, "DTYPE": DTYPES[code], "LANES": LANES, "REPAIRED": REPAIRED}
     return Launch(repair_blocks, -(-count // REPAIRED), (blocks, slabs, parts, count), constants, 8, 1)

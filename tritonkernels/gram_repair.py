@@ -42,7 +42,6 @@ def repair_blocks(
     count,
     ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
-    BYTES: tl.constexpr,
     LANES: tl.constexpr,
     REPAIRED: tl.constexpr,  # blocks of a program
 ):
@@ -56,5 +55,5 @@ def repair_blocks(
             if tl.sum(tl.where(tl.arange(0, REPAIRED) == i, bad, 0), 0) > 0:
                 p_block = blocks + (first + i) * BLOCK_COLUMNS
                 left, right, last = tl.load(p_block + 8), tl.load(p_block + 9), tl.load(p_block + 12)
-                total = pair_sum(slabs, left, right, last * 0, last, ROWS, DTYPE, BYTES, LANES)
+                total = pair_sum(slabs, left, right, last * 0, last, ROWS, DTYPE, False, LANES)
                 store_block(p_block, slabs, total)

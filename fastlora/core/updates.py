@@ -199,7 +199,8 @@ def default_rtol(updates: Sequence[Update]) -> float:
     return max([MIN_RTOL, *[EPSILON[t.source.dtype] for u in updates for f in (u.B, u.A) for t in f.terms]])
 
 
-# The same for half-precision factors on a GPU, whose tensor cores sum inner products in float32: to 2⁻²⁴.
+# The same for half-precision factors on a GPU, whose tensor cores sum inner products to 2⁻²⁹ of ‖x‖‖y‖ at the worst:
+# a σ² at the floor is known to 2⁻²⁹ / 2⁻²⁴.
 TENSOR_CORE_RTOL = 2.0**-12
 
 

@@ -25,8 +25,9 @@ from fastlora.ops.dispatch import prepared
 class DecompositionPlan:
     """:func:`fastlora.decompose` of a pool, prepared: fixed shapes, tables and outputs in memory.
 
-    :meth:`run` reads every factor twice and writes every result once; on a CUDA device it is a handful of launches on
-    the current stream, without allocation, synchronisation or a look at the data, so that it can be captured:
+    :meth:`run` reads every factor twice (some half-precision ones three times) and writes every result once; on a CUDA
+    device it is a handful of launches on the current stream, without allocation, synchronisation or a look at the data,
+    so that it can be captured:
 
         plan = fl.DecompositionPlan(pool.to("cuda"))
         graph = plan.capture()

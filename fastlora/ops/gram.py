@@ -61,12 +61,13 @@ def gram(factors: Tensor, ranks: Tensor | None = None, *, blocks: str = "full", 
     Returns:
         float64 ``[..., k, k, r, r]``; blocks that were not asked for, and padding, are zero. Diagonal blocks are
         exactly symmetric. Products and sums are float64, so half-precision inputs are as good as exact; on a GPU, those
-        with ``n >= 1024`` are summed on tensor cores, to 1e-7 of the largest.
+        with ``n >= 1024`` are summed on tensor cores, to 2⁻²⁹ of ``‖x‖‖y‖``.
 
     Raises:
         TypeError, ValueError: dtype or shape, before anything is computed.
 
-    Cost: reads every factor once; 2·n·r² operations a block.
+    Cost: reads every factor once, and on tensor cores those with more than diagonal blocks twice; 2·n·r² operations a
+    block.
     """
     result: Tensor = _gram(factors, ranks, blocks, rows)
     return result

@@ -34,30 +34,25 @@ def folder_argument() -> str | None:
     return sys.argv[sys.argv.index("--triton") + 1] if "--triton" in sys.argv else None
 
 
-def cases(architecture: int, every: bool) -> Iterator[tuple[str, Any]]:
+def cases(every: bool) -> Iterator[tuple[str, Any]]:
     """``(name, launch)``: the specialisations that pools of real adapters use; ``every``: and those of awkward ones."""
     for side, rows in (("B", False), ("A", True)):
-        yield from gram_cases(side, rows, architecture, every)
+        yield from gram_cases(side, rows, every)
         yield from combine_cases(side, rows, every)
 
 
-def gram_cases(side: str, rows: bool, architecture: int, every: bool) -> Iterator[tuple[str, Any]]:
+def gram_cases(side: str, rows: bool, every: bool) -> Iterator[tuple[str, Any]]:
     from tritonkernels import gram
 
     tables = 1, "*i64", "*i64", "*fp64"
     common = {"rows": rows, "odd": False}
-    products = {"LL": (True, False, False), "LR": (False, True, False)}
-    if architecture >= 90:
-        products["LL LR RR"] = (True, True, True)
-    for name, formed in products.items():
-        sums = partial(gram.half_sums_launch, *tables, rows=rows, products=formed)
-        yield f"half_sums {side} {name} bf16", sums(code=BF16, odd=False, vector=8)
+    for name, one_group in {"one": True, "two": False}.items():
+        sums = partial(gram.half_sums_launch, *tables, rows=rows, one_group=one_group)
+        yield f"half_sums {side} {name} bf16", sums(code=BF16, vector=8)
         if every:
-            yield f"half_sums {side} {name} fp16", sums(code=FP16, odd=False, vector=8)
-            if not all(formed):
-                yield f"half_sums {side} {name} bf16 elements", sums(code=BF16, odd=False, vector=1)
-                yield f"half_sums {side} {name} bf16 bytes", sums(code=BF16, odd=True, vector=1)
-    yield f"repair_blocks {side} bf16", gram.repair_blocks_launch(*tables, code=BF16, **common)
+            yield f"half_sums {side} {name} fp16", sums(code=FP16, vector=8)
+            yield f"half_sums {side} {name} bf16 elements", sums(code=BF16, vector=1)
+    yield f"repair_blocks {side} bf16", gram.repair_blocks_launch(*tables, code=BF16, rows=rows)
     if not rows:
         yield "write_blocks", gram.write_blocks_launch(*tables)
     yield f"exact_sums {side} fp32", gram.exact_sums_launch(*tables, code=FP32, **common)
@@ -143,7 +138,7 @@ def main() -> None:
         rows = {
             f"sm_{architecture} {name}": resources(compiled(launch, architecture), Path(temporary))
             for architecture in ARCHITECTURES
-            for name, launch in cases(architecture, "--all" in sys.argv)
+            for name, launch in cases("--all" in sys.argv)
         }
     if "--write" in sys.argv:
         write_limits(rows)

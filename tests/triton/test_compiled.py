@@ -59,9 +59,9 @@ def test_the_oldest_version(oldest_triton: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "column", "message"), [
-    ("sm_90 half_sums B LL bf16", "LDL", "spills"),
-    ("sm_90 half_sums B LL bf16", "ATOM", "'ATOM': 1000"),
-    ("sm_90 half_sums B LL bf16", "registers", "takes 1000 registers"),
+    ("sm_90 half_sums B one bf16", "LDL", "spills"),
+    ("sm_90 half_sums B one bf16", "ATOM", "'ATOM': 1000"),
+    ("sm_90 half_sums B one bf16", "registers", "takes 1000 registers"),
 ])  # fmt: skip
 def test_what_is_over_its_limit_is_named(name: str, column: str, message: str) -> None:
     limits = json.loads((HERE / "limits.json").read_text())

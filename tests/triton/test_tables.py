@@ -21,7 +21,7 @@ def test_far_addresses_of_slabs_and_blocks(rows: bool) -> None:
     stride = 2**34
     factors = tuple(Matrix(FAR + 2**20 * i, 5000, 40, stride, BF16) for i in range(2))
     job = gram_tables.AddressedJob(factors, [(0, 1, 2**35), (1, 1, 0)], rows, FAR, 2**33)
-    (chunk,) = gram_tables.chunks([job], True)
+    (chunk,) = gram_tables.chunks([job])
     assert chunk.slabs.dtype == chunk.blocks.dtype == np.int64
     step = stride if rows else 1
     for (address, own, width, code), (i, c) in zip(
@@ -36,33 +36,31 @@ def test_far_addresses_of_slabs_and_blocks(rows: bool) -> None:
 def test_rows_and_places_beyond_32_bits() -> None:
     n = 2**32 + 5
     job = gram_tables.AddressedJob((Matrix(FAR, n, 16, 16, FP32),), [(0, 0, 0)], False, FAR, 16)
-    (chunk,) = gram_tables.chunks([job] * 9, True, workspace=2**40)
-    pairs = chunk.sums[None]
+    (chunk,) = gram_tables.chunks([job] * 9, workspace=2**40)
+    pairs = chunk.sums["slabs"]
     assert int(pairs[:, 3].max()) == n and int((pairs[:, 3] - pairs[:, 2]).sum()) == 9 * n
     places = np.sort(pairs[:, 4])
     assert int(places[-1]) > 2**31 and (np.diff(places) == 256).all() and chunk.size == len(places) * 256
     assert np.array_equal(np.sort(chunk.blocks[:, 0]), np.arange(9) * (len(places) // 9) * 256)
 
 
-@pytest.mark.parametrize("triple", [False, True])
 @pytest.mark.parametrize("ranks", [(16,) * 8, (40, 8, 24), (16,), (64, 64, 64), (3, 100)])
-def test_every_wanted_pair_is_formed_once(ranks: tuple[int, ...], triple: bool) -> None:
+def test_every_wanted_pair_is_formed_once(ranks: tuple[int, ...]) -> None:
     blocks = [(i, j, (i * 8 + j) * 2**14) for i in range(len(ranks)) for j in range(i, len(ranks))]
     factors = tuple(Matrix(FAR, 9000, r, r, BF16) for r in ranks)
     job = gram_tables.AddressedJob(factors, blocks, False, FAR, 128)
-    (chunk,) = gram_tables.chunks([job], triple)
+    (chunk,) = gram_tables.chunks([job])
     formed: dict[int, int] = {}
-    for products, tiles in chunk.sums.items():
-        assert products is not None
+    for kind, tiles in chunk.sums.items():
         for left, right, first, last, place, wanted in tiles.tolist():
             assert first % gram_tables.UNIT == 0 and first < last <= 9000
-            for p, (one, two) in enumerate(((left, left), (left, right), (right, right))):
-                for bit in range(16):
-                    if wanted >> (16 * p + bit) & 1:
-                        assert products[p] and one + bit // 4 <= two + bit % 4
-                        at = place + 4096 * p + bit // 4 * 16 * 64 + bit % 4 * 16
-                        assert 0 <= at < chunk.size and at not in formed
-                        formed[at] = last - first
+            assert (kind == "one group") == (left == right) and kind != "slabs"
+            for bit in range(16):
+                if wanted >> bit & 1:
+                    assert left + bit // 4 <= right + bit % 4
+                    at = place + bit // 4 * 16 * 64 + bit % 4 * 16
+                    assert 0 <= at < chunk.size and at not in formed
+                    formed[at] = last - first
     for row in chunk.blocks.tolist():
         assert sum(formed[row[0] + u * row[1]] for u in range(row[2])) == 9000
         assert sum(formed[row[10] + u * row[13]] for u in range(row[2])) == 9000
@@ -76,7 +74,7 @@ def test_the_arithmetic_of_a_block_is_that_of_its_two_factors() -> None:
     blocks = [(i, j, offset) for (i, j), offset in places.items()]
     jobs = [gram_tables.AddressedJob(factors, blocks, False, FAR + 2**30 * job, 16) for job in range(2)]
     found = {}
-    for chunk in gram_tables.chunks(jobs, True):
+    for chunk in gram_tables.chunks(jobs):
         found |= {address: (chunk.kind.half, chunk.kind.code) for address in chunk.blocks[:, 6].tolist()}
     halves = {(0, 0): BF16, (0, 1): BF16, (1, 1): BF16, (3, 3): FP16, (3, 4): FP16, (4, 4): FP16}
     for pair, offset in places.items():
@@ -88,8 +86,8 @@ def test_the_arithmetic_of_a_block_is_that_of_its_two_factors() -> None:
 
 def test_chunks_keep_to_the_workspace() -> None:
     job = gram_tables.AddressedJob((Matrix(FAR, 5000, 16, 16, BF16),) * 2, [(0, 1, 0)], False, FAR, 16)
-    whole = list(gram_tables.chunks([job] * 10, True))
-    parts = list(gram_tables.chunks([job] * 10, True, workspace=3 * whole[0].size // 10))
+    whole = list(gram_tables.chunks([job] * 10))
+    parts = list(gram_tables.chunks([job] * 10, workspace=3 * whole[0].size // 10))
     assert len(whole) == 1 and len(parts) == 4
     assert max(c.size for c in parts) <= 3 * whole[0].size // 10
     assert sum(len(c.blocks) for c in parts) == len(whole[0].blocks)

@@ -26,7 +26,6 @@ from fastlora.ops.merge_tiles import TileTask
 from fastlora.ops.passes import CombineJob, CombineOutput, GramJob
 
 OLDEST = (3, 6)
-HOPPER = 9  # major compute capability whose tensor cores leave registers for three products in one program
 
 
 def is_interpreted() -> bool:
@@ -119,12 +118,7 @@ def prepare_gram(jobs: Sequence[GramJob]) -> PassLaunches:
         )
         for job in jobs
     ]  # fmt: skip
-    return _launches_of_chunks(list(gram_tables.chunks(addressed_jobs, forms_three(device))), device, alive)
-
-
-def forms_three(device: torch.device) -> bool:
-    """Whether one program of a gram pass may form three products on this device."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= HOPPER
+    return _launches_of_chunks(list(gram_tables.chunks(addressed_jobs)), device, alive)
 
 
 def _launches_of_chunks(
@@ -142,23 +136,20 @@ def _launches_of_chunks(
     launches = []
     for chunk, (slabs, sums, blocks) in zip(chunks, chunk_sections, strict=True):
         rows, half, code, odd, vector = chunk.kind
-        for products, sums_section in sums.items():
-            programs = len(chunk.sums[products])
+        for kind, sums_section in sums.items():
+            programs = len(chunk.sums[kind])
             if not programs:
                 continue
             tables = buffer[sums_section], buffer[slabs], parts
-            if products is None:
+            if kind == "slabs":
                 launches.append(gram.exact_sums_launch(programs, *tables, rows=rows, code=code, odd=odd))
             else:
-                launches.append(
-                    gram.half_sums_launch(
-                        programs, *tables, rows=rows, code=code, odd=odd, vector=vector, products=products
-                    )
-                )
+                common = {"rows": rows, "code": code, "vector": vector}
+                launches.append(gram.half_sums_launch(programs, *tables, one_group=kind == "one group", **common))
         tables = buffer[blocks], buffer[slabs], parts
         launches.append(gram.write_blocks_launch(len(chunk.blocks), *tables))
         if half:
-            launches.append(gram.repair_blocks_launch(len(chunk.blocks), *tables, rows=rows, code=code, odd=odd))
+            launches.append(gram.repair_blocks_launch(len(chunk.blocks), *tables, rows=rows, code=code))
     return PassLaunches(tuple(launches), device, (*alive, buffer, parts))
 
 

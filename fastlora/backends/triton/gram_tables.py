@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,10 @@ PRODUCT = WIDTH * WIDTH
 UNIT = 4096  # rows that one program sums; a multiple of its tiles, and the same for every pool
 SHORTEST = 1024  # shorter long dimensions are summed in float64, as on the CPU
 WORKSPACE = 2**26  # float64 elements of parts that a launch may have
-LL, LR, ALL = (True, False, False), (False, True, False), (True, True, True)
+
+
+Sums = Literal["one group", "two groups", "slabs"]
+"""What a program makes the products of: a group of slabs with itself, or two groups, on tensor cores; two slabs."""
 
 
 class AddressedJob(NamedTuple):
@@ -48,7 +51,7 @@ class JobChunk:
 
     kind: GramKind
     slabs: IntTable
-    sums: dict[tuple[bool, bool, bool] | None, IntTable]  # by the products formed; None: pairs of slabs in float64
+    sums: dict[Sums, IntTable]
     blocks: IntTable
     size: int  # float64 elements of parts
 
@@ -58,7 +61,7 @@ class JobTables:
     """The tables of one job, with places, slabs and addresses counted from its own."""
 
     slabs: list[tuple[int, int, int]]  # factor, first column, columns
-    sums: dict[tuple[bool, bool, bool] | None, IntTable]
+    sums: dict[Sums, IntTable]
     blocks: IntTable
     size: int
 
@@ -68,14 +71,14 @@ def kind_of(job: AddressedJob) -> GramKind:
     used = [job.factors[f] for f in {f for i, j, _ in job.blocks for f in (i, j)}]
     codes = {x.code for x in used}
     code = codes.pop() if len(codes) == 1 else None
-    half = code in HALVES and used[0].n >= SHORTEST
     odd = any(x.is_odd() for x in used)
-    vector = min(x.vector(job.rows) for x in used) if half and not odd else 1
+    half = code in HALVES and used[0].n >= SHORTEST and not odd
+    vector = min(x.vector(job.rows) for x in used) if half else 1
     return GramKind(job.rows, half, code, odd, vector)
 
 
-def chunks(jobs: Sequence[AddressedJob], triple: bool, workspace: int = WORKSPACE) -> Iterator[JobChunk]:
-    """``triple``: whether one program may form all three products of two groups of slabs."""
+def chunks(jobs: Sequence[AddressedJob], workspace: int = WORKSPACE) -> Iterator[JobChunk]:
+    """The jobs by kind, as many at a time as have room for their parts."""
     kinds: dict[GramKind, list[AddressedJob]] = {}
     for job in _of_one_arithmetic(jobs):
         if any(job.factors[i].width and job.factors[j].width for i, j, _ in job.blocks):
@@ -87,8 +90,7 @@ def chunks(jobs: Sequence[AddressedJob], triple: bool, workspace: int = WORKSPAC
         for job in jobs_of_kind:
             blocks = lists.setdefault(id(job.blocks), tuple(job.blocks))
             widths = tuple(x.width for x in job.factors)
-            # A program with three products takes 250 registers with vector loads, and more than there are without.
-            made = tables_of(widths, blocks, job.factors[0].n, job.stride, kind.half, triple and kind.vector > 1)
+            made = tables_of(widths, blocks, job.factors[0].n, job.stride, kind.half)
             if filling.size and filling.size + made.size > workspace:
                 yield filling.chunk()
                 filling = _FillingChunk(kind)
@@ -123,7 +125,7 @@ class _FillingChunk:
     kind: GramKind
     size: int = 0
     slabs: list[Sequence[int]] = field(default_factory=list)
-    sums: dict[tuple[bool, bool, bool] | None, list[IntTable]] = field(default_factory=dict)
+    sums: dict[Sums, list[IntTable]] = field(default_factory=dict)
     blocks: list[IntTable] = field(default_factory=list)
 
     def add(self, job: AddressedJob, tables: JobTables) -> None:
@@ -155,9 +157,7 @@ def _units(n: int) -> list[tuple[int, int]]:
     return [(first, min(first + UNIT, n)) for first in range(0, n, UNIT)]
 
 
-def _job_tables(
-    widths: tuple[int, ...], blocks: tuple[BlockPlace, ...], n: int, stride: int, half: bool, triple: bool
-) -> JobTables:
+def _job_tables(widths: tuple[int, ...], blocks: tuple[BlockPlace, ...], n: int, stride: int, half: bool) -> JobTables:
     used = sorted({f for i, j, _ in blocks for f in (i, j)})
     slabs = [(f, c, min(SLAB, widths[f] - c)) for f in used for c in range(0, widths[f], SLAB)]
     slabs_of: dict[int, list[int]] = {f: [] for f in used}
@@ -168,7 +168,7 @@ def _job_tables(
         # What says whether float32 held the squares of a factor's columns.
         pairs |= {(s, s) for s in range(len(slabs))}
         slabs += [(used[0], 0, 0)] * (-len(slabs) % GROUP)
-        sums, part_places, size = _tiles(pairs, n, triple)
+        sums, part_places, size = _tiles(pairs, n)
     else:
         sums, part_places, size = _pairs(pairs, n)
     units, pitch = len(_units(n)), WIDTH if half else SLAB
@@ -187,53 +187,33 @@ def _job_tables(
 
 
 def _tiles(
-    pairs: set[tuple[int, int]], n: int, triple: bool
-) -> tuple[dict[tuple[bool, bool, bool] | None, IntTable], dict[tuple[int, int], tuple[int, int]], int]:
+    pairs: set[tuple[int, int]], n: int
+) -> tuple[dict[Sums, IntTable], dict[tuple[int, int], tuple[int, int]], int]:
     """Products of groups of slabs: the tiles, and for each pair of slabs the place of its first part and the distance
     of the others."""
     wanted: dict[tuple[int, int], int] = {}
     for s, t in sorted(pairs):
         key = s // GROUP, t // GROUP
         wanted[key] = wanted.get(key, 0) | 1 << (GROUP * (s % GROUP) + t % GROUP)
-    rows: dict[tuple[bool, bool, bool] | None, list[tuple[int, ...]]] = {}
-    starts: dict[tuple[int, int], tuple[int, int]] = {}
+    rows: dict[Sums, list[tuple[int, ...]]] = {}
+    starts: dict[tuple[int, int], int] = {}
     size = 0
-
-    def add(products: tuple[bool, bool, bool], groups: tuple[int, int], keys: Sequence[tuple[int, int] | None]) -> None:
-        """``keys``: which groups the three products are of."""
-        nonlocal size
-        formed = [k for k, is_formed in zip(keys, products, strict=True) if is_formed]
-        mask = sum(wanted.get(k, 0) << (16 * p) for p, k in enumerate(keys) if k is not None and products[p])
-        distance = len(formed) * PRODUCT
-        # A program puts its second product one product after `first_part`, whether or not it forms the first.
-        first_part = size - (0 if products[0] else PRODUCT)
-        for u, (first, last) in enumerate(_units(n)):
-            tile = (groups[0] * GROUP, groups[1] * GROUP, first, last, first_part + u * distance, mask)
-            rows.setdefault(products, []).append(tile)
-        for p, key in enumerate(formed):
-            if key is not None:
-                starts[key] = size + p * PRODUCT, distance
-        size += distance * len(_units(n))
-
-    for g, h in sorted(wanted):
-        if (g, h) in starts:
-            continue
-        if triple and g == h and g % 2 == 0 and {(g, g + 1), (g + 1, g + 1)} <= wanted.keys():
-            add(ALL, (g, g + 1), ((g, g), (g, g + 1), (g + 1, g + 1)))
-        elif g == h:
-            add(LL, (g, g), ((g, g), None, None))
-        else:
-            add(LR, (g, h), (None, (g, h), None))
-    part_places = {}
-    for s, t in pairs:
-        start, distance = starts[s // GROUP, t // GROUP]
-        part_places[s, t] = start + s % GROUP * SLAB * WIDTH + t % GROUP * SLAB, distance
+    for (g, h), mask in sorted(wanted.items()):
+        starts[g, h] = size
+        for first, last in _units(n):
+            tile = (g * GROUP, h * GROUP, first, last, size, mask)
+            rows.setdefault("one group" if g == h else "two groups", []).append(tile)
+            size += PRODUCT
+    part_places = {
+        (s, t): (starts[s // GROUP, t // GROUP] + s % GROUP * SLAB * WIDTH + t % GROUP * SLAB, PRODUCT)
+        for s, t in pairs
+    }
     return {k: table(v, 6) for k, v in rows.items()}, part_places, size
 
 
 def _pairs(
     pairs: set[tuple[int, int]], n: int
-) -> tuple[dict[tuple[bool, bool, bool] | None, IntTable], dict[tuple[int, int], tuple[int, int]], int]:
+) -> tuple[dict[Sums, IntTable], dict[tuple[int, int], tuple[int, int]], int]:
     """Products of single slabs."""
     rows, part_places, size = [], {}, 0
     for s, t in sorted(pairs):
@@ -241,4 +221,4 @@ def _pairs(
         for first, last in _units(n):
             rows.append((s, t, first, last, size))
             size += SLAB * SLAB
-    return {None: table(rows, 5)}, part_places, size
+    return {"slabs": table(rows, 5)}, part_places, size
