@@ -23,6 +23,12 @@ DENOISERS = (DENOISER, "transformer_2")
 """Components that a family's own table names: Wan 2.2 has two of them."""
 HINTS = ("modelspec.architecture", "ss_base_model_version")
 """Metadata that name the family of the base model."""
+OTHER = "other"
+"""What to ask for where no family is known, or the wrong one: names are not looked at."""
+KEPT = (
+    "the names of its modules are kept as the file has them, without what stands before dotted ones: they mean the "
+    "same in files of one trainer only"
+)
 _PUNCTUATION = re.compile(r"[^a-z0-9]+")
 _ANYWHERE: Mapping[str, tuple[tuple[str, Table], ...]] = {
     **dict.fromkeys(
@@ -53,18 +59,21 @@ class Identified:
 
 
 def identify(
-    stems: Mapping[str, Shape], metadata: Mapping[str, str] | None = None, family: str | None = None
+    stems: Mapping[str, Shape | None], metadata: Mapping[str, str] | None = None, family: str | None = None
 ) -> Identified:
     """The family of a file, and the modules that its names mean.
 
     Args:
-        stems: names of modules as the file has them, without the suffixes of tensors → rows and columns of the weight
+        stems: names of modules as the file has them, without the suffixes of tensors → rows and columns of the weight,
+            ``None`` where the file does not say (of a norm, or of a bias alone)
         metadata: of the file's header; what they say about the base model is a hint, which the names must bear out
-        family: the family, or an alias of it, where the user says so
+        family: the family, or an alias of it, where the user says so; ``"other"`` takes all names as they are
 
     Raises :class:`InputError` for a family that is not known.
     """
     split = {stem: split_prefix(stem) for stem in stems}
+    if family == OTHER:
+        return Identified(None, (), {stem: _as_it_is(stem, p) for stem, p in split.items()}, notes=(KEPT,))
     chosen = _asked_for(family) if family is not None else None
     known = [chosen] if chosen is not None else list(families().values())
     fitting = _with_every_name(known, split)
@@ -87,7 +96,8 @@ def identify(
 def _asked_for(name: str) -> Family:
     family = family_named(name)
     if family is None:
-        raise InputError(f"there is no family {name!r}; families are {', '.join(sorted(families()))}")
+        known = ", ".join(sorted(families()))
+        raise InputError(f"there is no family {name!r}; families are {known}, and {OTHER!r} keeps names as they are")
     return family
 
 
@@ -108,7 +118,7 @@ def _pattern(family: Family, prefixed: Prefixed) -> str | None:
     return "" if _text_module(family.text_encoders, prefixed) is not None else None
 
 
-def _named(family: Family, split: Mapping[str, Prefixed], shapes: Mapping[str, Shape]) -> dict[str, Named]:
+def _named(family: Family, split: Mapping[str, Prefixed], shapes: Mapping[str, Shape | None]) -> dict[str, Named]:
     """The modules of a family that the names mean; names that it does not have are left out."""
     modules = {}
     for stem, prefixed in split.items():
@@ -117,7 +127,7 @@ def _named(family: Family, split: Mapping[str, Prefixed], shapes: Mapping[str, S
     return modules
 
 
-def _module(family: Family, prefixed: Prefixed, shape: Shape) -> Named | None:
+def _module(family: Family, prefixed: Prefixed, shape: Shape | None) -> Named | None:
     if prefixed.component not in DENOISERS:
         return _text_module(family.text_encoders, prefixed)
     known = _found(family, prefixed)
@@ -150,7 +160,7 @@ def _text_module(encoders: Mapping[str, tuple[tuple[str, Table], ...]], prefixed
 
 
 def _likely(
-    fitting: Sequence[Family], split: Mapping[str, Prefixed], shapes: Mapping[str, Shape], hinted: Family | None
+    fitting: Sequence[Family], split: Mapping[str, Prefixed], shapes: Mapping[str, Shape | None], hinted: Family | None
 ) -> list[Family]:
     """The families among those that fit that the weights' sizes and the numbers of blocks speak for. What speaks
     against all of them, as of a model that was never published, is no reason."""
@@ -163,7 +173,9 @@ def _likely(
     return [f for f in left if _has_all_blocks(f, split, shapes)] or left if len(left) > 1 else left
 
 
-def _facts(family: Family, split: Mapping[str, Prefixed], shapes: Mapping[str, Shape]) -> Iterator[tuple[Found, Shape]]:
+def _facts(
+    family: Family, split: Mapping[str, Prefixed], shapes: Mapping[str, Shape | None]
+) -> Iterator[tuple[Found, Shape | None]]:
     """The modules of the denoiser, as the family has them, with their shapes."""
     for stem, prefixed in split.items():
         if prefixed.component in DENOISERS:
@@ -172,22 +184,22 @@ def _facts(family: Family, split: Mapping[str, Prefixed], shapes: Mapping[str, S
             yield known, shapes[stem]
 
 
-def _has_ratios(family: Family, known: Found, shape: Shape) -> bool:
+def _has_ratios(family: Family, known: Found, shape: Shape | None) -> bool:
     ratio = family.ratios.get(known.pattern)
-    return ratio is None or shape[0] == ratio * shape[1]
+    return ratio is None or shape is None or shape[0] == ratio * shape[1]
 
 
-def _has_columns(family: Family, known: Found, shape: Shape) -> bool:
+def _has_columns(family: Family, known: Found, shape: Shape | None) -> bool:
     columns = family.columns.get(known.pattern)
-    return columns is None or shape[1] in columns
+    return columns is None or shape is None or shape[1] in columns
 
 
-def _has_blocks(family: Family, known: Found, shape: Shape) -> bool:
+def _has_blocks(family: Family, known: Found, shape: Shape | None) -> bool:
     most = family.blocks.get(known.pattern.partition(".#")[0])
     return most is None or int(known.numbers[0]) < most
 
 
-def _has_all_blocks(family: Family, split: Mapping[str, Prefixed], shapes: Mapping[str, Shape]) -> bool:
+def _has_all_blocks(family: Family, split: Mapping[str, Prefixed], shapes: Mapping[str, Shape | None]) -> bool:
     """Whether the file has every block of the family's model, of the kinds of block that it has at all."""
     numbers: dict[str, set[str]] = {}
     for known, _ in _facts(family, split, shapes):
@@ -217,12 +229,12 @@ def _alike(first: Mapping[str, Named], second: Mapping[str, Named]) -> bool:
 
 
 def _as_it_is(stem: str, prefixed: Prefixed) -> Named:
-    """A name whose meaning is not known: dotted without its prefix, flat whole."""
-    return Named("", stem if prefixed.is_flat else prefixed.rest)
+    """A name whose meaning is not known: dotted without its prefix but with its component, flat whole."""
+    return Named("", stem) if prefixed.is_flat else Named(prefixed.component, prefixed.rest)
 
 
 def _unmatched(
-    known: Sequence[Family], split: Mapping[str, Prefixed], shapes: Mapping[str, Shape], asked: bool
+    known: Sequence[Family], split: Mapping[str, Prefixed], shapes: Mapping[str, Shape | None], asked: bool
 ) -> Identified:
     """A file that has names no family has: of text encoders alone, of a language model, or of nothing known."""
     if not asked and all(p.component not in DENOISERS for p in split.values()):

@@ -65,6 +65,18 @@ class Family:
         return Table(self.names, self.also_read)
 
     @cached_property
+    def _roots(self) -> frozenset[str]:
+        """The first parts of all paths: enough to tell most families apart without their tables."""
+        spellings = (*self.names, *self.names.values(), *self.also_read)
+        return frozenset(spelling.partition(".")[0] for spelling in spellings if spelling)
+
+    def has_root(self, text: str, flat: bool) -> bool:
+        """Whether a name begins like one of this family."""
+        if flat:
+            return any(text.startswith(root) for root in self._roots)
+        return text.partition(".")[0] in self._roots
+
+    @cached_property
     def _whole_of(self) -> dict[str, list[str]]:
         wholes: dict[str, list[str]] = {}
         for whole, fused in self.fused.items():
@@ -130,4 +142,6 @@ class Family:
 @lru_cache(1 << 16)
 def found(family: Family, text: str, flat: bool) -> Found | None:
     """A name in the table of a family's denoiser. Kept: the files of one trainer have the same names."""
+    if not family.has_root(text, flat):
+        return None
     return family.table.flat(text) if flat else family.table.dotted(text)

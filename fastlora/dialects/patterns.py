@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 ANY = "#"
 MOST_DIGITS = 4
@@ -18,6 +19,7 @@ _STAND_IN = "9" * (MOST_DIGITS + 1)
 """Takes the place of ``#`` while a skeleton is made: no name that is accepted has this number."""
 _DOTTED_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 _FLAT_NUMBER = re.compile(r"(?<![^_])[0-9]+(?![^_])")
+_DIGIT = re.compile("[0-9]")
 _GROUP = re.compile(r"\{([^{}]*)\}")
 
 
@@ -68,24 +70,36 @@ class Table:
 
     def __init__(self, names: Mapping[str, str], also_read: Mapping[str, str] | None = None) -> None:
         self._originals = names
-        self._dotted: dict[str, list[_Entry]] = {}
-        self._flat: dict[str, list[_Entry]] = {}
-        for canonical, original in names.items():
-            self._add(canonical, canonical, False)
-            if original and original != canonical:
-                self._add(original, canonical, True)
-        for spelling, canonical in (also_read or {}).items():
-            self._add(spelling, canonical, True)
+        self._also_read = also_read or {}
 
-    def _add(self, spelling: str, canonical: str, original: bool) -> None:
-        for index, text, number in (
-            (self._dotted, spelling, _DOTTED_NUMBER),
-            (self._flat, spelling.replace(".", "_"), _FLAT_NUMBER),
-        ):
-            numbered = text.replace(ANY, _STAND_IN)
-            fixed = tuple(None if n == _STAND_IN else n for n in number.findall(numbered))
-            entry = _Entry(fixed, canonical, original)
-            index.setdefault(number.sub(ANY, numbered), []).append(entry)
+    @cached_property
+    def _dotted(self) -> dict[str, list[_Entry]]:
+        return self._index(lambda text: text, _DOTTED_NUMBER)
+
+    @cached_property
+    def _flat(self) -> dict[str, list[_Entry]]:
+        return self._index(lambda text: text.replace(".", "_"), _FLAT_NUMBER)
+
+    def _index(self, spelled: Callable[[str], str], number: re.Pattern[str]) -> dict[str, list[_Entry]]:
+        index: dict[str, list[_Entry]] = {}
+        for spelling, canonical, original in self._spellings():
+            text = spelled(spelling)
+            if _DIGIT.search(text):
+                text = text.replace(ANY, _STAND_IN)
+                fixed = tuple(None if n == _STAND_IN else n for n in number.findall(text))
+                text = number.sub(ANY, text)
+            else:
+                fixed = (None,) * text.count(ANY)
+            index.setdefault(text, []).append(_Entry(fixed, canonical, original))
+        return index
+
+    def _spellings(self) -> Iterator[tuple[str, str, bool]]:
+        for canonical, original in self._originals.items():
+            yield canonical, canonical, False
+            if original and original != canonical:
+                yield original, canonical, True
+        for spelling, canonical in self._also_read.items():
+            yield spelling, canonical, True
 
     def dotted(self, text: str) -> Found | None:
         """A dotted path in either spelling; ``None`` where the model has no such module."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from fastlora.dialects.encoders import LANGUAGE
 from fastlora.dialects.family import Family, Writing
 from fastlora.dialects.patterns import expanded, paired
@@ -47,7 +49,9 @@ FAMILIES = (
         ),
         ratios={
             f"{_SINGLE}.attn.to_qkv_mlp_proj": 9,
+            f"{_SINGLE}.attn.to_out": Fraction(1, 4),
             **dict.fromkeys(expanded(f"{_DOUBLE}.{{ff,ff_context}}.linear_in"), 6),
+            **dict.fromkeys(expanded(f"{_DOUBLE}.{{ff,ff_context}}.linear_out"), Fraction(1, 3)),
         },
         hints=("flux2",),
         aliases=("klein",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from fastlora.dialects.encoders import CLIP, LANGUAGE
 from fastlora.dialects.family import Family, Writing
 from fastlora.dialects.patterns import expanded, paired
@@ -61,7 +63,9 @@ FAMILIES = (
         columns={name: (3072,) for pattern in _READS_HIDDEN for name in expanded(pattern)},
         ratios={
             f"{_SINGLE}.attn.to_qkv_mlp_proj": 7,
+            f"{_SINGLE}.proj_out": Fraction(1, 5),
             **dict.fromkeys(expanded(f"{_DOUBLE}.{{ff,ff_context}}.net.0.proj"), 4),
+            **dict.fromkeys(expanded(f"{_DOUBLE}.{{ff,ff_context}}.net.2"), Fraction(1, 4)),
         },
         hints=("hunyuanvideo",),
         aliases=("framepack",),

@@ -56,6 +56,11 @@ def _qkv(attention: str) -> list[str]:
     return [f"{layer}.{attention}.to_qkv" for layer in _LAYERS]
 
 
+def _reads_hidden(attention: str, feed_forward: str) -> list[str]:
+    leaves = (f"{attention}.{{to_q,to_k,to_v,to_qkv,to_out.0}}", f"feed_forward.{feed_forward}")
+    return [name for layer in _LAYERS for leaf in leaves for name in expanded(f"{layer}.{leaf}")]
+
+
 FAMILIES = (
     Family(
         name="z_image",
@@ -64,7 +69,7 @@ FAMILIES = (
         fused={k: v for layer in _LAYERS for k, v in fused(f"{layer}.attention", "to_qkv").items()},
         text_encoders=_TEXT,
         blocks={"layers": 30, "noise_refiner": 2, "context_refiner": 2},
-        columns=dict.fromkeys((*_qkv("attention"), *expanded("layers.#.attention.{to_q,to_k,to_v,to_out.0}")), (3840,)),
+        columns=dict.fromkeys(_reads_hidden("attention", "{w1,w3}"), (3840,)),
         ratios=dict.fromkeys(_qkv("attention"), 3),
         hints=("zimage",),
         writing=(Writing("diffusion_model", False),),
@@ -76,7 +81,7 @@ FAMILIES = (
         fused={k: v for layer in _LAYERS for k, v in fused(f"{layer}.attn", "to_qkv", rows=grouped).items()},
         text_encoders=_TEXT,
         blocks={"layers": 26, "noise_refiner": 2, "context_refiner": 2},
-        columns=dict.fromkeys((*_qkv("attn"), *expanded("layers.#.attn.{to_q,to_k,to_v,to_out.0}")), (2304,)),
+        columns=dict.fromkeys(_reads_hidden("attn", "{linear_1,linear_3}"), (2304,)),
         ratios=dict.fromkeys(_qkv("attn"), Fraction(5, 3)),
         hints=("lumina",),
         aliases=("lumina",),
