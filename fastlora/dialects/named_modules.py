@@ -15,7 +15,6 @@ from fastlora.dialects.weights import weight_shape
 from fastlora.errors import UnsupportedAdapter
 
 LISTED = 4
-NO_WEIGHT = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +33,15 @@ def named_modules(
 
     Raises :class:`UnsupportedAdapter` for names that no family, or not the one that is asked for, has.
     """
-    shapes, without = {}, {}
-    for stored in modules.values():
-        shape = weight_shape({part: tuple(t.shape) for part, t in stored.parts.items()})
-        if shape is None:
-            without[stored.plain] = NO_WEIGHT
-        else:
-            shapes[stored.plain] = shape
-    found = identify(shapes or without, metadata, family)
+    shapes = {
+        stored.plain: weight_shape({part: tuple(t.shape) for part, t in stored.parts.items()})
+        for stored in modules.values()
+    }
+    found = identify(shapes, metadata, family)
     _require_matched(found, modules, file, family)
-    named = dict(found.modules)
-    certain = found.family or (found.candidates[0] if found.candidates else family)
-    if shapes and without:  # norms and biases, whose sizes say nothing of the family
-        more = identify(without, metadata, certain)
-        _require_matched(more, modules, file, family)
-        named |= more.modules
     notes = tuple(f"{file.name}: {note}" for note in found.notes)
     return Modules(
-        {stem: named[stored.plain] for stem, stored in modules.items()},
+        {stem: found.modules[stored.plain] for stem, stored in modules.items()},
         None if found.family is None else family_named(found.family),
         notes,
     )
@@ -72,6 +62,6 @@ def _require_matched(found: Identified, modules: Mapping[str, Stored], file: Pat
     nearest = f" (the nearest family is {found.candidates[0]})" if found.candidates else ""
     raise UnsupportedAdapter(
         f"{file} is for a model that is not known here{nearest}: no family has modules for {listed}. Nothing of it is "
-        "read. If these tensors belong to another model, put them into a file of their own; else "
-        "`fl.Adapter.from_tensors({module: (up, down, alpha / rank), …})` makes an adapter with any names"
+        "read. If these tensors belong to another model, put them into a file of their own; "
+        '`fl.load(path, family="other")` (`--family other`) reads all of it under the names that it has'
     )
