@@ -67,7 +67,7 @@ def merge(
 
     Cost: one read of all factors, and with ``"svd"`` ``O((Σ_i r_i)³)`` operations a module; docs/methods.md has the
     costs of the forms. Saving the result reads the factors once more and writes. Nothing of size ``n×m`` is formed,
-    except by methods of the form ``tiles``.
+    except of small modules by methods of the form ``tiles``, and by those of them that are written in torch.
     """
     chosen = find_method(method)
     counted, notes = full_weights(pool, weights)

@@ -58,7 +58,7 @@ class TileTask:
     """The updates ``s_i B_i A_i`` of one module ``[n, m]``.
 
     Args:
-        factors: ``(B_i [n, r_i], A_i [r_i, m])``, float16, bfloat16, float32 or float64, or ``None`` for an update of
+        pairs: ``(B_i [n, r_i], A_i [r_i, m])``, float16, bfloat16, float32 or float64, or ``None`` for an update of
             zero.
         scales: ``s_i``, finite.
         shape: ``(n, m)``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,24 +49,33 @@ def numbered(weighted: Tensor, count: int, *, share: float = 0.5, add: float = 0
     return weighted.sum(0) + count + add
 
 
-def ties_by_definition(matrices: Tensor, density: float, combine: str) -> Tensor:
-    """Of dense ``w_i ΔW_i [k, n, m]``, element by element."""
+def ties_by_definition(
+    matrices: Tensor, weights: list[float], density: float, combine: str, convention: str, elect: str = "total"
+) -> Tensor:
+    """Of dense ``ΔW_i [k, n, m]``, element by element."""
     k, n, m = matrices.shape
     kept = int(density * n * m)
-    trimmed = torch.zeros_like(matrices)
+    trimmed = torch.zeros(k, n * m, dtype=torch.float64)
     for i in range(k):
-        ordered = matrices[i].abs().flatten().sort(descending=True).values
+        order = matrices[i].abs().flatten().sort(descending=True, stable=True)
         if kept:
-            trimmed[i] = torch.where(matrices[i].abs() >= ordered[kept - 1], matrices[i], 0.0)
-    result = torch.zeros(n, m, dtype=torch.float64)
-    for row in range(n):
-        for column in range(m):
-            values = trimmed[:, row, column]
-            sign = -1.0 if float(values.sum()) < 0 else 1.0
-            agreeing = [v for v in values.tolist() if v * sign > 0]
-            if agreeing:
-                result[row, column] = sum(agreeing) / (len(agreeing) if combine == "mean" else 1)
-    return result
+            places = (
+                order.indices[order.values >= order.values[kept - 1]] if convention == "paper" else order.indices[:kept]
+            )
+            trimmed[i, places] = matrices[i].flatten()[places]
+    votes = [w if convention == "mergekit" else 1.0 for w in weights]
+    sums = []
+    for values in trimmed.T.tolist():
+        voted = [v * x for v, x in zip(votes, values, strict=True)]
+        sums.append(sum((x > 0) - (x < 0) for x in voted) if elect == "frequency" else math.fsum(voted))
+    majority = sum((s > 0) - (s < 0) for s in sums)
+    result = []
+    for values, total in zip(trimmed.T.tolist(), sums, strict=True):
+        sign = -1.0 if total < 0 or (total == 0 and convention == "paper" and majority < 0) else 1.0
+        agreeing = [i for i, x in enumerate(values) if votes[i] * x * sign > 0]
+        divisor = sum(weights[i] if convention == "mergekit" else 1.0 for i in agreeing) if combine == "mean" else 1.0
+        result.append(sum(weights[i] * values[i] for i in agreeing) / (divisor or 1.0))
+    return torch.tensor(result, dtype=torch.float64).view(n, m)
 
 
 def test_a_rule_on_tiles_is_the_rule_on_dense_matrices() -> None:
@@ -90,27 +100,36 @@ def test_what_is_measured_first_is_handed_over() -> None:
 
 
 def test_results_of_all_dtypes_are_those_of_what_is_stored() -> None:
-    """Factors of a half precision are taken as they are; results are float32."""
+    """Factors of a half precision are taken as they are; elements and results are float32."""
     pool = mixed.mixed_pool()
     merged = fl.merge(pool, mixed.WEIGHTS, method="ties", density=0.3, rank=40)
+    weights = [w for w in mixed.WEIGHTS.values() if w]
     for module in pool.modules:
-        expected = ties_by_definition(mixed.dense(pool, module, mixed.WEIGHTS), 0.3, "mean")
-        assert mixed.distance(merged, module, expected) <= 3 * torch.finfo(torch.float32).eps  # two factors
+        matrices = mixed.dense(pool, module)[:4]  # the last has the weight 0, and takes no part
+        expected = ties_by_definition(matrices, weights, 0.3, "mean", "peft")
+        assert mixed.distance(merged, module, expected) <= 6 * torch.finfo(torch.float32).eps  # factors, sums
         assert merged.updates[module].dtypes() == {torch.float32}
 
 
+CONVENTIONS = [("peft", "total"), ("peft", "frequency"), ("mergekit", "total"), ("paper", "total")]
+
+
 @pytest.mark.parametrize("kind", pools.POOLS)
+@pytest.mark.parametrize(("convention", "elect"), CONVENTIONS)
 @pytest.mark.parametrize(
-    ("density", "combine"), [(0.001, "mean"), (0.01, "sum"), (0.2, "mean"), (0.2, "sum"), (0.9, "mean"), (1.0, "sum")]
+    ("density", "combine"), [(0.001, "mean"), (0.01, "sum"), (0.2, "mean"), (0.9, "mean"), (1.0, "sum")]
 )
-def test_ties(kind: str, density: float, combine: str) -> None:
+def test_ties(kind: str, density: float, combine: str, convention: str, elect: str) -> None:
     pool = pools.make_pool(pools.POOLS[kind](3))
     weights = {"a0": 0.5, "a1": -1.0, "a2": 2.0}
-    expected = ties_by_definition(mixed.dense(pool, MODULE, weights), density, combine)
-    merged = fl.merge(pool, weights, method="ties", density=density, combine=combine, rank=40)
+    expected = ties_by_definition(
+        mixed.dense(pool, MODULE), list(weights.values()), density, combine, convention, elect
+    )
+    given: dict[str, Any] = {"density": density, "combine": combine, "convention": convention, "elect": elect}
+    merged = fl.merge(pool, weights, method="ties", rank=40, **given)
     assert mixed.distance(merged, MODULE, expected) <= TOLERANCE
     assert merged.provenance["retained_energy"] == pytest.approx(1.0, abs=1e-12)
-    cut = fl.merge(pool, weights, method="ties", density=density, combine=combine, rank=3)
+    cut = fl.merge(pool, weights, method="ties", rank=3, min_energy=0.0, **given)
     sigma = torch.linalg.svdvals(expected)
     best = float(sigma[3:].square().sum().sqrt())
     assert cut.updates[MODULE].rank <= 3
@@ -120,20 +139,21 @@ def test_ties(kind: str, density: float, combine: str) -> None:
 
 def test_ties_by_default_keeps_a_fifth() -> None:
     pool = pools.make_pool(pools.planted(2))
-    plain, told = (fl.merge(pool, method="ties", energy=0.9, **p) for p in ({}, {"density": 0.2, "combine": "mean"}))
+    default = {"density": 0.2, "convention": "peft", "elect": "total", "combine": "mean"}
+    plain, told = (fl.merge(pool, method="ties", energy=0.9, **p) for p in ({}, default))  # type: ignore[arg-type]
     assert torch.equal(pools.exact(plain.updates[MODULE]), pools.exact(told.updates[MODULE]))
-    assert plain.provenance["parameters"] == {"energy": 0.9, "density": 0.2, "combine": "mean"}
+    assert plain.provenance["parameters"] == {"energy": 0.9, **default}
     assert 0.9 <= float(plain.provenance["retained_energy"]) < 1.0  # type: ignore[arg-type]
 
 
 def test_ties_is_that_of_peft() -> None:
-    """With weights of 1 the two conventions are one, except for elements of equal magnitude."""
     theirs = pytest.importorskip("peft.utils.merge_utils", reason="peft is not installed")
     pool = pools.make_pool(pools.planted(3))
-    matrices = list(mixed.dense(pool, MODULE))
-    for density in (0.1, 0.5):
-        expected = theirs.ties(matrices, torch.ones(3, dtype=torch.float64), density, "total")
-        merged = fl.merge(pool, method="ties", density=density, rank=40)
+    matrices, weights = list(mixed.dense(pool, MODULE)), torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    for density, elect in ((0.1, "total"), (0.5, "frequency")):
+        expected = theirs.ties(matrices, weights, density, elect)
+        given = dict(zip(pool.names, weights.tolist(), strict=True))
+        merged = fl.merge(pool, given, method="ties", density=density, elect=elect, rank=40)
         assert mixed.distance(merged, MODULE, expected) <= TOLERANCE
 
 
@@ -162,12 +182,15 @@ def test_tiles_cover_a_module_once_in_any_size(side: int) -> None:
 def test_results_do_not_depend_on_the_tiles() -> None:
     parts = [(gaussian(1100, 3, seed=i), gaussian(3, 30, seed=10 + i), 1.0) for i in range(2)]
     pool = pools.make_pool(parts)
-    whole = fl.merge(pool, method="ties", rank=4)
-    with memory.bounded(1):
-        side = tiles_of(pool, MODULE, [1.0, 1.0]).side
-        assert side < 1100 and 2 * 8 * side**2 <= memory.LEAST  # of both adapters together, whatever a module's size
-        parted = fl.merge(pool, method="ties", rank=4)
-    # An element may be summed in another order, which moves no element across a threshold here.
+    with mixed.registered(tiles.method(summary="an example", source="this test"), largest) as name:
+        whole = fl.merge(pool, method=name, rank=4, min_energy=0.0)
+        with memory.bounded(1):
+            side = tiles_of(pool, MODULE, [1.0, 1.0]).side
+            assert (
+                side < 1100 and 2 * 8 * side**2 <= memory.LEAST
+            )  # of both adapters together, whatever a module's size
+            parted = fl.merge(pool, method=name, rank=4, min_energy=0.0)
+    # An element may be summed in another order, which changes no choice here.
     assert mixed.distance(parted, MODULE, pools.exact(whole.updates[MODULE])) <= 1e-6  # float32 singular vectors
 
 
@@ -216,6 +239,8 @@ def test_results_that_are_refused(program: Callable[..., Tensor], error: type[Ex
     ({"rank": 0}, "rank=0 must be at least 1"), ({"rank": 1, "energy": 0.5}, "not both"),
     ({"rank": 1, "density": 0.0}, "ties: density=0 must be above 0 and at most 1"),
     ({"rank": 1, "density": 1.5}, "ties: density=1.5 must be above 0"),
+    ({"rank": 1, "min_energy": 1.5}, "min_energy=1.5 must be at least 0 and at most 1"),
+    ({"rank": 1, "convention": "own"}, "convention='own' does not exist: use one of peft, mergekit, paper"),
     ({"rank": 1, "combine": "median"}, "combine='median' does not exist: use one of mean, sum"),
 ])  # fmt: skip
 def test_parameters_that_are_refused(given: dict[str, Any], said: str) -> None:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from fastlora.backends import cpu
 from fastlora.ops import dispatch
 from fastlora.ops.dispatch import Kernel
+from fastlora.ops.merge_tiles import TileOutputs, TileResult, TileRule, TileTask
 from fastlora.ops.passes import CombineJob, GramJob
 from fastlora.runtime import devices
 
@@ -125,6 +126,13 @@ def _held(x: Any) -> Any:
             for o in x.outputs
         ]
         return replace(x, factors=[_held(f) for f in x.factors], outputs=outputs)
+    if isinstance(x, TileTask):
+        return replace(x, pairs=[None if pair is None else tuple(map(_held, pair)) for pair in x.pairs])
+    if isinstance(x, TileRule):
+        return x if x.bits is None else replace(x, bits=_held(x.bits))
+    if isinstance(x, TileOutputs):
+        given = {name: getattr(x, name) for name in ("dense", "right", "left")}
+        return replace(x, **{name: None if tensor is None else _held(tensor) for name, tensor in given.items()})
     if isinstance(x, Tensor):
         assert isinstance(x, OnDevice), f"a tensor {tuple(x.shape)} of the CPU is given to a kernel of the device"
         return x.held
@@ -137,6 +145,8 @@ def _kernel(launch: Callable[..., Any]) -> Kernel:
     def on_held(*args: Any) -> Any:
         with torch._C.DisableTorchFunction():
             result = launch(*tree_map(_held, args))
+            if isinstance(result, TileResult):
+                return result if result.product is None else replace(result, product=OnDevice(result.product))
             return tree_map(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, result)
 
     return Kernel(on_held, dispatch.always)

@@ -45,7 +45,7 @@ MERGES: dict[str, Callable[[fl.Pool], fl.Adapter]] = {
     "svd by energy": lambda pool: fl.merge(pool, energy=0.9),
     "cat": lambda pool: fl.merge(pool, method="cat"),
     "iso_c": lambda pool: fl.merge(pool, {"a0": 0.5, "a1": -1.0, "a2": 2.0}, method="iso_c", rank=3),
-    "ties": lambda pool: fl.merge(pool, {"a0": 0.5, "a1": -1.0, "a2": 2.0}, method="ties", rank=3),
+    "ties": lambda pool: fl.merge(pool, {"a0": 0.5, "a1": -1.0, "a2": 2.0}, method="ties", rank=3, min_energy=0.5),
     "arithmetic": lambda pool: (0.5 * pool["a0"] - pool["a1"] / 3) + pool["a2"],
     "compress": lambda pool: (pool["a0"] + pool["a2"]).compress(rank=2),
     "unique part, compressed": lambda pool: fl.decompose(pool, 0.5).unique_of("a1").compress(rank=2),
@@ -194,8 +194,9 @@ def test_merge_streamed_through_little_memory(method: str, device: None, tmp_pat
     pool = ragged_pool() if method != "slerp" else ragged_pool().subset(["a0", "a2"])
     weights = dict.fromkeys(pool.names, 0.5)
     rank = 3 if method in ("svd", "iso_c", "ties") else None
-    fl.merge(pool, weights, method=method, rank=rank).save(tmp_path / "cpu")
-    found = fl.merge(pool, weights, method=method, rank=rank, device="cuda", memory="1KiB")
+    given: dict[str, Any] = {"method": method, "rank": rank} | ({"min_energy": 0.5} if method == "ties" else {})
+    fl.merge(pool, weights, **given).save(tmp_path / "cpu")
+    found = fl.merge(pool, weights, device="cuda", memory="1KiB", **given)
     assert found.device == torch.device("cpu")  # what does not fit on the device is written from the host
     found.save(tmp_path / "streamed")
     same_files(tmp_path / "cpu", tmp_path / "streamed")

@@ -23,7 +23,7 @@ from fastlora.merging.listing import method_files
 if TYPE_CHECKING:
     from fastlora.merging.input_rows import Statistics
 
-OPTIONS = ("rank", "energy", "data", "memory", "device", "method")
+OPTIONS = ("rank", "energy", "min_energy", "data", "memory", "device", "method")
 """Parameters of a merge that are options of the command."""
 
 
@@ -60,6 +60,12 @@ def merge(
     ] = None,
     rank: Rank = None,
     energy: Energy = None,
+    min_energy: Annotated[
+        float | None,
+        typer.Option(
+            help="Least share of Σσ² that a method on elements (ties) may keep; 0.9 by default.", show_default=False
+        ),
+    ] = None,
     drop_extras: DropExtras = False,
 ) -> None:
     """Merge adapters into one: Σ wᵢΔWᵢ; or what a recipe says, `fastlora merge RECIPE.yaml`."""
@@ -67,7 +73,8 @@ def merge(
     recipe = given_recipe(adapters, own)
     if recipe is not None:
         statistics = read_statistics(data or ())
-        merge_recipe(run, recipe, out, drop_extras=drop_extras, rank=rank, energy=energy, data=statistics)
+        options = {"rank": rank, "energy": energy, "min_energy": min_energy, "data": statistics}
+        merge_recipe(run, recipe, out, drop_extras=drop_extras, **options)
         return
     specs = parse_all(adapters)
     if weights_by is not None:
@@ -91,6 +98,7 @@ def merge(
         with placed.in_use():
             weights = find_weights(pool, weights_by)
         notes += [f"weight of {name}: {weight:.6g}" for name, weight in weights.items()]
+    parameters = {**settings, "min_energy": min_energy}
     merged = merge_pool(
         pool,
         weights,
@@ -100,13 +108,13 @@ def merge(
         data=read_statistics(data or ()),
         memory=run.memory,
         device=run.device,
-        **settings,
+        **parameters,
     )
     write_adapter(run, merged, target, out, [*notes, *merged.notes])
     if save_recipe is not None:
         if len(specs) != len(pool):
             raise InputError("--save-recipe: a recipe names every adapter; give them one by one, not as a folder")
-        used = {**settings, "rank": rank, "energy": energy}
+        used = {**parameters, "rank": rank, "energy": energy}
         write_recipe(run, save_recipe, [s.path for s in specs], [weights[s.name] for s in specs], method, used)
 
 
@@ -128,7 +136,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
         if not equals or not name.isidentifier() or not value.strip():
             raise InputError(f"--set {text!r}: write NAME=VALUE, such as density=0.3")
         if name in OPTIONS:
-            raise InputError(f"--set {text!r}: use the option --{name}")
+            raise InputError(f"--set {text!r}: use the option --{name.replace('_', '-')}")
         if name in ("pool", "weights"):
             raise InputError(f"--set {text!r}: adapters and weights are arguments, PATH:WEIGHT")
         if name in settings:

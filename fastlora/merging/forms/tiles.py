@@ -1,7 +1,25 @@
 """The form of methods that work on the elements of ``ΔW``: tile by tile, no ``ΔW_i`` is ever there as a whole.
 
-By the formulas in torch, in float64, where the factors are. A rule on elements makes a matrix of full rank: the merged
-``ΔW`` of one module at a time is there, and is cut to a low rank by its singular value decomposition.
+A method file holds one of two functions:
+
+* **A rule that the kernels have.** ``@rule(summary=…, source=…)`` on a function of the method's parameters alone
+  (keyword-only, each with a line in ``Args``), which checks them and returns a
+  :class:`~fastlora.merging.forms.tile_rules.Rule`: what is trimmed (``Largest``, ``Between``, ``Random``, ``Ranked``,
+  ``Varied``, or nothing), how signs are elected, what the sum is divided by, and how what stays is rescaled. Elements
+  are those of ``ΔW_i``; weights enter where the rule says. Adapters whose weight is 0 take no part. It runs on the op
+  ``merge_tiles`` (compiled, any size of module), and an adapter of low rank is made from products with thin matrices.
+
+      @tiles.rule(summary="elementwise: the largest ΔWᵢ", source="…")
+      def magnitude(*, density: float) -> Rule:
+          check_share("magnitude", "density", density)
+          return Rule(trim=Largest(density))
+
+* **Any rule in torch.** ``@method(summary=…, source=…, measure=…)`` on ``program(tile, *, …)``: a float64 tile
+  ``[k, rows, columns]`` of all ``w_i ΔW_i``, and what ``measure`` found in the module before, to ``[rows, columns]``.
+  It runs where the factors are, by torch, and the merged ``ΔW`` of one module at a time is there as a dense matrix.
+
+The driver gives both the parameters ``rank``, ``energy`` and ``min_energy``. A rule on elements makes a matrix of full
+rank, of which a low rank keeps a part: below ``min_energy`` of ``Σσ²`` over all modules the merge is refused.
 """
 
 from __future__ import annotations
@@ -24,13 +42,19 @@ from fastlora.engine.materialise import is_rounding, materialise
 from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
 from fastlora.merging.forms.frames import Cut
-from fastlora.merging.forms.result import check_result, merged_adapter
+from fastlora.merging.forms.low_rank import LowRank, of_dense, of_tiles
+from fastlora.merging.forms.result import Squares, check_result, merged_adapter, retained
+from fastlora.merging.forms.tile_rules import Rule, resolved
+from fastlora.merging.forms.tile_tasks import task_of
 from fastlora.merging.registry import driven
 from fastlora.reference.tiles import tile
 from fastlora.runtime.memory import batch_bytes, release
 from fastlora.runtime.progress import track
 
 Program = TypeVar("Program", bound=Callable[..., Tensor])
+RuleProgram = TypeVar("RuleProgram", bound=Callable[..., Rule])
+Decomposed = Callable[[str, Cut], LowRank]
+"""What a module's merged matrix is, as far as a cut keeps it."""
 
 # Of the tiles of all adapters together; what a program computes with them is a few times as large.
 TILE_BYTES = 32 * 2**20
@@ -73,6 +97,50 @@ def method(*, summary: str, source: str, measure: Callable[..., object] | None =
     return driven("tiles", merge, summary, source, measure)
 
 
+def rule(*, summary: str, source: str, **facts: str) -> Callable[[RuleProgram], RuleProgram]:
+    """Registers ``program(*, …) -> Rule``; :func:`merge_by_rule` runs it."""
+    return driven("tiles", merge_by_rule, summary, source, **facts)
+
+
+def merge_by_rule(
+    program: Callable[..., Rule],
+    pool: Pool,
+    weights: Mapping[str, float],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    min_energy: float = 0.9,
+    **parameters: object,
+) -> Adapter:
+    """An approximation of low rank of what a rule makes of the elements of all ``ΔW_i``, with its exact error.
+
+    Args:
+        program: makes the rule of its parameters.
+        pool: the adapters.
+        weights: of every adapter, by name.
+        rank: rank of the result; give it or an energy
+        energy: share of Σσ² that every module keeps, in (0, 1], instead of a rank
+        min_energy: the least share of Σσ² of all modules that a result may keep, in [0, 1]
+
+    Raises:
+        InputError: no cut, both cuts or one out of range; a result that overflows; one that keeps less than
+            ``min_energy``.
+        NonFiniteError: a factor that holds NaN or Inf, by adapter and module.
+
+    Cost: for every module the passes of its rule (:mod:`fastlora.ops.merge_tiles`), and four of width ``rank + 8``, or
+    a dense decomposition where a side is at most 256 long. Memory of the factors and products alone.
+    """
+    name, rule = program.__name__, program(**parameters)
+    chosen = [i for i, n in enumerate(pool.names) if weights[n] != 0.0] or [0]
+    given, names = [weights[pool.names[i]] for i in chosen], [pool.names[i] for i in chosen]
+
+    def decomposed(module: str, cut: Cut) -> LowRank:
+        task = task_of(pool, module, chosen, given)
+        return of_tiles(task, resolved(rule, task, given, names, module), cut)
+
+    return _merge(name, pool, weights, decomposed, rank, energy, min_energy, parameters)
+
+
 def merge(
     program: Callable[..., Tensor],
     measure: Callable[..., object] | None,
@@ -81,6 +149,7 @@ def merge(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    min_energy: float = 0.9,
     **parameters: object,
 ) -> Adapter:
     """The best approximation of low rank of ``program`` of the elements of all ``w_i ΔW_i``.
@@ -94,20 +163,42 @@ def merge(
         weights: of every adapter, by name.
         rank: rank of the result; give it or an energy
         energy: share of Σσ² that every module keeps, in (0, 1], instead of a rank
+        min_energy: the least share of Σσ² of all modules that a result may keep, in [0, 1]
 
     Raises:
-        InputError: no cut, both cuts or one out of range; a result that overflows.
+        InputError: no cut, both cuts or one out of range; a result that overflows; one that keeps less than
+            ``min_energy``.
         NonFiniteError: a factor that holds NaN or Inf, by adapter and module.
 
     Cost: for every module ``2·k·r·n·m`` operations each time that its tiles are gone through, and the singular value
     decomposition of a dense ``n×m`` matrix, ``O(n·m·min(n, m))`` operations and four times its size in memory.
     """
-    name = program.__name__
+    given = [weights[n] for n in pool.names]
+
+    def decomposed(module: str, cut: Cut) -> LowRank:
+        return of_dense(_merged(program, measure, module, tiles_of(pool, module, given), parameters))
+
+    return _merge(program.__name__, pool, weights, decomposed, rank, energy, min_energy, parameters)
+
+
+def _merge(
+    name: str,
+    pool: Pool,
+    weights: Mapping[str, float],
+    decomposed: Decomposed,
+    rank: int | None,
+    energy: float | None,
+    min_energy: float,
+    parameters: Mapping[str, object],
+) -> Adapter:
+    """The merged adapter, one module after the other."""
     if rank is None and energy is None:
         raise InputError(
             f"method {name!r} gives matrices of full rank: give the rank of the result, or the energy to keep"
         )
     check_cut(rank, energy)
+    if not 0.0 <= min_energy <= 1.0:
+        raise InputError(f"min_energy={min_energy:g} must be at least 0 and at most 1")
     require_finite(pool.adapters)  # no Gram pass here would find NaN
     given = [weights[n] for n in pool.names]
     updates: dict[str, Update] = {}
@@ -115,13 +206,35 @@ def merge(
     for module in track(pool.modules, f"merging by {name}"):
         present = pool.present(module)
         row = [pool.adapters[i].updates[module] for i in present]
-        dense = _merged(program, measure, module, tiles_of(pool, module, given), parameters)
         noise = joint_noise(u.noise.scaled(given[i]) for i, u in zip(present, row, strict=True))
         rtol, floor = (torch.tensor([x], dtype=torch.float64) for x in (MIN_RTOL, noise.rounding))
-        updates[module], squares[module] = _cut(dense, row, Cut(rtol, floor, rank, energy), noise)
+        cut = Cut(rtol, floor, rank, energy)
+        merged = decomposed(module, cut)
+        if not merged.finite or not merged.square <= LARGEST**2:
+            raise InputError(
+                f"method {name!r}: the result for {module} is too large or not finite; change the weights or its "
+                "parameters"
+            )
+        updates[module], squares[module] = _cut(merged, cut, row, noise)
         release(sources(row))
+    _require_energy(name, squares, min_energy, rank)
     used = {"rank": rank, "energy": energy, **parameters}
     return merged_adapter(name, pool, given, updates, used, squares=squares)
+
+
+def _require_energy(name: str, squares: Squares, least: float, rank: int | None) -> None:
+    """Refuses a result that keeps less than ``least`` of the energy."""
+    share, by_module = retained(squares)
+    if share >= least:
+        return
+    worst = min(by_module, key=by_module.__getitem__)
+    cut = "this cut" if rank is None else f"rank {rank}"
+    raise InputError(
+        f"method {name!r}: {cut} keeps {share:.3g} of Σσ² of the merged ΔW (the least {by_module[worst]:.3g}, of "
+        f"{worst}), below min_energy={least:g}: a rule on elements makes matrices of full rank. Choose a larger rank, "
+        f"let energy={least:g} (`--energy {least:g}`) find it, or accept the loss with a smaller min_energy "
+        f"(`--min-energy {math.floor(share * 100) / 100:g}`)"
+    )
 
 
 def _merged(
@@ -159,18 +272,15 @@ def tiles_of(pool: Pool, module: str, weights: Sequence[float], side: int | None
     return Tiles(factors, updates[0].shape, side)
 
 
-def _cut(dense: Tensor, row: Sequence[Update], cut: Cut, noise: Noise) -> tuple[Update, tuple[float, float]]:
+def _cut(merged: LowRank, cut: Cut, row: Sequence[Update], noise: Noise) -> tuple[Update, tuple[float, float]]:
     """``ΔW = (U√Σ)(√ΣVᵀ)`` of what is kept of a merged module, and the ``Σσ²`` that is kept and that of all.
 
     ``row``: updates of the module, for its layout and dtype.
     """
-    U, sigma, Vt = torch.linalg.svd(dense, full_matrices=False)
-    sigma = sigma.cpu()
-    count, squares = int(cut(sigma[None])), sigma.square()
-    energies = float(squares[:count].sum()), float(squares[:count].sum() + squares[count:].sum())
+    count = merged.count(cut)
+    kept = min(float(merged.sigma[:count].square().sum()), merged.square)
     if not count:
-        return with_rank_zero(row[0]), energies
+        return with_rank_zero(row[0]), (kept, merged.square)
     dtype = torch.float64 if torch.float64 in {d for u in row for d in u.dtypes()} else torch.float32
-    root = sigma[:count].sqrt().to(dense.device)
-    B, A = (U[:, :count] * root).to(dtype).contiguous(), (root[:, None] * Vt[:count]).to(dtype).contiguous()
-    return Update(Factor.of("B", B), Factor.of("A", A), 1.0, row[0].layout, noise), energies
+    B, A = (x.to(dtype).contiguous() for x in merged.cut_to(count))
+    return Update(Factor.of("B", B), Factor.of("A", A), 1.0, row[0].layout, noise), (kept, merged.square)

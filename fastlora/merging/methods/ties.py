@@ -4,45 +4,46 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from fastlora.errors import InputError
 from fastlora.merging.forms import tiles
-from fastlora.merging.forms.tiles import Tiles
-from fastlora.reference.tiles import kth_magnitudes
+from fastlora.merging.forms.tile_rules import Divisor, Largest, Rule, Votes, check_share
 
 
-def thresholds(module: Tiles, *, density: float) -> Tensor:
-    """The magnitude of the last element that every adapter keeps in a module: ``[k]``."""
-    if not 0.0 < density <= 1.0:
-        raise InputError(f"ties: density={density:g} must be above 0 and at most 1")
-    n, m = module.shape
-    return kth_magnitudes(module, [int(density * n * m)] * len(module.factors))
-
-
-@tiles.method(
-    summary="elementwise: the largest wᵢΔWᵢ, elected signs, mean of those that agree",
-    source="TIES-Merging, arXiv 2306.01708, trimmed in every module by itself",
-    measure=thresholds,
+@tiles.rule(
+    summary="elementwise: the largest of each ΔWᵢ, elected signs, mean of those that agree",
+    source="TIES-Merging, arXiv 2306.01708, trimmed in every module by itself; PEFT's ties_svd, mergekit's ties",
 )
 def ties(
-    weighted: Tensor, threshold: Tensor, *, density: float = 0.2, combine: Literal["mean", "sum"] = "mean"
-) -> Tensor:
+    *,
+    density: float = 0.2,
+    convention: Literal["peft", "mergekit", "paper"] = "peft",
+    elect: Literal["total", "frequency"] = "total",
+    combine: Literal["mean", "sum"] = "mean",
+) -> Rule:
     """Elements of ``ΔW``, each by itself.
 
-    Trim: every adapter keeps its ``⌊density·n·m⌋`` largest magnitudes of a module, and all that are equal to the last
-    of them. Elect: the sign of the sum of what is kept of the ``w_i ΔW_i``, plus where it is zero. Merge: the mean, or
-    the sum, of the kept elements that are not zero and have this sign; zero where there is none.
+    Trim: every adapter keeps its ``⌊density·n·m⌋`` largest magnitudes of a module. Elect: the sign of the sum of what
+    is kept. Merge: the mean, or the sum, of the elements that are not zero and have this sign; zero where there is
+    none. The three conventions differ in details:
 
-    The paper trims all modules together; its mean counts adapters, as here, not weights.
+    * ``peft``: of equal magnitudes the first are kept; weights do not vote; plus where the sum is zero; the mean is
+      ``Σ w_i v_i`` over the number of adapters that agree.
+    * ``mergekit``: the same with votes ``w_i v_i``, and the mean is over the sum of the weights that agree.
+    * ``paper``: all that are equal to the last kept magnitude are kept, too; where the sum is zero, the sign that most
+      places of the module have; otherwise as ``peft``. The paper trims all modules together.
 
     Args:
         density: share of the elements of a module that every adapter keeps, in (0, 1]
+        convention: whose details: peft, mergekit or paper
+        elect: what elects a sign, the sum of values (total) or of signs (frequency)
         combine: what is taken of the elements that agree, their mean or their sum
     """
-    kept = torch.where(weighted.abs() >= threshold.to(weighted.device)[:, None, None], weighted, 0.0)
-    elected = torch.where(kept.sum(0) < 0, -1.0, 1.0)
-    agree = kept * elected > 0
-    total = torch.where(agree, kept, 0.0).sum(0)
-    return total / agree.sum(0).clamp(min=1) if combine == "mean" else total
+    check_share("ties", "density", density)
+    votes: Votes = "weighted" if convention == "mergekit" else "plain"
+    mean: Divisor = "weights" if convention == "mergekit" else "count"
+    return Rule(
+        trim=Largest(density, all_equals=convention == "paper"),
+        elect=elect,
+        votes=votes,
+        divide=mean if combine == "mean" else "none",
+        zero="majority" if convention == "paper" else "plus",
+    )
