@@ -79,9 +79,15 @@ def soft(matrices: Tensor) -> Tensor:
     return U @ torch.diag((sigma - 0.25 * sigma[0]).clamp(min=0)) @ Vt
 
 
+def pruned(matrices: Tensor) -> Tensor:
+    least = matrices.abs().flatten(1).sort(descending=True).values[:, int(0.3 * matrices[0].numel()) - 1]
+    return torch.where(matrices.abs() >= least[:, None, None], matrices, 0.0).sum(0)
+
+
 DEFINITIONS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
     "one_norm": ({"norm": 2.0}, lambda x: (2 * x / x.flatten(1).norm(dim=1)[:, None, None]).sum(0)),
     "soft": ({"by": 0.25, "energy": 1.0}, soft),
+    "pruned": ({"density": 0.3, "rank": 40}, pruned),
     "largest": ({"rank": 40}, lambda x: x.gather(0, x.abs().argmax(0, keepdim=True))[0]),
     "mean_of_present": ({}, lambda x: x.mean(0)),
 }
