@@ -29,6 +29,7 @@ _EXPORTS = {
     "UnsupportedAdapter": "fastlora.errors",
     "add": "fastlora.merging.arithmetic",
     "analogy": "fastlora.merging.arithmetic",
+    "check": "fastlora.dialects.check",
     "compose": "fastlora.expressions.compose",
     "compress": "fastlora.merging.compress",
     "control": "fastlora.coefficients.control",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from fastlora.decomposition.decompose import decompose as decompose
     from fastlora.decomposition.plan import DecompositionPlan as DecompositionPlan
     from fastlora.decomposition.result import Decomposition as Decomposition
+    from fastlora.dialects.check import check as check
     from fastlora.dipm.parts import modulate as modulate
     from fastlora.errors import FastloraError as FastloraError
     from fastlora.errors import InputError as InputError

@@ -10,6 +10,7 @@ import typer
 from fastlora._version import __version__
 from fastlora.cli.commands import (
     bench,
+    check,
     compose,
     compress,
     decompose,
@@ -39,6 +40,7 @@ COMMANDS = (
     methods.methods,
     compress.compress,
     inspect.inspect,
+    check.check,
     overlap.overlap,
     bench.bench,
     info.info,
