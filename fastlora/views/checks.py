@@ -38,7 +38,7 @@ def check_data(check: FileCheck) -> Data:
 
 def _reader_data(check: FileCheck, name: str, reading: Reading) -> Data:
     modules = check.facts.modules
-    counts = Counter(finding.fault for finding in reading.findings.values())
+    counts: Counter[str] = Counter(finding.fault for finding in reading.findings.values())
     refused = reading.refused is not None
     return {
         "title": all_readers()[name].TITLE,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from fastlora.dialects.file_facts import FileFacts
 from fastlora.dialects.readers.diffusers import flux, flux2, others, stable_diffusion, wan
-from fastlora.dialects.readers.diffusers.handed import Conversion, settled
+from fastlora.dialects.readers.diffusers.handed import UNSURE, Conversion, settled
 from fastlora.dialects.verdicts import Finding, Reading, Refused
 
 TITLE = "diffusers"
@@ -37,6 +37,6 @@ def read(file: FileFacts) -> Reading:
         conversion.drop(second, "modules of a second transformer need a file and a call of their own")
         return settled(file, conversion, "unet" if family.startswith("sd15") or "sdxl" in family else "transformer")
     except Refused as refused:
-        if refused.error == "unsure":
+        if refused.error == UNSURE:
             return Reading(None, dict.fromkeys(file.modules, Finding("unsure", refused.why)))
         return Reading((refused.error, refused.why))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from fastlora.dialects.adapter_metadata import KEY as METADATA
 from fastlora.dialects.file_facts import FileFacts, ModuleFacts
 from fastlora.dialects.readers.diffusers.direct import PEFT, hand_over, without_dora
-from fastlora.dialects.readers.diffusers.handed import METADATA, Conversion, as_written
+from fastlora.dialects.readers.diffusers.handed import Conversion, as_written
 from fastlora.dialects.verdicts import Finding, Refused
 
 TEXT = "text_encoder"

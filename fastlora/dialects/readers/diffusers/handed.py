@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastlora.core.patterns import Patterns
+from fastlora.dialects.adapter_metadata import KEY as METADATA
 from fastlora.dialects.file_facts import FileFacts, ModuleFacts
 from fastlora.dialects.verdicts import Finding, Reading, Refused, lost, scaled
+from fastlora.errors import InputError
+from fastlora.files.json_files import shown
 
-METADATA = "lora_adapter_metadata"
-"""The field of a header in which diffusers keeps a LoraConfig for each component, as JSON."""
 DEFAULT_RANK = DEFAULT_ALPHA = 8
-LITERAL = re.compile(r"\^?[\w.\\-]+\$?")
-"""A pattern of names that is a name."""
+UNSURE = "unsure"
+"""In place of an error: what becomes of a file is not known here."""
 ROOT = "text_model."
 """Begins the names of CLIP in files. With transformers 5.6 and later a CLIPTextModel has it no more, and diffusers cuts
 it; a CLIPTextModelWithProjection still has it."""
@@ -150,7 +151,7 @@ def _by_metadata(
         scales = {_scale_of(config, name, module) for name in names}
         why = f"it scales by alpha / r of {METADATA}"
         if len(scales) > 1:
-            raise Refused("unsure", f"its {METADATA} give the parts of {module.stem!r} different scales")
+            raise Refused(UNSURE, f"its {METADATA} give the parts of {module.stem!r} different scales")
         found[module.stem] = (handed.scales[module.stem] * scales.pop(), why)
     if found and all(math.isnan(scale) for scale, _ in found.values()):
         raise Refused("NoMatchingPeftModuleError", f"its {METADATA} list no module of {component}")
@@ -181,17 +182,13 @@ def component_config(text: str, component: str) -> dict[str, Any]:
 def _looked_up(config: Mapping[str, Any], patterns: str, default: str, name: str, missing: float) -> float:
     table = config.get(patterns) or {}
     value = config.get(default, missing)
-    if isinstance(table, Mapping):
-        for pattern, number in table.items():
-            if not LITERAL.fullmatch(pattern):
-                raise Refused("unsure", f"its {METADATA} have the pattern {pattern!r}, which is not followed here")
-            plain = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
-            if name == plain or (not pattern.startswith("^") and name.endswith(f".{plain}")):
-                value = number
-                break
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Refused("TypeError", f"its {METADATA} have {value!r} for {default}")
-    return float(value)
+    if not isinstance(table, Mapping) or isinstance(value, bool) or not isinstance(value, int | float):
+        raise Refused("TypeError", f"its {METADATA} have {shown(value)} for {default}")
+    try:
+        found = Patterns(table, METADATA).value(name)
+    except (InputError, TypeError, ValueError) as error:
+        raise Refused(UNSURE, f"its {METADATA} are not followed here ({error})") from None
+    return float(value if found is None else found)
 
 
 def _targets(targets: object, name: str) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from fastlora.dialects.adapter_metadata import KEY as METADATA
 from fastlora.dialects.file_facts import FileFacts, ModuleFacts
 from fastlora.dialects.readers.diffusers.direct import hand_over, require_lora, without_dora
-from fastlora.dialects.readers.diffusers.handed import METADATA, Conversion
+from fastlora.dialects.readers.diffusers.handed import Conversion
 from fastlora.dialects.verdicts import Refused
 
 KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
