@@ -125,8 +125,14 @@ def facts_of(path: Path, family: str | None = None, *, certain: bool = True) -> 
     modules = group(tensors, file).modules
     known = named_modules(modules, metadata, family, file)
     if known.family is None and certain:
-        notes = "; ".join(known.notes) or f"{file} is for a model that is not known here"
-        raise InputError(f"{notes}. What programs make of it depends on that")
+        families = " or ".join(known.candidates)
+        found = f"its names fit {families}" if families else "its names fit no family of models that is known here"
+        way_out = (
+            f"say which it is: family={known.candidates[0]!r} (--family {known.candidates[0]})"
+            if families
+            else ("for language models, and models that are not known, there is nothing to check")
+        )
+        raise InputError(f"{file}: {found}, and what programs make of it depends on that; {way_out}")
     configs = read_configs(metadata, file)
     found = {}
     for stem, stored in modules.items():

@@ -19,11 +19,13 @@ LISTED = 4
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """``{stem: what it is}`` of all stems, the family (``None`` where it is in doubt), and what is worth telling."""
+    """``{stem: what it is}`` of all stems, the family (``None`` where it is in doubt), what is worth telling, and the
+    names of all families that it may be."""
 
     named: Mapping[str, Named]
     family: Family | None
     notes: tuple[str, ...] = field(default_factory=tuple)
+    candidates: tuple[str, ...] = ()
 
 
 def named_modules(
@@ -44,6 +46,7 @@ def named_modules(
         {stem: found.modules[stored.plain] for stem, stored in modules.items()},
         None if found.family is None else family_named(found.family),
         notes,
+        found.candidates,
     )
 
 

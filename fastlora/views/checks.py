@@ -10,7 +10,7 @@ from fastlora.dialects.families import families
 from fastlora.dialects.readers import all_readers
 from fastlora.dialects.verdicts import Finding, Reading
 from fastlora.views.tables import Data, Table
-from fastlora.views.text import print_paragraph
+from fastlora.views.text import print_paragraph, shorten_apart
 
 FAULTS = ("lost", "scaled", "wrong", "unsure")
 SAID: Mapping[str, str] = {
@@ -19,8 +19,8 @@ SAID: Mapping[str, str] = {
     "wrong": "changed otherwise",
     "unsure": "not known",
 }
-NAMED = 3
-"""Modules that a paragraph names."""
+NAMED, LONGEST = 3, 60
+"""Modules that a paragraph names, and columns that a name has there."""
 
 
 def check_data(check: FileCheck) -> Data:
@@ -82,7 +82,9 @@ def show_check(data: Data, every: bool) -> None:
     print_paragraph(f": {title}, {data['modules']} modules", start=data["file"])
     _table(data).print()
     for reader in data["readers"].values():
-        _tell(reader, data["modules"], every)
+        _tell(reader, data["modules"])
+        if every and reader["findings"]:
+            _show_findings(reader)
     if data["advice"]:
         print_paragraph(f"way out: {data['advice']}")
 
@@ -98,7 +100,15 @@ def _table(data: Data) -> Table:
     return table
 
 
-def _tell(reader: Data, modules: int, every: bool) -> None:
+def _show_findings(reader: Data) -> None:
+    table = Table(f"name:module of the file, to {reader['title']}", "text:is", "number:factor")
+    for finding in reader["findings"]:
+        factor = "–" if finding["factor"] is None else f"{finding['factor']:.4g}"
+        table.add(finding["key"], SAID[finding["fault"]], factor)
+    table.print()
+
+
+def _tell(reader: Data, modules: int) -> None:
     if reader["verdict"] == "right":
         return
     start = reader["title"]
@@ -109,7 +119,7 @@ def _tell(reader: Data, modules: int, every: bool) -> None:
         groups.setdefault((finding["fault"], finding["why"]), []).append(finding)
     for (fault, why), found in groups.items():
         print_paragraph(
-            f": {len(found)} of {modules} {SAID[fault]}{_factors(found)}: {why} {_listed(found, every)}", start=start
+            f": {len(found)} of {modules} {SAID[fault]}{_factors(found)}: {why} {_listed(found)}", start=start
         )
 
 
@@ -123,11 +133,10 @@ def _factors(found: Sequence[Data]) -> str:
     return f" (× {', '.join(common)}{', …' if len(set(factors)) > 4 else ''})"
 
 
-def _listed(found: Sequence[Data], every: bool) -> str:
-    names = [f["key"] for f in found]
-    shown = names if every else names[:NAMED]
-    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    return f"({', '.join(shown)}{more})"
+def _listed(found: Sequence[Data]) -> str:
+    names = shorten_apart([f["key"] for f in found[:NAMED]], LONGEST)
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return f"({', '.join(names)}{more})"
 
 
 def check_rows(data: Data) -> list[list[object]]:

@@ -222,6 +222,7 @@ OPTIONS = {
     "methods": ("--json",),
     "compress": WRITES,
     "inspect": (*COMMON, "--all", "--csv", "--overwrite"),
+    "check": ("--for", "--family", "--all", "--csv", "--json", "--quiet", "--overwrite"),
     "overlap": (*COMMON, "--plot", "--overwrite", "--all", "--csv"),
     "bench": ("--list", "--markdown", "--csv", "--json", "--quiet", "--overwrite"),
     "info": ("--json",),
@@ -252,6 +253,7 @@ IN_SHORT = {
     "merge": [SPAM, MOVIE, "--out", "out"],
     "compress": [SPAM, "--rank", "2", "--out", "out"],
     "inspect": [SPAM],
+    "check": ["clean.safetensors"],
     "overlap": [*TREC],
     "bench": ["--list"],
     "info": ["--json"],
@@ -268,6 +270,13 @@ def test_a_process_of_its_own_does_the_same(command: str, tmp_path: Path) -> Non
     found = []
     for name, how in (("here", run), ("own", run_process)):
         (tmp_path / name).mkdir()
+        if command == "check":
+            stem, factors = "lora_unet_mid_block_attentions_0_proj_in", {"down": (2, 8, 1, 1), "up": (8, 2, 1, 1)}
+            tensors = {f"{stem}.lora_{side}.weight": gaussian(*shape, seed=1) for side, shape in factors.items()}
+            text = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+            tensors |= {f"{text}.lora_{side}.weight": gaussian(2, 2, seed=2) for side in factors}
+            metadata = {"ss_base_model_version": "sd_v1"}
+            save_file(tensors, tmp_path / name / "clean.safetensors", metadata)
         if command == "extract":
             for model, seed in (("base", 1), ("tuned", 2)):
                 save_file({"layer.weight": gaussian(8, 6, seed=seed)}, tmp_path / name / f"{model}.safetensors")

@@ -76,7 +76,7 @@ def test_dora_has_no_way_out_by_names(tmp_path: Path) -> None:
 
 def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
     path = file(tmp_path, "qwen_image", replace(TRANSFORMER, text={}), only=r"attn\.add_q")
-    with pytest.raises(fl.InputError, match=r"--family .*What programs make of it depends on that"):
+    with pytest.raises(fl.InputError, match=r"its names fit .* or qwen_image.*--family"):
         fl.check(path)
     assert fl.check(path, family="qwen_image").is_clean
     with pytest.raises(fl.InputError, match="there is no family 'sd7'"):
@@ -92,7 +92,7 @@ def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
         fl.check(tmp_path / "nothing.safetensors")
     sample = written("sd15", KOHYA, shapes("sd15"), only="mid_block.*conv1")
     sample.tensors["lora_unet_mid_block_resnets_0_conv1.alpha"] = torch.tensor(float("nan"))
-    with pytest.raises(fl.InputError, match="conv1.alpha' is no number"):
+    with pytest.raises(fl.InputError, match=r"conv1\.alpha' is no number"):
         fl.check(sample.save(tmp_path), family="sd15")
 
 
