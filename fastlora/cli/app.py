@@ -68,8 +68,8 @@ def _start(
 
 
 def main() -> None:
-    """Entry point: 0 done, 1 findings of a check, 2 wrong use or bad input (one message), 1 internal error, 128 + n stopped by
-    signal n."""
+    """Entry point: 0 done, 1 internal error or what a check found, 2 wrong use or bad input (one message), 128 + n
+    stopped by signal n."""
     open_streams()
     listen()
     if hasattr(sys.stdout, "reconfigure"):
