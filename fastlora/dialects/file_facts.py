@@ -125,14 +125,7 @@ def facts_of(path: Path, family: str | None = None, *, certain: bool = True) -> 
     modules = group(tensors, file).modules
     known = named_modules(modules, metadata, family, file)
     if known.family is None and certain:
-        families = " or ".join(known.candidates)
-        found = f"its names fit {families}" if families else "its names fit no family of models that is known here"
-        way_out = (
-            f"say which it is: family={known.candidates[0]!r} (--family {known.candidates[0]})"
-            if families
-            else ("for language models, and models that are not known, there is nothing to check")
-        )
-        raise InputError(f"{file}: {found}, and what programs make of it depends on that; {way_out}")
+        raise InputError(f"{file}: {_doubt(known.candidates)}")
     configs = read_configs(metadata, file)
     found = {}
     for stem, stored in modules.items():
@@ -144,6 +137,18 @@ def facts_of(path: Path, family: str | None = None, *, certain: bool = True) -> 
             facts = replace(facts, meant=scale)
         found[stem] = facts
     return file, FileFacts(known.family.name if known.family else None, found, tuple(tensors), metadata)
+
+
+def _doubt(candidates: tuple[str, ...]) -> str:
+    if not candidates:
+        return (
+            "its names fit no family of models that is known here, and what programs make of it depends on that; for "
+            "language models there is nothing to check"
+        )
+    return (
+        f"its names fit {' or '.join(candidates)}, and what programs make of it depends on that; say which it is: "
+        f"family={candidates[0]!r} (--family {candidates[0]})"
+    )
 
 
 def _module(stored: Stored, named: Named, family: Family | None, file: Path) -> ModuleFacts:
