@@ -101,7 +101,7 @@ def _table(data: Data) -> Table:
 
 
 def _show_findings(reader: Data) -> None:
-    table = Table(f"name:module of the file, to {reader['title']}", "text:is", "number:factor")
+    table = Table("name:module of the file", "text:is", "number:factor", title=f"{reader['title']}:")
     for finding in reader["findings"]:
         factor = "–" if finding["factor"] is None else f"{finding['factor']:.4g}"
         table.add(finding["key"], SAID[finding["fault"]], factor)
