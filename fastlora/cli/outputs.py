@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,8 +75,18 @@ def write_table(run: Run, path: Path, rows: Sequence[Sequence[object]]) -> None:
             csv.writer(file).writerows([escaped(c) if isinstance(c, str) else c for c in row] for row in rows)
 
 
-def write_adapter(run: Run, adapter: Adapter, target: OutputDirectory | None, out: Path, notes: Iterable[str]) -> None:
-    """Writes a LoRA adapter and says what it is; ``target`` is ``None`` for one file."""
+def write_adapter(
+    run: Run,
+    adapter: Adapter,
+    target: OutputDirectory | None,
+    out: Path,
+    notes: Iterable[str],
+    more_data: Mapping[str, object] | None = None,
+) -> None:
+    """Writes a LoRA adapter and says what it is; ``target`` is ``None`` for one file.
+
+    ``more_data``: what else ``--json`` prints.
+    """
     from fastlora import formats
     from fastlora.files.output import replacing
 
@@ -88,7 +98,8 @@ def write_adapter(run: Run, adapter: Adapter, target: OutputDirectory | None, ou
     notes = list(dict.fromkeys([*notes, *more, *lost, *([] if target is None else target.notices)]))
     if run.as_json:
         data = {"out": str(out), "modules": len(ranks), "rank": max(ranks, default=0), "retained_energy": retained}
-        print_json({**data, "retained_energy_by_module": adapter.details.get("retained_energy"), "notices": notes})
+        data |= {"retained_energy_by_module": adapter.details.get("retained_energy"), "notices": notes}
+        print_json({**data, **(more_data or {})})
     elif not run.quiet:
         share = "" if retained is None else f", {share_text(float(str(retained)))} of the energy kept"
         typer.echo(f"{out}: {len(ranks)} modules, rank {min(ranks, default=0)}–{max(ranks, default=0)}{share}")

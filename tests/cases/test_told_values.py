@@ -117,7 +117,7 @@ def test_values_that_are_not_finite_are_refused_like_factors(bad: float, tmp_pat
     assert not (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize("method", sorted(fl.methods()))
+@pytest.mark.parametrize("method", [name for name, m in fl.methods().items() if not m.takes_data])
 def test_an_adapter_with_nan_is_refused_at_weight_zero(method: str, tmp_path: Path) -> None:
     factors = make_factors(SMALL)
     next(iter(factors.values()))[1][2, 3] = torch.nan

@@ -22,6 +22,7 @@ from fastlora.merging.listing import method_files
 
 if TYPE_CHECKING:
     from fastlora.merging.input_rows import Statistics
+    from fastlora.views.tables import Data
 
 OPTIONS = ("rank", "energy", "min_energy", "data", "memory", "device", "method")
 """Parameters of a merge that are options of the command."""
@@ -33,9 +34,13 @@ def merge(
     adapters: Adapters,
     out: Out,
     method: Annotated[
-        str,
-        typer.Option(help=f"{', '.join(method_files())}: `fastlora methods` says what each does and takes."),
-    ] = "svd",
+        str | None,
+        typer.Option(
+            help=f"{', '.join(method_files())}: `fastlora methods` says what each does and takes. By default the exact "
+            "sum with the weights, or without any at the mean norm of the adapters.",
+            show_default=False,
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,7 +74,7 @@ def merge(
     drop_extras: DropExtras = False,
 ) -> None:
     """Merge adapters into one: Σ wᵢΔWᵢ; or what a recipe says, `fastlora merge RECIPE.yaml`."""
-    own = {"--method": method != "svd", "--set": set_, "--weights-by": weights_by, "--save-recipe": save_recipe}
+    own = {"--method": method, "--set": set_, "--weights-by": weights_by, "--save-recipe": save_recipe}
     recipe = given_recipe(adapters, own)
     if recipe is not None:
         statistics = read_statistics(data or ())
@@ -80,13 +85,17 @@ def merge(
     if weights_by is not None:
         refuse_weights(specs)
     settings = parse_settings(set_ or ())
+    if settings and method is None:
+        raise InputError(f"--set {next(iter(settings))}=…: is a parameter of a method; give --method too")
     check_recipe(run, save_recipe)
     target = output_target(run, out, [s.path for s in specs])
     run.start()
     from fastlora.adapters.placing import place
     from fastlora.coefficients.weights import weights as find_weights
+    from fastlora.merging.default import choose, kept_of_each
     from fastlora.merging.merge import merge as merge_pool
     from fastlora.runtime import devices
+    from fastlora.views.merging import choice_data, show_choice
 
     pool, given = load_pool(run, specs, drop_extras=drop_extras)
     require_place(run, out, pool.adapters[0])
@@ -98,19 +107,36 @@ def merge(
         with placed.in_use():
             weights = find_weights(pool, weights_by)
         notes += [f"weight of {name}: {weight:.6g}" for name, weight in weights.items()]
-    parameters = {**settings, "min_energy": min_energy}
+    statistics = read_statistics(data or ())
+    parameters: dict[str, object] = {**settings, "min_energy": min_energy}
+    choice = None
+    if method is None and statistics is not None:
+        method = "regmean"
+    elif method is None:
+        weighed = weights_by is not None or any(weight is not None for weight in given.values())
+        with placed.in_use():
+            choice = choose(pool, weights if weighed else None, rank=rank, energy=energy)
+        method, weights, parameters = choice.method, choice.weights, {**parameters, **choice.parameters}
+        notes += choice.notes
     merged = merge_pool(
         pool,
         weights,
         method=method,
         rank=rank,
         energy=energy,
-        data=read_statistics(data or ()),
+        data=statistics,
         memory=run.memory,
         device=run.device,
         **parameters,
     )
-    write_adapter(run, merged, target, out, [*notes, *merged.notes])
+    report: Data = {}
+    if choice is not None:
+        with placed.in_use():
+            kept = kept_of_each(pool, merged) if rank is not None or energy is not None else {}
+        report = choice_data(choice, kept)
+    write_adapter(run, merged, target, out, [*notes, *merged.notes], {"default": report} if report else {})
+    if report and not run.as_json and not run.quiet:
+        show_choice(report)
     if save_recipe is not None:
         if len(specs) != len(pool):
             raise InputError("--save-recipe: a recipe names every adapter; give them one by one, not as a folder")

@@ -1,0 +1,124 @@
+"""What ``fastlora merge A B C`` does when nobody says how: the exact sum, at a length that no choice of it makes far
+too long or too short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastlora import ops
+from fastlora.adapters.lora import Adapter
+from fastlora.adapters.pool import Pool
+from fastlora.engine.blocks import PairBlocks, read_pair_blocks
+from fastlora.errors import InputError
+
+# A sum that is shorter than its terms by this factor has no direction that could be scaled.
+CANCELLED = 1e-6
+# Ratios of norms: up to the first a cut keeps all adapters alike; beyond the second the largest one decides the sum.
+ALIKE, UNLIKE = 2.0, 3.0
+# Directions of a factor of the result below it, relative to the largest, are rounding (in squares).
+NULL = 1e-12
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """A method with its weights and parameters, and why: ``norms`` and ``cosine`` of the whole adapters, in the order
+    of the pool. ``scale``: the weight of all, where no weights were given; the ``mean`` would have ``1/k``."""
+
+    method: str
+    weights: dict[str, float]
+    parameters: dict[str, object] = field(default_factory=dict)
+    scale: float | None = None
+    norms: list[float] = field(default_factory=list)
+    cosine: list[list[float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def choose(pool: Pool, weights: Mapping[str, float] | None, *, rank: int | None, energy: float | None) -> Choice:
+    """How to merge adapters when no method was named.
+
+    Weights that are given stay as they are: the exact sum with them, or its best approximation where a rank or an
+    energy asks for a cut. Without weights every adapter gets ``c = mean‖ΔW_i‖ / ‖Σ ΔW_i‖`` (norms of all modules
+    together; 1 for one adapter): between the mean, which is right when all tasks see the same inputs, and the sum,
+    which is right when they see disjoint ones. Weights alone cannot tell which it is. With a rank, adapters of unlike
+    norms share the subspace that keeps most of all of them alike; else the largest would take it.
+
+    Raises :class:`InputError` where the adapters cancel each other.
+
+    Cost: without weights, two passes over the factors, MATH (13).
+    """
+    cut = rank is not None or energy is not None
+    if weights is not None:
+        return Choice("svd" if cut else "cat", dict(weights))
+    inner = torch.zeros(len(pool), len(pool), dtype=torch.float64)
+    for blocks in read_pair_blocks(pool):
+        members = torch.tensor(blocks.members)
+        inner[members[:, None], members] += blocks.inner().sum(0)
+    norms = inner.diagonal().clamp(min=0).sqrt()
+    scale = _scale(inner, norms)
+    there = norms[norms > 0]
+    ratio = float(there.max() / there.min()) if len(there) else 1.0
+    notes = []
+    if ratio > UNLIKE:
+        notes.append(
+            f"the longest adapter is {ratio:.1f} times as long as the shortest and decides most of the sum; "
+            "--method equal_energy gives all one length"
+        )
+    together = rank is not None and ratio > ALIKE
+    method = "ctm" if together else "svd" if cut else "cat"
+    parameters: dict[str, object] = {"rule": "sum", "balance": 0.0} if together else {}
+    cosine = (inner / norms / norms[:, None]).clamp(-1.0, 1.0)
+    given = dict.fromkeys(pool.names, scale)
+    return Choice(method, given, parameters, scale, norms.tolist(), cosine.tolist(), notes)
+
+
+def _scale(inner: Tensor, norms: Tensor) -> float:
+    """``c``; 1 where there is one adapter, or nothing."""
+    count = int((norms > 0).sum())
+    if count < 2:
+        return 1.0
+    total = float(inner.sum().clamp(min=0).sqrt())
+    if total <= CANCELLED * float(norms.sum()):
+        raise InputError(
+            "merge: these adapters cancel each other, so that their sum has no length that could be matched; give "
+            "weights (A:0.7 B:0.3) or a method"
+        )
+    return float(norms.sum()) / count / total
+
+
+def kept_of_each(pool: Pool, merged: Adapter) -> dict[str, float]:
+    """The share of ``‖ΔW_i‖²`` of every adapter that lies in the column and row spaces of the merged updates.
+
+    ``Σ ‖U Uᵀ ΔW_i V Vᵀ‖² / Σ ‖ΔW_i‖²`` over all modules, where ``U`` and ``V`` are orthonormal bases of the merged
+    ``B`` and ``Aᵀ``. NaN for an adapter that is zero. Cost: two passes over the factors of all.
+    """
+    name = "merged"
+    while name in pool.names:
+        name += "'"
+    both = Pool([replace(merged, name=name), *pool.adapters])
+    kept, total = torch.zeros(2, len(pool), dtype=torch.float64)
+    for blocks in read_pair_blocks(both, "energy kept of every adapter"):
+        members = torch.tensor(blocks.members[1:], dtype=torch.int64) - 1
+        squares = blocks.inner().diagonal(dim1=1, dim2=2).sum(0)
+        total[members] += squares[1:]
+        kept[members] += _inside(blocks)
+    return dict(zip(pool.names, (kept / total).clamp(max=1.0).tolist(), strict=True))
+
+
+def _inside(blocks: PairBlocks) -> Tensor:
+    """``Σ ‖Uᵀ ΔW_i V‖²`` over the modules, ``U`` and ``V`` of the first adapter, ``ΔW_i`` of the others: ``[k]``."""
+    left, right = (
+        _inverse_root(gram[:, 0, 0])[:, None] @ gram[:, 0, 1:] for gram in (blocks.left, blocks.right)
+    )  # [g, k, r, r]
+    inside = (left @ right.mT).square().sum((2, 3))
+    return (inside * blocks.scaling[:, 1:].square()).sum(0)
+
+
+def _inverse_root(gram: Tensor) -> Tensor:
+    """``T`` with orthonormal ``X Tᵀ`` for ``gram = XᵀX [g, r, r]``; rows of zeros for what is not there."""
+    values, vectors = ops.eigh(gram.contiguous())
+    there = values > NULL * values[:, -1:].clamp(min=0)
+    return torch.where(there, values.clamp(min=1e-300).rsqrt(), 0.0)[:, :, None] * vectors.mT
