@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from diffusers_models import BUILDS, ENCODERS, modules, weighted
 
@@ -161,3 +163,10 @@ def test_families_have_other_names() -> None:
     assert family_named("sd9") is None
     names = [alias for family in FAMILIES.values() for alias in (family.name, *family.aliases)]
     assert len(names) == len(set(names))
+
+
+def test_the_documentation_lists_every_family() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Families of image and video models\n")[2].partition("\n## ")[0]
+    cells = [row.split(" | ")[0] for row in section.splitlines() if row.startswith("| `")]
+    assert sorted(name.strip("|` ") for cell in cells for name in cell.split(",")) == sorted(FAMILIES)
