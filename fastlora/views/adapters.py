@@ -14,6 +14,7 @@ from fastlora.adapters.task_vector import TaskVector
 from fastlora.core.data import Extra
 from fastlora.engine.checks import require_finite_extras
 from fastlora.engine.spectrum import singular_forms
+from fastlora.views.single_files import show_file
 from fastlora.views.tables import ROWS, Data, Table, print_extras, without_common
 from fastlora.views.text import print_paragraph
 
@@ -147,6 +148,8 @@ def show_adapter(data: Data, every: bool) -> None:
     """Prints a LoRA adapter: one row a module with rank, norm and singular values."""
     heading = f"{len(data['modules'])} modules, {data['dtype']}, {_base(data)}, ‖ΔW‖ = {data['norm']:.4g}"
     print_paragraph(f": {heading}", start=data["name"])
+    if "file" in data:
+        show_file(data["file"])
     rows = data["modules"]
     other_kinds = any(row["kind"] != "linear" for row in rows.values())
     table = Table(
@@ -172,6 +175,8 @@ def show_dora(data: Data, every: bool) -> None:
     """Prints a DoRA: one row a module with rank, the norm of ``s·B·A`` and the range of its magnitude."""
     heading = f"DoRA, {len(data['modules'])} modules, {data['dtype']}, {_base(data)}; what it changes needs the base"
     print_paragraph(f": {heading}", start=data["name"])
+    if "file" in data:
+        show_file(data["file"])
     table = Table(
         "name:module", "number:out×in", "number:rank", "number:scaling", "number:‖s·B·A‖", "text:magnitude of",
         "number:from", "number:to",

@@ -45,10 +45,11 @@ def file_data(facts: FileFacts, form: FileForm) -> Data:
 
 
 def _by_component(modules: Iterable[ModuleFacts]) -> dict[str, list[ModuleFacts]]:
-    found: dict[str, list[ModuleFacts]] = {}
+    """The denoiser first."""
+    found: dict[str, list[ModuleFacts]] = {"denoiser": []}
     for module in modules:
         found.setdefault(module.named.component or "denoiser", []).append(module)
-    return found
+    return {part: of_part for part, of_part in found.items() if of_part}
 
 
 def _adapted(modules: list[ModuleFacts]) -> Data:

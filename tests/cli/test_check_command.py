@@ -100,3 +100,11 @@ def test_what_is_refused_ends_with_2(one_alpha: Path, tmp_path: Path) -> None:
     assert "'lora_unet_nowhere_somewhere" in refused("check", path, cwd=tmp_path)
     one_alpha.write_bytes(b"\xff" * 40)
     assert "no readable safetensors file" in refused("check", one_alpha, cwd=tmp_path)
+
+
+def test_inspect_tells_of_the_file_too(alphas: Path) -> None:
+    found = done("inspect", alphas, cwd=alphas.parent)
+    assert "file: kohya (kohya-diffusers), for Stable Diffusion 1 or 2" in found.out
+    data = done("inspect", alphas, "--json", cwd=alphas.parent).json()
+    assert data["file"]["alphas"] == {"2": 2, "1": 1, "8": 1} and data["file"]["ranks"] == {"4": 4}
+    assert data["file"]["adapted"]["denoiser"]["kinds"] == {"attention": 4} and data["file"]["odd"] == []

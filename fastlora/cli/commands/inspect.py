@@ -47,6 +47,12 @@ def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None)
     else:
         elements = [moved(load(spec.path, spec.name))]
         data = describe(elements[0])
+        form = elements[0].base.form
+        if form is not None and form.format != "mlx":
+            from fastlora.dialects.file_facts import facts_of
+            from fastlora.views.single_files import file_data
+
+            data["file"] = file_data(facts_of(spec.path, form.family, certain=False)[1], form)
     renaming.require_used()
     if csv is not None:
         write_table(run, csv, csv_rows(data))
