@@ -26,6 +26,7 @@ def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None)
     check_table(run, csv)
     run.start()
     run.require_backend()
+    from fastlora.adapters.dora import DoRA
     from fastlora.adapters.folders import ANY, holds_adapters, load_folder
     from fastlora.adapters.loading import Element, load
     from fastlora.adapters.lora import Adapter
@@ -47,7 +48,7 @@ def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None)
     else:
         elements = [moved(load(spec.path, spec.name))]
         data = describe(elements[0])
-        form = elements[0].base.form
+        form = elements[0].base.form if isinstance(elements[0], Adapter | DoRA) else None
         if form is not None and form.format != "mlx":
             from fastlora.dialects.file_facts import facts_of
             from fastlora.views.single_files import file_data
