@@ -101,6 +101,20 @@ BUILDS: Mapping[str, tuple[str, Build]] = {
     "sana": ("sana", lambda: diffusers.SanaTransformer2DModel(num_layers=2, qk_norm="rms_norm_across_heads")),
     "sana_sprint": ("sana", lambda: diffusers.SanaTransformer2DModel(num_layers=2, guidance_embeds=True)),
     "cogvideox": ("cogvideox", lambda: diffusers.CogVideoXTransformer3DModel(num_layers=2, ofs_embed_dim=4)),
+    "mochi": ("mochi", lambda: diffusers.MochiTransformer3DModel(num_layers=2)),
+    "cogview4": ("cogview4", lambda: diffusers.CogView4Transformer2DModel(num_layers=2)),
+    "hunyuan_video15": (
+        "hunyuan_video15",
+        lambda: diffusers.HunyuanVideo15Transformer3DModel(num_layers=2, num_refiner_layers=2),
+    ),
+    "hunyuan_image": (
+        "hunyuan_image", lambda: diffusers.HunyuanImageTransformer2DModel(num_layers=2, num_single_layers=2)
+    ),
+    "kandinsky5": (
+        "kandinsky5", lambda: diffusers.Kandinsky5Transformer3DModel(num_text_blocks=2, num_visual_blocks=2)
+    ),
+    "ideogram4": ("ideogram4", lambda: diffusers.Ideogram4Transformer2DModel(num_layers=2)),
+    "krea2": ("krea2", lambda: diffusers.Krea2Transformer2DModel(num_layers=2)),
 }  # fmt: skip
 """Models by name: their family, and how to build one of published width."""
 
