@@ -153,6 +153,7 @@ VERBS = {
     "svd": "fl.merge(pool, memory=bound)",
     "cat": "fl.merge(pool, method='cat', memory=bound)",
     "pem": "fl.merge(pool, method='pem', memory=bound)",
+    "tsv": "fl.merge(pool, method='tsv', memory=bound)",
     "compress": "fl.compress(pool['a0'] + pool['a1'] - pool['a2'], rank=4, memory=bound)",
     "columns": "fl.modulate(pool['a0'], fl.dipm.reverse(0.5), rank=4, memory=bound)",
     "components": "fl.modulate(pool['a0'], fl.dipm.reverse(0.5), granularity='component', memory=bound)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,10 @@ MERGES: dict[str, Callable[[fl.Pool], fl.Adapter]] = {
     "cat": lambda pool: fl.merge(pool, method="cat"),
     "iso_c": lambda pool: fl.merge(pool, {"a0": 0.5, "a1": -1.0, "a2": 2.0}, method="iso_c", rank=3),
     "ties": lambda pool: fl.merge(pool, {"a0": 0.5, "a1": -1.0, "a2": 2.0}, method="ties", rank=3, min_energy=0.5),
+    **{
+        name: functools.partial(fl.merge, weights={"a0": 0.5, "a1": -1.0, "a2": 2.0}, method=name)
+        for name in ("core", "ctm", "iso_cts", "karcher", "knots", "matched_norm", "pico", "star", "tsv", "wudi")
+    },
     "arithmetic": lambda pool: (0.5 * pool["a0"] - pool["a1"] / 3) + pool["a2"],
     "compress": lambda pool: (pool["a0"] + pool["a2"]).compress(rank=2),
     "unique part, compressed": lambda pool: fl.decompose(pool, 0.5).unique_of("a1").compress(rank=2),

@@ -47,9 +47,15 @@ def leading(symmetric: Tensor, count: int) -> Tensor:
     return ops.eigh(symmetric.contiguous())[1].flip(-1)[..., :count]
 
 
+def side_by_side(stack: Tensor) -> Tensor:
+    """``[M_1 | M_2 | …]``: ``[g, k, R, r]`` as ``[g, R, k·r]``."""
+    return stack.transpose(1, 2).flatten(2)
+
+
 def squares_of(stack: Tensor) -> tuple[Tensor, Tensor]:
-    """``Σ_i M_i M_iᵀ`` and ``Σ_i M_iᵀ M_i`` of ``[g, k, R, R]``."""
-    return (stack @ stack.mT).sum(1), (stack.mT @ stack).sum(1)
+    """``Σ_i M_i M_iᵀ`` and ``Σ_i M_iᵀ M_i`` of ``[g, k, R, R]``, each as one product."""
+    beside, below = side_by_side(stack), stack.flatten(1, 2)
+    return beside @ beside.mT, below.mT @ below
 
 
 def squared_norms(stack: Tensor) -> Tensor:

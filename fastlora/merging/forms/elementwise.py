@@ -57,11 +57,18 @@ def merged(stack: Tensor, threshold: Tensor | None, rule: Rule, combine: Combine
 
 
 def in_frames(
-    stack: Tensor, left: Tensor, right: Tensor, sizes: Tensor, rule: Rule, density: float, combine: Combine
+    sides: tuple[Tensor, Tensor],
+    left: Tensor,
+    right: Tensor,
+    sizes: Tensor,
+    rule: Rule,
+    density: float,
+    combine: Combine,
 ) -> Tensor:
-    """``left · rule(leftᵀ M_i right) · rightᵀ`` of ``stack [g, k, R, R]`` in orthonormal ``left``, ``right``
-    ``[g, R, c]``; ``sizes [g]``: how many coordinates are not zero for all."""
-    inside = left.mT[:, None] @ stack @ right[:, None]
+    """``left · rule(leftᵀ M_i right) · rightᵀ`` of ``M_i = L_i R_iᵀ`` in orthonormal ``left``, ``right`` ``[g, R, c]``.
+
+    ``sides``: ``L``, ``R`` ``[g, k, R, r]``. ``sizes [g]``: how many coordinates are not zero for all."""
+    inside = (left.mT[:, None] @ sides[0]) @ (right.mT[:, None] @ sides[1]).mT
     threshold = None
     if rule != "sum":
         threshold = thresholds(inside.flatten(2), sizes[:, None].expand(inside.shape[:2]), density)

@@ -20,6 +20,7 @@ from fastlora.merging.forms.frames import Cut
 )
 def core(
     stack: Tensor,
+    sides: tuple[Tensor, Tensor],
     stacks: tuple[Tensor, Tensor],
     nulls: Cut,
     *,
@@ -55,4 +56,4 @@ def core(
         values, vectors = ops.eigh(gram.contiguous())
         counts.append(nulls.above(values.flip(-1).clamp(min=0).sqrt()))
         bases.append(vectors.flip(-1))
-    return in_frames(stack, bases[0], bases[1], counts[0] * counts[1], rule, density, combine)
+    return in_frames(sides, bases[0], bases[1], counts[0] * counts[1], rule, density, combine)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastlora.errors import InputError
 from fastlora.merging.forms import cores
-from fastlora.merging.forms.bases import leading, squared_norms, squares_of
+from fastlora.merging.forms.bases import leading, side_by_side, squared_norms, squares_of
 from fastlora.merging.forms.elementwise import Combine, Rule, check_density, in_frames
 from fastlora.merging.forms.frames import Cut
 from fastlora.merging.registry import driven
@@ -23,6 +23,7 @@ from fastlora.merging.registry import driven
 )
 def ctm(
     stack: Tensor,
+    sides: tuple[Tensor, Tensor],
     cut: Cut,
     nulls: Cut,
     *,
@@ -59,13 +60,13 @@ def ctm(
     norms = squared_norms(stack).sqrt()  # [g, k]
     count = (norms > 0).sum(1, keepdim=True).clamp(min=1)
     wanted = balance * norms + (1 - balance) * norms.sum(1, keepdim=True) / count
-    blended = stack * torch.where(norms > 0, wanted / norms, 0.0)[:, :, None, None]
+    factor = torch.where(norms > 0, wanted / norms, 0.0)[:, :, None, None]
     R = stack.shape[2]
+    grams = squares_of(stack * factor)
     rank = min(cut.rank or R, R)
-    left, right = _subspaces(blended, rank, iterations, tolerance)
-    spans = squares_of(blended)
-    sizes = [nulls.above(_spectrum(base, gram)) for base, gram in zip((left, right), spans, strict=True)]
-    return in_frames(stack, left, right, sizes[0] * sizes[1], rule, density, combine)
+    left, right = _subspaces(grams, (sides[0] * factor, sides[1]), rank, iterations, tolerance)
+    sizes = [nulls.above(_spectrum(base, gram)) for base, gram in zip((left, right), grams, strict=True)]
+    return in_frames(sides, left, right, sizes[0] * sizes[1], rule, density, combine)
 
 
 def _spectrum(base: Tensor, gram: Tensor) -> Tensor:
@@ -74,19 +75,23 @@ def _spectrum(base: Tensor, gram: Tensor) -> Tensor:
     return energies.clamp(min=0).sqrt().sort(dim=1, descending=True).values
 
 
-def _subspaces(stack: Tensor, rank: int, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """``U``, ``V`` ``[g, R, rank]`` by HOOI; modules that have converged are left alone."""
-    left, right = (leading(gram, rank) for gram in squares_of(stack))
-    total = squared_norms(stack).sum(1)  # [g]
-    left, right, moving = left.clone(), right.clone(), torch.arange(len(stack))
-    before = torch.full_like(total, torch.inf)
-    for _ in range(iterations if rank < stack.shape[2] else 0):
-        some = stack[moving]
-        across = some @ right[moving][:, None]  # M_i V  [g, k, R, r]
-        left[moving] = leading((across @ across.mT).sum(1), rank)
-        across = some.mT @ left[moving][:, None]
-        right[moving] = leading((across @ across.mT).sum(1), rank)
-        kept = (across.mT @ right[moving][:, None]).square().sum((1, 2, 3))
+def _subspaces(
+    grams: tuple[Tensor, Tensor], sides: tuple[Tensor, Tensor], rank: int, iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """``U``, ``V`` ``[g, R, rank]`` by HOOI on ``M_i = L_i R_iᵀ``; modules that have converged are left alone.
+
+    ``grams``: ``Σ M_iM_iᵀ`` and ``Σ M_iᵀM_i``.
+    """
+    left, right = (leading(gram, rank).clone() for gram in grams)
+    total = grams[0].diagonal(dim1=1, dim2=2).sum(1)  # Σ‖M_i‖²  [g]
+    before, moving = torch.full_like(total, torch.inf), torch.arange(len(total))
+    for _ in range(iterations if rank < grams[0].shape[1] else 0):
+        L, R = (side[moving] for side in sides)
+        across = side_by_side(L @ (R.mT @ right[moving][:, None]))  # [M_1 V | M_2 V | …]
+        left[moving] = leading(across @ across.mT, rank)
+        across = side_by_side(R @ (L.mT @ left[moving][:, None]))  # [M_1ᵀU | M_2ᵀU | …]
+        right[moving] = leading(across @ across.mT, rank)
+        kept = (right[moving].mT @ across).square().sum((1, 2))
         error = (1 - kept / total[moving].clamp(min=1e-300)).clamp(min=0).sqrt()
         goes_on = (before[moving] - error).abs() >= tolerance
         before[moving] = error

@@ -46,8 +46,9 @@ def knots(
 
     ``U [n, c]`` comes from ``c ≤ R = Σ r_i`` eigenvectors in factor space, ``ΣV_iᵀ = Uᵀ w_i ΔW_i [c, m]`` from the
     ``A_i``: no ``ΔW_i`` is formed. ``rule="sum"`` gives the exact sum. Rules do not depend on the signs of the columns
-    of ``U``; where singular values are equal, the result is one of many. The ``A`` of the result is a new matrix.
-    Cost: ``O(c·m·R)`` operations a module and the memory of one ``[c, m]`` matrix in float64, twice.
+    of ``U``; where singular values are equal, the result is one of many. The ``A`` of the result is a new matrix, and
+    stays in memory until it is saved. Cost: ``O(c·m·R)`` operations a module and the memory of one ``[c, m]`` matrix in
+    float64, twice.
 
     Args:
         rank: rank to cut the result to; by default nothing is cut, and the rank is at most Σrᵢ

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fastlora.merging.forms import cores
-from fastlora.merging.forms.bases import polar, product_svd, significant
+from fastlora.merging.forms.bases import polar, product_svd, side_by_side, significant
 from fastlora.merging.forms.frames import Cut
 
 Spectrum = Literal["own", "flat", "rms"]
@@ -40,10 +39,5 @@ def tsv(stack: Tensor, sides: tuple[Tensor, Tensor], noise: Cut, *, spectrum: Sp
         "flat": kept * (sigma * kept).sum(2, keepdim=True) / count,
         "rms": kept * ((sigma * kept).square().sum(2, keepdim=True) / count).sqrt(),
     }[spectrum]
-    left, right = (polar(_side_by_side(x * kept[:, :, None]), noise.rtol) for x in (U, V))
+    left, right = (polar(side_by_side(x * kept[:, :, None]), noise.rtol) for x in (U, V))
     return (left * sizes.flatten(1)[:, None]) @ right.mT
-
-
-def _side_by_side(stack: Tensor) -> Tensor:
-    """``[g, k, R, r]`` as ``[g, R, k·r]``."""
-    return torch.cat(stack.unbind(1), 2)
