@@ -69,7 +69,7 @@ def tool(name: str) -> str:
 def test_every_kind_of_recipe_is_there() -> None:
     """A recipe whose block is written in another way would not be tried."""
     rooms = {step.path.split("/")[1] for step in steps() if step.path.startswith("fastlora/")}
-    assert rooms == {"merging", "formats", "ops", "reference", "backends", "integrations"}
+    assert rooms == {"merging", "formats", "dialects", "ops", "reference", "backends", "integrations"}
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert text.count("```python\n") == len(steps())
 
