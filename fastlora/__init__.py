@@ -33,6 +33,7 @@ _EXPORTS = {
     "compose": "fastlora.expressions.compose",
     "compress": "fastlora.merging.compress",
     "control": "fastlora.coefficients.control",
+    "convert": "fastlora.adapters.convert",
     "decompose": "fastlora.decomposition.decompose",
     "load": "fastlora.adapters.loading",
     "merge": "fastlora.merging.merge",
@@ -54,6 +55,7 @@ __all__ = ["__version__", *_MODULES, *_EXPORTS]
 if TYPE_CHECKING:
     from fastlora import dipm as dipm
     from fastlora import ops as ops
+    from fastlora.adapters.convert import convert as convert
     from fastlora.adapters.dora import DoRA as DoRA
     from fastlora.adapters.ia3 import IA3 as IA3
     from fastlora.adapters.loading import load as load

@@ -5,6 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from fastlora.errors import InputError
+
+PEFT = "peft"
+WRITTEN = (PEFT, "kohya", "diffusers", "comfy", "xlabs")
+"""Formats that low-rank adapters are written in. All but the first are single files."""
+
+
+def check_format(format: str) -> None:
+    """Refuses a format that is not written."""
+    if format not in WRITTEN:
+        raise InputError(f"there is no format {format!r} to write; formats are {', '.join(WRITTEN)}")
+
 
 @dataclass(frozen=True, slots=True)
 class FileForm:

@@ -45,5 +45,15 @@ def by_component(adapter: Lora, family: str | None = None) -> dict[str, Lora]:
         }
         for component in updates
     }
-    parts = {c: replace(adapter, updates=u, extras=extras[c], base=base) for c, u in updates.items()}
-    return parts if len(parts) > 1 else {"": next(iter(parts.values()), replace(adapter, base=base))}
+    if len(updates) < 2:
+        return {
+            "": replace(
+                adapter, updates=next(iter(updates.values()), {}), extras=next(iter(extras.values()), {}), base=base
+            )
+        }
+    told = (
+        f"adapter {adapter.name!r}: PEFT adapts one model, so each has a directory of its own: {', '.join(updates)}; "
+        "load each into its part of the pipeline"
+    )
+    notes = (*adapter.notes, told)
+    return {c: replace(adapter, updates=u, extras=extras[c], base=base, notes=notes) for c, u in updates.items()}

@@ -101,8 +101,9 @@ def best_style(format: str, family: Family | None) -> Style:
             return style_named(name)
     if format == "comfy" and family.name in DOWN_FAMILIES:
         return style_named(style_name("diffusion_model-down", alpha=True))
-    usual = {"kohya": "kohya-original", "diffusers": "component", "comfy": "diffusion_model"}
-    return style_named(usual.get(format, format))
+    if format == "comfy":  # has no names of its own that others read too
+        return style_named(family.writing[0].style)
+    return style_named({"kohya": "kohya-original", "diffusers": "component"}.get(format, format))
 
 
 def _in_dialect(adapter: LoraData, form: FileForm) -> tuple[LoraData, Laid, Style, Family | None]:
@@ -203,9 +204,10 @@ def _cut_evenly(own: Laid, module: str, stem: str, rank: int, counts: tuple[int,
 
 def _notes(adapter: LoraData, own: Laid, style: Style, family: Family | None) -> list[str]:
     """What is worth telling of modules that some readers of the dialect do not take."""
-    if family is None:
+    form = adapter.base.form
+    if family is None or form is None or form.style or style.format not in ("kohya", "comfy") or not style.original:
         return []
-    held = next((w.held for w in family.writing if w.style == style.name and w.held), ())
+    held = next((w.held for w in family.writing if w.held), ())
     lost = [m for m in own.modules.values() if held and not component_of(m)[0] and not m.startswith(held)]
     if not lost:
         return []

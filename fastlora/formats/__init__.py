@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastlora.core.data import AdapterData, DeltaData, Ia3Data, LoraData
 from fastlora.core.dtypes import parse_dtype
-from fastlora.core.file_form import FileForm
+from fastlora.core.file_form import PEFT, FileForm, check_format
 from fastlora.core.names import CONFIG_NAME, check_name
 from fastlora.dialects.components import by_component
 from fastlora.engine import write as engine
@@ -36,10 +36,6 @@ from fastlora.files.earlier import Overwrite
 from fastlora.files.locate import find
 from fastlora.files.output import OutputDirectory, replacing
 from fastlora.files.tensor_files import SAFETENSORS
-
-PEFT = "peft"
-WRITTEN = (PEFT, "kohya", "diffusers", "comfy", "xlabs")
-"""Formats that low-rank adapters are written in."""
 
 LISTED = 8
 """Folders that a message names."""
@@ -165,8 +161,7 @@ def in_format(adapter: Lora, format: str | None, family: str | None = None) -> d
     """
     if format is None:
         return {"": adapter}
-    if format not in WRITTEN:
-        raise InputError(f"there is no format {format!r} to write; formats are {', '.join(WRITTEN)}")
+    check_format(format)
     if format == PEFT:
         return by_component(adapter, family)
     form = adapter.base.form or FileForm(format)
@@ -183,6 +178,8 @@ def suffix_of(record: AdapterData, format: str | None = None) -> str:
 def require_place(record: AdapterData, path: Path, format: str | None = None) -> str:
     """Refuses a directory for what is written as a file, and a file for what is written as a directory; returns
     :func:`suffix_of`."""
+    if format is not None:
+        check_format(format)
     suffix = suffix_of(record, format)
     if isinstance(record, LoraData) and format is None and record.base.form is not None:
         format = record.base.form.format
@@ -240,13 +237,15 @@ def write_adapters(
     ``format``: that of all; by default each has the format and the names of the file that it is from.
     """
     require_finite_extras(adapters.values())
+    known = {note for adapter in adapters.values() for note in adapter.notes}
     adapters = {d / folder: part for d, a in adapters.items() for folder, part in in_format(a, format).items()}
     targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
     whole = {d: ready(a, uniform_rank) for d, a in adapters.items()}
     notes = engine.write_adapters(whole, targets, _open_sink, meanwhile)
+    # Ranks that PEFT needs are told by who asks for them beforehand.
+    told = [n for d, a in adapters.items() for n in (whole[d] if suffix_of(a) else a).notes if n not in known]
+    notes += dict.fromkeys(told)
     for directory, adapter in whole.items():
-        if suffix_of(adapters[directory]):
-            notes += [note for note in adapter.notes if note not in adapters[directory].notes]
         shifts = {path: extra.tensor for path, extra in adapter.extras.items() if extra.kind == "delta"}
         notes += digits_lost(adapter.name, shifts, targets[directory])
     return notes
