@@ -17,6 +17,7 @@ from fastlora.core.file_form import FileForm
 from fastlora.core.updates import Update, chosen_rank, with_rank
 from fastlora.dialects.cutting import is_even, widened
 from fastlora.dialects.detect import identify
+from fastlora.dialects.expected import expected_zeros
 from fastlora.dialects.extras import extra_tensors
 from fastlora.dialects.families import family_named
 from fastlora.dialects.family import Family
@@ -35,13 +36,14 @@ DOWN_FAMILIES = frozenset({"flux"})
 @dataclass(frozen=True, eq=False)
 class FileAdapter(LoraData):
     """An adapter as a single file will have it. ``places``: of its updates, by module. ``ranks``, ``alphas``: by stem;
-    no alphas where scales are inside ``B``. ``others``: what else the file holds, by the tensors' names."""
+    no alphas where scales are inside ``B``. ``zeros``: shapes of modules that readers expect, by stem. ``others``: what else the file holds, by the tensors' names."""
 
     _: KW_ONLY
     style: Style
     places: Mapping[str, Place]
     ranks: Mapping[str, int]
     alphas: Mapping[str, float] = field(default_factory=dict)
+    zeros: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     others: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -59,6 +61,7 @@ def laid_out(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:
     adapter = _not_empty(adapter)
     adapter, own, style, family = _in_dialect(adapter, form)
     ranks = with_ranks(own, chosen_rank(adapter.updates.values(), uniform_rank))
+    zeros = expected_zeros(own, style, family)
     alphas, updates = dict[str, float](), own.updates
     if style.alpha:
         is_unet = family is not None and family.name in UNETS and style.format == "kohya"
@@ -66,7 +69,9 @@ def laid_out(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:
         alphas, updates = stored_scales(own, ranks, alike=is_unet and not is_plain)
     metadata = facts(adapter, form, list(ranks.values()), list(alphas.values()), is_kohya=style.format == "kohya")
     if family is not None and _is_described(style, family):
-        metadata[DESCRIPTION] = description(_described_ranks(own, ranks, family))
+        metadata[DESCRIPTION] = description(
+            _described_ranks(own, ranks, family, {module for module, _ in zeros.values()})
+        )
     if style.format == "kohya":
         metadata |= {name: "0" * digits for name, digits in HASHES.items()}
     return FileAdapter(
@@ -82,6 +87,7 @@ def laid_out(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:
         places=own.places,
         ranks=ranks,
         alphas=alphas,
+        zeros={stem: shape for stem, (_, shape) in zeros.items()},
         others=extra_tensors(adapter, style, family, form),
         metadata=metadata,
     )
@@ -168,9 +174,13 @@ def _is_described(style: Style, family: Family) -> bool:
     return style.described and not style.alpha
 
 
-def _described_ranks(own: Laid, ranks: Mapping[str, int], family: Family) -> dict[str, dict[str, int]]:
+def _described_ranks(
+    own: Laid, ranks: Mapping[str, int], family: Family, zeros: Iterable[str]
+) -> dict[str, dict[str, int]]:
     """The ranks of the modules of diffusers, as its converters leave them: ``{component: {module: rank}}``."""
     result: dict[str, dict[str, int]] = {}
+    for module in zeros:
+        result.setdefault(denoiser(family), {}).update(dict.fromkeys(family.parts(module) or (module,), 1))
     for stem, module in own.modules.items():
         component, path = component_of(module)
         of_component = result.setdefault(component or denoiser(family), {})
@@ -238,6 +248,8 @@ class SingleFile:
             channels = update.shape[1] // math.prod(kernel)
             outlines[place.stem + style.up] = _meta((place.rows, rank, *(1 for _ in kernel)), dtype)
             outlines[place.stem + style.down] = _meta((rank, channels, *kernel), dtype)
+        for stem, (n, m) in adapter.zeros.items():
+            outlines |= {stem + style.up: _meta((n, 1), dtype), stem + style.down: _meta((1, m), dtype)}
         self._others = {
             name: cast_tensor(t, dtype, name) if t.is_floating_point() else t for name, t in self._others.items()
         }
@@ -284,6 +296,9 @@ class SingleFile:
     def finish(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Writes what belongs to no factor: scales, biases, norms."""
         self.put(factors)
+        self._file.written(
+            s + end for s in self.adapter.zeros for end in (self.adapter.style.up, self.adapter.style.down)
+        )
         self._file.write(self._alphas)
         self._file.write(self._others, check=True)
 
