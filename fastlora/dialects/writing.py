@@ -36,7 +36,8 @@ DOWN_FAMILIES = frozenset({"flux"})
 @dataclass(frozen=True, eq=False)
 class FileAdapter(LoraData):
     """An adapter as a single file will have it. ``places``: of its updates, by module. ``ranks``, ``alphas``: by stem;
-    no alphas where scales are inside ``B``. ``zeros``: shapes of modules that readers expect, by stem. ``others``: what else the file holds, by the tensors' names."""
+    no alphas where scales are inside ``B``. ``zeros``: shapes of modules that readers expect, by stem. ``others``: what
+    else the file holds, by the tensors' names."""
 
     _: KW_ONLY
     style: Style
