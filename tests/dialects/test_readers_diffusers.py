@@ -103,6 +103,7 @@ CASES = [
     case("flux2", "diffusion_model.*.lora_down", DOWN, HALF),
     case("flux2", "transformer.*", TRANSFORMER, HALF, MIXED),
     case("flux2", "transformer.* with alpha", replace(TRANSFORMER, folded=False)),
+    case("flux2", "names of diffusers", replace(COMFY, original=False, factors="dot"), HALF, only=BLOCKS),
     case("sd3", "kohya", Spelling("lora_unet_", True), HALF, only=BLOCKS),
     case("sd3", "diffusion_model. with alpha", A_B, HALF, only=BLOCKS),
     case("sd3", "transformer.* and text encoders", TRANSFORMER, HALF, MIXED),

@@ -146,6 +146,29 @@ def test_damage_and_additions(tmp_path: Path) -> None:
     assert {s: (f.meant, f.found, f.factor) for s, f in scripts.items()} == {STEM: (0.0, 1.0, None)}
 
 
+def test_comfyui_takes_the_last_of_two_names(tmp_path: Path) -> None:
+    one = written("flux", FLAT_ORIGINAL, shapes("flux"), HALF, only=r"\.norm|attn\.to_[qkv]", without="single")
+    two = written("flux", TRANSFORMER, shapes("flux"), HALF, only=r"blocks\.0\.norm1|blocks\.0\.attn\.to_q")
+    one.tensors |= two.tensors
+    file = facts_of(one.save(tmp_path), "flux")[1]
+    found = {stem: f.fault for stem, f in all_readers()["comfy"].read(file).findings.items()}
+    assert found == {
+        "lora_unet_double_blocks_0_img_mod_lin": "lost",
+        "lora_unet_double_blocks_0_txt_mod_lin": "lost",
+        "lora_unet_double_blocks_0_img_attn_qkv": "wrong",
+    }
+    diffusers = {s: f.fault for s, f in all_readers()["diffusers"].read(file).findings.items()}
+    assert diffusers == {stem: "lost" for stem in file.modules if stem.startswith("lora_unet_")}
+
+
+def test_diffusers_cannot_multiply_8_bits(tmp_path: Path) -> None:
+    for family, spelling, refuses in (("flux", FLAT_ORIGINAL, True), ("sd15", KOHYA, False), ("wan", COMFY, False)):
+        sample = written(family, spelling, shapes(family), only=r"conv1$|attn1|\.norm\d?\.linear", without="single")
+        sample.tensors = {k: v if k.endswith("alpha") else v.to(torch.float8_e4m3fn) for k, v in sample.tensors.items()}
+        refused = all_readers()["diffusers"].read(facts_of(sample.save(tmp_path), family)[1]).refused
+        assert (refused is not None and refused[0] == "NotImplementedError") == refuses
+
+
 @pytest.mark.parametrize(("shape", "right"), [((16, 1, 1, 1), ()), ((1, 16, 1, 1), ("comfy", "a1111"))])
 def test_dora_is_applied_by_few(shape: tuple[int, ...], right: tuple[str, ...], tmp_path: Path) -> None:
     file = altered(tmp_path, "sd15", KOHYA, {f"{STEM}.dora_scale": torch.ones(shape)})

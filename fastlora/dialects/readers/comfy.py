@@ -61,7 +61,21 @@ def read(file: FileFacts) -> Reading:
         finding = finding or _change(module)
         if finding is not None:
             findings[stem] = finding
+    findings |= _on_second_names(file, findings)
     return Reading(None, findings)
+
+
+def _on_second_names(file: FileFacts, findings: Mapping[str, Finding]) -> dict[str, Finding]:
+    """Of two names of one weight, that of diffusers counts; of a projection and its parts, both do."""
+    known = [m for stem, m in file.modules.items() if stem not in findings]
+    last: dict[str, ModuleFacts] = {}
+    for module in sorted(known, key=lambda m: m.prefix not in ORIGINAL):
+        last[module.named.module] = module
+    found = {m.stem: lost("another name of the same module counts") for m in known if last[m.named.module] is not m}
+    for module in known:
+        if any(part in last for part in module.parts):
+            found[module.stem] = Finding("wrong", "it adds this projection to its parts, which are in the file too")
+    return found
 
 
 def _change(module: ModuleFacts) -> Finding | None:

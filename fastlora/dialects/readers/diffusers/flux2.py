@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastlora.dialects.file_facts import FileFacts
-from fastlora.dialects.readers.diffusers.direct import hand_over, require_lora, without_dora
+from fastlora.dialects.readers.diffusers.direct import OLDER, PEFT, hand_over, require_lora, without_dora
 from fastlora.dialects.readers.diffusers.handed import Conversion
 from fastlora.dialects.verdicts import Finding, Refused
 
@@ -53,10 +53,10 @@ def _original(file: FileFacts, conversion: Conversion) -> None:
             raise Refused("ValueError", f"it does not know what to do with {module.stem!r}")
         if not module.keys.keys() <= {"down", "up", "dora_scale"}:
             raise Refused("ValueError", f"beside the factors it does not expect anything: {module.stem!r}")
-        if module.suffix != ".lora_A.weight":
+        passes = module.in_diffusers_names and module.named.path.startswith(BLOCKS)  # as it is
+        if module.suffix not in (PEFT, *OLDER * passes):
             raise Refused("ValueError", f"it does not know factors called as those of {module.stem!r}")
-        in_blocks = module.named.path.startswith(BLOCKS)
-        if module.in_diffusers_names and not in_blocks:
+        if module.in_diffusers_names and not passes:
             raise Refused("ValueError", f"it does not know what to do with {module.stem!r}")
         conversion.take(module)
         if module.named.swapped:

@@ -75,10 +75,12 @@ class Conversion:
         """Hands a module over."""
         self.to(module.named.component).scales[module.stem] = scale
 
-    def bake(self, module: ModuleFacts) -> None:
-        """Hands a module over whose alpha goes into the factors."""
+    def bake(self, module: ModuleFacts, *, multiplies: bool = True) -> None:
+        """Hands a module over whose alpha goes into the factors; ``multiplies``: by 1 where there is none."""
         if module.alpha is not None and module.alpha < 0:
             raise Refused("no answer", f"its converter never ends, since the alpha of {module.stem!r} is negative")
+        if "float8" in module.dtypes.get("down", "") and (multiplies or module.alpha is not None):
+            raise Refused("NotImplementedError", f"torch cannot multiply factors of 8 bits ({module.stem!r})")
         self.take(module, module.own_scale)
 
     def stray(self, module: ModuleFacts, why: str = "the model has no module of that name") -> None:

@@ -54,7 +54,7 @@ def _original(file: FileFacts, conversion: Conversion) -> None:
                 raise Refused("ValueError", "lora_A and lora_down are in one file")
         block = IN_BLOCK.fullmatch(module.rest)
         if block is not None and block[2] in leaves:
-            conversion.bake(module)
+            conversion.bake(module, multiplies=False)
         elif module.rest in TOP or module.rest in IMAGE_TOP:
             if "alpha" in module.keys:
                 raise Refused("ValueError", f"outside the blocks it expects no alpha: {module.stem!r}")
