@@ -112,17 +112,22 @@ def _gram_pass(jobs: Sequence[GramJob]) -> None:
     # Neighbouring jobs mostly share their list of blocks.
     for _, run in itertools.groupby(jobs, key=lambda job: (id(job.blocks), job.stride)):
         same = list(run)
-        asked_blocks = np.array(same[0].blocks, dtype=np.int64).reshape(-1, 3)
+        count, stride = len(same[0].blocks), same[0].stride
         starts = []
         for job in same:
-            tasks += (len(alive), len(job.factors), first_block, len(asked_blocks), job.rows)
-            first_block += len(asked_blocks)
+            tasks += (len(alive), len(job.factors), first_block, count, job.rows)
+            first_block += count
             _factors(job.factors, factors, alive)
             starts.append(job.out.data_ptr() + 8 * job.start)
-        table = np.empty((len(same), len(asked_blocks), 4), dtype=np.int64)
+        if len(same) == 1:
+            rows = [(i, j, starts[0] + 8 * offset, stride) for i, j, offset in same[0].blocks]
+            blocks.append(np.array(rows, dtype=np.int64).reshape(-1, 4))
+            continue
+        asked_blocks = np.array(same[0].blocks, dtype=np.int64).reshape(-1, 3)
+        table = np.empty((len(same), count, 4), dtype=np.int64)
         table[:, :, :2] = asked_blocks[:, :2]
         table[:, :, 2] = np.array(starts, dtype=np.int64)[:, None] + 8 * asked_blocks[:, 2]
-        table[:, :, 3] = same[0].stride
+        table[:, :, 3] = stride
         blocks.append(table.reshape(-1, 4))
     tables = _table(factors, 5), _table(tasks, 5), np.concatenate(blocks) if blocks else _table([], 4)
     factor_table, task_table, block_table = map(_address, tables)

@@ -174,7 +174,7 @@ def module_results(
     """The results of a chain, from ``H_i [g, k, w, r]`` and the norms of the updates and their shared parts
     ``[g, k]``."""
     sigma = (chain.sigma * _scalings(blocks).abs()[..., None]).cpu()
-    check_size(blocks.names, blocks.modules, sigma)
+    check_size(blocks.names, blocks.modules, sigma.numpy())
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
     counts, kept, all_norms, shared_norms = (x.tolist() for x in (chain.shared, chain.kept, norms, shared))
     most = max(counts, default=0)

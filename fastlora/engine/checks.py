@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from fastlora.core.data import LoraData, ModulesData
@@ -56,8 +58,10 @@ def not_finite(adapter: str, module: str, side: str) -> NonFiniteError:
 def check_diagonal(names: Sequence[str], modules: Sequence[str], gram: Tensor, side: str) -> None:
     """Raises when a factor holds NaN or Inf, as its diagonal Gram block shows: ``gram [len(modules), k, k, r, r]`` or
     its diagonal blocks ``[len(modules), k, r, r]``."""
-    blocks = gram.diagonal(dim1=1, dim2=2).movedim(-1, 1) if gram.dim() == 5 else gram
-    squares = blocks.diagonal(dim1=2, dim2=3)
+    # [g, r, r, k] of the first, [g, k, r] of the second
+    squares = (
+        gram.diagonal(dim1=1, dim2=2).diagonal(dim1=1, dim2=2) if gram.dim() == 5 else gram.diagonal(dim1=2, dim2=3)
+    )
     if math.isfinite(float(squares.sum())):  # a sum may overflow where no square does
         return
     bad = (~squares.isfinite()).any(-1).nonzero().tolist()
@@ -70,12 +74,12 @@ LARGEST = 1e150
 """Of singular values: sums of a few squares stay finite."""
 
 
-def check_size(names: Sequence[Sequence[str]], modules: Sequence[str], sigma: Tensor) -> None:
+def check_size(names: Sequence[Sequence[str]], modules: Sequence[str], sigma: npt.NDArray[np.float64]) -> None:
     """Raises for singular values whose squares overflow: ``sigma [len(modules), k, r]``, scaling included, of the
     adapters ``names[module]``."""
-    if not sigma.numel() or float(sigma.max()) <= LARGEST:  # not so with NaN, either
+    if not sigma.size or sigma.max() <= LARGEST:  # not so with NaN, either
         return
-    bad = (~(sigma <= LARGEST)).any(-1).nonzero().tolist()
+    bad = np.argwhere((~(sigma <= LARGEST)).any(-1)).tolist()
     if bad:
         module, adapter = bad[0]
         size = float(sigma[module, adapter].max())
@@ -88,11 +92,12 @@ def check_size(names: Sequence[Sequence[str]], modules: Sequence[str], sigma: Te
 
 def raise_for_info(modules: Sequence[str], info: Tensor) -> None:
     """A decomposition that did not converge is an error with the module's name, never a wrong result."""
-    bad = info.nonzero().flatten().tolist()
+    codes = info.tolist()
+    bad = [i for i, code in enumerate(codes) if code]
     if bad:
         what = (
             "its Gram matrix is not finite"
-            if int(info[bad[0]]) == NOT_FINITE
+            if codes[bad[0]] == NOT_FINITE
             else "the eigenvalue iteration did not converge"
         )
         raise InputError(

@@ -101,19 +101,19 @@ def _read_forms(part: GroupPart, rank: int | None, energy: float | None, exact: 
     counts = chain.kept[:, 0].tolist()
     most = max(counts)
     T = chain.basis[:, 0, :, :most].contiguous()  # [g, r, most]
-    D = T.mT @ blocks.projected[:, 0, 0]  # [g, most, r]
+    D = torch.bmm(T.mT, blocks.projected[:, 0, 0])  # [g, most, r]
     # Small numbers of the host from here on, in NumPy, whose calls take a third of the time of torch's.
     scalings = np.array([abs(update.scaling) for (update,) in blocks.updates])
-    sigma = chain.sigma[:, 0].cpu().numpy() * scalings[:, None]
-    sigma_rows = torch.from_numpy(sigma)
-    check_size(blocks.names, modules, sigma_rows[:, None])
+    sigma = chain.sigma.cpu().numpy()[:, 0] * scalings[:, None]
+    check_size(blocks.names, modules, sigma[:, None])
     energies = np.zeros((len(modules), sigma.shape[1] + 1))
     np.cumsum(np.square(sigma), axis=1, out=energies[:, 1:])
     # Plain numbers in bulk: taking them out of arrays one by one would cost more than all of the above.
     totals, wholes = energies[:, -1].tolist(), (energies[:, -1] + _unknown(blocks, sigma, energies, scalings)).tolist()
     kept_energies = energies[np.arange(len(modules)), counts].tolist()
     forms = {}
-    rows = zip(modules, counts, totals, wholes, kept_energies, sigma_rows.unbind(), T.unbind(), D.unbind(), strict=True)
+    sigma_rows = torch.from_numpy(sigma).unbind()
+    rows = zip(modules, counts, totals, wholes, kept_energies, sigma_rows, T.unbind(), D.unbind(), strict=True)
     for module, count, total, whole, kept_energy, sigma_row, T_row, D_row in rows:
         if count < most:
             T_row, D_row = T_row[:, :count], D_row[:count]
@@ -128,13 +128,13 @@ def _unknown(blocks: ChainBlocks, sigma: Numbers, energies: Numbers, scalings: N
     First a bound of :func:`arithmetic_noise` that costs less, ``½ r √ε Σ_j ‖b_j‖ ‖a_j‖``: it is enough where all
     ``σ`` are above.
     """
-    G, A = blocks.projected[:, 0, 0], blocks.other[:, 0]
-    products = (G.diagonal(dim1=1, dim2=2) * A.diagonal(dim1=1, dim2=2)).cpu().numpy()
-    lengths = np.sqrt(products.clip(min=0.0)).sum(1)
+    squares_G = blocks.projected.diagonal(dim1=3, dim2=4).cpu().numpy()[:, 0, 0]
+    squares_A = blocks.other.diagonal(dim1=2, dim2=3).cpu().numpy()[:, 0]
+    lengths = np.sqrt(np.maximum(squares_G * squares_A, 0.0)).sum(1)
     bound = LARGEST_NOISE * ARITHMETIC * sigma.shape[1] * EPSILON**0.5 * lengths * scalings
     if (sigma.min(1) > bound).all():
         return np.zeros(len(sigma))
-    noise = LARGEST_NOISE * arithmetic_noise(G, A).cpu().numpy() * scalings
+    noise = LARGEST_NOISE * arithmetic_noise(blocks.projected[:, 0, 0], blocks.other[:, 0]).cpu().numpy() * scalings
     unknown = np.square(noise) * (sigma <= noise[:, None]).sum(1)
     return np.where(unknown > UNKNOWN * energies[:, -1], unknown, 0.0)
 

@@ -81,7 +81,7 @@ def merge(
     except NonFiniteError:
         require_finite(pool.adapters)  # names the adapter of the pool; the method only knows their sum
         raise InputError(f"the weighted sum overflows: lower the weights {counted}") from None
-    return replace(merged, notes=(*merged.notes, *notes))
+    return replace(merged, notes=(*merged.notes, *notes)) if notes else merged
 
 
 def full_weights(pool: Pool, weights: Mapping[str, float] | None) -> tuple[dict[str, float], list[str]]:
