@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import mixed
+import numpy as np
 import pools
 import pytest
 import torch
@@ -14,6 +15,9 @@ from tolerances import FLOAT32, SUBSPACE64
 from torch import Tensor
 
 import fastlora as fl
+from fastlora.ops.merge_tiles import key_of
+from fastlora.reference.philox import words
+from fastlora.runtime import memory
 
 NULL = 1e-6  # stored numbers are exact: what is below is rounding of the arithmetic
 
@@ -107,6 +111,34 @@ def test_ctm(rank: int, balance: float, rule: str, density: float) -> None:
     mixed.require_parity("ctm", ctm(rank, balance, rule, density), FLOAT32, without=slow, **given)
 
 
+@pytest.mark.parametrize("rule", ["dare", "dare_ties"])
+@pytest.mark.parametrize("method", ["core", "knots"])
+def test_random_masks(method: str, rule: str) -> None:
+    """By the words of the elements' numbers, adapter by adapter; every piece of the rows has its own numbers."""
+    parts, density, seed = pools.ragged(3), 0.3, 5
+    pool = pools.make_pool(parts)
+    deltas = torch.stack([pools.dense(p) for p in parts])
+    U, V = columns(torch.cat(list(deltas), 1)), columns(torch.cat(list(deltas)).mT)
+    # A mask belongs to the rows of the basis; signs of its vectors change none.
+    inside = U.mT @ deltas @ V if method == "core" else U.mT @ deltas
+    numbers = np.arange(inside.shape[1])[:, None] * 2**32 + np.arange(inside.shape[2])
+    kept = torch.stack([
+        torch.from_numpy(words(numbers, key_of(seed, name), key_of(MODULE)).astype(np.int64) < int(density * 2**32))
+        for name in pool.names
+    ])  # fmt: skip
+    left = torch.where(kept, inside / density, 0.0)
+    whole = left.sum(0) if rule == "dare" else by_elements(left, "ties", 1.0, "mean")
+    expected = U @ whole @ V.mT if method == "core" else U @ whole
+    found = fl.merge(pool, method=method, rule=rule, density=density, seed=seed)
+    assert mixed.distance(found, MODULE, expected) <= FLOAT32
+    with memory.bounded(1):  # column by column
+        pieces = fl.merge(pool, method=method, rule=rule, density=density, seed=seed)
+    assert mixed.distance(pieces, MODULE, expected) <= FLOAT32
+    assert mixed.distance(fl.merge(pool, method=method, rule=rule, density=density), MODULE, expected) > 0.1
+    everything = fl.merge(pool, method=method, rule="dare", density=1.0)
+    assert mixed.distance(everything, MODULE, deltas.sum(0)) <= FLOAT32
+
+
 @pytest.mark.parametrize("method", ["core", "knots"])
 def test_the_sum_needs_no_container(method: str) -> None:
     def total(deltas: Tensor, weights: Tensor, noise: float) -> Tensor:
@@ -157,7 +189,7 @@ def test_results_can_be_cut() -> None:
     ("knots", {"density": 1.5}, "knots: density=1.5 must be"), ("ctm", {"density": -1.0}, "ctm: density=-1 must be"),
     ("ctm", {"balance": 2.0}, "ctm: balance=2 must be between 0 and 1"),
     ("ctm", {"energy": 0.5}, "method 'ctm' does not take energy"),
-    ("core", {"rule": "dare"}, "rule='dare' does not exist: use one of sum, magnitude, ties"),
+    ("core", {"rule": "della"}, "rule='della' does not exist: use one of sum, magnitude, ties, dare, dare_ties"),
     ("knots", {"rank": 0}, "rank=0 must be at least 1"),
 ])  # fmt: skip
 def test_parameters_that_are_refused(method: str, parameters: dict[str, Any], said: str) -> None:

@@ -119,9 +119,11 @@ class Given:
     cuts by itself, before what it does; the result of every other is cut. ``noise``: counts those that are significant.
     ``nulls``: counts those that are no rounding of the arithmetic, where stored numbers are exact.
     ``sides``: ``(L [g, k, R, r], R [g, k, R, r])`` with ``M_i = L_i R_iᵀ``. ``stacks``: the stacked ``B`` and ``A`` as
-    they are stored, in the same frames. ``weights``: float64 ``[k]``.
+    they are stored, in the same frames. ``weights``: float64 ``[k]``. ``keys``: the names of the adapters and of the
+    modules.
     """
 
+    names: list[str]
     frames: Frames
     scales: Tensor
     weights: list[float]
@@ -142,7 +144,9 @@ class Given:
             return self.frames.stacks(self.scales)
         if name == "weights":
             return torch.tensor(self.weights, dtype=torch.float64)
-        raise TypeError(f"a program on cores cannot have {name!r}: cut, noise, nulls, sides, stacks or weights")
+        if name == "keys":
+            return self.names, self.frames.blocks.modules
+        raise TypeError(f"a program on cores cannot have {name!r}: cut, noise, nulls, sides, stacks, weights or keys")
 
 
 def _asked(program: Callable[..., Tensor]) -> list[str]:
@@ -172,7 +176,7 @@ def _merge(
             cores = frames.cores(scales, len(pool))
             if not bool(cores.isfinite().all()):
                 raise InputError(f"the weighted updates overflow: lower the weights {given}")
-            more = Given(frames, scales, given, rank, energy)
+            more = Given(pool.names, frames, scales, given, rank, energy)
             core = program(cores, **{n: more.named(n) for n in asked}, **parameters)
             check_result(name, frames.blocks.modules, core, (len(part), R, R))
             cut = frames.cut(given, rank, energy, significant="cut" in asked)

@@ -3,22 +3,26 @@ element."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastlora.errors import InputError
+from fastlora.ops.merge_tiles import bound_of, key_of
+from fastlora.reference.philox import words
 
-Rule = Literal["sum", "magnitude", "ties"]
+Rule = Literal["sum", "magnitude", "ties", "dare", "dare_ties"]
+
+RANDOM = ("dare", "dare_ties")
+
+# Elements are numbered as in rows of this length, so that directions that are zero for all shift nobody's mask.
+ROW = 2**32
 
 Combine = Literal["mean", "sum"]
-
-
-def check_density(method: str, density: float) -> None:
-    """Raises unless it is the share of something."""
-    if not 0.0 < density <= 1.0:
-        raise InputError(f"{method}: density={density:g} must be above 0 and at most 1")
 
 
 def thresholds(elements: Tensor, sizes: Tensor, density: float) -> Tensor:
@@ -38,16 +42,31 @@ def thresholds(elements: Tensor, sizes: Tensor, density: float) -> Tensor:
     return torch.where(counts > 0, chosen, torch.inf)
 
 
+def dropped(
+    stack: Tensor, names: Sequence[str], module: str, seed: int, density: float, first_column: int = 0
+) -> Tensor:
+    """DARE of the ``x_i [k, p, q]`` of one module: every element stays with the probability ``density``, divided by it.
+
+    Which ones stay depends on the seed, the names of adapter and module, and the place: not on the pool. The columns
+    are those from ``first_column`` on.
+    """
+    p, q = stack.shape[1:]
+    rows, columns = np.arange(p, dtype=np.int64)[:, None], np.arange(first_column, first_column + q, dtype=np.int64)
+    numbers, bound = rows * ROW + columns, bound_of(density)
+    kept = [words(numbers, key_of(seed, name), key_of(module)).astype(np.int64) < bound for name in names]
+    return torch.where(torch.from_numpy(np.stack(kept)), stack / density, 0.0)
+
+
 def merged(stack: Tensor, threshold: Tensor | None, rule: Rule, combine: Combine) -> Tensor:
     """What a rule makes of ``stack [..., k, p, q]``: ``[..., p, q]``.
 
-    ``sum``: the sum. ``magnitude``: the sum of the elements of at least ``threshold [..., k]``. ``ties``: of these, the
-    mean (over their number, not over weights) or the sum of those that are not zero and have the sign of their sum,
-    plus where it is zero.
+    ``sum``, ``dare`` (of what is left): the sum. ``magnitude``: the sum of the elements of at least ``threshold
+    [..., k]``. ``ties``: of these, ``dare_ties``: of all, the mean (over their number, not over weights) or the sum of
+    those that are not zero and have the sign of their sum, plus where it is zero.
     """
-    if rule == "sum" or threshold is None:
+    if rule in ("sum", "dare"):
         return stack.sum(-3)
-    kept = torch.where(stack.abs() >= threshold[..., None, None], stack, 0.0)
+    kept = stack if threshold is None else torch.where(stack.abs() >= threshold[..., None, None], stack, 0.0)
     total = kept.sum(-3)
     if rule == "magnitude":
         return total
@@ -56,20 +75,55 @@ def merged(stack: Tensor, threshold: Tensor | None, rule: Rule, combine: Combine
     return chosen / agree.sum(-3).clamp(min=1) if combine == "mean" else chosen
 
 
-def in_frames(
-    sides: tuple[Tensor, Tensor],
-    left: Tensor,
-    right: Tensor,
-    sizes: Tensor,
-    rule: Rule,
-    density: float,
-    combine: Combine,
-) -> Tensor:
-    """``left · rule(leftᵀ M_i right) · rightᵀ`` of ``M_i = L_i R_iᵀ`` in orthonormal ``left``, ``right`` ``[g, R, c]``.
+@dataclass(frozen=True, slots=True)
+class Elementwise:
+    """A rule with its parameters; ``method`` is for messages."""
 
-    ``sides``: ``L``, ``R`` ``[g, k, R, r]``. ``sizes [g]``: how many coordinates are not zero for all."""
-    inside = (left.mT[:, None] @ sides[0]) @ (right.mT[:, None] @ sides[1]).mT
-    threshold = None
-    if rule != "sum":
-        threshold = thresholds(inside.flatten(2), sizes[:, None].expand(inside.shape[:2]), density)
-    return left @ merged(inside, threshold, rule, combine) @ right.mT
+    method: str
+    rule: Rule
+    density: float
+    combine: Combine
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.density <= 1.0:
+            raise InputError(f"{self.method}: density={self.density:g} must be above 0 and at most 1")
+
+    @property
+    def trims(self) -> bool:
+        """Whether it keeps the largest elements."""
+        return self.rule in ("magnitude", "ties")
+
+    def thresholds(self, elements: Tensor, sizes: Tensor) -> Tensor | None:
+        """:func:`thresholds`, where the rule trims."""
+        return thresholds(elements, sizes, self.density) if self.trims else None
+
+    def of(
+        self, stack: Tensor, threshold: Tensor | None, names: Sequence[str], module: str, first_column: int = 0
+    ) -> Tensor:
+        """``[p, q]`` of the ``x_i [k, p, q]`` of one module, whose columns are those from ``first_column`` on."""
+        if self.rule in RANDOM:
+            stack = dropped(stack, names, module, self.seed, self.density, first_column)
+        return merged(stack, threshold, self.rule, self.combine)
+
+    def in_frames(
+        self,
+        sides: tuple[Tensor, Tensor],
+        left: Tensor,
+        right: Tensor,
+        sizes: Tensor,
+        keys: tuple[Sequence[str], Sequence[str]],
+    ) -> Tensor:
+        """``left · rule(leftᵀ M_i right) · rightᵀ`` of ``M_i = L_i R_iᵀ``.
+
+        ``left``, ``right``: orthonormal, ``[g, R, c]``. ``sides``: ``L``, ``R`` ``[g, k, R, r]``. ``sizes [g]``: how
+        many coordinates are not zero for all. ``keys``: names of the adapters and of the modules.
+        """
+        inside = (left.mT[:, None] @ sides[0]) @ (right.mT[:, None] @ sides[1]).mT
+        threshold = self.thresholds(inside.flatten(2), sizes[:, None].expand(inside.shape[:2]))
+        if self.rule in RANDOM:
+            names, modules = keys
+            inside = torch.stack([
+                dropped(x, names, module, self.seed, self.density) for x, module in zip(inside, modules, strict=True)
+            ])  # fmt: skip
+        return left @ merged(inside, threshold, self.rule, self.combine) @ right.mT

@@ -45,12 +45,15 @@ class Rows:
         """``x_i [c, m]``."""
         return self.coefficients[i] @ self.factors[i]
 
-    def merged(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
-        """``rule`` of ``[k, c, columns]`` for all columns: ``[c, m]``."""
+    def merged(self, rule: Callable[..., Tensor]) -> Tensor:
+        """``rule(x [k, c, columns], first_column=…)`` for all columns: ``[c, m]``."""
         c, m = self.shape
         width = max(1, batch_bytes(PIECE_BYTES) // (8 * max(1, c) * len(self.factors)))
         pieces = [
-            rule(torch.stack([S @ A[:, i : i + width] for S, A in zip(self.coefficients, self.factors, strict=True)]))
+            rule(
+                torch.stack([S @ A[:, i : i + width] for S, A in zip(self.coefficients, self.factors, strict=True)]),
+                first_column=i,
+            )
             for i in range(0, m, width)
         ]
         return torch.cat(pieces, 1)

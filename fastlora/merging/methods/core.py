@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.merging.forms import cores
 from fastlora.merging.forms.bases import squares_of
-from fastlora.merging.forms.elementwise import Combine, Rule, check_density, in_frames
+from fastlora.merging.forms.elementwise import Combine, Elementwise, Rule
 from fastlora.merging.forms.frames import Cut
 
 
@@ -21,12 +22,14 @@ from fastlora.merging.forms.frames import Cut
 def core(
     stack: Tensor,
     sides: tuple[Tensor, Tensor],
+    keys: tuple[Sequence[str], Sequence[str]],
     stacks: tuple[Tensor, Tensor],
     nulls: Cut,
     *,
     rule: Rule = "ties",
     density: float = 0.2,
     combine: Combine = "mean",
+    seed: int = 0,
     gauge: Literal["free", "raw"] = "free",
 ) -> Tensor:
     """``U · rule(M_1, M_2, …) · Vᵀ`` with ``M_i = Uᵀ w_i ΔW_i V [R, R]``.
@@ -41,12 +44,14 @@ def core(
     values are equal, the result is one of many. Cost: two eigendecompositions of ``R×R`` and ``O(k R³)`` a module.
 
     Args:
-        rule: what is done with the elements: sum, magnitude (the largest of every update, summed) or ties
+        rule: what is done with the elements: sum, magnitude (the largest of every update, summed), ties, dare (random
+            ones, summed) or dare_ties
         density: share of the elements of a core that every adapter keeps, in (0, 1]
         combine: what ties takes of the elements that agree, their mean or their sum
+        seed: of the random masks of dare, which also depend on the names of adapters and modules
         gauge: bases of the updates themselves (free), or of the stored factors as in the paper (raw)
     """
-    check_density("core", density)
+    elementwise = Elementwise("core", rule, density, combine, seed)
     if gauge == "free":
         left, right = squares_of(stack)
     else:
@@ -56,4 +61,4 @@ def core(
         values, vectors = ops.eigh(gram.contiguous())
         counts.append(nulls.above(values.flip(-1).clamp(min=0).sqrt()))
         bases.append(vectors.flip(-1))
-    return in_frames(sides, bases[0], bases[1], counts[0] * counts[1], rule, density, combine)
+    return elementwise.in_frames(sides, bases[0], bases[1], counts[0] * counts[1], keys)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastlora.errors import InputError
 from fastlora.merging.forms import cores
 from fastlora.merging.forms.bases import leading, side_by_side, squared_norms, squares_of
-from fastlora.merging.forms.elementwise import Combine, Rule, check_density, in_frames
+from fastlora.merging.forms.elementwise import Combine, Elementwise, Rule
 from fastlora.merging.forms.frames import Cut
 from fastlora.merging.registry import driven
 
@@ -24,12 +26,14 @@ from fastlora.merging.registry import driven
 def ctm(
     stack: Tensor,
     sides: tuple[Tensor, Tensor],
+    keys: tuple[Sequence[str], Sequence[str]],
     cut: Cut,
     nulls: Cut,
     *,
     rule: Rule = "ties",
     density: float = 0.25,
     combine: Combine = "mean",
+    seed: int = 0,
     balance: float = 0.25,
     iterations: int = 1000,
     tolerance: float = 1e-6,
@@ -44,14 +48,16 @@ def ctm(
     pool nothing is lost, and a linear rule gives the sum. Cost: two eigendecompositions of ``R×R`` an iteration.
 
     Args:
-        rule: what is done with the elements: sum, magnitude (the largest of every update, summed) or ties
+        rule: what is done with the elements: sum, magnitude (the largest of every update, summed), ties, dare (random
+            ones, summed) or dare_ties
         density: share of the r×r elements that every adapter keeps, in (0, 1]
         combine: what ties takes of the elements that agree, their mean or their sum
+        seed: of the random masks of dare, which also depend on the names of adapters and modules
         balance: β, from 0 (all adapters count alike in the choice of the subspaces) to 1 (by their size)
         iterations: steps at the most
         tolerance: change of the relative error below which the subspaces stay
     """
-    check_density("ctm", density)
+    elementwise = Elementwise("ctm", rule, density, combine, seed)
     if not 0.0 <= balance <= 1.0 or iterations < 0 or not tolerance > 0:
         raise InputError(
             f"ctm: balance={balance:g} must be between 0 and 1, iterations={iterations} at least 0, "
@@ -66,7 +72,7 @@ def ctm(
     rank = min(cut.rank or R, R)
     left, right = _subspaces(grams, (sides[0] * factor, sides[1]), rank, iterations, tolerance)
     sizes = [nulls.above(_spectrum(base, gram)) for base, gram in zip((left, right), grams, strict=True)]
-    return in_frames(sides, left, right, sizes[0] * sizes[1], rule, density, combine)
+    return elementwise.in_frames(sides, left, right, sizes[0] * sizes[1], keys)
 
 
 def _spectrum(base: Tensor, gram: Tensor) -> Tensor:

@@ -15,9 +15,8 @@ from fastlora.core.updates import Update, sources
 from fastlora.engine.blocks import read_pair_blocks
 from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
-from fastlora.merging.forms import elementwise
 from fastlora.merging.forms.bases import squares_of
-from fastlora.merging.forms.elementwise import Combine, Rule, check_density
+from fastlora.merging.forms.elementwise import Combine, Elementwise, Rule
 from fastlora.merging.forms.frames import Cut, Frames
 from fastlora.merging.forms.result import check_result, merged_adapter
 from fastlora.merging.forms.rows import Rows, update_of
@@ -41,6 +40,7 @@ def knots(
     rule: Rule = "ties",
     density: float = 0.2,
     combine: Combine = "mean",
+    seed: int = 0,
 ) -> Adapter:
     """``U · rule(ΣV_1ᵀ, ΣV_2ᵀ, …)`` with the singular form ``[w_1ΔW_1 | w_2ΔW_2 | …] = U Σ [V_1ᵀ | V_2ᵀ | …]``.
 
@@ -53,11 +53,13 @@ def knots(
     Args:
         rank: rank to cut the result to; by default nothing is cut, and the rank is at most Σrᵢ
         energy: share of Σσ² that every module keeps, in (0, 1], instead of a rank
-        rule: what is done with the elements: sum, magnitude (the largest of every update, summed) or ties
+        rule: what is done with the elements: sum, magnitude (the largest of every update, summed), ties, dare (random
+            ones, summed) or dare_ties
         density: share of the elements of ΣVᵢᵀ that every adapter keeps, in (0, 1]
         combine: what ties takes of the elements that agree, their mean or their sum
+        seed: of the random masks of dare, which also depend on the names of adapters and modules
     """
-    check_density("knots", density)
+    elementwise = Elementwise("knots", rule, density, combine, seed)
     if rank is not None or energy is not None:
         check_cut(rank, energy)
     given = [weights[n] for n in pool.names]
@@ -75,13 +77,13 @@ def knots(
                 raise InputError(f"the weighted updates overflow: lower the weights {given}")
             basis = _left_basis(stack, one.cut(given, None, None))
             rows = Rows.of(one, 0, scales[g : g + 1], basis)
-            threshold = None if rule == "sum" else _thresholds(rows, density)
-            of_elements = functools.partial(elementwise.merged, threshold=threshold, rule=rule, combine=combine)
-            merged = rows.merged(of_elements)
+            names = [pool.names[i] for i in blocks.members]
+            threshold = _thresholds(rows, elementwise)
+            merged = rows.merged(functools.partial(elementwise.of, threshold=threshold, names=names, module=module))
             check_result("knots", [module], merged[None], (1, *rows.shape))
             updates[module], squares[module] = update_of(one, 0, basis, merged, one.cut(given, rank, energy), noises[g])
             release(sources(one.blocks.updates[0]))
-    used = {"rank": rank, "energy": energy, "rule": rule, "density": density, "combine": combine}
+    used = {"rank": rank, "energy": energy, "rule": rule, "density": density, "combine": combine, "seed": seed}
     was_cut = rank is not None or energy is not None
     return merged_adapter("knots", pool, given, updates, used, squares=squares if was_cut else None)
 
@@ -93,8 +95,10 @@ def _left_basis(stack: Tensor, noise: Cut) -> Tensor:
     return vectors[0].flip(-1)[:, :count].contiguous()
 
 
-def _thresholds(rows: Rows, density: float) -> Tensor:
-    """The least magnitude that every adapter keeps: ``[k]``."""
+def _thresholds(rows: Rows, elementwise: Elementwise) -> Tensor | None:
+    """The least magnitude that every adapter keeps, ``[k]``, where the rule trims."""
+    if not elementwise.trims:
+        return None
     size = torch.tensor(rows.shape[0] * rows.shape[1])
-    found = [elementwise.thresholds(rows.elements(i).flatten(), size, density) for i in range(len(rows.factors))]
-    return torch.stack(found)
+    found = [elementwise.thresholds(rows.elements(i).flatten(), size) for i in range(len(rows.factors))]
+    return torch.stack([x for x in found if x is not None])
