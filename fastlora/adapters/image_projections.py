@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from fastlora.core.data import LoraData
+from fastlora.core.data import Extra, LoraData
 from fastlora.core.fusing import Stored, rows, stacked
 from fastlora.core.updates import LINEAR, Update
 from fastlora.dialects.fusions import ENDS, parts_of, rows_of, wholes_of
@@ -46,8 +46,10 @@ class ImageProjections:
         pieces = {m: found for m in concerned if shape_of(m) is None and (found := self._pieces(adapter, m, shape_of))}
         if not pieces:
             return adapter, []
-        refuse_extras(adapter, pieces)
-        return replace(adapter, updates=_moved(adapter.updates, pieces, shape_of)), [_told(adapter, pieces)]
+        extras = _moved_biases(adapter, pieces, shape_of)
+        refuse_extras(replace(adapter, extras={k: v for k, v in extras.items() if k in adapter.extras}), pieces)
+        updates = _moved(adapter.updates, pieces, shape_of)
+        return replace(adapter, updates=updates, extras=extras), [_told(adapter, pieces)]
 
     def _pieces(self, adapter: LoraData, module: str, shape_of: ShapeOf) -> dict[str, tuple[Span, int]]:
         """Where the rows of a module go: ``{module of earlier adapters: (own rows, first row there)}``."""
@@ -130,6 +132,25 @@ def _moved(
         first, piece = parts[0]
         whole = len(parts) == 1 and (shape is None or piece.shape[0] == shape[0])
         moved[target] = piece if whole or shape is None else stacked(parts, shape[0], made)
+    return moved
+
+
+def _moved_biases(
+    adapter: LoraData, pieces: Mapping[str, Mapping[str, tuple[Span, int]]], shape_of: ShapeOf
+) -> dict[str, Extra]:
+    """Extras with changes of biases where the rows of their modules are; elsewhere a bias does not change."""
+    moved: dict[str, Extra] = {}
+    for name, extra in adapter.extras.items():
+        module, _, leaf = name.rpartition(".")
+        if module not in pieces or leaf != "bias" or extra.kind != "delta" or extra.tensor.dim() != 1:
+            moved[name] = extra
+            continue
+        for target, ((start, stop), first) in pieces[module].items():
+            shape, rows = shape_of(target), extra.tensor[start:stop]
+            earlier = moved.get(f"{target}.bias")
+            whole = rows.new_zeros(first + len(rows) if shape is None else shape[0])
+            whole[first : first + len(rows)] = rows
+            moved[f"{target}.bias"] = Extra("delta", whole if earlier is None else earlier.tensor + whole)
     return moved
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import gaussian
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tolerances import SUMS32
 from torch import Tensor
 
@@ -85,6 +85,21 @@ def test_files_of_two_dialects_are_merged_exactly(family: str, tmp_path: Path) -
         assert found.keys() == expected.keys()
         for part, delta in expected.items():
             torch.testing.assert_close(found[part], delta, rtol=0, atol=SUMS32 * float(delta.abs().max()))
+
+
+def test_changes_of_biases_go_with_their_rows(tmp_path: Path) -> None:
+    kohya, split, *_ = write_files("flux", tmp_path)
+    whole, part = gaussian(3 * H, seed=900), gaussian(H, seed=901)
+    fused, parts = load_file(kohya), load_file(split)
+    save_file(fused | {"lora_unet_double_blocks_0_img_attn_qkv.diff_b": whole}, kohya)
+    save_file(parts | {f"transformer.{FLUX}.to_v.diff_b": part}, split)
+    expected = whole.clone()
+    expected[2 * H :] += part
+    for order in ((kohya, split), (split, kohya)):
+        merged = fl.merge(fl.Pool.load(order), {"kohya": 1.0, "split": 1.0}, method="cat")
+        names = [f"{FLUX}.to_qkv.bias"] if order[0] is kohya else [f"{FLUX}.to_{x}.bias" for x in "qkv"]
+        found = torch.cat([merged.extras[name].tensor for name in names])
+        assert merged.extras.keys() == {*names} and torch.equal(found, expected)
 
 
 def _parts(module: str) -> tuple[str, ...] | None:
