@@ -41,6 +41,11 @@ def show_choice(data: Data) -> None:
         f"That is a guess between the mean (× {scales['mean']:.3g}) and the sum (× 1): only data or a score can tell. "
         "Weights that you give, A:0.5 B:0.5, are taken as they are."
     )
+    if data["method"] == "ctm":
+        print_paragraph(
+            "Their norms differ by more than 2:1, so the cut keeps the directions that hold most of all adapters "
+            "alike, and not those of the largest (--method svd)."
+        )
     names, few = data["names"], len(data["names"]) <= MANY
     columns = ["number:norm", *(["number:kept"] if kept else []), *(f"named:{name}" for name in names if few)]
     table = Table("name:adapter", *columns, title="norms, and cosines of ΔW" if few else "norms")

@@ -63,6 +63,7 @@ def test_what_a_cut_keeps_of_every_adapter(tmp_path: Path) -> None:
     assert found["method"] == "svd" and set(found["retained_energy_by_adapter"]) == {"a", "b"}
     assert all(0 < share < 1 for share in found["retained_energy_by_adapter"].values())
     found = done("merge", "a", "b", "c", "--rank", "4", "-o", "three", cwd=tmp_path)
+    assert "the cut keeps the directions that hold most of all adapters alike" in " ".join(found.out.split())
     assert "kept" in found.out and " times as long as the shortest" in found.err and "equal_energy" in found.err
     data = done("merge", "a", "b", "c", "--rank", "4", "-o", "again", "--json", cwd=tmp_path).json()
     assert data["default"]["method"] == "ctm"

@@ -11,10 +11,11 @@ import pools
 import pytest
 import torch
 from pools import MODULE
-from tolerances import FLOAT32, SUBSPACE64
+from tolerances import FLOAT32, FLOAT64, SUBSPACE64
 from torch import Tensor
 
 import fastlora as fl
+from fastlora.merging.forms.elementwise import Elementwise
 from fastlora.ops.merge_tiles import key_of
 from fastlora.reference.philox import words
 from fastlora.runtime import memory
@@ -109,6 +110,22 @@ def test_ctm(rank: int, balance: float, rule: str, density: float) -> None:
     # Subspaces of so little gap that the iterations end before they have one value.
     slow = NOT_UNIQUE
     mixed.require_parity("ctm", ctm(rank, balance, rule, density), FLOAT32, without=slow, **given)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_rules_are_those_of_peft(density: float) -> None:
+    """On elements that differ, where its exact count and our threshold keep the same."""
+    owner = pytest.importorskip("peft.utils.merge_utils", reason="peft is not installed")
+    stack = torch.randn(4, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    one = torch.ones(4, dtype=torch.float64)
+    for rule, expected in (
+        ("ties", owner.ties(list(stack), one, density)),
+        ("magnitude", owner.magnitude_prune(list(stack), one, density)),
+    ):
+        elementwise = Elementwise("core", rule, density, "mean", 0)
+        threshold = elementwise.thresholds(stack.flatten(1), torch.full((4,), 63))
+        found = elementwise.of(stack, threshold, ["a", "b", "c", "d"], MODULE)
+        torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64)
 
 
 @pytest.mark.parametrize("rule", ["dare", "dare_ties"])
