@@ -27,6 +27,9 @@ from fastlora.merging.registry import driven
 
 Program = TypeVar("Program", bound=Callable[..., Tensor])
 
+# Matrices R×R of every adapter that a program has at a time: its core, and what is made of it.
+CORES = 5
+
 
 def method(*, summary: str, source: str, whole: bool = False, **facts: str) -> Callable[[Program], Program]:
     """Registers ``program(cores, *, …)``, which :func:`merge` runs, or :func:`merge_whole` if ``whole``."""
@@ -60,7 +63,7 @@ def merge(
         NonFiniteError: a factor that holds NaN or Inf, by adapter and module.
 
     Cost: two passes over the factors, three eigendecompositions of ``R×R`` matrices a module beside the program, and
-    ``8·(k + 8)·R²`` bytes for every module that is computed at once. A direction whose share of a factor is ``ε`` of
+    ``8·(5k + 8)·R²`` bytes for every module that is computed at once. A direction whose share of a factor is ``ε`` of
     the largest is orthonormal to ``1e-16/ε²``.
     """
     if rank is None and energy is None:
@@ -170,7 +173,7 @@ def _merge(
     for blocks in read_pair_blocks(pool, f"cores of {name}"):
         group = Frames.of(blocks)
         R = group.left.shape[1]
-        for part in split_to_fit([8 * (len(pool) + 8) * R * R] * len(blocks.modules)):
+        for part in split_to_fit([8 * (CORES * len(pool) + 8) * R * R] * len(blocks.modules)):
             frames = group.part(part)
             scales = frames.scales(given)
             cores = frames.cores(scales, len(pool))
