@@ -139,44 +139,44 @@ class Pass {
             }
     }
 
+    // Lanes of double from x on.
+    static Vec<double> wide(const T* x) {
+        if constexpr (sizeof(T) == 8) {
+            return load<double>(x);
+        } else {
+            typename Bits<double>::Float narrow;
+            __builtin_memcpy(&narrow, x, sizeof narrow);
+            return from_float<double>(narrow);
+        }
+    }
+
+    // Columns beyond the last are zero.
     static void add_sizes(const Place& place, const T* x, double* sums) {
-        double size = 0;
-        for (int a = 0; a < place.rows; ++a)
-            for (int b = 0; b < place.columns; ++b) size += double(abs_(x[a * kPanel + b]));
-        sums[0] += size;
+        Vec<double> size{};
+        for (int at = 0; at < place.rows * kPanel; at += kLanes<double>) size += abs<double>(wide(x + at));
+        sums[0] += sum_lanes<double>(size);
     }
 
     static void add_kept(const Place& place, const T* x, T limit, double* sums) {
-        double size = 0, square = 0;
-        for (int a = 0; a < place.rows; ++a)
-            for (int b = 0; b < place.columns; ++b) {
-                const T value = x[a * kPanel + b];
-                const double kept = abs_(value) >= limit ? double(abs_(value)) : 0.0;
-                size += kept;
-                square += kept * kept;
-            }
-        sums[1] += size;
-        sums[2] += square;
+        Vec<double> size{}, square{};
+        const double least = double(limit);
+        for (int at = 0; at < place.rows * kPanel; at += kLanes<double>) {
+            const Vec<double> value = abs<double>(wide(x + at)), kept = value >= least ? value : Vec<double>{};
+            size += kept;
+            square += kept * kept;
+        }
+        sums[1] += sum_lanes<double>(size);
+        sums[2] += sum_lanes<double>(square);
     }
 
     // The merged group: to `out`, and in float64 to the panel of the band. Returns the sum of its squares.
     double take(int g, int rows, int columns) {
-        double* wide = wide_ + g * kPanel;
+        double* to = wide_ + g * kPanel;
         Vec<double> square{};
-        if constexpr (sizeof(T) == 8) {
-            for (int at = 0; at < rows * kPanel; at += kLanes<double>) {
-                const Vec<double> value = load<double>(merged_ + at);
-                store<double>(wide + at, value);
-                square += value * value;
-            }
-        } else {
-            for (int at = 0; at < rows * kPanel; at += kLanes<double>) {
-                typename Bits<double>::Float half;
-                __builtin_memcpy(&half, merged_ + at, sizeof half);
-                const Vec<double> value = from_float<double>(half);
-                store<double>(wide + at, value);
-                square += value * value;
-            }
+        for (int at = 0; at < rows * kPanel; at += kLanes<double>) {
+            const Vec<double> value = wide(merged_ + at);
+            store<double>(to + at, value);
+            square += value * value;
         }
         if (args_.out) with_type(*args_.out, [&](auto e) { put<decltype(e)>(g, rows, columns); });
         return sum_lanes<double>(square);

@@ -47,15 +47,17 @@ def count_varied(task: TileTask) -> int:
 
 def row_masks(task: TileTask, spans: Sequence[tuple[float, float]], keys: Sequence[int], module_key: int) -> Tensor:
     """The masks of all rows, as bits."""
-    n, m = task.shape
+    masks = zip(_all(task), spans, keys, strict=True)
+    return torch.stack([packed_row_mask(x, span, key, module_key, 0) for x, span, key in masks])
+
+
+def packed_row_mask(x: Tensor, span: tuple[float, float], key: int, module_key: int, first: int) -> Tensor:
+    """DELLA's mask of the rows ``x [rows, m]`` of a module from ``first`` on, as words of 64 bits."""
+    rows, m = x.shape
     words = -(-m // 64)
-    places = torch.arange(64, device=task.device)
-    bits = torch.zeros(len(task.pairs), n, words, dtype=torch.int64, device=task.device)
-    for i, (x, (least, span), key) in enumerate(zip(_all(task), spans, keys, strict=True)):
-        mask = torch.zeros(n, 64 * words, dtype=torch.int64, device=task.device)
-        mask[:, :m] = formula.row_mask(x, least, span, key, module_key)
-        bits[i] = (mask.view(n, words, 64) << places).sum(2)
-    return bits
+    mask = torch.zeros(rows, 64 * words, dtype=torch.int64, device=x.device)
+    mask[:, :m] = formula.row_mask(x, *span, key, module_key, first)
+    return (mask.view(rows, words, 64) << torch.arange(64, device=x.device)).sum(2)
 
 
 def _unpacked(bits: Tensor, m: int) -> Tensor:
@@ -92,7 +94,7 @@ def merge(task: TileTask, rule: TileRule, outputs: TileOutputs) -> TileResult:
     """The rule by its formula."""
     square, undecided, majority, finite = 0.0, 0, 0, True
     sums = torch.zeros(len(task.pairs), 3, dtype=torch.float64)
-    product = _empty_product(task, outputs)
+    product = empty_product(task, outputs)
     for rows, x in _bands(task):
         v = torch.where(_kept(x, rule, rows), x, 0.0)
         M, S = formula.merged(
@@ -114,7 +116,8 @@ def merge(task: TileTask, rule: TileRule, outputs: TileOutputs) -> TileResult:
     return TileResult(square, undecided, majority, finite, product, sums if outputs.sums else None)
 
 
-def _empty_product(task: TileTask, outputs: TileOutputs) -> Tensor | None:
+def empty_product(task: TileTask, outputs: TileOutputs) -> Tensor | None:
+    """Zeros of the shape of the product that is asked for, or ``None``."""
     n, m = task.shape
     thin = outputs.right if outputs.right is not None else outputs.left
     if thin is None:

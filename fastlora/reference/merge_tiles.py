@@ -48,20 +48,22 @@ def variance(x: Tensor) -> Tensor:
     return (x - x.mean(0)).square().mean(0)
 
 
-def random_mask(shape: tuple[int, int], keep: Tensor | int, key: int, module_key: int) -> Tensor:
-    """Where the word of an element is below ``keep``, of 2³²; it may be one number an element."""
-    drawn = words(numbers(shape).numpy(), key, module_key).astype(np.int64)
+def random_mask(shape: tuple[int, int], keep: Tensor | int, key: int, module_key: int, first: int = 0) -> Tensor:
+    """Where the word of an element of the rows from ``first`` on is below ``keep``, of 2³²; it may be one number an
+    element."""
+    drawn = words(numbers(shape).numpy() + first * shape[1], key, module_key).astype(np.int64)
     return torch.from_numpy(drawn) < (keep.cpu() if isinstance(keep, Tensor) else keep)
 
 
-def row_mask(x: Tensor, least: float, span: float, key: int, module_key: int) -> Tensor:
-    """DELLA's mask of one ``x [n, m]``: kept with probability ``least + span·rank/(m − 1)``, ranks within a row."""
+def row_mask(x: Tensor, least: float, span: float, key: int, module_key: int, first: int = 0) -> Tensor:
+    """DELLA's mask of the rows ``x [n, m]`` of a module from ``first`` on: kept with probability ``least +
+    span·rank/(m − 1)``, ranks within a row."""
     n, m = x.shape
     places = x.abs().sort(dim=1, stable=True).indices
     ranks = torch.empty_like(places).scatter_(1, places, torch.arange(m, device=x.device).expand(n, m).contiguous())
     share = least + span * ranks.double() / max(m - 1, 1)
     keep = (share * WORDS).floor().clamp(0, WORDS).long()
-    return random_mask((n, m), keep, key, module_key).to(x.device)
+    return random_mask((n, m), keep, key, module_key, first).to(x.device)
 
 
 def merged(

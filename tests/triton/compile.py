@@ -39,6 +39,7 @@ def cases(every: bool) -> Iterator[tuple[str, Any]]:
     for side, rows in (("B", False), ("A", True)):
         yield from gram_cases(side, rows, every)
         yield from combine_cases(side, rows, every)
+    yield from merge_cases(every)
 
 
 def gram_cases(side: str, rows: bool, every: bool) -> Iterator[tuple[str, Any]]:
@@ -81,6 +82,23 @@ def combine_cases(side: str, rows: bool, every: bool) -> Iterator[tuple[str, Any
     yield f"exact_results {side} mixed bytes", exact(code=None, out=FP32, odd=True)
     extreme = combine.extreme_results_launch(*tables, rows=rows, code=BF16, out=BF16, odd=False)
     yield f"extreme_results {side} bf16", extreme
+
+
+def merge_cases(every: bool) -> Iterator[tuple[str, Any]]:
+    from tritonkernels.merge_tiles import merge_tile_launch
+
+    tables = "*i64", "*fp64", "*fp64", "*i64"
+    kinds = {"ties": (1, False, 1, True), "dare": (2, False, 0, False)}
+    if every:
+        kinds |= {"breadcrumbs": (1, True, 1, False), "della": (3, False, 2, True), "sce": (4, False, 1, True)}
+    for double in (False, True) if every else (False,):
+        for name, (trim, high, elect, shares) in kinds.items():
+            out = "*fp64" if double else "*fp32"
+            made = merge_tile_launch(
+                tables, out, "*i8", (8, 4096, 4096), (0, 4096),
+                double=double, trim=trim, high=high, elect=elect, shares=shares,
+            )  # fmt: skip
+            yield f"merge_tile {name} {out[1:]}", made
 
 
 def compiled(launch: Any, architecture: int) -> Any:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends import padded, reference_tiles
-from fastlora.backends.triton import combine_tables, gram_tables
+from fastlora.backends import padded
+from fastlora.backends.triton import combine_tables, gram_tables, merge_bands
 from fastlora.backends.triton.tables import Matrix, Sections
 from fastlora.ops.dispatch import Kernel
 from fastlora.ops.merge_tiles import TileTask
@@ -233,9 +233,8 @@ KERNELS: Mapping[str, Kernel] = {
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_gram, prepare_gram),
     "combine_pass": Kernel(_combine_pass, _supports_combine, prepare_combine),
-    # By torch's operations where the factors are.
-    "merge_select": Kernel(reference_tiles.select, _supports_tiles),
-    "merge_count_varied": Kernel(reference_tiles.count_varied, _supports_tiles),
-    "merge_row_masks": Kernel(reference_tiles.row_masks, _supports_tiles),
-    "merge_tiles": Kernel(reference_tiles.merge, _supports_tiles),
+    "merge_select": Kernel(merge_bands.select, _supports_tiles),
+    "merge_count_varied": Kernel(merge_bands.count_varied, _supports_tiles),
+    "merge_row_masks": Kernel(merge_bands.row_masks, _supports_tiles),
+    "merge_tiles": Kernel(merge_bands.merge, _supports_tiles),
 }
