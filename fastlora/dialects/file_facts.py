@@ -52,6 +52,12 @@ class ModuleFacts:
         return shape[0] if shape else 0
 
     @property
+    def rows(self) -> int:
+        """Of the weight, as its ``B`` has them; 0 where it has none."""
+        shape = self.shapes.get("up", ())
+        return shape[0] if shape else 0
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is ``B·A`` and a scale, and nothing else."""
         return {"up", "down"} <= self.keys.keys() <= {"up", "down", "alpha"}
@@ -154,6 +160,12 @@ def _doubt(candidates: tuple[str, ...]) -> str:
 def _module(stored: Stored, named: Named, family: Family | None, file: Path) -> ModuleFacts:
     prefixed = split_prefix(stored.stem)
     shapes = {part: tuple(tensor.shape) for part, tensor in stored.parts.items()}
+    up, down = shapes.get("up"), shapes.get("down")
+    if up is not None and down is not None and (min(len(up), len(down)) < 2 or up[1] != down[0] or 0 in up + down):
+        raise InputError(
+            f"{file}: module {stored.stem!r} has A {list(down)} and B {list(up)}; needed are [rank, in] and [out, rank]: "
+            "save or download the file again"
+        )
     size: Shape | None = weight_shape(shapes)
     table = family if not named.component or named.component.startswith("transformer") else None
     original = None if table is None else table.original(named.path, size)

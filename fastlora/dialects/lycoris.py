@@ -64,9 +64,10 @@ def kind_of(parts: Mapping[str, Tensor]) -> str | None:
 
 
 def dimension(parts: Mapping[str, Tensor]) -> int | None:
-    """What alpha is divided by; ``None`` where alpha has no meaning (whole matrices)."""
+    """What alpha is divided by; ``None`` where alpha has no meaning (whole matrices, and factors that are none)."""
     names = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
-    return next((parts[name].shape[0] for name in names if name in parts), None)
+    factor = next((parts[name] for name in names if name in parts), None)
+    return None if factor is None or not factor.numel() or not factor.dim() else factor.shape[0]
 
 
 def converted(stored: Stored, scaling: float, rank: int | None, file: Path) -> Converted:

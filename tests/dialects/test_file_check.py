@@ -104,3 +104,25 @@ def test_no_factor_is_read(tmp_path: Path) -> None:
     spoilt = {k: v if k.endswith("alpha") else torch.full_like(v, float("nan")) for k, v in sample.tensors.items()}
     save_file(spoilt, path)
     assert fl.check(path, family="sd15") == clean
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"lora_down.weight": (), "lora_up.weight": (4, 2)},
+        {"lora_down.weight": (0, 4), "lora_up.weight": (4, 0)},
+        {"lokr_w1": (2, 2), "lokr_w2_a": (2, 2), "lokr_w2_b": ()},
+        {"hada_w1_a": (2, 2), "hada_w1_b": (), "hada_w2_a": (2, 2), "hada_w2_b": (2, 2)},
+    ],
+)
+def test_factors_that_are_none_break_nothing(parts: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    stem = "lora_unet_mid_block_resnets_0_conv1"
+    tensors = {f"{stem}.{name}": torch.ones(shape) for name, shape in parts.items()}
+    save_file(tensors | {f"{stem}.alpha": torch.tensor(1.0)}, tmp_path / "damaged.safetensors")
+    with pytest.raises(fl.InputError, match=stem):
+        fl.load(tmp_path / "damaged.safetensors", family="sd15")
+    if "lora_up.weight" in parts:
+        with pytest.raises(fl.InputError, match=rf"{stem}' has A .*; needed are \[rank, in\]"):
+            fl.check(tmp_path / "damaged.safetensors", family="sd15")
+    else:
+        assert fl.check(tmp_path / "damaged.safetensors", family="sd15").facts.modules[stem].meant == 1.0

@@ -121,7 +121,7 @@ def _hand(module: ModuleFacts, conversion: Conversion) -> None:
             conversion.bake(module)
     elif module.in_diffusers_names or int(block[2]) >= (SINGLE if block[1] else DOUBLE):
         raise Refused("ValueError", f"it does not know what to do with {module.stem!r}")
-    elif module.named.path.endswith("to_qkv_mlp_proj") and module.shapes["up"][0] != 7 * HIDDEN:
+    elif module.named.path.endswith("to_qkv_mlp_proj") and module.rows != 7 * HIDDEN:
         raise Refused("AssertionError", f"it takes {7 * HIDDEN} rows of {module.stem!r} for granted")
     else:
         conversion.bake(module)

@@ -164,8 +164,8 @@ def _hand_hunyuan(module: ModuleFacts, conversion: Conversion) -> None:
     if module.prefix not in HUNYUAN_PREFIXES or module.suffix != PEFT:
         conversion.stray(module)
         return
-    path, rows = module.named.path, module.shapes.get("up", (0,))[0]
-    if path.endswith("to_qkv_mlp_proj") and rows <= 3 * HUNYUAN_WIDTH:
+    path = module.named.path
+    if path.endswith("to_qkv_mlp_proj") and module.rows <= 3 * HUNYUAN_WIDTH:
         raise Refused("RuntimeError", f"it takes a width of {HUNYUAN_WIDTH} for granted, and {module.stem!r} has less")
     conversion.take(module)
     if module.named.original and path == "norm_out.linear":
