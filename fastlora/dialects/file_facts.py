@@ -163,8 +163,8 @@ def _module(stored: Stored, named: Named, family: Family | None, file: Path) -> 
     up, down = shapes.get("up"), shapes.get("down")
     if up is not None and down is not None and (min(len(up), len(down)) < 2 or up[1] != down[0] or 0 in up + down):
         raise InputError(
-            f"{file}: module {stored.stem!r} has A {list(down)} and B {list(up)}; needed are [rank, in] and [out, rank]: "
-            "save or download the file again"
+            f"{file}: module {stored.stem!r} has A {list(down)} and B {list(up)}; needed are [rank, in] and "
+            "[out, rank]: save or download the file again"
         )
     size: Shape | None = weight_shape(shapes)
     table = family if not named.component or named.component.startswith("transformer") else None
