@@ -30,16 +30,23 @@ def holds_adapters(path: Path) -> bool:
         return False
 
 
-def load_folder(folder: Path, kinds: tuple[type[AdapterData], ...] = (LoraData,)) -> tuple[list[Element], list[str]]:
+def load_folder(
+    folder: Path,
+    kinds: tuple[type[AdapterData], ...] = (LoraData,),
+    *,
+    family: str | None = None,
+    rank: int | None = None,
+) -> tuple[list[Element], list[str]]:
     """The adapters of ``kinds`` directly in a folder, ``checkpoint-9`` before ``checkpoint-10``, and notes on what was
-    left out: which entries, and why. Raises :class:`InputError` when nothing is left."""
+    left out: which entries, and why. ``family``, ``rank``: as :func:`fastlora.load` takes them. Raises
+    :class:`InputError` when nothing is left."""
     taken: list[Element] = []
     left_out: dict[str, str] = {}
     for entry in track(sorted(folder.iterdir(), key=_natural), "loading"):
         try:
             reason = _no_adapter(entry, kinds)
             if reason is None:
-                element = load(entry)
+                element = load(entry, family=family, rank=rank)
                 reason = None if isinstance(element, kinds) else _other_kind([type(element)])
         except FastloraError as error:
             reason = str(error)

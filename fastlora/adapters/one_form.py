@@ -8,6 +8,7 @@ from typing import TypeVar
 from fastlora.adapters.alignment import aligned
 from fastlora.adapters.expert_forms import with_one_expert_form
 from fastlora.adapters.fused_projections import with_one_projection_form
+from fastlora.adapters.pointwise import with_one_pointwise_form
 from fastlora.adapters.unwrapping import unwrapped
 from fastlora.core.data import LoraData
 
@@ -23,7 +24,7 @@ def in_one_form(adapters: Sequence[A], *, align: bool = True, strict: bool = Fal
     if len(adapters) < 2:
         return list(adapters), []
     adapters, notices = unwrapped(adapters) if align else (adapters, [])
-    given, more = with_one_expert_form(adapters)
+    given, more = with_one_expert_form(with_one_pointwise_form(adapters))
     notices += more
     given, more = with_one_projection_form(given)
     notices += more
@@ -31,7 +32,7 @@ def in_one_form(adapters: Sequence[A], *, align: bool = True, strict: bool = Fal
         named, told = aligned(given, strict=strict)
         notices += told
         if any(a is not b for a, b in zip(named, given, strict=True)):
-            named, more = with_one_projection_form(named)
+            named, more = with_one_projection_form(with_one_pointwise_form(named))
             notices += more
         given = named
     return given, notices

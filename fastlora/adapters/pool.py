@@ -87,16 +87,20 @@ class Pool:
         sources: AdapterSource | Iterable[AdapterSource | VectorSpace] | Mapping[str, AdapterSource],
         *,
         rename: Mapping[str, str] | None = None,
+        family: str | None = None,
+        rank: int | None = None,
     ) -> Pool:
         """Loads adapters with :func:`fastlora.load` and puts them into a pool.
 
         Args:
-            sources: PEFT directories, Hub ids or adapters that are loaded already, in the order of the pool; they are
-                called after their folders. Or ``{name: path}``. A folder that holds adapters, in the list or in its
-                place, stands for all LoRA adapters directly in it, with numbers in their names in order;
-                :attr:`notices` say which entries were left out and why.
+            sources: PEFT directories, single files, Hub ids or adapters that are loaded already, in the order of the
+                pool; they are called after their folders or files. Or ``{name: path}``. A folder that holds adapters,
+                in the list or in its place, stands for all LoRA adapters directly in it, with numbers in their names
+                in order; :attr:`notices` say which entries were left out and why.
             rename: ``{old: new}``, as :class:`Pool` takes it: ``{"visual": "model.visual"}`` where one adapter has
                 ``visual.blocks.0.attn.qkv`` and another ``model.visual.blocks.0.attn.qkv``.
+            family: the models that single files are for, where their names fit several, as :func:`fastlora.load`.
+            rank: the rank at which modules are read that are no plain LoRA, as :func:`fastlora.load`.
 
         Raises:
             InputError: what :func:`fastlora.load` and :class:`Pool` refuse; one adapter instead of a list; a folder
@@ -112,8 +116,10 @@ class Pool:
                 )
             sources = [sources]
         if isinstance(sources, Mapping):
-            return cls([load(os.fspath(path), name) for name, path in sources.items()], rename=rename)
-        elements, notices = _loaded(s if isinstance(s, VectorSpace) else find(os.fspath(s)) for s in sources)
+            named = [load(os.fspath(p), name, family=family, rank=rank) for name, p in sources.items()]
+            return cls(named, rename=rename)
+        found = (s if isinstance(s, VectorSpace) else find(os.fspath(s)) for s in sources)
+        elements, notices = _loaded(found, family, rank)
         pool = cls(elements, rename=rename)
         pool.notices[:0] = notices
         return pool
@@ -254,7 +260,9 @@ def _named(adapters: list[Adapter], align: bool, renaming: Renaming) -> tuple[li
     return in_one_form(adapters, align=align, strict=True)
 
 
-def _loaded(sources: Iterable[LocatedPath | VectorSpace]) -> tuple[list[VectorSpace], list[str]]:
+def _loaded(
+    sources: Iterable[LocatedPath | VectorSpace], family: str | None, rank: int | None
+) -> tuple[list[VectorSpace], list[str]]:
     """The adapters of a list, those of its folders in their place, and notes on what the folders hold beside them."""
     given = list(sources)
     paths = [s for s in given if isinstance(s, LocatedPath)]
@@ -266,11 +274,11 @@ def _loaded(sources: Iterable[LocatedPath | VectorSpace]) -> tuple[list[VectorSp
         if isinstance(source, VectorSpace):
             loaded.append((source, repr(source)))
         elif source.path in folders:
-            elements, notes = load_folder(source.path)
+            elements, notes = load_folder(source.path, family=family, rank=rank)
             loaded += [(e, str(source.path / e.name)) for e in elements]
             notices += notes
         else:
-            loaded.append((load(source.path, source.name), str(source.path)))
+            loaded.append((load(source.path, source.name, family=family, rank=rank), str(source.path)))
     check_names_differ((element.name, where) for element, where in loaded)
     return [element for element, _ in loaded], notices
 

@@ -46,7 +46,8 @@ def load_adapters(run: Run, specs: Sequence[AdapterSpec], command: str) -> list[
 
     run.require_backend()
     renaming = Renaming(run.changes)
-    adapters = [renaming(require_updates(load(s.path, s.name), command)) for s in track(specs, "loading")]
+    loaded = (load(s.path, s.name, family=run.family, rank=run.read_rank) for s in track(specs, "loading"))
+    adapters = [renaming(require_updates(element, command)) for element in loaded]
     renaming.require_used()
     return adapters
 
@@ -69,11 +70,11 @@ def load_pool(
     for spec in track(specs, "loading"):
         if holds_adapters(spec.path):
             _refuse_name(spec)
-            elements, told = load_folder(spec.path)
+            elements, told = load_folder(spec.path, family=run.family, rank=run.read_rank)
             loaded += [(element, spec.path / element.name) for element in elements]
             notes += told
         else:
-            elements = [load(spec.path, spec.name)]
+            elements = [load(spec.path, spec.name, family=run.family, rank=run.read_rank)]
             loaded.append((elements[0], spec.path))
         weights |= {element.name: spec.weight for element in elements}
     check_names_differ((element.name, str(path)) for element, path in loaded)

@@ -58,6 +58,20 @@ Map = Annotated[
         show_default=False,
     ),
 ]
+Family = Annotated[
+    str | None,
+    typer.Option(
+        help="The models that single files are for (sdxl, flux), where their names fit several.", show_default=False
+    ),
+]
+ReadRank = Annotated[
+    int | None,
+    typer.Option(
+        "--read-rank",
+        help="Read what is no plain LoRA (LoHa, LoKr, whole matrices) at this rank; default: exactly.",
+        show_default=False,
+    ),
+]
 Memory = Annotated[
     str | None, typer.Option(help="Bound on resident memory, or on the GPU's: 1GiB.", show_default=False)
 ]
@@ -80,6 +94,8 @@ Force = Annotated[bool, typer.Option("--force", help="Replace whatever is there,
 
 SHARED: dict[str, Any] = {
     "rename": Map,
+    "family": Family,
+    "read_rank": ReadRank,
     "memory": Memory,
     "dtype": DType,
     "format": Format,

@@ -32,6 +32,8 @@ class Run:
     force: bool = False
     uniform_rank: bool = False
     rename: list[str] | None = None
+    family: str | None = None
+    read_rank: int | None = None
     stack: ExitStack = field(default_factory=ExitStack, repr=False)
     """What is switched on until the command ends."""
 

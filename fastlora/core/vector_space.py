@@ -65,13 +65,13 @@ def linear(terms: Iterable[tuple[float, X]], name: str | None = None) -> X:
 
 def require_one_kind(elements: Sequence[VectorSpace]) -> None:
     """Refuses to combine different kinds, with the way out."""
+    dora = next((e for e in elements if e.kind == "a DoRA adapter"), None)
+    if dora is not None:
+        dora.weighted_sum([(1.0, dora)])  # says why it cannot be combined with anything
     first = elements[0]
     other = next((e for e in elements if type(e) is not type(first)), None)
     if other is None:
         return
-    dora = next((e for e in elements if e.kind == "a DoRA adapter"), None)
-    if dora is not None:
-        linear([(1.0, dora)])  # says why it cannot be combined with anything
     out = "merge each into its base model (`merge_and_unload` of peft) and take `fl.task_vector` of the results"
     if "a task vector" in (first.kind, other.kind) and "a LoRA adapter" in (first.kind, other.kind):
         out = "make a LoRA adapter of the task vector first: `.extract(rank=…)` or `.extract(energy=…)`"

@@ -175,8 +175,8 @@ class _Contents:
         what = "a whole matrix" if reason.kind == "diff" else f"a {reason.kind}"
         return InputError(
             f"{self.file}: module {stem!r}{others} is {what}, an update of rank {reason.rank}, which is not low. "
-            "Give the rank to read it at, `fl.load(path, rank=64)` or `--rank 64`: the nearest update of that rank is "
-            "taken, and what it lacks is told"
+            "Give the rank to read it at, `fl.load(path, rank=64)` or `--read-rank 64`: the nearest update of "
+            "that rank is taken, and what it lacks is told"
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
+from fastlora.adapters.dora import DoRA, refused
 from fastlora.adapters.lora import Adapter
 from fastlora.errors import InputError
 
@@ -193,6 +194,8 @@ def remove(others: Adapter | Sequence[Adapter], strength: float = 1.0) -> Operat
 def require_adapters(name: str, *adapters: Adapter) -> None:
     """Only low-rank adapters have factors to work on."""
     for adapter in adapters:
+        if isinstance(adapter, DoRA):
+            raise refused(adapter)
         if not isinstance(adapter, Adapter):
             raise InputError(f"{name}: direction and magnitude are those of LoRA adapters, not of {adapter!r}")
 

@@ -23,14 +23,14 @@ def find(path: str | Path) -> LocatedPath:
     """The existing path, or the local copy of the Hub id, that ``path`` means."""
     text = str(path)
     if not text:
-        raise InputError("an adapter path is empty; pass a PEFT directory")
+        raise InputError("an adapter path is empty; pass a PEFT directory or a file")
     if exists(text):
         local = Path(text).expanduser()
         # "." and ".." have a name only when written out; links keep the name they were given.
         return LocatedPath(local, Path(os.path.abspath(local)).name)
     _refuse_dangling(Path(text))
     candidates = hub.places(text)
-    if candidates and ("@" in text or not candidates[0].folder):
+    if candidates and ("@" in text or not candidates[0].folder or _is_hub_file(candidates[0])):
         place, folder = hub.fetched(text, candidates)
         return LocatedPath(folder, place.name)
     if candidates:  # org/name/folder: more often a path with a slip than a folder of the Hub, so nothing is fetched
@@ -42,8 +42,13 @@ def find(path: str | Path) -> LocatedPath:
     reason = "" if missing is None else f" ({missing} does not exist)"
     raise InputError(
         f"there is no file or directory {text}{reason}; correct the path, or give a Hub id as org/name, "
-        "org/name@revision or org/name@revision/folder"
+        "org/name@revision, org/name@revision/folder or org/name/file.safetensors"
     )
+
+
+def _is_hub_file(place: hub.HubPlace) -> bool:
+    """Whether ``org/name/file.safetensors`` is a file of the Hub, and no path with a slip in a folder that exists."""
+    return place.is_file and not exists(place.repo.partition("/")[0])
 
 
 def _refuse_dangling(path: Path) -> None:

@@ -26,6 +26,7 @@ from fastlora.core.dtypes import parse_dtype
 from fastlora.core.file_form import PEFT, FileForm, check_format
 from fastlora.core.names import CONFIG_NAME, check_name
 from fastlora.dialects.components import by_component
+from fastlora.dialects.looks import SUFFIXES, open_file
 from fastlora.engine import write as engine
 from fastlora.engine.checks import require_finite_extras
 from fastlora.engine.contracts import Sink
@@ -35,7 +36,6 @@ from fastlora.files.disk_errors import partial_of
 from fastlora.files.earlier import Overwrite
 from fastlora.files.locate import find
 from fastlora.files.output import OutputDirectory, replacing
-from fastlora.files.tensor_files import SAFETENSORS
 
 LISTED = 8
 """Folders that a message names."""
@@ -277,13 +277,17 @@ def _open_sink(
 def _refuse_file(path: Path) -> None:
     if (path.parent / CONFIG_NAME).exists():
         raise InputError(f"{path} is one file of an adapter; pass its directory {path.parent}")
-    if path.suffix == SAFETENSORS:
+    if path.suffix in SUFFIXES:
+        open_file(path)  # a damaged file is told as that
         raise UnsupportedAdapter(
             f"{path} is a single file without {CONFIG_NAME}, and its tensors are none of an adapter that is known "
             "here; pass the directory that `model.save_pretrained(...)` of a PEFT model wrote. A whole model takes "
             "part through `fl.task_vector(base, finetuned)`"
         )
-    raise InputError(f"{path} is a file, needed is a PEFT adapter directory (with {CONFIG_NAME})")
+    raise InputError(
+        f"{path} is a file, needed is a PEFT adapter directory (with {CONFIG_NAME}) or a file of tensors "
+        f"({', '.join(SUFFIXES)})"
+    )
 
 
 def _refuse_directory(directory: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastlora.core.data import AdapterData
 from fastlora.core.names import CONFIG_NAME
+from fastlora.dialects.looks import looks_of
 from fastlora.errors import FastloraError, UnsupportedAdapter
 from fastlora.files.earlier import MARK
 from fastlora.files.json_files import parse_object, require_file
@@ -161,6 +162,8 @@ def _kind_of_config(file: Path) -> Kind | None:
 def _kind_of_file(file: Path) -> Kind | None:
     if file.suffix == ".gguf":
         return GGUF if _is_gguf_adapter(file) else None
+    if looks_of(file) is not None:  # another format reads it
+        return None
     names = list(_tensor_names(file))
     return next((kind for kind in KINDS if any(re.fullmatch(kind.pattern, name) for name in names)), None)
 

@@ -174,6 +174,54 @@ def test_revisions_and_folders_of_the_local_hub_cache(offline: Path) -> None:
             find(text)
 
 
+def test_files_of_the_hub(offline: Path) -> None:
+    """Single files, under a revision too; a path with a slip in a folder that exists is none."""
+    commits = "d" * 40, "e" * 40
+    main = cache(offline, "org/styles", commits[0], refs=("main",), folders=())
+    other = cache(offline, "org/styles", commits[1], refs=("v2",), folders=())
+    for snapshot in (main, other):
+        (snapshot / "sub").mkdir(parents=True)
+        for name in ("ink.safetensors", "sub/old.pt"):
+            (snapshot / name).write_text("x")
+    expected = {
+        "org/styles/ink.safetensors": (main / "ink.safetensors", "ink.safetensors"),
+        "org/styles/sub/old.pt": (main / "sub" / "old.pt", "old.pt"),
+        "org/styles@v2/ink.safetensors": (other / "ink.safetensors", "ink.safetensors"),
+        "org/styles/ink.safetensors@v2": (other / "ink.safetensors", "ink.safetensors"),
+    }
+    for text, (path, name) in expected.items():
+        found = find(text)
+        assert (found.path, found.name) == (path, name), text
+    spec = parse("org/styles/ink.safetensors:0.5")
+    assert (spec.path, spec.weight) == (main / "ink.safetensors", 0.5)
+    with pytest.raises(InputError, match=r"org/styles/no\.safetensors is no path here and could not be fetched"):
+        find("org/styles/no.safetensors")
+    (offline / "org").mkdir()
+    with pytest.raises(InputError, match=r"there is no file or directory org/styles/no\.safetensors"):
+        find("org/styles/no.safetensors")
+    assert find("org/styles/ink.safetensors").path == main / "ink.safetensors", "what is in the cache is taken"
+
+
+def test_a_repository_of_one_file_under_its_own_name(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    (here / "snapshot").mkdir()
+    files = ["README.md", "style.safetensors"]
+
+    def download(repo: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        if "style.safetensors" in allow_patterns:
+            (here / "snapshot" / "style.safetensors").write_text("x")
+        return str(here / "snapshot")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "list_repo_files", lambda repo, revision: files)
+    found = find("org/one")
+    assert (found.path, found.name) == (here / "snapshot" / "style.safetensors", "style.safetensors")
+    (here / "snapshot" / "style.safetensors").unlink()
+    files.append("second.safetensors")
+    with pytest.raises(InputError, match=r"holds 2 files of tensors .* give one of them: org/one/style\.safetensors"):
+        find("org/one")
+
+
 def test_a_repository_of_several_adapters(offline: Path) -> None:
     """Its root is none: who reads it says which folders are."""
     main = cache(offline, "org/pool", "c" * 40, refs=("main",), folders=("legal", "med"))

@@ -57,9 +57,14 @@ def compose(run: Run, expression: Expression, adapters: Named, out: OutAny, drop
     target = output_target(run, out, [s.path for s in specs])
     run.start()
     run.require_backend()
+    from fastlora.adapters.loading import load
     from fastlora.expressions.compose import compose as evaluate
 
-    named = {s.name: s.path for s in specs}
+    if run.family is None and run.read_rank is None:
+        named: dict[str, Any] = {s.name: s.path for s in specs}
+    else:
+        used = [s for s in specs if s.name in names(tree)]
+        named = {s.name: load(s.path, s.name, family=run.family, rank=run.read_rank) for s in used}
     result = evaluate(
         expression,
         named,

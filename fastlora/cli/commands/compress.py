@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastlora.cli.inputs import load_adapter, parse_one
 from fastlora.cli.options import ALL, Energy, One, Out, Rank, command
 from fastlora.cli.outputs import output_target, require_place, write_adapter
@@ -16,7 +18,8 @@ def compress(run: Run, adapter: One, out: Out, rank: Rank = None, energy: Energy
     run.start()
     from fastlora.merging.compress import compress as compress_adapter
 
-    given = load_adapter(run, spec, "compress")
+    # What is no plain LoRA can be read at the rank that is asked for: that is its best update of that rank.
+    given = load_adapter(replace(run, read_rank=run.read_rank or rank), spec, "compress")
     require_place(run, out, given)
     smaller = compress_adapter(given, rank, energy=energy, memory=run.memory, device=run.device)
     write_adapter(run, smaller, target, out, smaller.notes)

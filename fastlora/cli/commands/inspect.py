@@ -19,7 +19,7 @@ Described = Annotated[
 ]
 
 
-@command("rename", "device", "backend", "as_json", "quiet", "overwrite", "force")
+@command("rename", "family", "read_rank", "device", "backend", "as_json", "quiet", "overwrite", "force")
 def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None) -> None:
     """What an adapter holds: modules, ranks, scaling, norms, spectrum; the vectors of (IA)³."""
     spec = parse_one(adapter)
@@ -42,11 +42,11 @@ def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None)
     notes: list[str] = []
     folder = holds_adapters(spec.path)
     if folder:
-        elements, notes = load_folder(spec.path, ANY)
+        elements, notes = load_folder(spec.path, ANY, family=run.family, rank=run.read_rank)
         elements = [moved(element) for element in elements]
         data = folder_data(str(spec.path), elements, notes)
     else:
-        elements = [moved(load(spec.path, spec.name))]
+        elements = [moved(load(spec.path, spec.name, family=run.family, rank=run.read_rank))]
         data = describe(elements[0])
         form = elements[0].base.form if isinstance(elements[0], Adapter | DoRA) else None
         if form is not None and form.format != "mlx":

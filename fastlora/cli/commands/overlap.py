@@ -15,7 +15,7 @@ from fastlora.cli.run import Run, print_json
 from fastlora.errors import InputError
 
 
-@command("rename", "device", "backend", "as_json", "quiet", "overwrite", "force")
+@command("rename", "family", "read_rank", "device", "backend", "as_json", "quiet", "overwrite", "force")
 def overlap(
     run: Run,
     adapters: Adapters,
