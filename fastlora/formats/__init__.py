@@ -36,6 +36,7 @@ from fastlora.files.disk_errors import partial_of
 from fastlora.files.earlier import Overwrite
 from fastlora.files.locate import find
 from fastlora.files.output import OutputDirectory, replacing
+from fastlora.files.tensor_files import SAFETENSORS
 
 LISTED = 8
 """Folders that a message names."""

@@ -68,9 +68,8 @@ def test_operations(family: str, dialect: str, tmp_path: Path) -> None:
     pool = fl.Pool.load(paths, family=family)
     assert pool.names == ["a.safetensors", "b.safetensors"] or pool.names == ["a", "b"]
     first, second = pool.adapters
-    saved = tmp_path / "saved"
-    (0.7 * first - second).save(saved)  # to a PEFT directory and back
-    same(fl.load(saved), total(files, (0.7, -1.0)))
+    written = (0.7 * first - second).save(tmp_path / "c.safetensors")
+    same(fl.load(written, family=family), total(files, (0.7, -1.0)))
     merged = fl.merge(pool, method="cat", weights={first.name: 0.3, second.name: 0.7})
     same(merged, total(files, (0.3, 0.7)))
     same(fl.compose("x + 2 * y", {"x": first, "y": second}), total(files, (1.0, 2.0)))
@@ -98,7 +97,7 @@ def test_commands(family: str, dialect: str, tmp_path: Path) -> None:
     names = ("a.safetensors", "b.safetensors")
     same(fl.load(tmp_path / "a.safetensors"), files[0].meaning)
     assert "modules" in done("inspect", names[0], cwd=tmp_path).out
-    done("merge", *names, "--family", family, "--out", "out", cwd=tmp_path)
+    done("merge", *names, "--family", family, "--out", "out.safetensors", cwd=tmp_path)
     done("overlap", *names, cwd=tmp_path)
     assert "there is no family" in refused("inspect", names[0], "--family", "no", cwd=tmp_path)
 
@@ -111,9 +110,9 @@ def test_reading_at_a_rank_on_the_command_line(tmp_path: Path) -> None:
     assert "--read-rank 64" in refused("inspect", "style.safetensors", cwd=tmp_path)
     assert "cut to rank 8" in done("overlap", "style.safetensors", "x=style.safetensors", "--read-rank", "8",
                                    cwd=tmp_path).err  # fmt: skip
-    done("compress", "style.safetensors", "--rank", "4", "--out", "small", cwd=tmp_path)
-    assert fl.load(tmp_path / "small").updates["time_embedding.linear_2"].rank == 4
-    done("compose", "s", "s=style.safetensors", "--read-rank", "8", "--out", "composed", cwd=tmp_path)
+    done("compress", "style.safetensors", "--rank", "4", "--out", "small.safetensors", cwd=tmp_path)
+    assert fl.load(tmp_path / "small.safetensors").updates["time_embedding.linear_2"].rank == 4
+    done("compose", "s", "s=style.safetensors", "--read-rank", "8", "--out", "composed.safetensors", cwd=tmp_path)
 
 
 def test_dialects_mix_in_a_pool(tmp_path: Path) -> None:
@@ -131,5 +130,5 @@ def test_dialects_mix_in_a_pool(tmp_path: Path) -> None:
     same(merged, meant)
     form = merged.base.form
     assert form is not None and (form.format, form.style) == ("kohya", "kohya-original")
-    folder = (1.0 * fl.load(paths[1])).save(tmp_path / "peft")
+    folder = (1.0 * fl.load(paths[1])).save(tmp_path / "peft", format="peft")
     assert set(fl.Pool.load([paths[0], folder]).modules) == set(files[0].meaning)
