@@ -156,8 +156,8 @@ class _Cut:
 
 
 def kronecker(left: Tensor, right: Tensor) -> Tensor:
-    """``left ⊗ right`` of two matrices; torch's own fails on some views."""
-    return torch.kron(left.contiguous(), right.contiguous())
+    """``left ⊗ right`` of two matrices; torch's own fails on some views, those with sizes of 1 among them."""
+    return (left[:, None, :, None] * right[None, :, None, :]).flatten(0, 1).flatten(1)
 
 
 def whole(matrix: Tensor) -> Pair:

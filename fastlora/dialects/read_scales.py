@@ -43,7 +43,7 @@ def read_scales(
     sizes = {stem: dimension(stored.parts) for stem, stored in modules.items()}
     lacking = [stem for stem, size in sizes.items() if size is not None and stem not in alphas]
     if alphas:
-        scales = {s: 1.0 if size is None or s not in alphas else alphas[s] / size for s, size in sizes.items()}
+        scales = {s: alphas[s] / size if size and s in alphas else 1.0 for s, size in sizes.items()}
         notes = [_on_missing(lacking)] if lacking else []
         return Scales(scales, alphas, (*notes, *_on_second_scales(modules, scales)))
     configs = read_configs(metadata, file)
@@ -51,7 +51,7 @@ def read_scales(
     for stem in lacking:
         name, size = named[stem], sizes[stem]
         config = configs.get(name.component)
-        if config is not None and size is not None:
+        if config is not None and size:
             paths = (family.parts(name.path) if family is not None and not name.component else None) or (name.path,)
             scales[stem] = config.scaling(paths, size)
             if config.dora and not {"dora_scale", "magnitude"} & modules[stem].parts.keys():
