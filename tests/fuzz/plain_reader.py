@@ -92,8 +92,9 @@ def is_lycoris(path: Path, stem: str) -> bool:
     return "up" not in parts or "mid" in parts
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """``{stem: ΔW}`` in float64, kernels flattened, of all modules whose weight changes."""
+def read(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
+    """``{stem: ΔW}`` in float64, kernels flattened, of all modules whose weight changes. ``names``: ``{stem: path}``,
+    for the patterns of metadata."""
     modules, metadata = modules_of(path)
     with_alpha = any("alpha" in parts for parts in modules.values())
     fields = json.loads(metadata.get("lora_adapter_metadata", "{}")) if not with_alpha else {}
@@ -105,16 +106,24 @@ def read(path: Path) -> dict[str, Tensor]:
             continue
         scale = float(wide["alpha"]) / rank if rank and "alpha" in wide else 1.0
         if rank and isinstance(fields, dict) and not stem.startswith(("text_encoder", "lora_te")):
-            scale *= _said(fields)
+            scale *= _said(fields, names.get(stem, stem))
         deltas[stem] = scale * delta
     return deltas
 
 
-def _said(fields: dict[str, object]) -> float:
-    alpha, rank = fields.get("transformer.lora_alpha"), fields.get("transformer.r")
+def _said(fields: dict[str, object], name: str) -> float:
+    alpha, rank = (_value(fields, key, of, name) for key, of in (("lora_alpha", "alpha"), ("r", "rank")))
     if not isinstance(alpha, int | float) or not isinstance(rank, int) or not rank:
         return 1.0
     return alpha / (rank**0.5 if fields.get("transformer.use_rslora") else rank)
+
+
+def _value(fields: dict[str, object], key: str, of: str, name: str) -> object:
+    patterns = fields.get(f"transformer.{of}_pattern")
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return value
+    return fields.get(f"transformer.{key}")
 
 
 def _delta(stem: str, t: dict[str, Tensor]) -> tuple[Tensor | None, int]:

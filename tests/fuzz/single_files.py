@@ -77,7 +77,7 @@ def compare(case: Case, adapter: fl.Adapter | fl.DoRA, path: Path) -> None:
     form = adapter.base.form
     assert form is not None
     try:
-        meant = plain_reader.read(path)
+        meant = plain_reader.read(path, {stem: module for module, stem in form.stems.items()})
     except plain_reader.Damaged as error:
         raise Violation(f"accepted, but the second reader says: {error}") from None
     found = {form.stems[module]: module for module in adapter.updates}
