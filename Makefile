@@ -5,7 +5,7 @@
 # make gpu    on a machine with a GPU: build, tests and timings there, into benches/results/; installs nothing
 # make rehearsal  what make gpu runs, on a machine without a GPU: torch for CUDA on stand-ins for its libraries; 6 GB
 # make triton every test of the ops in Triton's interpreter, and all specialisations ahead of time: an hour and more
-# make fuzz   100,000 damaged adapter directories, 10,000 in several forms, 10,000 under other names: tests/fuzz/*.json
+# make fuzz   100,000 damaged directories, 20,000 single files, 10,000 in several forms, 10,000 names: tests/fuzz/*.json
 # make sanitize  the kernels' and the writer's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -99,6 +99,7 @@ triton: $(VENV)/ready
 
 fuzz: $(VENV)/ready
 	$(PY) tests/fuzz/run.py --count 100000 --seed 1 --json tests/fuzz/result.json
+	$(PY) tests/fuzz/single_files.py --count 20000 --seed 1 --json tests/fuzz/single_files.json
 	$(PY) tests/fuzz/forms.py --count 10000 --seed 1 --json tests/fuzz/forms.json
 	$(PY) tests/fuzz/names.py --count 10000 --seed 1 --json tests/fuzz/names.json
 
