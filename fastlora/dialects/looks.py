@@ -24,7 +24,7 @@ TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SUFFIXES = (SAFETENSORS, *TORCH_SUFFIXES)
 CALLED = ("pytorch_lora_weights",)
 """What diffusers calls the file of an adapter in a folder, without its suffix."""
-OF_FOLDERS = ("adapter_model", "adapters")
+OF_PEFT, OF_MLX = "adapter_model", "adapters"
 """What files are called that need the configuration beside them."""
 FLAT, ORIGINAL = ("lora_", "lycoris_"), ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
 COMPONENTS = ("unet.", "transformer.", "transformer_2.", "text_encoder")
@@ -46,7 +46,7 @@ def looks_of(path: Path) -> Looks | None:
     """What a file looks like; ``None`` for what is no single file of an adapter, or cannot be read."""
     if path.suffix not in SUFFIXES or not path.is_file():
         return None
-    if path.stem.startswith(OF_FOLDERS) and (path.suffix != SAFETENSORS or (path.parent / CONFIG_NAME).exists()):
+    if path.stem.startswith(OF_PEFT) or (path.stem == OF_MLX and (path.parent / CONFIG_NAME).exists()):
         return None
     try:
         status = path.stat()

@@ -21,8 +21,8 @@ MAGNITUDES = ("dora_scale", "magnitude")
 
 def swapped_halves(tensor: Tensor, where: Place) -> Tensor:
     """The two halves of a tensor's rows in the other order, as a copy."""
-    if tensor.shape[0] % 2:
-        raise where.fail(f"has {tensor.shape[0]} rows, of which two halves are needed; it is of another model")
+    if not tensor.dim() or tensor.shape[0] % 2:
+        raise where.fail(f"has {list(tensor.shape)[:1]} rows, of which two halves are needed; it is of another model")
     half = tensor.shape[0] // 2
     return torch.cat([tensor[half:], tensor[:half]])
 
