@@ -277,7 +277,7 @@ def test_a_saved_peft_model_of_an_image_model(tmp_path: Path) -> None:
     file = sample("flux", "component", ALPHAS["none"], (2,), text=False)
     file.tensors = {f"base_model.model.{k.removeprefix('transformer.')}": t for k, t in file.tensors.items()}
     check(fl.load(file.save(tmp_path / "style.safetensors")), file)
-    with pytest.raises(fl.UnsupportedAdapter, match="has no adapter_config.json"):  # whose alpha is not known
+    with pytest.raises(fl.UnsupportedAdapter, match=r"has no adapter_config\.json"):  # whose alpha is not known
         fl.load(file.save(tmp_path / "adapter_model.safetensors"))
 
 
