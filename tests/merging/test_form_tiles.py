@@ -137,6 +137,16 @@ def test_ties(kind: str, density: float, combine: str, convention: str, elect: s
     assert error == pytest.approx(best, abs=TOLERANCE * 10 * float(sigma[0]))
 
 
+@pytest.mark.parametrize(("convention", "last"), [("peft", 2.0), ("mergekit", 2.0), ("paper", -2.0)])
+def test_ties_where_values_cancel(convention: str, last: float) -> None:
+    """The paper takes the sign of most places, which is minus; the others take plus."""
+    rows = [torch.tensor([[-1.0, -1.0, 2.0]]), torch.tensor([[-1.0, -1.0, -2.0]])]
+    pool = pools.make_pool([(torch.ones(1, 1, dtype=torch.float64), row.double(), 1.0) for row in rows])
+    merged = fl.merge(pool, method="ties", density=1.0, convention=convention, rank=3)
+    expected = torch.tensor([[-1.0, -1.0, last]], dtype=torch.float64)
+    assert mixed.distance(merged, MODULE, expected) <= TOLERANCE
+
+
 def test_ties_by_default_keeps_a_fifth() -> None:
     pool = pools.make_pool(pools.planted(2))
     default = {"density": 0.2, "convention": "peft", "elect": "total", "combine": "mean"}
