@@ -71,10 +71,10 @@ class DoRA(DoraData, VectorSpace):
         )
 
     def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: Overwrite = False) -> Path:
-        """Writes a PEFT directory, atomically, with the magnitudes beside the factors.
+        """Writes a PEFT directory, or the single file that it is from, atomically, magnitudes beside the factors.
 
         Args:
-            path: the directory to make.
+            path: the directory to make; of what was read from a single file also ``NAME.safetensors``.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; by default the widest of the inputs.
             overwrite: replace an earlier output of fastlora, known by what its files say; ``"force"`` replaces
                 whatever is there.

@@ -21,11 +21,12 @@ from typing import Protocol, TypeVar, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from fastlora.core.data import AdapterData, DeltaData, Ia3Data, LoraData
+from fastlora.core.data import AdapterData, DeltaData, DoraData, Ia3Data, LoraData
 from fastlora.core.dtypes import parse_dtype
 from fastlora.core.file_form import PEFT, FileForm, check_format
 from fastlora.core.names import CONFIG_NAME, check_name
 from fastlora.dialects.components import by_component
+from fastlora.dialects.dora_file import laid_dora
 from fastlora.dialects.looks import SUFFIXES, open_file
 from fastlora.engine import write as engine
 from fastlora.engine.checks import require_finite_extras
@@ -135,6 +136,8 @@ def save(
     ``dtype=None`` keeps the widest dtype of the inputs (task vectors: float32). ``uniform_rank``, ``format``: see
     :func:`write_adapters`.
     """
+    if isinstance(record, DoraData) and record.base.form is not None and path.suffix == SAFETENSORS:
+        record = laid_dora(record)
     suffix = require_place(record, path, format)
     output = replacing(path, overwrite=overwrite) if suffix else OutputDirectory(path, overwrite=overwrite)
     with output as staging:

@@ -78,6 +78,22 @@ def test_a_real_dora_is_kept(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "kept" / "adapter_config.json").read_text())["use_dora"] is True
 
 
+def test_single_files_are_kept(tmp_path: Path) -> None:
+    dora = fl.load(single().save(tmp_path / "style.safetensors"))
+    assert isinstance(dora, fl.DoRA)
+    again = fl.load(dora.save(tmp_path / "kept.safetensors"))
+    assert isinstance(again, fl.DoRA) and set(again.updates) == set(dora.updates)
+    assert set(again.magnitudes) == set(dora.magnitudes)
+    for module, magnitude in dora.magnitudes.items():
+        other = again.magnitudes[module]
+        assert other.axis == magnitude.axis and torch.equal(other.vector, magnitude.vector)
+    for module, update in dora.updates.items():
+        kept = again.updates[module]
+        assert kept.scaling == update.scaling
+        for factor in ("B", "A"):
+            assert torch.equal(getattr(kept, factor).stored, getattr(update, factor).stored)
+
+
 def test_peft_loads_what_is_kept(tmp_path: Path) -> None:
     """The same outputs of a model, whose module is rescaled."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
