@@ -70,7 +70,14 @@ class DoRA(DoraData, VectorSpace):
             extras={put + p.removeprefix(strip): e for p, e in self.extras.items()},
         )
 
-    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: Overwrite = False) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        overwrite: Overwrite = False,
+        format: str | None = None,
+    ) -> Path:
         """Writes a PEFT directory, or the single file that it is from, atomically, magnitudes beside the factors.
 
         Args:
@@ -78,6 +85,7 @@ class DoRA(DoraData, VectorSpace):
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; by default the widest of the inputs.
             overwrite: replace an earlier output of fastlora, known by what its files say; ``"force"`` replaces
                 whatever is there.
+            format: of a single file, ``"kohya"``, ``"diffusers"`` or ``"comfy"``; by default that of its own.
 
         Returns:
             ``path``.
@@ -88,7 +96,7 @@ class DoRA(DoraData, VectorSpace):
 
         Cost: one read and one write of all tensors.
         """
-        return formats.save(self, Path(path), dtype=dtype, overwrite=overwrite)
+        return formats.save(self, Path(path), dtype=dtype, overwrite=overwrite, format=format)
 
     @classmethod
     def weighted_sum(cls, terms: Sequence[tuple[float, DoRA]], name: str | None = None) -> DoRA:

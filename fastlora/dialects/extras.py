@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from fastlora.core.data import LoraData
 from fastlora.core.file_form import FileForm
 from fastlora.dialects.family import Family
-from fastlora.dialects.spelling import Style, stem_of
+from fastlora.dialects.spelling import Style, is_swapped, stem_of
 from fastlora.errors import OutputError
 
 SUFFIXES: Mapping[tuple[str, str], str] = {
@@ -35,5 +36,11 @@ def extra_tensors(adapter: LoraData, style: Style, family: Family | None, form: 
                 f"{style.name!r} have no place; leave such parameters out with `adapter.without_extras()` "
                 "(--drop-extras), or write format='comfy'"
             )
-        result[stem + suffix] = extra.tensor
+        shape = adapter.updates[module].shape if module in adapter else None
+        is_row_of_weight = leaf == "bias" or extra.kind == "value"
+        if family is not None and is_row_of_weight and is_swapped(module, stem, family, shape):
+            half = extra.tensor.shape[0] // 2
+            result[stem + suffix] = torch.cat([extra.tensor[half:], extra.tensor[:half]])
+        else:
+            result[stem + suffix] = extra.tensor
     return result

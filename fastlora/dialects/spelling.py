@@ -136,7 +136,7 @@ def stem_of(module: str, style: Style, family: Family, shape: tuple[int, int] | 
     return prefix + (path.replace(".", "_") if style.flat else path)
 
 
-def is_swapped(module: str, stem: str, family: Family, shape: tuple[int, int]) -> bool:
+def is_swapped(module: str, stem: str, family: Family, shape: tuple[int, int] | None) -> bool:
     """Whether the file that calls a module by this stem has the two halves of its rows in the other order."""
     component, path = component_of(module)
     known = None if component else family.original(path, shape)

@@ -136,8 +136,14 @@ def save(
     ``dtype=None`` keeps the widest dtype of the inputs (task vectors: float32). ``uniform_rank``, ``format``: see
     :func:`write_adapters`.
     """
-    if isinstance(record, DoraData) and record.base.form is not None and path.suffix == SAFETENSORS:
-        record = laid_dora(record)
+    if isinstance(record, DoraData):
+        if format is not None:
+            check_format(format)
+        form = record.base.form if format is None else FileForm(format) if format != PEFT else None
+        if form is not None and path.suffix == SAFETENSORS:
+            if format is not None and record.base.form is not None:
+                form = replace(record.base.form, format=format, style="")
+            record, format = laid_dora(replace(record, base=replace(record.base, form=form))), None
     suffix = require_place(record, path, format)
     output = replacing(path, overwrite=overwrite) if suffix else OutputDirectory(path, overwrite=overwrite)
     with output as staging:
@@ -148,9 +154,12 @@ def save(
 
 
 def writer_of(record: AdapterData) -> Format:
-    """The format that a record is written in: a low-rank adapter in that of the file that it is from."""
+    """The format that a record is written in: a low-rank adapter in that of the file that it is from, if such files
+    are written."""
     if isinstance(record, LoraData) and record.base.form is not None:
-        return all_formats()[record.base.form.format]
+        own = all_formats().get(record.base.form.format)
+        if own is not None and hasattr(own, "SUFFIX"):
+            return own
     return next(f for f in all_formats().values() if isinstance(record, f.WRITES))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import gaussian
 from pipelines import loaded, shapes
+from safetensors.torch import save_file
 from tolerances import FLOAT32, HALF, ROUNDED32
 from written_files import adapter_of, chosen, contents, delta, error
 
@@ -317,3 +318,20 @@ def test_a_name_that_does_not_fit_the_format_is_refused(tmp_path: Path) -> None:
         adapter.save(tmp_path / "out")
     with pytest.raises(fl.InputError, match="a PEFT adapter is a directory; change it to out"):
         adapter.save(tmp_path / "out.safetensors", format="peft")
+
+
+def test_a_dora_is_kept_and_converted(tmp_path: Path) -> None:
+    adapter = adapter_of(chosen(shapes("sd15"), "attn1"), "sd15", style="kohya-diffusers", format="kohya")
+    tensors, metadata = contents(adapter.save(tmp_path / "plain.safetensors"))
+    for module, update in adapter.updates.items():
+        stem = "lora_unet_" + module.replace(".", "_")
+        tensors[f"{stem}.dora_scale"] = gaussian(update.shape[0], 1, seed=len(module)).abs()
+    file = tmp_path / "dora.safetensors"
+    save_file(tensors, file, {k: v for k, v in metadata.items() if k != "fastlora"})
+    dora = fl.load(file, family="sd15")
+    again, _ = contents(dora.save(tmp_path / "again.safetensors"))
+    assert again.keys() == tensors.keys() and all(torch.equal(again[key], t) for key, t in tensors.items())
+    other = fl.load(dora.save(tmp_path / "other.safetensors", format="diffusers"), family="sd15")
+    for module in adapter.modules:
+        assert torch.equal(other.magnitude(module), dora.magnitude(module))
+        assert error(fl.Adapter("x", other.updates).delta(module), adapter.delta(module)) < ROUNDED32
