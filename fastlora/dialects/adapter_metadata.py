@@ -61,6 +61,8 @@ class Config:
 def read_configs(metadata: Mapping[str, str], file: Path) -> dict[str, Config]:
     """The configurations by component, ``""`` for the denoiser; none where the header has none.
 
+    Fields without a component are the denoiser's: a model of diffusers saves its own adapter so, a pipeline does not.
+
     Raises :class:`InputError` for fields that are damaged.
     """
     text = metadata.get(KEY)
@@ -73,6 +75,7 @@ def read_configs(metadata: Mapping[str, str], file: Path) -> dict[str, Config]:
         component, dot, field = key.partition(".")
         if dot and component in COMPONENTS:
             by_component.setdefault("" if component in DENOISERS else component, {})[field] = value
+    by_component.setdefault("", {key: value for key, value in fields.items() if "." not in key})
     return {component: _config(values, place) for component, values in by_component.items() if "r" in values}
 
 
