@@ -130,7 +130,7 @@ def one_seed(seed: int, quick: bool, out: Path) -> Seed:
         of_names = [n for n in of_names if n in SHOWN or not quick]
         sharing(pool, group, of_names, results)
         mix(measured, pool, group, of_names, found, seed, COEFFICIENTS[1::2] if quick else COEFFICIENTS)
-        over_thresholds(measured, pool, group, of_names, results)
+        over_thresholds(measured, pool, group, of_names, results, seed, quick)
     if seed == 0:
         mixed = total(uniques(pool, SHOWN[0], THRESHOLD)["unique"])
         mixed.save(out / "mix.safetensors", format="diffusers", overwrite=True)
@@ -194,16 +194,16 @@ def mix(
                 results.add(f"{table}: minus the whole", title, {k: v - against[k] for k, v in row.items()})
 
 
-def over_thresholds(measured: Measure, pool: fl.Pool, group: str, of_names: Sequence[Names], results: Results) -> None:
-    """Unique parts at other thresholds, at the coefficient 1."""
-    for threshold in THRESHOLDS:
-        rows: dict[str, list[dict[str, float]]] = {}
-        for names in of_names:
-            for kind, parts in uniques(pool, names, threshold).items():
-                pictures = measured.paint(deltas_of(total(parts)))
-                rows.setdefault(kind, []).append(measured.of_mix(pictures, names))
-        for kind, found in rows.items():
-            results.add(f"Mixes of {group} over thresholds, c = 1", f"{kind}, τ = {threshold}", means(found))
+def over_thresholds(
+    measured: Measure, pool: fl.Pool, group: str, of_names: Sequence[Names], results: Results, seed: int, quick: bool
+) -> None:
+    """Every kind of mix at other thresholds, at the coefficient 1."""
+    for threshold in THRESHOLDS[:1] if quick else THRESHOLDS:
+        by_names = {names: mixes(pool, names, threshold, seed) for names in of_names}
+        for kind in by_names[of_names[0]]:
+            if kind != "whole":
+                rows = [measured.of_mix(measured.paint(of_mix[kind]), names) for names, of_mix in by_names.items()]
+                results.add(f"Mixes of {group} over thresholds, c = 1", f"{kind}, τ = {threshold}", means(rows))
 
 
 def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
