@@ -146,7 +146,7 @@ def test_wrong_paths(tmp_path: Path) -> None:
         tmp_path / "pool": "holds 2 adapters",
         tmp_path / "empty": "found: nothing",
         tmp_path / "model": "whole model",
-        tmp_path / "single.safetensors": "single file",
+        tmp_path / "single.safetensors": "no readable safetensors file",
         tmp_path / "notes.txt": "is a file",
         partial: "never finished",
     }.items():
