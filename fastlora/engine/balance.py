@@ -133,9 +133,9 @@ def _surely_inside(update: Update, dtype: torch.dtype) -> bool:
     The squares in a sample are a part of those in a column, so they bound its root mean square from below.
     """
     limits = Range.of(dtype)
-    sampled = [_sample(f) for f in (update.B, update.A)]
-    rms, least = ([x.square().sum(0).div(n).sqrt().cpu() for x, n in zip(sampled, by, strict=True)]
-                  for by in ([len(x) for x in sampled], update.shape))  # fmt: skip
+    sampled = [_sampled_squares(f) for f in (update.B, update.A)]
+    rms = [sums.div(samples).sqrt() for sums, samples in sampled]
+    least = [sums.div(length).sqrt() for (sums, _), length in zip(sampled, update.shape, strict=True)]
     sizes = rms[0] * rms[1]
     if not bool((sizes > 0).all()) or not bool(sizes.isfinite().all()):
         return False
@@ -148,16 +148,30 @@ def _surely_inside(update: Update, dtype: torch.dtype) -> bool:
     return float((sizes * errors).norm()) <= TOLD / 4 * float(sizes.norm())
 
 
-def _sample(factor: Factor) -> Tensor:
-    """Some rows of ``B``, or columns of ``A``, in float64: ``[samples, rank]``; all of a short factor."""
+def _sampled_squares(factor: Factor) -> tuple[Tensor, int]:
+    """Sums of squares over some rows of ``B``, or columns of ``A``, in float64, ``[rank]``, and how many they are; over
+    all of a short factor."""
     axis, length = (0 if factor.side == "B" else 1), factor.length
     chunks = SAMPLES // SIDE_BY_SIDE
     places = torch.arange(length)
     if length > 2 * SAMPLES:
         places = (torch.arange(chunks) * (length // chunks))[:, None] + torch.arange(SIDE_BY_SIDE)
+    places = places.flatten()
+    joined = factor.joined
+    if joined:  # matrices side by side: each has columns of its own
+        sums = [
+            t.source.index_select(axis, places.to(t.source.device)).double().square().sum(axis) * t.scale**2
+            for t in joined
+        ]
+        return torch.cat(sums).cpu(), len(places)
+    return _sample(factor, axis, places).square().sum(0).cpu(), len(places)
+
+
+def _sample(factor: Factor, axis: int, places: Tensor) -> Tensor:
+    """The rows of ``B``, or columns of ``A``, at some places, in float64: ``[places, rank]``."""
     sample: Tensor | None = None
     for term in factor.terms:
-        own = term.source.index_select(axis, places.flatten().to(term.source.device)).double()
+        own = term.source.index_select(axis, places.to(term.source.device)).double()
         own = term.scale * (own if axis == 0 else own.mT)
         if term.coefficient is not None:
             own = own @ (term.coefficient if axis == 0 else term.coefficient.mT)
