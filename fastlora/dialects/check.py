@@ -30,6 +30,10 @@ class FileCheck:
     asked: bool
     advice: str | None
 
+    def __repr__(self) -> str:
+        told = ", ".join(f"{name}: {_summary(reading)}" for name, reading in self.readings.items())
+        return f"FileCheck({self.path.name!r}, {told})"
+
     @property
     def is_clean(self) -> bool:
         """Whether every reader that was asked for reads every module as meant. Where none was named, one that has no
@@ -63,6 +67,12 @@ def check(path: str | Path, readers: Iterable[str] | str | None = None, *, famil
     if found.is_clean:
         return found
     return FileCheck(file, facts, readings, found.asked, _advice(found))
+
+
+def _summary(reading: Reading) -> str:
+    if reading.refused is not None:
+        return "refuses it"
+    return f"{len(reading.findings)} findings" if reading.findings else "as meant"
 
 
 def _chosen(readers: Iterable[str] | str | None) -> list[str]:

@@ -45,6 +45,8 @@ def read_scales(
     if alphas:
         scales = {s: alphas[s] / size if size and s in alphas else 1.0 for s, size in sizes.items()}
         notes = [_on_missing(lacking)] if lacking else []
+        zero = [stem for stem, alpha in alphas.items() if alpha == 0.0]
+        notes += [_on_zero(zero)] if zero else []
         return Scales(scales, alphas, (*notes, *_on_second_scales(modules, scales)))
     configs = read_configs(metadata, file)
     scales = dict.fromkeys(modules, 1.0)
@@ -65,11 +67,22 @@ def read_scales(
 
 
 def _on_missing(stems: list[str]) -> str:
-    more = f" and {len(stems) - LISTED} more" if len(stems) > LISTED else ""
     return (
-        f"{len(stems)} modules have no alpha while others have one ({', '.join(stems[:LISTED])}{more}): theirs is the "
+        f"{len(stems)} modules have no alpha while others have one ({_first(stems)}): theirs is the "
         "rank, a scale of 1, as trainers have it; diffusers takes the alpha of the others"
     )
+
+
+def _on_zero(stems: list[str]) -> str:
+    return (
+        f"{len(stems)} modules have alpha 0 ({_first(stems)}): they change nothing here, in diffusers and in ComfyUI, "
+        "and are scaled by 1 in sd-scripts and LyCORIS. Remove these alphas where 1 is meant"
+    )
+
+
+def _first(stems: list[str]) -> str:
+    more = f" and {len(stems) - LISTED} more" if len(stems) > LISTED else ""
+    return f"{', '.join(stems[:LISTED])}{more}"
 
 
 def _on_header(key: str, alpha: str, rank: int) -> str:

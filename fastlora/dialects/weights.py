@@ -89,7 +89,7 @@ def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_alphas(modules: Mapping[str, Stored], file: Path) -> dict[str, float]:
-    """The alpha of every module that has one, by stem: finite, of either sign, and not zero."""
+    """The alpha of every module that has one, by stem: finite, of either sign, or zero."""
     stems: dict[torch.dtype, list[str]] = {}
     for stem, stored in modules.items():
         alpha = stored.parts.get("alpha")
@@ -107,18 +107,12 @@ def read_alphas(modules: Mapping[str, Stored], file: Path) -> dict[str, float]:
         values = torch.cat([modules[stem].parts["alpha"].reshape(1) for stem in owners])
         found |= zip(owners, values.to(torch.float64).tolist(), strict=True)
     for stem, value in found.items():
-        if value == 0.0 or not math.isfinite(value):
-            raise _unusable(file, modules[stem].keys["alpha"], value)
+        if not math.isfinite(value):
+            raise InputError(
+                f"{file}: tensor {modules[stem].keys['alpha']!r} is {value}, so the scaling is unknown; correct it or "
+                "train again"
+            )
     return {stem: found[stem] for stem in modules if stem in found}
-
-
-def _unusable(file: Path, key: str, value: float) -> InputError:
-    if value == 0.0:
-        return InputError(
-            f"{file}: tensor {key!r} is 0, which scales the module by 0 in diffusers and ComfyUI, and by 1 in "
-            "sd-scripts and LyCORIS. Remove the tensor where 1 is meant, and the tensors of the module where it is 0"
-        )
-    return InputError(f"{file}: tensor {key!r} is {value}, so the scaling is unknown; correct it or train again")
 
 
 def check_tensor(key: str, tensor: Tensor, file: Path) -> None:

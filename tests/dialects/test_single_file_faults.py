@@ -34,7 +34,6 @@ def without(name: str) -> Fault:
 FAULTS: dict[str, tuple[Fault, str]] = {
     "up without down": (without(f"{Q}.lora_down.weight"), f"'{Q}.lora_up.weight' has no 'down' beside it"),
     "down without up": (without(f"{Q}.lora_up.weight"), f"'{Q}.lora_down.weight' has no 'up' beside it"),
-    "alpha 0": (put(f"{Q}.alpha", torch.tensor(0.0)), f"'{Q}.alpha' is 0"),
     "alpha nan": (put(f"{Q}.alpha", torch.tensor(torch.nan)), f"'{Q}.alpha' is nan"),
     "alpha inf": (put(f"{Q}.alpha", torch.tensor(-torch.inf)), f"'{Q}.alpha' is -inf"),
     "two alphas": (put(f"{Q}.alpha", torch.ones(2)), "needed is one number"),
@@ -68,6 +67,17 @@ def test_faults_are_refused(fault: str, tmp_path: Path) -> None:
     with pytest.raises(fl.InputError, match=words) as told:
         fl.load(file.save(tmp_path / "style.safetensors"))
     assert "style.safetensors" in str(told.value)
+
+
+def test_an_alpha_of_zero_is_a_scale_of_zero(tmp_path: Path) -> None:
+    file = sd()
+    file.tensors[f"{Q}.alpha"] = torch.tensor(0.0)
+    adapter = fl.load(file.save(tmp_path / "style.safetensors"))
+    module = next(m for m, stem in adapter.base.form.stems.items() if stem == Q)
+    assert adapter.updates[module].scaling == 0.0 and not bool(adapter.delta(module).any())
+    assert any(f"1 modules have alpha 0 ({Q})" in note and "sd-scripts" in note for note in adapter.notes)
+    again = fl.load(adapter.save(tmp_path / "again.safetensors"))  # zeros, which no reader scales otherwise
+    assert not bool(again.delta(module).any()) and not any("alpha 0" in note for note in again.notes)
 
 
 def test_names_of_no_family(tmp_path: Path) -> None:
