@@ -203,7 +203,7 @@ def test_merge_weights() -> None:
         fl.merge(pool, {"d": 1.0})
     with pytest.raises(fl.InputError, match="weight of 'a' is nan: it must be a finite number"):
         fl.merge(pool, {"a": float("nan")})
-    with pytest.raises(fl.InputError, match=r"method 'none' does not exist: use one of cat, .*pem, .*svd"):
+    with pytest.raises(fl.InputError, match=r"method 'none' does not exist: use one of .*cat, .*pem, .*svd"):
         fl.merge(pool, method="none")
     with pytest.raises(fl.InputError, match="method 'cat' does not take rank"):
         fl.merge(pool, method="cat", rank=3)
