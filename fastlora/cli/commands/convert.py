@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from fastlora.cli.inputs import parse_one
+from fastlora.cli.inputs import load_adapter, parse_one
 from fastlora.cli.options import One, Out, command
 from fastlora.cli.outputs import output_target, require_place, write_adapter
 from fastlora.cli.run import Run
 
 
-@command("dtype", "uniform_rank", "as_json", "quiet", "overwrite", "force")
+@command("rename", "family", "read_rank", "dtype", "uniform_rank", "as_json", "quiet", "overwrite", "force")
 def convert(
     run: Run,
     adapter: One,
@@ -21,18 +21,6 @@ def convert(
     to: Annotated[
         str, typer.Option(help="peft, kohya, diffusers, comfy or xlabs.", metavar="FORMAT", show_default=False)
     ],
-    family: Annotated[
-        str | None,
-        typer.Option(
-            help="The models that it is for (sdxl, flux, …), where its names fit several.", show_default=False
-        ),
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            help="Read LoHa, LoKr and whole matrices at this rank, if they have no exact one.", show_default=False
-        ),
-    ] = None,
     keep_private: Annotated[
         bool, typer.Option("--keep-private", help="Keep metadata on the training data: folders, captions.")
     ] = False,
@@ -43,11 +31,8 @@ def convert(
     target = output_target(run, out, [spec.path])
     run.start()
     from fastlora.adapters.convert import to_convert
-    from fastlora.adapters.loading import load
-    from fastlora.adapters.pool import require_updates
 
-    run.require_backend()
-    given = require_updates(load(spec.path, spec.name, family=family, rank=rank), "convert")
-    ready = to_convert(given, to, family=family, keep_private=keep_private)
+    given = load_adapter(run, spec, "convert")
+    ready = to_convert(given, to, family=run.family, keep_private=keep_private)
     require_place(run, out, ready)
     write_adapter(run, ready, target, out, given.notes)
