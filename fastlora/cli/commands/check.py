@@ -11,7 +11,7 @@ from fastlora.cli.outputs import check_table, write_table
 from fastlora.cli.run import Run, print_json
 
 
-@command("as_json", "quiet", "overwrite", "force")
+@command("family", "as_json", "quiet", "overwrite", "force")
 def check(
     run: Run,
     file: Annotated[
@@ -23,9 +23,6 @@ def check(
             "--for", help="Of diffusers, comfy, a1111, sd-scripts; default: all but the last.", show_default=False
         ),
     ] = None,
-    family: Annotated[
-        str | None, typer.Option(help="The model's family, where names leave it open: flux.", show_default=False)
-    ] = None,
     every: Every = False,
     csv: Csv = None,
 ) -> None:
@@ -36,7 +33,7 @@ def check(
     from fastlora.views.checks import check_data, check_rows, show_check
 
     names = None if readers is None else [name.strip() for name in readers.split(",")]
-    data = check_data(check_file(file, names, family=family))
+    data = check_data(check_file(file, names, family=run.family))
     if csv is not None:
         write_table(run, csv, check_rows(data))
     if run.as_json:
