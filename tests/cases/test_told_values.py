@@ -124,11 +124,14 @@ def test_an_adapter_with_nan_is_refused_at_weight_zero(method: str, tmp_path: Pa
     write_peft(tmp_path / "x", peft_tensors(factors))
     make_adapter(tmp_path / "trained", SMALL, seed=3)
     message = "adapter 'x': lora_A of model.layers.0.self_attn.q_proj holds NaN"
-    cut = ["--rank", 2] if "rank" in fl.methods()[method].parameters else []
+    parameters = fl.methods()[method].parameters
+    cut = ["--rank", 2] if "rank" in parameters else []
+    needed = {p.name: 0.5 for p in parameters.values() if p.required}
+    cut += [text for name, value in needed.items() for text in ("--set", f"{name}={value}")]
     assert message in refused("merge", "trained", "x:0", "--method", method, *cut, "-o", "out", cwd=tmp_path)
     pool = fl.Pool.load([tmp_path / "trained", tmp_path / "x"])
     for build in (
-        lambda: fl.merge(pool, {"trained": 1.0}, method=method, rank=2 if cut else None),
+        lambda: fl.merge(pool, {"trained": 1.0}, method=method, rank=2 if "rank" in parameters else None, **needed),
         lambda: pool["trained"] + 0.0 * pool["x"],
         lambda: 0 * pool["x"],
         lambda: fl.add(pool.adapters, [1.0, 0.0]),

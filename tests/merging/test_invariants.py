@@ -50,7 +50,9 @@ seeds = st.integers(0, 10**6)
 
 def parameters_of(name: str) -> dict[str, Any]:
     """With which a method can be called."""
-    return PARAMETERS.get(name, {"rank": 99} if fl.methods()[name].form == "tiles" else {})
+    method = fl.methods()[name]
+    needed = {p.name: 0.5 for p in method.parameters.values() if p.required}
+    return needed | PARAMETERS.get(name, {"rank": 99} if method.form == "tiles" else {})
 
 
 @st.composite
