@@ -39,6 +39,13 @@ def test_no_source_file_is_too_long() -> None:
     assert not offenders, f"more than {MOST_LINES} lines, split by idea: {offenders}"
 
 
+def test_test_files_have_names_of_their_own() -> None:
+    """Two of one name in different folders cannot be collected together."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    assert not twice
+
+
 def test_long_files_are_found(tmp_path: Path) -> None:
     """The rule of this file can fail."""
     lengths = {"empty.h": 0, "most.py": MOST_LINES, "long.py": MOST_LINES + 1, "longer.cu": 2 * MOST_LINES}

@@ -85,7 +85,9 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "parameters", "definition"), CASES, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(
+    ("method", "parameters", "definition"), CASES, ids=lambda x: "" if callable(x) else str(x)[:60]
+)
 def test_it_is_the_definition(method: str, parameters: dict[str, Any], definition: mixed.Definition) -> None:
     mixed.require_parity(method, definition, FLOAT32, **parameters)
 
