@@ -5,19 +5,23 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from fastlora.adapters.loading import load
+from fastlora.adapters.dora import DoRA
+from fastlora.adapters.loading import Element, load
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import require_updates
 from fastlora.core.file_form import PEFT, FileForm
 from fastlora.errors import InputError
 from fastlora.files.earlier import Overwrite
 
+Kind = TypeVar("Kind", Adapter, DoRA)
+
 
 def convert(
-    adapter: str | Path | Adapter,
+    adapter: str | Path | Adapter | DoRA,
     path: str | Path,
     to: str,
     *,
@@ -35,7 +39,7 @@ def convert(
     that every reader takes for the same numbers.
 
     Args:
-        adapter: a path or Hub id (:func:`fastlora.load`), or an :class:`Adapter`.
+        adapter: a path or Hub id (:func:`fastlora.load`), or an :class:`Adapter` or DoRA, whose magnitudes are kept.
         path: the file to make, ``NAME.safetensors``, or for PEFT the directory.
         to: ``"peft"``, ``"kohya"``, ``"diffusers"``, ``"comfy"`` or ``"xlabs"``.
         family: the models that it is for (``"sdxl"``, ``"flux"``), where its names fit several.
@@ -52,25 +56,31 @@ def convert(
     Raises:
         InputError: a format or family that is not known, modules that the format has no place for, a path that is none
             for it.
-        UnsupportedAdapter: another kind of adapter than LoRA.
+        UnsupportedAdapter: another kind of adapter than LoRA and DoRA.
         OutputError: a path that exists or cannot be written, a full disk, a number that overflows ``dtype``.
 
     Cost: one read of the factors, one write of the result; memory does not grow with the model, but for the ``B`` of
     projections that are fused from parts of one ``A``.
     """
-    if isinstance(adapter, Adapter):
+    given: Element
+    if isinstance(adapter, Adapter | DoRA):
         if rank is not None:
             raise InputError("rank: an adapter in memory has its factors already; use `adapter.compress(rank)`")
         given = adapter
     else:
-        given = require_updates(load(adapter, family=family, rank=rank), "convert")
+        given = load(adapter, family=family, rank=rank)
         for note in given.notes:
             warnings.warn(note, stacklevel=2)
-    ready = to_convert(given, to, family=family, keep_private=keep_private)
+    if isinstance(given, DoRA):
+        if uniform_rank:
+            raise InputError(f"uniform_rank: the factors of DoRA adapter {given.name!r} are written as they are")
+        converted = to_convert(given, to, family=family, keep_private=keep_private)
+        return converted.save(path, dtype=dtype, overwrite=overwrite, format=to)
+    ready = to_convert(require_updates(given, "convert"), to, family=family, keep_private=keep_private)
     return ready.save(path, dtype=dtype, uniform_rank=uniform_rank, overwrite=overwrite, format=to)
 
 
-def to_convert(adapter: Adapter, to: str, *, family: str | None = None, keep_private: bool = False) -> Adapter:
+def to_convert(adapter: Kind, to: str, *, family: str | None = None, keep_private: bool = False) -> Kind:
     """An adapter that is to be written in the format ``to``, and knows what its names do not tell."""
     form = adapter.base.form
     if form is None and to == PEFT:

@@ -12,6 +12,7 @@ from fastlora.core.names import check_names_differ
 from fastlora.errors import InputError
 
 if TYPE_CHECKING:
+    from fastlora.adapters.loading import Element
     from fastlora.adapters.lora import Adapter
     from fastlora.adapters.pool import Pool
 
@@ -37,6 +38,18 @@ def load_adapter(run: Run, spec: AdapterSpec, command: str) -> Adapter:
     return load_adapters(run, [spec], command)[0]
 
 
+def load_element(run: Run, spec: AdapterSpec) -> Element:
+    """One adapter of any kind, under the names of modules that ``--map`` gives it."""
+    from fastlora.adapters.loading import load
+    from fastlora.adapters.renaming import Renaming
+
+    run.require_backend()
+    renaming = Renaming(run.changes)
+    element = renaming(load(spec.path, spec.name, family=run.family, rank=run.read_rank))
+    renaming.require_used()
+    return element
+
+
 def load_adapters(run: Run, specs: Sequence[AdapterSpec], command: str) -> list[Adapter]:
     """LoRA adapters under the names of modules that ``--map`` gives them, on the device of the run."""
     from fastlora.adapters.loading import load
@@ -59,7 +72,7 @@ def load_pool(
 
     ``drop_extras``: without biases and replaced modules."""
     from fastlora.adapters.folders import holds_adapters, load_folder
-    from fastlora.adapters.loading import Element, load
+    from fastlora.adapters.loading import load
     from fastlora.adapters.pool import Pool, require_updates
     from fastlora.runtime.progress import track
 

@@ -17,6 +17,7 @@ from fastlora.errors import InputError, OutputError
 from fastlora.views.text import escaped, share_text
 
 if TYPE_CHECKING:
+    from fastlora.adapters.dora import DoRA
     from fastlora.adapters.loading import Element
     from fastlora.adapters.lora import Adapter
     from fastlora.files.output import OutputDirectory
@@ -106,6 +107,20 @@ def write_adapter(
     elif not run.quiet:
         share = "" if retained is None else f", {share_text(float(str(retained)))} of the energy kept"
         typer.echo(f"{out}: {len(ranks)} modules, rank {min(ranks, default=0)}–{max(ranks, default=0)}{share}")
+    run.tell_notes(notes)
+
+
+def write_dora(run: Run, adapter: DoRA, out: Path) -> None:
+    """Writes a DoRA adapter and says what it is."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        adapter.save(out, dtype=run.dtype, overwrite=run.replace, format=run.format)
+    notes = [*adapter.notes, *(str(warning.message) for warning in told)]
+    if run.as_json:
+        data = {"kind": "DoRA", "modules": len(adapter.updates), "magnitudes": len(adapter.magnitudes)}
+        print_json({"out": str(out), **data, "notices": notes})
+    elif not run.quiet:
+        typer.echo(f"{out}: DoRA, {len(adapter.updates)} modules, {len(adapter.magnitudes)} with magnitudes")
     run.tell_notes(notes)
 
 

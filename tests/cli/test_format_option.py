@@ -110,3 +110,14 @@ def test_convert_refuses(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert "there is no family 'sd99'" in refused(
         "convert", files[0], "--to", "kohya", "--family", "sd99", "-o", "out.safetensors", cwd=tmp_path
     )
+
+
+def test_a_dora_is_converted(tmp_path: Path) -> None:
+    dora = Path(__file__).parents[1] / "data" / "movie_dora"
+    found = done("convert", dora, "--to", "peft", "-o", "out", cwd=tmp_path)
+    given, made = fl.load(dora), fl.load(tmp_path / "out")
+    assert f"DoRA, {len(given.updates)} modules, {len(given.magnitudes)} with magnitudes" in found.out
+    assert all(torch.equal(made.magnitude(m), given.magnitude(m)) for m in given.magnitudes)
+    said = done("convert", dora, "--to", "peft", "--json", "-o", "out", "--overwrite", cwd=tmp_path).json()
+    assert said["kind"] == "DoRA" and said["modules"] == len(given.updates)
+    refused("convert", dora, "--to", "peft", "--uniform-rank", "-o", "wide", cwd=tmp_path)

@@ -335,3 +335,16 @@ def test_a_dora_is_kept_and_converted(tmp_path: Path) -> None:
     for module in adapter.modules:
         assert torch.equal(other.magnitude(module), dora.magnitude(module))
         assert error(fl.Adapter("x", other.updates).delta(module), adapter.delta(module)) < ROUNDED32
+    made = fl.convert(file, tmp_path / "converted.safetensors", "diffusers", family="sd15")
+    assert {k: t.tolist() for k, t in contents(made)[0].items()} == {
+        k: t.tolist() for k, t in contents(tmp_path / "other.safetensors")[0].items()
+    }
+    folder = fl.load(fl.convert(dora, tmp_path / "peft", "peft"))
+    assert isinstance(folder, fl.DoRA)
+    back = fl.load(fl.convert(folder, tmp_path / "back.safetensors", "kohya", family="sd15"), family="sd15")
+    for converted in (folder, back):
+        for module in adapter.modules:
+            assert torch.equal(converted.magnitude(module), dora.magnitude(module))
+            assert error(fl.Adapter("x", converted.updates).delta(module), adapter.delta(module)) < ROUNDED32
+    with pytest.raises(fl.InputError, match="are written as they are"):
+        fl.convert(dora, tmp_path / "wide.safetensors", "kohya", uniform_rank=True)

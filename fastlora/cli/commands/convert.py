@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from fastlora.cli.inputs import load_adapter, parse_one
+from fastlora.cli.inputs import load_element, parse_one
 from fastlora.cli.options import One, Out, command
-from fastlora.cli.outputs import output_target, require_place, write_adapter
+from fastlora.cli.outputs import output_target, require_place, write_adapter, write_dora
 from fastlora.cli.run import Run
+from fastlora.errors import InputError
 
 
 @command("rename", "family", "read_rank", "dtype", "uniform_rank", "as_json", "quiet", "overwrite", "force")
@@ -31,8 +32,16 @@ def convert(
     target = output_target(run, out, [spec.path])
     run.start()
     from fastlora.adapters.convert import to_convert
+    from fastlora.adapters.dora import DoRA
+    from fastlora.adapters.pool import require_updates
 
-    given = load_adapter(run, spec, "convert")
+    loaded = load_element(run, spec)
+    if isinstance(loaded, DoRA):
+        if run.uniform_rank:
+            raise InputError(f"--uniform-rank: the factors of DoRA adapter {loaded.name!r} are written as they are")
+        write_dora(run, to_convert(loaded, to, family=run.family, keep_private=keep_private), out)
+        return
+    given = require_updates(loaded, "convert")
     ready = to_convert(given, to, family=run.family, keep_private=keep_private)
     require_place(run, out, ready)
     write_adapter(run, ready, target, out, given.notes)
