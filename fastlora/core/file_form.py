@@ -18,6 +18,10 @@ def check_format(format: str) -> None:
         raise InputError(f"there is no format {format!r} to write; formats are {', '.join(WRITTEN)}")
 
 
+HASHES = ("sshs_model_hash", "sshs_legacy_hash")
+"""Facts of the tensors in a file of kohya's: of a result they are computed anew."""
+
+
 @dataclass(frozen=True, slots=True)
 class FileForm:
     """The form of a single file.
@@ -40,7 +44,7 @@ class FileForm:
 
 def joined_form(forms: Sequence[FileForm | None]) -> FileForm | None:
     """The form of what is made of several adapters: that of the first, with the names of all that have it too, and
-    the metadata in which all agree. A family that is in doubt for some is that of the others."""
+    the metadata in which all agree, and hashes where all have them. A family in doubt for some is that of others."""
     first = forms[0]
     if first is None:
         return None
@@ -52,6 +56,10 @@ def joined_form(forms: Sequence[FileForm | None]) -> FileForm | None:
     for form in alike:
         for module, stem in form.stems.items():
             stems.setdefault(module, stem)
-    shared = {k: v for k, v in first.metadata.items() if all(f is not None and f.metadata.get(k) == v for f in forms)}
+    shared = {
+        k: v
+        for k, v in first.metadata.items()
+        if all(f is not None and (f.metadata.get(k) == v or (k in HASHES and k in f.metadata)) for f in forms)
+    }
     family = first.family if first.family is not None or len(families) != 1 else families.pop()
     return replace(first, family=family, stems=stems, metadata=shared)

@@ -22,6 +22,7 @@ def stored_scales(laid: Laid, ranks: Mapping[str, int], *, alike: bool) -> tuple
     Stable Diffusion. Others take ``s r`` of each module, so that stored factors stay as they are. A scaling that no
     file should have (0, negative, different in the parts of one tensor) goes into ``B``.
     """
+    laid = replace(laid, updates={module: _with_outer_scale(update) for module, update in laid.updates.items()})
     scalings = scaled_alike(laid)
     alphas = {
         stem: _float32(float(rank) if (s := scalings[stem]) is None else s * rank) for stem, rank in ranks.items()
@@ -38,6 +39,15 @@ def stored_scales(laid: Laid, ranks: Mapping[str, int], *, alike: bool) -> tuple
         else:
             updates[module] = replace(update, B=update.B.scaled(left), scaling=1.0)
     return alphas, updates
+
+
+def _with_outer_scale(update: Update) -> Update:
+    """The update with a scale that all stored matrices of its ``B`` share taken out of it: they stay as they are."""
+    scales = {term.scale for term in update.B.joined or ()}
+    if len(scales) != 1 or (scale := scales.pop()) == 1.0 or not scale > 0:
+        return update
+    terms = tuple(replace(term, scale=1.0) for term in update.B.terms)
+    return replace(update, B=replace(update.B, terms=terms), scaling=update.scaling * scale)
 
 
 def _float32(alpha: float) -> float:

@@ -73,8 +73,8 @@ def laid_out(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:
         metadata[DESCRIPTION] = description(
             _described_ranks(own, ranks, family, {module for module, _ in zeros.values()})
         )
-    if style.format == "kohya":
-        metadata |= {name: "0" * digits for name, digits in HASHES.items()}
+    if style.format == "kohya" and not HASHES.keys().isdisjoint(form.metadata):
+        metadata |= {name: "0" * digits for name, digits in HASHES.items()}  # room for those of the result
     return FileAdapter(
         adapter.name,
         updates,

@@ -121,10 +121,15 @@ def _at_risk(adapter: LoraData, dtype: torch.dtype) -> list[str]:
 
 
 def _may_leave_range(update: Update, dtype: torch.dtype) -> bool:
-    computed = [f for f in (update.B, update.A) if stored_as(f, dtype) is None]
+    computed = [f for f in (update.B, update.A) if stored_as(f, dtype) is None and not _is_copied(f, dtype)]
     if not is_narrow(dtype, (t.scale for f in computed for t in f.terms)):
         return False
     return bool(computed) and not _surely_inside(update, dtype)
+
+
+def _is_copied(factor: Factor, dtype: torch.dtype) -> bool:
+    """Whether a factor is stored matrices of this dtype side by side, as they are."""
+    return all(t.scale == 1.0 and t.source.dtype == dtype for t in factor.joined or ()) and bool(factor.joined)
 
 
 def _surely_inside(update: Update, dtype: torch.dtype) -> bool:
@@ -152,19 +157,22 @@ def _sampled_squares(factor: Factor) -> tuple[Tensor, int]:
     """Sums of squares over some rows of ``B``, or columns of ``A``, in float64, ``[rank]``, and how many they are; over
     all of a short factor."""
     axis, length = (0 if factor.side == "B" else 1), factor.length
-    chunks = SAMPLES // SIDE_BY_SIDE
-    places = torch.arange(length)
-    if length > 2 * SAMPLES:
-        places = (torch.arange(chunks) * (length // chunks))[:, None] + torch.arange(SIDE_BY_SIDE)
-    places = places.flatten()
+    chunks = SAMPLES // SIDE_BY_SIDE if length > 2 * SAMPLES else 1
+    step = length // chunks
+    side = SIDE_BY_SIDE if chunks > 1 else length
     joined = factor.joined
     if joined:  # matrices side by side: each has columns of its own
-        sums = [
-            t.source.index_select(axis, places.to(t.source.device)).double().square().sum(axis) * t.scale**2
-            for t in joined
-        ]
-        return torch.cat(sums).cpu(), len(places)
+        sums = [_squares_of_chunks(t.source, axis, chunks, step, side) * t.scale**2 for t in joined]
+        return torch.cat(sums).cpu(), chunks * side
+    places = ((torch.arange(chunks) * step)[:, None] + torch.arange(side)).flatten()
     return _sample(factor, axis, places).square().sum(0).cpu(), len(places)
+
+
+def _squares_of_chunks(source: Tensor, axis: int, chunks: int, step: int, side: int) -> Tensor:
+    """Sums of squares of a stored matrix over ``side`` rows (axis 0) or columns in each of ``chunks`` places."""
+    across, along = source.stride(1 - axis), source.stride(axis)
+    shape, strides = (source.shape[1 - axis], chunks, side), (across, step * along, along)
+    return source.as_strided(shape, strides, source.storage_offset()).double().square().sum((1, 2))
 
 
 def _sample(factor: Factor, axis: int, places: Tensor) -> Tensor:

@@ -87,9 +87,22 @@ def test_hashes_are_those_of_kohyas_scripts(tmp_path: Path) -> None:
 
 
 def test_hashes_of_a_small_file(tmp_path: Path) -> None:
-    adapter = adapter_of({next(iter(SHAPES)): (640, 640)}, "sdxl")
+    stale = {"sshs_legacy_hash": "f" * 8}
+    adapter = adapter_of({next(iter(SHAPES)): (640, 640)}, "sdxl", metadata=stale)
     _, metadata = contents(adapter.save(tmp_path / "tiny.safetensors", format="kohya"))
     assert metadata["sshs_legacy_hash"] == "e3b0c442"
+    both = adapter + adapter_of({next(iter(SHAPES)): (640, 640)}, "sdxl", metadata=stale, seed=1)
+    _, metadata = contents(both.save(tmp_path / "sum.safetensors", format="kohya"))
+    assert metadata["sshs_legacy_hash"] == "e3b0c442"
+
+
+def test_files_without_hashes_get_none(tmp_path: Path) -> None:
+    shapes = {next(iter(SHAPES)): (640, 640)}
+    plain = adapter_of(shapes, "sdxl")
+    _, metadata = contents(plain.save(tmp_path / "tiny.safetensors", format="kohya"))
+    both = plain + adapter_of(shapes, "sdxl", metadata={"sshs_legacy_hash": "f" * 8}, seed=1)
+    _, of_both = contents(both.save(tmp_path / "sum.safetensors", format="kohya"))
+    assert not any(key.startswith("sshs_") for key in (*metadata, *of_both))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -348,3 +348,15 @@ def test_a_dora_is_kept_and_converted(tmp_path: Path) -> None:
             assert error(fl.Adapter("x", converted.updates).delta(module), adapter.delta(module)) < ROUNDED32
     with pytest.raises(fl.InputError, match="are written as they are"):
         fl.convert(dora, tmp_path / "wide.safetensors", "kohya", uniform_rank=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_sum_of_equal_scales_has_the_bits_of_its_inputs(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The scale that all terms share stands in alpha, and no factor is rounded."""
+    made = [adapter_of(shapes("sdxl"), "sdxl", ranks=(2,), scales=(0.375,), dtype=dtype, seed=s) for s in (0, 1)]
+    total = fl.load((made[0] + made[1]).save(tmp_path / "sum.safetensors", format="kohya"), family="sdxl")
+    for module, update in total.updates.items():
+        parts = [a.updates[module] for a in made]
+        for factor, axis in ((lambda u: u.B, 1), (lambda u: u.A, 0)):
+            assert torch.equal(factor(update).stored, torch.cat([factor(p).stored for p in parts], axis))
+        assert update.scaling == 0.375
