@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,16 +254,24 @@ class Adapter(LoraData, VectorSpace):
         from fastlora.adapters.one_form import in_one_form  # only sums need it, and every command imports this file
 
         adapters, told = in_one_form([a for _, a in terms])
-        terms = [(w, a) for (w, _), a in zip(terms, adapters, strict=True)]
-        require_one_device(adapters)
-        require_finite(a for w, a in terms if w == 0.0)  # no factor of these is read later
-        modules = list(dict.fromkeys(m for a in adapters for m in a.updates))
-        return cls(
-            name or expression([(w, a.name) for w, a in terms]),
-            {m: combine_updates([(w, a.updates[m]) for w, a in terms if m in a.updates], m) for m in modules},
-            extras=combine_extras(terms),
-            base=common_base(adapters),
-            dtype=widest(a.dtype for a in adapters),
-            provenance={"sum": [{"weight": w, "of": a.provenance} for w, a in terms], "semantics": "exact"},
-            notes=tuple(dict.fromkeys([*(n for a in adapters for n in a.notes), *told])),
-        )
+        return sum_of_aligned([(w, a) for (w, _), a in zip(terms, adapters, strict=True)], name, told)
+
+
+def sum_of_aligned(
+    terms: Sequence[tuple[float, Adapter]], name: str | None = None, told: Iterable[str] = ()
+) -> Adapter:
+    """:meth:`Adapter.weighted_sum` of adapters that have one naming and one form, as those of a pool; ``told``: notes
+    on how they were brought there."""
+    adapters = [a for _, a in terms]
+    require_one_device(adapters)
+    require_finite(a for w, a in terms if w == 0.0)  # no factor of these is read later
+    modules = list(dict.fromkeys(m for a in adapters for m in a.updates))
+    return Adapter(
+        name or expression([(w, a.name) for w, a in terms]),
+        {m: combine_updates([(w, a.updates[m]) for w, a in terms if m in a.updates], m) for m in modules},
+        extras=combine_extras(terms),
+        base=common_base(adapters),
+        dtype=widest(a.dtype for a in adapters),
+        provenance={"sum": [{"weight": w, "of": a.provenance} for w, a in terms], "semantics": "exact"},
+        notes=tuple(dict.fromkeys([*(n for a in adapters for n in a.notes), *told])),
+    )

@@ -188,6 +188,8 @@ def common_base(adapters: Sequence[WithExtras]) -> BaseInfo:
                 f"adapters {adapters[0].name!r} and {adapter.name!r} replicate layers differently, so equal "
                 "module names mean different layers; they cannot be combined"
             )
+    if all(a.base == first and a.base.form is first.form for a in adapters[1:]):
+        return first
     saved = tuple(dict.fromkeys(m for a in adapters for m in a.base.modules_to_save))
     model = next((a.base.model for a in adapters if a.base.model), None)
     selection = joined_selection([a.base.selection for a in adapters])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fastlora.adapters.lora import Adapter
+from fastlora.adapters.lora import Adapter, sum_of_aligned
 from fastlora.adapters.pool import Pool
 from fastlora.merging.forms.result import largest_rank
 from fastlora.merging.registry import method
@@ -25,7 +25,7 @@ def svd(pool: Pool, weights: Mapping[str, float], *, rank: int | None = None, en
         rank: rank of the result; by default the largest rank of the pool
         energy: share of Σσ² that every module keeps, in (0, 1], instead of a rank
     """
-    total = Adapter.weighted_sum([(weights[name], pool[name]) for name in pool.names], name="svd")
+    total = sum_of_aligned([(weights[a.name], a) for a in pool.adapters], "svd")
     if rank is None and energy is None:
         rank = largest_rank(pool)
     return total.compress(rank, energy=energy)
