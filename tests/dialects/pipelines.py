@@ -175,7 +175,7 @@ MAKERS = {
 
 @functools.cache
 def _made(family: str) -> Any:
-    """Kept for the session: making one takes longer than copying it."""
+    """Made once: that takes longer than to copy it."""
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         pipeline = MAKERS[family]()
