@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -19,10 +20,11 @@ from fastlora.files.shards import (
     ModelFiles,
     find_model,
     listed,
-    read_file,
     read_index,
     refuse_shard,
 )
+
+V = TypeVar("V")
 
 ModelSource = Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -72,40 +74,59 @@ def read_checkpoint(source: ModelSource) -> Checkpoint:
         if wrong is not None:
             raise InputError(f"the state dict holds {wrong!r}, which is no tensor; pass `model.state_dict()`")
         return _checkpoint("the state dict", {k: v.detach() for k, v in source.items()}, None, ())
+    found = locate_model(source)
+    return _checkpoint(found.where, found.files.read(), found.config, found.notes)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a model lies: its files, what messages call it, its configuration, and notes."""
+
+    where: str
+    files: ModelFiles
+    config: ModelConfig | None
+    notes: tuple[str, ...] = ()
+
+
+def locate_model(source: str | os.PathLike[str]) -> Located:
+    """The files of a model's directory, of an index, or one file. Raises :class:`InputError` for what is no model."""
     path = Path(source).expanduser()
     if path.is_dir():
         files = find_model(path)
-        return _checkpoint(str(path), files.read(), read_model_config(path), _notes(files))
+        return Located(str(path), files, read_model_config(path), _notes(files))
     if not path.exists():
         raise InputError(f"there is no file or directory {path}; pass a model's directory, or its file of tensors")
     if path.name.endswith(INDEX_SUFFIX):
         places = read_index(path)
         files = ModelFiles(path.parent, tuple(path.parent / f for f in dict.fromkeys(places.values())), places)
-        return _checkpoint(str(path), files.read(), read_model_config(path.parent), ())
+        return Located(str(path), files, read_model_config(path.parent))
     refuse_shard(path)
     # The configuration beside a file counts where the file has the name of a whole model.
     config = read_model_config(path.parent) if path.name in WHOLE_NAMES else None
-    return _checkpoint(str(path), read_file(path), config, ())
+    return Located(str(path), ModelFiles(path.parent, (path,)), config)
 
 
 def _checkpoint(where: str, state: dict[str, Tensor], config: ModelConfig | None, notes: tuple[str, ...]) -> Checkpoint:
-    tensors = _without_wrappers(where, state)
-    adapted = next((name for name in tensors if PEFT_NAMES.search(name)), None)
-    if adapted is not None:
-        raise InputError(
-            f"{where} holds {adapted!r}, a part of a model with adapters of PEFT; merge them into it first "
-            "(`merge_and_unload` of peft)"
-        )
+    tensors = plain_names(where, state)
     return Checkpoint(where, tensors, config, find_coding(tensors, config.quantisation if config else None), notes)
 
 
-def _without_wrappers(where: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the segments of wrappers; ``module.`` in front of all names is one, too."""
+def plain_names(where: str, state: Mapping[str, V]) -> dict[str, V]:
+    """Names without the segments of wrappers; ``module.`` in front of all names is one, too.
+
+    Raises :class:`InputError` for names that differ by wrappers alone, and for those of a model with adapters in it.
+    """
     plain = {name: WRAPPERS.sub("", name) for name in state}
     if plain and all(name.startswith("module.") for name in plain.values()):
         plain = {name: short.removeprefix("module.") for name, short in plain.items()}
     if len(set(plain.values())) < len(plain):
         raise InputError(f"{where} holds tensors under two names that differ by wrappers alone; save the model again")
+    adapted = next((name for name in plain.values() if PEFT_NAMES.search(name)), None)
+    if adapted is not None:
+        raise InputError(
+            f"{where} holds {adapted!r}, a part of a model with adapters of PEFT; merge them into it first "
+            "(`merge_and_unload` of peft)"
+        )
     return {plain[name]: tensor for name, tensor in state.items()}
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from fastlora.errors import InputError
 from fastlora.files.json_files import parse_object, require_file
 from fastlora.files.tensor_files import SAFETENSORS, read_safetensors
 from fastlora.files.torch_files import read_torch
+
+V = TypeVar("V")
 
 INDEX_SUFFIX = ".index.json"
 LARGEST_INDEX = 256 << 20
@@ -39,11 +42,15 @@ class ModelFiles:
     beside: tuple[str, ...] = ()
 
     def read(self) -> dict[str, Tensor]:
-        """The tensors of all files, mapped. Raises :class:`InputError` for files and tensors that are missing, and for
+        """The tensors of all files, mapped; see :meth:`collect`."""
+        return self.collect(read_file)
+
+    def collect(self, read: Callable[[Path], dict[str, V]]) -> dict[str, V]:
+        """What ``read`` finds in all files. Raises :class:`InputError` for files and tensors that are missing, and for
         names that several files hold."""
-        state: dict[str, Tensor] = {}
+        state: dict[str, V] = {}
         for file in self.files:
-            tensors = read_file(file)
+            tensors = read(file)
             if self.names is not None:
                 wanted = [name for name, place in self.names.items() if place == file.name]
                 lacking = [name for name in wanted if name not in tensors]

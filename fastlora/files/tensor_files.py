@@ -33,6 +33,20 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 NAMED_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+RARE_DTYPES = {
+    name: dtype
+    for name, attribute in (
+        ("F8_E4M3", "float8_e4m3fn"),
+        ("F8_E5M2", "float8_e5m2"),
+        ("F8_E8M0", "float8_e8m0fnu"),
+        ("U16", "uint16"),
+        ("U32", "uint32"),
+        ("U64", "uint64"),
+        ("C64", "complex64"),
+    )
+    if isinstance(dtype := getattr(torch, attribute, None), torch.dtype)
+}
+"""Dtypes that files of whole models may have beside these."""
 LARGEST_HEADER = 100_000_000
 """Bytes: the limit of safetensors."""
 LONGEST_NAME = 1000
@@ -53,6 +67,32 @@ class _Place:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     first: int
+    last: int
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: ``size`` bytes from ``offset`` on in ``file``, its rows one after another (C order).
+
+    ``name``: that in the file. ``code``: the name of its dtype in safetensors; ``dtype``: torch's, ``None`` where it
+    has none. ``view``: the tensor itself where it does not lie in a safetensors file (``.bin``, a state dict);
+    ``offset`` means nothing then.
+    """
+
+    name: str
+    file: Path | None
+    offset: int
+    size: int
+    shape: tuple[int, ...]
+    code: str
+    dtype: torch.dtype | None
+    view: Tensor | None = None
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of one row, ``[1, …]``."""
+        return self.size // self.shape[0] if self.shape and self.shape[0] else self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +132,25 @@ def read_header(path: Path) -> Header:
     """The names and shapes of the tensors in a safetensors file, and its metadata; no tensor is read."""
     places, _, metadata = _checked(path)
     return Header({name: place.shape for name, place in places.items()}, metadata)
+
+
+def read_places(path: Path) -> dict[str, StoredTensor]:
+    """Where the tensors of a safetensors file lie, in the order of the file; no tensor is read."""
+    places, header, _ = _checked(path)
+    start = 8 + len(header)
+    found = {
+        name: StoredTensor(
+            name,
+            path,
+            start + place.first,
+            place.last - place.first,
+            place.shape,
+            place.code,
+            NAMED_DTYPES.get(place.code, RARE_DTYPES.get(place.code)),
+        )
+        for name, place in places.items()
+    }
+    return dict(sorted(found.items(), key=lambda item: (item[1].offset, item[1].size)))
 
 
 def _checked(path: Path) -> tuple[dict[str, _Place], bytes, dict[str, str]]:
@@ -167,7 +226,8 @@ def _place(entry: Mapping[str, Any]) -> _Place:
     strides = [1] * len(shape)
     for i in range(len(shape) - 1, 0, -1):
         strides[i - 1] = strides[i] * shape[i]
-    return _Place(NAMED_DTYPES.get(entry["dtype"]) if first < last else None, shape, tuple(strides), first)
+    dtype = NAMED_DTYPES.get(entry["dtype"]) if first < last else None
+    return _Place(dtype, shape, tuple(strides), first, last, entry["dtype"])
 
 
 def _is_shape(shape: object) -> bool:
