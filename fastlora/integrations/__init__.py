@@ -1,0 +1,1 @@
+"""Bridges to other toolkits, which are imported inside functions."""

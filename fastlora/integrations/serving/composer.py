@@ -1,0 +1,121 @@
+"""From a model name to a directory, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fastlora import formats
+from fastlora.adapters.lora import Adapter
+from fastlora.errors import FastloraError, InputError, OutputError
+from fastlora.expressions.compose import compose
+from fastlora.files.output import OutputDirectory
+from fastlora.integrations.serving.cache import Cache
+from fastlora.integrations.serving.requests import Request, is_expression, read_request, stamps
+from fastlora.integrations.serving.settings import Settings
+from fastlora.views.text import escaped, share_text
+
+MOST_WAITING = 64
+"""Expressions that wait to be composed; further ones are refused rather than held."""
+
+logger = logging.getLogger("fastlora.serving")
+
+
+class Composer:
+    """Answers model names with directories, one composition at a time: each uses all processors.
+
+    ``uniform_rank``: whether the server needs every module at one rank.
+    """
+
+    def __init__(self, settings: Settings, *, uniform_rank: bool = False) -> None:
+        self.settings, self.uniform_rank = settings, uniform_rank
+        self.cache = Cache(settings.cache, settings.cache_bytes)
+        self._worker = ThreadPoolExecutor(1, "fastlora-compose")
+        self._answered: set[str] = set()
+        self._waiting = 0
+
+    async def answer(self, base: str, name: str) -> Path | None:
+        """The directory for a model name, which stays while this process runs; ``None`` for what is no expression over
+        our adapters, or cannot be composed. It raises nothing: what was wrong is logged."""
+        if not is_expression(name):
+            return None
+        try:
+            return await self._answer(base, name)
+        except (FastloraError, OSError) as problem:
+            reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+            logger.warning("%s was not composed: %s", shown(name), escaped(reason))
+        except Exception:  # a server answers what a resolver raises with an internal error, and asks no other resolver
+            logger.exception("%s was not composed", shown(name))
+        return None
+
+    async def _answer(self, base: str, name: str) -> Path:
+        if name not in self._answered and len(self._answered) >= self.settings.most_names:
+            raise OutputError(
+                f"{len(self._answered)} names have been answered, which servers keep as long as they run; raise the "
+                "bound (MAX_NAMES), or restart the server"
+            )
+        request, path = await asyncio.to_thread(self._look_up, base, name)
+        if path is None:
+            path = await self._composed(request)
+        self._answered.add(name)
+        return path
+
+    def _look_up(self, base: str, name: str) -> tuple[Request, Path | None]:
+        settings = self.settings
+        told = [settings.max_rank, self.uniform_rank, settings.any_base]
+        request = read_request(name, settings.folder, None if settings.any_base else base, told)
+        return request, self.cache.find(request.key)
+
+    async def _composed(self, request: Request) -> Path:
+        if self._waiting >= MOST_WAITING:
+            raise OutputError(f"{self._waiting} expressions wait to be composed; ask again later")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._worker, self._compose, request)
+        finally:
+            self._waiting -= 1
+
+    def _compose(self, request: Request) -> Path:
+        earlier = self.cache.find(request.key)  # another request for it may have been before this one
+        if earlier is not None:
+            return earlier
+        self.cache.require_room()
+        before = stamps(request.adapters)
+        mix = self._mixed(request)
+        staged = self.cache.staging(request.key)
+        with OutputDirectory(staged) as folder:
+            notes = formats.write_adapter(mix, folder, uniform_rank=self.uniform_rank or None)
+        _log_notes(request.text, [*mix.notes, *notes])
+        if stamps(request.adapters) != before:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise InputError("the adapters were changed while they were read; ask again")
+        return self.cache.put(request.key, staged)
+
+    def _mixed(self, request: Request) -> Adapter:
+        mix = compose(request.text, {name: str(path) for name, path in request.adapters.items()})
+        if not isinstance(mix, Adapter):
+            raise InputError(f"the result is {mix.kind}; servers take LoRA adapters alone")
+        if mix.extras:
+            raise InputError(f"the result has {next(iter(mix.extras))!r} beside its factors, which servers do not take")
+        rank = max((u.rank for u in mix.updates.values()), default=0)
+        if rank > self.settings.max_rank:
+            mix = mix.compress(self.settings.max_rank)
+            kept = float(str(mix.provenance["retained_energy"]))
+            level = logging.INFO if kept > 1.0 - 1e-6 else logging.WARNING
+            told = "%s: rank %d is cut to %d (MAX_RANK), which keeps %s of Σσ²"
+            logger.log(level, told, shown(request.text), rank, self.settings.max_rank, share_text(kept))
+        return mix
+
+
+def _log_notes(text: str, notes: Iterable[str]) -> None:
+    for note in dict.fromkeys(notes):
+        logger.info("%s: %s", shown(text), escaped(note))
+
+
+def shown(name: str) -> str:
+    """A model name in a log: on one line, and short."""
+    return repr(escaped(name if len(name) <= 120 else f"{name[:120]}…"))
