@@ -63,9 +63,13 @@ def load(
     Cost: one read of the configuration and of the file's header. Tensors of ``.safetensors`` files stay in the file,
     memory-mapped, until a result needs them. A task vector is read once, to refuse NaN and Inf.
     """
-    record = formats.read(Path(path), name, family=family, rank=rank)
-    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     renaming = Renaming(rename)
-    element = renaming(KINDS[type(record)](**fields))
+    element = renaming(element_of(formats.read(Path(path), name, family=family, rank=rank)))
     renaming.require_used()
     return element
+
+
+def element_of(record: AdapterData) -> Element:
+    """What a record becomes: the same fields, with verbs."""
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    return KINDS[type(record)](**fields)

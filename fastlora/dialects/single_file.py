@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastlora.core.data import BaseInfo, DoraData, Extra, LoraData, Magnitude
 from fastlora.core.dtypes import widest
@@ -44,7 +45,21 @@ def read_file(path: Path, name: str, *, family: str | None = None, rank: int | N
         raise InputError(f"rank={rank}: needed is a whole number of at least 1")
     file = (file_in(path) or path) if path.is_dir() else path
     tensors, metadata = open_file(file)
-    looks = looks_of(file) or look({key: tuple(t.shape) for key, t in tensors.items()})
+    return read_tensors(tensors, metadata, file, name, looks=looks_of(file), family=family, rank=rank)
+
+
+def read_tensors(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    file: Path,
+    name: str,
+    *,
+    looks: Looks | None = None,
+    family: str | None = None,
+    rank: int | None = None,
+) -> LoraData | DoraData:
+    """The same for tensors in memory under the names of a file. ``file``: what messages call it."""
+    looks = looks or look({key: tuple(t.shape) for key, t in tensors.items()})
     if looks is None:
         raise UnsupportedAdapter(f"{file} holds no adapter that is known here")
     grouped = group(widened(tensors), file)
