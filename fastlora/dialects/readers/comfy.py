@@ -41,6 +41,8 @@ FLUX2_UNKNOWN = re.compile(r"time_guidance_embed\..+|.+_stream_modulation(_img|_
 CONTROL = re.compile(r"distilled_guidance_layer\..+")
 RENAMED = re.compile(r".*(mlp_fc[12]|_mod_linear|modulation_linear)")
 """Flat names of HunyuanVideo that it has changed in the model."""
+EMBEDDERS = re.compile(r"(time_in|guidance_in|txt_in\.t_embedder)\.mlp\.\d|txt_in\.c_embedder\.linear_\d")
+"""Original names of HunyuanVideo that it has changed in the model without taking the old ones."""
 LAYER = re.compile(r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
 CLIP: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("lora_te_", "lora_te1_", "text_encoder."),
@@ -110,13 +112,15 @@ def _denoiser(file: FileFacts, module: ModuleFacts) -> Finding | None:
     if prefix in (*ORIGINAL, *ALSO_ORIGINAL.get(family, ())) and module.in_original_names:
         if module.is_flat and family == "hunyuan_video" and RENAMED.fullmatch(module.rest):
             return lost("it has changed this name in the model, and takes the old one dotted only")
+        if family == "hunyuan_video" and EMBEDDERS.fullmatch(module.original or ""):
+            return lost("it has changed this name in the model, and does not take the old one")
         return None
     if prefix in DIFFUSERS.get(family, ()) and module.in_diffusers_names:
         return _in_diffusers_names(family, module)
     if prefix in UNTRIED.get(family, ()) or family not in TRIED:
         return Finding("unsure", "what it makes of names that begin so was not tried, or depends on its version")
     if family == "ltx_video" and prefix == "diffusion_model." and module.in_diffusers_names:
-        return Finding("unsure", "whether it knows this name of diffusers was not tried")
+        return lost("outside the blocks it has the names of the original code, and this is one of diffusers")
     spelled = "of diffusers" if module.in_diffusers_names else "of the original code"
     return lost(
         f"it knows no names {spelled} after {prefix!r}" if prefix else f"it knows no names {spelled} without prefix"
