@@ -132,6 +132,11 @@ class Family:
         rows = None if fused is None else fused.rows(out, columns)
         return rows if rows is not None and sum(rows) == out and min(rows) > 0 else None
 
+    def rows_over_columns(self, path: str) -> int | Fraction | None:
+        """What published models have as rows over columns of a module; ``None`` where that is not known."""
+        known = found(self, path, False)
+        return None if known is None else self.ratios.get(known.pattern)
+
     def _named(self, known: Found | None, shape: Shape | None) -> Named | None:
         if known is None:
             return None

@@ -128,6 +128,13 @@ def facts_of(path: Path, family: str | None = None, *, certain: bool = True) -> 
     if file is None:
         raise InputError(f"{path} is a folder and not a single file; PEFT directories are read by PEFT alone")
     tensors, metadata = open_file(file)
+    return file, facts_from(tensors, metadata, family, file, certain=certain)
+
+
+def facts_from(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: str | None, file: Path, *, certain: bool = True
+) -> FileFacts:
+    """The same of the contents of a ``file``; of its tensors, only scales are looked at."""
     modules = group(tensors, file).modules
     known = named_modules(modules, metadata, family, file)
     if known.family is None and certain:
@@ -142,7 +149,7 @@ def facts_of(path: Path, family: str | None = None, *, certain: bool = True) -> 
             scale = config.scaling(facts.parts or (facts.named.path,), size)
             facts = replace(facts, meant=scale)
         found[stem] = facts
-    return file, FileFacts(known.family.name if known.family else None, found, tuple(tensors), metadata)
+    return FileFacts(known.family.name if known.family else None, found, tuple(tensors), metadata)
 
 
 def _doubt(candidates: tuple[str, ...]) -> str:

@@ -150,10 +150,15 @@ def _counts(whole: str, names: Sequence[str], shapes: Mapping[str, tuple[int, in
     found = set[tuple[int, ...]]()
     if len(columns) == 1:
         (width,) = columns
-        for total in _totals(names, shapes, width):
-            counts = family.rows(whole, total, width)
-            if counts is not None and all(counts[names.index(m)] == shape[0] for m, shape in shapes.items()):
-                found.add(counts)
+        published = family.rows_over_columns(whole)
+        likely = [] if published is None or len(shapes) == len(names) else [int(published * width)]
+        for totals in (likely, _totals(names, shapes, width)):
+            for total in totals:
+                counts = family.rows(whole, total, width)
+                if counts is not None and all(counts[names.index(m)] == shape[0] for m, shape in shapes.items()):
+                    found.add(counts)
+            if found:
+                break
     if len(found) != 1:
         has = ", ".join(f"{m} {list(shape)}" for m, shape in shapes.items())
         raise InputError(

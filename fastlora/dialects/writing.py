@@ -26,6 +26,7 @@ from fastlora.dialects.laying import Laid, Place, laid, with_ranks
 from fastlora.dialects.scales import as_stored, stored_scales
 from fastlora.dialects.shapes import with_kernels
 from fastlora.dialects.spelling import STYLES, UNETS, Style, component_of, denoiser, style_name, style_named
+from fastlora.dialects.told import told_of_readers
 from fastlora.errors import InputError, OutputError
 from fastlora.files.tensor_writing import TensorFile, cast_tensor
 
@@ -62,7 +63,7 @@ def laid_out(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:
     adapter = _not_empty(adapter)
     adapter, own, style, family = _in_dialect(adapter, form)
     ranks = with_ranks(own, chosen_rank(adapter.updates.values(), uniform_rank))
-    zeros = expected_zeros(own, style, family)
+    zeros = {} if form.style else expected_zeros(own, style, family)  # a file in its own names is as it was
     alphas, updates = dict[str, float](), own.updates
     if style.alpha:
         is_unet = family is not None and family.name in UNETS and style.format == "kohya"
@@ -73,16 +74,18 @@ def laid_out(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:
         metadata[DESCRIPTION] = description(
             _described_ranks(own, ranks, family, {module for module, _ in zeros.values()})
         )
+    if style.alpha:
+        alphas |= dict.fromkeys(zeros, 1.0)
     if style.format == "kohya" and not HASHES.keys().isdisjoint(form.metadata):
         metadata |= {name: "0" * digits for name, digits in HASHES.items()}  # room for those of the result
-    return FileAdapter(
+    made = FileAdapter(
         adapter.name,
         updates,
         extras=adapter.extras,
         base=adapter.base,
         dtype=adapter.dtype,
         provenance=adapter.provenance,
-        notes=(*adapter.notes, *_notes(adapter, own, style, family)),
+        notes=adapter.notes,
         details=adapter.details,
         style=style,
         places=own.places,
@@ -92,6 +95,7 @@ def laid_out(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:
         others=extra_tensors(adapter, style, family, form),
         metadata=metadata,
     )
+    return _told(made, family, form)
 
 
 def best_style(format: str, family: Family | None) -> Style:
@@ -213,21 +217,32 @@ def _cut_evenly(own: Laid, module: str, stem: str, rank: int, counts: tuple[int,
     )
 
 
-def _notes(adapter: LoraData, own: Laid, style: Style, family: Family | None) -> list[str]:
-    """What is worth telling of modules that some readers of the dialect do not take."""
-    form = adapter.base.form
-    if family is None or form is None or form.style or style.format not in ("kohya", "comfy") or not style.original:
-        return []
-    held = next((w.held for w in family.writing if w.held), ())
-    lost = [m for m in own.modules.values() if held and not component_of(m)[0] and not m.startswith(held)]
-    if not lost:
-        return []
-    more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
-    told = (
-        f"adapter {adapter.name!r}: diffusers leaves out {', '.join(lost[:4])}{more} of such a file without a word, "
-        "ComfyUI reads them; write format='diffusers' (--format diffusers) for a file that both read whole"
-    )
-    return [told]
+def _told(laid_out: FileAdapter, family: Family | None, form: FileForm) -> FileAdapter:
+    """With notes on what readers of the dialect do not take; a file in its own names is read as it was before."""
+    if family is None or form.style or laid_out.style.format not in ("kohya", "comfy"):
+        return laid_out
+    tensors = {**_outlines(laid_out, torch.float32), **_stored_alphas(laid_out)}
+    notes = told_of_readers(laid_out.name, tensors, laid_out.metadata, family, Path(laid_out.name))
+    return replace(laid_out, notes=(*laid_out.notes, *notes))
+
+
+def _stored_alphas(adapter: FileAdapter) -> dict[str, Tensor]:
+    dtype_name = "float32" if adapter.base.form is None else adapter.base.form.alpha_dtype
+    return {f"{stem}.alpha": as_stored(alpha, dtype_name) for stem, alpha in adapter.alphas.items()}
+
+
+def _outlines(adapter: FileAdapter, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The factors of the file, as shapes."""
+    style, outlines = adapter.style, dict[str, Tensor]()
+    for module, place in adapter.places.items():
+        update, rank = adapter.updates[module], adapter.ranks[place.stem]
+        kernel = update.layout.kernel
+        channels = update.shape[1] // math.prod(kernel)
+        outlines[place.stem + style.up] = _meta((place.rows, rank, *(1 for _ in kernel)), dtype)
+        outlines[place.stem + style.down] = _meta((rank, channels, *kernel), dtype)
+    for stem, (n, m) in adapter.zeros.items():
+        outlines |= {stem + style.up: _meta((n, 1), dtype), stem + style.down: _meta((1, m), dtype)}
+    return outlines
 
 
 class SingleFile:
@@ -239,18 +254,9 @@ class SingleFile:
     def __init__(self, path: Path, adapter: LoraData, dtype: torch.dtype) -> None:
         assert isinstance(adapter, FileAdapter)
         self.path, self.adapter, self.dtype = path, adapter, dtype
-        style, self._others = adapter.style, dict(adapter.others)
-        dtype_name = "float32" if adapter.base.form is None else adapter.base.form.alpha_dtype
-        self._alphas = {f"{stem}.alpha": as_stored(alpha, dtype_name) for stem, alpha in adapter.alphas.items()}
-        outlines: dict[str, Tensor] = {}
-        for module, place in adapter.places.items():
-            update, rank = adapter.updates[module], adapter.ranks[place.stem]
-            kernel = update.layout.kernel
-            channels = update.shape[1] // math.prod(kernel)
-            outlines[place.stem + style.up] = _meta((place.rows, rank, *(1 for _ in kernel)), dtype)
-            outlines[place.stem + style.down] = _meta((rank, channels, *kernel), dtype)
-        for stem, (n, m) in adapter.zeros.items():
-            outlines |= {stem + style.up: _meta((n, 1), dtype), stem + style.down: _meta((1, m), dtype)}
+        self._others = dict(adapter.others)
+        self._alphas = _stored_alphas(adapter)
+        outlines = _outlines(adapter, dtype)
         self._others = {
             name: cast_tensor(t, dtype, name) if t.is_floating_point() else t for name, t in self._others.items()
         }

@@ -1,5 +1,6 @@
-"""Small models of every family as the original code has them: which weights there are, and where the modules of diffusers
-lie in them. The names are those of the families' tables, which other tests hold against diffusers' converters."""
+"""Small models of every family as the original code has them: which weights there are, and where the modules of
+diffusers lie in them. The names are those of the families' tables, which other tests hold against diffusers'
+converters."""
 
 from __future__ import annotations
 

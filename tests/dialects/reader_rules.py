@@ -56,7 +56,7 @@ def applied(
     return outcome
 
 
-# ComfyUI ---------------------------------------------------------------------------------------------------------------
+# ComfyUI
 
 _HUNYUAN = {
     "_mod.linear": "_mod.lin", ".modulation.linear": ".modulation.lin", "_attn_qkv": "_attn.qkv",
@@ -126,8 +126,10 @@ def _by_own_name(family: str, weight: str, whole: Place) -> Iterator[tuple[str, 
 def _comfy_unet(module: str, place: Place) -> Iterator[tuple[str, Place]]:
     """Names of diffusers: attention's projections dotted only as those of a processor."""
     yield from ((prefix + flat(module), place) for prefix in ("lora_unet_", "lycoris_"))
-    dotted = module.replace(".to_", ".processor.to_").removesuffix(".0") if ".to_out" in module else module.replace(
-        ".to_", ".processor.to_"
+    dotted = (
+        module.replace(".to_", ".processor.to_").removesuffix(".0")
+        if ".to_out" in module
+        else module.replace(".to_", ".processor.to_")
     )
     yield from ((prefix + dotted, place) for prefix in ("", "unet."))
 
@@ -151,7 +153,7 @@ def _comfy_text(model: Model, module: str, place: Place) -> Iterator[tuple[str, 
             yield f"lora_te_{flat(path)}", place
 
 
-# The scripts of kohya --------------------------------------------------------------------------------------------------
+# The scripts of kohya
 
 _TRAINED: Mapping[str, Callable[[str], bool]] = {
     **dict.fromkeys(("sd15", "sdxl"), lambda m: re.search(r"attentions\.|resnets\.|samplers\.", m) is not None),

@@ -96,7 +96,8 @@ def test_scripts_of_kohya_change_every_weight_as_meant(name: str, tmp_path: Path
 @pytest.mark.filterwarnings("ignore:.*diffusers")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("name", "format"), [("sd15", "kohya"), ("flux", "kohya"), ("flux2", "comfy"), ("wan", "comfy"), ("sd3", "diffusers")]
+    ("name", "format"),
+    [("sd15", "kohya"), ("flux", "kohya"), ("flux2", "comfy"), ("wan", "comfy"), ("sd3", "diffusers")],
 )
 def test_half_precision_is_rounded_once(name: str, format: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tiny, adapter, tensors = written(name, format, tmp_path, dtype=dtype)
@@ -111,7 +112,7 @@ CHECKED = ["sd15", "sdxl", "flux", "flux2", "sd3", "wan", "qwen_image", "z_image
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", CHECKED)
 def test_check_finds_what_comfyui_loses(name: str, format: str, tmp_path: Path) -> None:
-    tiny, adapter, tensors = written(name, format, tmp_path)
+    tiny, _, tensors = written(name, format, tmp_path)
     file = tmp_path / "tiny.safetensors"
     reading = fl.check(file, "comfy", family=tiny.family).readings["comfy"]
     stems = {re.sub(r"\.lora_(down|up|A|B)\.weight$|\.alpha$", "", key) for key in comfy(tensors, tiny).lost}
