@@ -24,6 +24,10 @@ class UnsupportedAdapter(InputError):
     """An adapter of a kind whose numbers fastlora would get wrong, refused by name."""
 
 
+class PackageError(FastloraError, ImportError):
+    """A package that an integration needs is missing, or of a version that it cannot use."""
+
+
 class OutputError(FastloraError, OSError):
     """The result could not be written; nothing that loads was left behind."""
 

@@ -12,12 +12,12 @@ from fastlora.views.tables import Table
 
 
 def environment() -> dict[str, Any]:
-    """Versions, and each backend with ``"usable"`` or the reason why it is not."""
+    """Versions, and each backend and integration with ``"usable"`` or the reason why it is not."""
     import torch
 
     from fastlora.backends import cpu
     from fastlora.ops.dispatch import ORDER, current_backend
-    from fastlora.runtime import devices
+    from fastlora.runtime import devices, packages
 
     backends = {name: _state(name) for name in ORDER}
     data: dict[str, Any] = {
@@ -29,6 +29,7 @@ def environment() -> dict[str, Any]:
         "devices": devices.describe(),
         "threads": torch.get_num_threads(),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
+        "integrations": {name: packages.state(name) for name in packages.INTEGRATIONS},
     }
     for package in ("numpy", "safetensors", "lark", "peft", "triton", "matplotlib", "huggingface_hub"):
         try:
@@ -63,6 +64,9 @@ def show_environment(data: dict[str, Any]) -> None:
         if key == "backends":
             for name, state in value.items():
                 table.add(f"backend {name}", state)
+        elif key == "integrations":
+            for name, state in value.items():
+                table.add(f"integration {name}", state)
         elif key == "devices":
             for state in value:
                 table.add("device", state)
