@@ -9,6 +9,7 @@ from typing import Annotated, Any, Concatenate, ParamSpec, get_type_hints
 
 import typer
 
+from fastlora.cli.pushing import check_push, push
 from fastlora.cli.run import Run
 
 P = ParamSpec("P")
@@ -91,6 +92,14 @@ UniformRank = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of fastlora.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace whatever is there, also what fastlora did not write.")]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        "--push", help="Upload the result to this repository of the Hub.", metavar="ORG/NAME", show_default=False
+    ),
+]
+PushPublic = Annotated[bool, typer.Option("--push-public", help="Make a new repository public; default: private.")]
+PushDryRun = Annotated[bool, typer.Option("--push-dry-run", help="Write the result, and say what --push would upload.")]
 
 SHARED: dict[str, Any] = {
     "rename": Map,
@@ -106,10 +115,14 @@ SHARED: dict[str, Any] = {
     "quiet": Quiet,
     "overwrite": Overwrite,
     "force": Force,
+    "push": Push,
+    "push_public": PushPublic,
+    "push_dry_run": PushDryRun,
 }
 """The fields of :class:`Run` as options, in the order of help."""
 
 ALL = tuple(SHARED)
+PUSHING = ("push", "push_public", "push_dry_run")
 
 
 def command(
@@ -120,8 +133,11 @@ def command(
     def decorate(function: Callable[Concatenate[Run, P], None]) -> Callable[..., None]:
         def begin(**given: Any) -> None:
             run = Run(**{name: given.pop(name) for name in shared})
+            check_push(run)
             with run.stack:
                 function(run, **given)  # type: ignore[call-arg]
+            if run.push is not None:
+                push(run, given["out"])
 
         # typer reads the signature: the command's own parameters, then the shared ones.
         hints = get_type_hints(function, include_extras=True)

@@ -34,6 +34,9 @@ class Run:
     rename: list[str] | None = None
     family: str | None = None
     read_rank: int | None = None
+    push: str | None = None
+    push_public: bool = False
+    push_dry_run: bool = False
     stack: ExitStack = field(default_factory=ExitStack, repr=False)
     """What is switched on until the command ends."""
 

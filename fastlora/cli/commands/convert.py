@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from fastlora.cli.inputs import load_element, parse_one
-from fastlora.cli.options import One, Out, command
+from fastlora.cli.options import PUSHING, One, Out, command
 from fastlora.cli.outputs import output_target, require_place, write_adapter, write_dora
 from fastlora.cli.run import Run
 from fastlora.errors import InputError
 
 
-@command("rename", "family", "read_rank", "dtype", "uniform_rank", "as_json", "quiet", "overwrite", "force")
+@command("rename", "family", "read_rank", "dtype", "uniform_rank", "as_json", "quiet", "overwrite", "force", *PUSHING)
 def convert(
     run: Run,
     adapter: One,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastlora.cli.options import Energy, OutAny, Rank, command
+from fastlora.cli.options import PUSHING, Energy, OutAny, Rank, command
 from fastlora.cli.outputs import output_target, write_element
 from fastlora.cli.run import Run
 from fastlora.errors import InputError
@@ -27,7 +27,7 @@ Whole = Annotated[
 ]
 
 
-@command("dtype", "format", "uniform_rank", "as_json", "quiet", "overwrite", "force")
+@command("dtype", "format", "uniform_rank", "as_json", "quiet", "overwrite", "force", *PUSHING)
 def extract(
     run: Run,
     base: Base,
