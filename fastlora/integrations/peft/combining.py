@@ -77,7 +77,8 @@ def add_weighted_adapter(
         combination_type: peft's, or a name of :func:`fastlora.methods`.
         svd_rank: of the result, for what is cut; by default the largest rank of the adapters. ``"linear"`` is cut
             where it is given.
-        svd_clamp: cuts the entries of ``U S`` and ``Vᵀ`` at their quantile.
+        svd_clamp: cuts the entries of ``U S`` and ``Vᵀ`` of a decomposition at this quantile of them and of their
+            negatives, from 0.5 to 1.
         svd_full_matrices, svd_driver: of peft's dense decomposition; they change no result and are not used.
         density: share of elements that are kept, in (0, 1].
         majority_sign_method: ``"total"`` or ``"frequency"``.

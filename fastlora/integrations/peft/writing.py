@@ -79,7 +79,8 @@ def write(
     Cost: one read of the factors and one write; peft's layers are made without initialising them.
     """
     host = host_of(model)
-    put(host, {adapter.name if name is None else name: ready(adapter, dtype, uniform_rank)}, activate=activate)
+    made = ready(adapter, dtype, uniform_rank)
+    put(host, {adapter.name if name is None else name: made}, activate=activate)
 
 
 def ready(adapter: VectorSpace, dtype: torch.dtype | str | None, uniform_rank: int | bool = False) -> Ready:
