@@ -10,7 +10,7 @@ from fastlora.errors import PackageError
 
 
 class Needed(NamedTuple):
-    """A package that an integration needs: its name, the least version, and the extra that installs it."""
+    """A package that an integration needs: its name, the least version, and the extra that installs it, if one does."""
 
     package: str
     least: str
@@ -20,6 +20,9 @@ class Needed(NamedTuple):
 INTEGRATIONS: dict[str, tuple[Needed, ...]] = {
     "peft": (Needed("peft", "0.21", "peft"),),
     "transformers": (Needed("transformers", "5.0", "peft"), Needed("peft", "0.21", "peft")),
+    "diffusers": (Needed("diffusers", "0.42", "diffusers"), Needed("peft", "0.21", "diffusers")),
+    "vllm": (Needed("vllm", "0.32", "vllm"),),
+    "sglang": (Needed("sglang", "0.5", ""),),
 }
 """What each module of ``fastlora.integrations`` needs."""
 
@@ -29,7 +32,8 @@ def missing(integration: str) -> str | None:
     for package, least, extra in INTEGRATIONS[integration]:
         there = version(package)
         if there is None:
-            return f"{package} is not installed: `pip install 'fastlora[{extra}]'`"
+            wanted = f"'fastlora[{extra}]'" if extra else package
+            return f"{package} is not installed: `pip install {wanted}`"
         if _numbers(there) < _numbers(least):
             return f"{package} {there} is installed, and {least} or newer is needed: `pip install -U {package}`"
     return None
