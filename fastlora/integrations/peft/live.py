@@ -50,23 +50,19 @@ class Host(NamedTuple):
 
     def tuner_layers(self) -> Iterator[tuple[str, Any]]:
         """The adapted modules with their paths, those inside others left out."""
-        above: list[str] = []
-        for path, layer in self.root.named_modules():
-            if isinstance(layer, BaseTunerLayer):
-                if not any(path.startswith(p) for p in above):
-                    yield path, layer
-                above.append(path + ".")
+        return ((path, module) for path, module in self._modules() if isinstance(module, BaseTunerLayer))
 
     def module_paths(self) -> list[str]:
         """Every module of the model by path, without what adapters consist of."""
-        above: list[str] = []
-        paths = []
+        return [path for path, _ in self._modules() if path]
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        inside = "\0"  # the adapted module that was met last: what it consists of follows
         for path, module in self.root.named_modules():
-            if path and not any(path.startswith(p) for p in above):
-                paths.append(path)
+            if not path.startswith(inside):
+                yield path, module
                 if isinstance(module, BaseTunerLayer):
-                    above.append(path + ".")
-        return paths
+                    inside = path + "."
 
 
 def host_of(model: object) -> Host:

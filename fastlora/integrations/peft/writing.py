@@ -152,10 +152,11 @@ def _own(tensor: Tensor, stored: set[int]) -> Tensor:
 
 def require_finite_tensors(name: str, tensors: Mapping[str, Tensor]) -> None:
     """Raises :class:`InputError` for NaN and Inf. One wait for a device."""
-    sums = [tensor.sum(dtype=torch.float64) for tensor in tensors.values()]
-    if bool(torch.stack(sums).isfinite().all()):
+    ends = [end.double() for tensor in tensors.values() for end in torch.aminmax(tensor)]  # NaN where one is
+    finite = torch.stack(ends).isfinite().tolist()
+    if all(finite):
         return
-    bad = next(path for path, total in zip(tensors, sums, strict=True) if not bool(total.isfinite()))
+    bad = list(tensors)[finite.index(False) // 2]
     raise InputError(
         f"{bad} of {name!r} would hold NaN or Inf: an adapter holds them, or the result overflows; look for them with "
         "`fastlora.overlap`, or take dtype='float32'"
