@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations, pairwise, product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -193,14 +195,18 @@ class Painter:
         """The base model's weights with ``strength`` times the changes of modules' weights."""
         return self.base | {f"{m}.weight": self.base[f"{m}.weight"] + strength * delta for m, delta in deltas.items()}
 
-    @torch.no_grad()
     def paint(self, state: State, content: Tensor, noise: Tensor) -> Tensor:
+        """:meth:`paint_with` the base model under other weights."""
+        return self.paint_with(lambda **arguments: functional_call(self.model, state, (), arguments), content, noise)
+
+    @torch.no_grad()
+    def paint_with(self, model: Callable[..., Any], content: Tensor, noise: Tensor) -> Tensor:
         """Pictures ``[k, 3, SIDE, SIDE]`` of the contents ``[k]``, from the noise ``[k, 3, SIDE, SIDE]`` in Euler's
         steps. They are not cut to [0, 1]."""
         x = F.pixel_unshuffle(noise, PATCH).flatten(2).mT
         for t, after in pairwise(torch.linspace(1, 0, EULER_STEPS + 1).tolist()):
-            arguments = self._arguments(x, torch.full((len(x),), t), content)
-            x = x + (after - t) / t * (x - functional_call(self.model, state, (), arguments)[0])
+            said = model(**self._arguments(x, torch.full((len(x),), t), content))[0]
+            x = x + (after - t) / t * (x - said)
         return to_pictures(x)
 
 

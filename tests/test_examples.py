@@ -224,6 +224,17 @@ def test_a_mix_of_styles_paints_as_in_diffusers(load: Any, painter: Any, tmp_pat
     torch.testing.assert_close(found, expected, atol=SUMS32, rtol=0)
 
 
+def test_styles_in_a_pipeline_paint_as_diffusers_adds_them(load: Any, painter: Any, tmp_path: Path) -> None:
+    user = copy.copy(painter)
+    user.model = copy.deepcopy(painter.model)
+    found = load("styles_in_a_pipeline").paintings(user, tmp_path)
+    for names in ("etching + sanguine + sepia", "etching + neon"):
+        expected = found[f"{names}: set_adapters"]
+        torch.testing.assert_close(found[f"{names}: merge_loaded"], expected, atol=SUMS32, rtol=0)
+        assert not torch.allclose(found[f"{names}: mix_unique"], expected, atol=1e-4)
+    assert len(found) == 10 and (tmp_path / "etching_neon.safetensors").exists()
+
+
 def test_distance_from_a_drawing(load: Any) -> None:
     styles = load("styles")
     content = torch.arange(styles.CONTENTS)
