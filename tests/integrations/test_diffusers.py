@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -331,3 +332,13 @@ def test_what_is_no_pipeline_or_has_nothing_is_told(load: Any, tmp_path: Path) -
         bridge.save_merged(load("flux"), "ink", tmp_path)
     with pytest.raises(fl.InputError, match="mode='pool'"):
         bridge.mix_unique(load("flux"), {"pixel": 1.0}, mode="pairs")
+
+
+def test_the_code_of_the_page_runs(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    section = page.split("## diffusers\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    monkeypatch.chdir(tmp_path)
+    pipe = load("flux")
+    exec(compile(block, "docs/integrations.md", "exec"), {"pipe": pipe})
+    assert pipe.get_active_adapters() == ["styles"] and (tmp_path / "out" / "styles").is_dir()
