@@ -208,13 +208,13 @@ def test_parameters_grouped_convolutions_and_mixed_models_are_refused() -> None:
     for config, text in (
         (LoraConfig(r=2, target_modules=[], target_parameters=["bank.weight"]), "adapts parameters"),
         (LoraConfig(r=2, target_modules=["grouped"]), "grouped convolution"),
-        (LoraConfig(r=2, target_modules=["attend"]), "packs several weights"),
+        (LoraConfig(r=2, target_modules=["attend"]), "holds several weights"),
     ):
         model = get_peft_model(Experts(), config, adapter_name="a")
         before = fingerprint(model)
         with pytest.raises(fl.UnsupportedAdapter, match=text):
             live.pool(model)
-        if text != "packs several weights":  # these make their parameters anew whenever they are listed
+        if text != "holds several weights":  # these make their parameters anew whenever they are listed
             assert repr(fingerprint(model)) == repr(before)
     with pytest.raises(fl.InputError, match="PeftMixedModel holds adapters of several kinds"):
         live.pool(PeftMixedModel(Net(), lora(targets=["up"]), adapter_name="a"))

@@ -187,3 +187,23 @@ def test_transposed_weights() -> None:
     x = torch.randn(5, 4)
     model.set_adapter("mix")
     torch.testing.assert_close(model(x).double(), x.double() @ weight, rtol=SUMS32, atol=SUMS32)
+
+
+def test_a_task_whose_head_is_not_written_is_not_named(tmp_path: Path) -> None:
+    """peft would look for a trained head in the saved adapter, and make a new one."""
+    model = adapted({n: lora(targets=["up"], task_type=None) for n in "ab"})
+    model.peft_config["a"].task_type = model.peft_config["b"].task_type = "SEQ_CLS"
+    live.add_weighted_adapter(model, ["a", "b"], [0.7, -0.4], "mix", "cat")
+    live.write(model, fl.merge(live.pool(model, ["a", "b"]), WEIGHTS, method="cat"), "same")
+    assert model.peft_config["mix"].task_type is model.peft_config["same"].task_type is None
+    model.peft_config["a"].task_type = model.peft_config["b"].task_type = "CAUSAL_LM"
+    live.add_weighted_adapter(model, ["a", "b"], [0.7, -0.4], "kept", "cat")
+    assert model.peft_config["kept"].task_type == "CAUSAL_LM"
+
+
+def test_a_number_that_a_slot_cannot_hold_is_refused() -> None:
+    model = adapted({n: lora(2, targets=["up"]) for n in ("slot", "a")}, torch.float16)
+    before = fingerprint(model)
+    with pytest.raises(fl.InputError, match="NaN or Inf"):
+        live.swap(model, 1e6 * live.pool(model)["a"] * 1e6, "slot")
+    assert repr(fingerprint(model)) == repr(before)

@@ -17,6 +17,9 @@ from fastlora.errors import InputError, UnsupportedAdapter
 BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the weights of the base model, so that what an adapter adds is not all it changes."""
 
+PACKED = ("ParamWrapper", "MultiheadAttention", "LoraParallelLinear")
+"""Layers of peft whose factors are not those of one module."""
+
 OTHER_KINDS = {
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
@@ -129,10 +132,10 @@ def lora_layers(host: Host, name: str) -> Iterator[tuple[str, Any]]:
     for path, layer in host.tuner_layers():
         if not isinstance(layer, LoraLayer) or not (name in layer.lora_A or name in layer.lora_embedding_A):
             continue
-        if type(layer).__name__ in ("ParamWrapper", "MultiheadAttention"):
+        if type(layer).__name__ in PACKED:
             raise UnsupportedAdapter(
-                f"module {path!r} of adapter {name!r} is {type(layer).__name__} of peft, which packs several weights; "
-                f"{FROM_FILES}"
+                f"module {path!r} of adapter {name!r} is {type(layer).__name__} of peft, which holds several weights "
+                f"or a share of one; {FROM_FILES}"
             )
         if layer.lora_variant.get(name) is not None:
             raise UnsupportedAdapter(

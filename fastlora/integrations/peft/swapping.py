@@ -11,8 +11,9 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import require_updates
 from fastlora.core.vector_space import VectorSpace
 from fastlora.errors import InputError
+from fastlora.formats.peft.names import exact_pattern
 from fastlora.integrations.peft.live import config_of, host_of, lora_layers
-from fastlora.integrations.peft.writing import ReadyFactors, ready
+from fastlora.integrations.peft.writing import ReadyFactors, ready, require_finite_tensors
 
 
 def swap(model: nn.Module, adapter: VectorSpace, slot: str) -> None:
@@ -54,7 +55,7 @@ def swap(model: nn.Module, adapter: VectorSpace, slot: str) -> None:
             _reset(layer, slot)
     ranks = {path: layer.r[slot] for path, layer in layers.items()}
     top = max(ranks.values())
-    patterns = {f"^{path}": rank for path, rank in ranks.items() if rank != top}
+    patterns = {exact_pattern(path): rank for path, rank in ranks.items() if rank != top}
     config.r = config.lora_alpha = top
     config.rank_pattern, config.alpha_pattern, config.use_rslora = dict(patterns), dict(patterns), False
 
@@ -84,8 +85,8 @@ def _require_fit(adapter: Adapter, slot: str, layers: dict[str, Any]) -> None:
 
 def _at_dtype(adapter: Adapter, layers: dict[str, Any], slot: str) -> dict[str, tuple[Tensor, Tensor]]:
     """The factors in the dtype of the slot, checked."""
-    dtype = _places(next(iter(layers.values())), slot)[0].dtype
-    kept = ready(adapter, dtype if dtype != torch.float64 else None)
+    stored = {place.dtype for layer in layers.values() for place in _places(layer, slot)}
+    kept = ready(adapter, stored.pop() if len(stored) == 1 and torch.float64 not in stored else torch.float32)
     assert isinstance(kept, ReadyFactors)
     if kept.shifts:
         raise InputError(f"adapter {adapter.name!r} changes biases (lora_bias), which a slot does not hold")
@@ -96,7 +97,13 @@ def _at_dtype(adapter: Adapter, layers: dict[str, Any], slot: str) -> dict[str, 
                     f"module {path!r} is {list(tensor.shape)} in adapter {adapter.name!r} and {list(place.shape)} in "
                     f"slot {slot!r}: they belong to different base models"
                 )
-    return dict(kept.pairs)
+    cast = {
+        path: (B.to(_places(layers[path], slot)[0].dtype), A.to(_places(layers[path], slot)[1].dtype))
+        for path, (B, A) in kept.pairs.items()
+    }
+    named = {f"{path}.lora_{side}": t for path, pair in cast.items() for side, t in zip("BA", pair, strict=True)}
+    require_finite_tensors(adapter.name, named)
+    return cast
 
 
 def _overwrite(place: Tensor, tensor: Tensor | None) -> None:

@@ -20,7 +20,7 @@ from fastlora.core.patterns import path_tails
 from fastlora.core.updates import sources, with_rank, zero_factors
 from fastlora.core.vector_space import VectorSpace
 from fastlora.errors import InputError, UnsupportedAdapter
-from fastlora.formats.peft.names import exact_pattern
+from fastlora.formats.peft.names import HEADS, exact_pattern
 from fastlora.formats.peft.selection import exclude_pattern
 from fastlora.integrations.peft.injection import inject, place_of, unchanged_otherwise
 from fastlora.integrations.peft.live import Host, host_of, require_new
@@ -297,9 +297,10 @@ def _selection(modules: list[str], paths: Mapping[str, None]) -> dict[str, Any]:
 
 
 def _identity(base: BaseInfo) -> dict[str, Any]:
+    """What the adapter belongs to. Of tasks that peft wants a trained head for there is no task: none is written."""
     return {
         "base_model_name_or_path": base.model,
         "revision": base.revision,
-        "task_type": base.task_type,
+        "task_type": None if base.task_type in HEADS else base.task_type,
         "inference_mode": True,
     }
