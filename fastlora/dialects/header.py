@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fastlora._version import __version__
@@ -70,11 +70,12 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(int(seconds) if seconds.isdigit() else None))
 
 
-def description(ranks_by_component: Mapping[str, Mapping[str, int]]) -> str:
+def description(ranks_by_component: Mapping[str, Mapping[str, int]], with_bias: Collection[str] = ()) -> str:
     """``lora_adapter_metadata`` under which every module has the scale 1, whatever reads it.
 
-    ``{component: {module of diffusers: rank}}``. Modules are given as patterns that match one path; those of text
-    encoders by the end of it, since transformers has them below ``text_model`` or not.
+    ``{component: {module of diffusers: rank}}``. ``with_bias``: components with a ``lora_B.bias``. Modules are given as
+    patterns that match one path; those of text encoders by the end of it, since transformers has them below
+    ``text_model`` or not.
     """
     config: dict[str, object] = {}
     for component, given in ranks_by_component.items():
@@ -90,7 +91,7 @@ def description(ranks_by_component: Mapping[str, Mapping[str, int]]) -> str:
             "target_modules": list(ranks),
             "use_rslora": False,
             "use_dora": False,
-            "lora_bias": False,
+            "lora_bias": component in with_bias,
             "bias": "none",
         }
         config |= {f"{component}.{key}": value for key, value in fields.items()}

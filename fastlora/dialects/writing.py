@@ -18,7 +18,7 @@ from fastlora.core.updates import Update, chosen_rank, with_rank
 from fastlora.dialects.cutting import is_even, widened
 from fastlora.dialects.detect import identify
 from fastlora.dialects.expected import expected_zeros
-from fastlora.dialects.extras import extra_tensors
+from fastlora.dialects.extras import components_with_bias, extra_tensors
 from fastlora.dialects.families import family_named
 from fastlora.dialects.family import Family
 from fastlora.dialects.header import DESCRIPTION, HASHES, description, facts, hashes
@@ -70,10 +70,11 @@ def laid_out(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:
         is_plain = bool(form.style) and all(_is_stored(u) for u in own.updates.values())
         alphas, updates = stored_scales(own, ranks, alike=is_unet and not is_plain)
     metadata = facts(adapter, form, list(ranks.values()), list(alphas.values()), is_kohya=style.format == "kohya")
+    others = extra_tensors(adapter, own, style, family, form)
     if family is not None and _is_described(style, family):
-        metadata[DESCRIPTION] = description(
-            _described_ranks(own, ranks, family, {module for module, _ in zeros.values()})
-        )
+        described = _described_ranks(own, ranks, family, {module for module, _ in zeros.values()})
+        biased = {component or denoiser(family) for component in components_with_bias(others, own)}
+        metadata[DESCRIPTION] = description(described, biased)
     if style.alpha:
         alphas |= dict.fromkeys(zeros, 1.0)
     if style.format == "kohya" and not HASHES.keys().isdisjoint(form.metadata):
@@ -92,7 +93,7 @@ def laid_out(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:
         ranks=ranks,
         alphas=alphas,
         zeros={stem: shape for stem, (_, shape) in zeros.items()},
-        others=extra_tensors(adapter, style, family, form),
+        others=others,
         metadata=metadata,
     )
     return _told(made, family, form)
