@@ -41,7 +41,7 @@ def convert(
     Args:
         adapter: a path or Hub id (:func:`fastlora.load`), or an :class:`Adapter` or DoRA, whose magnitudes are kept.
         path: the file to make, ``NAME.safetensors``, or for PEFT the directory.
-        to: ``"peft"``, ``"kohya"``, ``"diffusers"``, ``"comfy"`` or ``"xlabs"``.
+        to: ``"peft"``, ``"kohya"``, ``"diffusers"``, ``"comfy"``, ``"xlabs"`` or ``"mlx"``.
         family: the models that it is for (``"sdxl"``, ``"flux"``), where its names fit several.
         rank: the rank at which modules are read that are no plain LoRA (LoHa, LoKr, whole matrices).
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; by default that of the adapter.

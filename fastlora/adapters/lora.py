@@ -209,8 +209,8 @@ class Adapter(LoraData, VectorSpace):
                 factors of their own, and under names of older model code.
             overwrite: replace an earlier output of fastlora, known by what its files say; ``"force"`` replaces
                 whatever is there.
-            format: ``"peft"``, ``"kohya"``, ``"diffusers"``, ``"comfy"`` or ``"xlabs"``, in the dialect in which its
-                readers agree; by default the format and the names of the (first) file that the adapter is from.
+            format: ``"peft"``, ``"kohya"``, ``"diffusers"``, ``"comfy"``, ``"xlabs"`` or ``"mlx"``, in the dialect in
+                which its readers agree; by default the format and the names of the (first) file that it is from.
 
         Returns:
             ``path``.

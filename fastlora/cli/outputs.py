@@ -12,7 +12,7 @@ import typer
 
 from fastlora.cli.exits import outputs
 from fastlora.cli.run import Run, print_json
-from fastlora.core.file_form import PEFT, check_format
+from fastlora.core.file_form import DIRECTORIES, check_format
 from fastlora.errors import InputError, OutputError
 from fastlora.views.text import escaped, share_text
 
@@ -38,7 +38,7 @@ def output_target(run: Run, out: Path, inputs: Iterable[Path]) -> OutputDirector
     is_file = out.suffix == ".safetensors"
     if run.format is not None:
         check_format(run.format)
-    if run.format is not None and is_file != (run.format != PEFT):
+    if run.format is not None and is_file == (run.format in DIRECTORIES):
         needed = "a directory" if is_file else "a file, NAME.safetensors"
         raise InputError(f"--format {run.format} is written as {needed}; change --out {out}")
     if out.suffix != ".safetensors":

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from fastlora.errors import InputError
 
 PEFT = "peft"
-WRITTEN = (PEFT, "kohya", "diffusers", "comfy", "xlabs")
-"""Formats that low-rank adapters are written in. All but the first are single files."""
+WRITTEN = (PEFT, "kohya", "diffusers", "comfy", "xlabs", "mlx")
+"""Formats that low-rank adapters are written in."""
+DIRECTORIES = (PEFT, "mlx")
+"""Those that are a directory; the others are single files."""
 
 
 def check_format(format: str) -> None:

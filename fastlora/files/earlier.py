@@ -41,7 +41,8 @@ def is_ours(file: Path) -> bool:
         if file.suffix == ".safetensors":
             return MARK in _metadata(file)
         if file.name == "adapter_config.json":  # written after the tensors beside it
-            return MARK in _metadata(file.with_name("adapter_model.safetensors"))
+            beside = ("adapter_model.safetensors", "adapters.safetensors")
+            return any(MARK in _metadata(f) for name in beside if (f := file.with_name(name)).is_file())
         with file.open("rb") as opened:
             content = opened.read(LARGEST_LOOK)
     except OSError:

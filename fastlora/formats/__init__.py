@@ -158,7 +158,7 @@ def writer_of(record: AdapterData) -> Format:
     are written."""
     if isinstance(record, LoraData) and record.base.form is not None:
         own = all_formats().get(record.base.form.format)
-        if own is not None and hasattr(own, "SUFFIX"):
+        if own is not None and hasattr(own, "sink"):
             return own
     return next(f for f in all_formats().values() if isinstance(record, f.WRITES))
 

@@ -20,7 +20,7 @@ def convert(
     adapter: One,
     out: Out,
     to: Annotated[
-        str, typer.Option(help="peft, kohya, diffusers, comfy or xlabs.", metavar="FORMAT", show_default=False)
+        str, typer.Option(help="peft, kohya, diffusers, comfy, xlabs or mlx.", metavar="FORMAT", show_default=False)
     ],
     keep_private: Annotated[
         bool, typer.Option("--keep-private", help="Keep metadata on the training data: folders, captions.")

@@ -5,6 +5,7 @@ A layer adds ``scale · (x lora_a) lora_b`` with ``lora_a [in, r]`` and ``lora_b
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastlora.core.data import AdapterData, BaseInfo, DoraData, LoraData, Magnitude
+from fastlora.core.data import BaseInfo, DoraData, LoraData, Magnitude
 from fastlora.core.dtypes import widest
 from fastlora.core.factors import Factor
 from fastlora.core.file_form import FileForm
@@ -24,10 +25,11 @@ from fastlora.dialects.weights import MOST_ABOVE_SIDES, check_tensor
 from fastlora.errors import FastloraError, InputError, NonFiniteError, UnsupportedAdapter
 from fastlora.files.json_files import parse_object, require_file, shown
 from fastlora.files.tensor_files import read_safetensors
+from fastlora.formats.mlx.writing import WEIGHTS
 from fastlora.ops.finite import is_finite
 
-WRITES: tuple[type[AdapterData], ...] = ()
-WEIGHTS = "adapters.safetensors"
+KEPT = ("num_layers",)
+"""Fields of a configuration that a result keeps where its inputs agree."""
 LARGEST_CONFIG = 1 << 20
 PARTS = ("lora_a", "lora_b", "m")
 TABLES = frozenset("embed_tokens wte tok_embeddings embed_in word_embeddings".split())
@@ -75,7 +77,8 @@ def read(path: Path, name: str) -> LoraData | DoraData:
         if "m" in parts:
             magnitudes[module] = _magnitude(module, parts["m"], updates[module], file)
     model = fields.get("model")
-    form = FileForm("mlx", style="mlx", stems={module: module for module in updates})
+    kept = {key: json.dumps(fields[key]) for key in KEPT if isinstance(fields.get(key), int)}
+    form = FileForm("mlx", style="mlx", stems={module: module for module in updates}, metadata=kept)
     base = BaseInfo(model=model if isinstance(model, str) and model.isprintable() else None, form=form)
     dtype = widest(t.dtype for parts in modules.values() for t in parts.values())
     if magnitudes:
