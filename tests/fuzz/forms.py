@@ -12,22 +12,17 @@ What comes out is held against dense sums of the fused weights. A case is
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import shutil
 import sys
-import tempfile
-import time
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import forms_cases
-import run
 import torch
+from command_line import Outcome, main
 from forms_cases import Case, Sizes
 from torch import Tensor
 
@@ -185,46 +180,13 @@ def one(seed: int, root: Path) -> tuple[str, str, str]:
         return case.about(), "wrong", f"{type(error).__name__}: {str(error)[:300]} ({where})"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000, help="how many cases")
-    parser.add_argument("--seed", type=int, default=0, help="numbers from SEED * 10,000,000 on")
-    parser.add_argument("--replay", type=int, nargs="*", help="these numbers instead")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    options = parser.parse_args()
-    first = options.seed * 10_000_000
-    outcomes: Counter[str] = Counter()
-    verbs: dict[str, Counter[str]] = {}
-    violations = []
-    versions, start = run.version(), time.monotonic()
+def run(seeds: Iterable[int], root: Path) -> Iterator[Outcome]:
+    """Every case, in this process."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as root:
-        for seed in options.replay or range(first, first + options.count):
-            about, outcome, wrong = one(seed, Path(root))
-            outcomes[outcome] += 1
-            verbs.setdefault(about.partition(" (")[0], Counter())[outcome] += 1
-            if wrong:
-                violations.append({"seed": seed, "case": about, "what": wrong})
-                print(f"{seed} {about}: {wrong}", flush=True)
-            elif options.replay:
-                print(f"{seed} {about}: {outcome}")
-    seconds = time.monotonic() - start
-    print(f"{sum(outcomes.values())} cases in {seconds:.0f} s: {dict(outcomes.most_common())}")
-    if options.json:
-        result = {
-            "cases": sum(outcomes.values()),
-            "seeds": [first, first + options.count - 1],
-            "outcomes": dict(outcomes.most_common()),
-            "kinds": {k: dict(v.most_common()) for k, v in sorted(verbs.items())},
-            "violations": violations,
-            "seconds": round(seconds),
-            **versions,
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if violations else 0
+    for seed in seeds:
+        yield seed, *one(seed, root)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, run, noun="cases", kind_ends=" (", kind="case"))

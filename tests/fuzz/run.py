@@ -7,22 +7,15 @@ Cases run in a worker process with a bound on its memory; a worker that dies or 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
-import json
 import multiprocessing
 import os
-import platform
 import resource
 import shutil
-import subprocess
 import sys
-import tempfile
-import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +24,7 @@ import numpy as np
 import oracle
 import torch
 from cases import SHAPES, Case, healthy
+from command_line import main
 from mutate import mutation
 
 import fastlora as fl
@@ -246,55 +240,5 @@ def run(seeds: Iterable[int], root: Path) -> Iterator[tuple[int, str, str, str]]
         worker.end()
 
 
-def version() -> dict[str, str]:
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "fastlora": fl.__version__,
-        "commit": commit.stdout.strip(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000, help="how many mutations")
-    parser.add_argument("--seed", type=int, default=0, help="numbers from SEED * 10,000,000 on")
-    parser.add_argument("--replay", type=int, nargs="*", help="these numbers instead")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--root", type=Path, help="where the directories are made (default: a temporary folder)")
-    options = parser.parse_args()
-    first = options.seed * 10_000_000
-    seeds = options.replay or range(first, first + options.count)
-    outcomes: Counter[str] = Counter()
-    kinds: dict[str, Counter[str]] = {}
-    violations = []
-    versions, start = version(), time.monotonic()  # of the code that runs, whatever is committed meanwhile
-    with tempfile.TemporaryDirectory(dir=options.root) as root:
-        for seed, kind, outcome, violation in run(seeds, Path(root).resolve()):
-            outcomes[outcome] += 1
-            kinds.setdefault(kind.split(" + ")[0], Counter())[outcome] += 1
-            if violation:
-                violations.append({"seed": seed, "kind": kind, "what": violation})
-                print(f"{seed} {kind}: {violation}", flush=True)
-            if options.replay:
-                print(f"{seed} {kind}: {outcome}")
-    seconds = time.monotonic() - start
-    print(f"{sum(outcomes.values())} mutations in {seconds:.0f} s: {dict(outcomes.most_common())}")
-    if options.json:
-        result = {
-            "mutations": sum(outcomes.values()),
-            "seeds": [first, first + options.count - 1],
-            "outcomes": dict(outcomes.most_common()),
-            "kinds": {k: dict(v.most_common()) for k, v in sorted(kinds.items())},
-            "violations": violations,
-            "seconds": round(seconds),
-            **versions,
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if violations else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, run))

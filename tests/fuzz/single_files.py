@@ -10,17 +10,12 @@ bounds on time and memory.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
-import os
 import resource
 import sys
 import tempfile
-import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,7 +27,8 @@ HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parents[1])]
 
 import plain_reader  # noqa: E402
-from run import ADDRESS_SPACE, GROWTH, MULTIPLE, Violation, peak, resident, status, version  # noqa: E402
+from command_line import main  # noqa: E402
+from run import ADDRESS_SPACE, GROWTH, MULTIPLE, Violation, peak, resident, status  # noqa: E402
 from single_files_cases import Case, make  # noqa: E402
 
 import fastlora as fl  # noqa: E402
@@ -162,41 +158,5 @@ def run(seeds: range | list[int], root: Path) -> Iterator[tuple[int, str, str, s
         process.join(5)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000, help="how many cases")
-    parser.add_argument("--seed", type=int, default=0, help="numbers from SEED * 10,000,000 on")
-    parser.add_argument("--replay", type=int, nargs="*", help="these numbers instead")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    options = parser.parse_args()
-    first = options.seed * 10_000_000
-    seeds = options.replay or range(first, first + options.count)
-    outcomes: Counter[str] = Counter()
-    kinds: dict[str, Counter[str]] = {}
-    violations, versions, start = [], version(), time.monotonic()
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.TemporaryDirectory(dir=memory) as root:
-        for seed, kind, outcome, violation in run(seeds, Path(root)):
-            outcomes[outcome] += 1
-            kinds.setdefault(kind.split(" + ")[0], Counter())[outcome] += 1
-            if violation:
-                violations.append({"seed": seed, "kind": kind, "what": violation})
-                print(f"{seed} {kind}: {violation}", flush=True)
-    seconds = time.monotonic() - start
-    print(f"{sum(outcomes.values())} cases in {seconds:.0f} s: {dict(outcomes.most_common())}")
-    if options.json:
-        result = {
-            "mutations": sum(outcomes.values()),
-            "seeds": [first, first + options.count - 1],
-            "outcomes": dict(outcomes.most_common()),
-            "kinds": {k: dict(v.most_common()) for k, v in sorted(kinds.items())},
-            "violations": violations,
-            "seconds": round(seconds),
-            **versions,
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if violations else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, run))
