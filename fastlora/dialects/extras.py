@@ -87,7 +87,7 @@ def _in_parts(module: str, shift: Tensor, adapter: LoraData, family: Family) -> 
     if parts is None or counts is None:
         yield module, shift
     else:
-        yield from zip(parts, torch.split(shift, list(counts)), strict=True)  # type: ignore[no-untyped-call]
+        yield from zip(parts, torch.split(shift, list(counts)), strict=True)
 
 
 def _without_place(adapter: LoraData, parameter: str, style: Style) -> OutputError:
