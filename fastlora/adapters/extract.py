@@ -56,6 +56,8 @@ def extract(
     _check_cut(rank, energy)
     vector = replace(vector, deltas=fused(vector))
     cutter = _Cutter(vector, rank, energy, embeddings, fan_in_fan_out)
+    if biases:
+        cutter.require_biases()
     for parameter, delta in track(list(vector.deltas.items()), "extracting"):
         cutter.add(parameter, delta)
     extras: dict[str, Extra] = {}
@@ -122,6 +124,25 @@ class _Cutter:
     total: float = 0.0
     flipped: bool = False
     assumed: list[str] = field(default_factory=list)
+
+    def require_biases(self) -> None:
+        """Refuses biases beside embeddings and experts, which PEFT has in no adapter together."""
+        changed = [p for p, d in self.vector.deltas.items() if p.endswith(BIAS) and d.dim() == 1]
+        cut = [p for p, d in self.vector.deltas.items() if self._has_no_bias(p, d)]
+        if cut and any(p.removesuffix(BIAS) + WEIGHT in self.vector.deltas for p in changed):
+            raise InputError(
+                f"extract: task vector {self.vector.name!r} changes biases ({changed[0]}) and {cut[0]}, and PEFT has "
+                "no adapter with changes of biases (lora_bias) and of embeddings or experts; leave biases out "
+                "(biases=False, without --biases), or keep the other whole (whole=, --whole)"
+            )
+
+    def _has_no_bias(self, parameter: str, delta: Tensor) -> bool:
+        """Whether a parameter becomes an embedding or an expert of an adapter."""
+        if _is_experts(parameter, delta):
+            return True
+        module = parameter.removesuffix(WEIGHT)
+        is_cut = module != parameter and 2 <= delta.dim() <= 5 and self._unsuited(module, delta) is None
+        return is_cut and self._layout(module, delta).kind in ("embedding", "expert")
 
     def add(self, parameter: str, delta: Tensor) -> None:
         """Cuts the change of a parameter, and of those that are tied to it."""

@@ -296,8 +296,16 @@ def test_extracting_is_the_best_approximation(rank: int | None, energy: float | 
 
 def test_biases_are_kept_on_demand() -> None:
     one = vector(ONE, "one")
-    extra = one.extract(2, biases=True).extras["layers.0.q.bias"]
+    extra = one.extract(2, biases=True, embeddings=[]).extras["layers.0.q.bias"]
     assert extra.kind == "delta" and torch.equal(extra.tensor, one.deltas["layers.0.q.bias"])
+
+
+def test_biases_beside_embeddings_are_refused_before_anything_is_cut() -> None:
+    """PEFT has no adapter with both."""
+    with pytest.raises(
+        fl.InputError, match=r"changes biases \(layers.0.q.bias\) and embeddings.word_embeddings.*whole="
+    ):
+        vector(ONE, "one").extract(2, biases=True)
 
 
 def test_extraction_settings() -> None:

@@ -102,6 +102,7 @@ BUILDS: Mapping[str, tuple[str, Build]] = {
     "sana_sprint": ("sana", lambda: diffusers.SanaTransformer2DModel(num_layers=2, guidance_embeds=True)),
     "cogvideox": ("cogvideox", lambda: diffusers.CogVideoXTransformer3DModel(num_layers=2, ofs_embed_dim=4)),
     "mochi": ("mochi", lambda: diffusers.MochiTransformer3DModel(num_layers=2)),
+    "mochi48": ("mochi", lambda: diffusers.MochiTransformer3DModel(num_layers=48)),
     "cogview4": ("cogview4", lambda: diffusers.CogView4Transformer2DModel(num_layers=2)),
     "hunyuan_video15": (
         "hunyuan_video15",

@@ -76,6 +76,7 @@ _WITH_TABLES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "auraflow": (("transformer.",), ()),
     "qwen_image": (("transformer.", ""), ("lycoris_",)),
     "hidream": (("transformer.",), ("lycoris_",)),
+    "krea2": (("transformer.", "diffusion_model.", ""), ("lycoris_",)),
     "z_image": (("transformer.", "diffusion_model.", ""), ("lycoris_",)),
 }
 """By family: the dotted and the flat prefixes before names of diffusers, of which ComfyUI has tables."""

@@ -89,6 +89,20 @@ CASES = {
         r"(layers|noise_refiner|context_refiner)\.",
     ),
     "ltx2, ComfyUI": Case("ltx2", "diffusion_model.", a_b, lora._convert_non_diffusers_ltx2_lora_to_diffusers, True),
+    "ideogram4, ComfyUI": Case(
+        "ideogram4", "diffusion_model.", a_b, lora._convert_non_diffusers_ideogram4_lora_to_diffusers, True,
+        r"layers\.",
+    ),
+    "ideogram4, kohya": Case(
+        "ideogram4", "diffusion_model.", down_up, lora._convert_non_diffusers_ideogram4_lora_to_diffusers, True,
+        r"layers\.",
+    ),
+    "krea2, ComfyUI": Case(
+        "krea2", "diffusion_model.", a_b, lora._convert_non_diffusers_krea2_lora_to_diffusers, True,
+    ),
+    "krea2, ai-toolkit": Case(
+        "krea2", "base_model.model.", a_b, lora._convert_non_diffusers_krea2_lora_to_diffusers, True,
+    ),
     "anima, ComfyUI": Case(
         "cosmos", "diffusion_model.", a_b, lora._convert_non_diffusers_anima_lora_to_diffusers, True, "",
         tuple(conditioner()),

@@ -286,8 +286,30 @@ def test_widths_that_no_model_has_are_no_reason() -> None:
     stems = {"transformer.transformer_blocks.0.attn.add_q_proj": (80, 80)}
     assert set(identify(stems).candidates) >= {"flux", "flux2", "hunyuan_video", "qwen_image", "sd3"}
     rows = {"lora_unet_layers_0_attention_qkv": (96, 32)}
-    assert identify(rows).family == "z_image"
+    assert identify(rows).candidates == ("ideogram4", "z_image")
+    assert identify({**rows, "lora_unet_layers_0_attention_out": (32, 32)}).family == "z_image"
+    assert identify({**rows, "lora_unet_layers_0_attention_o": (32, 32)}).family == "ideogram4"
     assert identify({"lora_unet_layers_0_attention_qkv": (40, 24)}).family == "lumina2"
+
+
+@pytest.mark.parametrize(("width", "family"), [(3840, "z_image"), (4608, "ideogram4")])
+def test_the_width_tells_ideogram_from_z_image(width: int, family: str) -> None:
+    assert identify({"diffusion_model.layers.0.attention.qkv": (3 * width, width)}).family == family
+
+
+@pytest.mark.parametrize(
+    ("stem", "shape", "family", "module"),
+    [
+        ("diffusion_model.blocks.3.attn.wq", (6144, 6144), "krea2", "transformer_blocks.3.attn.to_q"),
+        ("base_model.model.txtfusion.refiner_blocks.0.mlp.up", (64, 32), "krea2", "text_fusion.refiner_blocks.0.ff.up"),
+        ("diffusion_model.blocks.3.attn.qkv_x", (9216, 3072), "mochi", "transformer_blocks.3.attn1.to_qkv"),
+        ("blocks.47.mod_y", (6144, 3072), "mochi", "transformer_blocks.47.norm1_context.linear_1"),
+        ("blocks.46.mod_y", (6144, 3072), "mochi", "transformer_blocks.46.norm1_context.linear"),
+    ],
+)
+def test_original_names_of_newer_families(stem: str, shape: tuple[int, int], family: str, module: str) -> None:
+    found = identify({stem: shape})
+    assert found.family == family and found.modules[stem].module == module
 
 
 FLUX = "lora_unet_double_blocks_0_img_mod_lin"

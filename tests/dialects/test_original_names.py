@@ -62,6 +62,14 @@ def scales(checkpoint: Checkpoint) -> Checkpoint:
     return {NORM.sub(r"\1.scale", k): v for k, v in checkpoint.items() if not NORM.search(k) or k.endswith("weight")}
 
 
+RMS = re.compile(r"(qnorm|knorm|prenorm|postnorm|txtmlp\.0|last\.norm)\.weight$")
+
+
+def rms(checkpoint: Checkpoint) -> Checkpoint:
+    """The original code of Krea 2 calls the weights of norms scales."""
+    return {RMS.sub(r"\1.scale", k): v for k, v in checkpoint.items() if not k.endswith("norm.bias")}
+
+
 def dummies(*names: str) -> Checkpoint:
     return {name: torch.zeros(1, 1, 1) for name in names}
 
@@ -93,6 +101,8 @@ CONVERTERS: Mapping[str, Convert] = {
     "auraflow": lambda c, _: single.convert_auraflow_transformer_checkpoint_to_diffusers(
         c | dummies("register_tokens", "positional_encoding")
     ),
+    "krea2": lambda c, _: single.convert_krea2_transformer_checkpoint_to_diffusers(rms(c)),
+    "mochi48": lambda c, _: single.convert_mochi_transformer_checkpoint_to_diffusers(c | dummies("pos_frequencies")),
     "sana": lambda c, _: single.convert_sana_transformer_to_diffusers(
         c
         | dummies("pos_embed", "y_embedder.y_embedding", "final_layer.scale_shift_table")

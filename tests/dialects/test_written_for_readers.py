@@ -18,10 +18,12 @@ import fastlora as fl
 from fastlora.dialects.families import families
 from fastlora.dialects.writing import best_style
 
-NOWHERE = {"cogvideox", "mochi", "cogview4", "hunyuan_video15", "hunyuan_image", "kandinsky5", "ideogram4", "krea2"}
+NOWHERE = {"cogvideox", "cogview4", "hunyuan_video15", "hunyuan_image", "kandinsky5"}
 """Families without names of the original code: their files have those of diffusers alone."""
-MODELS = [name for name, (family, _) in BUILDS.items() if family not in NOWHERE and name != "framepack"]
-"""FramePack is read by a wrapper of ComfyUI's, not by itself."""
+MODELS = [
+    name for name, (family, _) in BUILDS.items() if family not in NOWHERE and name not in ("framepack", "mochi48")
+]
+"""FramePack is read by a wrapper of ComfyUI's, not by itself; Mochi is there with two blocks."""
 FORMATS = ("kohya", "comfy", "diffusers")
 EMBEDDERS = r"time_text_embed\.(timestep|guidance)_embedder|context_embedder\.time_text_embed"
 
@@ -42,7 +44,7 @@ COMFY_LOSES = {
     # transformer. is known of some families only; of Sana it has no model.
     **{
         (name, "diffusers"): "."
-        for name in ("wan", "wan_vace", "hunyuan_video", "ltx_video", "ltx2", "lumina2", "cosmos")
+        for name in ("wan", "wan_vace", "hunyuan_video", "ltx_video", "ltx2", "lumina2", "cosmos", "ideogram4", "mochi")
     },
     **{(name, format): "." for name in ("sana", "sana_sprint") for format in FORMATS},
 }  # fmt: skip

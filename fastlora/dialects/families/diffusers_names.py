@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastlora.dialects.encoders import CLIP, LANGUAGE, T5
+from fastlora.dialects.encoders import CLIP, LANGUAGE
 from fastlora.dialects.family import Family, Writing
 from fastlora.dialects.patterns import Table, expanded, paired
 from fastlora.dialects.projections import fused, ours
@@ -25,8 +25,6 @@ _HUNYUAN = (
 )
 _KANDINSKY = "{text_transformer_blocks,visual_transformer_blocks}.#"
 _ATTENTION = "{to_query,to_key,to_value,query_norm,key_norm,out_layer}"
-_FUSION = "text_fusion.{layerwise_blocks,refiner_blocks}.#"
-_GATED = "{attn.to_q,attn.to_k,attn.to_v,attn.to_gate,attn.norm_q,attn.norm_k,attn.to_out.0,ff.gate,ff.up,ff.down}"
 
 
 def _family(
@@ -52,20 +50,6 @@ def _first(*tables: Table) -> dict[str, tuple[tuple[str, Table], ...]]:
 
 
 FAMILIES = (
-    _family(
-        "mochi",
-        "Mochi",
-        f"{_BLOCK}.attn1.{_QKV}",
-        f"{_BLOCK}.attn1.{_ADDED}",
-        f"{_BLOCK}.attn1.{{norm_q,norm_k,norm_added_q,norm_added_k}}",
-        f"{_BLOCK}.{{norm1.linear,norm1_context.linear,norm1_context.linear_1}}",
-        f"{_BLOCK}.{{ff,ff_context}}.net.{{0.proj,2}}",
-        "{patch_embed.proj,norm_out.linear,proj_out}",
-        f"time_embed.timestep_embedder.{_TWO}",
-        "time_embed.{pooler.to_kv,pooler.to_q,pooler.to_out,caption_proj}",
-        text=_first(T5),
-        width={f"{_BLOCK}.attn1.{_QKV}": 3072},
-    ),
     _family(
         "cogview4",
         "CogView4",
@@ -112,28 +96,5 @@ FAMILIES = (
         "{visual_embeddings.in_layer,out_layer.modulation.out_layer,out_layer.out_layer}",
         text={**_first(LANGUAGE), **dict.fromkeys(("te2", "clip_l", "text_encoder_2"), (("text_encoder_2", CLIP),))},
         width={},
-    ),
-    _family(
-        "ideogram4",
-        "Ideogram 4",
-        f"layers.#.attention.{_QKV}",
-        "layers.#.{attention.norm_q,attention.norm_k,attention_norm1,attention_norm2,ffn_norm1,ffn_norm2}",
-        "layers.#.{feed_forward.w1,feed_forward.w2,feed_forward.w3,adaln_modulation}",
-        "{input_proj,llm_cond_norm,llm_cond_proj,adaln_proj,embed_image_indicator}",
-        "{t_embedding.mlp_in,t_embedding.mlp_out,final_layer.linear,final_layer.adaln_modulation}",
-        text=_first(LANGUAGE),
-        width={f"layers.#.attention.{_QKV}": 4608, "layers.#.feed_forward.{w1,w3}": 4608},
-    ),
-    _family(
-        "krea2",
-        "Krea 2",
-        f"{_BLOCK}.{{norm1,norm2}}",
-        f"{_BLOCK}.{_GATED}",
-        f"{_FUSION}.{{norm1,norm2}}",
-        f"{_FUSION}.{_GATED}",
-        "{img_in,time_embed.linear_1,time_embed.linear_2,time_mod_proj,text_fusion.projector}",
-        "{txt_in.norm,txt_in.linear_1,txt_in.linear_2,final_layer.norm,final_layer.linear}",
-        text=_first(LANGUAGE),
-        width={f"{_BLOCK}.attn.{_QKV}": 6144},
     ),
 )
