@@ -45,6 +45,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any], str]] 
     "not loaded": (two, lambda m: mixed(m, names=["a", "c"]), "has no adapter 'c'; it has a, b"),
     "name exists": (two, lambda m: mixed(m, name="b"), "has an adapter 'b' already; choose another name"),
     "name with a dot": (two, lambda m: mixed(m, name="v1.5"), "a text without dots"),
+    "name of a method": (two, lambda m: mixed(m, name="copy"), "have a method of that name"),
     "unknown type": (two, lambda m: mixed(m, "best"), "combination_type='best' does not exist: use one of peft's"),
     "weights missing": (two, lambda m: mixed(m, weights=[1.0]), "2 adapters and 1 weights"),
     "no adapters": (two, lambda m: mixed(m, names=[], weights=[]), "a list of names is needed"),
@@ -195,22 +196,19 @@ def test_different_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         mixed(model)
 
 
-def test_parameters_grouped_convolutions_and_mixed_models_are_refused() -> None:
-    class Experts(nn.Module):
+def test_grouped_convolutions_attention_and_mixed_models_are_refused() -> None:
+    class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.up = nn.Linear(4, 4)
             self.grouped = nn.Conv2d(4, 4, 3, groups=2)
             self.attend = nn.MultiheadAttention(4, 2)
-            self.bank = nn.Module()
-            self.bank.weight = nn.Parameter(torch.ones(2, 4, 4))
 
     for config, text in (
-        (LoraConfig(r=2, target_modules=[], target_parameters=["bank.weight"]), "adapts parameters"),
         (LoraConfig(r=2, target_modules=["grouped"]), "grouped convolution"),
         (LoraConfig(r=2, target_modules=["attend"]), "holds several weights"),
     ):
-        model = get_peft_model(Experts(), config, adapter_name="a")
+        model = get_peft_model(Odd(), config, adapter_name="a")
         before = fingerprint(model)
         with pytest.raises(fl.UnsupportedAdapter, match=text):
             live.pool(model)

@@ -284,9 +284,9 @@ def test_the_result_is_frozen_and_in_memory_of_its_own() -> None:
     """Training an adapter afterwards changes nothing in what was made of it."""
     model = adapted(ADAPTERS["modules"])
     live.add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "mix", "cat")
-    live.write(model, live.read(model, "a"), "copy")
+    live.write(model, live.read(model, "a"), "twin")
     live.decompose_adapters(model, ["a", "b"], threshold=0.5)
-    made = ["mix", "copy", "shared", "unique_a", "unique_b"]
+    made = ["mix", "twin", "shared", "unique_a", "unique_b"]
     before = {name: deltas(model, name) for name in made}
     assert not any(p.requires_grad for k, p in model.named_parameters() if any(f".{n}" in k for n in made))
     with torch.no_grad():

@@ -157,10 +157,10 @@ def test_a_module_whose_path_ends_another_is_the_only_one_that_is_adapted(tmp_pa
             self.inner = Net()
 
     model = adapted({"a": lora(targets="up")}, net=Twice())
-    live.write(model, live.read(model, "a"), "copy")
-    assert set(deltas(model, "copy")) == {"up"}
-    model.save_pretrained(tmp_path, selected_adapters=["copy"])
-    again = PeftModel.from_pretrained(Twice(), tmp_path / "copy")
+    live.write(model, live.read(model, "a"), "twin")
+    assert set(deltas(model, "twin")) == {"up"}
+    model.save_pretrained(tmp_path, selected_adapters=["twin"])
+    again = PeftModel.from_pretrained(Twice(), tmp_path / "twin")
     assert set(deltas(again, "default")) == {"up"}
 
 

@@ -51,6 +51,6 @@ def test_parts_and_slots(model: Any) -> None:
 
 def test_an_adapter_on_the_host_goes_to_the_device(model: Any) -> None:
     wanted = deltas(model, "a")
-    live.write(model, live.pool(model)["a"].to("cpu"), "copy")
-    assert largest_error(deltas(model, "copy"), wanted) < SUMS32
-    assert all(f.is_cuda for layer in layers(model).values() for f in factors(layer, "copy") or ())
+    live.write(model, live.pool(model)["a"].to("cpu"), "twin")
+    assert largest_error(deltas(model, "twin"), wanted) < SUMS32
+    assert all(f.is_cuda for layer in layers(model).values() for f in factors(layer, "twin") or ())

@@ -21,7 +21,14 @@ from fastlora.integrations.peft.clamping import check_quantile, clamped
 from fastlora.integrations.peft.live import Host, host_of, require_new
 from fastlora.integrations.peft.reading import live_factors, read_from
 from fastlora.integrations.peft.sums import side_by_side
-from fastlora.integrations.peft.writing import Ready, ReadyFactors, put, ready, require_finite_tensors
+from fastlora.integrations.peft.writing import (
+    Ready,
+    ReadyFactors,
+    put,
+    ready,
+    refuse_experts,
+    require_finite_tensors,
+)
 from fastlora.merging.forms.result import largest_rank
 from fastlora.merging.merge import merge, methods
 
@@ -161,6 +168,7 @@ def _combined(
     dtype: torch.dtype | str | None,
     uniform_rank: int | bool,
 ) -> Ready:
+    refuse_experts(adapters)
     pool = Pool(adapters, align=False)
     _ = pool.device  # of all
     if wanted.kind in SUMS and wanted.rank is None and not any(a.extras for a in adapters):

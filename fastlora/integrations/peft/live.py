@@ -17,7 +17,7 @@ from fastlora.errors import InputError, UnsupportedAdapter
 BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the weights of the base model, so that what an adapter adds is not all it changes."""
 
-PACKED = ("ParamWrapper", "MultiheadAttention", "LoraParallelLinear")
+PACKED = ("MultiheadAttention", "LoraParallelLinear")
 """Layers of peft whose factors are not those of one module."""
 
 OTHER_KINDS = {
@@ -31,6 +31,9 @@ OTHER_KINDS = {
     "layer_replication": "layer replication",
 }
 """Fields of a ``LoraConfig`` that make an adapter something else than ``s·B·A`` in modules of its own."""
+
+CONTAINERS = (nn.ModuleDict(), nn.ParameterDict())
+"""What peft keeps adapters in by name, as attributes."""
 
 FROM_FILES = "save it (`model.save_pretrained`) and load that with `fastlora.load`, which says what can be done with it"
 
@@ -106,11 +109,6 @@ def _require_plain(name: str, config: Any) -> None:
     """Refuses what is not ``s·B·A``."""
     if config.use_dora:
         raise UnsupportedAdapter(f"adapter {name!r} is a DoRA adapter: {NEEDS_BASE}")
-    if config.target_parameters:
-        raise UnsupportedAdapter(
-            f"adapter {name!r} adapts parameters (target_parameters), which cannot be added to a live model one by "
-            "one; save the adapters (`model.save_pretrained`), merge them with `fastlora.merge` and load the result"
-        )
     start = config.init_lora_weights if isinstance(config.init_lora_weights, str) else ""
     if start.lower().startswith(BASE_CHANGED):
         raise UnsupportedAdapter(
@@ -128,14 +126,17 @@ def _require_plain(name: str, config: Any) -> None:
 
 
 def lora_layers(host: Host, name: str) -> Iterator[tuple[str, Any]]:
-    """The layers that a LoRA adapter has, with their paths. Raises for layers that are not ``s·B·A``."""
-    for path, layer in host.tuner_layers():
-        if not isinstance(layer, LoraLayer) or not (name in layer.lora_A or name in layer.lora_embedding_A):
+    """The layers that a LoRA adapter has, with their paths, wrappers of parameters left out. Raises for layers that
+    are not ``s·B·A``."""
+    top = {id(layer) for _, layer in host.tuner_layers()}
+    wrapped = {id(wrapper) for _, wrapper in parameter_wrappers(host, name)}
+    for path, layer in host.root.named_modules():
+        if not _has(layer, name) or id(layer) in wrapped:
             continue
-        if type(layer).__name__ in PACKED:
+        if id(layer) not in top or type(layer).__name__ in PACKED:
             raise UnsupportedAdapter(
-                f"module {path!r} of adapter {name!r} is {type(layer).__name__} of peft, which holds several weights "
-                f"or a share of one; {FROM_FILES}"
+                f"module {path!r} of adapter {name!r} is {type(layer).__name__} of peft, which holds several weights, "
+                f"a share of one, or lies in another adapted module; {FROM_FILES}"
             )
         if layer.lora_variant.get(name) is not None:
             raise UnsupportedAdapter(
@@ -143,6 +144,20 @@ def lora_layers(host: Host, name: str) -> Iterator[tuple[str, Any]]:
                 f"s·B·A; {FROM_FILES}"
             )
         yield path, layer
+
+
+def parameter_wrappers(host: Host, name: str) -> Iterator[tuple[str, Any]]:
+    """``(path of the parameter, wrapper)`` of what a LoRA adapter has through ``target_parameters``; wrappers of one
+    module lie inside each other."""
+    for path, layer in host.tuner_layers():
+        while type(layer).__name__ == "ParamWrapper":
+            if _has(layer, name):
+                yield f"{path}.{layer.parameter_name}", layer
+            layer = layer.base_layer
+
+
+def _has(layer: Any, name: str) -> bool:
+    return isinstance(layer, LoraLayer) and (name in layer.lora_A or name in layer.lora_embedding_A)
 
 
 def ia3_layers(host: Host, name: str) -> Iterator[tuple[str, Any]]:
@@ -157,6 +172,8 @@ def require_new(host: Host, names: list[str]) -> None:
     for name in names:
         if not isinstance(name, str) or not name or "." in name:
             raise InputError(f"{name!r} cannot be the name of an adapter in a model: it needs a text without dots")
+        if any(hasattr(container, name) for container in CONTAINERS):
+            raise InputError(f"{name!r} cannot be the name of an adapter: peft's containers have a method of that name")
         if name in host.configs:
             raise InputError(
                 f"the model has an adapter {name!r} already; choose another name, or delete that one "

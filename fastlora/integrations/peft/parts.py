@@ -12,7 +12,7 @@ from fastlora.decomposition.result import Decomposition
 from fastlora.errors import InputError
 from fastlora.integrations.peft.live import host_of, require_new
 from fastlora.integrations.peft.reading import pool
-from fastlora.integrations.peft.writing import put, ready
+from fastlora.integrations.peft.writing import put, ready, refuse_experts
 
 
 def decompose_adapters(
@@ -46,6 +46,7 @@ def decompose_adapters(
     chosen = pool(model, adapters)
     names = [f"{prefix}shared", *(f"{prefix}unique_{name}" for name in chosen.names)]
     require_new(host, names)
+    refuse_experts(chosen.adapters)
     parts = decompose(chosen, **options)
     made = zip(names, [parts.shared, *map(parts.unique_of, chosen.names)], strict=True)
     put(host, {name: ready(adapter, None) for name, adapter in made})

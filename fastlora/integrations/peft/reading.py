@@ -16,8 +16,18 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.data import BaseInfo, Extra, Scaling
 from fastlora.core.dtypes import widest
+from fastlora.core.updates import Update, sources
 from fastlora.errors import InputError, UnsupportedAdapter
-from fastlora.integrations.peft.live import FROM_FILES, Host, config_of, host_of, ia3_layers, lora_layers
+from fastlora.integrations.peft.experts import expert_updates
+from fastlora.integrations.peft.live import (
+    FROM_FILES,
+    Host,
+    config_of,
+    host_of,
+    ia3_layers,
+    lora_layers,
+    parameter_wrappers,
+)
 
 Scale = Literal["live", "config"]
 
@@ -48,9 +58,9 @@ def pool(model: nn.Module, adapters: Sequence[str] | None = None, scaling: Scale
     Raises:
         InputError: an adapter that the model does not have, factors on several devices or on none, another
             ``scaling``.
-        UnsupportedAdapter: an adapter that is not ``s·B·A`` in modules of its own: DoRA, ``target_parameters``, an
-            initialisation that changed the base model, trained biases of the model, variants of LoRA, grouped
-            convolutions; (IA)³, of which :func:`read` makes an adapter.
+        UnsupportedAdapter: an adapter that is not ``s·B·A``: DoRA, an initialisation that changed the base model,
+            trained biases of the model, variants of LoRA, grouped convolutions; (IA)³, of which :func:`read` makes an
+            adapter.
 
     Cost: no factor is copied; where scalings are tensors of a GPU, one read of each.
     """
@@ -99,22 +109,33 @@ def read_from(host: Host, name: str, scaling: Scale = "live") -> Adapter | IA3:
     if str(getattr(config.peft_type, "value", config.peft_type)) == "IA3":
         return _read_ia3(host, name, base, values)
     layers = live_factors(host, name, scaling)
-    adapter = Adapter.from_tensors(
-        {path: (f.B, f.A, f.scaling) for path, f in layers.items()},
-        name=name,
-        embeddings=[path for path, f in layers.items() if f.is_embedding],
-    )
+    experts = _expert_updates(host, name, scaling)
+    if not layers and not experts:
+        raise InputError(f"adapter {name!r} has no layers in the model; it was deleted in part, or its load failed")
+    _require_one_device(name, [*layers.items(), *experts.items()])
+    adapter = Adapter(name, experts)
+    if layers:
+        stored = {path: (f.B, f.A, f.scaling) for path, f in layers.items()}
+        embeddings = [path for path, f in layers.items() if f.is_embedding]
+        adapter = Adapter.from_tensors(stored, name=name, embeddings=embeddings)
+    updates = dict(adapter.updates) | experts
+    dtype = widest(d for u in updates.values() for d in u.dtypes())
     shifts = {f"{p}.bias": Extra("delta", f.bias.float() * f.scaling) for p, f in layers.items() if f.bias is not None}
-    return replace(adapter, base=base, extras=values | shifts)
+    return replace(adapter, updates=updates, base=base, extras=values | shifts, dtype=dtype)
 
 
 def live_factors(host: Host, name: str, scaling: Scale = "live") -> dict[str, LiveFactors]:
-    """``{path: factors}`` of a LoRA adapter, in the shapes that peft has. Raises for what cannot be computed with."""
-    factors = {path: _factors(path, layer, name, scaling) for path, layer in lora_layers(host, name)}
-    if not factors:
-        raise InputError(f"adapter {name!r} has no layers in the model; it was deleted in part, or its load failed")
-    _require_one_device(name, factors)
-    return factors
+    """``{path: factors}`` of the modules of a LoRA adapter, in the shapes that peft has; those of parameters
+    (``target_parameters``) are left out. Raises for what cannot be computed with."""
+    return {path: _factors(path, layer, name, scaling) for path, layer in lora_layers(host, name)}
+
+
+def _expert_updates(host: Host, name: str, scaling: Scale) -> dict[str, Update]:
+    updates: dict[str, Update] = {}
+    for path, wrapper in parameter_wrappers(host, name):
+        found = _factors(path, wrapper, name, scaling)
+        updates |= expert_updates(path, wrapper, found.B, found.A, found.scaling)
+    return updates
 
 
 def _factors(path: str, layer: Any, name: str, scaling: Scale) -> LiveFactors:
@@ -142,8 +163,11 @@ def _factors(path: str, layer: Any, name: str, scaling: Scale) -> LiveFactors:
     return LiveFactors(B.detach(), A.detach(), factor, is_embedding, None if bias is None else bias.detach())
 
 
-def _require_one_device(name: str, factors: dict[str, LiveFactors]) -> None:
-    places = {tensor.device: path for path, f in factors.items() for tensor in (f.B, f.A)}
+def _require_one_device(name: str, parts: Sequence[tuple[str, LiveFactors | Update]]) -> None:
+    places: dict[Any, str] = {}
+    for path, part in parts:
+        stored = sources([part]) if isinstance(part, Update) else (part.B, part.A)
+        places |= {tensor.device: path for tensor in stored}
     if len(places) > 1:
         where = ", ".join(f"{path!r} on {device}" for device, path in places.items())
         raise InputError(

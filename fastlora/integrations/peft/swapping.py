@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import require_updates
 from fastlora.core.vector_space import VectorSpace
-from fastlora.errors import InputError
+from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.formats.peft.names import exact_pattern
 from fastlora.integrations.peft.live import config_of, host_of, lora_layers
 from fastlora.integrations.peft.writing import ReadyFactors, ready, require_finite_tensors
@@ -39,6 +39,10 @@ def swap(model: nn.Module, adapter: VectorSpace, slot: str) -> None:
     host = host_of(model)
     config = config_of(host, slot)
     layers = dict(lora_layers(host, slot))
+    if config.peft_type == "LORA" and config.target_parameters:
+        raise UnsupportedAdapter(
+            f"slot {slot!r} adapts parameters (target_parameters), which cannot be swapped in place"
+        )
     if not layers:
         raise InputError(f"adapter {slot!r} of the model is no LoRA adapter, so nothing can be swapped into it")
     merged = [path for path, layer in layers.items() if slot in layer.merged_adapters]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,12 +98,7 @@ def ready(adapter: VectorSpace, dtype: torch.dtype | str | None, uniform_rank: i
         require_finite_tensors(adapter.name, vectors)
         feedforward = frozenset(path for path, s in adapter.vectors.items() if s.feedforward)
         return ReadyVectors(vectors, feedforward, adapter.base)
-    experts = [path for path, u in adapter.updates.items() if u.layout.kind == "expert"]
-    if experts:
-        raise UnsupportedAdapter(
-            f"adapter {adapter.name!r} adapts experts ({experts[0]!r}), whose parameters a live model takes from files "
-            "alone: save it, and load it with `model.load_adapter`"
-        )
+    refuse_experts([adapter])
     pairs = _pairs(adapter, parse_dtype(dtype, adapter.dtype), uniform_rank)
     shifts = {p.removesuffix(".bias"): e.tensor for p, e in adapter.extras.items() if e.kind == "delta"}
     unheld = shifts.keys() - pairs.keys()
@@ -111,6 +106,18 @@ def ready(adapter: VectorSpace, dtype: torch.dtype | str | None, uniform_rank: i
         raise UnsupportedAdapter(f"adapter {adapter.name!r} changes the bias of {min(unheld)!r}, and no factors of it")
     embeddings = frozenset(p for p in pairs if adapter.updates[p].layout.kind == "embedding")
     return ReadyFactors(pairs, embeddings, adapter.base, shifts)
+
+
+def refuse_experts(adapters: Sequence[Adapter]) -> None:
+    """Refuses adapters of experts, with the way that goes by files."""
+    for adapter in adapters:
+        experts = [path for path, u in adapter.updates.items() if u.layout.kind == "expert"]
+        if experts:
+            raise UnsupportedAdapter(
+                f"adapter {adapter.name!r} adapts parameters ({experts[0]!r}, target_parameters), which are not added "
+                "to a live model in place; save the result and load it: `fastlora.merge(pool(model), …).save(path)`, "
+                "`model.load_adapter(path, name)`"
+            )
 
 
 def _refuse_values(adapter: ModulesData) -> None:
