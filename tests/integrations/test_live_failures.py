@@ -196,6 +196,27 @@ def test_different_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         mixed(model)
 
 
+@pytest.mark.parametrize("kind", ["svd", "cat"])
+def test_adapters_on_different_devices_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = two()
+    before = fingerprint(model)
+    places = {"a": torch.device("cpu"), "b": torch.device("cuda", 1)}
+    monkeypatch.setattr(fl.Adapter, "place", property(lambda adapter: places[adapter.name]))
+    with pytest.raises(fl.InputError, match=r"'b' on cuda:1, 'a' on cpu\); move the model to one"):
+        mixed(model, kind)
+    assert repr(fingerprint(model)) == repr(before)
+
+
+def test_what_a_merge_has_to_tell_is_told() -> None:
+    model = two()
+    layers(model)["up"].lora_B["b"].weight.data.zero_()
+    layers(model)["down"].lora_B["b"].weight.data.zero_()
+    with pytest.warns(UserWarning, match="'b'"):
+        mixed(model)
+    with pytest.warns(UserWarning, match=r"keeps 0\.\d+ of Σσ² of the merged ΔW.*give a larger svd_rank"):
+        mixed(two(), "ties", density=0.1, svd_rank=1)
+
+
 def test_grouped_convolutions_attention_and_mixed_models_are_refused() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -169,8 +169,8 @@ def _combined(
     uniform_rank: int | bool,
 ) -> Ready:
     refuse_experts(adapters)
+    _require_one_device(adapters)
     pool = Pool(adapters, align=False)
-    _ = pool.device  # of all
     if wanted.kind in SUMS and wanted.rank is None and not any(a.extras for a in adapters):
         made = _sum(host, pool, weights, dtype, uniform_rank)
     else:
@@ -178,6 +178,16 @@ def _combined(
     if clamp is not None and isinstance(made, ReadyFactors) and wanted.kind not in SUMS:
         made = replace(made, pairs={path: clamped(*pair, clamp) for path, pair in made.pairs.items()})
     return made
+
+
+def _require_one_device(adapters: Sequence[Adapter]) -> None:
+    places = {a.place: a.name for a in reversed(adapters)}
+    if len(places) > 1:
+        where = ", ".join(f"{name!r} on {device}" for device, name in places.items())
+        raise InputError(
+            f"the adapters are on different devices ({where}); move the model to one (`model.to(…)`), or merge "
+            "`pool(model).to(device)` and `write` the result"
+        )
 
 
 def _sum(host: Host, pool: Pool, weights: dict[str, float], dtype: Any, uniform_rank: int | bool) -> Ready:
@@ -212,6 +222,8 @@ def _merged(pool: Pool, weights: dict[str, float], wanted: Wanted) -> Adapter:
     if is_cut_elementwise:
         given.setdefault("min_energy", 0.0)  # peft cuts whatever there is: here it is told, below
     merged = merge(pool, weights, method=method, **given)
+    for note in merged.notes:
+        warnings.warn(note, stacklevel=5)
     share = float(merged.provenance.get("retained_energy", 1.0))  # type: ignore[arg-type]
     if is_cut_elementwise and share < TOLD_BELOW:
         warnings.warn(
