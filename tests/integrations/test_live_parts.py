@@ -141,6 +141,7 @@ def test_bare_models_take_adapters_and_stay_as_they_were() -> None:
     assert before.items() <= kept.items()
     live.add_weighted_adapter(bare, ["a", "second"], [0.7, -0.4], "mix", "svd", 12)
     torch.testing.assert_close(outputs(bare, "mix"), dense_outputs(weighted(model, WEIGHTS)), rtol=SUMS32, atol=SUMS32)
+    assert {tuple(layer.active_adapters) for layer in layers(bare).values()} == {("a",)}
     state = fingerprint(bare)
     with pytest.raises(fl.InputError, match="already"):
         live.write(bare, pool["a"])
