@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import logging
@@ -123,6 +124,33 @@ def test_expressions_are_served(setup: Setup) -> None:
     assert isinstance(exact, fl.Adapter) and gap(server.loaded[UNIQUE], exact) < FLOAT32
     assert server.known[SUM].lora_path == server.known[spelled].lora_path and len(setup.results) == 3
     assert sorted(r.lora_int_id for r in server.known.values()) == [1, 2, 3, 4]
+
+
+def test_the_api_server_of_vllm_finds_expressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own look-up of models, over an engine that loads nothing."""
+    try:
+        serving = importlib.import_module("vllm.entrypoints.openai.models.serving")
+    except Exception as reason:  # it needs much else
+        pytest.skip(f"vLLM's API server cannot be imported: {reason}")
+    setup = Setup(tmp_path, monkeypatch, loaded_by_vllm)
+    setup.server()  # registers
+    loaded: list[Any] = []
+
+    async def add_lora(request: Any) -> bool:
+        loaded.append(request)
+        return True
+
+    model = SimpleNamespace(model=BASE, max_model_len=16)
+    engine = SimpleNamespace(model_config=model, add_lora=add_lora, renderer=None, input_processor=None)
+    names = [SUM, UNIQUE, SUM, "0.7*legal + 0.3*nobody", "legal"]
+
+    async def ask() -> list[Any]:
+        models = serving.OpenAIServingModels(engine, [SimpleNamespace(name="served", model_path=BASE)])
+        return [await models.resolve_lora(name) for name in names]
+
+    first, second, again, *refused = asyncio.run(ask())
+    assert [r.lora_name for r in loaded] == [SUM, UNIQUE] and first is again and second is loaded[1]
+    assert [r.error.code for r in refused] == [404, 404]
 
 
 def test_ranks_above_the_bound_are_cut_and_told(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
