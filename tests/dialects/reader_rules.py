@@ -161,15 +161,16 @@ _TRAINED: Mapping[str, Callable[[str], bool]] = {
     "flux": lambda m: not m.startswith(("norm_out", "proj_out", "distilled")),
     "sd3": lambda m: True,
     "lumina2": lambda m: True,
+    "cosmos": lambda m: True,
 }
 """By family: whether their network has a module of diffusers."""
-NEEDS_ALPHA = ("flux", "sd3", "lumina2")
+NEEDS_ALPHA = ("flux", "sd3", "lumina2", "cosmos")
 _TEXT_LAYER = re.compile(r"text_model\.encoder\.layers\..*|encoder\.block\..*")
 
 
 def sd_scripts(tensors: Mapping[str, Tensor], model: Model) -> Outcome:
     """What the network that their scripts make from a file's weights does to a model. An alpha of 0 is a scale of 1;
-    those of Flux, SD3 and Lumina 2 fail where an alpha is missing."""
+    those of Flux, SD3, Lumina 2 and Anima fail where an alpha is missing."""
     names = dict(_scripts_names(model))
     if model.family in NEEDS_ALPHA:
         for name in names:

@@ -199,8 +199,9 @@ def test_sd_scripts_take_what_they_train(family: str, spelling: Spelling, gone: 
     assert found == {m.named.module for m in file.modules.values() if re.search(gone, m.named.module)}
 
 
-def test_sd_scripts_need_the_alphas_of_flux(tmp_path: Path) -> None:
-    file = facts(tmp_path, "flux", FLAT_ORIGINAL, MISSING, only=BLOCKS)
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_sd_scripts_need_the_alphas_of_flux_and_later_models(family: str, tmp_path: Path) -> None:
+    file = facts(tmp_path, family, FLAT_ORIGINAL, MISSING, only=BLOCKS)
     assert (all_readers()["sd-scripts"].read(file).refused or ("",))[0] == "KeyError"
     assert all_readers()["sd-scripts"].read(facts(tmp_path, "wan", COMFY)).has_no_model
 

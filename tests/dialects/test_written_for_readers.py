@@ -70,6 +70,11 @@ def compared(tiny: Model, adapter: fl.Adapter, outcome: Outcome, lost: str, tole
         assert error(outcome.deltas[weight], delta) < tolerance, weight
 
 
+def stems_of(keys: set[str]) -> set[str]:
+    """The modules of tensors, as the file calls them."""
+    return {re.sub(r"\.lora_(down|up|A|B)\.weight$|\.alpha$", "", key) for key in keys}
+
+
 @pytest.mark.filterwarnings("ignore:.*diffusers")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", MODELS)
@@ -82,7 +87,7 @@ def test_comfyui_changes_every_weight_as_meant(name: str, format: str, tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore:.*diffusers")
-@pytest.mark.parametrize("name", ["sd15", "sd2", "sdxl", "flux", "sd3", "lumina2"])
+@pytest.mark.parametrize("name", ["sd15", "sd2", "sdxl", "flux", "sd3", "lumina2", "cosmos"])
 def test_scripts_of_kohya_change_every_weight_as_meant(name: str, tmp_path: Path) -> None:
     tiny, adapter, tensors = written(name, "kohya", tmp_path)
     lost = {  # what they do not train
@@ -93,6 +98,9 @@ def test_scripts_of_kohya_change_every_weight_as_meant(name: str, tmp_path: Path
     outcome = sd_scripts(tensors, tiny)
     compared(tiny, adapter, outcome, lost)
     assert all(f"{key.partition('.')[0]}.alpha" in tensors for key in tensors)
+    reading = fl.check(tmp_path / "tiny.safetensors", "sd-scripts", family=tiny.family).readings["sd-scripts"]
+    assert reading.refused is None and {f.fault for f in reading.findings.values()} <= {"lost"}
+    assert reading.findings.keys() == stems_of(outcome.lost)
 
 
 @pytest.mark.filterwarnings("ignore:.*diffusers")
@@ -117,8 +125,8 @@ def test_check_finds_what_comfyui_loses(name: str, format: str, tmp_path: Path) 
     tiny, _, tensors = written(name, format, tmp_path)
     file = tmp_path / "tiny.safetensors"
     reading = fl.check(file, "comfy", family=tiny.family).readings["comfy"]
-    stems = {re.sub(r"\.lora_(down|up|A|B)\.weight$|\.alpha$", "", key) for key in comfy(tensors, tiny).lost}
-    assert reading.refused is None and {s for s, f in reading.findings.items() if f.fault == "lost"} == stems
+    lost = {stem for stem, finding in reading.findings.items() if finding.fault == "lost"}
+    assert reading.refused is None and lost == stems_of(comfy(tensors, tiny).lost)
 
 
 @pytest.mark.filterwarnings("ignore:.*diffusers")

@@ -18,12 +18,16 @@ PREFIXES: Mapping[str, tuple[str, ...]] = {
     "": ("lora_unet_",),
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
+    "text_conditioner": ("lora_unet_llm_adapter_",),
 }
 """By component; the T5 of Flux and of Stable Diffusion 3 is ``lora_te3_``."""
 UNET_ENDS = re.compile(r"(conv_in|conv_out|time_embedding|add_embedding)\b.*")
 """Modules that lie in no attention, resnet or sampler."""
 TOP = re.compile(r"norm_out\.linear|proj_out")
-FAMILIES = ("sd15", "sdxl", "flux", "sd3", "lumina2")
+FAMILIES = ("sd15", "sdxl", "flux", "sd3", "lumina2", "cosmos")
+"""Of Cosmos-Predict2 they have Anima."""
+NEED_ALPHAS = ("flux", "sd3", "lumina2", "cosmos")
+"""Families whose network is made from the alphas of a file."""
 
 
 def read(file: FileFacts) -> Reading:
@@ -31,7 +35,7 @@ def read(file: FileFacts) -> Reading:
     family = file.family or ""
     if family not in FAMILIES:
         return Reading((NO_MODEL, "they have no models of this family"))
-    if family == "flux" and file.starts("lora_unet_"):
+    if family in NEED_ALPHAS and file.starts("lora_unet_"):
         bare = next((m for m in file.modules.values() if m.suffix == SUFFIX and m.alpha is None), None)
         if bare is not None:
             return Reading(("KeyError", f"the alpha of {bare.stem!r} is not there"))
@@ -46,7 +50,8 @@ def _module(family: str, module: ModuleFacts) -> Finding | None:
         return lost(f"they know names after {', '.join(PREFIXES['text_encoder' if component else ''])} only")
     if not component and not _is_known(family, module):
         return lost("they do not train this module, or call it otherwise")
-    if path == "text_projection":
+    is_top_of_conditioner = component == "text_conditioner" and not path.startswith("blocks.")
+    if path == "text_projection" or is_top_of_conditioner:
         return lost("they do not train this module")
     if not {"up", "down"} <= module.keys.keys() or module.suffix != SUFFIX or "mid" in module.keys:
         return lost("it is no plain LoRA; they read LyCORIS through the package lycoris only")
