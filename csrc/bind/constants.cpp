@@ -80,6 +80,14 @@ py::tuple merge_fields() {
          FASTLORA_FIELD(Row, n_queries),  FASTLORA_FIELD(Row, variance)});
 }
 
+py::tuple similarity_fields() {
+    using Row = SimilarityArgs;
+    return fields<Row>({FASTLORA_FIELD(Row, left), FASTLORA_FIELD(Row, right), FASTLORA_FIELD(Row, starts),
+                        FASTLORA_FIELD(Row, kept), FASTLORA_FIELD(Row, inner), FASTLORA_FIELD(Row, shared),
+                        FASTLORA_FIELD(Row, n), FASTLORA_FIELD(Row, m), FASTLORA_FIELD(Row, width),
+                        FASTLORA_FIELD(Row, k), FASTLORA_FIELD(Row, split), FASTLORA_FIELD(Row, threads)});
+}
+
 }  // namespace
 
 void bind_constants(py::module_& m) {
@@ -100,6 +108,7 @@ void bind_constants(py::module_& m) {
     m.attr("CHAIN_FIELDS") = chain_fields();
     m.attr("COEFFICIENT_FIELDS") = coefficient_fields();
     m.attr("MERGE_FIELDS") = merge_fields();
+    m.attr("SIMILARITY_FIELDS") = similarity_fields();
     m.attr("TRIM_KINDS") = numbers(
         {{"none", kKeepAll}, {"magnitude", kMagnitude}, {"random", kRandom}, {"bits", kBits}, {"variance", kVariance}});
     m.attr("ELECT_KINDS") = numbers({{"none", kElectNone}, {"total", kElectTotal}, {"frequency", kElectFrequency}});

@@ -94,6 +94,14 @@ void bind_cpu(py::module_& m) {
     def_merge("merge_row_masks", &Kernels::merge_row_masks);
     def_merge("merge_tiles", &Kernels::merge_tiles);
     m.def(
+        "similarity",
+        [](const py::bytes& row) {
+            const auto args = read_row<SimilarityArgs>(row);
+            py::gil_scoped_release release;
+            check(kernels().similarity(args));
+        },
+        py::arg("row"), "row: SIMILARITY_FIELDS");
+    m.def(
         "eigh",
         [](uintptr_t a, uintptr_t values, uintptr_t vectors, uintptr_t info, int64_t batch, int n, bool is_double,
            int threads) {

@@ -15,6 +15,8 @@ int merge_select(const MergeArgs& args);
 int merge_row_masks(const MergeArgs& args);
 int merge_tiles(const MergeArgs& args);
 
+int similarity(const SimilarityArgs& args);
+
 bool finite(const Matrix& matrix);
 
 template <class T>

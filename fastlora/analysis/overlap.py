@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fastlora import ops
 from fastlora.adapters.pool import Pool, on_device
-from fastlora.core.data import LoraData
-from fastlora.engine.blocks import ChainBlocks, read_chain_blocks, read_pair_blocks
+from fastlora.analysis.all_pairs import ModulePairs, all_pairs
+from fastlora.analysis.similar import Overlap
+from fastlora.engine.blocks import ChainBlocks, read_chain_blocks
 from fastlora.engine.checks import raise_for_info
 from fastlora.engine.gram import read_gram
-from fastlora.engine.schedule import one_adapter, parts, rtol_or_default
+from fastlora.engine.gram_cache import entered
+from fastlora.engine.schedule import parts, rtol_or_default
 from fastlora.engine.stream import current
 from fastlora.ops.gram import blocks_of
 
 
-def overlap(pool: Pool, *, device: str | torch.device | None = None) -> Overlap:
+# A pool with more adapters is compared by tiles of stacked factors in float32: the Gram blocks of all pairs would be k
+# times larger than the factors.
+MOST_IN_PAIRS = 32
+
+
+def overlap(pool: Pool, *, modules: bool = False, device: str | torch.device | None = None) -> Overlap:
     """Compares every pair of adapters: the cosine of their updates and the overlap of their column spaces.
 
     With ``⟨X, Y⟩ = Σ_ab X_ab Y_ab`` and orthonormal bases ``U_i [n, q_i]`` of the column spaces, MATH (13) and (14):
@@ -29,77 +35,68 @@ def overlap(pool: Pool, *, device: str | torch.device | None = None) -> Overlap:
 
     Args:
         pool: the ``k`` adapters. A pair is compared in the modules that both have.
+        modules: keep both matrices of every module, too.
         device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the pool is.
 
     Returns:
-        An object with ``names`` and, in their order, ``cosine`` and ``subspace``: float64 ``[k, k]`` over all modules,
-        NaN where a pair has no module in common or a zero update; 1 of an adapter that is not zero with itself.
-        ``cosine`` sums its three products over the modules first; ``subspace`` is the mean over the modules.
-        ``modules`` is ``{module: (cosine, subspace)}``, of modules that two adapters have. ``notices`` are those of the
-        pool and the notes of its adapters.
+        :class:`Overlap`: ``names`` and, in their order, ``cosine`` and ``subspace``: float64 ``[k, k]`` over all
+        modules, NaN where a pair has no module in common or a zero update; 1 of an adapter that is not zero with
+        itself. ``cosine`` sums its three products over the modules first; ``subspace`` is the mean over the modules.
+        ``norms [k]`` are the ``‖ΔW_i‖`` of all modules. ``modules`` is ``{module: (cosine, subspace)}`` if asked for,
+        of modules that two adapters have. ``notices`` are those of the pool and the notes of its adapters.
+
+    Up to 32 adapters are compared in float64. More are compared by products of orthonormal float32 columns: both
+    numbers of a pair are then known to 1e-6. (Inside ``with gram:`` of a :class:`fastlora.PoolGram` its blocks serve
+    pools of any size.)
 
     Raises:
         InputError: adapters on different devices, a device that cannot be used.
         NonFiniteError: a factor that holds NaN or Inf, by adapter and module.
 
-    Cost: one read of all factors and ``O(k² r³)`` operations a module.
+    Cost: one read of all factors and ``(n + m)(Σr)²`` operations a module, memory ``O(k²)`` and the stacked factors of
+    one module (up to 32 adapters: Gram blocks ``(Σr)²``).
     """
-    return pool_overlap(on_device(pool, device))
+    return pool_overlap(on_device(pool, device), modules)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Overlap:
-    """Similarity matrices in the order of ``names``; NaN where a pair has no module in common or a zero update.
-
-    ``cosine [k, k]``: ``⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖·‖ΔW_j‖)`` over the modules that both have. ``subspace [k, k]``: mean
-    over those modules of ``‖U_iᵀU_j‖_F² / min(q_i, q_j)``. ``modules``: the same two matrices for every module.
-    ``notices``: what a user should know about the pool and its adapters.
-    """
-
-    names: list[str]
-    cosine: Tensor
-    subspace: Tensor
-    modules: dict[str, tuple[Tensor, Tensor]]
-    notices: tuple[str, ...] = ()
-
-
-def pool_overlap(pool: Pool) -> Overlap:
+def pool_overlap(pool: Pool, modules: bool = False) -> Overlap:
     """Both similarities of every pair, from one read of the factors, or of the blocks that the Gram cache in use
     has."""
     k = len(pool)
-    products = torch.zeros(k, k, dtype=torch.float64)
+    products, shares, counts = (torch.zeros(k, k, dtype=torch.float64) for _ in range(3))
     squares = torch.zeros(k, k, dtype=torch.float64)  # Σ‖ΔW_i‖² over the modules that j has too
-    shares = torch.zeros(k, k, dtype=torch.float64)
-    counts = torch.zeros(k, k, dtype=torch.float64)
-    modules = {}
-    for part in parts(pool, "comparing", rtol_of=rtol_or_default(None), least=2, stream=current()):
+    norms = torch.zeros(k, dtype=torch.float64)
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    for found in _in_pairs(pool) if k <= MOST_IN_PAIRS or entered() else all_pairs(pool):
+        index, own = torch.tensor(found.members), found.inner.diagonal()
+        at = index[:, None], index
+        norms[index] += found.norms.square()
+        products[at] += found.inner
+        squares[at] += own[:, None].expand_as(found.inner)
+        known = found.subspace.isfinite()
+        shares[at] += torch.where(known, found.subspace, 0.0)
+        counts[at] += known
+        if modules and len(found.members) > 1:
+            cosine, space = (torch.full((k, k), torch.nan, dtype=torch.float64) for _ in range(2))
+            lengths = own.sqrt()
+            cosine[at], space[at] = found.inner / (lengths[:, None] * lengths), found.subspace
+            kept[found.module] = (cosine, space)
+    cosine, subspace = products / (squares.sqrt() * squares.mT.sqrt()), shares / counts
+    changes = (norms > 0).nonzero().flatten()
+    cosine[changes, changes] = subspace[changes, changes] = 1.0
+    ordered = {m: kept[m] for m in pool.modules if m in kept}
+    bases = {a.name: a.base.model for a in pool.adapters if a.base.model is not None}
+    return Overlap(list(pool.names), cosine, subspace, norms.sqrt(), ordered, tuple(pool.told), bases)
+
+
+def _in_pairs(pool: Pool) -> Iterator[ModulePairs]:
+    """Every module from float64 Gram blocks of all pairs."""
+    for part in parts(pool, "comparing", rtol_of=rtol_or_default(None), least=1, stream=current()):
         blocks = read_chain_blocks(part, "left", "pairs")
         inner, subspace = (x.cpu() for x in _similarities(blocks, part.group.rtols))
-        index = torch.tensor(part.group.members)
         for g, module in enumerate(part.modules):
-            norms = inner[g].diagonal().sqrt()
-            cosine, space = (torch.full((k, k), torch.nan, dtype=torch.float64) for _ in range(2))
-            cosine[index[:, None], index] = inner[g] / (norms[:, None] * norms)
-            space[index[:, None], index] = subspace[g]
-            modules[module] = (cosine, space)
-            products[index[:, None], index] += inner[g]
-            squares[index[:, None], index] += inner[g].diagonal()[:, None].expand_as(inner[g])
-            known = subspace[g].isfinite()
-            shares[index[:, None], index] += torch.where(known, subspace[g], 0.0)
-            counts[index[:, None], index] += known
-    cosine, subspace = products / (squares.sqrt() * squares.mT.sqrt()), shares / counts
-    for i, adapter in enumerate(pool.adapters):
-        if products[i, i] > 0 or _changes_something(adapter, modules):
-            cosine[i, i] = subspace[i, i] = 1.0
-    ordered = {m: modules[m] for m in pool.modules if m in modules}
-    return Overlap(list(pool.names), cosine, subspace, ordered, tuple(pool.told))
-
-
-def _changes_something(adapter: LoraData, compared: Container[str]) -> bool:
-    """Whether an adapter has an update that is not zero beside the modules that were compared; reads those that it has
-    alone until there is one."""
-    alone = {module: update for module, update in adapter.updates.items() if module not in compared}
-    return any(bool((blocks.inner() > 0).any()) for blocks in read_pair_blocks(one_adapter(adapter.name, alone)))
+            norms = inner[g].diagonal().clamp(min=0).sqrt()
+            yield ModulePairs(module, part.group.members, inner[g], subspace[g], norms)
 
 
 def _similarities(blocks: ChainBlocks, rtols: Sequence[float]) -> tuple[Tensor, Tensor]:

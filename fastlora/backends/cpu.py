@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastlora.backends import cpu_tiles, padded
 from fastlora.backends.padded import aligned
-from fastlora.backends.rows import ChainRow, packed
+from fastlora.backends.rows import ChainRow, packed, packed_numbers
 from fastlora.ops.chain import results
 from fastlora.ops.coefficients import fill
 from fastlora.ops.dispatch import Kernel
@@ -251,6 +251,19 @@ def _chain(
     return tuple(out)
 
 
+def _similarity(left: Tensor, right: Tensor, starts: Tensor, kept: Tensor, split: int) -> tuple[Tensor, Tensor]:
+    k = len(kept)
+    left, right, starts, kept = (x.contiguous() for x in (left, right, starts, kept))
+    inner, shared = (torch.zeros(k, k, dtype=torch.float64) for _ in range(2))
+    numbers = {
+        "left": left.data_ptr(), "right": right.data_ptr(), "starts": starts.data_ptr(), "kept": kept.data_ptr(),
+        "inner": inner.data_ptr(), "shared": shared.data_ptr(), "n": left.shape[0], "m": right.shape[0],
+        "width": left.shape[1], "k": k, "split": split, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    _core.similarity(packed_numbers("SimilarityArgs", numbers, _core.SIMILARITY_FIELDS))
+    return inner, shared
+
+
 KERNELS: Mapping[str, Kernel] = {
     "gram": Kernel(functools.partial(padded.gram, _gram_pass), _supports),
     "eigh": Kernel(_eigh, _supports),
@@ -265,4 +278,5 @@ KERNELS: Mapping[str, Kernel] = {
     "merge_count_varied": Kernel(cpu_tiles.count_varied, cpu_tiles.supports),
     "merge_row_masks": Kernel(cpu_tiles.row_masks, cpu_tiles.supports),
     "merge_tiles": Kernel(cpu_tiles.merge, cpu_tiles.supports),
+    "similarity": Kernel(_similarity, _supports),
 }

@@ -18,6 +18,7 @@ from fastlora.reference.combine import combine
 from fastlora.reference.eigh import eigh
 from fastlora.reference.finite import finite
 from fastlora.reference.gram import gram, symmetric
+from fastlora.reference.similarity import similarity
 from fastlora.reference.svd import svd
 
 
@@ -91,4 +92,5 @@ KERNELS: Mapping[str, Kernel] = {
     "merge_count_varied": Kernel(reference_tiles.count_varied, always),
     "merge_row_masks": Kernel(reference_tiles.row_masks, always),
     "merge_tiles": Kernel(reference_tiles.merge, always),
+    "similarity": Kernel(similarity, always),
 }

@@ -6,7 +6,7 @@ import csv
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -17,6 +17,8 @@ from fastlora.errors import InputError, OutputError
 from fastlora.views.text import escaped, share_text
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from fastlora.adapters.dora import DoRA
     from fastlora.adapters.loading import Element
     from fastlora.adapters.lora import Adapter
@@ -77,6 +79,17 @@ def write_table(run: Run, path: Path, rows: Sequence[Sequence[object]]) -> None:
     with replacing(path, overwrite=run.replace) as staging, writing(path):
         with staging.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([escaped(c) if isinstance(c, str) else c for c in row] for row in rows)
+
+
+def write_arrays(run: Run, path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Writes named arrays as a NumPy file, whole or not at all. It holds no pickled objects."""
+    import numpy as np
+
+    from fastlora.files.disk_errors import writing
+    from fastlora.files.output import replacing
+
+    with replacing(path, overwrite=run.replace) as staging, writing(path), staging.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def write_adapter(

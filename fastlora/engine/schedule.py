@@ -99,7 +99,7 @@ def parts(
     *,
     rtol_of: RtolOf | None = None,
     least: int = 1,
-    matrices: int = 4,
+    matrices: float = 4,
     stream: Stream | None = None,
 ) -> Iterator[GroupPart]:
     """The parts of :func:`whole_groups`, in parts that fit in memory.
@@ -110,7 +110,7 @@ def parts(
     work: list[GroupPart] = []
     most = PART_BYTES if stream is None else stream.group
     for whole in whole_groups(pool, rtol_of=rtol_of, least=least):
-        sizes = [matrices * whole.group.pair_bytes] * len(whole.modules)
+        sizes = [int(matrices * whole.group.pair_bytes)] * len(whole.modules)
         if is_bounded() or stream is not None:
             stored = (sum(s.nbytes for s in sources(row)) for row in whole.updates())
             sizes = [small + factors for small, factors in zip(sizes, stored, strict=True)]

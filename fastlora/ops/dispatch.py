@@ -38,6 +38,7 @@ RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
     "merge_count_varied": STREAMING,
     "merge_row_masks": STREAMING,
     "merge_tiles": STREAMING,
+    "similarity": STREAMING,
 }
 
 

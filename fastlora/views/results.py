@@ -144,6 +144,7 @@ def overlap_data(result: Overlap) -> Data:
         "names": list(result.names),
         "cosine": result.cosine.tolist(),
         "subspace": result.subspace.tolist(),
+        "norms": result.norms.tolist(),
         "modules": modules,
         "notices": list(result.notices),
     }

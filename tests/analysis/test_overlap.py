@@ -31,7 +31,7 @@ def expected(parts: list[Part], rtol: float = 1e-6) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dense(pool: str, dtype: torch.dtype) -> None:
     parts = pools.cast(pools.POOLS[pool](4), dtype)
-    found = fl.overlap(pools.make_pool(parts))
+    found = fl.overlap(pools.make_pool(parts), modules=True)
     cosine, space = expected(parts, max(1e-6, torch.finfo(dtype).eps))
     assert found.names == ["a0", "a1", "a2", "a3"]
     for got, wanted in ((found.cosine, cosine), (found.subspace, space)):
@@ -43,7 +43,7 @@ def test_dense(pool: str, dtype: torch.dtype) -> None:
 def test_totals_are_over_the_modules_that_both_have() -> None:
     x, y = pools.cast(pools.planted(3), torch.float32), pools.cast(pools.planted(3, seed=70), torch.float32)
     modules = [{"x": x[0], "y": y[0]}, {"x": x[1], "y": y[1], "alone": y[2]}, {"y": y[2]}]
-    found = fl.overlap(fl.Pool(pools.make_adapter(f"a{i}", m) for i, m in enumerate(modules)))
+    found = fl.overlap(fl.Pool([pools.make_adapter(f"a{i}", m) for i, m in enumerate(modules)]), modules=True)
     assert list(found.modules) == ["x", "y"]
     dense = [{m: pools.dense(p) for m, p in own.items()} for own in modules]
 
@@ -90,4 +90,4 @@ def test_non_finite_input_is_named(where: str) -> None:
     parts = pools.cast(pools.planted(2), torch.float32)
     parts[1]["BA".index(where)][1, 1] = torch.inf
     with pytest.raises(fl.InputError, match=f"adapter 'a1': lora_{where} of {MODULE} holds NaN or Inf"):
-        fl.overlap(pools.make_pool(parts))
+        fl.overlap(pools.make_pool(parts), modules=True)

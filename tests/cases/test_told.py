@@ -239,7 +239,7 @@ def test_ranks_above_the_sides_of_a_module(rank: int, side: int, tmp_path: Path)
         total = parts.shared_of("wide").delta(module) + parts.unique_of("wide").delta(module)
         assert (total - wide.delta(module)).norm() <= SUMS32 * wide.delta(module).norm()
         a, b = (x.delta(module).double() for x in (wide, other))
-        cosine = fl.overlap(fl.Pool([wide, other])).modules[module][0][0, 1]
+        cosine = fl.overlap(fl.Pool([wide, other]), modules=True).modules[module][0][0, 1]
         assert abs(float(cosine) - float((a * b).sum() / a.norm() / b.norm())) <= FLOAT32
     assert fl.load(tmp_path / "exact").update(module).rank == side
 

@@ -108,7 +108,7 @@ def modulate(case: Case, paths: list[Path]) -> tuple[Found, list[str]]:
 
 def overlap(case: Case, paths: list[Path]) -> tuple[Found, list[str]]:
     pool = fl.Pool.load(paths)
-    return {m: cosine[0, 1] for m, (cosine, _) in fl.overlap(pool).modules.items()}, pool.notices
+    return {m: cosine[0, 1] for m, (cosine, _) in fl.overlap(pool, modules=True).modules.items()}, pool.notices
 
 
 VERBS = {"merge": merge, "sum": add_up, "add": add, "compose": compose, "modulate": modulate, "overlap": overlap}

@@ -158,6 +158,20 @@ struct CutQuery {
     int64_t order;
 };
 
+// All updates U_i R_i of one module side by side, each U_i with orthonormal columns. A row of 8-byte fields: see
+// csrc/cpu/similarity.cpp.
+struct SimilarityArgs {
+    const float* left;      // [n, width]: the U_i
+    const float* right;     // [m, width]: the R_i'
+    const int64_t* starts;  // [k + 1]: first column of each
+    const int64_t* kept;    // [k]: columns of U_i that count in `shared`, at most its width
+    double* inner;          // [k, k]: <U_i R_i, U_j R_j>
+    double* shared;         // [k, k]: |U_i' U_j|^2 of what is kept
+    int64_t n, m, width, k;
+    int64_t split;  // 0: all pairs; s: those of i < s with j >= s, the rest is not written
+    int64_t threads;
+};
+
 struct Kernels {
     const char* name;
     int (*gram)(const Matrix* factors, const GramTask* tasks, const GramBlock* blocks, int64_t n_tasks, int threads);
@@ -166,6 +180,7 @@ struct Kernels {
     int (*merge_select)(const MergeArgs& args);
     int (*merge_row_masks)(const MergeArgs& args);
     int (*merge_tiles)(const MergeArgs& args);
+    int (*similarity)(const SimilarityArgs& args);
     bool (*finite)(const Matrix& matrix);  // neither NaN nor infinity
     // a [batch, n, n] row-major; values [batch, n] ascending; vectors [batch, n, n]: row j is eigenvector j.
     int (*eigh_f32)(const float* a, float* values, float* vectors, int32_t* info, int64_t batch, int n, int threads);
