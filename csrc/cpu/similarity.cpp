@@ -56,9 +56,9 @@ void pack(const T* stack, int64_t stack_width, const Tile& tile, int64_t row, in
 }
 
 struct Room {
-    T *left, *right;   // [kDepth, stride]
-    T *u, *r, *block;  // [columns of a, stride of b]
-    T *inner, *shared; // [stride of b]
+    T *left, *right;    // [kDepth, stride]
+    T *u, *r, *block;   // [columns of a, stride of b]
+    T *inner, *shared;  // [stride of b]
 };
 
 size_t lay_out(char* base, int64_t widest, Room& room) {

@@ -19,7 +19,6 @@ from fastlora.engine.schedule import parts, rtol_or_default
 from fastlora.engine.stream import current
 from fastlora.ops.gram import blocks_of
 
-
 # A pool with more adapters is compared by tiles of stacked factors in float32: the Gram blocks of all pairs would be k
 # times larger than the factors.
 MOST_IN_PAIRS = 32

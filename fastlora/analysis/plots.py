@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastlora.files.pictures import load_pyplot, save_picture
 
 if TYPE_CHECKING:
-    from fastlora.analysis.overlap import Overlap
+    from fastlora.analysis.similar import Overlap
 
 
 def plot_overlap(overlap: Overlap, path: Path) -> Path:

@@ -200,10 +200,14 @@ class Overlap:
             from scipy.cluster.hierarchy import linkage
             from scipy.spatial.distance import squareform
         except ImportError as error:
-            raise InputError(f"clusters need scipy, which cannot be imported ({error}): pip install scipy") from None
+            raise InputError(
+                f"clusters need scipy, which cannot be imported ({error}): `pip install fastlora[pools]`"
+            ) from None
         distances = (1 - torch.nan_to_num(self.cosine)).clamp(0, 2)
         distances.fill_diagonal_(0.0)
-        return linkage(squareform(((distances + distances.mT) / 2).numpy(), checks=False), "average")
+        condensed = squareform(((distances + distances.mT) / 2).numpy(), checks=False)
+        tree: npt.NDArray[np.float64] = linkage(condensed, "average")
+        return tree
 
 
 def _gap(heights: npt.NDArray[np.float64]) -> float:

@@ -17,7 +17,7 @@ from fastlora.engine.gram_cache import GramCache, enter, leave
 from fastlora.errors import InputError
 
 if TYPE_CHECKING:
-    from fastlora.analysis.overlap import Overlap
+    from fastlora.analysis.similar import Overlap
     from fastlora.coefficients.weighted_svd import WeightedSVD
     from fastlora.decomposition.result import Decomposition
 

@@ -1,5 +1,5 @@
-"""All updates of one module side by side as ``U_i R_i``, each ``U_i`` with orthonormal columns: what all pairs of a large
-pool are compared by."""
+"""All updates of one module side by side as ``U_i R_i``, each ``U_i`` with orthonormal columns: what all pairs of a
+large pool are compared by."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def stacked(updates: Sequence[Update], T: Tensor, C: Tensor, ranks: Sequence[int
     left, right = (torch.empty(length, width, dtype=torch.float32, device=where) for length in (n, m))
     for stack, small, side in ((left, T, "B"), (right, C, "A")):
         for piece, columns in _pieces(ranks, starts, len(stack)):
-            wanted = [(updates[i], small[i][:, : ranks[i]]) for i in piece if ranks[i]]
+            wanted = [(updates[i], small[i][: updates[i].rank, : ranks[i]]) for i in piece if ranks[i]]
             stack[:, columns] = _exact(wanted, side, len(stack), where)  # type: ignore[arg-type]
     return Stacked(left, right, starts)
 

@@ -8,9 +8,7 @@ from torch import Tensor
 from fastlora.ops import dispatch
 
 
-def similarity(
-    left: Tensor, right: Tensor, starts: Tensor, kept: Tensor, *, split: int = 0
-) -> tuple[Tensor, Tensor]:
+def similarity(left: Tensor, right: Tensor, starts: Tensor, kept: Tensor, *, split: int = 0) -> tuple[Tensor, Tensor]:
     r"""``inner[i, j] = ⟨ΔW_i, ΔW_j⟩`` and ``shared[i, j] = ‖U_iᵀU_j‖_F²`` of updates ``ΔW_i = U_i R_i``.
 
     With orthonormal ``U_i [n, q_i]``, MATH (13) and (14) of all pairs come from two products of narrow matrices::
@@ -44,7 +42,9 @@ def similarity(
             raise TypeError(f"similarity: {name} must be int64 and one-dimensional, on the host")
     ranks = starts.diff()
     if len(starts) != k + 1 or not k or int(starts[0]) != 0 or int(starts[-1]) != width or bool((ranks < 0).any()):
-        raise ValueError(f"similarity: starts must ascend from 0 to {width} in {k + 1} numbers, with at least one update")
+        raise ValueError(
+            f"similarity: starts must ascend from 0 to {width} in {k + 1} numbers, with at least one update"
+        )
     if bool((kept < 0).any()) or bool((kept > ranks).any()):
         raise ValueError("similarity: kept must be between 0 and the columns of an update")
     if not 0 <= split < max(k, 1):

@@ -10,7 +10,7 @@ from fastlora.views.tables import ROWS, Data, Table, without_common
 from fastlora.views.text import YELLOW, print_paragraph
 
 if TYPE_CHECKING:
-    from fastlora.analysis.overlap import Overlap
+    from fastlora.analysis.similar import Overlap
     from fastlora.decomposition.result import Decomposition
 
 MANY = 8
@@ -176,12 +176,15 @@ def overlap_rows(data: Data) -> list[list[object]]:
 
 def nearest(data: Data) -> list[tuple[str, list[tuple[str, float, float]]]]:
     """Every adapter with the others of the largest cosines, ``(name, cosine, subspace)``, largest first."""
-    names, neighbours = data["names"], []
-    for i, name in enumerate(names):
-        others = [(names[j], data["cosine"][i][j], data["subspace"][i][j]) for j in range(len(names)) if j != i]
-        known = [other for other in others if not math.isnan(other[1])]
-        neighbours.append((name, sorted(known, key=lambda other: -other[1])[:NEIGHBOURS]))
-    return neighbours
+    import numpy as np
+
+    names, cosines = data["names"], np.array(data["cosine"], dtype=float)
+    np.fill_diagonal(cosines, np.nan)
+    order = np.argsort(-np.nan_to_num(cosines, nan=-np.inf), axis=1, kind="stable")[:, :NEIGHBOURS].tolist()
+    return [
+        (name, [(names[j], cosines[i, j], data["subspace"][i][j]) for j in order[i] if not math.isnan(cosines[i, j])])
+        for i, name in enumerate(names)
+    ]
 
 
 def _show_neighbours(data: Data, every: bool) -> None:

@@ -40,7 +40,9 @@ def show_findings(found: Data, every: bool) -> None:
 
 
 def _show_like(like: Data) -> None:
-    table = Table("name:nearest", "number:cosine", "number:subspace overlap", title=f"nearest to {escaped(like['name'])}")
+    table = Table(
+        "name:nearest", "number:cosine", "number:subspace overlap", title=f"nearest to {escaped(like['name'])}"
+    )
     for row in like["nearest"]:
         table.add(row["name"], _number(row["cosine"]), _number(row["subspace"]))
     table.print()
@@ -50,8 +52,8 @@ def _show_clusters(clusters: list[Data], every: bool) -> None:
     families = [c for c in clusters if len(c["names"]) > 1]
     alone = len(clusters) - len(families)
     print_paragraph(
-        f"{len(families)} families by average linkage of 1 − cosine, and {alone} adapters that are in none. Cosines are "
-        "those between the members of a family: their mean, and the smallest."
+        f"{len(families)} families by average linkage of 1 − cosine, and {alone} adapters that are in none. Cosines "
+        "are those between the members of a family: their mean, and the smallest."
     )
     table = Table("number:members", "name:center", "number:mean", "number:least", "text:others")
     shown = families if every else families[:ROWS]

@@ -39,7 +39,9 @@ def every(parts: dict[str, fl.Adapter]) -> list[Tensor]:
 
 READERS: dict[str, Callable[[fl.Pool], list[Tensor]]] = {
     "inner": lambda p: [fl.PoolGram(p).inner(m) for m in MODULES],
-    "overlap": lambda p: [torch.nan_to_num(x, -7.0) for pair in fl.overlap(p, modules=True).modules.values() for x in pair],
+    "overlap": lambda p: [
+        torch.nan_to_num(x, -7.0) for pair in fl.overlap(p, modules=True).modules.values() for x in pair
+    ],
     "svd": lambda p: deltas(fl.merge(p, rank=8)),
     "svd of a PoolGram": lambda p: deltas(fl.PoolGram(p).merge(rank=8)),
     "cut": lambda p: deltas(fl.merge(p, energy=0.9)),

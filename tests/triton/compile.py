@@ -40,6 +40,7 @@ def cases(every: bool) -> Iterator[tuple[str, Any]]:
         yield from gram_cases(side, rows, every)
         yield from combine_cases(side, rows, every)
     yield from merge_cases(every)
+    yield from similarity_cases(every)
 
 
 def gram_cases(side: str, rows: bool, every: bool) -> Iterator[tuple[str, Any]]:
@@ -99,6 +100,14 @@ def merge_cases(every: bool) -> Iterator[tuple[str, Any]]:
                 double=double, trim=trim, high=high, elect=elect, shares=shares,
             )  # fmt: skip
             yield f"merge_tile {name} {out[1:]}", made
+
+
+def similarity_cases(every: bool) -> Iterator[tuple[str, Any]]:
+    from tritonkernels.similarity import compare_tiles_launch
+
+    tables = "*fp32", "*fp32", "*fp32", "*i64", "*fp64", "*fp64"
+    for rank in (8, 16, 64) if every else (8,):
+        yield f"compare_tiles {rank}", compare_tiles_launch(1, *tables, (4096, 4096, 6400, 400), rank=rank)
 
 
 def compiled(launch: Any, architecture: int) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import padded
-from fastlora.backends.triton import combine_tables, gram_tables, merge_bands
+from fastlora.backends.triton import combine_tables, gram_tables, merge_bands, pair_tiles
 from fastlora.backends.triton.tables import Matrix, Sections
 from fastlora.ops.dispatch import Kernel
 from fastlora.ops.merge_tiles import TileTask
@@ -84,6 +84,10 @@ def _supports_combine(jobs: Sequence[CombineJob]) -> str | None:
 
 def _supports_tiles(task: TileTask, *_: object) -> str | None:
     return _refused(task.factors)
+
+
+def _supports_stacks(left: Tensor, right: Tensor, *_: object) -> str | None:
+    return _refused([left, right])
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,4 +241,5 @@ KERNELS: Mapping[str, Kernel] = {
     "merge_count_varied": Kernel(merge_bands.count_varied, _supports_tiles),
     "merge_row_masks": Kernel(merge_bands.row_masks, _supports_tiles),
     "merge_tiles": Kernel(merge_bands.merge, _supports_tiles),
+    "similarity": Kernel(pair_tiles.compare, _supports_stacks),
 }

@@ -23,7 +23,8 @@ def overlap(
     adapters: Adapters,
     clusters: Annotated[bool, typer.Option("--clusters", help="List families of adapters that are alike.")] = False,
     into: Annotated[
-        int | None, typer.Option(help="How many families: by default as many as the cosines suggest.", show_default=False)
+        int | None,
+        typer.Option(help="How many families: by default as many as the cosines suggest.", show_default=False),
     ] = None,
     like: Annotated[
         str | None, typer.Option(help=f"List the {NEAREST} adapters most like this one.", show_default=False)

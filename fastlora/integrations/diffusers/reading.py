@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fastlora.adapters.pool import Pool, require_updates
-from fastlora.analysis.overlap import Overlap
 from fastlora.analysis.overlap import overlap as overlap_of_pool
+from fastlora.analysis.similar import Overlap
 from fastlora.errors import InputError
 from fastlora.integrations.diffusers.components import Blocks, ComponentWeight, adapted, names_in
 from fastlora.integrations.peft.injection import Snapshot, place_of
