@@ -96,7 +96,7 @@ def test_an_adapter_is_itself_under_another_naming(case: str, tmp_path: Path) ->
     one, two = RENAMED[case]
     a, b = fl.load(adapter(tmp_path / "a", one, 1)), fl.load(adapter(tmp_path / "b", two, 1))
     pool = fl.Pool([a, b])
-    compared = fl.overlap(pool)
+    compared = fl.overlap(pool, modules=True)
     assert set(compared.modules) == set(one)
     for cosine, subspace in compared.modules.values():
         assert float(cosine[0, 1]) == pytest.approx(1.0) and float(subspace[0, 1]) == pytest.approx(1.0)
