@@ -23,7 +23,7 @@ def adapter(name: str, *modules: str, scale: float = 1.0) -> fl.Adapter:
 
 
 def overlap(*adapters: fl.Adapter) -> fl.analysis.overlap.Overlap:
-    return fl.overlap(fl.Pool(adapters, align=False))
+    return fl.overlap(fl.Pool(adapters, align=False), modules=True)
 
 
 def test_an_adapter_is_like_itself() -> None:
