@@ -7,6 +7,7 @@ are many.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ from fastlora.ops.similarity import similarity
 
 # Float64 [r, r] that one adapter takes in one module: Gram blocks, frames, and what the solvers take.
 MATRICES_OF_ADAPTER = 16
+
+# What is asked of kernels is told to them in Python objects, which take more memory than small factors.
+MODULES_AT_ONCE = 2
 
 
 class ModulePairs(NamedTuple):
@@ -44,7 +48,9 @@ def all_pairs(pool: PoolView) -> Iterator[ModulePairs]:
 
 def _parts(pool: PoolView) -> Iterator[GroupPart]:
     most = max((len(pool.present(module)) for module in pool.modules), default=1)
-    return parts(pool, "comparing", least=1, matrices=MATRICES_OF_ADAPTER / most, stream=current())
+    for part in parts(pool, "comparing", least=1, matrices=MATRICES_OF_ADAPTER / most, stream=current()):
+        for first in range(0, len(part.modules), MODULES_AT_ONCE):
+            yield replace(part, modules=part.modules[first : first + MODULES_AT_ONCE])
 
 
 def _compared(module: str, members: tuple[int, ...], updates: list[Update], own: Frames) -> ModulePairs:

@@ -20,7 +20,7 @@ from fastlora.ops.dispatch import run_pass
 from fastlora.runtime.memory import batch_bytes, release
 
 STACK_BYTES = 256 * 2**20  # of the stacks of one module
-EXACT_BYTES = 8 * 2**20  # of a piece of a stack in float64, before it is rounded
+EXACT_BYTES = 2 * 2**20  # of a piece of a stack in float64, before it is rounded
 
 
 class Frames(NamedTuple):
