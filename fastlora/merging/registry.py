@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from fastlora.adapters.lora import Adapter
@@ -37,7 +37,15 @@ FACTS: Mapping[Form, Mapping[str, str]] = {
 TAKEN = ("pool", "weights", "method", "data", "memory", "device")
 """Parameters of :func:`fastlora.merge` itself."""
 
+Idle = Callable[[Mapping[str, object]], Mapping[str, str]]
+"""From the values of all parameters to those that have no effect beside the others: ``{name: what makes it idle}``."""
+
 _registry: dict[str, Method] = {}
+
+
+def none_idle(values: Mapping[str, object]) -> Mapping[str, str]:
+    """Every parameter has its effect."""
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,8 @@ class Method:
     ``name``; ``form``: what it is a function of; ``summary``: one line with its formula; ``parameters``:
     ``{name: parameter}``, each with ``kind``, ``default``, ``required``, ``choices`` and ``help``; ``source``: the
     paper or the section of MATH; ``needs``: what must be given beside weights; ``cost``: its class; ``rank``: that of
-    the result in a module; ``takes_data``: whether it uses statistics of inputs.
+    the result in a module; ``takes_data``: whether it uses statistics of inputs; ``idle``: which parameters have no
+    effect beside the others.
     """
 
     name: str
@@ -60,6 +69,7 @@ class Method:
     cost: str
     rank: str
     takes_data: bool = False
+    idle: Idle = none_idle
 
     def __call__(
         self, pool: Pool, weights: Mapping[str, float], data: Statistics | None = None, **parameters: object
@@ -75,11 +85,24 @@ class Method:
         owner = f"method {self.name!r}"
         values = {n: p.default for n, p in self.parameters.items() if not p.required}
         values |= {n: self.parameters[n].convert(v, owner) for n, v in given.items()}
+        idle = self.idle(values)
+        useless = next((name for name in given if name in idle), None)
+        if useless is not None:
+            raise InputError(f"{owner}: {useless} has no effect with {idle[useless]}; leave it out")
         if not self.takes_data and data is not None:
             raise InputError(f"method {self.name!r} uses no statistics of inputs; leave out data (`--data`)")
-        if self.takes_data:
-            return self.run(pool, weights, _of_all(data, pool, self.name), **values)
-        return self.run(pool, weights, **values)
+        inputs = [_of_all(data, pool, self.name)] if self.takes_data else []
+        merged = self.run(pool, weights, *inputs, **values)
+        return _without(merged, idle) if idle else merged
+
+
+def _without(merged: Adapter, names: Collection[str]) -> Adapter:
+    """A result whose provenance does not name parameters that had no effect."""
+    told = merged.provenance.get("parameters")
+    if not isinstance(told, dict):
+        return merged
+    kept = {name: value for name, value in told.items() if name not in names}
+    return replace(merged, provenance={**merged.provenance, "parameters": kept})
 
 
 def _of_all(data: Statistics | None, pool: Pool, method: str) -> Statistics:
@@ -98,31 +121,40 @@ def _of_all(data: Statistics | None, pool: Pool, method: str) -> Statistics:
     return data
 
 
-def method(form: Form, *, summary: str, source: str, **facts: str) -> Callable[[Program], Program]:
+def method(
+    form: Form, *, summary: str, source: str, idle: Idle = none_idle, **facts: str
+) -> Callable[[Program], Program]:
     """Registers ``run(pool, weights, *, …) -> Adapter``, a method that needs the whole pool at once.
 
-    ``facts``: its ``needs``, ``cost`` and ``rank`` where they are not those of the form, :data:`FACTS`.
+    ``idle``: which of its parameters have no effect beside the others. ``facts``: its ``needs``, ``cost`` and ``rank``
+    where they are not those of the form, :data:`FACTS`.
     """
 
     def register(run: Program) -> Program:
-        _add(run, _described(run.__name__, form, summary, parameters_of(run), source, run, facts))
+        _add(run, _described(run.__name__, form, summary, parameters_of(run), source, run, facts, idle))
         return run
 
     return register
 
 
 def driven(
-    form: Form, drive: Callable[..., Adapter], summary: str, source: str, *fixed: object, **facts: str
+    form: Form,
+    drive: Callable[..., Adapter],
+    summary: str,
+    source: str,
+    *fixed: object,
+    idle: Idle = none_idle,
+    **facts: str,
 ) -> Callable[[Program], Program]:
     """Registers a program that ``drive(program, *fixed, pool, weights, *, …)`` runs.
 
-    The method takes the driver's parameters and the program's. ``facts`` as in :func:`method`.
+    The method takes the driver's parameters and the program's. ``idle`` and ``facts`` as in :func:`method`.
     """
 
     def register(program: Program) -> Program:
         parameters = parameters_of(drive) | parameters_of(program)
         run = functools.partial(drive, program, *fixed)
-        _add(program, _described(program.__name__, form, summary, parameters, source, run, facts))
+        _add(program, _described(program.__name__, form, summary, parameters, source, run, facts, idle))
         return program
 
     return register
@@ -136,10 +168,11 @@ def _described(
     source: str,
     run: Callable[..., Adapter],
     facts: Mapping[str, str],
+    idle: Idle,
 ) -> Method:
     told = {"needs": "adapters", **FACTS[form], **facts}
     takes_data = "data" in inspect.signature(run).parameters
-    return Method(name, form, summary, parameters, source, run, **told, takes_data=takes_data)
+    return Method(name, form, summary, parameters, source, run, **told, takes_data=takes_data, idle=idle)
 
 
 def _add(function: Callable[..., Any], method: Method) -> None:

@@ -23,7 +23,7 @@ from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
 from fastlora.merging.forms.frames import Cut, Frames
 from fastlora.merging.forms.result import check_result, largest_rank, merged_adapter
-from fastlora.merging.registry import driven
+from fastlora.merging.registry import Idle, driven, none_idle
 
 Program = TypeVar("Program", bound=Callable[..., Tensor])
 
@@ -31,11 +31,13 @@ Program = TypeVar("Program", bound=Callable[..., Tensor])
 CORES = 5
 
 
-def method(*, summary: str, source: str, whole: bool = False, **facts: str) -> Callable[[Program], Program]:
+def method(
+    *, summary: str, source: str, whole: bool = False, idle: Idle = none_idle, **facts: str
+) -> Callable[[Program], Program]:
     """Registers ``program(cores, *, …)``, which :func:`merge` runs, or :func:`merge_whole` if ``whole``."""
     if whole:
-        return driven("cores", merge_whole, summary, source, **{"rank": "≤ Σrᵢ, or cut", **facts})
-    return driven("cores", merge, summary, source, **facts)
+        return driven("cores", merge_whole, summary, source, idle=idle, **{"rank": "≤ Σrᵢ, or cut", **facts})
+    return driven("cores", merge, summary, source, idle=idle, **facts)
 
 
 def merge(

@@ -3,7 +3,7 @@ element."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,22 @@ from fastlora.reference.philox import words
 Rule = Literal["sum", "magnitude", "ties", "dare", "dare_ties"]
 
 RANDOM = ("dare", "dare_ties")
+
+USED: Mapping[str, tuple[str, ...]] = {
+    "sum": (),
+    "magnitude": ("density", "gauge"),
+    "ties": ("density", "gauge", "combine"),
+    "dare": ("density", "gauge", "seed"),
+    "dare_ties": ("density", "gauge", "seed", "combine"),
+}
+"""Which parameters of a container a rule uses; a sum is the same in all bases."""
+
+
+def idle(values: Mapping[str, object]) -> dict[str, str]:
+    """The parameters of a container that have no effect with its rule."""
+    rule = str(values["rule"])
+    return dict.fromkeys(sorted(set(USED["dare_ties"]) - set(USED[rule])), f"rule={rule}")
+
 
 # Elements are numbered as in rows of this length, so that directions that are zero for all shift nobody's mask.
 ROW = 2**32

@@ -24,10 +24,14 @@ ENERGY_FLOOR = 1e-6  # of SCE: of its divisor, and of the sum of its energies
 
 @dataclass(frozen=True, slots=True)
 class Largest:
-    """The ``⌊density·n·m⌋`` largest magnitudes of a module stay; of equals the first in the order of rows, or all."""
+    """The ``⌊density·n·m⌋`` largest magnitudes of a module stay; of equals the first in the order of rows, or all.
+
+    ``scope="model"``: those of all modules together, which one threshold parts from the others.
+    """
 
     density: float
     all_equals: bool = False
+    scope: Literal["module", "model"] = "module"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,8 @@ class Rule:
     1. ``trim``: ``v_i = c_i x_i``, or 0 where it is trimmed. ``rescale``: ``c_i = 1``; ``1/density``; with ``l1``
        ``‖x_i‖₁/‖trimmed x_i‖₁`` of the module.
     2. ``elect``: the sign of ``Σ v_i`` (``total``) or ``Σ sgn v_i`` (``frequency``), with ``votes="weighted"`` of
-       ``w_i v_i``. Plus where it is 0; with ``zero="majority"`` the sign that most places of the module have. Only
-       those agree that are not 0 and have the sign. ``none``: all agree.
+       ``w_i v_i``. Plus where it is 0; with ``zero="majority"`` the sign that most places have, of the module or of all
+       modules that are trimmed together. Only those agree that are not 0 and have the sign. ``none``: all agree.
     3. ``scale · Σ w_i v_i / D`` over those that agree: ``D`` is 1, their ``count``, or the sum of their ``weights``;
        1 where that is 0.
 
@@ -90,6 +94,20 @@ class Rule:
     weigh: Literal["given", "energy"] = "given"
     scale: float = 1.0
 
+    @property
+    def is_of_model(self) -> bool:
+        """Whether all modules are trimmed together."""
+        return isinstance(self.trim, Largest) and self.trim.scope == "model"
+
+
+@dataclass(frozen=True, slots=True)
+class OfModel:
+    """What a rule of the whole model says of one module: how many elements every adapter keeps, and the sign of places
+    where the sum is 0."""
+
+    kept: Sequence[int]
+    zero: Literal[-1, 1] = 1
+
 
 def check_share(method: str, name: str, value: float, *, zero: bool = False) -> None:
     """Refuses a share that is not in (0, 1], or in [0, 1] with ``zero``."""
@@ -98,11 +116,23 @@ def check_share(method: str, name: str, value: float, *, zero: bool = False) -> 
         raise InputError(f"{method}: {name}={value:g} must be {least} and at most 1")
 
 
-def resolved(rule: Rule, task: TileTask, weights: Sequence[float], names: Sequence[str], module: str) -> TileRule:
+def resolved(
+    rule: Rule,
+    task: TileTask,
+    weights: Sequence[float],
+    names: Sequence[str],
+    module: str,
+    of_model: OfModel | None = None,
+) -> TileRule:
     """The numbers of a rule for one module: cuts, masks and coefficients, by as many passes as they need.
 
-    ``names``: of the adapters; with seeds and the module's name they are what random masks depend on.
+    ``names``: of the adapters; with seeds and the module's name they are what random masks depend on. ``of_model``:
+    what a rule of the whole model needs.
     """
+    if of_model is not None:
+        assert isinstance(rule.trim, Largest)
+        trimmed = _largest(task, of_model.kept, rule.trim.all_equals)
+        return replace(_coefficients(rule, task, trimmed, weights), zero=of_model.zero)
     trimmed = _trimmed(rule.trim, task, names, module)
     coefficients = _coefficients(rule, task, trimmed, weights)
     if rule.zero == "plus" or rule.elect == "none":
@@ -116,10 +146,7 @@ def _trimmed(trim: Trimming | None, task: TileTask, names: Sequence[str], module
     size, k = task.shape[0] * task.shape[1], len(task.pairs)
     match trim:
         case Largest(density, all_equals):
-            if density >= 1.0:
-                return TileRule()
-            cuts = merge_tiles.select(task, [(i, int(density * size)) for i in range(k)])
-            return TileRule("magnitude", [Cut(c.magnitude, size) if all_equals else c for c in cuts])
+            return TileRule() if density >= 1.0 else _largest(task, [int(density * size)] * k, all_equals)
         case Between(density, outliers):
             kept = int(density * size)
             top = min(int(outliers * size), size - kept)
@@ -138,6 +165,15 @@ def _trimmed(trim: Trimming | None, task: TileTask, names: Sequence[str], module
             q = int(share * merge_tiles.count_varied(task))
             return TileRule("variance", merge_tiles.select(task, [(0, q)], "variance"))
     return TileRule()
+
+
+def _largest(task: TileTask, kept: Sequence[int], all_equals: bool) -> TileRule:
+    """The trimming that keeps so many elements of every adapter."""
+    size = task.shape[0] * task.shape[1]
+    cuts = merge_tiles.select(task, list(enumerate(kept)))
+    return TileRule(
+        "magnitude", [Cut(c.magnitude, size) if all_equals and q else c for c, q in zip(cuts, kept, strict=True)]
+    )
 
 
 def _keys(seed: int, names: Sequence[str]) -> list[int]:

@@ -24,6 +24,7 @@ rank, of which a low rank keeps a part: below ``min_energy`` of ``Σσ²`` over 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,12 +42,15 @@ from fastlora.engine.checks import LARGEST, require_finite
 from fastlora.engine.materialise import is_rounding, materialise
 from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
+from fastlora.merging.forms import whole_model
 from fastlora.merging.forms.frames import Cut
 from fastlora.merging.forms.low_rank import LowRank, of_dense, of_tiles
 from fastlora.merging.forms.result import Squares, check_result, merged_adapter, retained
-from fastlora.merging.forms.tile_rules import Rule, resolved
+from fastlora.merging.forms.tile_rules import Largest, OfModel, Rule, resolved
 from fastlora.merging.forms.tile_tasks import task_of
 from fastlora.merging.registry import driven
+from fastlora.ops import merge_tiles
+from fastlora.ops.merge_tiles import TileOutputs, TileTask
 from fastlora.reference.tiles import tile
 from fastlora.runtime.memory import batch_bytes, release
 from fastlora.runtime.progress import track
@@ -128,17 +132,47 @@ def merge_by_rule(
         NonFiniteError: a factor that holds NaN or Inf, by adapter and module.
 
     Cost: for every module the passes of its rule (:mod:`fastlora.ops.merge_tiles`), and four of width ``rank + 8``, or
-    a dense decomposition where a side is at most 256 long. Memory of the factors and products alone.
+    a dense decomposition where a side is at most 256 long. Memory of the factors and products alone. A rule of the
+    whole model goes through all modules about ten times before.
     """
     name, rule = program.__name__, program(**parameters)
     chosen = [i for i, n in enumerate(pool.names) if weights[n] != 0.0] or [0]
     given, names = [weights[pool.names[i]] for i in chosen], [pool.names[i] for i in chosen]
 
+    @functools.cache  # at the first module, when what was given has been checked
+    def of_model() -> Mapping[str, OfModel]:
+        return _of_model(rule, pool, chosen, given, names) if rule.is_of_model else {}
+
     def decomposed(module: str, cut: Cut) -> LowRank:
         task = task_of(pool, module, chosen, given)
-        return of_tiles(task, resolved(rule, task, given, names, module), cut)
+        return of_tiles(task, resolved(rule, task, given, names, module, of_model().get(module)), cut)
 
     return _merge(name, pool, weights, decomposed, rank, energy, min_energy, parameters)
+
+
+def _of_model(
+    rule: Rule, pool: Pool, chosen: Sequence[int], weights: Sequence[float], names: Sequence[str]
+) -> dict[str, OfModel]:
+    """What a rule of the whole model says of every module."""
+    trim = rule.trim
+    assert isinstance(trim, Largest)
+
+    def tasks() -> Iterator[tuple[str, TileTask]]:
+        for module in pool.modules:
+            yield module, task_of(pool, module, chosen, weights)
+            release(sources(pool.adapters[i].updates[module] for i in pool.present(module)))
+
+    kept = whole_model.counts_kept(tasks, len(chosen), trim.density, all_equals=trim.all_equals)
+    found = {module: OfModel(counts) for module, counts in kept.items()}
+    if rule.zero == "plus" or rule.elect == "none":
+        return found
+    told = [
+        merge_tiles.merge(task, resolved(rule, task, weights, names, module, found[module]), TileOutputs())
+        for module, task in tasks()
+    ]
+    if sum(t.majority for t in told) >= 0:
+        return found
+    return {module: OfModel(of.kept, -1) for module, of in found.items()}
 
 
 def merge(

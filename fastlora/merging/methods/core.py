@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.merging.forms import cores
 from fastlora.merging.forms.bases import squares_of
-from fastlora.merging.forms.elementwise import Combine, Elementwise, Rule
+from fastlora.merging.forms.elementwise import Combine, Elementwise, Rule, idle
 from fastlora.merging.forms.frames import Cut
 
 
@@ -18,6 +18,7 @@ from fastlora.merging.forms.frames import Cut
     summary="U rule(UᵀwᵢΔWᵢV) Vᵀ in bases U, V of all updates; the rule is elementwise",
     source="Core Space, arXiv 2509.17786",
     whole=True,
+    idle=idle,
 )
 def core(
     stack: Tensor,

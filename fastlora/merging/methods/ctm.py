@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlora.errors import InputError
 from fastlora.merging.forms import cores
 from fastlora.merging.forms.bases import leading, side_by_side, squared_norms, squares_of
-from fastlora.merging.forms.elementwise import Combine, Elementwise, Rule
+from fastlora.merging.forms.elementwise import Combine, Elementwise, Rule, idle
 from fastlora.merging.forms.frames import Cut
 from fastlora.merging.registry import driven
 
@@ -22,6 +22,7 @@ from fastlora.merging.registry import driven
     "Compress then Merge, arXiv 2606.03723; HOOI as in tensorly's `partial_tucker`",
     cost="Gram, iterated",
     rank="rank, largest rᵢ by default",
+    idle=idle,
 )
 def ctm(
     stack: Tensor,

@@ -16,7 +16,7 @@ from fastlora.engine.blocks import read_pair_blocks
 from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
 from fastlora.merging.forms.bases import squares_of
-from fastlora.merging.forms.elementwise import Combine, Elementwise, Rule
+from fastlora.merging.forms.elementwise import Combine, Elementwise, Rule, idle
 from fastlora.merging.forms.frames import Cut, Frames
 from fastlora.merging.forms.result import check_result, merged_adapter
 from fastlora.merging.forms.rows import Rows, update_of
@@ -30,6 +30,7 @@ from fastlora.runtime.memory import release
     source="KnOTS, arXiv 2410.19735, with the scalings that its code leaves out",
     cost="Gram, rows",
     rank="≤ Σrᵢ, or cut",
+    idle=idle,
 )
 def knots(
     pool: Pool,
