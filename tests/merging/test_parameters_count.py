@@ -32,7 +32,7 @@ def pool(count: int) -> fl.Pool:
     adapters = []
     for i in range(count):
         parts = {
-            m: ((gaussian(n, 3, seed=9 * i + j) + 0.4) * (i + 1), gaussian(3, k, seed=90 + 9 * i + j) + 0.4, 1.0)
+            m: ((gaussian(n, 3, seed=9 * i + j) + 1.0) * (i + 1), gaussian(3, k, seed=90 + 9 * i + j) + 1.0, 1.0)
             for j, (m, (n, k)) in enumerate(MODULES.items())
         }
         adapters.append(pools.make_adapter(f"a{i}", parts))

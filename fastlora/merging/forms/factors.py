@@ -11,15 +11,15 @@ from fastlora.core.sums import sum_updates
 from fastlora.core.updates import Update
 from fastlora.engine.checks import require_finite
 from fastlora.merging.forms.result import merged_adapter
-from fastlora.merging.registry import driven
+from fastlora.merging.registry import Idle, driven, none_idle
 from fastlora.runtime.progress import track
 
 Program = TypeVar("Program", bound=Callable[..., Update])
 
 
-def method(*, summary: str, source: str, **facts: str) -> Callable[[Program], Program]:
+def method(*, summary: str, source: str, idle: Idle = none_idle, **facts: str) -> Callable[[Program], Program]:
     """Registers ``program(terms, *, …)``, which :func:`merge` runs."""
-    return driven("factors", merge, summary, source, **facts)
+    return driven("factors", merge, summary, source, idle=idle, **facts)
 
 
 def merge(program: Callable[..., Update], pool: Pool, weights: Mapping[str, float], **parameters: object) -> Adapter:

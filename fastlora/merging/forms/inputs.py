@@ -18,7 +18,7 @@ from fastlora.engine.checks import require_finite
 from fastlora.errors import InputError
 from fastlora.merging.forms.result import merged_adapter
 from fastlora.merging.input_rows import Statistics
-from fastlora.merging.registry import driven
+from fastlora.merging.registry import Idle, driven, none_idle
 from fastlora.runtime.progress import track
 
 Program = TypeVar("Program", bound=Callable[..., Update])
@@ -49,9 +49,11 @@ def dense(factor: Factor) -> Tensor:
     return total
 
 
-def method(*, summary: str, source: str, **facts: str) -> Callable[[Program], Program]:
+def method(*, summary: str, source: str, idle: Idle = none_idle, **facts: str) -> Callable[[Program], Program]:
     """Registers ``program(inputs, *, …)``, which :func:`merge` runs."""
-    return driven("factors", merge, summary, source, **{"needs": "inputs of modules", "cost": "inputs", **facts})
+    return driven(
+        "factors", merge, summary, source, idle=idle, **{"needs": "inputs of modules", "cost": "inputs", **facts}
+    )
 
 
 def merge(

@@ -48,7 +48,7 @@ from fastlora.merging.forms.low_rank import LowRank, of_dense, of_tiles
 from fastlora.merging.forms.result import Squares, check_result, merged_adapter, retained
 from fastlora.merging.forms.tile_rules import Largest, OfModel, Rule, resolved
 from fastlora.merging.forms.tile_tasks import task_of
-from fastlora.merging.registry import driven
+from fastlora.merging.registry import Idle, driven, none_idle
 from fastlora.ops import merge_tiles
 from fastlora.ops.merge_tiles import TileOutputs, TileTask
 from fastlora.reference.tiles import tile
@@ -101,9 +101,9 @@ def method(*, summary: str, source: str, measure: Callable[..., object] | None =
     return driven("tiles", merge, summary, source, measure)
 
 
-def rule(*, summary: str, source: str, **facts: str) -> Callable[[RuleProgram], RuleProgram]:
+def rule(*, summary: str, source: str, idle: Idle = none_idle, **facts: str) -> Callable[[RuleProgram], RuleProgram]:
     """Registers ``program(*, …) -> Rule``; :func:`merge_by_rule` runs it."""
-    return driven("tiles", merge_by_rule, summary, source, **facts)
+    return driven("tiles", merge_by_rule, summary, source, idle=idle, **facts)
 
 
 def merge_by_rule(

@@ -23,7 +23,7 @@ from fastlora.engine.blocks import PairBlocks, read_pair_blocks
 from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
 from fastlora.merging.forms.result import check_result, merged_adapter
-from fastlora.merging.registry import driven
+from fastlora.merging.registry import Idle, driven, none_idle
 
 Program = TypeVar("Program", bound=Callable[..., Tensor])
 
@@ -32,13 +32,18 @@ CoefficientsByModule = Mapping[str, Sequence[float]]
 
 
 def method(
-    *, summary: str, source: str, over: Literal["module", "pool"] = "module", **facts: str
+    *,
+    summary: str,
+    source: str,
+    over: Literal["module", "pool"] = "module",
+    idle: Idle = none_idle,
+    **facts: str,
 ) -> Callable[[Program], Program]:
     """Registers ``program(inner, *, …)`` or ``program(inner, weights, *, …)``, which :func:`merge` runs.
 
     ``over="pool"``: inner products are summed over all modules, which get the same weights (:func:`merge_alike`).
     """
-    return driven("weights", merge if over == "module" else merge_alike, summary, source, **facts)
+    return driven("weights", merge if over == "module" else merge_alike, summary, source, idle=idle, **facts)
 
 
 def merge(

@@ -66,8 +66,8 @@ class _Search:
         above = (sum(self.at_low.values()) - self.q + 0.5) * self.pull[0]
         below = (self.q - 0.5 - sum(self.at_high.values())) * self.pull[1]
         found = self.low + (self.high - self.low) * (above / (above + below))
-        found = _inside(found, self.low, self.high)
-        return _middle(self.low, self.high) if found is None or self.is_tight else found
+        rounded = _inside(found, self.low, self.high)
+        return _middle(self.low, self.high) if rounded is None or self.is_tight else rounded
 
     @property
     def is_tight(self) -> bool:
