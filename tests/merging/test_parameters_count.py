@@ -19,7 +19,7 @@ BASE: dict[str, Any] = {"density": 0.5, "rank": 3}
 OTHERS: dict[str, tuple[Any, Any]] = {
     "density": (0.5, 0.75), "rank": (2, 1), "energy": (0.95, 0.6), "seed": (0, 1), "iterations": (10, 0),
     "tolerance": (1e-6, 0.9), "t": (0.5, 0.2), "epsilon": (0.15, 0.05), "gamma": (0.01, 0.2), "select_topk": (1.0, 0.4),
-    "share": (0.04, 0.6), "strength": (1.0, 0.7), "alpha": (0.1, 0.9), "keep": (0.4, 0.9), "ridge": (0.1, 0.3),
+    "share": (0.04, 0.6), "strength": (1.0, 0.7), "alpha": (0.1, 0.9), "keep": (0.4, 1.0), "ridge": (0.1, 0.3),
     "off_diagonal": (0.95, 0.5), "balance": (0.25, 1.0), "common": (0.8, 0.3),
 }  # fmt: skip
 """Two values of every parameter that is a number."""
