@@ -17,7 +17,7 @@ MODULES = {"q": (9, 8), "v": (7, 10)}
 BASE: dict[str, Any] = {"density": 0.5, "rank": 3}
 """Where a method needs one, or would not show another parameter."""
 OTHERS: dict[str, tuple[Any, Any]] = {
-    "density": (0.5, 0.75), "rank": (2, 1), "energy": (0.95, 0.6), "seed": (0, 1), "iterations": (10, 0),
+    "density": (0.5, 0.75), "rank": (2, 1), "energy": (1.0, 0.1), "seed": (0, 1), "iterations": (10, 0),
     "tolerance": (1e-6, 0.9), "t": (0.5, 0.2), "epsilon": (0.15, 0.05), "gamma": (0.01, 0.2), "select_topk": (1.0, 0.4),
     "share": (0.04, 0.6), "strength": (1.0, 0.7), "alpha": (0.1, 0.9), "keep": (0.4, 1.0), "ridge": (0.1, 0.3),
     "off_diagonal": (0.95, 0.5), "balance": (0.25, 1.0), "common": (0.8, 0.3),
@@ -51,8 +51,9 @@ def result(method: str, given: dict[str, Any]) -> torch.Tensor:
     data = DATA if fl.methods()[method].takes_data else None
     more = {"min_energy": 0.0} if "min_energy" in fl.methods()[method].parameters else {}
     some = TWO if method == "slerp" else POOL
+    last = 0.8 if method == "model_stock" else -0.8  # of updates that point apart, that leaves nothing
     merged = fl.merge(
-        some, dict(zip(some.names, (1.0, 0.6, 0.8), strict=False)), method=method, data=data, **{**more, **given}
+        some, dict(zip(some.names, (1.0, 0.6, last), strict=False)), method=method, data=data, **{**more, **given}
     )
     return torch.cat([pools.exact(merged.updates[m]).flatten() for m in MODULES])
 
