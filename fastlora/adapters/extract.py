@@ -25,8 +25,10 @@ from fastlora.core.architectures import (
 from fastlora.core.data import BaseInfo, DeltaData, Extra
 from fastlora.core.dtypes import parse_dtype
 from fastlora.core.factors import Factor
-from fastlora.core.updates import EMBEDDING, LINEAR, MIN_RTOL, Layout, Update
-from fastlora.errors import InputError
+from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update
+from fastlora.engine.low_rank import low_rank
+from fastlora.engine.tile_source import DenseMatrix
+from fastlora.errors import InputError, NonFiniteError
 from fastlora.files.shards import listed
 from fastlora.runtime.progress import track
 
@@ -40,6 +42,8 @@ def extract(
     fan_in_fan_out: bool | None = None,
     biases: bool = False,
     base_model: str | None = None,
+    exact: bool = False,
+    seed: int = 0,
 ) -> Adapter:
     """The best approximation ``B A`` of the change of every weight matrix, at most of ``rank`` or with at least the
     share ``energy`` of ``Σσ²`` (Eckart–Young); ``B = U√Σ``, ``A = √ΣVᵀ``.
@@ -50,12 +54,14 @@ def extract(
     biases: keep the changes of the biases of these modules (``lora_bias`` of PEFT).
     base_model: what the adapter names as its base model.
 
+    exact, seed: as :func:`fastlora.engine.low_rank.low_rank` takes them.
+
     Only ``<module>.weight`` of two dimensions or more (convolutions) and fused experts can be approximated; a note says
-    what was left out, and ``provenance`` what share of ``‖τ‖²`` is kept. Costs a dense decomposition of every weight.
+    what was left out, and ``provenance`` what share of ``‖τ‖²`` is kept. Costs a decomposition of every weight.
     """
     _check_cut(rank, energy)
     vector = replace(vector, deltas=fused(vector))
-    cutter = _Cutter(vector, rank, energy, embeddings, fan_in_fan_out)
+    cutter = _Cutter(vector, rank, energy, embeddings, fan_in_fan_out, exact, seed)
     if biases:
         cutter.require_biases()
     for parameter, delta in track(list(vector.deltas.items()), "extracting"):
@@ -117,6 +123,8 @@ class _Cutter:
     energy: float | None
     embeddings: Sequence[str] | None
     fan_in_fan_out: bool | None
+    exact: bool
+    seed: int
     updates: dict[str, Update] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     lost: dict[str, str] = field(default_factory=dict)
@@ -157,9 +165,9 @@ class _Cutter:
             self.lost[parameter] = reason or "no weight matrix"
             return
         layout = self._layout(module, delta)
-        matrix = delta.double().reshape(delta.shape[0], -1)
+        matrix = delta.reshape(delta.shape[0], -1)
         stored = matrix.mT if layout == EMBEDDING or self._is_flipped(module, layout) else matrix
-        left, right, kept = self._cut(stored)
+        left, right, kept = self._cut(stored, parameter)
         self._put(f"{layout.container}[0]" if layout.container else module, left, right, layout)
         self.kept += (1 + len(tied)) * kept
         self.done.add(parameter)
@@ -176,8 +184,9 @@ class _Cutter:
     def _add_experts(self, parameter: str, delta: Tensor) -> None:
         """Fused experts ``[experts, out, in]``, as PEFT 0.19 and later takes them."""
         for expert in range(delta.shape[0]):
-            change = delta[expert].double()
-            left, right, kept = self._cut(change.mT if self.vector.facts.in_out_experts else change)
+            change = delta[expert]
+            stored = change.mT if self.vector.facts.in_out_experts else change
+            left, right, kept = self._cut(stored, f"{parameter}[{expert}]")
             layout = Layout("expert", container=parameter, expert=expert, experts=delta.shape[0])
             self._put(f"{parameter}[{expert}]", left, right, layout)
             self.kept += kept
@@ -206,18 +215,17 @@ class _Cutter:
         self.flipped |= flipped
         return flipped
 
-    def _cut(self, matrix: Tensor) -> tuple[Tensor, Tensor, float]:
-        """``B`` and ``A`` in float64, and the ``Σσ²`` that they keep."""
-        left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
-        squares = sigma.square()
-        count = int((sigma > MIN_RTOL * sigma[0]).sum())  # the rest is rounding of the two models
-        rank = self.rank
-        if self.energy is not None and count:
-            shares = squares.cumsum(0) / squares.sum()
-            rank = int((shares < self.energy).sum()) + 1
-        count = min(count, count if rank is None else rank)
-        root = sigma[:count].sqrt()
-        return left[:, :count] * root, root[:, None] * right[:count], float(squares[:count].sum())
+    def _cut(self, matrix: Tensor, key: str) -> tuple[Tensor, Tensor, float]:
+        """``B`` and ``A`` in float64, and the ``Σσ²`` that they keep; what is far below ``σ_max`` is rounding."""
+        key = f"{self.seed}:{key}"
+        try:
+            found = low_rank(DenseMatrix(matrix), self.rank, self.energy, key=key, exact=self.exact)
+        except NonFiniteError:
+            raise NonFiniteError(
+                f"task vector {self.vector.name!r}: the change of {key.partition(':')[2]} holds NaN or Inf, or numbers "
+                "whose squares are beyond float64; make it again from both models"
+            ) from None
+        return found.left, found.right, found.kept
 
     def _unsuited(self, module: str, delta: Tensor) -> str | None:
         """Why PEFT cannot adapt a weight of such a module."""

@@ -59,6 +59,10 @@ def extract(
             show_default=False,
         ),
     ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Decompose large weights exactly, too; takes minutes each, not a second.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the random numbers for large weights.")] = 0,
     base_model: Annotated[
         str | None, typer.Option(help="What the adapter names as its base model.", metavar="NAME", show_default=False)
     ] = None,
@@ -70,6 +74,8 @@ def extract(
         "--whole": bool(whole),
         "--fan-in-fan-out": fan_in_fan_out is not None,
         "--base-model": base_model is not None,
+        "--exact": exact,
+        "--seed": seed != 0,
         "--uniform-rank": bool(run.uniform_rank),
         "--format": run.format is not None,
     }
@@ -99,6 +105,12 @@ def extract(
         write_element(run, vector, target, out)
         return
     result = vector.extract(
-        rank, energy=energy, fan_in_fan_out=fan_in_fan_out, biases=biases, base_model=base_model or None
+        rank,
+        energy=energy,
+        fan_in_fan_out=fan_in_fan_out,
+        biases=biases,
+        base_model=base_model or None,
+        exact=exact,
+        seed=seed,
     )
     write_element(run, result, target, out)

@@ -1,0 +1,130 @@
+"""The best approximation ``B A`` of a matrix that is given by its tiles, and what it leaves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlora.core.updates import MIN_RTOL
+from fastlora.engine.range_finder import POWER_ROUNDS, RangeFinder
+from fastlora.engine.tile_source import TileSource, column_tiles, row_tiles
+from fastlora.errors import NonFiniteError
+from fastlora.runtime.threads import one_thread
+
+EXACT_SIDE = 1024
+"""Matrices whose shorter side is no longer are decomposed exactly: that takes less than a tenth of a second."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """``B A`` with ``B = U √Σ [n, r]`` and ``A = √Σ Vᵀ [r, m]`` in float64; ``sigma``: the ``r`` singular values;
+    ``total``: ``‖ΔW‖²``; ``is_exact``: it is the best of its rank, and not nearly so."""
+
+    left: Tensor
+    right: Tensor
+    sigma: Tensor
+    total: float
+    is_exact: bool
+
+    @property
+    def kept(self) -> float:
+        """``Σσ²`` of what is kept."""
+        return float(self.sigma.square().sum())
+
+    @property
+    def error(self) -> float:
+        """``‖ΔW − B A‖ = √(‖ΔW‖² − Σσ²)``, (E2)."""
+        return math.sqrt(max(self.total - self.kept, 0.0))
+
+    @property
+    def turned(self) -> LowRank:
+        """That of the transpose."""
+        return LowRank(self.right.mT, self.left.mT, self.sigma, self.total, self.is_exact)
+
+
+def low_rank(
+    source: TileSource,
+    rank: int | None,
+    energy: float | None,
+    *,
+    key: str,
+    exact: bool = False,
+    rounds: int = POWER_ROUNDS,
+) -> LowRank:
+    """The approximation of at most ``rank``, or of the smallest rank that keeps the share ``energy`` of ``‖ΔW‖²``;
+    all that is above rounding where both are ``None``.
+
+    ``exact``: from the Gram matrix of the shorter side; always so where that has at most 1024 rows. Otherwise by a
+    randomized range finder (E1), whose random numbers depend on ``key`` alone. Raises :class:`NonFiniteError`.
+
+    Cost, exact: ``2·n·m·min(n, m)`` operations and ``min(n, m)²`` numbers; otherwise ``2q + 2`` passes of
+    ``2·n·m·(rank + 10)`` operations and ``(n + m)·(rank + 10)`` numbers.
+    """
+    shorter = min(source.shape)
+    needed = shorter if rank is None and energy is None else rank or 0
+    try:
+        if exact or shorter <= EXACT_SIDE or 2 * needed >= shorter:
+            return _exact(source, rank, energy)
+        return _found(RangeFinder(source, key, rounds), rank, energy)
+    finally:
+        source.release()
+
+
+def _found(finder: RangeFinder, rank: int | None, energy: float | None) -> LowRank:
+    """By ranges of growing size, until the cut is met."""
+    if rank is not None:
+        finder.grow(rank)
+    else:
+        assert energy is not None
+        finder.grow()
+        while not finder.is_complete and finder.captured < energy * finder.total:
+            finder.grow()
+    left, sigma, right = finder.singular_form()
+    count = _count(sigma, finder.total, rank, energy)
+    return _cut(left[:, :count], sigma[:count], right[:count], finder.total, is_exact=False)
+
+
+def _exact(source: TileSource, rank: int | None, energy: float | None) -> LowRank:
+    """From the Gram matrix of the shorter side, in float64, and one more pass for the other side."""
+    n, m = source.shape
+    is_wide = n <= m
+    gram = torch.zeros(min(n, m), min(n, m), dtype=torch.float64)
+    for _, tile in column_tiles(source, torch.float64) if is_wide else row_tiles(source, torch.float64):
+        gram.addmm_(tile, tile.mT) if is_wide else gram.addmm_(tile.mT, tile)
+    total = float(gram.trace())
+    if not math.isfinite(total):
+        raise NonFiniteError("NaN or Inf in a matrix")
+    with one_thread():
+        squares, vectors = torch.linalg.eigh(gram)
+    sigma = squares.flip(0).clamp(min=0.0).sqrt()
+    count = _count(sigma, total, rank, energy)
+    short = vectors.flip(1)[:, :count].contiguous()
+    other = torch.empty(max(n, m), count, dtype=torch.float64)
+    if is_wide:
+        for columns, tile in column_tiles(source, torch.float64):
+            other[columns] = tile.mT @ short
+    else:
+        for rows, tile in row_tiles(source, torch.float64):
+            other[rows] = tile @ short
+    # Lengths that were measured are better than roots of eigenvalues, which carry the rounding of the largest.
+    sigma = torch.linalg.vector_norm(other, dim=0)
+    long = other / torch.where(sigma > 0, sigma, 1.0)
+    left, right = (short, long.mT) if is_wide else (long, short.mT)
+    return _cut(left, sigma, right, total, is_exact=True)
+
+
+def _count(sigma: Tensor, total: float, rank: int | None, energy: float | None) -> int:
+    """How many singular values are kept; what is far below the largest is rounding."""
+    count = int((sigma > MIN_RTOL * sigma[0]).sum()) if len(sigma) else 0
+    if energy is not None:
+        below = int((sigma.square().cumsum(0) < energy * total).sum())
+        return min(count, below + 1)
+    return count if rank is None else min(count, rank)
+
+
+def _cut(left: Tensor, sigma: Tensor, right: Tensor, total: float, *, is_exact: bool) -> LowRank:
+    root = sigma.sqrt()
+    return LowRank(left * root, root[:, None] * right, sigma, total, is_exact)
