@@ -96,7 +96,7 @@ class RangeFinder:
     def _images(
         self, basis: Tensor, lengths: Tensor, dtype: torch.dtype, *, back: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """``Y = ΔW' Q [n, width]`` and, of the same tiles, ``ΔW'ᵀ Y [m, width]``: float64 sums of products in ``dtype``.
+        """``Y = ΔW' Q [n, width]`` and, of the same tiles, ``ΔW'ᵀ Y [m, width]``; products in ``dtype``.
 
         Columns of ``Q`` are the ``basis`` divided by how much they are stretched. Then those of ``Y`` are about
         orthonormal, and the rounding of the largest does not reach the others.
