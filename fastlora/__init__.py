@@ -44,6 +44,7 @@ _EXPORTS = {
     "statistics": "fastlora.merging.statistics",
     "sweep": "fastlora.coefficients.sweep",
     "task_vector": "fastlora.adapters.task_vector",
+    "to_lora": "fastlora.adapters.to_lora",
     "use_backend": "fastlora.ops.dispatch",
     "weights": "fastlora.coefficients.weights",
 }
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from fastlora.adapters.pool import Pool as Pool
     from fastlora.adapters.task_vector import TaskVector as TaskVector
     from fastlora.adapters.task_vector import task_vector as task_vector
+    from fastlora.adapters.to_lora import to_lora as to_lora
     from fastlora.analysis.overlap import overlap as overlap
     from fastlora.coefficients.control import control as control
     from fastlora.coefficients.learned import LearnedMerge as LearnedMerge

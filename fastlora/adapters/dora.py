@@ -16,9 +16,9 @@ from fastlora.errors import InputError, UnsupportedAdapter
 from fastlora.files.earlier import Overwrite
 
 NEEDS_BASE = (
-    "its magnitudes rescale the base weight, W' = m (W + ΔW) / ‖W + ΔW‖, so what it changes needs the base model. Load "
-    "it with the tool that it is from on that model, merge it (`merge_and_unload` of peft), save the model, and take "
-    "the change with `fastlora extract BASE MERGED --rank N`"
+    "its magnitudes rescale the base weight, W' = m (W + ΔW) / ‖W + ΔW‖, so what it changes needs the base model: make "
+    "a LoRA of it there, with `fl.to_lora(adapter, BASE)` or `--base BASE`; or merge it with the tool that it is from, "
+    "and take the change with `fastlora extract BASE MERGED --rank N`"
 )
 
 

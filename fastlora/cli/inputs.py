@@ -60,7 +60,7 @@ def load_adapters(run: Run, specs: Sequence[AdapterSpec], command: str) -> list[
     run.require_backend()
     renaming = Renaming(run.changes)
     loaded = (load(s.path, s.name, family=run.family, rank=run.read_rank) for s in track(specs, "loading"))
-    adapters = [renaming(require_updates(element, command)) for element in loaded]
+    adapters = [require_updates(on_base(run, renaming(element)), command) for element in loaded]
     renaming.require_used()
     return adapters
 
@@ -74,6 +74,7 @@ def load_pool(
     from fastlora.adapters.folders import holds_adapters, load_folder
     from fastlora.adapters.loading import load
     from fastlora.adapters.pool import Pool, require_updates
+    from fastlora.core.data import DoraData, LoraData
     from fastlora.runtime.progress import track
 
     run.require_backend()
@@ -83,7 +84,8 @@ def load_pool(
     for spec in track(specs, "loading"):
         if holds_adapters(spec.path):
             _refuse_name(spec)
-            elements, told = load_folder(spec.path, family=run.family, rank=run.read_rank)
+            kinds = (LoraData,) if run.base is None else (LoraData, DoraData)
+            elements, told = load_folder(spec.path, kinds, family=run.family, rank=run.read_rank)
             loaded += [(element, spec.path / element.name) for element in elements]
             notes += told
         else:
@@ -91,10 +93,21 @@ def load_pool(
             loaded.append((elements[0], spec.path))
         weights |= {element.name: spec.weight for element in elements}
     check_names_differ((element.name, str(path)) for element, path in loaded)
-    adapters = [require_updates(element) for element, _ in loaded]
+    adapters = [require_updates(on_base(run, element)) for element, _ in loaded]
     pool = Pool([a.without_extras() if drop_extras else a for a in adapters], rename=run.changes)
     pool.notices[:0] = [*notes, *(note for adapter in pool.adapters for note in adapter.notes)]
     return (pool if device in ("auto", "cpu") else pool.to(device)), weights
+
+
+def on_base(run: Run, element: Element) -> Element:
+    """The adapter; where it is a DoRA and the base model is known, the LoRA that it is there."""
+    from fastlora.adapters.dora import DoRA
+
+    if run.base is None or not isinstance(element, DoRA):
+        return element
+    from fastlora.adapters.to_lora import to_lora
+
+    return to_lora(element, run.base, rank=run.read_rank)
 
 
 def _refuse_name(spec: AdapterSpec) -> None:

@@ -73,6 +73,15 @@ ReadRank = Annotated[
         show_default=False,
     ),
 ]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="The base model: a directory or file. DoRAs are made LoRAs on it, at --read-rank; default: 99 % of ‖ΔW‖².",
+        metavar="PATH",
+        show_default=False,
+    ),
+]
 Memory = Annotated[
     str | None, typer.Option(help="Bound on resident memory, or on the GPU's: 1GiB.", show_default=False)
 ]
@@ -105,6 +114,7 @@ SHARED: dict[str, Any] = {
     "rename": Map,
     "family": Family,
     "read_rank": ReadRank,
+    "base": BaseModel,
     "memory": Memory,
     "dtype": DType,
     "format": Format,

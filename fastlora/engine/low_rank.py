@@ -54,8 +54,8 @@ def low_rank(
     exact: bool = False,
     rounds: int = POWER_ROUNDS,
 ) -> LowRank:
-    """The approximation of at most ``rank``, or of the smallest rank that keeps the share ``energy`` of ``‖ΔW‖²``;
-    all that is above rounding where both are ``None``.
+    """The approximation of at most ``rank``, and of the smallest rank that keeps the share ``energy`` of ``‖ΔW‖²``, of
+    those that are given; all that is above rounding where both are ``None``.
 
     ``exact``: from the Gram matrix of the shorter side; always so where that has at most 1024 rows. Otherwise by a
     randomized range finder (E1), whose random numbers depend on ``key`` alone. Raises :class:`NonFiniteError`.
@@ -121,7 +121,7 @@ def _count(sigma: Tensor, total: float, rank: int | None, energy: float | None) 
     count = int((sigma > MIN_RTOL * sigma[0]).sum()) if len(sigma) else 0
     if energy is not None:
         below = int((sigma.square().cumsum(0) < energy * total).sum())
-        return min(count, below + 1)
+        count = min(count, below + 1)
     return count if rank is None else min(count, rank)
 
 

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from fastlora.cli.arguments import parse_all
-from fastlora.cli.inputs import refuse_weights
+from fastlora.cli.inputs import on_base, refuse_weights
 from fastlora.cli.options import ALL, DropExtras, OutAny, command
 from fastlora.cli.outputs import output_target, write_element
 from fastlora.cli.run import Run
@@ -60,11 +60,11 @@ def compose(run: Run, expression: Expression, adapters: Named, out: OutAny, drop
     from fastlora.adapters.loading import load
     from fastlora.expressions.compose import compose as evaluate
 
-    if run.family is None and run.read_rank is None:
+    if run.family is None and run.read_rank is None and run.base is None:
         named: dict[str, Any] = {s.name: s.path for s in specs}
     else:
         used = [s for s in specs if s.name in names(tree)]
-        named = {s.name: load(s.path, s.name, family=run.family, rank=run.read_rank) for s in used}
+        named = {s.name: on_base(run, load(s.path, s.name, family=run.family, rank=run.read_rank)) for s in used}
     result = evaluate(
         expression,
         named,

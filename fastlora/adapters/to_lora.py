@@ -1,0 +1,270 @@
+"""A LoRA of a DoRA: with the base model, what it changes is known, and its best approximation of low rank too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlora.adapters.dora import DoRA
+from fastlora.adapters.lora import Adapter
+from fastlora.adapters.model_names import matched_names
+from fastlora.core.architectures import WEIGHT, is_conv1d
+from fastlora.core.data import Magnitude
+from fastlora.core.factors import Factor
+from fastlora.core.updates import Update
+from fastlora.engine.low_rank import LowRank, low_rank
+from fastlora.engine.materialise import materialise
+from fastlora.engine.tile_source import row_tiles
+from fastlora.errors import InputError, NonFiniteError
+from fastlora.files.checkpoint import Checkpoint, ModelSource, read_checkpoint
+from fastlora.files.shards import listed
+from fastlora.runtime import memory
+from fastlora.runtime.progress import track
+
+SHARE, MOST = 0.99, 256
+"""What is kept where nothing is said: this share of ``‖ΔW‖²``, at this rank at the most."""
+
+
+def to_lora(
+    adapter: DoRA | Adapter,
+    base: ModelSource,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    exact: bool = False,
+    seed: int = 0,
+) -> Adapter:
+    """The LoRA adapter that is nearest to a DoRA on its base model.
+
+    What a DoRA changes depends on the base weight ``W``: with ``D = diag(m / ‖W + s B A‖)``, its norms over rows,
+    ``ΔW = (D − I) W + D s B A`` (D1). It is formed tile by tile, and cut as
+    :meth:`TaskVector.extract` cuts the change of a weight. Modules without a magnitude stay as they are.
+
+    Args:
+        adapter: a DoRA; an :class:`Adapter` is returned as it is.
+        base: its base model: a state dict, a file of tensors or a model's directory. Names of modules are matched with
+            it.
+        rank: the largest rank of a module.
+        energy: the share of ``‖ΔW‖²`` that is kept, in ``(0, 1]``, at ``rank`` at the most. By default 0.99 of it, at
+            rank 256 at the most.
+        exact: decompose large weights exactly, too; by default their error is within 1 % of the least possible.
+        seed: of the random numbers that takes.
+
+    Returns:
+        :class:`Adapter` in float32, under the adapter's names of modules. ``details["retained_energy"]`` has the share
+        that is kept of each module, ``provenance["retained_energy"]`` of all, and a note says both.
+
+    Raises:
+        InputError: a rank or share out of range, a module that the base model does not have or has in another shape, a
+            base model that cannot be read or is quantised otherwise than in scaled float8.
+        NonFiniteError: NaN or Inf in the base model or the adapter.
+
+    Cost: six passes over every adapted weight of the base model; memory for the factors.
+    """
+    if rank is not None and rank < 1:
+        raise InputError(f"to_lora: rank={rank} must be at least 1")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise InputError(f"to_lora: energy={energy} must be above 0 and at most 1")
+    if isinstance(adapter, Adapter):
+        return adapter
+    if rank is None and energy is None:
+        rank, energy = MOST, SHARE
+    model = read_checkpoint(base)
+    names = _names(adapter, model)
+    updates: dict[str, Update] = {}
+    found: dict[str, tuple[float, float]] = {}
+    for module, update in track(list(adapter.updates.items()), "DoRA to LoRA"):
+        magnitude = adapter.magnitudes.get(module)
+        if magnitude is None:
+            updates[module] = update
+            continue
+        weight = _weight(adapter, module, model, names[module])
+        cut = _cut(adapter.name, RescaledWeight(weight, update, magnitude, module), rank, energy, exact, seed)
+        left, right = cut.left.float().contiguous(), cut.right.float().contiguous()
+        updates[module] = Update(Factor.of("B", left), Factor.of("A", right), 1.0, update.layout)
+        found[module] = (cut.kept, cut.total)
+    kept, total = sum(k for k, _ in found.values()), sum(t for _, t in found.values())
+    shares = {m: k / t if t > 0 else 1.0 for m, (k, t) in found.items()}
+    retained = kept / total if total > 0 else 1.0
+    return Adapter(
+        adapter.name,
+        updates,
+        extras=adapter.extras,
+        base=adapter.base,
+        dtype=torch.float32 if found else adapter.dtype,
+        provenance={
+            "to_lora": adapter.provenance,
+            "rank": rank,
+            "energy": energy,
+            "retained_energy": retained,
+        },
+        notes=(*adapter.notes, *model.notes, *_told(adapter.name, shares, retained)),
+        details={"retained_energy": shares},
+    )
+
+
+def _told(name: str, shares: Mapping[str, float], retained: float) -> list[str]:
+    if not shares:
+        return []
+    worst = min(shares, key=lambda m: shares[m])
+    return [
+        (
+            f"DoRA adapter {name!r} was made a LoRA on its base model, which keeps {100 * retained:.4g} % of ‖ΔW‖² (the "
+            f"least, {100 * shares[worst]:.4g} %, of {worst})"
+        )
+    ]
+
+
+def _cut(name: str, source: RescaledWeight, rank: int | None, energy: float | None, exact: bool, seed: int) -> LowRank:
+    try:
+        return low_rank(source, rank, energy, key=f"{seed}:{source.module}", exact=exact)
+    except NonFiniteError:
+        raise NonFiniteError(
+            f"{source.module} holds NaN or Inf in the base model or in DoRA adapter {name!r}; save both again"
+        ) from None
+
+
+def _names(adapter: DoRA, model: Checkpoint) -> dict[str, str]:
+    """``{module: name of its weight in the model}``."""
+    names = {m: m + WEIGHT for m in adapter.magnitudes}
+    if any(name not in model.tensors for name in names.values()):
+        wanted = {n: torch.empty(_stored_shape(adapter, m, model), device="meta") for m, n in names.items()}
+        parameters = {n: model.tensors[n] for n in model.parameters}
+        ours, theirs, _ = matched_names(parameters, wanted)
+        stored = {common: own for own, common in ours.items()}
+        names = {m: stored.get(theirs[n], n) for m, n in names.items()}
+    lacking = [m for m, n in names.items() if n not in model.tensors]
+    if lacking:
+        raise InputError(
+            f"DoRA adapter {adapter.name!r} adapts {listed(lacking)}, which {model.where} does not have (it has "
+            f"{listed([n for n in model.parameters if n.endswith(WEIGHT)])}); pass the model that it is of, or "
+            "rename its modules (rename=, --map OLD=NEW)"
+        )
+    return names
+
+
+def _is_turned(adapter: DoRA, module: str, model: Checkpoint) -> bool:
+    """Whether the model stores the weight as ``[in, out]``."""
+    layout = adapter.updates[module].layout
+    if layout.kind != "linear":
+        return layout.kind == "embedding"
+    types = model.config.model_types if model.config is not None else ()
+    return adapter.base.fan_in_fan_out or any(is_conv1d(module, t) for t in types)
+
+
+def _stored_shape(adapter: DoRA, module: str, model: Checkpoint) -> tuple[int, ...]:
+    update = adapter.updates[module]
+    n, m = update.shape
+    if update.layout.kind == "conv":
+        kernel = update.layout.kernel
+        size = int(torch.Size(kernel).numel())
+        return (n, m // size, *kernel)
+    return (m, n) if _is_turned(adapter, module, model) else (n, m)
+
+
+def _weight(adapter: DoRA, module: str, model: Checkpoint, name: str) -> Tensor:
+    """``W`` as the update has it, ``[out, in]``. Scaled weights are multiplied out."""
+    value = model.value(name)
+    update = adapter.updates[module]
+    wanted = _stored_shape(adapter, module, model)
+    is_turned = _is_turned(adapter, module, model)
+    if update.layout.kind == "linear" and tuple(value.shape) != wanted and tuple(value.shape) == wanted[::-1]:
+        wanted, is_turned = wanted[::-1], not is_turned  # one of the modules of another class
+    if tuple(value.shape) != wanted or not value.is_floating_point():
+        raise InputError(
+            f"DoRA adapter {adapter.name!r}: {name} of {model.where} is {str(value.dtype)[6:]} {list(value.shape)}; "
+            f"the adapter needs {list(wanted)}; pass the model that it is of"
+        )
+    if is_turned:
+        return value.mT
+    return value.reshape(value.shape[0], -1)
+
+
+class RescaledWeight:
+    """``ΔW = (D − I) W + D s B A`` of one module, tile by tile (D1); ``W [out, in]``."""
+
+    def __init__(self, weight: Tensor, update: Update, magnitude: Magnitude, module: str) -> None:
+        self.weight = weight
+        self.update = update
+        self.magnitude = magnitude
+        self.module = module
+        left, right = materialise([update.baked()], torch.float32)[0]
+        self._left, self._right = left.double(), right.double()
+        self._stretch = self._measured()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.update.shape
+
+    @property
+    def precise(self) -> torch.dtype:
+        """float32 on half-precision weights, else float64."""
+        return torch.float32 if self.weight.dtype.itemsize <= 2 else torch.float64
+
+    def _measured(self) -> Tensor:
+        """``m / ‖W + s B A‖``: of every output ``[out, 1]``, or of every column ``[1, in]``."""
+        n, m = self.shape
+        values = self.magnitude.vector.double().flatten()
+        if self.magnitude.axis == "out":
+            squares = torch.empty(n, dtype=torch.float64)
+            for rows, tile in row_tiles(_Sum(self.weight, self._left, self._right), torch.float64):
+                squares[rows] = tile.square().sum(1)
+        else:
+            sums = torch.zeros(m, dtype=torch.float64)
+            for _, tile in row_tiles(_Sum(self.weight, self._left, self._right), torch.float64):
+                sums += tile.square().sum(0)
+            squares = sums.view(len(values), -1).sum(1)  # an input channel has all the columns of its kernel
+        if not bool(squares.isfinite().all()):
+            raise NonFiniteError(f"{self.module} holds NaN or Inf in the base model or in the adapter; save both again")
+        if bool((squares == 0).any()):
+            raise InputError(
+                f"{self.module}: the norm of a row of W + ΔW is 0, by which a DoRA divides; pass the base model that "
+                "the adapter was trained on"
+            )
+        stretch = values / squares.sqrt()
+        if self.magnitude.axis == "out":
+            return stretch[:, None]
+        return stretch.repeat_interleave(m // len(values))[None]
+
+    def tile(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
+        """See :class:`fastlora.engine.tile_source.TileSource`."""
+        wide = out if out.dtype == torch.float64 else torch.empty(out.shape, dtype=torch.float32)
+        by_rows = self.magnitude.axis == "out"
+        stretch = self._stretch[rows] if by_rows else self._stretch[:, columns]
+        wide.copy_(self.weight[rows, columns]).mul_((stretch - 1.0).to(wide.dtype))
+        if by_rows:
+            wide.addmm_((self._left[rows] * stretch).to(wide.dtype), self._right[:, columns].to(wide.dtype))
+        else:
+            wide.addmm_(self._left[rows].to(wide.dtype), (self._right[:, columns] * stretch).to(wide.dtype))
+        return wide if wide is out else out.copy_(wide)
+
+    def release(self) -> None:
+        """Gives back what is mapped."""
+        memory.release([self.weight])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sum:
+    """``W + s B A``."""
+
+    weight: Tensor
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def precise(self) -> torch.dtype:
+        return torch.float64
+
+    def tile(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
+        return out.copy_(self.weight[rows, columns]).addmm_(self.left[rows], self.right[:, columns])
+
+    def release(self) -> None:
+        pass
