@@ -110,12 +110,11 @@ def _told(name: str, shares: Mapping[str, float], retained: float) -> list[str]:
     if not shares:
         return []
     worst = min(shares, key=lambda m: shares[m])
-    return [
-        (
-            f"DoRA adapter {name!r} was made a LoRA on its base model, which keeps {100 * retained:.4g} % of ‖ΔW‖² (the "
-            f"least, {100 * shares[worst]:.4g} %, of {worst})"
-        )
-    ]
+    told = (
+        f"DoRA adapter {name!r} was made a LoRA on its base model, which keeps {100 * retained:.4g} % of ‖ΔW‖² "
+        f"(the least, {100 * shares[worst]:.4g} %, of {worst})"
+    )
+    return [told]
 
 
 def _cut(name: str, source: RescaledWeight, rank: int | None, energy: float | None, exact: bool, seed: int) -> LowRank:
