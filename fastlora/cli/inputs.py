@@ -84,7 +84,7 @@ def load_pool(
     for spec in track(specs, "loading"):
         if holds_adapters(spec.path):
             _refuse_name(spec)
-            kinds = (LoraData,) if run.base is None else (LoraData, DoraData)
+            kinds = (LoraData,) if run.dora_base is None else (LoraData, DoraData)
             elements, told = load_folder(spec.path, kinds, family=run.family, rank=run.read_rank)
             loaded += [(element, spec.path / element.name) for element in elements]
             notes += told
@@ -103,11 +103,11 @@ def on_base(run: Run, element: Element) -> Element:
     """The adapter; where it is a DoRA and the base model is known, the LoRA that it is there."""
     from fastlora.adapters.dora import DoRA
 
-    if run.base is None or not isinstance(element, DoRA):
+    if run.dora_base is None or not isinstance(element, DoRA):
         return element
     from fastlora.adapters.to_lora import to_lora
 
-    return to_lora(element, run.base, rank=run.read_rank)
+    return to_lora(element, run.dora_base, rank=run.read_rank)
 
 
 def _refuse_name(spec: AdapterSpec) -> None:

@@ -114,7 +114,7 @@ SHARED: dict[str, Any] = {
     "rename": Map,
     "family": Family,
     "read_rank": ReadRank,
-    "base": BaseModel,
+    "dora_base": BaseModel,
     "memory": Memory,
     "dtype": DType,
     "format": Format,

@@ -34,7 +34,7 @@ class Run:
     rename: list[str] | None = None
     family: str | None = None
     read_rank: int | None = None
-    base: str | None = None
+    dora_base: str | None = None
     push: str | None = None
     push_public: bool = False
     push_dry_run: bool = False

@@ -60,7 +60,7 @@ def compose(run: Run, expression: Expression, adapters: Named, out: OutAny, drop
     from fastlora.adapters.loading import load
     from fastlora.expressions.compose import compose as evaluate
 
-    if run.family is None and run.read_rank is None and run.base is None:
+    if run.family is None and run.read_rank is None and run.dora_base is None:
         named: dict[str, Any] = {s.name: s.path for s in specs}
     else:
         used = [s for s in specs if s.name in names(tree)]

@@ -17,7 +17,7 @@ from fastlora.errors import InputError
 NEAREST = 10  # adapters that --like lists
 
 
-@command("rename", "family", "read_rank", "base", "device", "backend", "as_json", "quiet", "overwrite", "force")
+@command("rename", "family", "read_rank", "dora_base", "device", "backend", "as_json", "quiet", "overwrite", "force")
 def overlap(
     run: Run,
     adapters: Adapters,
