@@ -133,7 +133,7 @@ def merge_by_rule(
 
     Cost: for every module the passes of its rule (:mod:`fastlora.ops.merge_tiles`), and four of width ``rank + 8``, or
     a dense decomposition where a side is at most 256 long. Memory of the factors and products alone. A rule of the
-    whole model goes through all modules about ten times before.
+    whole model goes through all modules about twenty times before.
     """
     name, rule = program.__name__, program(**parameters)
     chosen = [i for i, n in enumerate(pool.names) if weights[n] != 0.0] or [0]
