@@ -107,8 +107,8 @@ def counts_kept(tasks: Tasks, adapters: int, density: float, *, all_equals: bool
     """How many elements every adapter keeps in every module, when it keeps the ``⌊density·N⌋`` largest magnitudes of
     its ``N`` elements in all of them: ``{module: one number an adapter}``.
 
-    Of equal magnitudes the first are kept, in the order of the modules' names, or all. Cost: about twenty passes over all
-    modules, of two updates for each adapter.
+    Of equal magnitudes the first are kept, in the order of the modules' names, or all. Cost: about twenty passes over
+    all modules, of two updates for each adapter.
     """
     sizes: dict[str, int] = {}
     searches = [_Search(0) for _ in range(adapters)]
