@@ -35,6 +35,7 @@ _EXPORTS = {
     "control": "fastlora.coefficients.control",
     "convert": "fastlora.adapters.convert",
     "decompose": "fastlora.decomposition.decompose",
+    "extract": "fastlora.adapters.extract",
     "load": "fastlora.adapters.loading",
     "merge": "fastlora.merging.merge",
     "methods": "fastlora.merging.merge",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from fastlora import ops as ops
     from fastlora.adapters.convert import convert as convert
     from fastlora.adapters.dora import DoRA as DoRA
+    from fastlora.adapters.extract import extract as extract
     from fastlora.adapters.ia3 import IA3 as IA3
     from fastlora.adapters.loading import load as load
     from fastlora.adapters.lora import Adapter as Adapter

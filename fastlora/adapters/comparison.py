@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from fastlora.adapters.differences import Difference
 from fastlora.adapters.found_facts import found_facts
 from fastlora.adapters.model_names import body_prefix, matched_names, shares_embedding, tie_group
 from fastlora.adapters.selection import Selection
@@ -28,7 +30,7 @@ OUTSIDE = re.compile(r"lm_head|cls\.|predictions\.|generator_|vocab_|score\.|cla
 class Change:
     """What a comparison found: see :class:`fastlora.core.data.DeltaData`."""
 
-    deltas: dict[str, Tensor] = field(default_factory=dict)
+    deltas: dict[str, Difference] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     facts: ModelFacts = field(default_factory=ModelFacts)
     notes: tuple[str, ...] = ()
@@ -71,11 +73,13 @@ class Comparison:
         common_only: bool,
         selection: Selection,
         tied: bool | None,
+        common_rows: bool = False,
     ) -> None:
         self.name = name
-        self.common_only = common_only
+        self.common_only, self.common_rows = common_only, common_only or common_rows
         self.is_settled = tied is not None
         self.selection = selection
+        self.skipped: set[str] = set()
         self.configs = [c.config for c in (tuned, base) if c.config is not None]
         self.notes: list[str] = [*base.notes, *tuned.notes]
         first = {n: base.tensors[n] for n in base.parameters}
@@ -99,7 +103,10 @@ class Comparison:
                 "different models, or one of them is no model"
             )
         self.selection.check(every)
-        whole = [n for n in every if self.selection.keeps_whole(n)]
+        shapes = self.base.shapes()
+        kinds = {n: self.selection.choice(n, shapes) for n in every}
+        self.skipped = {n for n in every if kinds[n] == "skip"}
+        whole = [n for n in every if self.selection.keeps_whole(n) or (kinds[n] == "keep" and self._is_alike(n))]
         if any(n in self.group for n in whole):
             whole = [*dict.fromkeys([*whole, *(n for n in self.group if n in every)])]
         # A module is replaced with all of its parameters, of which one may have stayed.
@@ -107,17 +114,17 @@ class Comparison:
         whole += [n for n in every if n not in whole and _module(n) in modules]
         values = {n: self._value(n) for n in whole}
         wanted = [n for n in every if n not in values]
-        self._refuse_codes([n for n in wanted if self.selection.takes(n)])
-        unknown = self._alone([n for n in wanted if self.selection.takes(n)])
+        self._refuse_codes([n for n in wanted if self._takes(n)])
+        unknown = self._alone([n for n in wanted if self._takes(n)])
         wanted = [n for n in wanted if n not in unknown and self._pair(n) is not None]
-        unknown += self._resized([n for n in wanted if self.selection.takes(n)])
+        unknown += self._resized([n for n in wanted if self._takes(n)])
         deltas, excluded = self._deltas(wanted)
         if not deltas and not values:
             self.notes.append(f"task vector {self.name!r} changes nothing: the two models have equal parameters")
         ties = self._ties(deltas)
         unknown += self._unknown_head(deltas)
         facts = found_facts(deltas, self.base.shapes(), self.configs)
-        self._tell_dtypes([n for n in wanted if self.selection.takes(n)])
+        self._tell_dtypes([n for n in wanted if self._takes(n)])
         changed = {_module(n) for n in values if not self._is_unchanged(n)}
         return Change(
             {n: d for n, d in deltas.items() if n not in ties},
@@ -125,6 +132,13 @@ class Comparison:
             replace(facts, ties=ties, unknown=tuple(unknown), excluded=excluded),
             tuple(dict.fromkeys(self.notes)),
         )
+
+    def _takes(self, name: str) -> bool:
+        return name not in self.skipped and self.selection.takes(name)
+
+    def _is_alike(self, name: str) -> bool:
+        """Whether both models have a parameter in one shape."""
+        return self._pair(name) is not None and self._shapes(name)[0] == self._shapes(name)[1]
 
     def _add_body_prefix(self, ours: dict[str, str], theirs: dict[str, str]) -> None:
         """Names as the model has them that the configuration names, where both files lack the first part."""
@@ -171,14 +185,14 @@ class Comparison:
             raise InputError(f"whole: the fine-tune {self.tuned.stored.where} has no {name}; leave that pattern out")
         raw, value = self.tuned.tensor(stored), self.tuned.stored.value(stored)
         if not bool(value.isfinite().all()):
-            raise _not_finite(name)
+            raise not_finite(name)
         return value if value.dtype == raw.dtype and raw.dtype.itemsize > 1 else value.float()
 
     def _is_unchanged(self, name: str) -> bool:
         pair = self._pair(name)
         if pair is None or self.base.tensor(pair[0]).shape != self.tuned.tensor(pair[1]).shape:
             return False
-        return torch.equal(self.base.stored.value(pair[0]).double(), self.tuned.stored.value(pair[1]).double())
+        return not self._difference(pair).any()
 
     def _refuse_codes(self, names: Iterable[str]) -> None:
         """Refuses codes, also where the modules have other tensors than weights (``qweight``)."""
@@ -243,7 +257,7 @@ class Comparison:
         found = ((ends.get((n.split(".")[-2:][0], self._any(n).shape)), n) for n in only_tuned if n.endswith(WEIGHT))
         return next(((a, b) for a, b in found if a is not None), None)
 
-    def _unknown_head(self, deltas: Mapping[str, Tensor]) -> list[str]:
+    def _unknown_head(self, deltas: Mapping[str, Difference]) -> list[str]:
         """The head, with a note, where an embedding changed that may be it, and nothing says whether it is."""
         if self.group or self.is_settled or any(is_head(n.removesuffix(WEIGHT)) for n in deltas):
             return []
@@ -283,7 +297,7 @@ class Comparison:
             else (f"{rows} was {'added' if new[0] > old[0] else 'removed'}")
         )
         told = f"{listed(resized)}: {old[0]} rows in the base model and {new[0]} in the fine-tune ({happened})"
-        if not self.common_only:
+        if not self.common_rows:
             ends = " ".join(
                 f"--whole {n.removesuffix(WEIGHT).rpartition('.')[2]}" for n in resized if n.endswith(WEIGHT)
             )
@@ -299,14 +313,14 @@ class Comparison:
         assert pair is not None
         return self.base.tensor(pair[0]).shape, self.tuned.tensor(pair[1]).shape
 
-    def _deltas(self, names: Sequence[str]) -> tuple[dict[str, Tensor], float]:
+    def _deltas(self, names: Sequence[str]) -> tuple[dict[str, Difference], float]:
         """The changes that take part, and ``‖τ‖²`` of the others."""
-        deltas: dict[str, Tensor] = {}
+        deltas: dict[str, Difference] = {}
         excluded, counted, left_out = 0.0, [], []
         for name in names:
             pair = self._pair(name)
             assert pair is not None
-            takes = self.selection.takes(name)
+            takes = self._takes(name)
             old, new = self.base.tensor(pair[0]), self.tuned.tensor(pair[1])
             if not (old.is_floating_point() and new.is_floating_point()):
                 if takes and not torch.equal(old, new):
@@ -317,43 +331,35 @@ class Comparison:
                 excluded += size
                 left_out += [name] if size else []
                 continue
-            delta = self._delta(name, pair)
-            if bool(delta.any()):
-                deltas[name] = delta.to(torch.float64 if torch.float64 in (old.dtype, new.dtype) else torch.float32)
+            delta = self._difference(pair)
+            if delta.any():
+                deltas[name] = delta
         if counted:
             self.notes.append(f"task vector {self.name!r}: {listed(counted)} differ and are no parameters, left out")
         if left_out:
             self.notes.append(f"task vector {self.name!r}: {listed(left_out)} changed and are left out, as asked for")
         return deltas, excluded
 
-    def _delta(self, name: str, pair: tuple[str, str]) -> Tensor:
-        """``θ − θ₀`` in float64, in the shape of the base model: rows that only one has do not change."""
-        old, new = self.base.stored.value(pair[0]).double(), self.tuned.stored.value(pair[1]).double()
-        if old.shape != new.shape:
-            rows = min(old.shape[0], new.shape[0])
-            delta = torch.zeros_like(old)
-            delta[:rows] = new[:rows] - old[:rows]
-        else:
-            delta = new - old
-        if not bool(delta.isfinite().all()):
-            raise _not_finite(name)
-        return delta
+    def _difference(self, pair: tuple[str, str]) -> Difference:
+        old, new = self.base.stored, self.tuned.stored
+        is_wide = torch.float64 in (old.tensors[pair[0]].dtype, new.tensors[pair[1]].dtype)
+        return Difference(partial(old.value, pair[0]), partial(new.value, pair[1]), is_wide)
 
     def _size(self, pair: tuple[str, str]) -> float:
         """``‖Δ‖²`` of a parameter that is left out; 0 where it cannot be told."""
         if any(side.stored.coding.refusal(n) for side, n in zip((self.base, self.tuned), pair, strict=True)):
             return 0.0
-        old, new = self.base.stored.value(pair[0]).double(), self.tuned.stored.value(pair[1]).double()
-        return float((new - old).square().sum()) if old.shape == new.shape else 0.0
+        same = self.base.tensor(pair[0]).shape == self.tuned.tensor(pair[1]).shape
+        return self._difference(pair).square() if same else 0.0
 
-    def _ties(self, deltas: Mapping[str, Tensor]) -> dict[str, str]:
+    def _ties(self, deltas: Mapping[str, Difference]) -> dict[str, str]:
         """Changed parameters that a model does not store, which are others that change in the same way."""
         stored = [n for n in self.group if n in deltas and n in self.base.names]
         source = next(iter(stored), None)
         if source is None:
             return {}
         others = [n for n in self.group if n in deltas and n not in self.base.names]
-        return {n: source for n in others if torch.equal(deltas[n], deltas[source])}
+        return {n: source for n in others if deltas[n].equals(deltas[source])}
 
     def _tell_dtypes(self, names: Sequence[str]) -> None:
         """Notes where one model is coarser than the other: its rounding counts as change."""
@@ -386,7 +392,7 @@ def _module(parameter: str) -> str:
     return parameter.rpartition(".")[0] or parameter
 
 
-def _not_finite(name: str) -> NonFiniteError:
+def not_finite(name: str) -> NonFiniteError:
     return NonFiniteError(
         f"{name} holds NaN or Inf in the base model or in the fine-tune, so its change would mean nothing; save the "
         "models again"

@@ -1,299 +1,113 @@
-"""A LoRA adapter from a task vector: the truncated singular value decomposition of every weight's change."""
+"""From two checkpoints of any size to a LoRA adapter of what changed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
 
-import torch
-from torch import Tensor
-
+from fastlora.adapters.comparison import Comparison
+from fastlora.adapters.cutting import ModelChange, check_cut, cut_change
 from fastlora.adapters.lora import Adapter
-from fastlora.adapters.peft_parts import MOST_BEYOND, fused, saved_modules, selection, with_later_names
-from fastlora.core.architectures import (
-    BIAS,
-    DEPTHWISE,
-    EXPERT_MODULES,
-    EXPERT_NUMBER,
-    FUSED_NAMES,
-    LOOKS_LIKE_CONV1D,
-    OFFSET_EMBEDDING,
-    WEIGHT,
-    is_embedding,
-    is_head,
-)
-from fastlora.core.data import BaseInfo, DeltaData, Extra
-from fastlora.core.dtypes import parse_dtype
-from fastlora.core.factors import Factor
-from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update
-from fastlora.engine.low_rank import low_rank
-from fastlora.engine.tile_source import DenseMatrix
-from fastlora.errors import InputError, NonFiniteError
-from fastlora.files.shards import listed
-from fastlora.runtime.progress import track
+from fastlora.adapters.selection import Selection
+from fastlora.adapters.task_vector import name_of, patterns
+from fastlora.errors import InputError
+from fastlora.files.checkpoint import ModelSource, read_checkpoint
+from fastlora.runtime.memory import bounded, parse
+
+EMBEDDINGS, NORMS = ("keep", "factor", "skip"), ("keep", "skip")
 
 
 def extract(
-    vector: DeltaData,
-    rank: int | None = None,
+    base: ModelSource,
+    tuned: ModelSource,
     *,
+    rank: int | None = None,
     energy: float | None = None,
-    embeddings: Sequence[str] | None = None,
+    exact: bool = False,
+    seed: int = 0,
+    embeddings: Literal["keep", "factor", "skip"] | None = "keep",
+    norms: Literal["keep", "skip"] | None = "keep",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    whole: Sequence[str] = (),
+    memory: int | str | None = None,
+    name: str | None = None,
+    common_only: bool = False,
+    tied: bool | None = None,
     fan_in_fan_out: bool | None = None,
     biases: bool = False,
     base_model: str | None = None,
-    exact: bool = False,
-    seed: int = 0,
 ) -> Adapter:
-    """The best approximation ``B A`` of the change of every weight matrix, at most of ``rank`` or with at least the
-    share ``energy`` of ``Σσ²`` (Eckart–Young); ``B = U√Σ``, ``A = √ΣVᵀ``.
+    """A LoRA adapter of what a fine-tune changed: ``B A ≈ θ − θ₀`` for every weight, from checkpoints of any size.
 
-    embeddings: ends of the paths of modules that are embeddings, whose weight is ``[vocabulary, dim]``; by default the
-        usual names.
-    fan_in_fan_out: whether weights are ``[in, out]`` (``Conv1D``); by default what the models say, module by module.
-    biases: keep the changes of the biases of these modules (``lora_bias`` of PEFT).
-    base_model: what the adapter names as its base model.
+    Files are mapped, and differences are taken tile by tile: in float32 of half-precision weights, else in float64. A
+    weight ``ΔW [n, m]`` is cut by a randomized range finder (E1), ``Y = ΔW Ω``, ``Q = qr(ΔW qr(ΔWᵀ Q))`` twice, and the
+    singular values of ``QᵀΔW``; exactly where a side has 1024 or less. What is lost is known exactly:
+    ``‖ΔW − B A‖² = ‖ΔW‖² − Σσ²`` (E2). Weights that are equal are compared, and cost no rank.
 
-    exact, seed: as :func:`fastlora.engine.low_rank.low_rank` takes them.
+    Args:
+        base: ``θ₀``: a model's directory, its index, a file of tensors or a state dict.
+        tuned: ``θ``, in the same ways.
+        rank: the largest rank of a module, at least 1.
+        energy: instead of ``rank``: the share of ``Σσ²`` that every module keeps, in ``(0, 1]``.
+        exact: decompose large weights exactly, too. By default their error is within 1 % of the least possible.
+        seed: of the random numbers, which depend on it and the parameter's name alone.
+        embeddings: ``"keep"`` those that changed whole (``modules_to_save``), ``"factor"`` or ``"skip"`` them. With
+            other numbers of rows, the change of the common rows is factored, and a note says so. ``None`` factors
+            them too, and refuses other numbers of rows without ``common_only``, as the command does.
+        norms: ``"keep"`` those that changed whole, or ``"skip"`` them; ``None`` skips them, and a note says how much
+            that is of ``‖τ‖²``.
+        include, exclude, whole, common_only, tied, name: as :func:`fastlora.task_vector` takes them.
+        fan_in_fan_out, biases, base_model: as :meth:`TaskVector.extract` takes them.
+        memory: a bound on resident memory (``"1GiB"``): pages of the files are given back after use. It holds for all
+            but the result, two weights at a time, and the Gram matrix where a weight is cut exactly.
 
-    Only ``<module>.weight`` of two dimensions or more (convolutions) and fused experts can be approximated; a note says
-    what was left out, and ``provenance`` what share of ``‖τ‖²`` is kept. Costs a decomposition of every weight.
+    Returns:
+        :class:`Adapter` in float32. Its ``notes`` say what was left out, ``provenance["retained_energy"]`` what share
+        of ``‖τ‖²`` is kept; what is kept whole counts as neither.
+
+    Raises:
+        InputError: a cut or choice that is none, models that cannot be read or compared, as for
+            :func:`fastlora.task_vector`; models without a changed weight.
+        NonFiniteError: NaN or Inf in a parameter of either.
+
+    Cost: a weight is read four times, with ``12·n·m·(r + 10)`` operations; ``2·n·m·min(n, m)`` where exact. Memory for
+    the result, and ``8·(n + m)·(r + 10)`` bytes.
     """
-    _check_cut(rank, energy)
-    vector = replace(vector, deltas=fused(vector))
-    cutter = _Cutter(vector, rank, energy, embeddings, fan_in_fan_out, exact, seed)
-    if biases:
-        cutter.require_biases()
-    for parameter, delta in track(list(vector.deltas.items()), "extracting"):
-        cutter.add(parameter, delta)
-    extras: dict[str, Extra] = {}
-    for parameter, delta in vector.deltas.items():
-        module = parameter.removesuffix(BIAS)
-        if biases and module in cutter.updates and delta.dim() == 1 and module != parameter:
-            extras[parameter] = Extra("delta", delta)
-            cutter.kept += _square(delta)
-        elif parameter not in cutter.done:
-            cutter.lost.setdefault(parameter, "no weight matrix")
-    extras |= {name: Extra("value", value) for name, value in vector.values.items()}
-    if not cutter.updates:
-        whole = "" if not vector.values else "; PEFT needs one: keep fewer parameters whole"
-        raise InputError(
-            f"extract: task vector {vector.name!r} changes no weight matrix{_reasons(cutter.lost)}; there is nothing "
-            f"to extract{whole}"
+    check_cut(rank, energy)
+    for option, value, choices in (("embeddings", embeddings, EMBEDDINGS), ("norms", norms, NORMS)):
+        if value not in (*choices, None):
+            raise InputError(f"extract: {option}={value!r} is unknown; there are {', '.join(choices)}")
+    with bounded(parse(memory)):
+        first, second = read_checkpoint(base), read_checkpoint(tuned)
+        if name is None:
+            name = "task" if isinstance(tuned, Mapping) else name_of(Path(tuned).expanduser().absolute())
+        selection = Selection(
+            patterns("include", include or ()),
+            patterns("exclude", exclude or ()),
+            patterns("whole", whole),
+            embeddings or "factor",
+            norms or "factor",
         )
-    cutter.add_still_experts()
-    updates = with_later_names(cutter.updates)
-    return Adapter(
-        vector.name,
-        updates,
-        extras=extras,
-        base=BaseInfo(
-            model=base_model,
-            task_type=vector.facts.task_type,
-            fan_in_fan_out=cutter.flipped,
-            modules_to_save=saved_modules(vector.values, vector.facts.task_type),
-            selection=selection(updates, cutter.others()),
-        ),
-        dtype=parse_dtype(None, torch.float32),
-        provenance={
-            "extract": vector.provenance,
-            "rank": rank,
-            "energy": energy,
-            "retained_energy": None if vector.facts.unknown else cutter.share(),
-        },
-        notes=(*vector.notes, *cutter.notes(biases)),
-    )
-
-
-def _check_cut(rank: int | None, energy: float | None) -> None:
-    if (rank is None) == (energy is None):
-        raise InputError("extract: give rank=N or energy=X (the share of Σσ² to keep), one of the two")
-    if rank is not None and rank < 1:
-        raise InputError(f"extract: rank={rank} must be at least 1")
-    if energy is not None and not 0.0 < energy <= 1.0:
-        raise InputError(f"extract: energy={energy} must be above 0 and at most 1")
-
-
-@dataclass(slots=True, eq=False)
-class _Cutter:
-    """Cuts one change after the other, and keeps the books: what is kept, and what is lost for which reason."""
-
-    vector: DeltaData
-    rank: int | None
-    energy: float | None
-    embeddings: Sequence[str] | None
-    fan_in_fan_out: bool | None
-    exact: bool
-    seed: int
-    updates: dict[str, Update] = field(default_factory=dict)
-    done: set[str] = field(default_factory=set)
-    lost: dict[str, str] = field(default_factory=dict)
-    kept: float = 0.0
-    total: float = 0.0
-    flipped: bool = False
-    assumed: list[str] = field(default_factory=list)
-
-    def require_biases(self) -> None:
-        """Refuses biases beside embeddings and experts, which PEFT has in no adapter together."""
-        changed = [p for p, d in self.vector.deltas.items() if p.endswith(BIAS) and d.dim() == 1]
-        cut = [p for p, d in self.vector.deltas.items() if self._has_no_bias(p, d)]
-        if cut and any(p.removesuffix(BIAS) + WEIGHT in self.vector.deltas for p in changed):
-            raise InputError(
-                f"extract: task vector {self.vector.name!r} changes biases ({changed[0]}) and {cut[0]}, and PEFT has "
-                "no adapter with changes of biases (lora_bias) and of embeddings or experts; leave biases out "
-                "(biases=False, without --biases), or keep the other whole (whole=, --whole)"
-            )
-
-    def _has_no_bias(self, parameter: str, delta: Tensor) -> bool:
-        """Whether a parameter becomes an embedding or an expert of an adapter."""
-        if _is_experts(parameter, delta):
-            return True
-        module = parameter.removesuffix(WEIGHT)
-        is_cut = module != parameter and 2 <= delta.dim() <= 5 and self._unsuited(module, delta) is None
-        return is_cut and self._layout(module, delta).kind in ("embedding", "expert")
-
-    def add(self, parameter: str, delta: Tensor) -> None:
-        """Cuts the change of a parameter, and of those that are tied to it."""
-        tied = [p for p, source in self.vector.facts.ties.items() if source == parameter]
-        self.total += (1 + len(tied)) * _square(delta)
-        module = parameter.removesuffix(WEIGHT)
-        if _is_experts(parameter, delta):
-            self._add_experts(parameter, delta)
-            return
-        reason = self._unsuited(module, delta) if module != parameter else "no weight matrix"
-        if reason is not None or not 2 <= delta.dim() <= 5:
-            self.lost[parameter] = reason or "no weight matrix"
-            return
-        layout = self._layout(module, delta)
-        matrix = delta.reshape(delta.shape[0], -1)
-        stored = matrix.mT if layout == EMBEDDING or self._is_flipped(module, layout) else matrix
-        left, right, kept = self._cut(stored, parameter)
-        self._put(f"{layout.container}[0]" if layout.container else module, left, right, layout)
-        self.kept += (1 + len(tied)) * kept
-        self.done.add(parameter)
-        for other in (p.removesuffix(WEIGHT) for p in tied):
-            # ΔW of a head is that of the embedding: [vocabulary, dim] for [dim, vocabulary].
-            other_layout = self._layout(other, delta)
-            same = other_layout == layout
-            self._put(other, *((left, right) if same else (right.mT, left.mT)), other_layout)
-
-    def _put(self, module: str, left: Tensor, right: Tensor, layout: Layout) -> None:
-        b, a = left.float().contiguous(), right.float().contiguous()
-        self.updates[module] = Update(Factor.of("B", b), Factor.of("A", a), 1.0, layout)
-
-    def _add_experts(self, parameter: str, delta: Tensor) -> None:
-        """Fused experts ``[experts, out, in]``, as PEFT 0.19 and later takes them."""
-        for expert in range(delta.shape[0]):
-            change = delta[expert]
-            stored = change.mT if self.vector.facts.in_out_experts else change
-            left, right, kept = self._cut(stored, f"{parameter}[{expert}]")
-            layout = Layout("expert", container=parameter, expert=expert, experts=delta.shape[0])
-            self._put(f"{parameter}[{expert}]", left, right, layout)
-            self.kept += kept
-        self.done.add(parameter)
-
-    def _layout(self, module: str, delta: Tensor) -> Layout:
-        if delta.dim() > 2:
-            return Layout("conv", kernel=tuple(delta.shape[2:]))
-        if module in self.vector.facts.by_parameter:
-            return Layout("expert", container=module + WEIGHT)
-        if self.embeddings is None:
-            return EMBEDDING if is_embedding(module) else LINEAR
-        return EMBEDDING if module.endswith(tuple(self.embeddings)) and self.embeddings else LINEAR
-
-    def _is_flipped(self, module: str, layout: Layout) -> bool:
-        """Whether a weight is ``[in, out]``; heads of models that have such weights are ``[out, in]``."""
-        if layout != LINEAR:
-            return False
-        if self.fan_in_fan_out is None:
-            flipped = module in self.vector.facts.in_out
-            self.assumed += [module] if module in self.vector.facts.assumed else []
-        elif any(LOOKS_LIKE_CONV1D.fullmatch(p.removesuffix(WEIGHT)) for p in self.vector):
-            flipped = self.fan_in_fan_out and LOOKS_LIKE_CONV1D.fullmatch(module) is not None
-        else:
-            flipped = self.fan_in_fan_out and not is_head(module)
-        self.flipped |= flipped
-        return flipped
-
-    def _cut(self, matrix: Tensor, key: str) -> tuple[Tensor, Tensor, float]:
-        """``B`` and ``A`` in float64, and the ``Σσ²`` that they keep; what is far below ``σ_max`` is rounding."""
-        key = f"{self.seed}:{key}"
-        try:
-            found = low_rank(DenseMatrix(matrix), self.rank, self.energy, key=key, exact=self.exact)
-        except NonFiniteError:
-            raise NonFiniteError(
-                f"task vector {self.vector.name!r}: the change of {key.partition(':')[2]} holds NaN or Inf, or numbers "
-                "whose squares are beyond float64; make it again from both models"
-            ) from None
-        return found.left, found.right, found.kept
-
-    def _unsuited(self, module: str, delta: Tensor) -> str | None:
-        """Why PEFT cannot adapt a weight of such a module."""
-        if module in self.vector.facts.unsuited:
-            return "PEFT adapts no such module of this architecture; keep it whole (whole=, --whole)"
-        if OFFSET_EMBEDDING.fullmatch(module) and delta.dim() == 2:
-            return "PEFT adapts no embedding of such a class; keep it whole (whole=, --whole)"
-        if delta.dim() > 2 and delta.shape[1] == 1 and DEPTHWISE.fullmatch(module):
-            return "PEFT has no low-rank update of a convolution in groups; keep it whole (whole=, --whole)"
-        if delta.dim() == 3 and module.rpartition(".")[2] in EXPERT_MODULES:
-            return "experts in one tensor, whose name differs between versions of transformers"
-        return None
-
-    def others(self) -> list[str]:
-        """Modules with weights that are not adapted."""
-        lost = (p.removesuffix(WEIGHT) for p in self.lost if p.endswith(WEIGHT))
-        whole = (p.rpartition(".")[0] for p in self.vector.values)
-        return [m for m in (*self.vector.facts.still, *lost, *whole) if m not in self.updates]
-
-    def add_still_experts(self) -> None:
-        """Updates of rank 0 for experts that did not change: readers that stack experts need all of them."""
-        containers = {m[1] for m in map(EXPERT_NUMBER.fullmatch, self.updates) if m is not None}
-        for module, shape in self.vector.facts.still.items():
-            match = EXPERT_NUMBER.fullmatch(module)
-            if match is not None and match[1] in containers and module not in self.updates:
-                if max(shape) > MOST_BEYOND * max(max(u.shape) for u in self.updates.values()):
-                    raise InputError(
-                        f"task vector {self.vector.name!r}: {module} {list(shape)} is far larger than what changed; "
-                        "make the task vector again from both models"
-                    )
-                self._put(module, torch.zeros(shape[0], 0), torch.zeros(0, shape[1]), LINEAR)
-
-    def share(self) -> float:
-        """The share of ``‖τ‖²`` that is kept."""
-        everything = self.total + self.vector.facts.excluded
-        return min(self.kept / everything, 1.0) if everything else 1.0
-
-    def notes(self, biases: bool) -> list[str]:
-        """What was assumed and what is lost."""
-        found = []
-        if self.assumed:
-            found.append(
-                f"extract: no config.json says how the weights of {listed(self.assumed)} lie, so they were taken for "
-                "[out, in]; give fan_in_fan_out=True (--fan-in-fan-out) for [in, out] (Conv1D)"
-            )
-        if self.lost:
-            everything = self.total + self.vector.facts.excluded
-            size = sum(_square(self.vector.deltas[p]) for p in self.lost) / everything
-            way = "" if biases else "; biases=True keeps biases"
-            found.append(
-                f"extract: the changes of {len(self.lost)} parameters that are no weight matrices "
-                f"({next(iter(self.lost))}, …) are left out, {100 * size:.2g} % of ‖τ‖²{way}; whole= keeps more"
-            )
-            for reason in dict.fromkeys(r for r in self.lost.values() if r != "no weight matrix"):
-                members = [p for p, r in self.lost.items() if r == reason]
-                found.append(f"extract: {listed(members)}: {reason}")
-        return found
-
-
-def _is_experts(parameter: str, delta: Tensor) -> bool:
-    """Whether a tensor is experts in one, and no convolution."""
-    return delta.dim() == 3 and parameter.rpartition(".")[2] in FUSED_NAMES
-
-
-def _square(delta: Tensor) -> float:
-    return float(delta.double().square().sum())
-
-
-def _reasons(lost: Mapping[str, str]) -> str:
-    told: Iterable[str] = dict.fromkeys(r for r in lost.values() if r != "no weight matrix")
-    return "".join(f" ({reason})" for reason in told)
+        found = Comparison(
+            first,
+            second,
+            name,
+            common_only=common_only,
+            selection=selection,
+            tied=tied,
+            common_rows=embeddings is not None,
+        ).change()
+        change = ModelChange(name, found.deltas, found.values, found.facts, found.notes, {"task_vector": name})
+        return cut_change(
+            change,
+            rank,
+            energy=energy,
+            embeddings=None,
+            fan_in_fan_out=fan_in_fan_out,
+            biases=biases,
+            base_model=base_model,
+            exact=exact,
+            seed=seed,
+        )

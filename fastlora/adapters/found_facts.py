@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
+from fastlora.adapters.differences import ParameterChange
 from fastlora.adapters.model_names import shares_embedding
 from fastlora.core.architectures import (
     BIAS,
@@ -29,13 +29,13 @@ from fastlora.files.model_config import ModelConfig
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def found_facts(deltas: Mapping[str, Tensor], shapes: Shapes, configs: Sequence[ModelConfig]) -> ModelFacts:
+def found_facts(deltas: Mapping[str, ParameterChange], shapes: Shapes, configs: Sequence[ModelConfig]) -> ModelFacts:
     """What the shapes of a base model's parameters and the configurations say about what changed."""
     types = {t for c in configs for t in c.model_types}
     in_out, assumed = [], []
     for parameter, delta in deltas.items():
         module = parameter.removesuffix(WEIGHT)
-        if module == parameter or delta.dim() != 2 or is_head(module) or is_embedding(module):
+        if module == parameter or len(delta.shape) != 2 or is_head(module) or is_embedding(module):
             continue
         shape = _is_in_out(module, delta.shape, shapes)
         if shape if shape is not None else any(is_conv1d(module, t) for t in types):
@@ -47,7 +47,7 @@ def found_facts(deltas: Mapping[str, Tensor], shapes: Shapes, configs: Sequence[
         # Square weights of the same class: only the others show how they lie.
         in_out += [m for m in assumed if LOOKS_LIKE_CONV1D.fullmatch(m) or m.rpartition(".")[2] in last]
     tasks = (task_type(c.architectures, c.encoder_decoder and shares_embedding(c)) for c in configs)
-    matrices = [n.removesuffix(WEIGHT) for n, d in deltas.items() if n.endswith(WEIGHT) and d.dim() >= 2]
+    matrices = [n.removesuffix(WEIGHT) for n, d in deltas.items() if n.endswith(WEIGHT) and len(d.shape) >= 2]
     return ModelFacts(
         configured=bool(configs),
         in_out=tuple(in_out),
@@ -72,7 +72,7 @@ def _is_by_parameter(module: str, types: Collection[str], shapes: Shapes) -> boo
     return last in ROUTERS and any(n.startswith(f"{parent}.experts.") for n in shapes)
 
 
-def _still(deltas: Mapping[str, Tensor], shapes: Shapes) -> dict[str, tuple[int, ...]]:
+def _still(deltas: Mapping[str, ParameterChange], shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Modules with a weight matrix that does not take part, and its shape."""
     others = {n: s for n, s in shapes.items() if n.endswith(WEIGHT) and n not in deltas}
     return {n.removesuffix(WEIGHT): s for n, s in others.items() if len(s) >= 2}

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
 
+from fastlora.adapters.differences import DenseChange, ExpertChanges, ParameterChange, ZeroChange
 from fastlora.core.architectures import EXPERT_NUMBER, WEIGHT
-from fastlora.core.data import DeltaData, Selection
+from fastlora.core.data import Selection
+from fastlora.core.model_facts import ModelFacts
 from fastlora.core.updates import Update
 from fastlora.errors import InputError
 from fastlora.formats.peft.names import HEADS
@@ -22,42 +23,37 @@ LATER_NAMES = {"embed_out": "lm_head"}
 """Heads that newer model code calls otherwise than files do, which PEFT does not translate."""
 
 
-def fused(vector: DeltaData) -> dict[str, Tensor]:
+def fused(name: str, deltas: Mapping[str, ParameterChange], facts: ModelFacts) -> dict[str, ParameterChange]:
     """The changes of a model, those of experts that lie one by one put together: ``gate_up_proj [experts, 2·n, m]`` and
     ``down_proj [experts, n, m]``. What did not change is zero."""
-    if not vector.facts.fused_later:
-        return dict(vector.deltas)
-    shapes = {m: tuple(d.shape) for m, d in _modules(vector.deltas).items()} | dict(vector.facts.still)
+    if not facts.fused_later:
+        return dict(deltas)
+    changes = {p.removesuffix(WEIGHT): d for p, d in deltas.items() if p.endswith(WEIGHT)}
+    shapes = {m: tuple(d.shape) for m, d in changes.items()} | dict(facts.still)
     containers: dict[str, set[int]] = {}
     for match in map(EXPERT_NUMBER.fullmatch, shapes):
         if match is not None:
             containers.setdefault(match[1], set()).add(int(match[2]))
-    changes = _modules(vector.deltas)
     changed = {m[1] for m in map(EXPERT_NUMBER.fullmatch, changes) if m is not None}
+    largest = max((math.prod(d.shape) for d in changes.values()), default=0)
 
-    largest = max((d.numel() for d in changes.values()), default=0)
-
-    def weight(module: str) -> Tensor:
+    def weight(module: str) -> ParameterChange:
         found, shape = changes.get(module), shapes.get(module)
         if found is None and (shape is None or math.prod(shape) > MOST_BEYOND * largest):
             raise InputError(
-                f"task vector {vector.name!r}: {module} is missing among the experts, or far larger than the others "
+                f"task vector {name!r}: {module} is missing among the experts, or far larger than the others "
                 f"({shape}); make the task vector again from both models"
             )
-        return torch.zeros(shape or ()) if found is None else found
+        return ZeroChange(torch.Size(shape or ())) if found is None else found
 
-    result = {p: d for p, d in vector.deltas.items() if EXPERT_NUMBER.fullmatch(p.removesuffix(WEIGHT)) is None}
+    result = {p: d for p, d in deltas.items() if EXPERT_NUMBER.fullmatch(p.removesuffix(WEIGHT)) is None}
     for container, numbers in containers.items():
         experts = [f"{container}.{n}" for n in sorted(numbers)]
         if container in changed:
-            both = [torch.cat([weight(f"{e}.{half}") for half in HALVES]) for e in experts]
-            result[f"{container}.gate_up_proj"] = torch.stack(both)
-            result[f"{container}.down_proj"] = torch.stack([weight(f"{e}.down_proj") for e in experts])
-    return {p: d for p, d in result.items() if bool(d.any())}
-
-
-def _modules(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {p.removesuffix(WEIGHT): d for p, d in deltas.items() if p.endswith(WEIGHT)}
+            both = [[weight(f"{e}.{half}") for half in HALVES] for e in experts]
+            result[f"{container}.gate_up_proj"] = ExpertChanges(both)
+            result[f"{container}.down_proj"] = ExpertChanges([[weight(f"{e}.down_proj")] for e in experts])
+    return {p: d for p, d in result.items() if not isinstance(d, DenseChange | ExpertChanges) or d.any()}
 
 
 def with_later_names(updates: Mapping[str, Update]) -> dict[str, Update]:

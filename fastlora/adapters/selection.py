@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from fastlora.core.architectures import BIAS, WEIGHT
+from fastlora.core.architectures import BIAS, WEIGHT, is_embedding
 from fastlora.core.patterns import Unsupported, compiled
 from fastlora.errors import InputError
 
@@ -25,6 +25,19 @@ class Selection:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     whole: Sequence[str] = ()
+    embeddings: str = "factor"
+    norms: str = "factor"
+    """What is done with all embeddings, and with all norms: ``keep`` them whole, ``skip`` them, or ``factor``."""
+
+    def choice(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """What is done with a parameter for its kind, which is told by its module's name and weight in ``shapes``."""
+        if not self.takes(name):
+            return "factor"  # it is left out already
+        module = name.rpartition(".")[0]
+        shape = shapes.get(module + WEIGHT, ())
+        if len(shape) == 2 and is_embedding(module):
+            return self.embeddings
+        return self.norms if len(shape) == 1 else "factor"
 
     def check(self, names: Iterable[str]) -> None:
         """Refuses patterns that match none of the ``names``, and what is no pattern."""

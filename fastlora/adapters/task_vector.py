@@ -22,6 +22,7 @@ from fastlora.files.tensor_files import SAFETENSORS
 
 # Comparing and extracting models is imported where it is done: every command imports this file.
 if TYPE_CHECKING:
+    from fastlora.adapters.differences import Difference
     from fastlora.adapters.lora import Adapter
     from fastlora.files.checkpoint import ModelSource
 
@@ -183,10 +184,10 @@ class TaskVector(DeltaData, VectorSpace):
 
         Cost: ``12·n·m·(r + 10)`` operations a weight; ``2·n·m·min(n, m)`` where it is decomposed exactly.
         """
-        from fastlora.adapters.extract import extract
+        from fastlora.adapters.cutting import ModelChange, cut_change
 
-        return extract(
-            self,
+        return cut_change(
+            ModelChange.of(self),
             rank,
             energy=energy,
             embeddings=embeddings,
@@ -276,19 +277,30 @@ def task_vector(
 
     first, second = read_checkpoint(base), read_checkpoint(finetuned)
     if name is None:
-        name = "task" if isinstance(finetuned, Mapping) else _name(Path(finetuned).expanduser().absolute())
-    selection = Selection(_patterns("include", include), _patterns("exclude", exclude), _patterns("whole", whole))
+        name = "task" if isinstance(finetuned, Mapping) else name_of(Path(finetuned).expanduser().absolute())
+    selection = Selection(patterns("include", include), patterns("exclude", exclude), patterns("whole", whole))
     found = Comparison(first, second, name, common_only=common_only, selection=selection, tied=tied).change()
-    return TaskVector(name, found.deltas, values=found.values, facts=found.facts, notes=found.notes)
+    deltas = {p: _kept(p, d) for p, d in found.deltas.items()}
+    return TaskVector(name, deltas, values=found.values, facts=found.facts, notes=found.notes)
 
 
-def _patterns(option: str, given: Sequence[str]) -> tuple[str, ...]:
+def _kept(parameter: str, change: Difference) -> Tensor:
+    """A change in float32, or in float64 where a model is. Raises :class:`NonFiniteError`."""
+    from fastlora.adapters.comparison import not_finite
+
+    delta = change.dense()
+    if not bool(delta.isfinite().all()):
+        raise not_finite(parameter)
+    return delta if change.is_wide else delta.float()
+
+
+def patterns(option: str, given: Sequence[str]) -> tuple[str, ...]:
     if isinstance(given, str) or not all(isinstance(p, str) for p in given):
         raise InputError(f"{option} must be a list of patterns, such as {option}=['lm_head']")
     return tuple(given)
 
 
-def _name(path: Path) -> str:
+def name_of(path: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
 

@@ -27,7 +27,7 @@ Whole = Annotated[
 ]
 
 
-@command("dtype", "format", "uniform_rank", "as_json", "quiet", "overwrite", "force", *PUSHING)
+@command("memory", "dtype", "format", "uniform_rank", "as_json", "quiet", "overwrite", "force", *PUSHING)
 def extract(
     run: Run,
     base: Base,
@@ -59,6 +59,16 @@ def extract(
             show_default=False,
         ),
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            help="keep (whole), factor or skip embeddings; default: factor.",
+            show_default=False,
+        ),
+    ] = None,
+    norms: Annotated[
+        str | None, typer.Option(help="keep (whole) or skip norms; default: skip, with a note.", show_default=False)
+    ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Decompose large weights exactly, too; takes minutes each, not a second.")
     ] = False,
@@ -74,6 +84,8 @@ def extract(
         "--whole": bool(whole),
         "--fan-in-fan-out": fan_in_fan_out is not None,
         "--base-model": base_model is not None,
+        "--embeddings": embeddings is not None,
+        "--norms": norms is not None,
         "--exact": exact,
         "--seed": seed != 0,
         "--uniform-rank": bool(run.uniform_rank),
@@ -89,28 +101,40 @@ def extract(
         )
     target = output_target(run, out, [base, tuned])
     run.start()
-    from fastlora.adapters.task_vector import task_vector
-
-    vector = task_vector(
-        base,
-        tuned,
-        out.stem,
-        common_only=common_only,
-        include=include or (),
-        exclude=exclude or (),
-        whole=whole or (),
-        tied=tied,
-    )
     if not lowrank:
+        from fastlora.adapters.task_vector import task_vector
+
+        vector = task_vector(
+            base,
+            tuned,
+            out.stem,
+            common_only=common_only,
+            include=include or (),
+            exclude=exclude or (),
+            tied=tied,
+        )
         write_element(run, vector, target, out)
         return
-    result = vector.extract(
-        rank,
+    from fastlora.adapters.extract import extract as extract_adapter
+
+    result = extract_adapter(
+        base,
+        tuned,
+        rank=rank,
         energy=energy,
+        exact=exact,
+        seed=seed,
+        embeddings=embeddings,  # type: ignore[arg-type]
+        norms=norms,  # type: ignore[arg-type]
+        include=include,
+        exclude=exclude,
+        whole=whole or (),
+        memory=run.memory,
+        name=out.stem,
+        common_only=common_only,
+        tied=tied,
         fan_in_fan_out=fan_in_fan_out,
         biases=biases,
         base_model=base_model or None,
-        exact=exact,
-        seed=seed,
     )
     write_element(run, result, target, out)
