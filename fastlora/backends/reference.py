@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,6 +19,7 @@ from fastlora.reference.finite import finite
 from fastlora.reference.gram import gram, symmetric
 from fastlora.reference.similarity import similarity
 from fastlora.reference.svd import svd
+from fastlora.runtime.system import write_all_at
 
 
 def unavailable() -> str | None:
@@ -70,9 +70,7 @@ def _write(file: int, tensor: Tensor, offset: int) -> int | None:
     """The errno of what went wrong, or ``None``."""
     view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     try:
-        while len(view):
-            written = os.pwrite(file, view, offset)
-            view, offset = view[written:], offset + written
+        write_all_at(file, view, offset)
     except OSError as error:
         return error.errno
     return None

@@ -60,7 +60,8 @@ def packed_row_mask(x: Tensor, span: tuple[float, float], key: int, module_key: 
     return (mask.view(rows, words, 64) << torch.arange(64, device=x.device)).sum(2)
 
 
-def _unpacked(bits: Tensor, m: int) -> Tensor:
+def unpacked(bits: Tensor, m: int) -> Tensor:
+    """Masks ``[..., m]`` of words of 64 bits ``[..., ⌈m/64⌉]``."""
     places = torch.arange(64, device=bits.device)
     return ((bits[..., None] >> places) & 1).flatten(-2)[..., :m].bool()
 
@@ -82,7 +83,7 @@ def _kept(x: Tensor, rule: TileRule, rows: slice) -> Tensor:
         return _held(formula.variance(x), rule.low[0], rows.start).expand_as(x)
     if rule.trim == "bits":
         assert rule.bits is not None
-        return _unpacked(rule.bits[:, rows], m)
+        return unpacked(rule.bits[:, rows], m)
     if rule.trim == "random":
         pairs = zip(rule.keep, rule.keys, strict=True)
         masks = [formula.random_mask((rows.stop, m), keep, key, rule.module_key)[rows] for keep, key in pairs]

@@ -17,13 +17,15 @@ ORDER = (
     "cuda",
     "triton",
     "cpu",
+    "torch",
     "reference",
 )
 
-# What "auto" takes: for tensors on a device, the first of these backends that supports the call. On a GPU the slow
-# reference is not among them: it runs there when it is forced.
-STREAMING = {"cuda": ("triton", "cuda"), "cpu": ("cpu", "reference")}  # passes over tall factors: bound by memory
-SOLVING = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}  # small matrices on chip
+# What "auto" takes: for tensors on a device, the first of these backends that supports the call, and plain torch where
+# no compiled one does. The slow reference is not among them: it runs when it is forced.
+PLAIN = ("torch",)  # on devices that no kernels were compiled for
+STREAMING = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}  # passes over tall factors: memory-bound
+SOLVING = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}  # small matrices on chip
 RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
     "gram": STREAMING,
     "combine": STREAMING,
@@ -98,9 +100,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Forces a backend inside a ``with`` block; ``"auto"`` takes the fastest that supports each call.
 
     Args:
-        name: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``; ``fastlora info`` says which of them
-            can be used here, and why the others cannot. Outside of blocks the environment's ``FASTLORA_BACKEND``
-            counts.
+        name: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"``, ``"torch"`` or ``"reference"``; ``fastlora info`` says
+            which of them can be used here, and why the others cannot. Outside of blocks the environment's
+            ``FASTLORA_BACKEND`` counts.
 
     Raises:
         InputError: a name that does not exist.
@@ -141,8 +143,8 @@ def kernels(backend: str) -> Mapping[str, Kernel] | str:
 
 
 def candidates(op: str, device: str) -> tuple[str, ...]:
-    """The backends that ``"auto"`` tries for tensors on a kind of device, in order; none for a kind without a rule."""
-    return RULES[op].get(device, ())
+    """The backends that ``"auto"`` tries for tensors on a kind of device, in order; none for tensors without data."""
+    return () if device == "meta" else RULES[op].get(device, PLAIN)
 
 
 def device_of(*args: Any) -> str:

@@ -77,12 +77,14 @@ def merged(
     instead: float,
     scale: float,
     zero: int,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """``M`` and ``S`` of trimmed ``v [k, n, m]``: ``M = scale · Σ gains_i v_i / D`` over those that agree with the
-    sign of ``S``, ``D = Σ shares_i`` over them, or ``instead`` where ``|D| < least``."""
+    sign of ``S``, ``D = Σ shares_i`` over them, or ``instead`` where ``|D| < least``.
+    ``dtype``: of the sums."""
 
     def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=v.device)[:, None, None]
+        return torch.tensor(values, dtype=dtype, device=v.device)[:, None, None]
 
     vote = v * column(votes) if elect != "none" else v
     S = (vote.sign() if elect == "frequency" else vote).sum(0)

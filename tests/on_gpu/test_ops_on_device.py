@@ -166,8 +166,12 @@ def test_a_bad_matrix_spoils_no_other(name: str) -> None:
 def test_messages() -> None:
     with pytest.raises(ValueError, match=r"chain: tensors on different devices \(`left` on cuda:0, `right` on cpu\)"):
         fl.ops.chain(square(), right().cpu())
-    with pytest.raises(RuntimeError, match=r"fastlora.eigh: no usable backend(.|\n)*cuda: .*300(.|\n)*on the CPU"):
+    with (
+        fl.use_backend("cuda"),
+        pytest.raises(RuntimeError, match=r"fastlora.eigh: no usable backend(.|\n)*cuda: .*300(.|\n)*on the CPU"),
+    ):
         fl.ops.eigh(torch.eye(300, device="cuda"))
+    assert torch.equal(fl.ops.eigh(torch.eye(300, device="cuda"))[0].cpu(), torch.ones(300))  # by plain torch
     with fl.use_backend("cpu"), pytest.raises(RuntimeError, match="cpu: a tensor is on cuda:0"):
         fl.ops.eigh(torch.eye(3, device="cuda"))
     with fl.use_backend("cuda"), pytest.raises(RuntimeError, match=r"cuda: .*on cpu"):

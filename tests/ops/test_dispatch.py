@@ -69,7 +69,7 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NODES)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
 def test_results_look_as_announced(name: str, backend: str) -> None:
     """Shape, dtype and strides of the fake kernel, which compiled code relies on, on every backend."""
     node = getattr(torch.ops.fastlora, name).default
@@ -99,7 +99,7 @@ def test_gradients_are_refused(call: Call, x: Tensor) -> None:
 
 
 @every_op
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
 def test_every_element_is_written(call: Call, x: Tensor, backend: str, poisoned_empty: None) -> None:
     with fl.use_backend(backend):
         result = call(x)
@@ -142,7 +142,7 @@ def test_wrong_shapes(call: Callable[[], Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [[[5, 2], [0, 3], [1, 4]], [[4, 2], [0, -1], [1, 4]]], ids=["beyond", "negative"])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
 def test_ranks_outside_the_factors_read_nothing_else(ranks: list[list[int]], backend: str) -> None:
     clamped = torch.tensor(ranks).clamp(0, 4)
     with fl.use_backend(backend):
@@ -202,6 +202,15 @@ def test_a_missing_core_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         fl.ops.gram(TALL)
 
 
+def test_auto_takes_torch_where_no_compiled_backend_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastlora.backends import cpu
+    from fastlora.backends import torch as plain
+
+    monkeypatch.setattr(cpu, "unavailable", lambda: "no compiled module")
+    for op in dispatch.RULES:
+        assert dispatch.resolve(op, TALL) is plain.KERNELS[op]
+
+
 def test_which_backend_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
     assert dispatch.current_backend() == "auto"
@@ -231,7 +240,8 @@ def test_rules_name_backends_that_have_the_op() -> None:
             tables = [importlib.import_module(f"fastlora.backends.{name}").KERNELS for name in names]
             assert set(names) <= set(dispatch.ORDER)
             assert any(op in table for table in tables), f"nothing computes {op} on {device}"
-            assert "reference" not in names or device == "cpu", "the slow formulas run on a GPU when they are forced"
+            assert "reference" not in names, "the slow formulas run when they are forced"
+            assert names[-1] == "torch", "plain torch takes what no compiled backend does"
     every = {op for name in dispatch.ORDER for op in importlib.import_module(f"fastlora.backends.{name}").KERNELS}
     assert every == set(dispatch.RULES)
 
@@ -240,6 +250,7 @@ def test_auto_goes_by_the_device() -> None:
     assert dispatch.candidates("eigh", "cuda")[0] == "cuda"
     assert dispatch.candidates("gram", "cuda")[0] == "triton"
     assert dispatch.candidates("eigh", "cpu")[0] == "cpu"
+    assert dispatch.candidates("gram", "xpu") == dispatch.candidates("chain", "mps") == ("torch",)
     with pytest.raises(RuntimeError, match=r"there are no kernels for tensors on meta: move them with `.to\('cpu'\)`"):
         dispatch.resolve("gram", TALL.to("meta"))
     assert dispatch.device_of() == dispatch.device_of([]) == "cpu"

@@ -21,6 +21,7 @@ from fastlora.reference import merge_tiles as formula
 from fastlora.reference.philox import philox
 
 KERNELS = [backend for backend in BACKENDS if backend != "reference"]
+SAME_BITS = [backend for backend in KERNELS if backend != "torch"]  # torch's products sum in an order of their own
 SHAPES = [(1, 1), (1, 300), (65, 1), (129, 65), (40, 200), (300, 130)]
 """Around the sizes of groups, panels and bands; the last is large enough for a sample."""
 
@@ -269,7 +270,7 @@ def test_a_base_takes_the_merge_rounded_once(dtype: torch.dtype, backend: str) -
     )
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", SAME_BITS)
 @pytest.mark.parametrize("name", NAMES)
 def test_bits_do_not_depend_on_threads(name: str, backend: str, threads: Any) -> None:
     task = gaussian_task((300, 190), torch.bfloat16)
@@ -287,7 +288,7 @@ def test_bits_do_not_depend_on_threads(name: str, backend: str, threads: Any) ->
         assert told.square == found[0][2].square and torch.equal(told.sums, found[0][2].sums)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", SAME_BITS)
 def test_elements_do_not_depend_on_tiles(backend: str) -> None:
     """Any part of a module has the bits that it has in the whole."""
     task = gaussian_task((211, 203), torch.bfloat16)
