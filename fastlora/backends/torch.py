@@ -67,7 +67,9 @@ def gram_pass(jobs: Sequence[GramJob], product: Callable[[Tensor, Tensor], Tenso
     """Blocks of all jobs; neighbours of equal shapes are multiplied in one call. ``product``: of rows, ``x yᵀ``."""
     for _, run in itertools.groupby(jobs, key=_kind):
         same = list(run)
-        room = max(1, STACK_BYTES // max(1, 8 * sum(x.numel() for x in same[0].factors)))
+        # Batched products of narrow matrices are slower than single ones on a CPU.
+        on_host = all(x.is_cpu for x in same[0].factors)
+        room = 1 if on_host else max(1, STACK_BYTES // max(1, 8 * sum(x.numel() for x in same[0].factors)))
         for first in range(0, len(same), room):
             _gram_stack(same[first : first + room], same[0].blocks, product)
 

@@ -22,10 +22,13 @@ ORDER = (
 )
 
 # What "auto" takes: for tensors on a device, the first of these backends that supports the call, and plain torch where
-# no compiled one does. The slow reference is not among them: it runs when it is forced.
+# no compiled one does. On a GPU the slow reference is not among them: it runs there when it is forced.
 PLAIN = ("torch",)  # on devices that no kernels were compiled for
-STREAMING = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}  # passes over tall factors: memory-bound
-SOLVING = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}  # small matrices on chip
+STREAMING = {
+    "cuda": ("triton", "cuda", "torch"),
+    "cpu": ("cpu", "torch", "reference"),
+}  # passes over tall factors: memory-bound
+SOLVING = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch", "reference")}  # small matrices on chip
 RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
     "gram": STREAMING,
     "combine": STREAMING,

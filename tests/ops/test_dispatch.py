@@ -240,8 +240,8 @@ def test_rules_name_backends_that_have_the_op() -> None:
             tables = [importlib.import_module(f"fastlora.backends.{name}").KERNELS for name in names]
             assert set(names) <= set(dispatch.ORDER)
             assert any(op in table for table in tables), f"nothing computes {op} on {device}"
-            assert "reference" not in names, "the slow formulas run when they are forced"
-            assert names[-1] == "torch", "plain torch takes what no compiled backend does"
+            assert "reference" not in names or device == "cpu", "the slow formulas run on a GPU when they are forced"
+            assert "torch" in names, "plain torch takes what no compiled backend does"
     every = {op for name in dispatch.ORDER for op in importlib.import_module(f"fastlora.backends.{name}").KERNELS}
     assert every == set(dispatch.RULES)
 
