@@ -56,4 +56,10 @@ class CMakeBuild(build_ext):
         subprocess.run([tool("cmake"), "--build", str(build), "--parallel", jobs], check=True)
 
 
-setup(ext_modules=[CMakeExtension("fastlora._core")], cmdclass={"build_ext": CMakeBuild})
+core = os.environ.get("FASTLORA_CORE", "ON").upper()
+if core not in ("ON", "OFF"):
+    raise SystemExit(f"fastlora: FASTLORA_CORE={core}: use ON, or OFF for a package without compiled kernels")
+if core == "OFF":  # pure Python: plain torch computes
+    setup()
+else:
+    setup(ext_modules=[CMakeExtension("fastlora._core")], cmdclass={"build_ext": CMakeBuild})

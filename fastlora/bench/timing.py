@@ -139,9 +139,10 @@ def describe() -> str:
     model = next(
         (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
     )
+    kernels = cpu.isa() if cpu.unavailable() is None else "plain torch"
     wait = os.environ.get("OMP_WAIT_POLICY", "not set")
     return (
-        f"{model}, {os.cpu_count()} cores; fastlora {fastlora.__version__} ({cpu.isa()}), torch {torch.__version__}, "
+        f"{model}, {os.cpu_count()} cores; fastlora {fastlora.__version__} ({kernels}), torch {torch.__version__}, "
         f"Python {platform.python_version()}, OMP_WAIT_POLICY {wait}"
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastlora.core.data import LoraData
 from fastlora.core.updates import tensors
 from fastlora.runtime.memory import advise
+from fastlora.runtime.system import HUGE_PAGES
 
 ALIGNMENT = 128  # bytes: a line of the device's cache, and a multiple of the 16 that its widest loads need
 COPYING = 8  # threads that fill a staging buffer
@@ -157,7 +157,7 @@ class ResultRoom:
             self._block = torch.empty(padded(size), dtype=torch.uint8, device=self._block.device)
             self._typed = {}
             if self._block.is_cpu:
-                advise(self._block, getattr(mmap, "MADV_HUGEPAGE", 14))
+                advise(self._block, HUGE_PAGES)
 
     def take(self, shape: tuple[int, int], dtype: torch.dtype, count: int) -> Sequence[Tensor]:
         """Uninitialised matrices of one shape in the room."""

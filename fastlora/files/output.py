@@ -13,6 +13,7 @@ from types import TracebackType
 from fastlora.errors import OutputError
 from fastlora.files.disk_errors import PARTIAL, translated, writing
 from fastlora.files.earlier import Overwrite, check_file, foreign_files
+from fastlora.runtime.system import is_running
 
 OUTPUT_FILES = ("adapter_config.json", "*.safetensors", "report.json", "*.png")
 """What an earlier output consists of, where the files say that fastlora wrote them: only such files are ever deleted by
@@ -153,7 +154,7 @@ class OutputDirectory:
         start = f".{self.path.name}."
         for entry in sorted(self.path.parent.iterdir()):
             match = PARTIAL.fullmatch(entry.name) or REPLACED.fullmatch(entry.name)
-            if match and entry.name.startswith(start) and not _is_running(int(match[1])):
+            if match and entry.name.startswith(start) and not is_running(int(match[1])):
                 # Not deleted: on a shared file system the process may be running on another machine.
                 self.notices.append(f"{entry} was left by a run that died and can be deleted")
 
@@ -214,14 +215,4 @@ def _made(directory: Path) -> bool:
         directory.mkdir()
     except FileExistsError:
         return False
-    return True
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
     return True

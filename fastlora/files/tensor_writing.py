@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from fastlora.files.disk_errors import finished, output_error, writing
 from fastlora.files.tensor_files import DTYPE_NAMES
 from fastlora.ops.dispatch import resolve
 from fastlora.ops.passes import CombineJob, CombineOutput
+from fastlora.runtime.system import make_room, write_all_at
 
 ALIGNMENT = 4096  # of the first tensor: whole pages are written faster, and tensors mostly are whole pages
 
@@ -71,7 +71,8 @@ class TensorFile:
         with writing(path), path.open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.flush()
-            _make_room(file.fileno(), self.start + offset)
+            # A full disk is found out before anything is computed, and writing where there is room is faster.
+            make_room(file.fileno(), self.start + offset)
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
         header = {"__metadata__": dict(metadata), **self.entries}
@@ -84,7 +85,7 @@ class TensorFile:
         if 8 + len(text) != self.start:
             raise ValueError(f"{self.path}: a header of {len(text)} bytes where {self.start - 8} were announced")
         with self.open() as file:
-            os.pwrite(file, text, 8)
+            write_all_at(file, memoryview(text), 8)
 
     def write(self, tensors: Mapping[str, Tensor], *, check: bool = False) -> None:
         """Writes some tensors, which have the shapes and dtypes that were announced; ``check`` refuses NaN and Inf."""
@@ -133,16 +134,6 @@ class TensorFile:
         """Checks that every tensor was written."""
         if self._missing:
             raise ValueError(f"{self.path}: {min(self._missing)} was announced and not written")
-
-
-def _make_room(file: int, size: int) -> None:
-    """A full disk is found out before anything is computed, and writing where there is room is faster."""
-    try:
-        os.posix_fallocate(file, 0, size)
-    except (AttributeError, OSError) as error:  # not of this system, or not of this file system
-        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        os.truncate(file, size)
 
 
 def _as_row(tensor: Tensor) -> Tensor:

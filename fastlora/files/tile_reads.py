@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastlora.errors import InputError
 from fastlora.files.tensor_files import StoredTensor
+from fastlora.runtime.system import open_to_read, read_at
 
 
 class TileReads:
@@ -43,7 +44,7 @@ class TileReads:
         found = self._files.get(path)
         if found is None:
             try:
-                found = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                found = open_to_read(path)
             except OSError as error:
                 raise InputError(f"{path} cannot be read ({error.strerror}); check it and its permissions") from None
             other = self._files.setdefault(path, found)
@@ -75,7 +76,7 @@ class TileReads:
         done = 0
         while done < len(memory):
             try:
-                count = os.preadv(descriptor, [memory[done:]], offset + done)
+                count = read_at(descriptor, memory[done:], offset + done)
             except OSError as error:
                 raise InputError(f"{path} cannot be read ({error.strerror}); check the disk") from None
             if not count:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import ctypes
-import mmap
 import re
-import resource
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastlora.errors import InputError
+from fastlora.runtime import system
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,8 +58,7 @@ def batch_bytes(default: int) -> int:
 
 def resident() -> int:
     """Resident bytes of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    return system.resident()
 
 
 def release(tensors: Iterable[Tensor]) -> None:
@@ -74,8 +70,8 @@ def release(tensors: Iterable[Tensor]) -> None:
     """
     if not is_bounded():
         return
-    starts, ends = _file_mappings()
-    page = mmap.PAGESIZE
+    starts, ends = system.file_mappings((".safetensors", ".bin"))
+    page = system.PAGE
     for tensor in tensors:
         if not tensor.is_cpu:
             continue
@@ -83,28 +79,9 @@ def release(tensors: Iterable[Tensor]) -> None:
         last = (tensor.data_ptr() + tensor.nbytes) // page * page
         i = bisect_right(starts, first) - 1
         if first < last and i >= 0 and last <= ends[i]:
-            advise(tensor, mmap.MADV_DONTNEED)
+            advise(tensor, system.DONT_NEED)
 
 
-def advise(tensor: Tensor, advice: int) -> None:
+def advise(tensor: Tensor, advice: int | None) -> None:
     """Tells the system how the whole pages of a tensor will be used; only advice, so failing changes nothing."""
-    page = mmap.PAGESIZE
-    first = -(-tensor.data_ptr() // page) * page
-    last = (tensor.data_ptr() + tensor.nbytes) // page * page
-    if first < last:
-        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _file_mappings() -> tuple[list[int], list[int]]:
-    """Sorted starts and ends of private mappings of tensor files."""
-    starts, ends = [], []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[1].endswith("p") and fields[5].endswith((".safetensors", ".bin")):
-            start, end = fields[0].split("-")
-            starts.append(int(start, 16))
-            ends.append(int(end, 16))
-    return starts, ends
+    system.advise(tensor.data_ptr(), tensor.nbytes, advice)

@@ -10,7 +10,6 @@ place.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import socket
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import OutputError
+from fastlora.runtime.system import lock
 
 LOCK, LEASES, UNFINISHED = ".lock", ".leases", ".unfinished"
 WEIGHTS = "adapter_model.safetensors"
@@ -145,7 +145,7 @@ class Cache:
         folder.mkdir(exist_ok=True)
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
         lease = (folder / name).open("a", encoding="ascii")
-        fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(lease.fileno())
         lease.writelines(f"{key}\n" for key in sorted(self._given))
         return lease
 
@@ -155,30 +155,24 @@ class Cache:
         folder = self.path / LEASES
         for file in folder.iterdir() if folder.is_dir() else ():
             with contextlib.suppress(FileNotFoundError), file.open("r+", encoding="ascii") as lease:
-                try:
-                    fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    keys.update(lease.read().split())
-                else:
+                if lock(lease.fileno()):
                     file.unlink()
+                else:
+                    keys.update(lease.read().split())
         return keys
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("a") as lock:  # opened anew, so that it holds against other threads too
+        with (self.path / LOCK).open("a") as guard:  # opened anew, so that it holds against other threads too
             deadline = time.monotonic() + PATIENCE
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise OutputError(
-                            f"{self.path / LOCK} is held by another process for more than {PATIENCE:g} seconds; end "
-                            "the process that hangs"
-                        ) from None
-                    time.sleep(0.001)
+            while not lock(guard.fileno()):
+                if time.monotonic() > deadline:
+                    raise OutputError(
+                        f"{self.path / LOCK} is held by another process for more than {PATIENCE:g} seconds; end the "
+                        "process that hangs"
+                    )
+                time.sleep(0.001)
             yield
 
 
