@@ -15,7 +15,6 @@ FINE_ELEMENTS, COARSE_ELEMENTS = 1 << 19, 1 << 21
 """Of a tile: with its product it stays in the cache. Fixed, so that sums have one order on every machine."""
 
 
-RUN = 256
 LEAST_SQUARES, MOST_SQUARES = 1e-20, 1e30
 """Between these, no square that counts is lost in float32."""
 
@@ -74,14 +73,10 @@ def square_norm(source: TileSource) -> float:
 
 
 def squares(tile: Tensor) -> float:
-    """``‖·‖²`` of a tile that is whole in memory: float64 sums of the squared lengths of 256 float32
-    numbers each, whose squares are of usual size; of float64 numbers otherwise."""
+    """``‖·‖²`` of a tile, summed in float64; the squares of float32 numbers are rounded to float32 where they are of
+    usual size."""
     if tile.dtype == torch.float32:
-        cut = tile.numel() // RUN * RUN
-        flat = tile.view(-1)
-        runs = flat[:cut].view(-1, RUN)
-        lengths = torch.linalg.vector_norm(runs, dim=1).double()
-        found = float(lengths.square().sum() + flat[cut:].double().square().sum())
+        found = float(tile.square().sum(-1, dtype=torch.float64).sum())
         if LEAST_SQUARES < found < MOST_SQUARES:
             return found
     return float(torch.linalg.vector_norm(tile, dim=-1, dtype=torch.float64).square().sum())
