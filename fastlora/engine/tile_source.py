@@ -15,6 +15,8 @@ FINE_ELEMENTS, COARSE_ELEMENTS = 1 << 19, 1 << 21
 """Of a tile: with its product it stays in the cache. Fixed, so that sums have one order on every machine."""
 
 
+SQUARED = 16
+"""Rows whose squares are formed at once: few enough that they stay in the cache."""
 LEAST_SQUARES, MOST_SQUARES = 1e-20, 1e30
 """Between these, no square that counts is lost in float32."""
 
@@ -76,7 +78,8 @@ def squares(tile: Tensor) -> float:
     """``‖·‖²`` of a tile, summed in float64; the squares of float32 numbers are rounded to float32 where they are of
     usual size."""
     if tile.dtype == torch.float32:
-        found = float(tile.square().sum(-1, dtype=torch.float64).sum())
+        parts = [part.square().sum(-1, dtype=torch.float64).sum() for part in tile.split(SQUARED)]
+        found = float(torch.stack(parts).sum())
         if LEAST_SQUARES < found < MOST_SQUARES:
             return found
     return float(torch.linalg.vector_norm(tile, dim=-1, dtype=torch.float64).square().sum())
