@@ -78,7 +78,7 @@ def squares(tile: Tensor) -> float:
     """``‖·‖²`` of a tile, summed in float64; the squares of float32 numbers are rounded to float32 where they are of
     usual size."""
     if tile.dtype == torch.float32:
-        parts = [part.square().sum(-1, dtype=torch.float64).sum() for part in tile.split(SQUARED)]
+        parts = [part.square().sum(-1, dtype=torch.float64).sum() for part in torch.split(tile, SQUARED)]
         found = float(torch.stack(parts).sum())
         if LEAST_SQUARES < found < MOST_SQUARES:
             return found
