@@ -13,6 +13,7 @@ from fastlora.decomposition import devec
 from fastlora.decomposition.components import Components
 from fastlora.decomposition.devec import ModuleResult, Settings, shared_directions
 from fastlora.decomposition.result import Decomposition
+from fastlora.engine import shares
 from fastlora.engine import stream as streams
 from fastlora.engine.blocks import read_chain_blocks
 from fastlora.engine.checks import require_finite_extras
@@ -103,23 +104,35 @@ def decompose(
 def decompose_pool(pool: Pool, settings: Settings) -> Components:
     """One decomposition of all adapters, from one read of the factors; blocks that the Gram cache in use has are not
     read."""
-    results: dict[str, ModuleResult] = {}
-    for part in _parts(pool, settings, "decomposing"):
-        for result in shared_directions(read_chain_blocks(part, settings.side, settings.blocks_kind), settings):
-            results[result.module] = result
+
+    def work() -> dict[str, ModuleResult]:
+        results: dict[str, ModuleResult] = {}
+        for part in _parts(pool, settings, "decomposing"):
+            for result in shared_directions(read_chain_blocks(part, settings.side, settings.blocks_kind), settings):
+                results[result.module] = result
+        return results
+
+    results = shares.each("decompose", work, pool.adapters)
     return Components(pool, {m: results[m] for m in pool.modules if m in results}, settings, "pool")
 
 
 def decompose_pairs(pool: Pool, settings: Settings) -> dict[tuple[str, str], Components]:
     """A decomposition of every pair, from one read of the factors; blocks that the Gram cache in use has are not
     read."""
+
+    def work() -> dict[tuple[str, ...], ModuleResult]:
+        found: dict[tuple[str, ...], ModuleResult] = {}
+        for part in _parts(pool, settings, "decomposing pairs"):
+            for blocks in read_chain_blocks(part, settings.side, "pairs").pairs():
+                for result in shared_directions(blocks, settings):
+                    found[*result.names, result.module] = result
+        return found
+
     results: dict[tuple[str, str], dict[str, ModuleResult]] = {
         (a, b): {} for i, a in enumerate(pool.names) for b in pool.names[i + 1 :]
     }
-    for part in _parts(pool, settings, "decomposing pairs"):
-        for blocks in read_chain_blocks(part, settings.side, "pairs").pairs():
-            for result in shared_directions(blocks, settings):
-                results[result.names[0], result.names[1]][result.module] = result
+    for (a, b, module), result in shares.each("decompose pairs", work, pool.adapters).items():
+        results[a, b][module] = result
     return {
         pair: Components(
             pool.subset(list(pair)), {m: of_pair[m] for m in pool.modules if m in of_pair}, settings, "pairs"
@@ -129,8 +142,9 @@ def decompose_pairs(pool: Pool, settings: Settings) -> dict[tuple[str, str], Com
 
 
 def _parts(pool: Pool, settings: Settings, label: str) -> Iterator[GroupPart]:
-    """The modules that two adapters or more have, on the device of the stream in use."""
-    return parts(pool, label, rtol_of=rtol_or_default(settings.rtol), least=2, stream=streams.current())
+    """The modules that two adapters or more have, this rank's, on the device of the stream in use."""
+    stream = streams.current()
+    return parts(pool, label, rtol_of=rtol_or_default(settings.rtol), least=2, stream=stream, shared=True)
 
 
 def decompose_iteratively(pool: Pool, settings: Settings, target: str, order: Sequence[str]) -> list[Components]:

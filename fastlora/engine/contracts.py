@@ -62,6 +62,9 @@ class Sink(Protocol):
     def written(self, names: Iterable[str]) -> None:
         """Notes that factors were written at their places."""
 
+    def missing(self) -> set[str]:
+        """The names of tensors that were announced and not written yet."""
+
     def error(self, name: str, errno: int | None) -> OutputError:
         """The error of a factor that could not be written: it holds NaN or Inf, or the system's ``errno``."""
 

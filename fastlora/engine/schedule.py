@@ -12,6 +12,7 @@ from fastlora.core.updates import Update, default_rtol, sources
 from fastlora.engine.contracts import PoolView
 from fastlora.engine.stream import PoolPart, Stream
 from fastlora.engine.stream import parts as moved_ahead
+from fastlora.runtime import ranks
 from fastlora.runtime.memory import batch_bytes, is_bounded
 from fastlora.runtime.progress import track
 
@@ -101,26 +102,45 @@ def parts(
     least: int = 1,
     matrices: float = 4,
     stream: Stream | None = None,
+    shared: bool = False,
 ) -> Iterator[GroupPart]:
     """The parts of :func:`whole_groups`, in parts that fit in memory.
 
     ``label``: what progress says. ``matrices``: how many float64 ``[r, r]`` a module takes for every two of its
     adapters; with a bound on memory its factors count too. ``stream``: brings the factors to its device, part by part.
+    ``shared``: where several ranks work together, only this one's modules: inside :func:`fastlora.engine.shares.each`.
     """
     work: list[GroupPart] = []
     most = PART_BYTES if stream is None else stream.group
-    for whole in whole_groups(pool, rtol_of=rtol_of, least=least):
+    groups = whole_groups(pool, rtol_of=rtol_of, least=least)
+    for whole in own_modules(groups, matrices) if shared else groups:
         sizes = [int(matrices * whole.group.pair_bytes)] * len(whole.modules)
         if is_bounded() or stream is not None:
             stored = (sum(s.nbytes for s in sources(row)) for row in whole.updates())
             sizes = [small + factors for small, factors in zip(sizes, stored, strict=True)]
         for piece in split_to_fit(sizes, most):
             work.append(GroupPart(whole.group, [whole.modules[i] for i in piece], pool))
-    # Several processes would share here: all the parts are known, and no factor was read yet.
     if stream is None:
         return track(work, label)
     moving = moved_ahead(pool.names, pool.adapters, [part.modules for part in work])
     return (GroupPart(p.group, p.modules, there) for p, there in zip(track(work, label), moving, strict=True))
+
+
+def own_modules(groups: Sequence[GroupPart], matrices: float) -> list[GroupPart]:
+    """The modules of groups that are this rank's, balanced by the bytes of their factors and small matrices; all of
+    them where one process does all."""
+    if ranks.current() is None:
+        return list(groups)
+    every = [(i, m) for i, whole in enumerate(groups) for m in range(len(whole.modules))]
+    sizes = [
+        int(matrices * whole.group.pair_bytes) + sum(s.nbytes for s in sources(row))
+        for whole in groups
+        for row in whole.updates()
+    ]
+    mine: dict[int, list[str]] = {}
+    for i, m in ranks.own(every, sizes):
+        mine.setdefault(i, []).append(groups[i].modules[m])
+    return [GroupPart(groups[i].group, modules, groups[i].source) for i, modules in mine.items()]
 
 
 def pair_parts(group: Group, bytes_each: int) -> Iterator[tuple[Group, list[tuple[int, int]]]]:

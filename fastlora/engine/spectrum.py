@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.core.updates import Update, exact_rtol
+from fastlora.engine import shares
 from fastlora.engine.blocks import ChainBlocks, read_chain_blocks
 from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.schedule import GroupPart, one_adapter, parts, rtol_or_default
@@ -63,19 +64,24 @@ def singular_forms(
     are computed together; costs one read of the factors (none of what the Gram cache in use has) and about 20·r³
     operations a module.
     """
-    forms: dict[str, SingularForm] = {}
     pool = one_adapter(name, updates)
     label = f"singular values of {name}"
     stream = current()
     exact_of = functools.partial(_exact_rtol, on_gpu=stream is not None)
     rtol_of = exact_of if exact else rtol_or_default(None)
-    for part in parts(pool, label, rtol_of=rtol_of, matrices=MATRICES, stream=stream):
-        if part.group.ranks == (0,):
-            empty = torch.zeros(0, dtype=torch.float64)
-            zero = SingularForm(empty, empty.reshape(0, 0), empty.reshape(0, 0), 0, 0.0, 1.0)
-            forms |= dict.fromkeys(part.modules, zero)
-        else:
-            forms |= _read_forms(part, rank, energy, exact)
+
+    def work() -> dict[str, SingularForm]:
+        forms: dict[str, SingularForm] = {}
+        for part in parts(pool, label, rtol_of=rtol_of, matrices=MATRICES, stream=stream, shared=True):
+            if part.group.ranks == (0,):
+                empty = torch.zeros(0, dtype=torch.float64)
+                zero = SingularForm(empty, empty.reshape(0, 0), empty.reshape(0, 0), 0, 0.0, 1.0)
+                forms |= dict.fromkeys(part.modules, zero)
+            else:
+                forms |= _read_forms(part, rank, energy, exact)
+        return forms
+
+    forms = shares.each(label, work, pool.adapters)
     return {m: forms[m] for m in updates}
 
 

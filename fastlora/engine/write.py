@@ -27,6 +27,7 @@ from fastlora.engine.materialise import materialise_groups
 from fastlora.engine.schedule import split_to_fit
 from fastlora.ops import dispatch
 from fastlora.ops.passes import CombineJob, CombineOutput
+from fastlora.runtime import ranks
 from fastlora.runtime.cpython import paused_collector
 from fastlora.runtime.memory import is_bounded, release
 from fastlora.runtime.progress import track
@@ -52,6 +53,8 @@ def write_adapters(
     Modules of rank 0 are left out; an adapter with nothing in it is written as zeros of rank 1, which PEFT can load.
     Factors are computed where they are written from, a module at a time in every thread, so memory does not grow with
     the model; one thread prepares the next modules meanwhile. ``meanwhile`` is called while the last are written.
+    Ranks that work together write one set of files: each its modules, and the first what belongs to none; ``meanwhile``
+    is the first's alone.
     """
     adapters, losses = balanced(adapters, targets)
     adapters = stream.on_host(adapters, targets)
@@ -61,11 +64,39 @@ def write_adapters(
         if not any(u.rank for u in a.updates.values())
     }
     files: dict[Path, Sink] = {}
-    for directory, adapter in adapters.items():
-        outlines = {m: _outline(u, targets[directory]) for m, u in adapter.updates.items() if u.rank} or empty[
-            directory
-        ]
-        files[directory] = open_sink(directory, adapter, outlines, targets[directory])
+
+    def open_files() -> None:
+        for directory, adapter in adapters.items():
+            outlines = {m: _outline(u, targets[directory]) for m, u in adapter.updates.items() if u.rank}
+            files[directory] = open_sink(directory, adapter, outlines or empty[directory], targets[directory])
+
+    def written() -> list[set[str]]:
+        _write_modules(files, adapters, empty, meanwhile if ranks.is_first() else lambda: None)
+        return [file.missing() for file in files.values()]
+
+    # The first rank makes the files that all write into; nobody writes before they are there.
+    with ranks.one_file():
+        ranks.gathered("opening files", open_files, alike=_alike(adapters) if ranks.current() else "")
+    for file, *missing in zip(files.values(), *ranks.gathered("writing", written), strict=True):
+        file.written(file.missing() - set.intersection(*missing))
+    if ranks.is_first():
+        for file in files.values():
+            file.close()
+    return [loss.told(adapters[d].name, targets[d]) for d, loss in losses.items()]
+
+
+def _alike(adapters: Mapping[Path, LoraData]) -> str:
+    """What all ranks write alike."""
+    return repr([(a.name, [(m, u.shape, u.rank) for m, u in a.updates.items()]) for a in adapters.values()])
+
+
+def _write_modules(
+    files: Mapping[Path, Sink],
+    adapters: Mapping[Path, LoraData],
+    empty: Mapping[Path, Mapping[str, tuple[Tensor, Tensor]]],
+    meanwhile: Callable[[], object],
+) -> None:
+    """Writes the modules of this rank, and on the first what belongs to none and the zeros of ``empty`` adapters."""
     shares = [list(files.items())[i : i + OPEN_FILES] for i in range(0, len(files), OPEN_FILES)]
     # Of results that go through a device, one batch is computed while another is copied.
     with ThreadPoolExecutor(1 if stream.current() is None else stream.THREADS) as worker:
@@ -78,13 +109,11 @@ def write_adapters(
                 if len(pending) > PREPARED:
                     pending.popleft().result()
         meanwhile()
-        for directory, file in files.items():
-            file.finish(empty.get(directory, {}))
+        if ranks.is_first():
+            for directory, file in files.items():
+                file.finish(empty.get(directory, {}))
         for last in pending:
             last.result()
-    for file in files.values():
-        file.close()
-    return [loss.told(adapters[d].name, targets[d]) for d, loss in losses.items()]
 
 
 def _outline(update: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -99,7 +128,8 @@ def _meta(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def _module_batches(adapters: Sequence[LoraData]) -> list[list[str]]:
-    """Module names in batches that are prepared together; the experts of one parameter stay together."""
+    """Module names in batches that are prepared together, those of this rank; the experts of one parameter stay
+    together."""
     sizes: dict[str, int] = {}
     read: dict[str, dict[int, int]] = {}  # bytes of what a unit is made from, once each: more than a result of low rank
     units: dict[str, dict[str, None]] = {}
@@ -113,8 +143,9 @@ def _module_batches(adapters: Sequence[LoraData]) -> list[list[str]]:
     sizes |= {unit: max(sizes[unit], sum(stored.values())) for unit, stored in read.items()}
     through = stream.current()
     most = WRITE_BYTES if through is None else min(WRITE_BYTES, through.group)
-    names = list(units.values())
-    return [[m for unit in batch for m in names[unit]] for batch in split_to_fit([sizes[unit] for unit in units], most)]
+    mine = ranks.own(list(units), [sizes[unit] for unit in units])
+    batches = split_to_fit([sizes[unit] for unit in mine], most)
+    return [[m for i in batch for m in units[mine[i]]] for batch in batches]
 
 
 class _FactorWrite(NamedTuple):

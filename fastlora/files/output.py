@@ -13,6 +13,7 @@ from types import TracebackType
 from fastlora.errors import OutputError
 from fastlora.files.disk_errors import PARTIAL, translated, writing
 from fastlora.files.earlier import Overwrite, check_file, foreign_files
+from fastlora.runtime.ranks import forget_place, from_first, is_first, own_place, together
 from fastlora.runtime.system import is_running
 
 OUTPUT_FILES = ("adapter_config.json", "*.safetensors", "report.json", "*.png")
@@ -33,6 +34,9 @@ class OutputDirectory:
 
     Raises :class:`OutputError`: from the constructor, before any work, when the target exists (without
     ``overwrite``), is no earlier output (with it) or cannot be written; from the block when writing fails.
+    Ranks that work together make one output: the others write into a directory of their own, which is thrown away but
+    for the tensor files that all write together. The rename waits for all.
+
     ``notices`` holds what is worth telling afterwards, ``written`` whether the output is in place. ``files`` are the
     name patterns that an earlier output may hold beside :data:`OUTPUT_FILES`.
     """
@@ -47,6 +51,7 @@ class OutputDirectory:
         self._placing = False  # whether the rename that ends the work may have been made
         self._replaced: Path | None = None
         self._made: list[Path] = []
+        self._own: Path | None = None  # where a rank writes that is not the first
         if not self.path.name:
             raise OutputError(f"{path} is no name for an output; give a directory that can be made, such as out/merged")
         self._check_target()
@@ -63,6 +68,13 @@ class OutputDirectory:
                 )
 
     def __enter__(self) -> Path:
+        staging = from_first("making the output", self._make_staging)
+        if is_first():
+            return staging
+        self._staging, self._own = staging, own_place(staging, folder=True)
+        return self._own
+
+    def _make_staging(self) -> Path:
         try:
             with writing(self.path):
                 self._made = [p for p in self.path.parents if not os.path.lexists(p)]
@@ -82,23 +94,33 @@ class OutputDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        staging = self._staging
-        assert staging is not None, "__exit__ without __enter__"
-        try:
-            if error is None:
-                with writing(self.path):
-                    self._check_target()
-                    self._placing = True
-                    self._put_in_place(staging)
-        finally:
-            self.discard()
+        assert self._staging is not None, "__exit__ without __enter__"
         problem = None if error is None else translated(error, self.path)
         if problem is not None:
-            raise problem from error
+            problem.__cause__ = error
+        try:
+            together("finishing the output", problem or error)
+            if error is None:
+                from_first("placing the output", self._place)
+        finally:
+            self.discard()
+        if problem is not None:
+            raise problem
 
-    def discard(self) -> None:
+    def _place(self) -> None:
+        assert self._staging is not None
+        with writing(self.path):
+            self._check_target()
+            self._placing = True
+            self._put_in_place(self._staging)
+
+    def discard(self, *, whole: bool = False) -> None:
         """Removes what is unfinished. Leaving the block does so too, unless a signal comes just before it is entered or
-        while it is left."""
+        while it is left. ``whole``: also what the first rank has, where this is another."""
+        if self._own is not None:
+            forget_place(self._own)
+            if not whole:
+                return
         if self._placing:  # seen on the disk, since a signal may come right after the rename
             self.written = self._staging is not None and not os.path.lexists(self._staging)
             self._placing = False
@@ -190,13 +212,26 @@ def replacing(path: Path, *, overwrite: Overwrite) -> Iterator[Path]:
     check_file(path, overwrite=overwrite)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    staging = from_first("making the output", lambda: path.with_name(f".{path.name}.partial-{os.getpid()}"))
+    own = staging if is_first() else own_place(staging, folder=False)
     try:
-        yield staging
-        with writing(path):
-            os.replace(staging, path)
+        try:
+            yield own
+        except BaseException as error:
+            together("finishing the output", error)
+            raise
+        together("finishing the output")
+        from_first("placing the output", lambda: _replace(staging, path))
     finally:
-        staging.unlink(missing_ok=True)
+        if own is staging:
+            staging.unlink(missing_ok=True)
+        else:
+            forget_place(own)
+
+
+def _replace(staging: Path, path: Path) -> None:
+    with writing(path):
+        os.replace(staging, path)
 
 
 def _names_beside(path: Path, kind: str) -> Iterator[Path]:

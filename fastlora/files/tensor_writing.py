@@ -17,6 +17,7 @@ from fastlora.files.disk_errors import finished, output_error, writing
 from fastlora.files.tensor_files import DTYPE_NAMES
 from fastlora.ops.dispatch import resolve
 from fastlora.ops.passes import CombineJob, CombineOutput
+from fastlora.runtime import ranks
 from fastlora.runtime.system import make_room, write_all_at
 
 ALIGNMENT = 4096  # of the first tensor: whole pages are written faster, and tensors mostly are whole pages
@@ -48,10 +49,14 @@ class TensorFile:
     The safetensors library writes a file from tensors that are all in memory; this one is given their shapes first
     (``outlines``: tensors, on the meta device or not) and keeps nothing. ``start``: where the first tensor begins;
     ``entries``: what the header says of each.
+
+    Inside :func:`fastlora.runtime.ranks.one_file` all ranks write one file: the first makes it, and the others open it
+    where it is.
     """
 
     def __init__(self, path: Path, outlines: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        self.path = path
+        shared = ranks.is_one_file()
+        self.path = path = ranks.place(path) if shared else path
         self._places: dict[str, tuple[int, int]] = {}
         self.entries: dict[str, object] = {}
         offset = 0
@@ -68,11 +73,12 @@ class TensorFile:
         text = self._header(metadata)
         self.start = 8 + len(text)
         self._missing = set(outlines)
-        with writing(path), path.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.flush()
-            # A full disk is found out before anything is computed, and writing where there is room is faster.
-            make_room(file.fileno(), self.start + offset)
+        if not shared or ranks.is_first():
+            with writing(path), path.open("xb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.flush()
+                # A full disk is found out before anything is computed, and writing where there is room is faster.
+                make_room(file.fileno(), self.start + offset)
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
         header = {"__metadata__": dict(metadata), **self.entries}
@@ -119,6 +125,10 @@ class TensorFile:
     def written(self, names: Iterable[str]) -> None:
         """Notes that tensors were written to their places through :meth:`open`."""
         self._missing.difference_update(names)
+
+    def missing(self) -> set[str]:
+        """The names of tensors that were announced and not written yet."""
+        return set(self._missing)
 
     def error(self, name: str, dtype: torch.dtype, errno: int | None) -> OutputError:
         """The error of a tensor that was not written: it holds NaN or Inf, or the system's ``errno``."""

@@ -1,0 +1,354 @@
+"""Several processes that do one work: who they are, and what they tell each other.
+
+Every rank runs the same calls. Where something is shared, each does a part and tells the others (:func:`gathered`), or
+the first does it for all (:func:`from_first`). There is one kind of exchange, so that a rank that fails can tell it
+wherever the others wait: they raise the same error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import hashlib
+import heapq
+import os
+import pickle
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from fastlora._version import __version__
+from fastlora.errors import FastloraError, InputError
+from fastlora.runtime.parcels import packed, unpacked
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+LAUNCHED = "TORCHELASTIC_RUN_ID"
+"""The variable by which torchrun is known: others set RANK and WORLD_SIZE too, for programs that share nothing."""
+
+JOINING = timedelta(minutes=10)
+# Of an exchange: some ranks wait for the one with the most to do. One that is gone is noticed by its closed connection.
+WAITING = timedelta(days=1)
+
+
+class RankError(FastloraError, RuntimeError):
+    """Ranks that cannot work together: one is gone, or does or reads something else than the others."""
+
+
+class Failure(NamedTuple):
+    """An error on its way to other ranks."""
+
+    kind: type[BaseException]
+    message: str
+    host: str
+    alone: bool  # whether its rank did something that others do as well, so that it matters which one it was
+
+    @staticmethod
+    def of(error: BaseException, alone: bool) -> Failure:
+        """``error`` as it is told."""
+        kind = type(error)
+        if isinstance(error, FastloraError | MemoryError):
+            return Failure(kind, str(error), socket.gethostname(), alone)
+        return Failure(RankError, f"{kind.__name__}: {error}", socket.gethostname(), True)
+
+    def error(self, rank: int) -> BaseException:
+        """It as an error of this process."""
+        return self.kind(f"on rank {rank} ({self.host}): {self.message}" if self.alone else self.message)
+
+
+@dataclass(eq=False)
+class Ranks:
+    """The processes that work together, as one of them sees it. ``places``: where the files of the others' output go
+    that this one writes in a directory of its own."""
+
+    rank: int
+    count: int
+    group: Any = field(repr=False)
+    places: dict[Path, Path] = field(default_factory=dict)
+    told: BaseException | None = None
+    """The error that all ranks know of."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes what is written once."""
+        return self.rank == 0
+
+    def knows(self, error: BaseException | None) -> bool:
+        """Whether the other ranks know of an error, or of what it was made from."""
+        while error is not None:
+            if error is self.told:
+                return True
+            error = error.__cause__ or error.__context__
+        return False
+
+    def exchange(self, what: str, payload: bytes, failed: bool = False) -> list[bytes]:
+        """The payloads of all ranks, which have to be at the same ``what``; raises what a rank tells as ``failed``."""
+        import torch.distributed as dist
+
+        digest = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=7).digest(), "little")
+        head = torch.tensor([digest, len(payload), failed], dtype=torch.int64)
+        try:
+            heads = [torch.empty_like(head) for _ in range(self.count)]
+            dist.all_gather(heads, head, group=self.group)
+            digests, sizes, failures = zip(*(h.tolist() for h in heads), strict=True)
+            own = torch.zeros(max(1, *sizes), dtype=torch.uint8)
+            own[: len(payload)] = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)]
+            others = [torch.empty_like(own) for _ in range(self.count)]
+            dist.all_gather(others, own, group=self.group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        payloads = [o[:size].numpy().tobytes() for o, size in zip(others, sizes, strict=True)]
+        for rank, has_failed in enumerate(failures):
+            if has_failed:
+                # One's own error is raised by who has it, with its place in the program.
+                self.told = self.told if rank == self.rank else pickle.loads(payloads[rank]).error(rank)
+                assert self.told is not None
+                raise self.told
+        if len(set(digests)) > 1:
+            rank = next(r for r, d in enumerate(digests) if d != digests[0])
+            self.told = RankError(
+                f"rank {rank} does or reads something else than rank 0 ({what[:80]}): all ranks have to make the same "
+                "calls with the same arguments, on the same files. Start them by one `torchrun`, with paths that mean "
+                "the same everywhere"
+            )
+            raise self.told
+        return payloads
+
+    def fail(self, what: str, error: BaseException, *, alone: bool) -> None:
+        """Tells the others of an error, which raises it: this one, or that of a rank before."""
+        self.told = error
+        self.exchange(what, pickle.dumps(Failure.of(error, alone)), failed=True)
+
+    def _lost(self, error: RuntimeError) -> RankError:
+        self.told = RankError(
+            f"the connection of rank {self.rank} to another rank broke: that process ended, or its machine or the "
+            f"network did ({str(error).splitlines()[0][:200]}). Run the same command again"
+        )
+        return self.told
+
+
+_current: contextvars.ContextVar[Ranks | None] = contextvars.ContextVar("fastlora_ranks", default=None)
+
+_one_file: contextvars.ContextVar[bool] = contextvars.ContextVar("fastlora_one_file", default=False)
+
+
+def current() -> Ranks | None:
+    """The ranks that share work here; ``None`` where one process does all."""
+    return _current.get()
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once: always, where it is alone."""
+    ranks = current()
+    return ranks is None or ranks.is_first
+
+
+def own(items: Sequence[T], sizes: Sequence[int]) -> list[T]:
+    """The items that are this rank's, in their order; all of them without ranks.
+
+    Balanced by ``sizes``, the largest first, each to the rank that has least. Every rank has to know all of them.
+    """
+    ranks = current()
+    if ranks is None:
+        return list(items)
+    loads = [(0, rank) for rank in range(ranks.count)]
+    mine: list[int] = []
+    for i in sorted(range(len(items)), key=lambda i: -sizes[i]):
+        load, rank = heapq.heappop(loads)
+        heapq.heappush(loads, (load + max(1, sizes[i]), rank))
+        if rank == ranks.rank:
+            mine.append(i)
+    return [items[i] for i in sorted(mine)]
+
+
+def gathered(what: str, work: Callable[[], R], known: Iterable[torch.Tensor] = (), alike: str = "") -> list[R]:
+    """What ``work`` gives on every rank, in their order; ``[work()]`` without ranks.
+
+    An error of one rank is raised on all. Results travel as bytes, but for ``known`` tensors, which all ranks have in
+    the same order: those become the receiver's own. ``what``, ``alike``: have to be the same on all ranks.
+    """
+    ranks = current()
+    if ranks is None:
+        return [work()]
+    vocabulary = list(known)
+    try:
+        result = work()
+        payload = packed(result, vocabulary)
+    except Exception as error:
+        if not ranks.knows(error):
+            ranks.fail(what, error, alone=False)
+        raise
+    payloads = ranks.exchange(f"{what}\0{alike}", payload)
+    return [result if r == ranks.rank else unpacked(data, vocabulary) for r, data in enumerate(payloads)]
+
+
+def from_first(what: str, work: Callable[[], R]) -> R:
+    """What ``work`` gives on the first rank, which alone does it; its error is raised on all."""
+    ranks = current()
+    if ranks is None:
+        return work()
+    results = gathered(what, lambda: work() if ranks.is_first else None)
+    return results[0]  # type: ignore[return-value]
+
+
+def together(what: str, error: BaseException | None = None) -> None:
+    """Waits for all ranks; where one comes with an ``error``, all raise it. An interruption is no error."""
+    ranks = current()
+    if ranks is None or ranks.knows(error):
+        return
+    if error is None:
+        ranks.exchange(what, b"")
+    elif isinstance(error, Exception):
+        ranks.fail(what, error, alone=True)
+
+
+def place(path: Path) -> Path:
+    """Where a file lies that all ranks write together: beside those of the first rank."""
+    ranks = current()
+    for own_root, shared_root in () if ranks is None else ranks.places.items():
+        if path == own_root or own_root in path.parents:
+            return shared_root / path.relative_to(own_root)
+    return path
+
+
+def own_place(staging: Path, *, folder: bool) -> Path:
+    """A place for what this rank writes into an output that is not its own: thrown away, but for files of all."""
+    ranks = current()
+    assert ranks is not None
+    own = Path(tempfile.mkdtemp(prefix="fastlora-rank-")) / staging.name
+    if folder:
+        own.mkdir()
+    ranks.places[own] = staging
+    return own
+
+
+def forget_place(own: Path) -> None:
+    """Removes an :func:`own_place`."""
+    ranks = current()
+    if ranks is not None:
+        ranks.places.pop(own, None)
+    shutil.rmtree(own.parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def one_file() -> Iterator[None]:
+    """Inside the block, a tensor file that every rank opens is one file of all, which they write together."""
+    token = _one_file.set(current() is not None)
+    try:
+        yield
+    finally:
+        _one_file.reset(token)
+
+
+def is_one_file() -> bool:
+    """Whether ranks open files to write them together."""
+    return _one_file.get()
+
+
+def launched() -> bool:
+    """Whether torchrun started this process, as one of several."""
+    return LAUNCHED in os.environ and _environment()[1] > 1
+
+
+def launched_rank() -> int:
+    """The rank that torchrun gave this process; 0 without, or with nonsense that is told elsewhere."""
+    rank = os.environ.get("RANK", "") if LAUNCHED in os.environ else ""
+    return int(rank) if rank.isascii() and rank.isdigit() else 0
+
+
+def _environment() -> tuple[int, int]:
+    """``(rank, count)`` of torchrun's variables."""
+    rank, count = (_number(name) for name in ("RANK", "WORLD_SIZE"))
+    if count < 1 or rank >= count:
+        raise InputError(f"RANK={rank} and WORLD_SIZE={count} in the environment: needed is 0 ≤ RANK < WORLD_SIZE")
+    if count > 1:
+        _number("MASTER_PORT")
+        if not os.environ.get("MASTER_ADDR"):
+            raise InputError("MASTER_ADDR is not in the environment; start all ranks by one `torchrun`")
+    return rank, count
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise InputError(
+            f"{name}={text!r} in the environment: needed is a number as torchrun sets it. Start all ranks by one "
+            f"`torchrun`, or unset {LAUNCHED} to run as one process"
+        )
+    return int(text)
+
+
+@contextlib.contextmanager
+def distributed() -> Iterator[None]:
+    """Inside the block, the processes of ``torch.distributed`` share the work of what is called: MATH is not touched,
+    and results have the same bits as those of one process.
+
+    Every rank makes the same calls in the block, on the same files, and gets the same results; nothing may stand in an
+    ``if rank == 0``. Modules are shared out by their bytes. Each rank reads the factors of its own, the small results
+    travel, and each writes its own tensors to their places in the same files: outputs have to lie in a folder that all
+    ranks see. Reports and configurations are written by rank 0. Outside the block, and in a process that is alone,
+    nothing changes, whether ``torch.distributed`` is initialised or not.
+
+    The ranks are those of the default process group, of any backend, or where there is none, of ``torchrun``'s
+    environment: a group of gloo is made for the time of the block. What travels goes through the host.
+
+    Raises:
+        InputError: an environment that names no rank, processes that do not find each other.
+        RankError: a rank that is gone, or that does or reads something else than the others. An error of one rank
+            inside the block is raised on all.
+
+    Cost: a few exchanges for a call, of the coefficients of its result: docs/scale.md.
+    """
+    if current() is not None:
+        yield
+        return
+    import torch.distributed as dist
+
+    begun = False
+    if not (dist.is_available() and dist.is_initialized()):
+        if not launched():
+            yield
+            return
+        _begin(dist)
+        begun = True
+    if dist.get_world_size() == 1:
+        yield
+        return
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=WAITING))
+    token = _current.set(ranks)
+    try:
+        together(f"joining with fastlora {__version__}")
+        try:
+            yield
+        except BaseException as error:
+            together("leaving", error)
+            raise
+        together("leaving")
+    finally:
+        _current.reset(token)
+        with contextlib.suppress(RuntimeError):  # of a rank that is gone
+            if begun:
+                dist.destroy_process_group()
+            else:
+                dist.destroy_process_group(ranks.group)
+
+
+def _begin(dist: Any) -> None:
+    if not dist.is_available():
+        raise InputError(f"torch {torch.__version__} was built without torch.distributed; start one process")
+    try:
+        dist.init_process_group("gloo", timeout=JOINING)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise InputError(
+            f"the ranks did not find each other at {where} ({str(error).splitlines()[0][:200]}); see that all are "
+            "started, that the port is free and reachable, and name the network with GLOO_SOCKET_IFNAME"
+        ) from error
