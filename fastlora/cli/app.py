@@ -24,6 +24,7 @@ from fastlora.cli.commands import (
     overlap,
 )
 from fastlora.cli.exits import guarded, listen, open_streams
+from fastlora.cli.ranks import quiet
 
 app = typer.Typer(
     name="fastlora",
@@ -73,6 +74,7 @@ def main() -> None:
     """Entry point: 0 done, 1 internal error or what a check found, 2 wrong use or bad input (one message), 128 + n
     stopped by signal n."""
     open_streams()
+    quiet()
     listen()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # σ and ‖ where the encoding has none

@@ -6,13 +6,16 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fastlora.cli.ranks import wait_for_first
 from fastlora.errors import FastloraError
+from fastlora.runtime.launch import LAUNCHED, launched_rank
 from fastlora.views.text import escaped, print_aside
 
 if TYPE_CHECKING:
@@ -28,6 +31,11 @@ UNPRINTABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EAGAIN,
 class _Stopped(BaseException):
     """A signal asked to stop; no ``except Exception`` on the way takes this for an error."""
 
+
+GRACE = 1.0
+"""Seconds in which a rank that is gone is noticed."""
+
+_saying = threading.Lock()
 
 outputs: list[OutputDirectory] = []
 """What the command writes; nothing of it is left when a signal stops the command."""
@@ -71,6 +79,19 @@ def listen() -> None:
             signal.signal(number, _stop)
 
 
+def end_all(message: str) -> None:
+    """Ends this process, where another rank of the run is gone: nothing it waits for would come. The output is removed,
+    and one of the ranks that are left says why."""
+    with _saying:
+        for output in outputs:
+            output.discard(whole=True)
+        speaks = 0 if "rank 0 " not in message else 1
+        if launched_rank() == speaks:
+            real = sys.stderr if speaks == 0 else sys.__stderr__
+            print(f"error: {escaped(message)}", file=real, flush=True)
+        os._exit(2)
+
+
 def guarded(run: Callable[[], object]) -> int:
     """Runs a command; its exit code. Errors that are no user's are raised."""
     global _listening
@@ -80,6 +101,8 @@ def guarded(run: Callable[[], object]) -> int:
         _listening = False
         return code if isinstance(code, int) else 0
     except BaseException as error:
+        if LAUNCHED in os.environ:
+            _settle(error)
         _listening = bool(_signals)  # cleaning up may be stopped again, telling of an error may not
         if _signals:  # also where compiled code made another error of it
             for output in outputs:
@@ -96,9 +119,19 @@ def guarded(run: Callable[[], object]) -> int:
             return 0
         message = _message(error)
         if message is None:
+            sys.stderr = sys.__stderr__  # of a rank that is quiet otherwise
             raise
         _complain(f"error: {message}")
         return 2
+
+
+def _settle(error: BaseException) -> None:
+    """Where torchrun started this: a signal, or a connection that broke, may come of another rank that is gone. Then
+    that is what is told, by :func:`end_all` in another thread, which ends the process. Ranks after the first end after
+    it."""
+    if _signals or type(error).__name__ == "RankError":
+        time.sleep(GRACE)
+    wait_for_first()
 
 
 def _message(error: BaseException) -> str | None:

@@ -12,6 +12,8 @@ from typing import Any
 import typer
 
 from fastlora.cli.arguments import parse_renaming
+from fastlora.cli.exits import end_all
+from fastlora.cli.ranks import joined
 from fastlora.errors import InputError
 from fastlora.files.earlier import Overwrite
 from fastlora.views.text import escaped, print_aside
@@ -52,6 +54,7 @@ class Run:
             from fastlora.runtime.progress import show_progress
 
         self.changes  # noqa: B018  (wrong ones are told before any work)
+        self.stack.enter_context(joined(end_all))
         devices.parse(self.device)
         self.stack.enter_context(use_backend(self.backend or current_backend()))
         self.stack.enter_context(show_progress(not self.quiet))

@@ -11,7 +11,6 @@ import contextlib
 import contextvars
 import hashlib
 import heapq
-import os
 import pickle
 import shutil
 import socket
@@ -26,13 +25,11 @@ import torch
 
 from fastlora._version import __version__
 from fastlora.errors import FastloraError, InputError
+from fastlora.runtime.launch import address, launched
 from fastlora.runtime.parcels import packed, unpacked
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-LAUNCHED = "TORCHELASTIC_RUN_ID"
-"""The variable by which torchrun is known: others set RANK and WORLD_SIZE too, for programs that share nothing."""
 
 JOINING = timedelta(minutes=10)
 # Of an exchange: some ranks wait for the one with the most to do. One that is gone is noticed by its closed connection.
@@ -253,39 +250,6 @@ def is_one_file() -> bool:
     return _one_file.get()
 
 
-def launched() -> bool:
-    """Whether torchrun started this process, as one of several."""
-    return LAUNCHED in os.environ and _environment()[1] > 1
-
-
-def launched_rank() -> int:
-    """The rank that torchrun gave this process; 0 without, or with nonsense that is told elsewhere."""
-    rank = os.environ.get("RANK", "") if LAUNCHED in os.environ else ""
-    return int(rank) if rank.isascii() and rank.isdigit() else 0
-
-
-def _environment() -> tuple[int, int]:
-    """``(rank, count)`` of torchrun's variables."""
-    rank, count = (_number(name) for name in ("RANK", "WORLD_SIZE"))
-    if count < 1 or rank >= count:
-        raise InputError(f"RANK={rank} and WORLD_SIZE={count} in the environment: needed is 0 ≤ RANK < WORLD_SIZE")
-    if count > 1:
-        _number("MASTER_PORT")
-        if not os.environ.get("MASTER_ADDR"):
-            raise InputError("MASTER_ADDR is not in the environment; start all ranks by one `torchrun`")
-    return rank, count
-
-
-def _number(name: str) -> int:
-    text = os.environ.get(name, "")
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise InputError(
-            f"{name}={text!r} in the environment: needed is a number as torchrun sets it. Start all ranks by one "
-            f"`torchrun`, or unset {LAUNCHED} to run as one process"
-        )
-    return int(text)
-
-
 @contextlib.contextmanager
 def distributed() -> Iterator[None]:
     """Inside the block, the processes of ``torch.distributed`` share the work of what is called: MATH is not touched,
@@ -347,7 +311,7 @@ def _begin(dist: Any) -> None:
     try:
         dist.init_process_group("gloo", timeout=JOINING)
     except (RuntimeError, ValueError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        where = address()
         raise InputError(
             f"the ranks did not find each other at {where} ({str(error).splitlines()[0][:200]}); see that all are "
             "started, that the port is free and reachable, and name the network with GLOO_SOCKET_IFNAME"
