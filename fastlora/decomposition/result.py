@@ -25,6 +25,7 @@ from fastlora.files.earlier import Overwrite
 from fastlora.files.output import OutputDirectory
 from fastlora.formats import suffix_of, write_adapters
 from fastlora.runtime.memory import bounded
+from fastlora.runtime.ranks import from_first
 
 
 class Pair:
@@ -195,7 +196,9 @@ class Decomposition:
             yield {"shared": self.shared} | {f"unique/{n}": self.unique_of(n) for n in self.pool.names}
         else:
             pairs = list(self.pairs.items())
-            for some in split_to_fit([_written_bytes(pair.components) for _, pair in pairs], WRITE_BYTES):
+            sizes = [_written_bytes(pair.components) for _, pair in pairs]
+            # Ranks may have other amounts of memory free.
+            for some in from_first("cutting the pairs", lambda: split_to_fit(sizes, WRITE_BYTES)):
                 adapters = {}
                 for (a, b), pair in (pairs[p] for p in some):
                     adapters[f"pairs/{a}+{b}/shared"] = pair.shared
