@@ -121,6 +121,10 @@ class MlxFolder:
         """Notes that factors were written at their places."""
         self._file.written(names)
 
+    def missing(self) -> set[str]:
+        """The names of tensors that were announced and not written yet."""
+        return self._file.missing()
+
     def error(self, name: str, errno: int | None) -> OutputError:
         """The error of a factor that could not be written: it holds NaN or Inf, or the system's ``errno``."""
         return self._file.error(name, self.dtype, errno)
