@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from fastlora._version import __version__
 from fastlora.errors import FastloraError, InputError
 from fastlora.runtime.launch import address, launched
-from fastlora.runtime.parcels import packed, unpacked
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,6 +88,7 @@ class Ranks:
 
     def exchange(self, what: str, payload: bytes, failed: bool = False) -> list[bytes]:
         """The payloads of all ranks, which have to be at the same ``what``; raises what a rank tells as ``failed``."""
+        import torch
         import torch.distributed as dist
 
         digest = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=7).digest(), "little")
@@ -175,6 +176,8 @@ def gathered(what: str, work: Callable[[], R], known: Iterable[torch.Tensor] = (
     ranks = current()
     if ranks is None:
         return [work()]
+    from fastlora.runtime.parcels import packed, unpacked
+
     vocabulary = list(known)
     try:
         result = work()
@@ -306,6 +309,8 @@ def distributed() -> Iterator[None]:
 
 
 def _begin(dist: Any) -> None:
+    import torch
+
     if not dist.is_available():
         raise InputError(f"torch {torch.__version__} was built without torch.distributed; start one process")
     try:
