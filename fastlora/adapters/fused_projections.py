@@ -129,7 +129,7 @@ def _fused(adapter: LoraData, fused: str, parts: Mapping[str, str], shape: Shape
     updates = {part: adapter.updates[module] for part, module in parts.items()}
     if any(u.shape[1] != shape[1] for u in updates.values()):
         raise of_another_model(adapter.name, parts.values(), fused, shape)
-    starts = _starts(fused, {part: u.shape[0] for part, u in updates.items()}, shape[0])
+    starts = part_rows(fused, {part: u.shape[0] for part, u in updates.items()}, shape[0])
     if starts is None:
         raise of_another_model(adapter.name, parts.values(), fused, shape)
     return stacked([(starts[part][0], u) for part, u in updates.items()], shape[0], made)
@@ -147,7 +147,7 @@ def _cut(adapter: A, shape_of: ShapeOf) -> tuple[A, str]:
             updates[module] = update
             continue
         refuse_extras(adapter, [module])
-        starts = _starts(module, {part: n for part, (n, _) in known.items()}, update.shape[0])
+        starts = part_rows(module, {part: n for part, (n, _) in known.items()}, update.shape[0])
         if starts is None or any(m != update.shape[1] for _, m in known.values()):
             raise of_another_model(adapter.name, [names[p] for p in known], module, update.shape)
         updates |= {names[part]: rows(update, *starts[part]) for part in starts}
@@ -162,7 +162,7 @@ def _names(parent: str, ends: Iterable[str]) -> list[str]:
     return [f"{parent}.{end}" if parent else end for end in ends]
 
 
-def _starts(fused: str, lengths: Mapping[str, int], total: int) -> dict[str, tuple[int, int]] | None:
+def part_rows(fused: str, lengths: Mapping[str, int], total: int) -> dict[str, tuple[int, int]] | None:
     """The rows of every part of a fused weight of ``total`` rows, from what is known of their ``lengths``; ``None``
     where they do not fit, or where this weight has its rows in an order that is not known."""
     parent, _, end = fused.rpartition(".")

@@ -39,7 +39,8 @@ class _Row:
         n, m = task.shape
         self.fields: dict[str, int | float] = {name: 0 for name, _ in _core.MERGE_FIELDS}
         self.fields |= NO_GAINS
-        self.fields |= {"k": len(task.pairs), "n": n, "m": m, "threads": torch.get_num_threads()}
+        self.fields |= {"k": len(task.pairs), "n": n, "m": m}
+        self.fields["threads"] = task.threads or torch.get_num_threads()
         self.fields["is_double"] = task.dtype == torch.float64
         self.numbers("scales", task.scales)
         self.matrices("factors", [x for pair in task.pairs for x in (pair or _zero(task.shape))])

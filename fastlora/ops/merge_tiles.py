@@ -63,12 +63,14 @@ class TileTask:
         scales: ``s_i``, finite.
         shape: ``(n, m)``.
         dtype: in which elements are formed, float32 or float64; not narrower than a factor.
+        threads: that the CPU kernel uses; by default torch's.
     """
 
     pairs: Sequence[tuple[Tensor, Tensor] | None]
     scales: Sequence[float]
     shape: tuple[int, int]
     dtype: torch.dtype
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         n, m = self.shape

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -57,6 +57,30 @@ def track(items: Sequence[T], label: str) -> Iterator[T]:
     finally:
         if bar is not None:
             bar.stop()
+
+
+@contextlib.contextmanager
+def bytes_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """A bar over ``total`` bytes with their rate and the time left; the block calls what it gets with bytes done."""
+    bars = _bars.get()
+    if bars is None or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
+    bar.start()
+    bars.append(bar)
+    task = bar.add_task(label, total=total)
+    try:
+        yield lambda done: bar.advance(task, done)
+    finally:
+        bar.stop()
 
 
 def _start_bar() -> Any:

@@ -1,0 +1,303 @@
+"""What is added to a stored tensor, and the arithmetic of one tile of it.
+
+A tensor is a matrix ``W [rows, columns]`` (:func:`fastlora.checkpoints.base.matrix_shape`). An :class:`Edit` changes a
+block of it. A tile is rounded once, to its dtype, from a sum in float32; in float64 where ``W`` or a factor is float32
+or wider. The kinds of edits, with the weight ``w`` of their adapter::
+
+    LowRank     W + w·s·L R                               L [height, r], R [r, width]
+    Rescaled    W + w·(D (W + s·L R) − W)                 D = m / ‖W + s·L R‖, by rows or by columns (DoRA)
+    Stretched   W + w·(l − 1)·W                           by rows or by columns ((IA)³)
+    Added       W + w·X                                   biases, task vectors
+    Replaced    W + w·(X − W); X itself where it is alone and w = 1
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastlora.core.factors import Factor
+from fastlora.core.updates import Update
+from fastlora.engine.materialise import is_rounding, materialise_factor
+from fastlora.errors import NonFiniteError
+from fastlora.ops import merge_tiles
+from fastlora.ops.merge_tiles import TileOutputs, TileRule, TileTask
+
+LEAST, MOST = 1e-16, 1e16  # sizes that float32 forms without overflow, and without loss beside others
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """``scale·L R``. ``wide``: whether its elements need float64."""
+
+    left: Tensor
+    right: Tensor
+    scale: float
+    wide: bool
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The factors of some rows."""
+        return self.left[start:stop], self.right
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Edit:
+    """A change of the block of ``height × width`` at row ``at`` and column ``left``; ``weight``: of its adapter."""
+
+    at: int
+    height: int
+    left: int
+    width: int
+    weight: float
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether sums need float64."""
+        return False
+
+    def tensors(self) -> list[Tensor]:
+        """What it is made of: a run that is resumed has the same."""
+        return []
+
+    def numbers(self) -> list[float]:
+        """The numbers beside these."""
+        return [self.weight]
+
+    def change(self, tile: Tensor, start: int, threads: int) -> Tensor:
+        """``w·ΔW`` of the rows ``start, …`` of the block, for ``tile``: their ``W``, float32 or float64."""
+        raise NotImplementedError
+
+    def measure(self, tile: Tensor, start: int, threads: int) -> None:
+        """Looks at rows before any is changed; see :attr:`is_measured`."""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether all rows must be looked at before one is changed."""
+        return False
+
+    def alone(self, tile: Tensor, start: int, threads: int) -> Tensor:
+        """The rows of the result where this is the only change."""
+        return tile + self.change(tile, start, threads)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class LowRank(Edit):
+    """``w·s·L R``."""
+
+    pair: Pair
+
+    @property
+    def is_wide(self) -> bool:
+        return self.pair.wide
+
+    def tensors(self) -> list[Tensor]:
+        return [self.pair.left, self.pair.right]
+
+    def numbers(self) -> list[float]:
+        return [self.weight, self.pair.scale]
+
+    def change(self, tile: Tensor, start: int, threads: int) -> Tensor:
+        out = torch.zeros_like(tile)
+        add_pairs(out, [self], start + self.at, threads)
+        return out
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Rescaled(Edit):
+    """DoRA: magnitudes ``[height]`` by rows, or by columns in groups of ``group`` (the kernel of a channel).
+
+    ``squares``: of columns, ``‖W + s·L R‖²``, which are summed in a pass over the rows before they are changed.
+    """
+
+    pair: Pair
+    magnitude: Tensor
+    by_columns: bool
+    group: int = 1
+    squares: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+
+    @property
+    def is_wide(self) -> bool:
+        return self.pair.wide
+
+    @property
+    def is_measured(self) -> bool:
+        return self.by_columns
+
+    def tensors(self) -> list[Tensor]:
+        return [self.pair.left, self.pair.right, self.magnitude]
+
+    def numbers(self) -> list[float]:
+        return [self.weight, self.pair.scale, float(self.by_columns), float(self.group)]
+
+    def measure(self, tile: Tensor, start: int, threads: int) -> None:
+        squares = self._sum(tile, start, threads).double().square_().sum(0)
+        self.squares.add_(squares.view(-1, self.group).sum(1))
+
+    def change(self, tile: Tensor, start: int, threads: int) -> Tensor:
+        return (self._rescaled(tile, start, threads) - tile).mul_(self.weight)
+
+    def alone(self, tile: Tensor, start: int, threads: int) -> Tensor:
+        if self.weight == 1.0:
+            return self._rescaled(tile, start, threads)
+        return tile + self.change(tile, start, threads)
+
+    def _sum(self, tile: Tensor, start: int, threads: int) -> Tensor:
+        out = tile.clone()
+        pair = self.pair
+        _add(out, [pair.rows(start, start + len(tile))], [pair.scale], [1.0], threads)
+        return out
+
+    def _rescaled(self, tile: Tensor, start: int, threads: int) -> Tensor:
+        out = self._sum(tile, start, threads)
+        if self.by_columns:
+            norms = self.squares.sqrt()
+            return out.mul_((self.magnitude / norms).repeat_interleave(self.group).to(out.dtype))
+        norms = torch.linalg.vector_norm(out, dim=1, dtype=torch.float64)
+        return out.mul_((self.magnitude[start : start + len(tile)] / norms).to(out.dtype)[:, None])
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Stretched(Edit):
+    """(IA)³: ``l [height]`` by rows, or ``[width]`` by columns."""
+
+    vector: Tensor
+    by_columns: bool
+
+    def tensors(self) -> list[Tensor]:
+        return [self.vector]
+
+    def numbers(self) -> list[float]:
+        return [self.weight, float(self.by_columns)]
+
+    def change(self, tile: Tensor, start: int, threads: int) -> Tensor:
+        return tile * ((self._vector(start, len(tile)) - 1.0) * self.weight).to(tile.dtype)
+
+    def alone(self, tile: Tensor, start: int, threads: int) -> Tensor:
+        return tile * (1.0 + (self._vector(start, len(tile)) - 1.0) * self.weight).to(tile.dtype)
+
+    def _vector(self, start: int, count: int) -> Tensor:
+        return self.vector if self.by_columns else self.vector[start : start + count, None]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Added(Edit):
+    """``w·scale·X`` for ``X [height, width]``."""
+
+    values: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [self.values]
+
+    def change(self, tile: Tensor, start: int, threads: int) -> Tensor:
+        return self.values[start : start + len(tile)].to(tile.dtype) * self.weight
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Replaced(Edit):
+    """``X [height, width]`` in place of ``W``."""
+
+    values: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [self.values]
+
+    def change(self, tile: Tensor, start: int, threads: int) -> Tensor:
+        return (self.values[start : start + len(tile)].to(tile.dtype) - tile) * self.weight
+
+    def alone(self, tile: Tensor, start: int, threads: int) -> Tensor:
+        if self.weight == 1.0:
+            return self.values[start : start + len(tile)]
+        return tile + self.change(tile, start, threads)
+
+
+def pair_of(update: Update, *, turned: bool = False) -> Pair | None:
+    """The factors of an update as they are stored, or in float64 where they have to be computed; ``None`` for zero.
+
+    ``turned``: those of ``ΔWᵀ = Aᵀ Bᵀ``.
+    """
+    if not update.rank:
+        return None
+    sides, scale, wide = [], update.scaling, False
+    for factor in (update.B, update.A):
+        stored = _stored(factor)
+        if stored is None:
+            computed = materialise_factor(factor, torch.float64)
+            if is_rounding(factor, computed):
+                return None
+            stored = computed, 1.0
+        matrix, own = stored
+        size = float(matrix.abs().amax()) if matrix.numel() else 0.0
+        if not math.isfinite(size):
+            raise NonFiniteError(
+                f"a factor {list(matrix.shape)} of the adapter holds NaN or Inf; leave this adapter out, or save it "
+                "again from a training step that did not diverge"
+            )
+        wide |= matrix.dtype == torch.float64 or not (_is_ordinary(size) and _is_ordinary(size * scale * own))
+        sides.append(matrix)
+        scale *= own
+    left, right = sides
+    if turned:
+        left, right = right.mT.contiguous(), left.mT.contiguous()
+    return Pair(left, right, scale, wide or not _is_ordinary(scale))
+
+
+def _stored(factor: Factor) -> tuple[Tensor, float] | None:
+    if len(factor.terms) != 1:
+        return None
+    (term,) = factor.terms
+    whole = term.coefficient is None and tuple(term.source.shape) == factor.shape
+    return (term.source, term.scale) if whole else None
+
+
+def _is_ordinary(size: float) -> bool:
+    return size == 0.0 or LEAST <= abs(size) <= MOST
+
+
+def add_pairs(tile: Tensor, edits: Sequence[LowRank], row: int, threads: int) -> None:
+    """``tile += Σ w s L[rows] R`` in place, rounded once to the tile's dtype; ``row``: its first in the matrix."""
+    rows = [edit.pair.rows(row - edit.at, row - edit.at + len(tile)) for edit in edits]
+    wide = any(edit.is_wide for edit in edits)
+    _add(tile, rows, [edit.pair.scale for edit in edits], [edit.weight for edit in edits], threads, wide)
+
+
+def _add(
+    tile: Tensor,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    scales: Sequence[float],
+    weights: Sequence[float],
+    threads: int,
+    wide: bool = False,
+) -> None:
+    if not tile.numel():
+        return
+    wide = wide or tile.dtype.itemsize > 2 or any(x.dtype == torch.float64 for pair in pairs for x in pair)
+    dtype = torch.float64 if wide else torch.float32
+    task = TileTask(pairs, scales, (tile.shape[0], tile.shape[1]), dtype, threads)
+    merge_tiles.merge(task, TileRule(gains=weights), TileOutputs(dense=tile, add=True))
+
+
+def blocks(edits: Sequence[Edit], rows: int) -> Iterator[tuple[int, int, list[Edit]]]:
+    """Stretches of rows that the same edits change: ``(first, end, edits)``, in order; those that none changes too."""
+    cuts = sorted({0, rows, *(e.at for e in edits), *(e.at + e.height for e in edits)})
+    for first, end in itertools.pairwise(cuts):
+        yield first, end, [e for e in edits if e.at <= first and end <= e.at + e.height]
+
+
+def fingerprint(edits: Sequence[Edit]) -> str:
+    """A digest of everything that some edits depend on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for edit in edits:
+        place = (type(edit).__name__, edit.at, edit.height, edit.left, edit.width, edit.numbers())
+        digest.update(repr(place).encode())
+        for tensor in edit.tensors():
+            digest.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
+            flat = tensor.detach().contiguous().reshape(-1)
+            if flat.numel():
+                digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
