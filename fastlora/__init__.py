@@ -29,6 +29,7 @@ _EXPORTS = {
     "UnsupportedAdapter": "fastlora.errors",
     "add": "fastlora.merging.arithmetic",
     "analogy": "fastlora.merging.arithmetic",
+    "apply": "fastlora.checkpoints.apply",
     "check": "fastlora.dialects.check",
     "compose": "fastlora.expressions.compose",
     "compress": "fastlora.merging.compress",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from fastlora.adapters.task_vector import task_vector as task_vector
     from fastlora.adapters.to_lora import to_lora as to_lora
     from fastlora.analysis.overlap import overlap as overlap
+    from fastlora.checkpoints.apply import apply as apply
     from fastlora.coefficients.control import control as control
     from fastlora.coefficients.learned import LearnedMerge as LearnedMerge
     from fastlora.coefficients.pool_gram import PoolGram as PoolGram

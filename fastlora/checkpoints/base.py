@@ -100,7 +100,7 @@ def read_base(source: str | os.PathLike[str]) -> Base:
     if root.is_dir() and (root / PIPELINE).exists():
         components = {folder.name: read_stored_model(folder) for folder in sorted(root.iterdir()) if _is_model(folder)}
         if not components:
-            raise InputError(f"{root} is a pipeline ({PIPELINE}) without a folder that holds a model; download it again")
+            raise InputError(f"{root} is a pipeline ({PIPELINE}) without a folder of a model; download it again")
     else:
         components = {"": read_stored_model(root)}
         model = components[""]

@@ -114,8 +114,8 @@ def _add_extra(plan: Plan, targets: Targets, label: str, name: str, extra: Extra
     if stored is None or base.tensors[stored].shape != tuple(extra.tensor.shape):
         there = "no such parameter" if stored is None else f"{list(base.tensors[stored].shape)}"
         raise InputError(
-            f"adapter {label!r} brings {name} {list(extra.tensor.shape)}, and {base.root} has {there}; resize the model "
-            "first, or leave such parameters out with --drop-extras"
+            f"adapter {label!r} brings {name} {list(extra.tensor.shape)}, and {base.root} has {there}; resize the "
+            "model first, or leave such parameters out with --drop-extras"
         )
     refusal = base.refusal(stored)
     if refusal is not None:
@@ -132,8 +132,9 @@ def _add_extra(plan: Plan, targets: Targets, label: str, name: str, extra: Extra
 
 def _add_vectors(plan: Plan, targets: Targets, element: Ia3Data, weight: float) -> None:
     base = targets.base
-    wanted = {m: _signature_of_vector(targets, m, s) for m, s in element.vectors.items()}
-    names = targets.names(element.name, wanted | {n: lengths(_matrix(e.tensor).shape) for n, e in element.extras.items()})
+    wanted: dict[str, Hashable] = {m: _signature_of_vector(targets, m, s) for m, s in element.vectors.items()}
+    wanted |= {name: lengths(_matrix(extra.tensor).shape) for name, extra in element.extras.items()}
+    names = targets.names(element.name, wanted)
     _refuse_apart(targets, element.name, names.values())
     for module, scaling in element.vectors.items():
         name = targets.stored(names[module])

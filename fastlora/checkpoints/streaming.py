@@ -86,7 +86,8 @@ def _locked(staging: Path, out: Path, resume: bool, notes: list[str]) -> Iterato
     """The folder of unfinished work, which one process holds at a time."""
     if staging.exists() and not resume:
         raise OutputError(
-            f"an unfinished run for {out} is in {staging}: continue it with --resume (resume=True), or delete that folder"
+            f"an unfinished run for {out} is in {staging}: continue it with --resume (resume=True), or delete "
+            "that folder"
         )
     if resume and not staging.exists():
         notes.append(f"there is no unfinished run for {out}; it was begun anew")
@@ -108,7 +109,7 @@ def _digest(base: Base, plan: Plan, record: Mapping[str, object]) -> str:
     digest = hashlib.blake2b(json.dumps(record, sort_keys=True, default=str).encode(), digest_size=16)
     for file in base.files():
         state = file.stat()
-        digest.update(repr((str(file), state.st_size, state.st_mtime_ns)).encode())
+        digest.update(repr((file.name, state.st_size, state.st_mtime_ns)).encode())
     for name in sorted(plan.edits):
         digest.update(f"{name} {fingerprint(plan.edits[name])}".encode())
     return digest.hexdigest()
@@ -266,8 +267,8 @@ def _changed(tile: Tensor, row: int, edits: Sequence[Edit], tensor: StoredTensor
         changed = total.to(tile.dtype)
     if tile.dtype == torch.float16 and not bool(changed.isfinite().all()):
         raise OutputError(
-            f"{tensor.name} would leave the range of float16; apply to the model in bfloat16 or float32, or with smaller "
-            "weights"
+            f"{tensor.name} would leave the range of float16; apply to the model in bfloat16 or float32, or with "
+            "smaller weights"
         )
     return changed
 

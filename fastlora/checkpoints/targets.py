@@ -92,9 +92,7 @@ class Targets:
         rules = {_rule(old, new) for old, new in aligned.items() if self.knows(new)}
         if len(rules) == 1:  # what has no counterpart to be aligned with, moves with the others
             ((start, instead),) = rules
-            yield {
-                name: instead + name.removeprefix(start) if name.startswith(start) else name for name in wanted
-            }
+            yield {name: instead + name.removeprefix(start) if name.startswith(start) else name for name in wanted}
 
     def knows(self, name: str) -> bool:
         """Whether a module or parameter has a place in the base model."""
@@ -282,7 +280,7 @@ class Targets:
         config = self.base.config_of(name)
         if config is not None and any(INTERLEAVED.search(t) for t in config.model_types) and part in ("gate", "up"):
             return []
-        _, first, second = self.base.tensors[name].shape
+        _, first, _ = self.base.tensors[name].shape
         turned = self._turned[name]
         start = n if part == "up" else 0
         if expert >= self.base.tensors[name].shape[0]:
@@ -311,9 +309,7 @@ def quantised(base: Base, name: str, how: str) -> InputError:
     )
 
 
-def _unfit(
-    label: str, module: str, shape: tuple[int, int], tensor: StoredTensor | None, base: Base
-) -> InputError:
+def _unfit(label: str, module: str, shape: tuple[int, int], tensor: StoredTensor | None, base: Base) -> InputError:
     there = "has no weight of that form" if tensor is None else f"has {tensor.name} {list(tensor.shape)}"
     return InputError(
         f"adapter {label!r} changes {module} by {list(shape)}, and {base.root} {there}; the adapter is of another base "

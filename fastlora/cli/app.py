@@ -9,6 +9,7 @@ import typer
 
 from fastlora._version import __version__
 from fastlora.cli.commands import (
+    apply,
     bench,
     check,
     compose,
@@ -50,6 +51,7 @@ COMMANDS = (
     modulate.modulate,
     compose.compose,
     extract.extract,
+    apply.apply,
 )
 """In the order of help."""
 

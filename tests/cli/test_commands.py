@@ -240,6 +240,7 @@ OPTIONS = {
     "info": ("--json",),
     "modulate": (*WRITES, "--op", "--granularity", "--on", "--drop-extras"),
     "compose": (*COMMON, "--out", "--dtype", "--overwrite", "--memory", "--drop-extras"),
+    "apply": ("--out", "--resume", "--drop-extras", "--memory", "--map", "--quiet"),
     "extract": (
         "--out",
         "--rank",
@@ -273,6 +274,7 @@ IN_SHORT = {
     "methods": [],
     "modulate": [SPAM, "--op", "reverse", "--out", "out"],
     "compose": ["a - 0.5*b", f"a={SPAM}", f"b={MOVIE}", "--out", "out"],
+    "apply": ["base.safetensors", "x=adapter:0.5", "--out", "out.safetensors"],
     "extract": ["base.safetensors", "tuned.safetensors", "--rank", "2", "--out", "out"],
 }
 
@@ -290,6 +292,9 @@ def test_a_process_of_its_own_does_the_same(command: str, tmp_path: Path) -> Non
             tensors |= {f"{text}.lora_{side}.weight": gaussian(2, 2, seed=2) for side in factors}
             metadata = {"ss_base_model_version": "sd_v1"}
             save_file(tensors, tmp_path / name / "clean.safetensors", metadata)
+        if command == "apply":
+            save_file({"layer.weight": gaussian(8, 6, seed=1)}, tmp_path / name / "base.safetensors")
+            make_adapter(tmp_path / name / "adapter", {"layer": (gaussian(8, 2, seed=2), gaussian(2, 6, seed=3))}, r=2)
         if command == "extract":
             for model, seed in (("base", 1), ("tuned", 2)):
                 save_file({"layer.weight": gaussian(8, 6, seed=seed)}, tmp_path / name / f"{model}.safetensors")

@@ -1,0 +1,285 @@
+"""Adapters in the weights of base models: against peft's own merges, and tensor by tensor against dense sums."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import gaussian
+from safetensors.torch import load_file, save_file
+from tolerances import FLOAT32
+from torch import Tensor
+
+import fastlora as fl
+from fastlora.checkpoints import streaming
+from fastlora.core.factors import Factor
+from fastlora.core.updates import Update
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+Model = Any
+
+
+def llama(**settings: Any) -> Model:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    given = {**sizes, "num_key_value_heads": 2, "vocab_size": 50, "tie_word_embeddings": False, **settings}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**given))
+
+
+def gpt2() -> Model:
+    config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=50, tie_word_embeddings=False)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def mixtral() -> Model:
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=50, num_local_experts=4,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+def clip() -> Model:
+    config = transformers.CLIPTextConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50
+    )
+    return transformers.CLIPTextModel(config)
+
+
+LINEAR = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+CASES: dict[str, tuple[Callable[[], Model], dict[str, Any], torch.dtype]] = {
+    "llama bf16": (llama, LINEAR, torch.bfloat16),
+    "llama": (llama, LINEAR, torch.float32),
+    "embeddings": (llama, {"target_modules": ["embed_tokens", "o_proj"]}, torch.float32),
+    "whole": (llama, {**LINEAR, "modules_to_save": ["lm_head"]}, torch.float32),
+    "dora": (llama, {**LINEAR, "use_dora": True}, torch.float32),
+    "dora bf16": (llama, {**LINEAR, "use_dora": True}, torch.bfloat16),
+    "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, torch.float32),
+    "gpt2 dora": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}, torch.float32),
+    "mixtral": (mixtral, {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj",
+                "mlp.experts.down_proj"]}, torch.float32),
+    "clip": (clip, {"target_modules": ["q_proj", "fc1"]}, torch.float32),
+}  # fmt: skip
+
+
+def saved(root: Path, case: str) -> Model:
+    """``base`` in several shards and ``adapter``; the model of peft."""
+    make, settings, dtype = CASES[case]
+    torch.manual_seed(0)
+    model = make().to(dtype)
+    model.save_pretrained(root / "base", max_shard_size="20KB")
+    (root / "base" / "tokenizer.json").write_text("{}")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, **settings))
+    for name, parameter in wrapped.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.1 * torch.rand_like(parameter)
+        elif "lora_" in name or "modules_to_save" in name:
+            parameter.data = torch.randn_like(parameter) * 0.2
+    wrapped.save_pretrained(root / "adapter")
+    return wrapped
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_a_merge_of_peft(case: str, tmp_path: Path) -> None:
+    """One rounding more or less: peft rounds ``ΔW`` and the sum, or ``m/‖V‖`` on its way, in the model's dtype."""
+    wrapped = saved(tmp_path, case)
+    fl.apply(tmp_path / "base", fl.load(tmp_path / "adapter"), tmp_path / "out")
+    merged = wrapped.merge_and_unload()
+    found = type(merged).from_pretrained(tmp_path / "out", dtype=merged.dtype)
+    before = type(merged).from_pretrained(tmp_path / "base", dtype=merged.dtype)
+    wanted, old = dict(merged.named_parameters()), dict(before.named_parameters())
+    eps = torch.finfo(merged.dtype).eps
+    changed = 0
+    for name, parameter in found.named_parameters():
+        other = wanted[name].detach().double()
+        least = 4 * eps * float(other.abs().max())
+        torch.testing.assert_close(parameter.detach().double(), other, rtol=4 * eps, atol=least)
+        changed += not torch.equal(parameter, old[name])
+    assert changed >= 2
+    if case == "llama bf16":
+        assert all(torch.equal(p, wanted[n]) for n, p in found.named_parameters())
+    inputs = torch.arange(6)[None]
+    with torch.no_grad():
+        one, other = (m.eval()(inputs)[0].double() for m in (found, merged))
+    torch.testing.assert_close(one, other, rtol=0, atol=400 * eps * float(other.abs().max()))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "base").iterdir()}
+    assert not list(tmp_path.glob(".*"))
+
+
+def adapter(name: str, modules: dict[str, tuple[int, int]], seed: int = 0) -> fl.Adapter:
+    updates = {}
+    for i, (module, (n, m)) in enumerate(modules.items()):
+        B, A = (
+            gaussian(n, 3, seed=seed + i, dtype=torch.float32),
+            gaussian(3, m, seed=seed + 50 + i, dtype=torch.float32),
+        )
+        updates[module] = Update(Factor.of("B", B), Factor.of("A", A), 0.5)
+    return fl.Adapter(name, updates)
+
+
+def model_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    stored = {n: gaussian(*s, seed=7 + i, dtype=torch.float32).to(dtype) for i, (n, s) in enumerate(shapes.items())}
+    save_file(stored, path, {"format": "pt"})
+    return stored
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_sum_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
+    stored = model_file(tmp_path / "m.safetensors", {"a.weight": (40, 24), "b.weight": (5, 7), "c": (3,)}, dtype)
+    pool = {n: adapter(n, {"a": (40, 24)}, seed) for n, seed in (("x", 1), ("y", 30))}
+    fl.apply(tmp_path / "m.safetensors", {"x": 0.7, "y": -0.3}, tmp_path / "out.safetensors", pool=pool)
+    found = load_file(tmp_path / "out.safetensors")
+    wanted = stored["a.weight"].double() + sum(w * pool[n].delta("a").double() for n, w in (("x", 0.7), ("y", -0.3)))
+    eps = torch.finfo(dtype).eps
+    error = (found["a.weight"].double() - wanted).abs()
+    assert bool((error <= 0.51 * eps * wanted.abs() + 0.1 * FLOAT32).all())  # elements are float32 beside halves
+    assert torch.equal(found["b.weight"], stored["b.weight"]) and torch.equal(found["c"], stored["c"])
+
+
+def test_fused_and_split_projections(tmp_path: Path) -> None:
+    fused = model_file(
+        tmp_path / "fused.safetensors",
+        {"l.0.self_attn.qkv_proj.weight": (24, 8), "l.0.self_attn.o_proj.weight": (8, 8)},
+    )
+    split = adapter("s", {f"l.0.self_attn.{p}_proj": (8, 8) for p in "qkv"})
+    fl.apply(tmp_path / "fused.safetensors", split, tmp_path / "one.safetensors")
+    wanted = fused["l.0.self_attn.qkv_proj.weight"].double() + torch.cat(
+        [split.delta(f"l.0.self_attn.{p}_proj").double() for p in "qkv"]
+    )
+    found = load_file(tmp_path / "one.safetensors")["l.0.self_attn.qkv_proj.weight"]
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=FLOAT32)
+    model_file(tmp_path / "split.safetensors", {f"l.0.self_attn.{p}_proj.weight": (8, 8) for p in "qkv"})
+    whole = adapter("f", {"l.0.self_attn.qkv_proj": (24, 8)})
+    fl.apply(tmp_path / "split.safetensors", whole, tmp_path / "two.safetensors")
+    before, after = (load_file(tmp_path / f"{n}.safetensors") for n in ("split", "two"))
+    change = torch.cat(
+        [after[f"l.0.self_attn.{p}_proj.weight"].double() - before[f"l.0.self_attn.{p}_proj.weight"] for p in "qkv"]
+    )
+    torch.testing.assert_close(change, whole.delta("l.0.self_attn.qkv_proj").double(), rtol=0, atol=FLOAT32)
+
+
+def test_ia3_scales_rows_columns_and_biases(tmp_path: Path) -> None:
+    model = llama(attention_bias=True)
+    model.save_pretrained(tmp_path / "base")
+    config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    wrapped = peft.get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if "ia3" in name:
+            parameter.data = 1 + 0.3 * torch.randn_like(parameter)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    fl.apply(tmp_path / "base", fl.load(tmp_path / "adapter"), tmp_path / "out")
+    wanted = dict(wrapped.merge_and_unload().named_parameters())
+    for name, parameter in type(model).from_pretrained(tmp_path / "out").named_parameters():
+        torch.testing.assert_close(parameter, wanted[name], rtol=FLOAT32, atol=FLOAT32)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_interrupted_and_resumed(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {f"l.{i}.q_proj.weight": (16, 16) for i in range(5)} | {"norm": (16,)}
+    model_file(tmp_path / "m.safetensors", names)
+    one = adapter("x", {f"l.{i}.q_proj": (16, 16) for i in range(5)})
+    fl.apply(tmp_path / "m.safetensors", one, tmp_path / "whole.safetensors")
+    change, calls = streaming._change, []
+
+    def stopping(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) > after:
+            raise Stop
+        change(*args)
+
+    torch.set_num_threads(1)
+    monkeypatch.setattr(streaming, "_change", stopping)
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(Stop):
+        fl.apply(tmp_path / "m.safetensors", one, out)
+    monkeypatch.setattr(streaming, "_change", change)
+    assert not out.exists() and not list(tmp_path.glob(".out*/*.safetensors"))
+    with pytest.raises(fl.OutputError, match="--resume"):
+        fl.apply(tmp_path / "m.safetensors", one, out)
+    with pytest.raises(fl.OutputError, match="another one"):
+        fl.apply(tmp_path / "m.safetensors", one * 2, out, resume=True)
+    fl.apply(tmp_path / "m.safetensors", one, out, resume=True)
+    a, b = load_file(tmp_path / "whole.safetensors"), load_file(out)
+    assert all(torch.equal(a[n], b[n]) for n in names) and not list(tmp_path.glob(".*"))
+
+
+def test_killed_and_resumed(tmp_path: Path) -> None:
+    names = {f"l.{i}.q_proj.weight": (1024, 512) for i in range(24)}
+    model_file(tmp_path / "m.safetensors", names, torch.bfloat16)
+    adapter("x", {f"l.{i}.q_proj": (1024, 512) for i in range(24)}).save(tmp_path / "x")
+    fl.apply(tmp_path / "m.safetensors", fl.load(tmp_path / "x"), tmp_path / "whole.safetensors")
+    code = (
+        "import sys, time; import fastlora as fl; from fastlora.checkpoints import streaming as s; change = s._change\n"
+        "def slow(*a):\n    change(*a); time.sleep(0.05)\n"
+        "s._change = slow; print('ready', flush=True)\n"
+        "fl.apply('m.safetensors', fl.load('x'), 'out.safetensors', resume=True)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    for delay in (0.1, 0.25):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "out.safetensors").exists() and not list(tmp_path.glob(".out*/*.safetensors"))
+    fl.apply(tmp_path / "m.safetensors", fl.load(tmp_path / "x"), tmp_path / "out.safetensors", resume=True)
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_refusals(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    model_file(file, {"l.0.self_attn.q_proj.weight": (8, 8), "l.0.self_attn.k_proj.weight": (8, 8)})
+    right, out = adapter("x", {"l.0.self_attn.q_proj": (8, 8)}), tmp_path / "out.safetensors"
+    for given, message in (
+        (adapter("x", {"l.0.other": (8, 8)}), "does not have; the nearest names"),
+        (adapter("x", {"l.0.self_attn.q_proj": (8, 9)}), "another base model"),
+    ):
+        with pytest.raises(fl.InputError, match=message):
+            fl.apply(file, given, out)
+    with pytest.raises(fl.OutputError, match=r"NAME\.safetensors"):
+        fl.apply(file, right, tmp_path / "folder")
+    with pytest.raises(fl.OutputError, match="exists"):
+        fl.apply(file, right, file)
+    with pytest.raises(fl.InputError, match="not finite"):
+        fl.apply(file, {"x": float("nan")}, out, pool={"x": right})
+    broken = adapter("x", {"l.0.self_attn.q_proj": (8, 8)})
+    broken.updates["l.0.self_attn.q_proj"].A.terms[0].source[0, 0] = torch.nan
+    with pytest.raises(fl.InputError, match="NaN or Inf"):
+        fl.apply(file, broken, out)
+    content = file.read_bytes()
+    file.write_bytes(content[:-40])
+    with pytest.raises(fl.InputError):
+        fl.apply(file, right, out)
+    assert not list(tmp_path.glob(".*")) and not out.exists()
+
+
+def test_tied_matrices_and_missing_shards(tmp_path: Path) -> None:
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    with pytest.raises(fl.InputError, match="ties to"):
+        fl.apply(tmp_path / "base", adapter("x", {"lm_head": (50, 32)}), tmp_path / "out")
+    right = adapter("x", {"model.layers.0.self_attn.q_proj": (32, 32)})
+    next(iter((tmp_path / "base").glob("*.safetensors"))).unlink()
+    with pytest.raises(fl.InputError, match=r"shard|missing|not there"):
+        fl.apply(tmp_path / "base", right, tmp_path / "out")
+    assert not list(tmp_path.glob(".*")) and not (tmp_path / "out").exists()
+
+
+def test_float16_does_not_overflow_in_silence(tmp_path: Path) -> None:
+    model_file(tmp_path / "m.safetensors", {"a.weight": (8, 8)}, torch.float16)
+    with pytest.raises(fl.OutputError, match="float16"):
+        fl.apply(tmp_path / "m.safetensors", adapter("x", {"a": (8, 8)}) * 1e6, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
