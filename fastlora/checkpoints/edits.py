@@ -299,5 +299,5 @@ def fingerprint(edits: Sequence[Edit]) -> str:
             digest.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
             flat = tensor.detach().contiguous().reshape(-1)
             if flat.numel():
-                digest.update(memoryview(flat.view(torch.uint8).numpy()))
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
