@@ -240,7 +240,6 @@ OPTIONS = {
     "info": ("--json",),
     "modulate": (*WRITES, "--op", "--granularity", "--on", "--drop-extras"),
     "compose": (*COMMON, "--out", "--dtype", "--overwrite", "--memory", "--drop-extras"),
-    "apply": ("--out", "--resume", "--drop-extras", "--memory", "--map", "--quiet"),
     "extract": (
         "--out",
         "--rank",
@@ -252,6 +251,7 @@ OPTIONS = {
         "--quiet",
         "--overwrite",
     ),
+    "apply": ("--out", "--resume", "--drop-extras", "--memory", "--map", "--quiet"),
 }
 
 
