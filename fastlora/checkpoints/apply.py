@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastlora import __version__
+from fastlora._version import __version__
 from fastlora.checkpoints.base import read_base
 from fastlora.checkpoints.plan import planned
 from fastlora.checkpoints.streaming import write
@@ -55,7 +55,7 @@ def apply(
     ``2·n·m·Σr`` operations for each adapted weight. Memory: the factors, and a few tiles of 2 MB a thread. Output files
     have the layout of the input's. Until all is done, they lie in ``.NAME.unfinished`` under names that nothing loads.
     """
-    source, target = Path(base).expanduser(), Path(os.path.abspath(Path(out).expanduser()))
+    source, target = Path(base).expanduser().resolve(), Path(os.path.abspath(Path(out).expanduser()))
     weighted = _weighted(adapters, pool)
     _check_target(source, target)
     with paused_collector():

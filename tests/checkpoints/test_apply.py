@@ -278,6 +278,13 @@ def test_tied_matrices_and_missing_shards(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*")) and not (tmp_path / "out").exists()
 
 
+def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    monkeypatch.chdir(tmp_path)
+    fl.apply("base", adapter("x", {"model.layers.0.self_attn.q_proj": (32, 32)}), "out")
+    assert {p.name for p in Path("out").iterdir()} == {p.name for p in Path("base").iterdir()}
+
+
 def test_float16_does_not_overflow_in_silence(tmp_path: Path) -> None:
     model_file(tmp_path / "m.safetensors", {"a.weight": (8, 8)}, torch.float16)
     with pytest.raises(fl.OutputError, match="float16"):
