@@ -82,6 +82,24 @@ def test_operations_on_folders_of_mlx(tmp_path: Path) -> None:
     assert (tmp_path / "c" / "adapters.safetensors").exists()
 
 
+def test_operations_on_files_of_xlabs(tmp_path: Path) -> None:
+    """The format has the attentions of some blocks of Flux alone, without alphas."""
+    fused, out = "transformer_blocks.0.attn.to_qkv", "transformer_blocks.1.attn.to_out.0"
+    shapes = {fused: (96, 32), out: (32, 32)}
+    meant, paths = list[Dense](), list[Path]()
+    for i, modules in enumerate(((fused, out), (fused,))):
+        made = fl.Adapter.from_tensors(
+            {
+                m: (gaussian(shapes[m][0], 2 + i, seed=i), gaussian(2 + i, shapes[m][1], seed=9 + i), 1.0)
+                for m in modules
+            },
+            name=f"x{i}",
+        )
+        meant.append({m: made.delta(m).double() for m in modules})
+        paths.append(made.save(tmp_path / f"x{i}.safetensors", format="xlabs"))
+    operations(paths, meant, tmp_path / "c.safetensors", "flux")
+
+
 def operations(paths: list[Path], meant: list[Dense], out: Path, family: str | None) -> None:
     """All operations on two adapters, the second of which lacks a module."""
     pool = fl.Pool.load(paths, family=family)
