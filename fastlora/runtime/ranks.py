@@ -255,8 +255,8 @@ def is_one_file() -> bool:
 
 @contextlib.contextmanager
 def distributed() -> Iterator[None]:
-    """Inside the block, the processes of ``torch.distributed`` share the work of what is called: MATH is not touched,
-    and results have the same bits as those of one process.
+    """Inside the block, the processes of ``torch.distributed`` share the work of what is called. Results have the same
+    bits as those of one process.
 
     Every rank makes the same calls in the block, on the same files, and gets the same results; nothing may stand in an
     ``if rank == 0``. Modules are shared out by their bytes. Each rank reads the factors of its own, the small results

@@ -36,6 +36,10 @@ def apply(
     specs = parse_all(adapters)
     run.start()
     from fastlora.checkpoints.apply import apply as apply_to
+    from fastlora.runtime import ranks
+
+    if ranks.current() is not None:
+        raise InputError("apply: one process writes a model; start it without torchrun")
 
     loaded = {spec.name: load_element(run, spec) for spec in specs}
     if len(loaded) < len(specs):
