@@ -294,7 +294,7 @@ def test_a_process_of_its_own_does_the_same(command: str, tmp_path: Path) -> Non
             save_file(tensors, tmp_path / name / "clean.safetensors", metadata)
         if command == "apply":
             save_file({"layer.weight": gaussian(8, 6, seed=1)}, tmp_path / name / "base.safetensors")
-            make_adapter(tmp_path / name / "adapter", {"layer": (gaussian(8, 2, seed=2), gaussian(2, 6, seed=3))}, r=2)
+            make_adapter(tmp_path / name / "adapter", {"layer": (8, 6)}, rank=2)
         if command == "extract":
             for model, seed in (("base", 1), ("tuned", 2)):
                 save_file({"layer.weight": gaussian(8, 6, seed=seed)}, tmp_path / name / f"{model}.safetensors")

@@ -57,7 +57,7 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "a folder of others": (lambda _: ADAPTERS, ["no module in common", "'movie_a'", "'good'"]),
     "no config": (without("adapter_config.json"), ["has no adapter_config.json", "adapter_model.safetensors"]),
     "no weights": (without("adapter_model.safetensors"), ["neither adapter_model.safetensors nor"]),
-    "dora": (lambda _: DATA / "movie_dora", ["'movie_dora' is a DoRA adapter", "merge_and_unload"]),
+    "dora": (lambda _: DATA / "movie_dora", ["'movie_dora' is a DoRA adapter", "--base BASE"]),
     "ia3": (lambda _: DATA / "movie_ia3_a", ["'movie_ia3_a' is an (IA)³ adapter", "fastlora compose"]),
     "nan": (with_nan, ["'bad'", "lora_B of model.layers.1.mlp.up_proj", "NaN"]),
     "truncated": (truncated, ["adapter_model.safetensors", "no readable safetensors", "again"]),
@@ -117,7 +117,7 @@ BAD_COMMANDS: dict[str, tuple[list[object], list[str]]] = {
     "energy 2": (["compress", SPAM, "-o", "out", "--energy", "2"], ["energy=2", "at most 1"]),
     "nothing to cut to": (["compress", SPAM, "-o", "out"], ["rank=N or energy=X"]),
     "unknown dtype": (["merge", SPAM, MOVIE, "-o", "out", "--dtype", "int8"], ["'int8'", "bfloat16"]),
-    "unknown backend": (["decompose", SPAM, MOVIE, "-o", "out", "--backend", "gpu"], ["'gpu'", "cpu, reference"]),
+    "unknown backend": (["decompose", SPAM, MOVIE, "-o", "out", "--backend", "gpu"], ["'gpu'", "torch, reference"]),
     "a backend that is not there": (["inspect", SPAM, "--backend", "cuda"], ["'cuda' cannot be used"]),
     "a device that is not there": (
         ["inspect", SPAM, "--device", "cuda"],
