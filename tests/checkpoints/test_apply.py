@@ -187,7 +187,9 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_interrupted_and_resumed(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_and_resumed(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+) -> None:
     names = {f"l.{i}.q_proj.weight": (16, 16) for i in range(5)} | {"norm": (16,)}
     model_file(tmp_path / "m.safetensors", names)
     one = adapter("x", {f"l.{i}.q_proj": (16, 16) for i in range(5)})
@@ -200,7 +202,7 @@ def test_interrupted_and_resumed(after: int, tmp_path: Path, monkeypatch: pytest
             raise Stop
         change(*args)
 
-    torch.set_num_threads(1)
+    threads(1)
     monkeypatch.setattr(streaming, "_change", stopping)
     out = tmp_path / "out.safetensors"
     with pytest.raises(Stop):
