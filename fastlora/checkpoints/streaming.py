@@ -166,7 +166,7 @@ def _units(base: Base, plan: Plan, file: File) -> Iterator[Unit]:
     for first, last, name in inside:
         if name in plan.edits:
             yield from _copies(file, start, first)
-            yield Unit(f"{file.source.name} {first}", file, first, last, name)
+            yield Unit(f"{file.target} {first}", file, first, last, name)
             start = last
         end = last
     yield from _copies(file, start, max(start, end))
@@ -174,7 +174,7 @@ def _units(base: Base, plan: Plan, file: File) -> Iterator[Unit]:
 
 def _copies(file: File, start: int, end: int) -> Iterator[Unit]:
     for first in range(start, end, COPY_BYTES):
-        yield Unit(f"{file.source.name} {first}", file, first, min(first + COPY_BYTES, end))
+        yield Unit(f"{file.target} {first}", file, first, min(first + COPY_BYTES, end))
 
 
 def _run(base: Base, plan: Plan, units: Sequence[Unit], folder: Path) -> None:

@@ -292,3 +292,30 @@ def test_float16_does_not_overflow_in_silence(tmp_path: Path) -> None:
     with pytest.raises(fl.OutputError, match="float16"):
         fl.apply(tmp_path / "m.safetensors", adapter("x", {"a": (8, 8)}) * 1e6, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_files_of_one_name_are_resumed_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Components of a pipeline have files of one name and tensors at the same places."""
+    for component in ("text_encoder", "text_encoder_2"):
+        (tmp_path / "base" / component).mkdir(parents=True)
+        model_file(tmp_path / "base" / component / "model.safetensors", {"l.q_proj.weight": (16, 16)})
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+    one = adapter("x", {f"{c}.l.q_proj": (16, 16) for c in ("text_encoder", "text_encoder_2")})
+    fl.apply(tmp_path / "base", one, tmp_path / "whole")
+    monkeypatch.setattr(streaming, "_finish", lambda *_: (_ for _ in ()).throw(Stop))
+    change, calls = streaming._change, []
+
+    def stopping(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise Stop
+        change(*args)
+
+    monkeypatch.setattr(streaming, "_change", stopping)
+    with pytest.raises(Stop):
+        fl.apply(tmp_path / "base", one, tmp_path / "out")
+    monkeypatch.undo()
+    fl.apply(tmp_path / "base", one, tmp_path / "out", resume=True)
+    for component in ("text_encoder", "text_encoder_2"):
+        first, second = (load_file(tmp_path / f / component / "model.safetensors") for f in ("whole", "out"))
+        assert torch.equal(first["l.q_proj.weight"], second["l.q_proj.weight"])
