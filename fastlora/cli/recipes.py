@@ -37,14 +37,20 @@ def merge_recipe(run: Run, file: Path, out: Path, *, drop_extras: bool, **option
     target = output_directory(run, out, [s.path for s in specs])
     run.start()
     from fastlora.adapters.placing import place
+    from fastlora.merging.kept import kept_by_cut
     from fastlora.runtime import devices
+    from fastlora.views.merging import kept_data, show_kept
 
     pool, _ = load_pool(run, specs, drop_extras=drop_extras)
     placed = place(pool.adapters, devices.parse(run.device) or pool.device, run.memory)
     pool = pool.to(placed.device)
     merged = recipe.merge(pool, memory=run.memory, device=run.device, **options)
+    with placed.in_use():
+        kept = kept_data(kept_by_cut(pool, merged))
     run = run if run.dtype is not None else replace(run, dtype=recipe.dtype)
-    write_adapter(run, merged, target, out, [*pool.notices, *merged.notes])
+    write_adapter(run, merged, target, out, [*pool.notices, *merged.notes], kept)
+    if not run.as_json and not run.quiet:
+        show_kept(kept)
 
 
 def check_recipe(run: Run, file: Path | None) -> None:

@@ -4,23 +4,19 @@ too long or too short."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fastlora import ops
-from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
-from fastlora.engine.blocks import PairBlocks, read_pair_blocks
+from fastlora.engine.blocks import read_pair_blocks
 from fastlora.errors import InputError
 
 # A sum that is shorter than its terms by this factor has no direction that could be scaled.
 CANCELLED = 1e-6
 # Ratios of norms: up to the first a cut keeps all adapters alike; beyond the second the largest one decides the sum.
 ALIKE, UNLIKE = 2.0, 3.0
-# Directions of a factor of the result below it, relative to the largest, are rounding (in squares).
-NULL = 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,38 +83,3 @@ def _scale(inner: Tensor, norms: Tensor) -> float:
             "weights (A:0.7 B:0.3) or a method"
         )
     return float(norms.sum()) / count / total
-
-
-def kept_of_each(pool: Pool, merged: Adapter) -> dict[str, float]:
-    """The share of ``‖ΔW_i‖²`` of every adapter that lies in the column and row spaces of the merged updates.
-
-    ``Σ ‖U Uᵀ ΔW_i V Vᵀ‖² / Σ ‖ΔW_i‖²`` over all modules, where ``U`` and ``V`` are orthonormal bases of the merged
-    ``B`` and ``Aᵀ``. NaN for an adapter that is zero. Cost: two passes over the factors of all.
-    """
-    name = "merged"
-    while name in pool.names:
-        name += "'"
-    both = Pool([replace(merged, name=name), *pool.adapters])
-    kept, total = torch.zeros(2, len(pool), dtype=torch.float64)
-    for blocks in read_pair_blocks(both, "energy kept of every adapter"):
-        members = torch.tensor(blocks.members[1:], dtype=torch.int64) - 1
-        squares = blocks.inner().diagonal(dim1=1, dim2=2).sum(0)
-        total[members] += squares[1:]
-        kept[members] += _inside(blocks)
-    return dict(zip(pool.names, (kept / total).clamp(max=1.0).tolist(), strict=True))
-
-
-def _inside(blocks: PairBlocks) -> Tensor:
-    """``Σ ‖Uᵀ ΔW_i V‖²`` over the modules, ``U`` and ``V`` of the first adapter, ``ΔW_i`` of the others: ``[k]``."""
-    left, right = (
-        _inverse_root(gram[:, 0, 0])[:, None] @ gram[:, 0, 1:] for gram in (blocks.left, blocks.right)
-    )  # [g, k, r, r]
-    inside = (left @ right.mT).square().sum((2, 3))
-    return (inside * blocks.scaling[:, 1:].square()).sum(0)
-
-
-def _inverse_root(gram: Tensor) -> Tensor:
-    """``T`` with orthonormal ``X Tᵀ`` for ``gram = XᵀX [g, r, r]``; rows of zeros for what is not there."""
-    values, vectors = ops.eigh(gram.contiguous())
-    there = values > NULL * values[:, -1:].clamp(min=0)
-    return torch.where(there, values.clamp(min=1e-300).rsqrt(), 0.0)[:, :, None] * vectors.mT

@@ -16,11 +16,28 @@ MANY = 8
 """Adapters beyond which the matrix of cosines is left to ``fastlora overlap``."""
 
 
-def choice_data(choice: Choice, kept: Mapping[str, float]) -> Data:
-    """A choice and what is kept of every adapter, NaN as ``None``; nothing of a sum with given weights."""
-    names = list(choice.weights)
+def kept_data(kept: Mapping[str, float]) -> Data:
+    """What a cut keeps of every adapter, NaN as ``None``; ``None`` where nothing was cut."""
     shares = {name: None if math.isnan(share) else share for name, share in kept.items()}
-    data: Data = {"method": choice.method, "weights": choice.weights, "retained_energy_by_adapter": shares or None}
+    return {"retained_energy_by_adapter": shares or None}
+
+
+def show_kept(data: Data) -> None:
+    """Prints what is kept of every adapter, or of many the least."""
+    kept = data["retained_energy_by_adapter"]
+    if not kept:
+        return
+    shown, said = list(kept.items()), "kept of each: "
+    if len(kept) > MANY:
+        known = [(name, share) for name, share in kept.items() if share is not None]
+        shown, said = sorted(known, key=lambda pair: pair[1])[:MANY], f"kept of each of {len(kept)}, the least: "
+    print_paragraph(said + ", ".join(f"{name} {_share(share)}" for name, share in shown))
+
+
+def choice_data(choice: Choice) -> Data:
+    """A choice; of a sum with given weights these alone."""
+    names = list(choice.weights)
+    data: Data = {"method": choice.method, "weights": choice.weights}
     if choice.scale is not None:
         cosine = [[None if math.isnan(x) else x for x in row] for row in choice.cosine]
         scales = {"matched_norm": choice.scale, "mean": 1 / len(names), "sum": 1.0}
@@ -28,13 +45,11 @@ def choice_data(choice: Choice, kept: Mapping[str, float]) -> Data:
     return data
 
 
-def show_choice(data: Data) -> None:
-    """Prints the scale beside those that it lies between, and the adapters."""
-    kept = data["retained_energy_by_adapter"]
-    scales = data.get("scales")
+def show_choice(data: Data, kept: Data) -> None:
+    """Prints the scale beside those that it lies between, and the adapters with what is kept of each."""
+    scales, shares = data.get("scales"), kept["retained_energy_by_adapter"]
     if scales is None or len(data["names"]) < 2:
-        if kept:
-            print_paragraph("kept of each: " + ", ".join(f"{n} {_share(x)}" for n, x in kept.items()))
+        show_kept(kept)
         return
     print_paragraph(
         f"No weights were given: every adapter × {scales['matched_norm']:.3g}, at which the sum has their mean norm. "
@@ -47,10 +62,10 @@ def show_choice(data: Data) -> None:
             "alike, and not those of the largest (--method svd)."
         )
     names, few = data["names"], len(data["names"]) <= MANY
-    columns = ["number:norm", *(["number:kept"] if kept else []), *(f"named:{name}" for name in names if few)]
+    columns = ["number:norm", *(["number:kept"] if shares else []), *(f"named:{name}" for name in names if few)]
     table = Table("name:adapter", *columns, title="norms, and cosines of ΔW" if few else "norms")
     for i, name in enumerate(names):
-        cells = [f"{data['norms'][i]:.4g}", *([_share(kept[name])] if kept else [])]
+        cells = [f"{data['norms'][i]:.4g}", *([_share(shares[name])] if shares else [])]
         table.add(name, *cells, *(_number(x) for x in data["cosine"][i] if few))
     table.print()
     if not few:

@@ -9,10 +9,11 @@ import pools
 import pytest
 import torch
 from pools import MODULE
-from tolerances import FLOAT32, GRAM64
+from tolerances import FLOAT32
 
 import fastlora as fl
-from fastlora.merging.default import choose, kept_of_each
+from fastlora.merging.default import choose
+from fastlora.merging.kept import kept_of_each
 
 
 def of_size(size: float, part: pools.Part) -> pools.Part:
@@ -63,28 +64,6 @@ def test_adapters_of_unlike_norms_share_the_directions(ratio: float, method: str
     assert method == "svd" or min(kept.values()) > min(largest.values())
     assert choose(pool, None, rank=None, energy=None).method == "cat"
     assert choose(pool, None, rank=None, energy=0.9).method == "svd"
-
-
-@pytest.mark.parametrize("kind", pools.POOLS)
-def test_what_is_kept_of_each(kind: str) -> None:
-    pool = pools.make_pool(pools.POOLS[kind](3))
-    merged = fl.merge(pool, {"a0": 1.0, "a1": 1.0, "a2": -0.5}, rank=3)
-    U, _, Vt = torch.linalg.svd(pools.exact(merged.updates[MODULE]), full_matrices=False)
-    count = merged.updates[MODULE].rank
-    U, Vt = U[:, :count], Vt[:count]
-    found = kept_of_each(pool, merged)
-    for name, delta in zip(pool.names, mixed.dense(pool, MODULE), strict=True):
-        size = float(delta.square().sum())
-        expected = float((U.mT @ delta @ Vt.mT).square().sum()) / size if size else math.nan
-        assert found[name] == pytest.approx(expected, abs=GRAM64, nan_ok=True)
-
-
-def test_all_is_kept_of_a_sum_that_is_not_cut() -> None:
-    """Of several modules, gaps and a rank of 0; an adapter of the result's name."""
-    pool = mixed.mixed_pool()
-    renamed = fl.Pool([fl.Adapter("merged" if a.name == "half" else a.name, a.updates) for a in pool.adapters])
-    kept = kept_of_each(renamed, fl.merge(renamed, method="cat"))
-    assert math.isnan(kept.pop("zero")) and kept == pytest.approx(dict.fromkeys(kept, 1.0), rel=FLOAT32)
 
 
 def test_one_adapter_nothing_and_opposite_ones() -> None:

@@ -92,10 +92,11 @@ def merge(
     run.start()
     from fastlora.adapters.placing import place
     from fastlora.coefficients.weights import weights as find_weights
-    from fastlora.merging.default import choose, kept_of_each
+    from fastlora.merging.default import choose
+    from fastlora.merging.kept import kept_by_cut
     from fastlora.merging.merge import merge as merge_pool
     from fastlora.runtime import devices
-    from fastlora.views.merging import choice_data, show_choice
+    from fastlora.views.merging import choice_data, kept_data, show_choice, show_kept
 
     pool, given = load_pool(run, specs, drop_extras=drop_extras)
     require_place(run, out, pool.adapters[0])
@@ -129,14 +130,13 @@ def merge(
         device=run.device,
         **parameters,
     )
-    report: Data = {}
-    if choice is not None:
-        with placed.in_use():
-            kept = kept_of_each(pool, merged) if rank is not None or energy is not None else {}
-        report = choice_data(choice, kept)
-    write_adapter(run, merged, target, out, [*notes, *merged.notes], {"default": report} if report else {})
-    if report and not run.as_json and not run.quiet:
-        show_choice(report)
+    with placed.in_use():
+        kept = kept_data(kept_by_cut(pool, merged))
+    chosen: Data = {} if choice is None else choice_data(choice)
+    report = {**kept, **({"default": chosen} if chosen else {})}
+    write_adapter(run, merged, target, out, [*notes, *merged.notes], report)
+    if not run.as_json and not run.quiet:
+        show_choice(chosen, kept) if chosen else show_kept(kept)
     if save_recipe is not None:
         if len(specs) != len(pool):
             raise InputError("--save-recipe: a recipe names every adapter; give them one by one, not as a folder")
