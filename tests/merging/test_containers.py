@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import mixed
 import numpy as np
@@ -15,30 +16,73 @@ from tolerances import FLOAT32, FLOAT64, SUBSPACE64
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.merging.forms.elementwise import Elementwise
+from fastlora.core.updates import with_rank_zero
+from fastlora.merging.forms.elementwise import Elementwise, Rule, Stack
+from fastlora.merging.forms.rows import Rows
 from fastlora.ops.merge_tiles import key_of
 from fastlora.reference.philox import words
-from fastlora.runtime import memory
 
 NULL = 1e-6  # stored numbers are exact: what is below is rounding of the arithmetic
 
 
-def by_elements(stack: Tensor, rule: str, density: float, combine: str) -> Tensor:
-    """Of ``[k, p, q]``, as in TIES, by loops over adapters."""
+SEED = 5
+
+
+def words_of(names: Sequence[str], shape: Sequence[int]) -> Tensor:
+    """The random words of the elements of every adapter: ``[k, p, q]``."""
+    numbers = np.arange(shape[0])[:, None] * 2**32 + np.arange(shape[1])
+    drawn = [words(numbers, key_of(SEED, name), key_of(MODULE)).astype(np.int64) for name in names]
+    return torch.from_numpy(np.stack(drawn))
+
+
+def trimmed(stack: Tensor, rule: str, names: Sequence[str], given: dict[str, Any]) -> list[Tensor]:
+    """What a rule keeps of ``[k, p, q]``, by loops over adapters, rows and places."""
+    density, gamma = given.get("density", 0.2), given.get("gamma", 0.01)
+    kept = []
+    if rule == "sce" and given["select_topk"] < 1.0:
+        varied = stack.var(0, unbiased=False)
+        varied = torch.where(varied > (1e-13 * stack.abs().max()).square(), varied, 0.0)
+        q = math.floor(given["select_topk"] * int((varied > 0).sum()))
+        least = varied.flatten().sort(descending=True).values[q - 1] if q else torch.inf
+        return [torch.where(varied >= least, matrix, 0.0) for matrix in stack]
+    if rule == "sce":
+        return list(stack)
+    for matrix, drawn in zip(stack, words_of(names, stack.shape[1:]), strict=True):
+        ordered = [math.inf, *matrix.abs().flatten().sort(descending=True).values.tolist()]
+        q = math.floor(density * matrix.numel())
+        if rule in ("magnitude", "ties"):
+            kept.append(torch.where(matrix.abs() >= ordered[q], matrix, 0.0))
+        elif rule.startswith("breadcrumbs"):
+            top = min(math.floor(gamma * matrix.numel()), matrix.numel() - q)
+            kept.append(torch.where((matrix.abs() >= ordered[top + q]) & (matrix.abs() < ordered[top]), matrix, 0.0))
+        elif rule.startswith("dare"):
+            kept.append(torch.where(drawn < int(density * 2**32), matrix / density, 0.0))
+        else:
+            left = torch.zeros_like(matrix)
+            for a, row in enumerate(matrix):
+                for rank, b in enumerate(row.abs().argsort().tolist()):
+                    share = density - given["epsilon"] + 2 * given["epsilon"] * rank / max(len(row) - 1, 1)
+                    left[a, b] = row[b] if int(drawn[a, b]) < share * 2**32 else 0.0
+            kept.append(left * matrix.abs().sum() / left.abs().sum() if left.any() else left)
+    return kept
+
+
+def by_elements(stack: Tensor, rule: str, names: Sequence[str] = (), **given: Any) -> Tensor:
+    """Of ``[k, p, q]``, element by element."""
     if rule == "sum":
         return stack.sum(0)
-    kept = []
-    for matrix in stack:
-        count = math.floor(density * matrix.numel())
-        least = matrix.abs().flatten().sort(descending=True).values[count - 1] if count else torch.inf
-        kept.append(torch.where(matrix.abs() >= least, matrix, 0.0))
+    kept = trimmed(stack, rule, names or [f"a{i}" for i in range(len(stack))], given)
     total = torch.stack(kept).sum(0)
-    if rule == "magnitude":
+    if rule in ("magnitude", "breadcrumbs", "dare", "della_linear"):
         return total
     signs = torch.where(total < 0, -1.0, 1.0)
-    agreeing = [torch.where(matrix.sign() == signs, matrix, 0.0) for matrix in kept]
-    number = sum((matrix != 0).double() for matrix in agreeing)
-    return sum(agreeing) / (torch.clamp(number, min=1) if combine == "mean" else 1)  # type: ignore[type-var, return-value]
+    agreeing = torch.stack([torch.where(matrix.sign() == signs, matrix, 0.0) for matrix in kept])
+    if rule == "sce":
+        energies = torch.stack([matrix.square().sum() for matrix in kept])[:, None, None]
+        shares = (agreeing != 0) * energies / (energies.sum() or 1.0)
+        return (agreeing * shares).sum(0) / torch.where(shares.sum(0) > 0, shares.sum(0), 1.0)
+    number = (agreeing != 0).sum(0).clamp(min=1)
+    return agreeing.sum(0) / (number if given.get("combine", "mean") == "mean" else 1.0)
 
 
 def columns(matrix: Tensor, most: int | None = None) -> Tensor:
@@ -47,23 +91,23 @@ def columns(matrix: Tensor, most: int | None = None) -> Tensor:
     return U[:, : min(int((sigma > NULL * sigma[0]).sum()), most or len(sigma))]
 
 
-def core(rule: str, density: float, combine: str = "mean") -> mixed.Definition:
+def core(rule: str, **given: Any) -> mixed.Definition:
     def merged(deltas: Tensor, weights: Tensor, noise: float) -> Tensor:
         U, V = columns(torch.cat(list(deltas), 1)), columns(torch.cat(list(deltas)).mT)
-        return U @ by_elements(U.mT @ deltas @ V, rule, density, combine) @ V.mT
+        return U @ by_elements((U.mT @ deltas @ V)[weights != 0], rule, **given) @ V.mT
 
     return merged
 
 
-def knots(rule: str, density: float, combine: str = "mean") -> mixed.Definition:
+def knots(rule: str, **given: Any) -> mixed.Definition:
     def merged(deltas: Tensor, weights: Tensor, noise: float) -> Tensor:
         U = columns(torch.cat(list(deltas), 1))
-        return U @ by_elements(U.mT @ deltas, rule, density, combine)
+        return U @ by_elements((U.mT @ deltas)[weights != 0], rule, **given)
 
     return merged
 
 
-def ctm(rank: int, balance: float, rule: str, density: float) -> mixed.Definition:
+def ctm(rank: int, balance: float, rule: str, **given: Any) -> mixed.Definition:
     def merged(deltas: Tensor, weights: Tensor, noise: float) -> Tensor:
         norms = deltas.flatten(1).norm(dim=1)
         if not norms.any():
@@ -79,7 +123,7 @@ def ctm(rank: int, balance: float, rule: str, density: float) -> mixed.Definitio
             if abs(before - error) < 1e-6:
                 break
             before = error
-        return U @ by_elements(U.mT @ deltas @ V, rule, density, "mean") @ V.mT
+        return U @ by_elements((U.mT @ deltas @ V)[weights != 0], rule, **given) @ V.mT
 
     return merged
 
@@ -87,6 +131,9 @@ def ctm(rank: int, balance: float, rule: str, density: float) -> mixed.Definitio
 RULES: list[dict[str, Any]] = [
     {"rule": "ties", "density": 0.2, "combine": "mean"}, {"rule": "ties", "density": 0.7, "combine": "sum"},
     {"rule": "ties", "density": 1.0, "combine": "mean"}, {"rule": "magnitude", "density": 0.3},
+    {"rule": "breadcrumbs", "density": 0.5, "gamma": 0.1}, {"rule": "breadcrumbs", "density": 0.95, "gamma": 0.2},
+    {"rule": "breadcrumbs_ties", "density": 0.4, "gamma": 0.05, "combine": "sum"},
+    {"rule": "sce", "select_topk": 0.3}, {"rule": "sce", "select_topk": 1.0},
 ]  # fmt: skip
 # Updates of one size in separate spaces: singular values that are equal, and directions that are not unique.
 NOT_UNIQUE = ("orthogonal",)
@@ -102,14 +149,15 @@ def test_knots(rule: dict[str, Any]) -> None:
     mixed.require_parity("knots", knots(**rule), FLOAT32, without=NOT_UNIQUE, **rule)
 
 
-@pytest.mark.parametrize(("rank", "balance", "rule", "density"), [
-    (4, 0.25, "sum", None), (3, 1.0, "ties", 0.25), (5, 0.0, "ties", 0.6), (6, 0.25, "magnitude", 0.25),
-])  # fmt: skip
-def test_ctm(rank: int, balance: float, rule: str, density: float | None) -> None:
-    given = {"rank": rank, "balance": balance, "rule": rule} | ({} if density is None else {"density": density})
+@pytest.mark.parametrize(("rank", "balance", "rule"), [
+    (4, 0.25, {"rule": "sum"}), (3, 1.0, {"rule": "ties", "density": 0.25}),
+    (5, 0.0, {"rule": "ties", "density": 0.6}), (6, 0.25, {"rule": "magnitude", "density": 0.25}),
+    (5, 0.5, {"rule": "breadcrumbs", "density": 0.5, "gamma": 0.1}), (4, 0.25, {"rule": "sce", "select_topk": 0.5}),
+], ids=str)  # fmt: skip
+def test_ctm(rank: int, balance: float, rule: dict[str, Any]) -> None:
     # Subspaces of so little gap that the iterations end before they have one value.
     slow = NOT_UNIQUE
-    mixed.require_parity("ctm", ctm(rank, balance, rule, density or 1.0), FLOAT32, without=slow, **given)
+    mixed.require_parity("ctm", ctm(rank, balance, **rule), FLOAT32, without=slow, rank=rank, balance=balance, **rule)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
@@ -122,38 +170,78 @@ def test_rules_are_those_of_peft(density: float) -> None:
         ("ties", owner.ties(list(stack), one, density)),
         ("magnitude", owner.magnitude_prune(list(stack), one, density)),
     ):
-        elementwise = Elementwise("core", rule, density, "mean", 0)
-        threshold = elementwise.thresholds(stack.flatten(1), torch.full((4,), 63))
-        found = elementwise.of(stack, threshold, ["a", "b", "c", "d"], MODULE)
+        elementwise = Elementwise("core", rule, density, "mean", 0, 0.0, 0.0, 1.0)  # type: ignore[arg-type]
+        size = torch.tensor([9]), torch.tensor([7])
+        found = elementwise.merged(Stack(stack[None]), size, (["a", "b", "c", "d"], [MODULE]))[0]
         torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64)
 
 
-@pytest.mark.parametrize("rule", ["dare", "dare_ties"])
+@pytest.mark.parametrize("rule", ["dare", "dare_ties", "della", "della_linear"])
 @pytest.mark.parametrize("method", ["core", "knots"])
 def test_random_masks(method: str, rule: str) -> None:
-    """By the words of the elements' numbers, adapter by adapter; every piece of the rows has its own numbers."""
-    parts, density, seed = pools.ragged(3), 0.3, 5
+    """By the words of the elements' numbers, adapter by adapter, and by the ranks in a row."""
+    parts = pools.ragged(3)
+    given = {"density": 0.3} | ({"epsilon": 0.2} if "della" in rule else {})
     pool = pools.make_pool(parts)
     deltas = torch.stack([pools.dense(p) for p in parts])
-    U, V = columns(torch.cat(list(deltas), 1)), columns(torch.cat(list(deltas)).mT)
     # A mask belongs to the rows of the basis; signs of its vectors change none.
-    inside = U.mT @ deltas @ V if method == "core" else U.mT @ deltas
-    numbers = np.arange(inside.shape[1])[:, None] * 2**32 + np.arange(inside.shape[2])
-    kept = torch.stack([
-        torch.from_numpy(words(numbers, key_of(seed, name), key_of(MODULE)).astype(np.int64) < int(density * 2**32))
-        for name in pool.names
-    ])  # fmt: skip
-    left = torch.where(kept, inside / density, 0.0)
-    whole = left.sum(0) if rule == "dare" else by_elements(left, "ties", 1.0, "mean")
-    expected = U @ whole @ V.mT if method == "core" else U @ whole
-    found = fl.merge(pool, method=method, rule=rule, density=density, seed=seed)
+    definition = {"core": core, "knots": knots}[method](rule, **given)
+    expected = definition(deltas, torch.ones(3), 0.0)
+    found = fl.merge(pool, method=method, rule=rule, seed=SEED, **given)
     assert mixed.distance(found, MODULE, expected) <= FLOAT32
-    with memory.bounded(1):  # column by column
-        pieces = fl.merge(pool, method=method, rule=rule, density=density, seed=seed)
-    assert mixed.distance(pieces, MODULE, expected) <= FLOAT32
-    assert mixed.distance(fl.merge(pool, method=method, rule=rule, density=density), MODULE, expected) > 0.1
+    turned = fl.merge(pool.subset(["a2", "a0", "a1"]), method=method, rule=rule, seed=SEED, **given)
+    assert mixed.distance(turned, MODULE, expected) <= FLOAT32
+    assert mixed.distance(fl.merge(pool, method=method, rule=rule, **given), MODULE, expected) > 0.1
     everything = fl.merge(pool, method=method, rule="dare", density=1.0)
     assert mixed.distance(everything, MODULE, deltas.sum(0)) <= FLOAT32
+
+
+@pytest.mark.parametrize("method", ["core", "knots", "ctm"])
+def test_the_mean_of_dare_over_seeds_is_the_sum(method: str) -> None:
+    """And so is that of DELLA without elected signs, where the sums of magnitudes are nearly kept."""
+    pool = pools.make_pool(pools.planted(3))
+    deltas, count, density = mixed.dense(pool, MODULE), 50, 0.5
+    for rule, more, slack in (("dare", {}, 1.5), ("della_linear", {"epsilon": 0.0}, 2.0)):
+        mean = torch.zeros_like(deltas[0])
+        for seed in range(count):
+            given = {
+                "rule": rule,
+                "density": density,
+                "seed": seed,
+                **more,
+                **({"rank": 18} if method == "ctm" else {}),
+            }
+            mean += pools.exact(fl.merge(pool, method=method, **given).updates[MODULE]) / count  # type: ignore[arg-type]
+        # Bases are orthonormal, so noise is that of the elements: √((1 − d)/d / count) of the root of all squares.
+        noise = float(deltas.norm()) * ((1 - density) / density / count) ** 0.5
+        assert float((mean - deltas.sum(0)).norm()) <= slack * noise, rule
+
+
+@pytest.mark.parametrize("rule", get_args(Rule))
+@pytest.mark.parametrize("method", ["core", "knots", "ctm"])
+def test_what_takes_no_part_and_what_is_empty(method: str, rule: str) -> None:
+    """Adapters of weight 0 change nothing, also where all are; one that is zero counts as one."""
+    pool = pools.make_pool([*pools.planted(2), *pools.ragged(3)[2:]])
+    given: dict[str, Any] = {"rule": rule} | ({"rank": 5} if method == "ctm" else {})
+    whole = fl.merge(pool, {"a0": 0.7, "a2": -1.0}, method=method, **given)
+    less = fl.merge(pool.subset(["a0", "a2"]), {"a0": 0.7, "a2": -1.0}, method=method, **given)
+    assert mixed.distance(whole, MODULE, pools.exact(less.updates[MODULE])) <= FLOAT32
+    if rule == "sce" and method != "ctm":
+        given["select_topk"] = 0.5
+    assert fl.merge(pool, {}, method=method, **given).updates[MODULE].rank == 0
+    nothing = fl.Pool(mixed.with_module(a, MODULE, with_rank_zero(a.updates[MODULE])) for a in pool.adapters)
+    assert fl.merge(nothing, method=method, **given).updates[MODULE].rank == 0
+
+
+def test_rows_have_the_same_bits_whenever_they_are_formed() -> None:
+    """Thresholds compare elements of one pass with those of another."""
+    generator = torch.Generator().manual_seed(1)
+    S, A = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((29, 11), (11, 3001)))
+    rows = Rows([S, 0.5 * S], [A, A], (29, 3001))
+    again = torch.cat([x for _, x in rows.pieces()], 2)
+    assert [first for first, _ in rows.pieces()] == [0, 8, 16, 24]
+    for i in range(2):
+        assert torch.equal(rows.whole(i), again[:, i])
 
 
 @pytest.mark.parametrize("method", ["core", "knots"])
@@ -171,7 +259,7 @@ def test_raw_bases_are_those_of_the_stored_factors() -> None:
     parts = pools.ragged(3)
     deltas = torch.stack([pools.dense(p) for p in parts])
     U, V = columns(torch.cat([b for b, _, _ in parts], 1)), columns(torch.cat([a for _, a, _ in parts]).mT)
-    expected = U @ by_elements(U.mT @ deltas @ V, "ties", 0.2, "mean") @ V.mT
+    expected = U @ by_elements(U.mT @ deltas @ V, "ties") @ V.mT
     found = fl.merge(pools.make_pool(parts), method="core", gauge="raw")
     assert mixed.distance(found, MODULE, expected) <= FLOAT32
     b, a, s = parts[0]
@@ -206,7 +294,10 @@ def test_results_can_be_cut() -> None:
     ("knots", {"density": 1.5}, "knots: density=1.5 must be"), ("ctm", {"density": -1.0}, "ctm: density=-1 must be"),
     ("ctm", {"balance": 2.0}, "ctm: balance=2 must be between 0 and 1"),
     ("ctm", {"energy": 0.5}, "method 'ctm' does not take energy"),
-    ("core", {"rule": "della"}, "rule='della' does not exist: use one of sum, magnitude, ties, dare, dare_ties"),
+    ("core", {"rule": "fisher"}, "rule='fisher' does not exist: use one of sum, magnitude, breadcrumbs, breadcrumbs_t"),
+    ("core", {"rule": "della", "density": 0.9}, "core: density=0.9 ± epsilon=0.15 must lie in"),
+    ("knots", {"rule": "breadcrumbs", "gamma": 1.0}, "knots: gamma=1 must be at least 0 and below 1"),
+    ("ctm", {"rule": "sce", "select_topk": 0.0}, "ctm: select_topk=0 must be above 0 and at most 1"),
     ("knots", {"rank": 0}, "rank=0 must be at least 1"),
 ])  # fmt: skip
 def test_parameters_that_are_refused(method: str, parameters: dict[str, Any], said: str) -> None:

@@ -3,9 +3,9 @@ element."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,18 +13,32 @@ from torch import Tensor
 
 from fastlora.errors import InputError
 from fastlora.ops.merge_tiles import bound_of, key_of
+from fastlora.reference.merge_tiles import WORDS, variance
 from fastlora.reference.philox import words
 
-Rule = Literal["sum", "magnitude", "ties", "dare", "dare_ties"]
+Rule = Literal[
+    "sum", "magnitude", "breadcrumbs", "breadcrumbs_ties", "ties", "dare", "dare_ties", "della", "della_linear", "sce"
+]
 
-RANDOM = ("dare", "dare_ties")
+TRIMMED = ("magnitude", "breadcrumbs", "breadcrumbs_ties", "ties")
+"""Rules that keep elements by their magnitude."""
+WITHOUT_LARGEST = ("breadcrumbs", "breadcrumbs_ties")
+RANKED = ("della", "della_linear")
+ELECTED = ("breadcrumbs_ties", "ties", "dare_ties", "della")
+"""Rules that take what has the elected sign."""
 
+ALL = ("density", "gauge", "combine", "seed", "gamma", "epsilon", "select_topk")
 USED: Mapping[str, tuple[str, ...]] = {
     "sum": (),
     "magnitude": ("density", "gauge"),
+    "breadcrumbs": ("density", "gauge", "gamma"),
+    "breadcrumbs_ties": ("density", "gauge", "gamma", "combine"),
     "ties": ("density", "gauge", "combine"),
     "dare": ("density", "gauge", "seed"),
     "dare_ties": ("density", "gauge", "seed", "combine"),
+    "della": ("density", "gauge", "seed", "epsilon", "combine"),
+    "della_linear": ("density", "gauge", "seed", "epsilon"),
+    "sce": ("gauge", "select_topk"),
 }
 """Which parameters of a container a rule uses; a sum is the same in all bases."""
 
@@ -32,21 +46,61 @@ USED: Mapping[str, tuple[str, ...]] = {
 def idle(values: Mapping[str, object]) -> dict[str, str]:
     """The parameters of a container that have no effect with its rule."""
     rule = str(values["rule"])
-    return dict.fromkeys(sorted(set(USED["dare_ties"]) - set(USED[rule])), f"rule={rule}")
+    return dict.fromkeys(sorted(set(ALL) - set(USED[rule])), f"rule={rule}")
 
 
 # Elements are numbered as in rows of this length, so that directions that are zero for all shift nobody's mask.
 ROW = 2**32
+# A variance over adapters below its square, relative to the largest magnitude, is rounding: copies do not vary.
+SAME = 1e-13
 
 Combine = Literal["mean", "sum"]
+Keys = tuple[Sequence[str], Sequence[str]]
+"""The names of the adapters and of the modules."""
 
 
-def thresholds(elements: Tensor, sizes: Tensor, density: float) -> Tensor:
-    """The magnitude of the ``⌊density·size⌋``-th largest element, infinity for a count of 0: ``[…]``.
+class Elements(Protocol):
+    """The ``x_i [g, p, q]`` of ``k`` adapters in ``g`` modules, which may be formed anew each time, with the same
+    bits."""
 
-    ``elements [..., N]``, ``sizes [...]``: how many of the ``N`` count; the others are zero.
+    def whole(self, i: int) -> Tensor:
+        """All of one adapter: ``[g, p, q]``."""
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """Some rows of all adapters after the other: the first row, and ``[g, k, rows, q]``."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """Elements that are there: ``[g, k, p, q]``."""
+
+    values: Tensor
+
+    def whole(self, i: int) -> Tensor:
+        return self.values[:, i]
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        yield 0, self.values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """What a rule has to know of all elements first.
+
+    ``low``, ``high`` ``[g, k]``: kept is what is at least ``low`` and below ``high``. ``factors [g, k]``: what is left
+    is multiplied by them. ``least [g]``: places whose variance is at least this are kept. ``energies [g, k]``: shares
+    of the adapters.
     """
-    counts = (density * sizes).long()
+
+    low: Tensor | None = None
+    high: Tensor | None = None
+    factors: Tensor | None = None
+    least: Tensor | None = None
+    energies: Tensor | None = None
+
+
+def thresholds(elements: Tensor, counts: Tensor) -> Tensor:
+    """The least of the ``counts [g]`` largest magnitudes in ``elements [g, N]``, infinity for a count of 0: ``[g]``."""
     magnitudes = elements.abs()
     if not magnitudes.shape[-1]:
         return torch.full(counts.shape, torch.inf, dtype=torch.float64)
@@ -58,88 +112,181 @@ def thresholds(elements: Tensor, sizes: Tensor, density: float) -> Tensor:
     return torch.where(counts > 0, chosen, torch.inf)
 
 
-def dropped(
-    stack: Tensor, names: Sequence[str], module: str, seed: int, density: float, first_column: int = 0
-) -> Tensor:
-    """DARE of the ``x_i [k, p, q]`` of one module: every element stays with the probability ``density``, divided by it.
-
-    Which ones stay depends on the seed, the names of adapter and module, and the place: not on the pool. The columns
-    are those from ``first_column`` on.
-    """
-    p, q = stack.shape[1:]
-    rows, columns = np.arange(p, dtype=np.int64)[:, None], np.arange(first_column, first_column + q, dtype=np.int64)
-    numbers, bound = rows * ROW + columns, bound_of(density)
-    kept = [words(numbers, key_of(seed, name), key_of(module)).astype(np.int64) < bound for name in names]
-    return torch.where(torch.from_numpy(np.stack(kept)), stack / density, 0.0)
-
-
-def merged(stack: Tensor, threshold: Tensor | None, rule: Rule, combine: Combine) -> Tensor:
-    """What a rule makes of ``stack [..., k, p, q]``: ``[..., p, q]``.
-
-    ``sum``, ``dare`` (of what is left): the sum. ``magnitude``: the sum of the elements of at least ``threshold
-    [..., k]``. ``ties``: of these, ``dare_ties``: of all, the mean (over their number, not over weights) or the sum of
-    those that are not zero and have the sign of their sum, plus where it is zero.
-    """
-    if rule in ("sum", "dare"):
-        return stack.sum(-3)
-    kept = stack if threshold is None else torch.where(stack.abs() >= threshold[..., None, None], stack, 0.0)
-    total = kept.sum(-3)
-    if rule == "magnitude":
-        return total
-    agree = kept * torch.where(total < 0, -1.0, 1.0)[..., None, :, :] > 0
-    chosen = torch.where(agree, kept, 0.0).sum(-3)
-    return chosen / agree.sum(-3).clamp(min=1) if combine == "mean" else chosen
+def taking_part(weights: Sequence[float]) -> list[int]:
+    """The adapters whose weight is not 0; the first where none is."""
+    return [i for i, weight in enumerate(weights) if weight != 0.0] or [0]
 
 
 @dataclass(frozen=True, slots=True)
 class Elementwise:
-    """A rule with its parameters; ``method`` is for messages."""
+    """A rule with its parameters; ``method`` is for messages.
+
+    Elements are those of the weighted updates. What is kept of them, ``v_i``:
+
+    * ``sum``: all. ``magnitude``, ``ties``: the ``⌊density·N⌋`` largest of every adapter, of equals all.
+    * ``breadcrumbs``, ``breadcrumbs_ties``: as many, those that follow the ``⌊gamma·N⌋`` largest.
+    * ``dare``, ``dare_ties``: each with the probability ``density``, divided by it.
+    * ``della``, ``della_linear``: each with a probability from ``density − epsilon``, for the least of its row, to
+      ``density + epsilon``, for the largest; ``v_i`` gets the sum of magnitudes that ``x_i`` had.
+    * ``sce``: the places with the ``⌊select_topk·V⌋`` largest variances over the adapters, of ``V`` that have one.
+
+    Then ``Σ v_i``; or with ``ties``, ``breadcrumbs_ties``, ``dare_ties`` and ``della`` the mean (over their number, not
+    over weights) or the sum of those that are not zero and have the sign of ``Σ v_i``, plus where it is zero; with
+    ``sce`` their mean weighted by the ``‖v_i‖²``.
+    """
 
     method: str
     rule: Rule
     density: float
     combine: Combine
     seed: int
+    gamma: float
+    epsilon: float
+    select_topk: float
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.density <= 1.0:
-            raise InputError(f"{self.method}: density={self.density:g} must be above 0 and at most 1")
-
-    @property
-    def trims(self) -> bool:
-        """Whether it keeps the largest elements."""
-        return self.rule in ("magnitude", "ties")
-
-    def thresholds(self, elements: Tensor, sizes: Tensor) -> Tensor | None:
-        """:func:`thresholds`, where the rule trims."""
-        return thresholds(elements, sizes, self.density) if self.trims else None
-
-    def of(
-        self, stack: Tensor, threshold: Tensor | None, names: Sequence[str], module: str, first_column: int = 0
-    ) -> Tensor:
-        """``[p, q]`` of the ``x_i [k, p, q]`` of one module, whose columns are those from ``first_column`` on."""
-        if self.rule in RANDOM:
-            stack = dropped(stack, names, module, self.seed, self.density, first_column)
-        return merged(stack, threshold, self.rule, self.combine)
+        for name, share in (("density", self.density), ("select_topk", self.select_topk)):
+            if not 0.0 < share <= 1.0:
+                raise InputError(f"{self.method}: {name}={share:g} must be above 0 and at most 1")
+        if not 0.0 <= self.gamma < 1.0:
+            raise InputError(f"{self.method}: gamma={self.gamma:g} must be at least 0 and below 1")
+        least, most = self.density - self.epsilon, self.density + self.epsilon
+        if self.rule in RANKED and not (self.epsilon >= 0.0 <= least and most <= 1.0):
+            raise InputError(
+                f"{self.method}: density={self.density:g} ± epsilon={self.epsilon:g} must lie in [0, 1]; lower epsilon"
+            )
 
     def in_frames(
         self,
         sides: tuple[Tensor, Tensor],
         left: Tensor,
         right: Tensor,
-        sizes: Tensor,
-        keys: tuple[Sequence[str], Sequence[str]],
+        counts: tuple[Tensor, Tensor],
+        weights: Tensor,
+        keys: Keys,
     ) -> Tensor:
         """``left · rule(leftᵀ M_i right) · rightᵀ`` of ``M_i = L_i R_iᵀ``.
 
-        ``left``, ``right``: orthonormal, ``[g, R, c]``. ``sides``: ``L``, ``R`` ``[g, k, R, r]``. ``sizes [g]``: how
-        many coordinates are not zero for all. ``keys``: names of the adapters and of the modules.
+        ``left``, ``right``: orthonormal, ``[g, R, c]``. ``sides``: ``L``, ``R`` ``[g, k, R, r]``, with the ``weights
+        [k]`` inside. ``counts [g]`` twice: how many of the first columns of each are directions that some update has.
         """
-        inside = (left.mT[:, None] @ sides[0]) @ (right.mT[:, None] @ sides[1]).mT
-        threshold = self.thresholds(inside.flatten(2), sizes[:, None].expand(inside.shape[:2]))
-        if self.rule in RANDOM:
-            names, modules = keys
-            inside = torch.stack([
-                dropped(x, names, module, self.seed, self.density) for x, module in zip(inside, modules, strict=True)
-            ])  # fmt: skip
-        return left @ merged(inside, threshold, self.rule, self.combine) @ right.mT
+        chosen = taking_part(weights.tolist())
+        L, R = (side[:, chosen] for side in sides)
+        inside = (left.mT[:, None] @ L) @ (right.mT[:, None] @ R).mT
+        names = [keys[0][i] for i in chosen]
+        return left @ self.merged(Stack(inside), counts, (names, keys[1])) @ right.mT
+
+    def merged(self, elements: Elements, counts: tuple[Tensor, Tensor], keys: Keys) -> Tensor:
+        """What the rule makes of the ``x_i``: ``[g, p, q]``.
+
+        ``counts [g]`` twice: how many of the first rows and columns are not rounding; shares and ranks count those.
+        """
+        known = self._measured(elements, counts, keys)
+        made = [self._combined(self._kept(first, x, known, counts[1], keys), known) for first, x in elements.pieces()]
+        return torch.cat(made, -2)
+
+    def _measured(self, elements: Elements, counts: tuple[Tensor, Tensor], keys: Keys) -> Measured:
+        sizes, adapters = (counts[0] * counts[1]).double(), range(len(keys[0]))
+        if self.rule in TRIMMED:
+            kept = (self.density * sizes).long()
+            top = torch.minimum((self.gamma * sizes).long(), sizes.long() - kept)
+            without = self.rule in WITHOUT_LARGEST
+            found = [
+                (thresholds(x, top + kept), thresholds(x, top)) if without else (thresholds(x, kept),)
+                for x in (elements.whole(i).flatten(1) for i in adapters)
+            ]
+            low, *high = (torch.stack(list(rows), 1) for rows in zip(*found, strict=True))
+            return Measured(low, high[0] if high else None)
+        if self.rule in RANKED:
+            whole, left = torch.zeros(2, len(keys[1]), len(keys[0]), dtype=torch.float64)
+            for first, x in elements.pieces():
+                whole += x.abs().sum((-2, -1))
+                left += self._kept(first, x, Measured(), counts[1], keys).abs().sum((-2, -1))
+            return Measured(factors=torch.where(left > 0, whole / torch.where(left > 0, left, 1.0), 1.0))
+        if self.rule == "sce":
+            return self._of_energies(elements, counts, keys)
+        return Measured()
+
+    def _of_energies(self, elements: Elements, counts: tuple[Tensor, Tensor], keys: Keys) -> Measured:
+        least = None
+        if self.select_topk < 1.0:
+            pieces = [(_varied(x), _largest(x)) for _, x in elements.pieces()]
+            varied, sizes = torch.cat([v for v, _ in pieces], -2), torch.stack([size for _, size in pieces]).amax(0)
+            rows, columns = (
+                torch.arange(length) < count[:, None] for length, count in zip(varied.shape[1:], counts, strict=True)
+            )
+            there = rows[:, :, None] & columns[:, None] & (varied > (SAME * sizes).square()[:, None, None])
+            varied = torch.where(there, varied, 0.0).flatten(1)
+            least = thresholds(varied, (self.select_topk * there.sum((1, 2)).double()).long())
+        squares = torch.zeros(len(keys[1]), len(keys[0]), dtype=torch.float64)
+        for first, x in elements.pieces():
+            squares += self._kept(first, x, Measured(least=least), counts[1], keys).square().sum((-2, -1))
+        total = squares.sum(1, keepdim=True)
+        return Measured(
+            least=least, energies=torch.where(total > 0, squares / torch.where(total > 0, total, 1.0), 1 / len(keys[0]))
+        )
+
+    def _kept(self, first: int, x: Tensor, known: Measured, widths: Tensor, keys: Keys) -> Tensor:
+        """The ``v_i`` of some rows ``x [g, k, rows, q]``, from the row ``first`` on."""
+        if known.low is not None:
+            sizes = x.abs()
+            inside = sizes >= known.low[..., None, None]
+            if known.high is not None:
+                inside &= sizes < known.high[..., None, None]
+            return torch.where(inside, x, 0.0)
+        if known.least is not None:
+            return torch.where((_varied(x) >= known.least[:, None, None])[:, None], x, 0.0)
+        if self.rule in RANKED:
+            left = torch.where(_drawn(first, x, self._bounds(x, widths), self.seed, keys), x, 0.0)
+            return left if known.factors is None else left * known.factors[..., None, None]
+        if self.rule in ("dare", "dare_ties"):
+            bounds = torch.tensor(bound_of(self.density))
+            return torch.where(_drawn(first, x, bounds, self.seed, keys), x / self.density, 0.0)
+        return x
+
+    def _bounds(self, x: Tensor, widths: Tensor) -> Tensor:
+        """The probabilities of DELLA, of 2³², by the rank of an element in its row: int64, like ``x``."""
+        q = x.shape[-1]
+        ranks = x.abs().sort(dim=-1, stable=True).indices.argsort(-1)
+        ranks = (ranks - (q - widths)[:, None, None, None]).clamp(min=0)
+        share = self.density - self.epsilon + 2 * self.epsilon * ranks / (widths - 1).clamp(min=1)[:, None, None, None]
+        return (share * WORDS).floor().clamp(0, WORDS).long()
+
+    def _combined(self, v: Tensor, known: Measured) -> Tensor:
+        """``[g, k, rows, q]`` → ``[g, rows, q]``."""
+        total = v.sum(-3)
+        if self.rule not in ELECTED and known.energies is None:
+            return total
+        agree = v * torch.where(total < 0, -1.0, 1.0)[..., None, :, :] > 0
+        if known.energies is not None:
+            shares = torch.where(agree, known.energies[..., None, None], 0.0)
+            divisor = shares.sum(-3)
+            return (v * shares).sum(-3) / torch.where(divisor > 0, divisor, 1.0)
+        chosen = torch.where(agree, v, 0.0).sum(-3)
+        return chosen / agree.sum(-3).clamp(min=1) if self.combine == "mean" else chosen
+
+
+def _varied(x: Tensor) -> Tensor:
+    """The variance over the adapters: ``[g, k, rows, q]`` → ``[g, rows, q]``."""
+    return variance(x.transpose(0, 1))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of every module: ``[g]``."""
+    return x.abs().amax((1, 2, 3)) if x.numel() else x.new_zeros(len(x))
+
+
+def _drawn(first: int, x: Tensor, bounds: Tensor, seed: int, keys: Keys) -> Tensor:
+    """Which elements of some rows ``x [g, k, rows, q]`` from ``first`` on stay: those whose random word is below its
+    bound.
+
+    Words depend on the seed, the names of adapter and module, and the place: not on the pool.
+    """
+    _, _, p, q = x.shape
+    names, modules = keys
+    numbers = np.arange(first, first + p, dtype=np.int64)[:, None] * ROW + np.arange(q, dtype=np.int64)
+    drawn = [
+        np.stack([words(numbers, key_of(seed, name), key_of(module)) for name in names]).astype(np.int64)
+        for module in modules
+    ]
+    return torch.from_numpy(np.stack(drawn)) < bounds

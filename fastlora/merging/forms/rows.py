@@ -1,11 +1,11 @@
 """Rules on rows: ``ΔW_i = Q_B U (Uᵀ L_i A_i)`` in a common left basis, the elements of ``[c, m]`` matrices merged.
 
-Beside the factors, one such matrix an adapter is there at a time, and a piece of all of them.
+Beside the factors, one such matrix an adapter is there at a time, and a few rows of all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,10 @@ from fastlora.core.factors import Factor, device_of
 from fastlora.core.updates import Noise, Update, with_rank_zero
 from fastlora.engine.materialise import materialise_factor
 from fastlora.merging.forms.frames import Cut, Frames
-from fastlora.runtime.memory import batch_bytes
 
-PIECE_BYTES = 32 * 2**20
+# Rows that are formed at once. Always as many: products of other shapes may be summed in another order, and an element
+# must have the same bits whenever it is formed, or thresholds break.
+ROWS = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,30 +34,30 @@ class Rows:
     shape: tuple[int, int]
 
     @staticmethod
-    def of(frames: Frames, g: int, scales: Tensor, basis: Tensor) -> Rows:
-        """The rows of the module at ``g`` of ``frames``, for ``scales_i B_i A_i``."""
+    def of(frames: Frames, g: int, scales: Tensor, basis: Tensor, chosen: Sequence[int]) -> Rows:
+        """The rows of the module at ``g`` of ``frames``, for ``scales_i B_i A_i`` of the ``chosen`` adapters of the
+        pool; zeros for one that lacks the module."""
         row = frames.blocks.updates[g]
         sizes = frames.spread(scales)[g] * frames.norms_B[g]
         pieces = torch.split_with_sizes(basis.mT @ (frames.left[g] * sizes), frames.ranks, 1)
-        factors = [materialise_factor(u.A, torch.float64).cpu() for u in row]
-        return Rows(list(pieces), factors, (basis.shape[1], row[0].shape[1]))
-
-    def elements(self, i: int) -> Tensor:
-        """``x_i [c, m]``."""
-        return self.coefficients[i] @ self.factors[i]
-
-    def merged(self, rule: Callable[..., Tensor]) -> Tensor:
-        """``rule(x [k, c, columns], first_column=…)`` for all columns: ``[c, m]``."""
-        c, m = self.shape
-        width = max(1, batch_bytes(PIECE_BYTES) // (8 * max(1, c) * len(self.factors)))
-        pieces = [
-            rule(
-                torch.stack([S @ A[:, i : i + width] for S, A in zip(self.coefficients, self.factors, strict=True)]),
-                first_column=i,
-            )
-            for i in range(0, m, width)
+        place = {member: i for i, member in enumerate(frames.blocks.members)}
+        c, m = basis.shape[1], row[0].shape[1]
+        coefficients = [pieces[place[i]] if i in place else basis.new_zeros(c, 0) for i in chosen]
+        factors = [
+            materialise_factor(row[place[i]].A, torch.float64).cpu() if i in place else basis.new_zeros(0, m)
+            for i in chosen
         ]
-        return torch.cat(pieces, 1)
+        return Rows(coefficients, factors, (c, m))
+
+    def whole(self, i: int) -> Tensor:
+        """``x_i``: ``[1, c, m]``."""
+        factor = self.factors[i]
+        return torch.cat([rows @ factor for rows in torch.split(self.coefficients[i], ROWS)])[None]
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """Some rows of all adapters after the other: the first row, and ``[1, k, rows, m]``."""
+        for i, pieces in enumerate(zip(*(torch.split(S, ROWS) for S in self.coefficients), strict=True)):
+            yield ROWS * i, torch.stack([S @ A for S, A in zip(pieces, self.factors, strict=True)])[None]
 
 
 def update_of(

@@ -23,6 +23,7 @@ from fastlora.merging.forms.frames import Cut
 def core(
     stack: Tensor,
     sides: tuple[Tensor, Tensor],
+    weights: Tensor,
     keys: tuple[Sequence[str], Sequence[str]],
     stacks: tuple[Tensor, Tensor],
     nulls: Cut,
@@ -31,6 +32,9 @@ def core(
     density: float = 0.2,
     combine: Combine = "mean",
     seed: int = 0,
+    gamma: float = 0.01,
+    epsilon: float = 0.15,
+    select_topk: float = 1.0,
     gauge: Literal["free", "raw"] = "free",
 ) -> Tensor:
     """``U · rule(M_1, M_2, …) · Vᵀ`` with ``M_i = Uᵀ w_i ΔW_i V [R, R]``.
@@ -45,14 +49,17 @@ def core(
     values are equal, the result is one of many. Cost: two eigendecompositions of ``R×R`` and ``O(k R³)`` a module.
 
     Args:
-        rule: what is done with the elements: sum, magnitude (the largest of every update, summed), ties, dare (random
-            ones, summed) or dare_ties
+        rule: what is done with the elements: sum, magnitude, breadcrumbs, breadcrumbs_ties, ties, dare, dare_ties,
+            della, della_linear or sce, as in the methods of these names
         density: share of the elements of a core that every adapter keeps, in (0, 1]
-        combine: what ties takes of the elements that agree, their mean or their sum
-        seed: of the random masks of dare, which also depend on the names of adapters and modules
+        combine: what rules with elected signs take of the elements that agree, their mean or their sum
+        seed: of the random masks of dare and della, which also depend on the names of adapters and modules
+        gamma: of breadcrumbs, the share of the largest elements that are dropped, in [0, 1)
+        epsilon: of della, half the span of the probabilities; density ± epsilon must lie in [0, 1]
+        select_topk: of sce, the share of the places that vary which are kept, in (0, 1]
         gauge: bases of the updates themselves (free), or of the stored factors as in the paper (raw)
     """
-    elementwise = Elementwise("core", rule, density, combine, seed)
+    elementwise = Elementwise("core", rule, density, combine, seed, gamma, epsilon, select_topk)
     if gauge == "free":
         left, right = squares_of(stack)
     else:
@@ -62,4 +69,4 @@ def core(
         values, vectors = ops.eigh(gram.contiguous())
         counts.append(nulls.above(values.flip(-1).clamp(min=0).sqrt()))
         bases.append(vectors.flip(-1))
-    return elementwise.in_frames(sides, bases[0], bases[1], counts[0] * counts[1], keys)
+    return elementwise.in_frames(sides, bases[0], bases[1], (counts[0], counts[1]), weights, keys)

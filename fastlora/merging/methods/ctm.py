@@ -27,6 +27,7 @@ from fastlora.merging.registry import driven
 def ctm(
     stack: Tensor,
     sides: tuple[Tensor, Tensor],
+    weights: Tensor,
     keys: tuple[Sequence[str], Sequence[str]],
     cut: Cut,
     nulls: Cut,
@@ -35,6 +36,9 @@ def ctm(
     density: float = 0.25,
     combine: Combine = "mean",
     seed: int = 0,
+    gamma: float = 0.01,
+    epsilon: float = 0.15,
+    select_topk: float = 1.0,
     balance: float = 0.25,
     iterations: int = 1000,
     tolerance: float = 1e-6,
@@ -49,16 +53,19 @@ def ctm(
     pool nothing is lost, and a linear rule gives the sum. Cost: two eigendecompositions of ``R×R`` an iteration.
 
     Args:
-        rule: what is done with the elements: sum, magnitude (the largest of every update, summed), ties, dare (random
-            ones, summed) or dare_ties
+        rule: what is done with the elements: sum, magnitude, breadcrumbs, breadcrumbs_ties, ties, dare, dare_ties,
+            della, della_linear or sce, as in the methods of these names
         density: share of the r×r elements that every adapter keeps, in (0, 1]
-        combine: what ties takes of the elements that agree, their mean or their sum
-        seed: of the random masks of dare, which also depend on the names of adapters and modules
+        combine: what rules with elected signs take of the elements that agree, their mean or their sum
+        seed: of the random masks of dare and della, which also depend on the names of adapters and modules
+        gamma: of breadcrumbs, the share of the largest elements that are dropped, in [0, 1)
+        epsilon: of della, half the span of the probabilities; density ± epsilon must lie in [0, 1]
+        select_topk: of sce, the share of the places that vary which are kept, in (0, 1]
         balance: β, from 0 (all adapters count alike in the choice of the subspaces) to 1 (by their size)
         iterations: steps at the most
         tolerance: change of the relative error below which the subspaces stay
     """
-    elementwise = Elementwise("ctm", rule, density, combine, seed)
+    elementwise = Elementwise("ctm", rule, density, combine, seed, gamma, epsilon, select_topk)
     if not 0.0 <= balance <= 1.0 or iterations < 0 or not tolerance > 0:
         raise InputError(
             f"ctm: balance={balance:g} must be between 0 and 1, iterations={iterations} at least 0, "
@@ -72,8 +79,8 @@ def ctm(
     grams = squares_of(stack * factor)
     rank = min(cut.rank or R, R)
     left, right = _subspaces(grams, (sides[0] * factor, sides[1]), rank, iterations, tolerance)
-    sizes = [nulls.above(_spectrum(base, gram)) for base, gram in zip((left, right), grams, strict=True)]
-    return elementwise.in_frames(sides, left, right, sizes[0] * sizes[1], keys)
+    counts = nulls.above(_spectrum(left, grams[0])), nulls.above(_spectrum(right, grams[1]))
+    return elementwise.in_frames(sides, left, right, counts, weights, keys)
 
 
 def _spectrum(base: Tensor, gram: Tensor) -> Tensor:

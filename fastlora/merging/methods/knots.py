@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +15,7 @@ from fastlora.engine.blocks import read_pair_blocks
 from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
 from fastlora.merging.forms.bases import squares_of
-from fastlora.merging.forms.elementwise import Combine, Elementwise, Rule, idle
+from fastlora.merging.forms.elementwise import Combine, Elementwise, Rule, idle, taking_part
 from fastlora.merging.forms.frames import Cut, Frames
 from fastlora.merging.forms.result import check_result, merged_adapter
 from fastlora.merging.forms.rows import Rows, update_of
@@ -42,6 +41,9 @@ def knots(
     density: float = 0.2,
     combine: Combine = "mean",
     seed: int = 0,
+    gamma: float = 0.01,
+    epsilon: float = 0.15,
+    select_topk: float = 1.0,
 ) -> Adapter:
     """``U · rule(ΣV_1ᵀ, ΣV_2ᵀ, …)`` with the singular form ``[w_1ΔW_1 | w_2ΔW_2 | …] = U Σ [V_1ᵀ | V_2ᵀ | …]``.
 
@@ -54,16 +56,21 @@ def knots(
     Args:
         rank: rank to cut the result to; by default nothing is cut, and the rank is at most Σrᵢ
         energy: share of Σσ² that every module keeps, in (0, 1], instead of a rank
-        rule: what is done with the elements: sum, magnitude (the largest of every update, summed), ties, dare (random
-            ones, summed) or dare_ties
+        rule: what is done with the elements: sum, magnitude, breadcrumbs, breadcrumbs_ties, ties, dare, dare_ties,
+            della, della_linear or sce, as in the methods of these names
         density: share of the elements of ΣVᵢᵀ that every adapter keeps, in (0, 1]
-        combine: what ties takes of the elements that agree, their mean or their sum
-        seed: of the random masks of dare, which also depend on the names of adapters and modules
+        combine: what rules with elected signs take of the elements that agree, their mean or their sum
+        seed: of the random masks of dare and della, which also depend on the names of adapters and modules
+        gamma: of breadcrumbs, the share of the largest elements that are dropped, in [0, 1)
+        epsilon: of della, half the span of the probabilities; density ± epsilon must lie in [0, 1]
+        select_topk: of sce, the share of the places that vary which are kept, in (0, 1]
     """
-    elementwise = Elementwise("knots", rule, density, combine, seed)
+    elementwise = Elementwise("knots", rule, density, combine, seed, gamma, epsilon, select_topk)
     if rank is not None or energy is not None:
         check_cut(rank, energy)
     given = [weights[n] for n in pool.names]
+    chosen = taking_part(given)
+    names = [pool.names[i] for i in chosen]
     updates: dict[str, Update] = {}
     squares: dict[str, tuple[float, float]] = {}
 
@@ -77,14 +84,16 @@ def knots(
             if not bool(stack.isfinite().all()):
                 raise InputError(f"the weighted updates overflow: lower the weights {given}")
             basis = _left_basis(stack, one.cut(given, None, None))
-            rows = Rows.of(one, 0, scales[g : g + 1], basis)
-            names = [pool.names[i] for i in blocks.members]
-            threshold = _thresholds(rows, elementwise)
-            merged = rows.merged(functools.partial(elementwise.of, threshold=threshold, names=names, module=module))
+            rows = Rows.of(one, 0, scales[g : g + 1], basis, chosen)
+            sizes = torch.tensor(rows.shape)[:, None]
+            merged = elementwise.merged(rows, (sizes[0], sizes[1]), (names, [module]))[0]
             check_result("knots", [module], merged[None], (1, *rows.shape))
             updates[module], squares[module] = update_of(one, 0, basis, merged, one.cut(given, rank, energy), noises[g])
             release(sources(one.blocks.updates[0]))
-    used = {"rank": rank, "energy": energy, "rule": rule, "density": density, "combine": combine, "seed": seed}
+    used = {
+        "rank": rank, "energy": energy, "rule": rule, "density": density, "combine": combine, "seed": seed,
+        "gamma": gamma, "epsilon": epsilon, "select_topk": select_topk,
+    }  # fmt: skip
     was_cut = rank is not None or energy is not None
     return merged_adapter("knots", pool, given, updates, used, squares=squares if was_cut else None)
 
@@ -94,12 +103,3 @@ def _left_basis(stack: Tensor, noise: Cut) -> Tensor:
     values, vectors = ops.eigh(squares_of(stack)[0].contiguous())
     count = int(noise.above(values.flip(-1).clamp(min=0).sqrt()))
     return vectors[0].flip(-1)[:, :count].contiguous()
-
-
-def _thresholds(rows: Rows, elementwise: Elementwise) -> Tensor | None:
-    """The least magnitude that every adapter keeps, ``[k]``, where the rule trims."""
-    if not elementwise.trims:
-        return None
-    size = torch.tensor(rows.shape[0] * rows.shape[1])
-    found = [elementwise.thresholds(rows.elements(i).flatten(), size) for i in range(len(rows.factors))]
-    return torch.stack([x for x in found if x is not None])
