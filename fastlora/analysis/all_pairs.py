@@ -39,7 +39,8 @@ class ModulePairs(NamedTuple):
 
 
 def all_pairs(pool: PoolView) -> Iterator[ModulePairs]:
-    """Every module of a pool, also those that a single adapter has; two reads of the factors."""
+    """Every module of a pool, also those that a single adapter has; of those that are this rank's, where several work
+    together. Two reads of the factors."""
     for part in _parts(pool):
         of_part = frames(part)
         for g, (module, updates) in enumerate(zip(part.modules, part.updates(), strict=True)):
@@ -48,7 +49,7 @@ def all_pairs(pool: PoolView) -> Iterator[ModulePairs]:
 
 def _parts(pool: PoolView) -> Iterator[GroupPart]:
     most = max((len(pool.present(module)) for module in pool.modules), default=1)
-    for part in parts(pool, "comparing", least=1, matrices=MATRICES_OF_ADAPTER / most, stream=current()):
+    for part in parts(pool, "comparing", least=1, matrices=MATRICES_OF_ADAPTER / most, stream=current(), shared=True):
         for first in range(0, len(part.modules), MODULES_AT_ONCE):
             yield replace(part, modules=part.modules[first : first + MODULES_AT_ONCE])
 

@@ -11,12 +11,14 @@ from fastlora import ops
 from fastlora.adapters.pool import Pool, on_device
 from fastlora.analysis.all_pairs import ModulePairs, all_pairs
 from fastlora.analysis.similar import Overlap
+from fastlora.engine import shares as among_ranks
 from fastlora.engine.blocks import ChainBlocks, read_chain_blocks
 from fastlora.engine.checks import raise_for_info
+from fastlora.engine.contracts import PoolView
 from fastlora.engine.gram import read_gram
 from fastlora.engine.gram_cache import entered
-from fastlora.engine.schedule import parts, rtol_or_default
-from fastlora.engine.stream import current
+from fastlora.engine.schedule import parts, rtol_or_default, split_to_fit
+from fastlora.engine.stream import PoolPart, current
 from fastlora.ops.gram import blocks_of
 
 # A pool with more adapters is compared by tiles of stacked factors in float32: the Gram blocks of all pairs would be k
@@ -66,7 +68,7 @@ def pool_overlap(pool: Pool, modules: bool = False) -> Overlap:
     squares = torch.zeros(k, k, dtype=torch.float64)  # Σ‖ΔW_i‖² over the modules that j has too
     norms = torch.zeros(k, dtype=torch.float64)
     kept: dict[str, tuple[Tensor, Tensor]] = {}
-    for found in _in_pairs(pool) if k <= MOST_IN_PAIRS or entered() else all_pairs(pool):
+    for found in _compared(pool):
         index, own = torch.tensor(found.members), found.inner.diagonal()
         at = index[:, None], index
         norms[index] += found.norms.square()
@@ -88,9 +90,24 @@ def pool_overlap(pool: Pool, modules: bool = False) -> Overlap:
     return Overlap(list(pool.names), cosine, subspace, norms.sqrt(), ordered, tuple(pool.told), bases)
 
 
-def _in_pairs(pool: Pool) -> Iterator[ModulePairs]:
-    """Every module from float64 Gram blocks of all pairs."""
-    for part in parts(pool, "comparing", rtol_of=rtol_or_default(None), least=1, stream=current()):
+def _compared(pool: Pool) -> Iterator[ModulePairs]:
+    """Every module, in the order of the pool; ranks that work together share some modules at a time, of which all get
+    the results."""
+    k = len(pool)
+    compare = _in_pairs if k <= MOST_IN_PAIRS or entered() else all_pairs
+    for some in split_to_fit([2 * 8 * k * k] * len(pool.modules)):
+        part = PoolPart(pool.names, list(pool.adapters), [pool.modules[i] for i in some])
+
+        def work(part: PoolPart = part) -> dict[str, ModulePairs]:
+            return {found.module: found for found in compare(part)}
+
+        pairs = among_ranks.each("comparing", work, pool.adapters)
+        yield from (pairs[m] for m in part.modules)
+
+
+def _in_pairs(pool: PoolView) -> Iterator[ModulePairs]:
+    """Every module of this rank from float64 Gram blocks of all pairs."""
+    for part in parts(pool, "comparing", rtol_of=rtol_or_default(None), least=1, stream=current(), shared=True):
         blocks = read_chain_blocks(part, "left", "pairs")
         inner, subspace = (x.cpu() for x in _similarities(blocks, part.group.rtols))
         for g, module in enumerate(part.modules):

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlora.adapters.pool import Pool
 from fastlora.coefficients.pool_gram import PoolGram
 from fastlora.engine.blocks import PairBlocks, read_pair_blocks
+from fastlora.engine.inner_products import summed
 from fastlora.errors import InputError
 
 # Directions of a normal equation that are rounding: duplicates and opposites of other adapters.
@@ -54,10 +55,7 @@ def weights(pool: Pool | PoolGram, method: str = "least_interference") -> dict[s
 
 def _inner(pool: Pool) -> Tensor:
     """``⟨ΔW_i, ΔW_j⟩`` summed over modules, MATH (13): ``[k, k]``; from the Gram cache in use where it has them."""
-    total = torch.zeros(len(pool), len(pool), dtype=torch.float64)
-    for blocks in read_pair_blocks(pool):
-        index = torch.tensor(blocks.members)
-        total[index[:, None], index] += blocks.inner().sum(0)
+    total = summed(pool)
     if not bool(total.diagonal().any()):
         raise InputError("weights: every update of the pool is zero, so no weight has a meaning")
     return total

@@ -54,15 +54,15 @@ class ModuleFrame:
         return _matrix_update(self.module, weights[:, 0], self.on)
 
 
-def frames(pool: Pool, granularity: str, on: str) -> Iterator[ModuleFrame]:
+def frames(pool: Pool, granularity: str, on: str, *, shared: bool = False) -> Iterator[ModuleFrame]:
     """The frame of every module of a pool; costs one pass over the factors (two for signs of components), less what the
-    Gram cache in use has."""
+    Gram cache in use has. ``shared``: where several ranks work together, of this one's modules only."""
     if granularity not in GRANULARITIES:
         raise InputError(f"granularity={granularity!r} does not exist: use one of {', '.join(GRANULARITIES)}")
     if on not in SIDES:
         raise InputError(f"on={on!r} does not exist: use 'product' (ΔW), 'B' or 'A'")
     k = len(pool)
-    for blocks in read_pair_blocks(pool, "decoupling"):
+    for blocks in read_pair_blocks(pool, "decoupling", shared=shared):
         forms = components.forms(blocks) if granularity == "component" else None
         for g, name in enumerate(blocks.modules):
             updates: list[Update | None] = [None] * k

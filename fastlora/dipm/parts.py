@@ -19,6 +19,7 @@ from fastlora.core.sums import is_base_copy as is_base_copy
 from fastlora.core.updates import Update
 from fastlora.dipm.frames import GRANULARITIES, SIDES, ModuleFrame, frames
 from fastlora.dipm.operators import Operator, State, require_adapters
+from fastlora.engine import shares
 from fastlora.errors import InputError
 from fastlora.runtime import devices
 
@@ -61,18 +62,24 @@ class Parts:
 
         Raises :class:`InputError` for magnitudes of another shape or of a module that these parts do not have.
         """
-        updates: dict[str, Update | None] = {}
-        used: dict[str, Tensor] = {}
         pool = self._pool()
+
+        def work() -> dict[str, tuple[Update | None, Tensor, Counter[str]]]:
+            found = {}
+            for frame, state in self._states(pool, shared=True):
+                name, weights, used = frame.module.name, state.weights, state.magnitude
+                if magnitudes is not None and name in magnitudes:
+                    used = _checked(magnitudes[name], state, name)
+                    weights = state.direction * used
+                found[name] = frame.update(weights), used, frame.events + state.events
+            return found
+
+        found = shares.each("modulating", work, pool.adapters)
+        updates = {m: found[m][0] for m in pool.modules}
+        used = {m: found[m][1] for m in pool.modules}
         events: Counter[str] = Counter()
-        for frame, state in self._states(pool):
-            name, weights = frame.module.name, state.weights
-            used[name] = state.magnitude
-            if magnitudes is not None and name in magnitudes:
-                used[name] = _checked(magnitudes[name], state, name)
-                weights = state.direction * used[name]
-            updates[name] = frame.update(weights)
-            events += frame.events + state.events
+        for module in pool.modules:
+            events += found[module][2]
         if magnitudes is not None and (unknown := magnitudes.keys() - updates.keys()):
             raise InputError(f"recombine: magnitudes for {sorted(unknown)[0]!r}, a module that these parts do not have")
         notes = [*pool.notices, *(f"{count} {what}" for what, count in events.items())]
@@ -93,9 +100,9 @@ class Parts:
         refuse_extras(self.adapters)
         return Pool(named(self.adapters))
 
-    def _states(self, pool: Pool | None = None) -> Iterator[tuple[ModuleFrame, State]]:
+    def _states(self, pool: Pool | None = None, *, shared: bool = False) -> Iterator[tuple[ModuleFrame, State]]:
         index_of = {id(a): i for i, a in enumerate(self.adapters)}
-        for frame in frames(pool or self._pool(), self.granularity, self.on):
+        for frame in frames(pool or self._pool(), self.granularity, self.on, shared=shared):
             own_squares = frame.gram[0, 0]
             weights = torch.zeros(frame.gram.shape[1:], dtype=torch.float64)
             weights[0] = (own_squares > 0).double()

@@ -47,9 +47,10 @@ class PairBlocks:
         return products * self.scaling[:, :, None] * self.scaling[:, None]
 
 
-def read_pair_blocks(pool: PoolView, label: str = "inner products") -> Iterator[PairBlocks]:
-    """:class:`PairBlocks` of every module of a pool, some modules at a time, or from the Gram cache in use."""
-    for part in parts(pool, label, stream=current()):
+def read_pair_blocks(pool: PoolView, label: str = "inner products", *, shared: bool = False) -> Iterator[PairBlocks]:
+    """:class:`PairBlocks` of every module of a pool, some modules at a time, or from the Gram cache in use. ``shared``:
+    where several ranks work together, of this one's modules only, as :func:`fastlora.engine.schedule.parts` has it."""
+    for part in parts(pool, label, stream=current(), shared=shared):
         there = part.updates()
         left, right = (_read_both_triangles(part, there, side) for side in SIDES)
         # What is made of the blocks combines the factors of the pool, also where a stream read copies of them.

@@ -14,19 +14,30 @@ from fastlora.core.updates import sources
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.ops.eigh import NOT_FINITE
 from fastlora.ops.finite import is_finite
+from fastlora.runtime import ranks
 from fastlora.runtime.memory import release
 from fastlora.runtime.progress import track
 
 
 def require_finite(adapters: Iterable[LoraData]) -> None:
-    """Raises for the first stored matrix that holds NaN or Inf. Costs one read; gram passes find the same for free."""
+    """Raises for the first stored matrix that holds NaN or Inf. Costs one read, which ranks share; gram passes find the
+    same for free."""
     for adapter in adapters:
-        for module in track(adapter.modules, f"checking {adapter.name}"):
-            for factor in (adapter.updates[module].B, adapter.updates[module].A):
-                for term in factor.terms:
-                    if not is_finite(term.source):
-                        raise not_finite(adapter.name, module, factor.side)
-            release(sources([adapter.updates[module]]))
+        sizes = [sum(s.nbytes for s in sources([adapter.updates[m]])) for m in adapter.modules]
+
+        def first_bad(adapter: LoraData = adapter, sizes: Sequence[int] = sizes) -> tuple[int, str] | None:
+            places = {m: i for i, m in enumerate(adapter.modules)}
+            for module in track(ranks.own(adapter.modules, sizes), f"checking {adapter.name}"):
+                for factor in (adapter.updates[module].B, adapter.updates[module].A):
+                    if not all(is_finite(term.source) for term in factor.terms):
+                        return places[module], factor.side
+                release(sources([adapter.updates[module]]))
+            return None
+
+        found = [bad for bad in ranks.gathered(f"checking {adapter.name}", first_bad) if bad is not None]
+        if found:
+            place, side = min(found)
+            raise not_finite(adapter.name, adapter.modules[place], side)
 
 
 def require_finite_extras(adapters: Iterable[ModulesData]) -> None:

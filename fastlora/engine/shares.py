@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastlora.core.data import LoraData
 from fastlora.core.updates import sources
+from fastlora.engine.contracts import PoolView
 from fastlora.runtime import ranks
 
 Key = TypeVar("Key")
@@ -41,6 +42,17 @@ def each(what: str, work: Callable[[], Mapping[Key, Value]], adapters: Sequence[
     for some in ranks.gathered(what, work, known, _digest(adapters, known)):
         results |= some
     return results
+
+
+def own_of_pool(pool: PoolView) -> list[str]:
+    """The modules of a pool that are this rank's, balanced by ``n·m`` and the adapters that have them; all of them
+    where one process does all."""
+    sizes = []
+    for module in pool.modules if ranks.current() is not None else ():
+        present = pool.present(module)
+        n, m = pool.adapters[present[0]].updates[module].shape
+        sizes.append(n * m * len(present))
+    return ranks.own(pool.modules, sizes)
 
 
 def _stored(adapters: Sequence[LoraData]) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastlora.errors import InputError, OutputError
 from fastlora.files.earlier import MARK, Overwrite, check_file
+from fastlora.runtime.ranks import from_first
 
 
 def require_matplotlib() -> None:
@@ -54,11 +55,15 @@ def load_pyplot() -> Any:
 
 
 def save_picture(figure: Any, path: Path) -> Path:
-    """Writes a picture that exists whole or not at all."""
+    """Writes a picture that exists whole or not at all; of several ranks the first does."""
     unfinished = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+
+    def write() -> None:
         figure.savefig(unfinished, format=_format(path), dpi=150, bbox_inches="tight", **_marked(_format(path)))
         os.replace(unfinished, path)
+
+    try:
+        from_first("drawing", write)
     finally:
         unfinished.unlink(missing_ok=True)
         load_pyplot().close(figure)

@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from fastlora.adapters.pool import Pool
-from fastlora.engine.blocks import read_pair_blocks
+from fastlora.engine.inner_products import summed
 from fastlora.errors import InputError
 
 # A sum that is shorter than its terms by this factor has no direction that could be scaled.
@@ -49,10 +48,7 @@ def choose(pool: Pool, weights: Mapping[str, float] | None, *, rank: int | None,
     cut = rank is not None or energy is not None
     if weights is not None:
         return Choice("svd" if cut else "cat", dict(weights))
-    inner = torch.zeros(len(pool), len(pool), dtype=torch.float64)
-    for blocks in read_pair_blocks(pool):
-        members = torch.tensor(blocks.members)
-        inner[members[:, None], members] += blocks.inner().sum(0)
+    inner = summed(pool)
     norms = inner.diagonal().clamp(min=0).sqrt()
     scale = _scale(inner, norms)
     there = norms[norms > 0]

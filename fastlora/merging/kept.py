@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
+from fastlora.engine import shares
 from fastlora.engine.blocks import PairBlocks, read_pair_blocks
 
 # Directions of a factor of the result below it, relative to the largest, are rounding (in squares).
@@ -39,22 +40,29 @@ def kept_of_each(pool: Pool, merged: Adapter) -> dict[str, float]:
     while name in pool.names:
         name += "'"
     both = Pool([replace(merged, name=name), *pool.adapters])
-    kept, total = torch.zeros(2, len(pool), dtype=torch.float64)
-    for blocks in read_pair_blocks(both, "energy kept of every adapter"):
-        members = torch.tensor(blocks.members[1:], dtype=torch.int64) - 1
-        squares = blocks.inner().diagonal(dim1=1, dim2=2).sum(0)
-        total[members] += squares[1:]
-        kept[members] += _inside(blocks)
+
+    def work() -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for blocks in read_pair_blocks(both, "energy kept of every adapter", shared=True):
+            members = torch.tensor(blocks.members[1:], dtype=torch.int64) - 1
+            energies = torch.zeros(len(blocks.modules), 2, len(pool), dtype=torch.float64)
+            energies[:, 0, members] = _inside(blocks)
+            energies[:, 1, members] = blocks.inner().diagonal(dim1=1, dim2=2)[:, 1:]
+            found |= dict(zip(blocks.modules, energies.unbind(), strict=True))
+        return found
+
+    energies = shares.each("energy kept of every adapter", work, both.adapters)
+    kept, total = torch.stack([energies[m] for m in both.modules]).sum(0)
     return dict(zip(pool.names, (kept / total).clamp(max=1.0).tolist(), strict=True))
 
 
 def _inside(blocks: PairBlocks) -> Tensor:
-    """``Σ ‖Uᵀ ΔW_i V‖²`` over the modules, ``U`` and ``V`` of the first adapter, ``ΔW_i`` of the others: ``[k]``."""
+    """``‖Uᵀ ΔW_i V‖²`` of every module, ``U`` and ``V`` of the first adapter, ``ΔW_i`` of the others: ``[g, k]``."""
     left, right = (
         _inverse_root(gram[:, 0, 0])[:, None] @ gram[:, 0, 1:] for gram in (blocks.left, blocks.right)
     )  # [g, k, r, r]
     inside = (left @ right.mT).square().sum((2, 3))
-    return (inside * blocks.scaling[:, 1:].square()).sum(0)
+    return inside * blocks.scaling[:, 1:].square()
 
 
 def _inverse_root(gram: Tensor) -> Tensor:

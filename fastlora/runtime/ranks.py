@@ -86,21 +86,26 @@ class Ranks:
             error = error.__cause__ or error.__context__
         return False
 
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all ranks, which have one dtype and shape."""
+        import torch
+        import torch.distributed as dist
+
+        tensors = [torch.empty_like(tensor) for _ in range(self.count)]
+        dist.all_gather(tensors, tensor, group=self.group)
+        return tensors
+
     def exchange(self, what: str, payload: bytes, failed: bool = False) -> list[bytes]:
         """The payloads of all ranks, which have to be at the same ``what``; raises what a rank tells as ``failed``."""
         import torch
-        import torch.distributed as dist
 
         digest = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=7).digest(), "little")
         head = torch.tensor([digest, len(payload), failed], dtype=torch.int64)
         try:
-            heads = [torch.empty_like(head) for _ in range(self.count)]
-            dist.all_gather(heads, head, group=self.group)
-            digests, sizes, failures = zip(*(h.tolist() for h in heads), strict=True)
+            digests, sizes, failures = zip(*(h.tolist() for h in self.all_gather(head)), strict=True)
             own = torch.zeros(max(1, *sizes), dtype=torch.uint8)
             own[: len(payload)] = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)]
-            others = [torch.empty_like(own) for _ in range(self.count)]
-            dist.all_gather(others, own, group=self.group)
+            others = self.all_gather(own)
         except RuntimeError as error:
             raise self._lost(error) from error
         payloads = [o[:size].numpy().tobytes() for o, size in zip(others, sizes, strict=True)]
@@ -128,7 +133,7 @@ class Ranks:
     def _lost(self, error: RuntimeError) -> RankError:
         self.told = RankError(
             f"the connection of rank {self.rank} to another rank broke: that process ended, or its machine or the "
-            f"network did ({str(error).splitlines()[0][:200]}). Run the same command again"
+            f"network did ({str(error).partition(chr(10))[0][:200]}). Run the same command again"
         )
         return self.told
 
@@ -141,6 +146,16 @@ _one_file: contextvars.ContextVar[bool] = contextvars.ContextVar("fastlora_one_f
 def current() -> Ranks | None:
     """The ranks that share work here; ``None`` where one process does all."""
     return _current.get()
+
+
+@contextlib.contextmanager
+def among(members: Ranks) -> Iterator[None]:
+    """Inside the block, these processes work together."""
+    token = _current.set(members)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 def is_first() -> bool:
@@ -290,17 +305,16 @@ def distributed() -> Iterator[None]:
         yield
         return
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=WAITING))
-    token = _current.set(ranks)
     try:
-        together(f"joining with fastlora {__version__}")
-        try:
-            yield
-        except BaseException as error:
-            together("leaving", error)
-            raise
-        together("leaving")
+        with among(ranks):
+            together(f"joining with fastlora {__version__}")
+            try:
+                yield
+            except BaseException as error:
+                together("leaving", error)
+                raise
+            together("leaving")
     finally:
-        _current.reset(token)
         with contextlib.suppress(RuntimeError):  # of a rank that is gone
             if begun:
                 dist.destroy_process_group()

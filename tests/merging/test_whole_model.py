@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mixed
@@ -14,6 +15,7 @@ from torch import Tensor
 import fastlora as fl
 from fastlora.merging.forms.tile_tasks import task_of
 from fastlora.merging.forms.whole_model import counts_kept
+from fastlora.ops.merge_tiles import TileTask
 
 TOLERANCE = 1e-13  # elements, sums and LAPACK's decomposition in float64
 SHAPES = {"v": (9, 7), "q": (12, 10), "up": (5, 21), "zero": (4, 4)}
@@ -70,12 +72,12 @@ def test_counts_are_those_of_one_long_vector(kind: str, density: float, all_equa
     pool = pool_of(kind)
     passes = 0
 
-    def tasks() -> Any:
+    def visit(look: Callable[[str, TileTask], Any]) -> dict[str, Any]:
         nonlocal passes
         passes += 1
-        return ((m, task_of(pool, m, [0, 1, 2], WEIGHTS)) for m in pool.modules)
+        return {m: look(m, task_of(pool, m, [0, 1, 2], WEIGHTS)) for m in pool.modules}
 
-    found = counts_kept(tasks, 3, density, all_equals=all_equals)
+    found = counts_kept(visit, 3, density, all_equals=all_equals)
     modules, values = flat(pool)
     if kind != "float64":  # elements are formed in float32
         values = torch.cat([_as_formed(pool, m) for m in modules], 1).double()

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
-from fastlora.core.updates import MIN_RTOL, Update
+from fastlora.core.updates import MIN_RTOL
 from fastlora.engine.blocks import read_pair_blocks
 from fastlora.engine.schedule import split_to_fit
 from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
 from fastlora.merging.forms.frames import Cut, Frames
-from fastlora.merging.forms.result import check_result, largest_rank, merged_adapter
+from fastlora.merging.forms.result import ByModule, check_result, largest_rank, merged_adapter, of_modules
 from fastlora.merging.registry import Idle, driven, none_idle
 
 Program = TypeVar("Program", bound=Callable[..., Tensor])
@@ -169,26 +169,28 @@ def _merge(
     parameters: Mapping[str, object],
 ) -> Adapter:
     name, given = program.__name__, [weights[n] for n in pool.names]
-    updates: dict[str, Update] = {}
-    squares: dict[str, tuple[float, float]] = {}
     asked = _asked(program)
-    for blocks in read_pair_blocks(pool, f"cores of {name}"):
-        group = Frames.of(blocks)
-        R = group.left.shape[1]
-        for part in split_to_fit([8 * (CORES * len(pool) + 8) * R * R] * len(blocks.modules)):
-            frames = group.part(part)
-            scales = frames.scales(given)
-            cores = frames.cores(scales, len(pool))
-            if not bool(cores.isfinite().all()):
-                raise InputError(f"the weighted updates overflow: lower the weights {given}")
-            more = Given(pool.names, frames, scales, given, rank, energy)
-            core = program(cores, **{n: more.named(n) for n in asked}, **parameters)
-            check_result(name, frames.blocks.modules, core, (len(part), R, R))
-            cut = frames.cut(given, rank, energy, significant="cut" in asked)
-            last = _rounding(cut) if "cut" in asked else cut
-            cut_updates = frames.updates(core, frames.right_of(core), last, frames.noises(given))
-            for module, (update, kept, total) in cut_updates.items():
-                updates[module], squares[module] = update, (kept, total)
+
+    def merged() -> ByModule:
+        found: ByModule = {}
+        for blocks in read_pair_blocks(pool, f"cores of {name}", shared=True):
+            group = Frames.of(blocks)
+            R = group.left.shape[1]
+            for part in split_to_fit([8 * (CORES * len(pool) + 8) * R * R] * len(blocks.modules)):
+                frames = group.part(part)
+                scales = frames.scales(given)
+                cores = frames.cores(scales, len(pool))
+                if not bool(cores.isfinite().all()):
+                    raise InputError(f"the weighted updates overflow: lower the weights {given}")
+                more = Given(pool.names, frames, scales, given, rank, energy)
+                core = program(cores, **{n: more.named(n) for n in asked}, **parameters)
+                check_result(name, frames.blocks.modules, core, (len(part), R, R))
+                cut = frames.cut(given, rank, energy, significant="cut" in asked)
+                last = _rounding(cut) if "cut" in asked else cut
+                found |= frames.updates(core, frames.right_of(core), last, frames.noises(given))
+        return found
+
+    updates, squares = of_modules(f"merging by {name}", merged, pool)
     used = {"rank": rank, "energy": energy, **parameters}
     was_cut = (rank is not None or energy is not None) and "cut" not in asked
     return merged_adapter(name, pool, given, updates, used, squares=squares if was_cut else None)

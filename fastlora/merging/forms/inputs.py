@@ -14,6 +14,7 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.factors import Factor
 from fastlora.core.updates import Update
+from fastlora.engine import shares
 from fastlora.engine.checks import require_finite
 from fastlora.errors import InputError
 from fastlora.merging.forms.result import merged_adapter
@@ -75,10 +76,14 @@ def merge(
     Cost: one read of the factors and of the rows, beside what the program does.
     """
     require_finite(pool.adapters)
-    name, updates = program.__name__, {}
-    for module in track(pool.modules, f"merging by {name}"):
-        inputs = _inputs(pool, module, weights, data)
-        updates[module] = program(inputs, **parameters)
+    name = program.__name__
+    label = f"merging by {name}"
+
+    def work() -> dict[str, Update]:
+        mine = shares.own_of_pool(pool)
+        return {m: program(_inputs(pool, m, weights, data), **parameters) for m in track(mine, label)}
+
+    updates = shares.each(label, work, pool.adapters)
     return merged_adapter(name, pool, [weights[n] for n in pool.names], updates, parameters)
 
 

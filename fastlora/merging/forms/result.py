@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,11 +14,25 @@ from fastlora.core.data import Extra
 from fastlora.core.dtypes import widest
 from fastlora.core.sums import combine_extras, common_base
 from fastlora.core.updates import Update
+from fastlora.engine import shares
 from fastlora.engine.checks import LARGEST
 from fastlora.errors import InputError
 
 Squares = Mapping[str, tuple[float, float]]
 """``{module: (Σσ² that is kept, Σσ² of all)}``."""
+
+
+ByModule = dict[str, tuple[Update, float, float]]
+"""``{module: (its update, Σσ² that is kept, Σσ² of all)}``."""
+
+
+def of_modules(
+    what: str, merged: Callable[[], ByModule], pool: Pool
+) -> tuple[dict[str, Update], dict[str, tuple[float, float]]]:
+    """The updates of all modules, and what a cut has kept, in the order of the pool. ``merged`` computes those of this
+    rank where several work together, and all others'."""
+    found = shares.each(what, merged, pool.adapters)
+    return {m: found[m][0] for m in pool.modules}, {m: found[m][1:] for m in pool.modules}
 
 
 def largest_rank(pool: Pool) -> int:

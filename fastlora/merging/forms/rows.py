@@ -62,19 +62,19 @@ class Rows:
 
 def update_of(
     frames: Frames, g: int, basis: Tensor, rows: Tensor, cut: Cut, noise: Noise
-) -> tuple[Update, tuple[float, float]]:
+) -> tuple[Update, float, float]:
     """``Q_B U rows`` cut: ``B`` from the stored factors, ``A`` a new matrix; and the ``Σσ²`` kept and of all."""
     like = frames.blocks.updates[g]
     if not len(rows):
-        return with_rank_zero(like[0]), (0.0, 0.0)
+        return with_rank_zero(like[0]), 0.0, 0.0
     values, vectors = ops.eigh((rows @ rows.mT)[None].contiguous())
     sigma, vectors = values.flip(-1).clamp(min=0).sqrt(), vectors[0].flip(-1)
     count, squares = int(cut(sigma)), sigma[0].square()
     energies = float(squares[:count].sum()), float(squares.sum())
     if not count:
-        return with_rank_zero(like[0]), energies
+        return with_rank_zero(like[0]), *energies
     E = vectors[:, :count]
     dtype = torch.float64 if torch.float64 in {d for u in like for d in u.dtypes()} else torch.float32
     place = device_of([[u.A for u in like]])
     A = Factor.of("A", (E.mT @ rows).to(dtype).to(place).contiguous())
-    return Update(frames.columns(g, basis @ E), A, 1.0, like[0].layout, noise), energies
+    return Update(frames.columns(g, basis @ E), A, 1.0, like[0].layout, noise), *energies

@@ -24,7 +24,6 @@ rank, of which a low rank keeps a part: below ``min_energy`` of ``Σσ²`` over 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.factors import Factor
 from fastlora.core.updates import MIN_RTOL, Noise, Update, joint_noise, sources, with_rank_zero
+from fastlora.engine import shares
 from fastlora.engine.checks import LARGEST, require_finite
 from fastlora.engine.materialise import is_rounding, materialise
 from fastlora.engine.spectrum import check_cut
@@ -45,7 +45,7 @@ from fastlora.errors import InputError
 from fastlora.merging.forms import whole_model
 from fastlora.merging.forms.frames import Cut
 from fastlora.merging.forms.low_rank import LowRank, of_dense, of_tiles
-from fastlora.merging.forms.result import Squares, check_result, merged_adapter, retained
+from fastlora.merging.forms.result import ByModule, Squares, check_result, merged_adapter, of_modules, retained
 from fastlora.merging.forms.tile_rules import Largest, OfModel, Rule, resolved
 from fastlora.merging.forms.tile_tasks import task_of
 from fastlora.merging.registry import Idle, driven, none_idle
@@ -139,15 +139,17 @@ def merge_by_rule(
     chosen = [i for i, n in enumerate(pool.names) if weights[n] != 0.0] or [0]
     given, names = [weights[pool.names[i]] for i in chosen], [pool.names[i] for i in chosen]
 
-    @functools.cache  # at the first module, when what was given has been checked
-    def of_model() -> Mapping[str, OfModel]:
-        return _of_model(rule, pool, chosen, given, names) if rule.is_of_model else {}
+    of_model: dict[str, OfModel] = {}
+
+    def prepare() -> None:
+        if rule.is_of_model:
+            of_model.update(_of_model(rule, pool, chosen, given, names))
 
     def decomposed(module: str, cut: Cut) -> LowRank:
         task = task_of(pool, module, chosen, given)
-        return of_tiles(task, resolved(rule, task, given, names, module, of_model().get(module)), cut)
+        return of_tiles(task, resolved(rule, task, given, names, module, of_model.get(module)), cut)
 
-    return _merge(name, pool, weights, decomposed, rank, energy, min_energy, parameters)
+    return _merge(name, pool, weights, decomposed, rank, energy, min_energy, parameters, prepare)
 
 
 def _of_model(
@@ -157,20 +159,24 @@ def _of_model(
     trim = rule.trim
     assert isinstance(trim, Largest)
 
-    def tasks() -> Iterator[tuple[str, TileTask]]:
-        for module in pool.modules:
-            yield module, task_of(pool, module, chosen, weights)
-            release(sources(pool.adapters[i].updates[module] for i in pool.present(module)))
+    def visit(look: Callable[[str, TileTask], whole_model.Found]) -> dict[str, whole_model.Found]:
+        def own() -> dict[str, whole_model.Found]:
+            seen = {}
+            for module in shares.own_of_pool(pool):
+                seen[module] = look(module, task_of(pool, module, chosen, weights))
+                release(sources(pool.adapters[i].updates[module] for i in pool.present(module)))
+            return seen
 
-    kept = whole_model.counts_kept(tasks, len(chosen), trim.density, all_equals=trim.all_equals)
+        seen = shares.each("going through the model", own, pool.adapters)
+        return {module: seen[module] for module in pool.modules}
+
+    def majority(module: str, task: TileTask) -> int:
+        whole_rule = resolved(rule, task, weights, names, module, found[module])
+        return merge_tiles.merge(task, whole_rule, TileOutputs()).majority
+
+    kept = whole_model.counts_kept(visit, len(chosen), trim.density, all_equals=trim.all_equals)
     found = {module: OfModel(counts) for module, counts in kept.items()}
-    if rule.zero == "plus" or rule.elect == "none":
-        return found
-    told = [
-        merge_tiles.merge(task, resolved(rule, task, weights, names, module, found[module]), TileOutputs())
-        for module, task in tasks()
-    ]
-    if sum(t.majority for t in told) >= 0:
+    if rule.zero == "plus" or rule.elect == "none" or sum(visit(majority).values()) >= 0:
         return found
     return {module: OfModel(of.kept, -1) for module, of in found.items()}
 
@@ -224,8 +230,9 @@ def _merge(
     energy: float | None,
     min_energy: float,
     parameters: Mapping[str, object],
+    prepare: Callable[[], None] = lambda: None,
 ) -> Adapter:
-    """The merged adapter, one module after the other."""
+    """The merged adapter, one module after the other; ``prepare`` is called before, when what was given is checked."""
     if rank is None and energy is None:
         raise InputError(
             f"method {name!r} gives matrices of full rank: give the rank of the result, or the energy to keep"
@@ -235,22 +242,27 @@ def _merge(
         raise InputError(f"min_energy={min_energy:g} must be at least 0 and at most 1")
     require_finite(pool.adapters)  # no Gram pass here would find NaN
     given = [weights[n] for n in pool.names]
-    updates: dict[str, Update] = {}
-    squares: dict[str, tuple[float, float]] = {}
-    for module in track(pool.modules, f"merging by {name}"):
-        present = pool.present(module)
-        row = [pool.adapters[i].updates[module] for i in present]
-        noise = joint_noise(u.noise.scaled(given[i]) for i, u in zip(present, row, strict=True))
-        rtol, floor = (torch.tensor([x], dtype=torch.float64) for x in (MIN_RTOL, noise.rounding))
-        cut = Cut(rtol, floor, rank, energy)
-        merged = decomposed(module, cut)
-        if not merged.finite or not merged.square <= LARGEST**2:
-            raise InputError(
-                f"method {name!r}: the result for {module} is too large or not finite; change the weights or its "
-                "parameters"
-            )
-        updates[module], squares[module] = _cut(merged, cut, row, noise)
-        release(sources(row))
+    prepare()
+
+    def merged() -> ByModule:
+        found: ByModule = {}
+        for module in track(shares.own_of_pool(pool), f"merging by {name}"):
+            present = pool.present(module)
+            row = [pool.adapters[i].updates[module] for i in present]
+            noise = joint_noise(u.noise.scaled(given[i]) for i, u in zip(present, row, strict=True))
+            rtol, floor = (torch.tensor([x], dtype=torch.float64) for x in (MIN_RTOL, noise.rounding))
+            cut = Cut(rtol, floor, rank, energy)
+            whole = decomposed(module, cut)
+            if not whole.finite or not whole.square <= LARGEST**2:
+                raise InputError(
+                    f"method {name!r}: the result for {module} is too large or not finite; change the weights or its "
+                    "parameters"
+                )
+            found[module] = _cut(whole, cut, row, noise)
+            release(sources(row))
+        return found
+
+    updates, squares = of_modules(f"merging by {name}", merged, pool)
     _require_energy(name, squares, min_energy, rank)
     used = {"rank": rank, "energy": energy, **parameters}
     return merged_adapter(name, pool, given, updates, used, squares=squares)
@@ -306,7 +318,7 @@ def tiles_of(pool: Pool, module: str, weights: Sequence[float], side: int | None
     return Tiles(factors, updates[0].shape, side)
 
 
-def _cut(merged: LowRank, cut: Cut, row: Sequence[Update], noise: Noise) -> tuple[Update, tuple[float, float]]:
+def _cut(merged: LowRank, cut: Cut, row: Sequence[Update], noise: Noise) -> tuple[Update, float, float]:
     """``ΔW = (U√Σ)(√ΣVᵀ)`` of what is kept of a merged module, and the ``Σσ²`` that is kept and that of all.
 
     ``row``: updates of the module, for its layout and dtype.
@@ -314,7 +326,7 @@ def _cut(merged: LowRank, cut: Cut, row: Sequence[Update], noise: Noise) -> tupl
     count = merged.count(cut)
     kept = min(float(merged.sigma[:count].square().sum()), merged.square)
     if not count:
-        return with_rank_zero(row[0]), (kept, merged.square)
+        return with_rank_zero(row[0]), kept, merged.square
     dtype = torch.float64 if torch.float64 in {d for u in row for d in u.dtypes()} else torch.float32
     B, A = (x.to(dtype).contiguous() for x in merged.cut_to(count))
-    return Update(Factor.of("B", B), Factor.of("A", A), 1.0, row[0].layout, noise), (kept, merged.square)
+    return Update(Factor.of("B", B), Factor.of("A", A), 1.0, row[0].layout, noise), kept, merged.square

@@ -19,7 +19,9 @@ from fastlora.adapters.pool import Pool
 from fastlora.core.data import Extra
 from fastlora.core.sums import combine_extras, sum_updates
 from fastlora.core.updates import Update
-from fastlora.engine.blocks import PairBlocks, read_pair_blocks
+from fastlora.engine import shares
+from fastlora.engine.blocks import read_pair_blocks
+from fastlora.engine.inner_products import of_pool, summed
 from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
 from fastlora.merging.forms.result import check_result, merged_adapter
@@ -78,10 +80,15 @@ def merge(
     if rank is not None or energy is not None:
         check_cut(rank, energy)
     finder = _Finder(program, [weights[n] for n in pool.names], parameters)
-    coefficients: dict[str, list[float]] = {}
-    for blocks in read_pair_blocks(pool, f"inner products for {finder.name}"):
-        found = finder.coefficients(_inner(blocks, len(pool)), blocks.modules)
-        coefficients |= dict(zip(blocks.modules, found.tolist(), strict=True))
+
+    def found() -> dict[str, list[float]]:
+        own: dict[str, list[float]] = {}
+        for blocks in read_pair_blocks(pool, f"inner products for {finder.name}", shared=True):
+            numbers = finder.coefficients(of_pool(blocks, len(pool)), blocks.modules)
+            own |= dict(zip(blocks.modules, numbers.tolist(), strict=True))
+        return own
+
+    coefficients = shares.each(f"merging by {finder.name}", found, pool.adapters)
     updates = {m: _summed(pool, m, coefficients[m]) for m in pool.modules}
 
     def of_equal(owns: Tensor) -> Tensor:
@@ -117,10 +124,8 @@ def merge_alike(
     if rank is not None or energy is not None:
         check_cut(rank, energy)
     finder = _Finder(program, [weights[n] for n in pool.names], parameters)
-    inner = torch.zeros(1, len(pool), len(pool), dtype=torch.float64)
-    for blocks in read_pair_blocks(pool, f"inner products for {finder.name}"):
-        inner += _inner(blocks, len(pool)).sum(0)
-    found = finder.coefficients(inner, ["all modules"])[0].tolist()
+    inner = summed(pool, f"inner products for {finder.name}")
+    found = finder.coefficients(inner[None], ["all modules"])[0].tolist()
     extras = combine_extras(list(zip(found, pool.adapters, strict=True)))
     updates = {m: _summed(pool, m, found) for m in pool.modules}
     merged = merged_adapter(finder.name, pool, finder.weights.tolist(), updates, parameters, extras=extras)
@@ -150,14 +155,6 @@ class _Finder:
         found = self.of(inner)
         check_result(self.name, modules, found, tuple(inner.shape[:2]))
         return found
-
-
-def _inner(blocks: PairBlocks, count: int) -> Tensor:
-    """Inner products of the ``count`` updates of a pool, zero for those that lack a module: ``[g, k, k]``."""
-    members = torch.tensor(blocks.members)
-    inner = torch.zeros(len(blocks.modules), count, count, dtype=torch.float64)
-    inner[:, members[:, None], members] = blocks.inner()
-    return inner
 
 
 def _summed(pool: Pool, module: str, coefficients: Sequence[float]) -> Update:

@@ -8,8 +8,10 @@ module, how many elements reach a number, and found exactly once few are left be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,15 +19,21 @@ import torch
 from fastlora.ops import merge_tiles
 from fastlora.ops.merge_tiles import Cut, TileOutputs, TileRule, TileTask
 
-Tasks = Callable[[], Iterator[tuple[str, TileTask]]]
-"""Goes through the modules: names, and the updates of all adapters."""
+Found = TypeVar("Found")
+
+
+class Visit(Protocol):
+    """Goes through the modules: what ``look(name, updates of all adapters)`` gives, in the order of the model."""
+
+    def __call__(self, look: Callable[[str, TileTask], Found]) -> dict[str, Found]: ...
+
 
 FEW = 64  # candidates that are looked at one by one
 TINY = 5e-324
 TIGHTENED = 4  # every so many steps the ends of a bracket are moved to elements, and it is halved
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Search:
     """The threshold of one adapter: at least ``q`` elements reach ``low``, fewer reach ``high``; how many of each
     module do."""
@@ -103,25 +111,27 @@ def _middle(low: float, high: float) -> float:
     return float(np.int64((first + last) // 2).view(np.float64))
 
 
-def counts_kept(tasks: Tasks, adapters: int, density: float, *, all_equals: bool) -> dict[str, list[int]]:
+def counts_kept(visit: Visit, adapters: int, density: float, *, all_equals: bool) -> dict[str, list[int]]:
     """How many elements every adapter keeps in every module, when it keeps the ``⌊density·N⌋`` largest magnitudes of
     its ``N`` elements in all of them: ``{module: one number an adapter}``.
 
     Of equal magnitudes the first are kept, in the order of the modules' names, or all. Cost: about twenty passes over
     all modules, of two updates for each adapter.
     """
+
+    def first(module: str, task: TileTask) -> tuple[int, list[float], list[int]]:
+        size = task.shape[0] * task.shape[1]
+        ranks = [(i, max(1, round(density * size))) for i in range(adapters)]
+        guesses = [cut.magnitude for cut in merge_tiles.select(task, ranks)] if size else []
+        return size, guesses, [_reaching(task, i, TINY) for i in range(adapters)]
+
     sizes: dict[str, int] = {}
     searches = [_Search(0) for _ in range(adapters)]
-    for module, task in tasks():
-        sizes[module] = size = task.shape[0] * task.shape[1]
-        if size:
-            share = max(1, round(density * size))
-            for search, cut in zip(
-                searches, merge_tiles.select(task, [(i, share) for i in range(adapters)]), strict=True
-            ):
-                search.guesses.append(cut.magnitude)
+    for module, (size, guesses, counts) in visit(first).items():
+        sizes[module] = size
         for i, search in enumerate(searches):
-            search.at_low[module] = _reaching(task, i, TINY)
+            search.guesses += guesses[i : i + 1]
+            search.at_low[module] = counts[i]
     q = int(density * sum(sizes.values()))
     for search in searches:
         known = [x for x in search.guesses if x > 0]
@@ -132,54 +142,60 @@ def counts_kept(tasks: Tasks, adapters: int, density: float, *, all_equals: bool
     while moving := [s for s in open_ones if not s.is_narrow]:
         for s in moving:
             s.steps += 1
-        _tighten(tasks, searches, [s for s in moving if s.is_tight])
+        _tighten(visit, searches, [s for s in moving if s.is_tight])
         moving = [s for s in moving if not s.is_narrow]
-        pivots = {id(s): s.pivot() for s in moving}
-        counts: dict[int, dict[str, int]] = {id(s): {} for s in moving}
-        for module, task in tasks():
-            for i, search in enumerate(searches):
-                if id(search) in counts:
-                    counts[id(search)][module] = _reaching(task, i, pivots[id(search)])
-        for search in moving:
-            search.learn(pivots[id(search)], counts[id(search)])
+        pivots = {i: s.pivot() for i, s in enumerate(searches) if s in moving}
+        reached = visit(partial(_all_reaching, pivots)) if pivots else {}
+        for i, pivot in pivots.items():
+            searches[i].learn(pivot, {module: counts[i] for module, counts in reached.items()})
     kept = [dict(sizes) if q else dict.fromkeys(sizes, 0) for _ in searches]
-    last = _candidates(tasks, searches, open_ones)
+    last = _candidates(visit, searches, open_ones)
     for i, search in enumerate(searches):
         if search in open_ones:
             kept[i] = _allotted(search, last[i], all_equals)
     return {module: [k[module] for k in kept] for module in sizes}
 
 
-def _tighten(tasks: Tasks, searches: Sequence[_Search], some: Sequence[_Search]) -> None:
+def _tighten(visit: Visit, searches: Sequence[_Search], some: Sequence[_Search]) -> None:
     """Moves the ends of brackets to elements."""
     if not some:
         return
-    elements: dict[int, list[float]] = {id(s): [] for s in some}
-    for module, task in tasks():
+
+    def ends(module: str, task: TileTask) -> dict[int, list[float]]:
+        found = {}
         for i, s in enumerate(searches):
-            if id(s) in elements and s.at_low[module] > s.at_high[module]:
-                ends = [(i, s.at_high[module] + 1), (i, s.at_low[module])]
-                elements[id(s)] += [cut.magnitude for cut in merge_tiles.select(task, ends)]
-    for s in some:
-        s.tighten(elements[id(s)])
+            if s in some and s.at_low[module] > s.at_high[module]:
+                places = [(i, s.at_high[module] + 1), (i, s.at_low[module])]
+                found[i] = [cut.magnitude for cut in merge_tiles.select(task, places)]
+        return found
+
+    seen = visit(ends)
+    for i, s in enumerate(searches):
+        if s in some:
+            s.tighten([x for found in seen.values() for x in found.get(i, [])])
 
 
 def _candidates(
-    tasks: Tasks, searches: Sequence[_Search], open_ones: Sequence[_Search]
+    visit: Visit, searches: Sequence[_Search], open_ones: Sequence[_Search]
 ) -> list[dict[str, list[float]]]:
     """The magnitudes in the brackets, descending, by adapter and module."""
     found: list[dict[str, list[float]]] = [{} for _ in searches]
     if not open_ones:
         return found
-    for module, task in tasks():
+
+    def look(module: str, task: TileTask) -> list[tuple[int, float]]:
         ranks = [
             (i, rank)
             for i, s in enumerate(searches)
             if s in open_ones and not s.is_one_number
             for rank in range(s.at_high[module] + 1, s.at_low[module] + 1)
         ]
-        for (i, _), cut in zip(ranks, merge_tiles.select(task, ranks) if ranks else [], strict=True):
-            found[i].setdefault(module, []).append(cut.magnitude)
+        cuts = merge_tiles.select(task, ranks) if ranks else []
+        return [(i, cut.magnitude) for (i, _), cut in zip(ranks, cuts, strict=True)]
+
+    for module, magnitudes in visit(look).items():
+        for i, magnitude in magnitudes:
+            found[i].setdefault(module, []).append(magnitude)
     for i, s in enumerate(searches):
         if s in open_ones and s.is_one_number:
             found[i] = {m: [s.low] * (n - s.at_high[m]) for m, n in s.at_low.items()}
@@ -198,6 +214,11 @@ def _allotted(search: _Search, candidates: dict[str, list[float]], all_equals: b
         above[module] += taken
         left -= taken
     return above
+
+
+def _all_reaching(pivots: Mapping[int, float], module: str, task: TileTask) -> dict[int, int]:
+    """:func:`_reaching` for some adapters."""
+    return {i: _reaching(task, i, pivot) for i, pivot in pivots.items()}
 
 
 def _reaching(task: TileTask, adapter: int, number: float) -> int:

@@ -10,14 +10,14 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
-from fastlora.core.updates import Update, sources
+from fastlora.core.updates import sources
 from fastlora.engine.blocks import read_pair_blocks
 from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
 from fastlora.merging.forms.bases import squares_of
 from fastlora.merging.forms.elementwise import Combine, Elementwise, Rule, idle, taking_part
 from fastlora.merging.forms.frames import Cut, Frames
-from fastlora.merging.forms.result import check_result, merged_adapter
+from fastlora.merging.forms.result import ByModule, check_result, merged_adapter, of_modules
 from fastlora.merging.forms.rows import Rows, update_of
 from fastlora.merging.registry import method
 from fastlora.runtime.memory import release
@@ -71,25 +71,28 @@ def knots(
     given = [weights[n] for n in pool.names]
     chosen = taking_part(given)
     names = [pool.names[i] for i in chosen]
-    updates: dict[str, Update] = {}
-    squares: dict[str, tuple[float, float]] = {}
 
-    for blocks in read_pair_blocks(pool, "cores of knots"):
-        frames = Frames.of(blocks)
-        scales = frames.scales(given)
-        noises = frames.noises(given)
-        for g, module in enumerate(blocks.modules):
-            one = frames.part(range(g, g + 1))
-            stack = one.cores(scales[g : g + 1], len(pool))
-            if not bool(stack.isfinite().all()):
-                raise InputError(f"the weighted updates overflow: lower the weights {given}")
-            basis = _left_basis(stack, one.cut(given, None, None))
-            rows = Rows.of(one, 0, scales[g : g + 1], basis, chosen)
-            sizes = torch.tensor(rows.shape)[:, None]
-            merged = elementwise.merged(rows, (sizes[0], sizes[1]), (names, [module]))[0]
-            check_result("knots", [module], merged[None], (1, *rows.shape))
-            updates[module], squares[module] = update_of(one, 0, basis, merged, one.cut(given, rank, energy), noises[g])
-            release(sources(one.blocks.updates[0]))
+    def merged() -> ByModule:
+        found: ByModule = {}
+        for blocks in read_pair_blocks(pool, "cores of knots", shared=True):
+            frames = Frames.of(blocks)
+            scales = frames.scales(given)
+            noises = frames.noises(given)
+            for g, module in enumerate(blocks.modules):
+                one = frames.part(range(g, g + 1))
+                stack = one.cores(scales[g : g + 1], len(pool))
+                if not bool(stack.isfinite().all()):
+                    raise InputError(f"the weighted updates overflow: lower the weights {given}")
+                basis = _left_basis(stack, one.cut(given, None, None))
+                rows = Rows.of(one, 0, scales[g : g + 1], basis, chosen)
+                sizes = torch.tensor(rows.shape)[:, None]
+                result = elementwise.merged(rows, (sizes[0], sizes[1]), (names, [module]))[0]
+                check_result("knots", [module], result[None], (1, *rows.shape))
+                found[module] = update_of(one, 0, basis, result, one.cut(given, rank, energy), noises[g])
+                release(sources(one.blocks.updates[0]))
+        return found
+
+    updates, squares = of_modules("merging by knots", merged, pool)
     used = {
         "rank": rank, "energy": energy, "rule": rule, "density": density, "combine": combine, "seed": seed,
         "gamma": gamma, "epsilon": epsilon, "select_topk": select_topk,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
+from fastlora.engine import shares
 from fastlora.merging.forms import cores
 from fastlora.merging.forms.bases import squared_norms, squares_of
 from fastlora.merging.forms.result import rescaled
@@ -46,23 +47,25 @@ def pico(
         gauge: directions of the updates themselves (free), or of the stored B as in the paper (raw)
         scale: whether the result gets the mean norm of the updates, over all modules
     """
-    own, total = torch.zeros(len(pool), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    seen: dict[str, Tensor] = {}  # ‖X_i‖² of every module, and the square of its result: [k + 1]
 
-    def program(stack: Tensor, stacks: tuple[Tensor, Tensor]) -> Tensor:
+    def program(stack: Tensor, stacks: tuple[Tensor, Tensor], keys: tuple[Sequence[str], Sequence[str]]) -> Tensor:
         gram = squares_of(stack)[0] if gauge == "free" else stacks[0] @ stacks[0].mT
         values, vectors = ops.eigh(gram.contiguous())
         values = values.clamp(min=0)
-        shares = values / values.sum(1, keepdim=True).clamp(min=1e-300)
+        energies = values / values.sum(1, keepdim=True).clamp(min=1e-300)
         count = (squared_norms(stack) > 0).sum(1, keepdim=True).clamp(min=1)
-        alpha = 1 / (1 + (count - 1) * shares)
+        alpha = 1 / (1 + (count - 1) * energies)
         result = (vectors * alpha[:, None]) @ (vectors.mT @ stack.sum(1))
-        own.add_(squared_norms(stack).sum(0))
-        total.add_(result.square().sum())
+        squares = torch.cat([squared_norms(stack), squared_norms(result[:, None])], 1)
+        seen.update(zip(keys[1], squares.unbind(), strict=True))
         return result
 
     program.__name__ = "pico"
     merged = cores.merge_whole(program, pool, weights, rank=rank, energy=energy)
-    norms = own.sqrt()
+    squares = shares.each("norms for pico", lambda: seen, ())
+    *own, total = torch.stack([squares[m] for m in pool.modules]).sum(0).unbind()
+    norms = torch.stack(own).sqrt()
     gamma = float(norms.sum() / (norms > 0).sum().clamp(min=1) / total.sqrt()) if float(total) > 0 else 1.0
     used = {"rank": rank, "energy": energy, "gauge": gauge, "scale": scale}
     return rescaled(merged, pool, weights, gamma if scale == "matched" else 1.0, used)
