@@ -36,11 +36,11 @@ def push(run: Run, out: Path) -> None:
     from fastlora.files import hub_upload
 
     upload = hub_upload.upload_of(out, run.push)
-    count = f"{len(upload.files)} files" if len(upload.files) > 1 else "1 file"
+    count = f"{len(upload.names)} files" if len(upload.names) > 1 else "1 file"
     what = f"{count}, {upload.size / 1e6:.1f} MB"
     if run.push_dry_run:
         seen = "public" if run.push_public else "private"
-        _tell(run, f"would push {what} to {run.push} (made {seen} where it is new): {', '.join(upload.files)}")
+        _tell(run, f"would push {what} to {run.push} (made {seen} where it is new): {', '.join(upload.names)}")
         return
     url = hub_upload.send(
         hub_upload.require_client(), upload, public=run.push_public, replace=bool(run.overwrite or run.force)

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
+from fastlora.core.card import is_card
 from fastlora.errors import OutputError
 
 Overwrite = bool | Literal["force"]
@@ -34,7 +35,8 @@ LARGEST_HEADER, LARGEST_LOOK = 100_000_000, 1 << 26
 
 
 def is_ours(file: Path) -> bool:
-    """Whether a file says that fastlora wrote it: adapters, task vectors, reports, tables, pictures, benchmarks."""
+    """Whether a file says that fastlora wrote it: adapters, task vectors, reports, tables, pictures, benchmarks,
+    cards that nobody has edited."""
     try:
         if not file.is_file():
             return False
@@ -51,7 +53,7 @@ def is_ours(file: Path) -> bool:
         return content.startswith(b'{"mode": "') and b'"reports": [' in content
     if file.suffix.lower() in PICTURES:
         return MARK.encode() in content
-    return content.startswith(HEADINGS)
+    return content.startswith(HEADINGS) or is_card(content)
 
 
 def _metadata(file: Path) -> dict[str, object]:

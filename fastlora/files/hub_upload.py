@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlora.core.card import CARD_NAME, LOCAL_PATH, CardFacts, card_text, figures_of
 from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import InputError, OutputError
 from fastlora.files.earlier import MARK
@@ -16,23 +17,27 @@ from fastlora.files.json_files import parse_object
 from fastlora.files.tensor_files import SAFETENSORS, read_header
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-CARD = "README.md"
-LOCAL = re.compile(r"(?<![\w:/.~-])(~/|\.\.?/|/[A-Za-z_][\w.-]*/|[A-Za-z]:\\)[\w.-]+[^\s`'\")\]]*")
-"""A path of this machine in a text: from the root, the home or the current folder."""
 BASE = "base_model_name_or_path"
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A folder, or one file, that is to become the repository ``repo``. ``files``: ``{path there: path here}``."""
+    """A folder, or one file, that is to become the repository ``repo``. ``files``: ``{path there: path here}``.
+    ``card``: the text of the card, where no file has it."""
 
     repo: str
     files: Mapping[str, Path]
+    card: str | None = None
 
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(path.stat().st_size for path in self.files.values())
+        return sum(path.stat().st_size for path in self.files.values()) + len((self.card or "").encode())
+
+    @property
+    def names(self) -> list[str]:
+        """What the repository will hold."""
+        return [*self.files, *([] if self.card is None else [CARD_NAME])]
 
 
 def check_repository(repo: str) -> None:
@@ -53,7 +58,7 @@ def require_client() -> Any:
 
 
 def upload_of(out: Path, repo: str) -> Upload:
-    """What would be uploaded of an output: the files of a folder, or one file and the card beside it.
+    """What would be uploaded of an output: the files of a folder, or one file and a card of it.
 
     Raises :class:`InputError` where it names paths of this machine, which mean nothing to others and tell of the owner.
     """
@@ -61,7 +66,7 @@ def upload_of(out: Path, repo: str) -> Upload:
         found = {p.relative_to(out).as_posix(): p for p in sorted(out.rglob("*")) if p.is_file()}
     else:
         found = {out.name: out}
-    upload = Upload(repo, found)
+    upload = Upload(repo, found, _card_of(out) if out.suffix == SAFETENSORS else None)
     for name, what in _local_paths(upload):
         raise InputError(
             f"{name} names {what!r}, a path of this machine; nothing was pushed, and {out} stays. Give Hub ids "
@@ -78,7 +83,7 @@ def send(api: Any, upload: Upload, *, public: bool, replace: bool) -> str:
     """
     try:
         url = str(api.create_repo(upload.repo, private=not public, exist_ok=True))
-        there = set() if replace else {*api.list_repo_files(upload.repo)} & upload.files.keys()
+        there = set() if replace else {*api.list_repo_files(upload.repo)} & {*upload.names}
     except Exception as error:  # the client has many kinds of errors: network, rights, names
         raise _refused(upload, error) from None
     if there:
@@ -89,10 +94,23 @@ def send(api: Any, upload: Upload, *, public: bool, replace: bool) -> str:
         from huggingface_hub import CommitOperationAdd
 
         operations = [CommitOperationAdd(name, str(path)) for name, path in upload.files.items()]
+        if upload.card is not None:
+            operations.append(CommitOperationAdd(CARD_NAME, upload.card.encode()))
         api.create_commit(upload.repo, operations, commit_message="Upload with fastlora")
     except Exception as error:
         raise _refused(upload, error) from None
     return url
+
+
+def _card_of(file: Path) -> str:
+    """The card of one file, by what its header says of how it was made."""
+    try:
+        made = json.loads(read_header(file).metadata.get(MARK, "{}"))
+    except ValueError:
+        made = {}
+    provenance = made.get("provenance") if isinstance(made, dict) else None
+    told: Mapping[str, object] = provenance if isinstance(provenance, dict) else {}
+    return card_text(CardFacts(file.stem, "LoRA", "diffusers", ["lora"], [], "adapter", told, figures_of(told)))
 
 
 def _refused(upload: Upload, error: Exception) -> OutputError:
@@ -105,15 +123,15 @@ def _refused(upload: Upload, error: Exception) -> OutputError:
 
 def _local_paths(upload: Upload) -> Iterator[tuple[str, str]]:
     for name, path in upload.files.items():
-        if path.name == CARD:
-            match = LOCAL.search(path.read_text(encoding="utf-8", errors="replace"))
+        if path.name == CARD_NAME:
+            match = LOCAL_PATH.search(path.read_text(encoding="utf-8", errors="replace"))
             if match is not None:
                 yield name, match[0]
         elif path.name == CONFIG_NAME:
             base = parse_object(path.read_bytes(), str(path)).get(BASE)
-            if isinstance(base, str) and base and (LOCAL.match(base) or Path(base).exists()):
+            if isinstance(base, str) and base and (LOCAL_PATH.match(base) or Path(base).exists()):
                 yield name, base
         elif path.suffix == SAFETENSORS:
-            match = LOCAL.search(json.dumps(read_header(path).metadata.get(MARK, "")).replace("\\\\", "\\"))
+            match = LOCAL_PATH.search(json.dumps(read_header(path).metadata.get(MARK, "")).replace("\\\\", "\\"))
             if match is not None:
                 yield name, match[0]

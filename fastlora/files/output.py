@@ -10,13 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from fastlora.core.card import CARD_NAME
 from fastlora.errors import OutputError
 from fastlora.files.disk_errors import PARTIAL, translated, writing
 from fastlora.files.earlier import Overwrite, check_file, foreign_files
 from fastlora.runtime.ranks import forget_place, from_first, is_first, own_place, together
 from fastlora.runtime.system import is_running
 
-OUTPUT_FILES = ("adapter_config.json", "*.safetensors", "report.json", "*.png")
+OUTPUT_FILES = ("adapter_config.json", "*.safetensors", CARD_NAME, "report.json", "*.png")
 """What an earlier output consists of, where the files say that fastlora wrote them: only such files are ever deleted by
 overwriting."""
 

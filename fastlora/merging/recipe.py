@@ -22,6 +22,7 @@ from typing import Any
 
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
+from fastlora.core.card import is_hub_id
 from fastlora.core.updates import Update
 from fastlora.errors import InputError
 from fastlora.files.json_files import shown
@@ -114,7 +115,7 @@ class Recipe:
             raise InputError(f"{doubled[0]} is given in the recipe and beside it; leave out one of the two")
         given = {k: v for k, v in options.items() if v is not None}
         merged = merge(weighted, weights, method=method, **{**parameters, **given})
-        provenance = {**merged.provenance, "recipe": self.as_data()}
+        provenance = {**merged.provenance, "recipe": self._as_told()}
         return replace(merged, provenance=provenance, notes=(*merged.notes, *self.notes))
 
     def as_data(self) -> dict[str, object]:
@@ -124,6 +125,13 @@ class Recipe:
         if self.settings:
             data["parameters"] = dict(self.settings)
         return data if self.dtype is None else {**data, "dtype": self.dtype}
+
+    def _as_told(self) -> dict[str, object]:
+        """The recipe for others, to whom places on this machine mean nothing: of those the names stay."""
+        told = [
+            replace(e, path=e.path if is_hub_id(e.path) else n) for n, e in zip(self.named, self.entries, strict=True)
+        ]
+        return replace(self, entries=tuple(told)).as_data()
 
     def _plan(self, pool: Pool) -> tuple[Pool, dict[str, float], str, dict[str, object]]:
         """What :func:`fastlora.merge` is given for the loaded adapters: pool, weights, method and parameters. Weights

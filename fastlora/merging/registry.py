@@ -93,16 +93,30 @@ class Method:
             raise InputError(f"method {self.name!r} uses no statistics of inputs; leave out data (`--data`)")
         inputs = [_of_all(data, pool, self.name)] if self.takes_data else []
         merged = self.run(pool, weights, *inputs, **values)
-        return _without(merged, idle) if idle else merged
+        return _as_merge(merged, self.name, pool, weights, {n: values[n] for n in given}, idle)
 
 
-def _without(merged: Adapter, names: Collection[str]) -> Adapter:
-    """A result whose provenance does not name parameters that had no effect."""
-    told = merged.provenance.get("parameters")
-    if not isinstance(told, dict):
-        return merged
-    kept = {name: value for name, value in told.items() if name not in names}
-    return replace(merged, provenance={**merged.provenance, "parameters": kept})
+def _as_merge(
+    merged: Adapter,
+    name: str,
+    pool: Pool,
+    weights: Mapping[str, float],
+    given: Mapping[str, object],
+    idle: Collection[str],
+) -> Adapter:
+    """A result whose provenance is the recipe that makes it again: with all parameters that were ``given``, and without
+    those that had no effect."""
+    told = merged.provenance
+    used = told.get("parameters")
+    parameters = {**(used if isinstance(used, dict) else {}), **given}
+    measured = {k: v for k, v in told.items() if k not in ("merge", "parameters", "of", "compress", "sum")}
+    provenance = {
+        "merge": name,
+        "parameters": {n: v for n, v in parameters.items() if n not in idle},
+        "of": told.get("of", [{"weight": weights[a.name], "of": a.provenance} for a in pool.adapters]),
+        **measured,
+    }
+    return replace(merged, provenance=provenance)
 
 
 def _of_all(data: Statistics | None, pool: Pool, method: str) -> Statistics:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from builders import make_adapter
 from command import done, refused, run
+from written_files import adapter_of
 
 from fastlora.errors import InputError, OutputError
 from fastlora.files import hub_upload
@@ -39,7 +40,10 @@ class Hub:
     def create_commit(self, repo: str, operations: Any, *, commit_message: str) -> None:
         self.commits.append(commit_message)
         for operation in operations:
-            self.repositories[repo][operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
+            content = operation.path_or_fileobj
+            self.repositories[repo][operation.path_in_repo] = (
+                content if isinstance(content, bytes) else Path(content).read_bytes()
+            )
 
 
 @pytest.fixture
@@ -110,11 +114,26 @@ def test_a_dry_run_needs_neither_a_login_nor_the_network(hub: Hub, here: Path, m
 
 
 def test_what_is_there_is_replaced_only_by_overwrite(hub: Hub, here: Path) -> None:
-    hub.repositories["org/mix"] = {"README.md": b"mine", "adapter_config.json": b"{}"}
+    hub.repositories["org/mix"] = {"notes.md": b"mine", "README.md": b"mine too"}
     message = not_pushed(*MERGE, cwd=here)
-    assert "org/mix holds adapter_config.json already" in message and hub.commits == []
+    assert "org/mix holds README.md already" in message and hub.commits == []
     done(*MERGE, "--overwrite", cwd=here)
-    assert {*files(here / "out"), "README.md"} == {*hub.repositories["org/mix"]}
+    assert files(here / "out") | {"notes.md": b"mine"} == hub.repositories["org/mix"]
+
+
+def test_one_file_goes_with_a_card(hub: Hub, tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        made = adapter_of({"transformer_blocks.0.attn.to_q": (16, 16)}, "flux", format="kohya", seed=seed)
+        made.save(tmp_path / f"{name}.safetensors")
+    merge = ("merge", "a.safetensors:0.7", "b.safetensors:0.3", "--method", "cat", "-o", "out.safetensors")
+    told = done(*merge, "--push", "org/mix", "--push-dry-run", cwd=tmp_path)
+    assert "would push 2 files" in told.out and "out.safetensors, README.md" in told.out
+    done(*merge, "--push", "org/mix", "--overwrite", cwd=tmp_path)
+    pushed = hub.repositories["org/mix"]
+    assert {*pushed} == {"out.safetensors", "README.md"}
+    assert pushed["out.safetensors"] == (tmp_path / "out.safetensors").read_bytes()
+    card = pushed["README.md"].decode()
+    assert "# out" in card and "- model: a\n  parameters: {weight: 0.7}" in card and "library_name: diffusers" in card
 
 
 @pytest.mark.parametrize("repo", ["mix", "a/b/c", "../x", "org/mix@v2", "https://hub/org/mix", "org/a--b", ""])

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from fastlora._version import __version__
+from fastlora.core.card import adapter_card
 from fastlora.core.data import LoraData
 from fastlora.core.factors import Factor, Side
 from fastlora.core.names import CONFIG_NAME
 from fastlora.core.updates import chosen_rank, with_rank
 from fastlora.errors import InputError, OutputError
+from fastlora.files.card import write_card
 from fastlora.files.disk_errors import writing
 from fastlora.files.earlier import MARK
 from fastlora.files.tensor_writing import TensorFile
@@ -151,5 +153,9 @@ class MlxFolder:
         }
         if self.adapter.base.model is not None:
             fields["model"] = self.adapter.base.model
+        ranks = [u.rank for u in updates.values()]
+        write_card(
+            self.directory, adapter_card(self.adapter, kind="LoRA", library="mlx", ranks=ranks, dtype=self.dtype)
+        )
         with writing(self.directory):
             (self.directory / CONFIG_NAME).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from fastlora._version import __version__
+from fastlora.core.card import adapter_card
 from fastlora.core.data import BaseInfo, Extra, Ia3Data, Scaling, Selection
 from fastlora.core.dtypes import parse_dtype
 from fastlora.core.inert import PROBABLY
 from fastlora.core.names import CONFIG_NAME
 from fastlora.core.patterns import Unsupported, compiled_whole
 from fastlora.errors import InputError, NonFiniteError, OutputError
+from fastlora.files.card import write_card
 from fastlora.files.disk_errors import writing
 from fastlora.files.tensor_writing import TensorFile, cast_tensor
 from fastlora.formats.peft.config import Fields, refuse_unknown
@@ -31,7 +33,7 @@ from fastlora.formats.peft.names import HEADS, PREFIX, WEIGHTS_NAME
 from fastlora.formats.peft.reading import add_values, check_tensor
 from fastlora.formats.peft.selection import module_fields, read_selection
 from fastlora.formats.peft.weights import read_tensors
-from fastlora.formats.peft.writing import FileContents, place_values
+from fastlora.formats.peft.writing import LIBRARY, FileContents, place_values
 from fastlora.ops.finite import is_finite
 
 PART = ".ia3_l"
@@ -166,6 +168,7 @@ def write(directory: Path, adapter: Ia3Data, dtype: torch.dtype | str | None = N
     file.write(vectors, check=True)
     file.write(values.tensors)
     file.close()
+    write_card(directory, adapter_card(adapter, kind="(IA)³", library=LIBRARY, ranks=[0] * len(vectors), dtype=target))
     config = json.dumps(_config(adapter, values.modules_to_save), indent=2) + "\n"
     with writing(directory / CONFIG_NAME):
         (directory / CONFIG_NAME).write_text(config, encoding="utf-8")

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from fastlora._version import __version__
+from fastlora.core.card import adapter_card
 from fastlora.core.data import BaseInfo, LoraData
 from fastlora.core.factors import Factor, Side
 from fastlora.core.names import CONFIG_NAME, EMBEDDINGS
 from fastlora.core.updates import Layout
 from fastlora.errors import OutputError
+from fastlora.files.card import write_card
 from fastlora.files.disk_errors import writing
 from fastlora.files.tensor_writing import TensorFile, cast_tensor
 from fastlora.formats.peft.experts import VERSIONS
@@ -37,6 +39,9 @@ from fastlora.formats.peft.names import (
 from fastlora.formats.peft.selection import module_fields, rank_patterns, selected_parameters
 
 NAMES: Mapping[Side, str] = {"A": "lora_A.weight", "B": "lora_B.weight"}
+LIBRARY = "peft"
+"""What loads these directories, by its name on the Hub."""
+
 EMBEDDING_NAMES: Mapping[Side, str] = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 
 
@@ -141,9 +146,13 @@ class AdapterFile:
         self._file.write({**others.tensors, **self._magnitudes})
 
     def close(self) -> None:
-        """Checks that everything was written, then writes the configuration: without it, nothing takes this for an
-        adapter."""
+        """Checks that everything was written, then writes the card, and the configuration: without it, nothing takes
+        this for an adapter."""
         self._file.close()
+        kind, ranks = "DoRA" if self._magnitudes else "LoRA", list(self._contents.ranks.values())
+        write_card(
+            self.directory, adapter_card(self.adapter, kind=kind, library=LIBRARY, ranks=ranks, dtype=self.dtype)
+        )
         fields = _config(self._contents, self.adapter) | {"use_dora": bool(self._magnitudes)}
         config = json.dumps(fields, indent=2) + "\n"
         with writing(self.directory / CONFIG_NAME):

@@ -1,0 +1,215 @@
+"""Model cards: the ``README.md`` beside a result, which people read, and the Hub for its base model and tags.
+
+A card says only what is true anywhere: names of this machine's files are left out of it. Names and notes come from
+files of others, so that nothing in them is taken for markup.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastlora._version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastlora.core.data import ModulesData
+
+CARD_NAME = "README.md"
+
+CARD_HEADING = b"---\n# Card by fastlora, sha256 "
+"""How a card begins. The sum of what follows its line tells whether somebody has edited it since."""
+
+LOCAL_PATH = re.compile(r"(?<![\w:/.~-])(~/|\.\.?/|/[A-Za-z_][\w.-]*/|[A-Za-z]:\\)[\w.-]+[^\s`'\")\]]*")
+"""A path of this machine in a text: from the root, the home or the current folder."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~$:@-])")
+
+LONGEST_RECIPE = 200
+"""Lines of a recipe that a card shows."""
+
+DEEPEST = 20
+"""Operations on results of operations that a recipe shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What a card is made of.
+
+    ``name``: its title. ``kind``: in words, ``"LoRA"``. ``library``: of the Hub's list, that loads it. ``tags``: beside
+    ``fastlora``. ``base_models``, ``relation``: the result is an ``"adapter"`` of a model, or a ``"merge"`` of some.
+    ``provenance``: of the record. ``figures``: rows of what and how much. ``notes``: sentences.
+    """
+
+    name: str
+    kind: str
+    library: str
+    tags: Sequence[str]
+    base_models: Sequence[str]
+    relation: str
+    provenance: Mapping[str, object]
+    figures: Mapping[str, str]
+    notes: Sequence[str] = ()
+
+
+def card_text(facts: CardFacts) -> str:
+    """The card in Markdown, with the fields that the Hub reads in front."""
+    tags = [*facts.tags, *(["merge"] if len(_leaves(facts.provenance)) > 1 else []), "fastlora"]
+    known = [m for m in facts.base_models if is_hub_id(m)]
+    front = [f"library_name: {facts.library}", "tags:", *(f"- {tag}" for tag in tags)]
+    if known:
+        quoted = [json.dumps(m) for m in known]
+        front += [f"base_model: {quoted[0]}"] if len(known) == 1 else ["base_model:", *(f"- {m}" for m in quoted)]
+        front += [f"base_model_relation: {facts.relation}"]
+    model = ", ".join(f"`{m}`" for m in known) or "a base model without a name on the Hub"
+    body = [
+        "---",
+        "",
+        f"# {plain(facts.name)}",
+        "",
+        f"{facts.kind} for {model}, made by fastlora {__version__}.",
+        "",
+        *_table(facts.figures),
+        *_recipe_lines(facts.provenance),
+        *_note_lines(facts.notes),
+    ]
+    text = "\n".join([*front, *body]).rstrip() + "\n"
+    return f"{CARD_HEADING.decode()}{_digest(text.encode())}\n{text}"
+
+
+def adapter_card(record: ModulesData, *, kind: str, library: str, ranks: Sequence[int], dtype: torch.dtype) -> str:
+    """The card of an adapter that is written with these ranks, one a module, in ``dtype``."""
+    figures = {"modules": str(len(ranks))}
+    if any(ranks):
+        figures["rank"] = str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
+    figures |= {"dtype": str(dtype).removeprefix("torch."), **figures_of(record.provenance)}
+    tags = {"LoRA": ["lora"], "DoRA": ["lora", "dora"], "(IA)³": ["ia3"]}[kind]
+    base = [] if record.base.model is None else [record.base.model]
+    facts = CardFacts(record.name, kind, library, tags, base, "adapter", record.provenance, figures, record.notes)
+    return card_text(facts)
+
+
+def is_card(content: bytes) -> bool:
+    """Whether a file is a card as :func:`card_text` made it, and nobody has edited it."""
+    if not content.startswith(CARD_HEADING):
+        return False
+    digest, _, text = content.removeprefix(CARD_HEADING).partition(b"\n")
+    return digest.decode("ascii", "replace") == _digest(text)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a base model is named as on the Hub, and not by a place on this machine."""
+    return bool(HUB_ID.fullmatch(model)) and not Path(model).exists()
+
+
+def plain(text: str) -> str:
+    """A text from a file as plain text of Markdown, on one line and without paths of this machine."""
+    text = LOCAL_PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return MARKUP.sub(r"\\\1", html.escape(text, quote=False))
+
+
+def recipe_data(provenance: object, depth: int = 0) -> object:
+    """A provenance as a recipe: a name, or ``{merge_method, models, parameters}``, or the operation as it was kept."""
+    if depth > DEEPEST:
+        return "…"
+    if isinstance(provenance, list | tuple):
+        return [recipe_data(p, depth + 1) for p in provenance]
+    if not isinstance(provenance, Mapping):
+        return provenance if isinstance(provenance, str | int | float | bool | None) else str(provenance)
+    if provenance.keys() == {"adapter"}:
+        return provenance["adapter"]
+    if isinstance(provenance.get("recipe"), Mapping):
+        return provenance["recipe"]  # what a file said is shorter than what became of it
+    if "merge" not in provenance or not isinstance(provenance.get("of"), list):
+        return {str(k): recipe_data(v, depth + 1) for k, v in provenance.items()}
+    models = [
+        {"model": recipe_data(term["of"], depth + 1), "parameters": {"weight": term["weight"]}}
+        for term in provenance["of"]
+    ]
+    data: dict[str, object] = {"merge_method": provenance["merge"], "models": models}
+    parameters = provenance.get("parameters")
+    return {**data, "parameters": recipe_data(parameters, depth + 1)} if parameters else data
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _leaves(provenance: object, depth: int = 0) -> set[str]:
+    """The adapters that a result is made of."""
+    if isinstance(provenance, Mapping) and depth <= 2 * DEEPEST:
+        if provenance.keys() == {"adapter"}:
+            return {str(provenance["adapter"])}
+        return {name for value in provenance.values() for name in _leaves(value, depth + 1)}
+    if isinstance(provenance, list | tuple) and depth <= 2 * DEEPEST:
+        return {name for value in provenance for name in _leaves(value, depth + 1)}
+    return set()
+
+
+def _table(rows: Mapping[str, str]) -> Iterable[str]:
+    if rows:
+        yield from ("| what | how much |", "|---|---|", *(f"| {plain(k)} | {plain(v)} |" for k, v in rows.items()), "")
+
+
+def _recipe_lines(provenance: Mapping[str, object]) -> Iterable[str]:
+    data = recipe_data(provenance)
+    if not isinstance(data, dict) or not data:
+        return
+    lines = _yaml(data)
+    more = len(lines) - LONGEST_RECIPE
+    if more > 0:
+        lines = [*lines[:LONGEST_RECIPE], f"# and {more} lines more, in the metadata of the tensors"]
+    fence = "`" * max(3, 1 + max((len(run) for line in lines for run in re.findall("`+", line)), default=0))
+    again = "merge_method" in data and more <= 0
+    yield from ("## Recipe", "", *(["`fastlora merge THIS.yaml --out DIR` makes it again:", ""] if again else []))
+    yield from (f"{fence}yaml", *lines, fence, "")
+
+
+def _yaml(data: object) -> list[str]:
+    import yaml
+
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    text = yaml.dump(_without_paths(data), Dumper=dumper, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    return str(text).splitlines()
+
+
+def _without_paths(data: object) -> object:
+    """Plain data in which paths of this machine have become names."""
+    if isinstance(data, str):
+        return LOCAL_PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], data)
+    if isinstance(data, Mapping):
+        return {key: _without_paths(value) for key, value in data.items()}
+    return [_without_paths(value) for value in data] if isinstance(data, list) else data
+
+
+def _note_lines(notes: Sequence[str]) -> Iterable[str]:
+    if notes:
+        yield from ("## To know", "", *(f"* {plain(note)}" for note in dict.fromkeys(notes)), "")
+
+
+def figures_of(provenance: Mapping[str, object]) -> dict[str, str]:
+    """What was measured while a result was made, as rows."""
+    rows = {}
+    kept = provenance.get("retained_energy")
+    if isinstance(kept, int | float):
+        rows["energy kept"] = f"{100 * min(kept, 1.0):.2f} %"
+    each = provenance.get("retained_energy_by_adapter")
+    if isinstance(each, Mapping):
+        rows |= {f"energy kept of {name}": f"{100 * float(share):.2f} %" for name, share in each.items()}
+    scale = provenance.get("scale")
+    if isinstance(scale, int | float):
+        rows["scale"] = json.dumps(scale)
+    coefficients = provenance.get("coefficients")
+    if isinstance(coefficients, Mapping):
+        rows |= {f"weight of {name}": f"{float(value):.4g}" for name, value in coefficients.items()}
+    return rows
