@@ -2,7 +2,8 @@
 # make test   lint, types, tests, package build
 # make cases  what files of the field and corners of the arithmetic once got wrong: tests/cases
 # make bench  timings on this machine
-# make gpu    on a machine with a GPU: build, tests and timings there, into benches/results/; installs nothing
+# make gpu    on a machine with a GPU: build, tests and times there, into benches/results/; installs nothing. Two windows:
+#             make gpu-first, five and a half minutes, and make gpu-record, six and a half
 # make rehearsal  what make gpu runs, on a machine without a GPU: torch for CUDA on stand-ins for its libraries; 6 GB
 # make triton every test of the ops in Triton's interpreter, and all specialisations ahead of time: an hour and more
 # make fuzz   100,000 damaged directories, 20,000 single files, 10,000 in several forms, 10,000 names: tests/fuzz/*.json
@@ -18,7 +19,7 @@ ISAS := baseline avx2 avx512 avx512_bf16
 BEST_ISA = $(PY) -c "from fastlora.backends import cpu; print(cpu.isa())"
 HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
-.PHONY: demo test lint types unit isas package cases bench gpu rehearsal triton fuzz sanitize clean
+.PHONY: demo test lint types unit isas package cases bench gpu gpu-first gpu-record rehearsal triton fuzz sanitize clean
 
 $(VENV)/ready: $(SOURCES)
 	python3 -m venv $(VENV)
@@ -65,8 +66,16 @@ cases: $(VENV)/ready
 bench: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(PY) -m pytest benches --benchmark-only --benchmark-columns=median,iqr,rounds
 
-gpu:
-	python3 benches/gpu.py
+OUT ?= benches/results
+WINDOW = python3 -m benches.gpu --out $(OUT) $(if $(RESUME),--resume)
+
+gpu: gpu-first gpu-record
+
+gpu-first:
+	$(WINDOW) first
+
+gpu-record:
+	$(WINDOW) record
 
 REHEARSAL := build/rehearsal
 REHEARSE := $(REHEARSAL)/venv/bin/python tests/on_gpu/rehearsal/run.py

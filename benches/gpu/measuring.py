@@ -1,0 +1,76 @@
+"""Stages that try kernels and time them: processes append rows to a file, which is read whatever becomes of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from benches.gpu.processes import Command, Failed, Skipped
+from fastlora.bench.gpu import rows as lines
+
+if TYPE_CHECKING:
+    from benches.gpu.running import Visit
+    from benches.gpu.windows import Run
+
+CASES = "fastlora.bench.gpu.cases"
+SMOKE = "fastlora.bench.gpu.smoke"
+Rows = list[dict[str, Any]]
+
+
+def smoke(visit: Visit, limit: float) -> str:
+    """Every form of every kernel in a process of its own, one launch at a time, against float64."""
+    command = visit.shell.python_command("-m", SMOKE, "--out", str(visit.rows), "--seconds", f"{0.9 * limit:.0f}")
+    found, failure = _measured(visit, command, limit)
+    visit.report.forms += found
+    wrong = [row for row in found if "failed" in row]
+    if wrong:
+        said = "; ".join(f"{row['form']}: {row['failed']}" for row in wrong)
+        again = visit.shell.python_command("-m", SMOKE, "--forms", wrong[0]["form"])
+        raise Failed(f"{len(wrong)} of {len(found)} forms: {said}", again=again)
+    if failure is not None:
+        raise failure
+    skipped = [f"{row['form']}: {row['skipped']}" for row in found if "skipped" in row]
+    return "; ".join([f"{len(found) - len(skipped)} forms are right", *skipped])
+
+
+def cases(*names: str) -> Run:
+    """A stage that times some cases."""
+
+    def run(visit: Visit, limit: float) -> str:
+        command = _command(visit, names, str(visit.rows))
+        found, failure = _measured(visit, command, limit)
+        visit.report.rows += found
+        wrong = [row for row in found if "failed" in row]
+        if wrong:
+            said = "; ".join(f"{row['key']}: {row['failed']}" for row in wrong)
+            named = [row["key"] for row in wrong if row["key"] in names]
+            raise Failed(said, again=_command(visit, named[:1], "/dev/null") if named else None)
+        if failure is not None:
+            raise failure
+        return f"{len(found)} rows"
+
+    return run
+
+
+def sweeps(visit: Visit, limit: float) -> str:
+    """Other tiles, warps and stages: what to set the constants of kernels to."""
+    if visit.has_built:
+        raise Skipped("left out where the kernels had to be built")
+    return cases("sweeps")(visit, limit)
+
+
+def _command(visit: Visit, names: tuple[str, ...] | list[str], out: str, *options: str) -> Command:
+    tiny = ["--tiny"] if visit.tiny else []
+    return visit.shell.python_command(
+        "-m", CASES, out, "--cases", *names, *tiny, *options, OMP_WAIT_POLICY="passive"
+    )  # fmt: skip
+
+
+def _measured(visit: Visit, command: Command, limit: float) -> tuple[Rows, Failed | None]:
+    """The rows that a command appended, each with its stage, and how it failed if it did."""
+    begin = visit.rows.stat().st_size if visit.rows.exists() else 0
+    failure = None
+    try:
+        visit.shell.run(command, limit)
+    except Failed as error:
+        failure = error
+    return [{**row, "stage": visit.stage} for row in lines.read(visit.rows, begin)], failure
