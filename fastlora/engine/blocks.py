@@ -17,7 +17,7 @@ from fastlora.core.updates import Update, factor, sides, sources, unscaled
 from fastlora.engine.checks import check_diagonal
 from fastlora.engine.contracts import PoolView
 from fastlora.engine.gram import GramPass, read_gram
-from fastlora.engine.schedule import Group, GroupPart, pair_parts, parts
+from fastlora.engine.schedule import PART_BYTES, Group, GroupPart, pair_parts, parts
 from fastlora.engine.stream import current
 from fastlora.ops.gram import blocks_of
 from fastlora.runtime.memory import release
@@ -47,10 +47,19 @@ class PairBlocks:
         return products * self.scaling[:, :, None] * self.scaling[:, None]
 
 
-def read_pair_blocks(pool: PoolView, label: str = "inner products", *, shared: bool = False) -> Iterator[PairBlocks]:
-    """:class:`PairBlocks` of every module of a pool, some modules at a time, or from the Gram cache in use. ``shared``:
-    where several ranks work together, of this one's modules only, as :func:`fastlora.engine.schedule.parts` has it."""
-    for part in parts(pool, label, stream=current(), shared=shared):
+def read_pair_blocks(
+    pool: PoolView,
+    label: str = "inner products",
+    *,
+    matrices: float = 4,
+    most: int = PART_BYTES,
+    shared: bool = False,
+) -> Iterator[PairBlocks]:
+    """:class:`PairBlocks` of every module of a pool, some modules at a time, or from the Gram cache in use.
+
+    ``matrices``, ``most``, ``shared``: as :func:`fastlora.engine.schedule.parts` has them.
+    """
+    for part in parts(pool, label, matrices=matrices, most=most, stream=current(), shared=shared):
         there = part.updates()
         left, right = (_read_both_triangles(part, there, side) for side in SIDES)
         # What is made of the blocks combines the factors of the pool, also where a stream read copies of them.

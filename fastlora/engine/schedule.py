@@ -101,17 +101,19 @@ def parts(
     rtol_of: RtolOf | None = None,
     least: int = 1,
     matrices: float = 4,
+    most: int = PART_BYTES,
     stream: Stream | None = None,
     shared: bool = False,
 ) -> Iterator[GroupPart]:
     """The parts of :func:`whole_groups`, in parts that fit in memory.
 
     ``label``: what progress says. ``matrices``: how many float64 ``[r, r]`` a module takes for every two of its
-    adapters; with a bound on memory its factors count too. ``stream``: brings the factors to its device, part by part.
-    ``shared``: where several ranks work together, only this one's modules: inside :func:`fastlora.engine.shares.each`.
+    adapters; with a bound on memory its factors count too. ``most``: bytes of a part, where no ``stream`` brings the
+    factors to its device, part by part. ``shared``: where several ranks work together, only this one's modules: inside
+    :func:`fastlora.engine.shares.each`.
     """
     work: list[GroupPart] = []
-    most = PART_BYTES if stream is None else stream.group
+    most = most if stream is None else stream.group
     groups = whole_groups(pool, rtol_of=rtol_of, least=least)
     for whole in own_modules(groups, matrices) if shared else groups:
         sizes = [int(matrices * whole.group.pair_bytes)] * len(whole.modules)

@@ -29,6 +29,10 @@ Program = TypeVar("Program", bound=Callable[..., Tensor])
 
 # Matrices R×R of every adapter that a program has at a time: its core, and what is made of it.
 CORES = 5
+FRAMES = 12  # of all adapters together, while their frames are found
+# What they take of memory together, for each thread. An allocator hands out the pages of small parts again, and they
+# stay in the processor's caches. Large ones come from the system anew each time, and that takes longer than arithmetic.
+PART_BYTES = 24 * 2**20
 
 
 def method(
@@ -169,18 +173,18 @@ def _merge(
     parameters: Mapping[str, object],
 ) -> Adapter:
     name, given = program.__name__, [weights[n] for n in pool.names]
-    asked = _asked(program)
+    asked, most = _asked(program), PART_BYTES * torch.get_num_threads()
 
     def merged() -> ByModule:
         found: ByModule = {}
-        for blocks in read_pair_blocks(pool, f"cores of {name}", shared=True):
+        for blocks in read_pair_blocks(pool, f"cores of {name}", matrices=FRAMES, most=most, shared=True):
             group = Frames.of(blocks)
             R = group.left.shape[1]
-            for part in split_to_fit([8 * (CORES * len(pool) + 8) * R * R] * len(blocks.modules)):
+            for part in split_to_fit([8 * (CORES * len(pool) + 8) * R * R] * len(blocks.modules), most):
                 frames = group.part(part)
                 scales = frames.scales(given)
                 cores = frames.cores(scales, len(pool))
-                if not bool(cores.isfinite().all()):
+                if cores.numel() and not all(x.isfinite() for x in cores.aminmax()):
                     raise InputError(f"the weighted updates overflow: lower the weights {given}")
                 more = Given(pool.names, frames, scales, given, rank, energy)
                 core = program(cores, **{n: more.named(n) for n in asked}, **parameters)

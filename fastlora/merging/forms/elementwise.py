@@ -101,15 +101,10 @@ class Measured:
 
 def thresholds(elements: Tensor, counts: Tensor) -> Tensor:
     """The least of the ``counts [g]`` largest magnitudes in ``elements [g, N]``, infinity for a count of 0: ``[g]``."""
-    magnitudes = elements.abs()
-    if not magnitudes.shape[-1]:
-        return torch.full(counts.shape, torch.inf, dtype=torch.float64)
-    first = int(counts.flatten()[0]) if counts.numel() else 0
-    if first and bool((counts == first).all()):  # faster than to sort, and the same number
-        return magnitudes.kthvalue(magnitudes.shape[-1] - first + 1, dim=-1).values
-    ordered = magnitudes.sort(dim=-1, descending=True).values
-    chosen = ordered.gather(-1, (counts - 1).clamp(min=0)[..., None])[..., 0]
-    return torch.where(counts > 0, chosen, torch.inf)
+    length = elements.shape[-1]
+    chosen = zip(elements.abs().numpy(), counts.tolist(), strict=True)
+    least = [float(np.partition(row, length - c)[length - c]) if c else np.inf for row, c in chosen]
+    return torch.tensor(least, dtype=torch.float64)
 
 
 def taking_part(weights: Sequence[float]) -> list[int]:

@@ -211,7 +211,9 @@ def _root(gram: Tensor, ranks: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """
     g, k, _, r, _ = gram.shape
     index = torch.cat([i * r + torch.arange(rank) for i, rank in enumerate(ranks)])
-    stacked = gram.transpose(2, 3).reshape(g, k * r, k * r)[:, index][:, :, index]
+    stacked = gram.transpose(2, 3).reshape(g, k * r, k * r)
+    if len(index) < k * r:
+        stacked = stacked[:, index][:, :, index]
     norms = gram.diagonal(dim1=1, dim2=2).diagonal(dim1=1, dim2=2).sum(-1).clamp(min=0).sqrt()  # [g, k]
     norms = norms.repeat_interleave(torch.tensor(ranks), dim=1)
     norms = norms * balance(stacked.diagonal(dim1=1, dim2=2) * _inverse(norms).square())
