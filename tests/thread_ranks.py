@@ -49,11 +49,13 @@ def on_ranks(count: int, work: Callable[[], R]) -> list[R]:
                 meeting.abort()
             raise
 
+    before = torch.get_num_threads()
     with ThreadPoolExecutor(count) as pool:
         pending = [pool.submit(run, member) for member in members]
         errors = [error for error in (p.exception() for p in pending) if error is not None]
         if errors:
             raise next((e for e in errors if not isinstance(e.__cause__, threading.BrokenBarrierError)), errors[0])
         results = [p.result() for p in pending]
+    torch.set_num_threads(before)  # some of it holds for all threads
     assert count == 1 or len({m.exchanges for m in members}) == 1
     return results

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastlora.adapters.cuts import compared
 from fastlora.adapters.differences import Difference
 from fastlora.adapters.found_facts import found_facts
 from fastlora.adapters.model_names import body_prefix, matched_names, shares_embedding, tie_group
@@ -315,30 +316,25 @@ class Comparison:
 
     def _deltas(self, names: Sequence[str]) -> tuple[dict[str, Difference], float]:
         """The changes that take part, and ``‖τ‖²`` of the others."""
-        deltas: dict[str, Difference] = {}
-        excluded, counted, left_out = 0.0, [], []
-        for name in names:
-            pair = self._pair(name)
-            assert pair is not None
-            takes = self._takes(name)
-            old, new = self.base.tensor(pair[0]), self.tuned.tensor(pair[1])
-            if not (old.is_floating_point() and new.is_floating_point()):
-                if takes and not torch.equal(old, new):
-                    counted.append(name)
-                continue
-            if not takes:
-                size = self._size(pair)
-                excluded += size
-                left_out += [name] if size else []
-                continue
-            delta = self._difference(pair)
-            if delta.any():
-                deltas[name] = delta
+        pairs = {name: pair for name in names if (pair := self._pair(name)) is not None}
+        tensors = {n: (self.base.tensor(old), self.tuned.tensor(new)) for n, (old, new) in pairs.items()}
+        changed = compared(tensors, lambda n: self._changed(pairs[n]) if self._takes(n) else self._size(pairs[n]))
+        floating = [n for n in names if all(t.is_floating_point() for t in tensors[n])]
+        deltas = {n: self._difference(pairs[n]) for n in floating if self._takes(n) and changed[n]}
+        counted = [n for n in names if n not in floating and self._takes(n) and changed[n]]
+        sizes = {n: changed[n] for n in floating if not self._takes(n)}
+        excluded, left_out = sum(sizes.values()), [n for n, size in sizes.items() if size]
         if counted:
             self.notes.append(f"task vector {self.name!r}: {listed(counted)} differ and are no parameters, left out")
         if left_out:
             self.notes.append(f"task vector {self.name!r}: {listed(left_out)} changed and are left out, as asked for")
         return deltas, excluded
+
+    def _changed(self, pair: tuple[str, str]) -> bool:
+        old, new = self.base.tensor(pair[0]), self.tuned.tensor(pair[1])
+        if old.is_floating_point() and new.is_floating_point():
+            return self._difference(pair).any()
+        return not torch.equal(old, new)
 
     def _difference(self, pair: tuple[str, str]) -> Difference:
         old, new = self.base.stored, self.tuned.stored
@@ -346,7 +342,9 @@ class Comparison:
         return Difference(partial(old.value, pair[0]), partial(new.value, pair[1]), is_wide)
 
     def _size(self, pair: tuple[str, str]) -> float:
-        """``‖Δ‖²`` of a parameter that is left out; 0 where it cannot be told."""
+        """``‖Δ‖²`` of a parameter that is left out; 0 where it cannot be told, or is no parameter."""
+        if not all(t.is_floating_point() for t in (self.base.tensor(pair[0]), self.tuned.tensor(pair[1]))):
+            return 0.0
         if any(side.stored.coding.refusal(n) for side, n in zip((self.base, self.tuned), pair, strict=True)):
             return 0.0
         same = self.base.tensor(pair[0]).shape == self.tuned.tensor(pair[1]).shape

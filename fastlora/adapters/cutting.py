@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fastlora.adapters.cuts import Cut, Job, computed
 from fastlora.adapters.differences import DenseChange, ParameterChange
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.peft_parts import MOST_BEYOND, fused, saved_modules, selection, with_later_names
@@ -33,7 +34,6 @@ from fastlora.engine.low_rank import LowRank, low_rank
 from fastlora.engine.tile_source import TileSource
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.files.shards import listed
-from fastlora.runtime.progress import track
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +85,8 @@ def cut_change(
     cutter = _Cutter(vector, rank, energy, embeddings, fan_in_fan_out, exact, seed)
     if biases:
         cutter.require_biases()
-    for parameter, delta in track(list(vector.deltas.items()), "extracting"):
+    cutter.compute()
+    for parameter, delta in vector.deltas.items():
         cutter.add(parameter, delta)
     extras: dict[str, Extra] = {}
     for parameter, delta in vector.deltas.items():
@@ -145,6 +146,8 @@ class _Cutter:
     fan_in_fan_out: bool | None
     exact: bool
     seed: int
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    squares: dict[str, float] = field(default_factory=dict)
     updates: dict[str, Update] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     lost: dict[str, str] = field(default_factory=dict)
@@ -173,6 +176,23 @@ class _Cutter:
         is_cut = module != parameter and 2 <= len(delta.shape) <= 5 and self._unsuited(module, delta) is None
         return is_cut and self._layout(module, delta).kind in ("embedding", "expert")
 
+    def compute(self) -> None:
+        """Cuts and measures every change, for :meth:`add`."""
+        jobs = [job for parameter, delta in self.vector.deltas.items() for job in self._jobs(parameter, delta)]
+        self.cuts, self.squares = computed(jobs, self._cut, self.rank, exact=self.exact)
+
+    def _jobs(self, parameter: str, delta: ParameterChange) -> list[Job]:
+        if _is_experts(parameter, delta):
+            return [Job(f"{parameter}[{expert}]", delta, expert) for expert in range(delta.shape[0])]
+        return [Job(parameter, delta, cut=self._why_lost(parameter, delta) is None)]
+
+    def _why_lost(self, parameter: str, delta: ParameterChange) -> str | None:
+        """Why a change has no place in an adapter, if so."""
+        module = parameter.removesuffix(WEIGHT)
+        if module == parameter:
+            return "no weight matrix"
+        return self._unsuited(module, delta) or (None if 2 <= len(delta.shape) <= 5 else "no weight matrix")
+
     def add(self, parameter: str, delta: ParameterChange) -> None:
         """Cuts the change of a parameter, and of those that are tied to it."""
         tied = [p for p, source in self.vector.facts.ties.items() if source == parameter]
@@ -180,20 +200,20 @@ class _Cutter:
         if _is_experts(parameter, delta):
             self._add_experts(parameter, delta)
             return
-        reason = self._unsuited(module, delta) if module != parameter else "no weight matrix"
-        if reason is not None or not 2 <= len(delta.shape) <= 5:
-            self.lost[parameter] = reason or "no weight matrix"
-            size = delta.square()
+        reason = self._why_lost(parameter, delta)
+        if reason is not None:
+            self.lost[parameter] = reason
+            size = self.squares[parameter]
             if not math.isfinite(size):
                 raise self._not_finite(parameter)
             self.lost_sizes[parameter] = size
             self.total += (1 + len(tied)) * size
             return
         layout = self._layout(module, delta)
-        found = self._cut(delta.matrix(), parameter)
+        found = self.cuts[parameter]
         self.total += (1 + len(tied)) * found.total
         turned = layout == EMBEDDING or self._is_flipped(module, layout)
-        left, right = self._factors(found.turned if turned else found)
+        left, right, *_ = found.turned if turned else found
         self._put(f"{layout.container}[0]" if layout.container else module, left, right, layout)
         self.kept += (1 + len(tied)) * found.kept
         self.done.add(parameter)
@@ -207,15 +227,11 @@ class _Cutter:
         b, a = left.contiguous(), right.contiguous()
         self.updates[module] = Update(Factor.of("B", b), Factor.of("A", a), 1.0, layout)
 
-    @staticmethod
-    def _factors(found: LowRank) -> tuple[Tensor, Tensor]:
-        return found.left.float(), found.right.float()
-
     def _add_experts(self, parameter: str, delta: ParameterChange) -> None:
         """Fused experts ``[experts, out, in]``, as PEFT 0.19 and later takes them."""
         for expert in range(delta.shape[0]):
-            found = self._cut(delta.expert(expert), f"{parameter}[{expert}]")
-            left, right = self._factors(found.turned if self.vector.facts.in_out_experts else found)
+            found = self.cuts[f"{parameter}[{expert}]"]
+            left, right, *_ = found.turned if self.vector.facts.in_out_experts else found
             self.total += found.total
             self.kept += found.kept
             layout = Layout("expert", container=parameter, expert=expert, experts=delta.shape[0])

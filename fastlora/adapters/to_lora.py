@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastlora.adapters.cuts import Cut
 from fastlora.adapters.dora import DoRA
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.model_names import matched_names
@@ -15,13 +16,14 @@ from fastlora.core.architectures import WEIGHT, is_conv1d
 from fastlora.core.data import Magnitude
 from fastlora.core.factors import Factor
 from fastlora.core.updates import Update
-from fastlora.engine.low_rank import LowRank, low_rank
+from fastlora.engine import shares
+from fastlora.engine.low_rank import LowRank, low_rank, operations
 from fastlora.engine.materialise import materialise
 from fastlora.engine.tile_source import row_tiles
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.files.checkpoint import Checkpoint, ModelSource, read_checkpoint
 from fastlora.files.shards import listed
-from fastlora.runtime import memory
+from fastlora.runtime import memory, ranks
 from fastlora.runtime.progress import track
 
 SHARE, MOST = 0.99, 256
@@ -74,20 +76,22 @@ def to_lora(
         rank, energy = MOST, SHARE
     model = read_checkpoint(base)
     names = _names(adapter, model)
-    updates: dict[str, Update] = {}
-    found: dict[str, tuple[float, float]] = {}
-    for module, update in track(list(adapter.updates.items()), "DoRA to LoRA"):
-        magnitude = adapter.magnitudes.get(module)
-        if magnitude is None:
-            updates[module] = update
-            continue
+
+    def work() -> dict[str, Cut]:
+        shapes = [adapter.updates[m].shape for m in names]
+        mine = ranks.own(list(names), [operations(n, m, rank, exact=exact) for n, m in shapes])
+        return {m: cut(m) for m in track(mine, "DoRA to LoRA")}
+
+    def cut(module: str) -> Cut:
         weight = _weight(adapter, module, model, names[module])
-        cut = _cut(adapter.name, RescaledWeight(weight, update, magnitude, module), rank, energy, exact, seed)
-        left, right = cut.left.float().contiguous(), cut.right.float().contiguous()
-        updates[module] = Update(Factor.of("B", left), Factor.of("A", right), 1.0, update.layout)
-        found[module] = (cut.kept, cut.total)
+        rescaled = RescaledWeight(weight, adapter.updates[module], adapter.magnitudes[module], module)
+        return Cut.of(_cut(adapter.name, rescaled, rank, energy, exact, seed))
+
+    cuts = shares.each("DoRA to LoRA", work, (), repr([(m, u.shape) for m, u in adapter.updates.items()]))
+    updates = {m: _cut_update(cuts[m], u) if m in cuts else u for m, u in adapter.updates.items()}
+    found = {m: (cuts[m].kept, cuts[m].total) for m in adapter.updates if m in cuts}
     kept, total = sum(k for k, _ in found.values()), sum(t for _, t in found.values())
-    shares = {m: k / t if t > 0 else 1.0 for m, (k, t) in found.items()}
+    kept_of = {m: k / t if t > 0 else 1.0 for m, (k, t) in found.items()}
     retained = kept / total if total > 0 else 1.0
     return Adapter(
         adapter.name,
@@ -101,9 +105,13 @@ def to_lora(
             "energy": energy,
             "retained_energy": retained,
         },
-        notes=(*adapter.notes, *model.notes, *_told(adapter.name, shares, retained)),
-        details={"retained_energy": shares},
+        notes=(*adapter.notes, *model.notes, *_told(adapter.name, kept_of, retained)),
+        details={"retained_energy": kept_of},
     )
+
+
+def _cut_update(cut: Cut, like: Update) -> Update:
+    return Update(Factor.of("B", cut.left), Factor.of("A", cut.right), 1.0, like.layout)
 
 
 def _told(name: str, shares: Mapping[str, float], retained: float) -> list[str]:

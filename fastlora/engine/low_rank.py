@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora.core.updates import MIN_RTOL
-from fastlora.engine.range_finder import POWER_ROUNDS, RangeFinder
+from fastlora.engine.range_finder import FIRST_BLOCK, OVERSAMPLING, POWER_ROUNDS, RangeFinder
 from fastlora.engine.tile_source import TileSource, column_tiles, row_tiles
 from fastlora.errors import NonFiniteError
 from fastlora.runtime.threads import one_thread
@@ -66,11 +66,24 @@ def low_rank(
     shorter = min(source.shape)
     needed = shorter if rank is None and energy is None else rank or 0
     try:
-        if exact or shorter <= EXACT_SIDE or 2 * needed >= shorter:
+        if exact or is_small(shorter, needed):
             return _exact(source, rank, energy)
         return _found(RangeFinder(source, key, rounds), rank, energy)
     finally:
         source.release()
+
+
+def is_small(shorter: int, rank: int) -> bool:
+    """Whether a matrix is decomposed exactly for a ``rank``, by the length of its shorter side."""
+    return shorter <= EXACT_SIDE or 2 * rank >= shorter
+
+
+def operations(n: int, m: int, rank: int | None, *, exact: bool) -> int:
+    """About how many operations :func:`low_rank` takes for a matrix ``[n, m]``."""
+    shorter, needed = min(n, m), FIRST_BLOCK if rank is None else rank
+    if exact or is_small(shorter, needed):
+        return 2 * n * m * shorter + 10 * shorter**3
+    return (4 * POWER_ROUNDS + 4) * n * m * (needed + OVERSAMPLING)
 
 
 def _found(finder: RangeFinder, rank: int | None, energy: float | None) -> LowRank:

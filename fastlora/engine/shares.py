@@ -30,16 +30,19 @@ Value = TypeVar("Value")
 SAMPLED, NUMBERS = 32, 64
 
 
-def each(what: str, work: Callable[[], Mapping[Key, Value]], adapters: Sequence[LoraData]) -> dict[Key, Value]:
+def each(
+    what: str, work: Callable[[], Mapping[Key, Value]], adapters: Sequence[LoraData], alike: str = ""
+) -> dict[Key, Value]:
     """Everybody's results of ``work``, which gives those of the own items by name; in no order that counts.
 
     ``what``: names the work in errors. ``adapters``: what the results are made of; ranks that read others are refused.
+    ``alike``: says what else they have to have alike.
     """
     if ranks.current() is None:
         return dict(work())
     known = list(_stored(adapters))
     results: dict[Key, Value] = {}
-    for some in ranks.gathered(what, work, known, _digest(adapters, known)):
+    for some in ranks.gathered(what, work, known, alike + _digest(adapters, known)):
         results |= some
     return results
 

@@ -21,12 +21,21 @@ SECONDS = 10.0  # in which a rank that is gone ends the run
 LARGE = {f"layers.{i}.q_proj": (512, 512) for i in range(60)}
 SCRIPT = """
 import sys
+import torch
 import fastlora as fl
 from fastlora.runtime.ranks import distributed
 
 out, *paths = sys.argv[1:]
 with distributed():
     pool = fl.Pool.load(paths)
+    shapes = {f"layers.{i}.q.weight": (40 + i, 1100 if i == 1 else 24) for i in range(5)}
+    shapes["head.weight"] = (1200, 1100)  # by random numbers
+    torch.manual_seed(0)
+    base, tuned = ({n: torch.randn(s) for n, s in shapes.items()} for _ in range(2))
+    fl.extract(base, tuned, rank=4).save(f"{out}/extracted")
+    a, b, *_ = pool.adapters
+    fl.modulate(a, fl.dipm.shift(a, b, 0.3)).save(f"{out}/modulated")
+    print(fl.overlap(pool).cosine.tolist(), file=open(f"{out}/cosines", "w"))
     for mode in ("pool", "pairs"):
         fl.decompose(pool, mode=mode).save(f"{out}/{mode}")
     pool.adapters[0].compress(2).save(f"{out}/compressed")

@@ -17,26 +17,28 @@ from thread_ranks import on_ranks
 
 import fastlora as fl
 from fastlora.coefficients.weights import METHODS as WEIGHTS_OF
-from fastlora.core.data import LoraData
+from fastlora.core.data import LoraData, Magnitude
 from fastlora.core.updates import sources
+from fastlora.engine import low_rank
 from fastlora.engine.checks import require_finite
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.merging.default import choose
 from fastlora.merging.input_rows import InputRows, Statistics
 from fastlora.merging.kept import kept_of_each
+from fastlora.runtime import ranks
 
 SHAPES = {f"layers.{i}.{kind}": shape for i in range(4) for kind, shape in (("q", (40, 24)), ("v", (9, 24)))}
 PARAMETERS: dict[str, dict[str, Any]] = {"svd": {"rank": 3}, "ctm": {"rank": 2}, "slerp": {"t": 0.3}}
 
 
-def pool_of(count: int, ranks: tuple[int, ...] = (3, 2, 4), *, alike: bool = False) -> fl.Pool:
+def pool_of(count: int, of: tuple[int, ...] = (3, 2, 4), *, alike: bool = False) -> fl.Pool:
     """Modules of unlike shapes; unless they are ``alike``, adapters of unlike ranks, one of which lacks a module, and
     one is zero in another."""
     adapters = []
     for i in range(count):
         parts = {}
         for j, (module, (n, m)) in enumerate(SHAPES.items()):
-            rank = 3 if alike else ranks[i]
+            rank = 3 if alike else of[i]
             B, A = gaussian(n, rank, seed=100 * i + j), gaussian(rank, m, seed=100 * i + j + 50)
             if alike or (i, j) != (1, 2):
                 parts[module] = (B if alike or (i, j) != (0, 3) else 0 * B, A, 1.0 if alike else 0.5 + i)
@@ -139,6 +141,36 @@ def test_merged_without_a_method() -> None:
 @pytest.mark.parametrize("name", sorted(WEIGHTS_OF))
 def test_weights(name: str) -> None:
     require_one_result(lambda: fl.weights(pool_of(3, alike=True), name))
+
+
+def test_extracted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank, "EXACT_SIDE", 10)  # some by the range finder, some exactly
+    base = {f"{m}.weight": gaussian(*shape, seed=j) for j, (m, shape) in enumerate(SHAPES.items())}
+    base |= {f"layers.{i}.norm.weight": gaussian(1, 24, seed=90 + i)[0] for i in range(4)}
+    tuned = {n: w + 0.1 * gaussian(*w.shape, seed=200 + j) for j, (n, w) in enumerate(base.items())}
+    tuned["layers.2.q.weight"] = base["layers.2.q.weight"].clone()
+    require_one_result(lambda: bits(fl.extract(base, tuned, rank=4, norms=None)))
+    require_one_result(lambda: bits(fl.extract(base, tuned, energy=0.8, exact=True, exclude=["v"])), (2,))
+
+
+def test_dora_to_lora() -> None:
+    base = {f"{m}.weight": gaussian(*shape, seed=j) for j, (m, shape) in enumerate(SHAPES.items())}
+    updates = dict(pool_of(1, alike=True).adapters[0].updates)
+    vectors = {m: Magnitude(1 + 0.1 * gaussian(1, SHAPES[m][0], seed=9)[0], "out") for m in list(updates)[1:]}
+    require_one_result(lambda: bits(fl.to_lora(fl.DoRA("d", updates, vectors), base, rank=3)))
+
+
+def test_models_that_differ_among_ranks_are_refused() -> None:
+    base = {"q.weight": gaussian(20, 30, seed=1)}
+
+    def work() -> None:
+        members = ranks.current()
+        seed = 0 if members is None else members.rank
+        fl.extract(base, {"q.weight": gaussian(20, 30, seed=5 + seed)}, rank=2)
+
+    on_ranks(1, work)
+    with pytest.raises(ranks.RankError, match="rank 1 does or reads something else"):
+        on_ranks(2, work)
 
 
 def test_the_first_factor_that_is_not_finite_is_named_by_all(tmp_path: Path) -> None:
