@@ -74,6 +74,32 @@ def compose(
     Cost: that of the functions in the expression. Sums and negations of LoRA adapters read no factor until the result
     is saved; every ``unique``, ``shared`` or ``compress`` is one read of the factors of its arguments.
     """
+    return evaluated(
+        expression,
+        adapters,
+        numbers=numbers,
+        name=name,
+        drop_extras=drop_extras,
+        memory=memory,
+        device=device,
+        rename=rename,
+    )
+
+
+def evaluated(
+    expression: str,
+    adapters: Mapping[str, ElementSource],
+    *,
+    numbers: Mapping[str, float] | None = None,
+    name: str | None = None,
+    drop_extras: bool = False,
+    memory: int | str | None = None,
+    device: str | torch.device | None = None,
+    rename: Mapping[str, str] | None = None,
+    are_finite: bool = False,
+) -> Element:
+    """As :func:`compose`. ``are_finite``: whoever asks has looked at the numbers of the adapters, so that sums read no
+    factor here."""
     values = dict(numbers or {})
     _check_numbers(values, adapters)
     tree = bind(parse(expression), values, WORDS)
@@ -83,7 +109,8 @@ def compose(
     where = Placement(devices.parse(device), parse_memory(memory))
     on_device = where.device is not None and where.device.type != "cpu"
     with bounded(None if on_device else where.memory):
-        notices, elements = _prepare({n: adapters[n] for n in used}, drop_extras, where, Renaming(rename))
+        chosen = {n: adapters[n] for n in used}
+        notices, elements = _prepare(chosen, drop_extras, where, Renaming(rename), are_finite)
         result = Evaluator(expression, elements, where).element(tree)
     bound_to = {"numbers": values} if values else {}
     unused = [f"{n} is not used by the expression" for n in adapters if n not in used]
@@ -105,7 +132,7 @@ def _check_numbers(values: Mapping[str, float], adapters: Mapping[str, ElementSo
 
 
 def _prepare(
-    sources: Mapping[str, ElementSource], drop_extras: bool, where: Placement, renaming: Renaming
+    sources: Mapping[str, ElementSource], drop_extras: bool, where: Placement, renaming: Renaming, are_finite: bool
 ) -> tuple[list[str], dict[str, VectorSpace]]:
     """Notices, and the adapters under their names in the expression and one naming of modules."""
     elements: dict[str, VectorSpace] = {}
@@ -125,7 +152,8 @@ def _prepare(
     require_finite_extras(e for e in elements.values() if isinstance(e, Adapter | IA3))
     updates = [e for e in elements.values() if isinstance(e, Adapter)]
     if updates:
-        require_finite(updates)
+        if not are_finite:
+            require_finite(updates)
         adapters, told = in_one_form(updates, strict=True)
         pool = Pool(adapters, align=False)
         elements |= {a.name: a for a in pool.adapters}

@@ -15,12 +15,13 @@ import pytest
 import torch
 import vllm_stub
 from builders import MODULES, make_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tolerances import FLOAT32
 from torch import Tensor
 
 import fastlora as fl
 from fastlora.integrations import vllm as bridge
+from fastlora.integrations.serving import composer
 from fastlora.integrations.serving.settings import Settings
 
 BASE = "made-up/model"
@@ -237,6 +238,34 @@ def test_an_adapter_that_changed_is_composed_anew(stub: Setup) -> None:
     assert len(stub.results) == 2 and first.known[SUM].lora_path != second.known[SUM].lora_path
     wanted = 0.7 * fl.load(stub.folder / "legal") + 0.3 * fl.load(stub.folder / "med")
     assert gap(second.loaded[SUM], wanted) < FLOAT32
+
+
+def test_a_server_that_keeps_adapters_open_sees_that_they_changed(stub: Setup) -> None:
+    server = stub.server()
+    server.ask(SUM)
+    make_adapter(stub.folder / "med", rank=3, seed=9, alpha=5, use_rslora=True)
+    assert server.ask("0.5*legal + 0.25*med") == [200]
+    wanted = 0.5 * fl.load(stub.folder / "legal") + 0.25 * fl.load(stub.folder / "med")
+    assert gap(server.loaded["0.5*legal + 0.25*med"], wanted) < FLOAT32
+    loaded = server.resolvers[0].composer._loaded
+    assert {path.name for path in loaded} == {"legal", "med"}
+
+
+def test_numbers_that_are_none_are_refused_each_time(stub: Setup, caplog: pytest.LogCaptureFixture) -> None:
+    file = stub.folder / "med" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, file)
+    server = stub.server()
+    assert server.ask(SUM) + server.ask(SUM) == [404, 404] and not stub.results
+    assert caplog.text.count("holds NaN or Inf") == 2 and "'med'" in caplog.text
+
+
+def test_few_adapters_are_kept_open(stub: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composer, "MOST_LOADED", 1)
+    server = stub.server()
+    assert server.ask("legal + med") + server.ask("2*legal") == [200, 200]
+    assert [path.name for path in server.resolvers[0].composer._loaded] == ["legal"]
 
 
 def test_names_are_bounded(stub: Setup, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastlora import formats
+from fastlora.adapters.loading import Element, load
 from fastlora.adapters.lora import Adapter
+from fastlora.engine.checks import require_finite
 from fastlora.errors import FastloraError, InputError, OutputError
-from fastlora.expressions.compose import compose
+from fastlora.expressions.compose import evaluated
 from fastlora.files.output import OutputDirectory
 from fastlora.integrations.serving.cache import Cache
-from fastlora.integrations.serving.requests import Request, is_expression, read_request, stamps
+from fastlora.integrations.serving.requests import Request, Stamp, is_expression, read_request, stamps
 from fastlora.integrations.serving.settings import Settings
 from fastlora.views.text import escaped, share_text
 
 MOST_WAITING = 64
 """Expressions that wait to be composed; further ones are refused rather than held."""
+
+MOST_LOADED = 64
+"""Adapters that are kept open between requests: they are mapped files, not memory."""
 
 logger = logging.getLogger("fastlora.serving")
 
@@ -35,6 +40,7 @@ class Composer:
         self.settings, self.uniform_rank = settings, uniform_rank
         self.cache = Cache(settings.cache, settings.cache_bytes)
         self._worker = ThreadPoolExecutor(1, "fastlora-compose")
+        self._loaded: dict[Path, tuple[Stamp, Element]] = {}  # the ones asked for last at the end
         self._answered: set[str] = set()
         self._waiting = 0
 
@@ -85,7 +91,7 @@ class Composer:
             return earlier
         self.cache.require_room()
         before = stamps(request.adapters)
-        mix = self._mixed(request)
+        mix = self._mixed(request, before)
         staged = self.cache.staging(request.key)
         with OutputDirectory(staged) as folder:
             notes = formats.write_adapter(mix, folder, uniform_rank=self.uniform_rank or None)
@@ -95,8 +101,21 @@ class Composer:
             raise InputError("the adapters were changed while they were read; ask again")
         return self.cache.put(request.key, staged)
 
-    def _mixed(self, request: Request) -> Adapter:
-        mix = compose(request.text, {name: str(path) for name, path in request.adapters.items()})
+    def _element(self, name: str, path: Path, stamp: Stamp) -> Element:
+        """The adapter in a folder, whose numbers were looked at; it is kept while its files stay as they are."""
+        earlier, element = self._loaded.pop(path, (None, None))
+        if element is None or earlier != stamp:
+            element = load(str(path), name)
+            if isinstance(element, Adapter):
+                require_finite([element])
+        self._loaded[path] = stamp, element
+        while len(self._loaded) > MOST_LOADED:
+            del self._loaded[next(iter(self._loaded))]
+        return element
+
+    def _mixed(self, request: Request, known: Mapping[str, Stamp]) -> Adapter:
+        adapters = {name: self._element(name, path, known[name]) for name, path in request.adapters.items()}
+        mix = evaluated(request.text, adapters, are_finite=True)
         if not isinstance(mix, Adapter):
             raise InputError(f"the result is {mix.kind}; servers take LoRA adapters alone")
         if mix.extras:
