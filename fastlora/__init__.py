@@ -43,6 +43,7 @@ _EXPORTS = {
     "modulate": "fastlora.dipm.parts",
     "negate": "fastlora.merging.arithmetic",
     "overlap": "fastlora.analysis.overlap",
+    "report": "fastlora.pages.report",
     "statistics": "fastlora.merging.statistics",
     "sweep": "fastlora.coefficients.sweep",
     "task_vector": "fastlora.adapters.task_vector",
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from fastlora.merging.recipe import Recipe as Recipe
     from fastlora.merging.statistics import statistics as statistics
     from fastlora.ops.dispatch import use_backend as use_backend
+    from fastlora.pages.report import report as report
 
 
 def __getattr__(name: str) -> Any:

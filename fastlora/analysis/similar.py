@@ -124,7 +124,7 @@ class Overlap:
         """The adapters in the order of the leaves of the tree of :meth:`clusters`: neighbours are alike."""
         from scipy.cluster.hierarchy import leaves_list
 
-        return [0] if len(self.names) == 1 else [int(i) for i in leaves_list(self._tree())]
+        return [0] if len(self.names) == 1 else [int(i) for i in leaves_list(self.joints())]
 
     def clusters(self, n: int | None = None) -> list[Cluster]:
         """Families of adapters, largest first: average linkage of the distances ``1 − cosine`` (pairs that cannot be
@@ -139,7 +139,7 @@ class Overlap:
             raise InputError(f"clusters: n={n}, needed is 1 to {k}, the number of adapters")
         if k == 1:
             return [self._cluster([0])]
-        tree = self._tree()
+        tree = self.joints()
         from scipy.cluster.hierarchy import cut_tree, fcluster
 
         labels = fcluster(tree, _gap(tree[:, 2]), "distance") if n is None else cut_tree(tree, n)[:, 0]
@@ -194,8 +194,10 @@ class Overlap:
         pairs = cosines[torch.ones_like(cosines, dtype=torch.bool).triu(1)]
         return Cluster(names, names[int(sums.argmax())], float(pairs.mean()), float(pairs.min()))
 
-    def _tree(self) -> npt.NDArray[np.float64]:
-        """The joints of average linkage, as scipy has them: ``[k − 1, 4]``."""
+    def joints(self) -> npt.NDArray[np.float64]:
+        """The tree of average linkage, as scipy has it: ``[k − 1, 4]``, a row for each joint in ascending order of
+        heights: what it joins (adapters, then earlier joints counted from ``k``), its height ``1 − cosine``, and how
+        many adapters lie below. Raises :class:`InputError` where scipy is not installed."""
         try:
             from scipy.cluster.hierarchy import linkage
             from scipy.spatial.distance import squareform

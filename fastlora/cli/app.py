@@ -23,6 +23,7 @@ from fastlora.cli.commands import (
     methods,
     modulate,
     overlap,
+    report,
 )
 from fastlora.cli.exits import guarded, listen, open_streams
 from fastlora.cli.ranks import quiet
@@ -46,6 +47,7 @@ COMMANDS = (
     inspect.inspect,
     check.check,
     overlap.overlap,
+    report.report,
     bench.bench,
     info.info,
     modulate.modulate,

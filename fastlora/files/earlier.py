@@ -25,8 +25,9 @@ HEADINGS = (
     b"what,opponent,theirs",
     b"# Benchmarks\n\n`fastlora bench ",
     b"# Recipe of fastlora",
+    b'<!doctype html>\n<html lang="en">\n<!-- Made by fastlora',
 )
-"""How tables begin, the page of benchmarks, and recipes."""
+"""How tables begin, the page of benchmarks, recipes and pages about pools."""
 
 PICTURES = frozenset({".png", ".pdf", ".svg", ".jpg", ".jpeg", ".eps", ".ps"})
 

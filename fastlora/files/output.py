@@ -17,7 +17,7 @@ from fastlora.files.earlier import Overwrite, check_file, foreign_files
 from fastlora.runtime.ranks import forget_place, from_first, is_first, own_place, together
 from fastlora.runtime.system import is_running
 
-OUTPUT_FILES = ("adapter_config.json", "*.safetensors", CARD_NAME, "report.json", "*.png")
+OUTPUT_FILES = ("adapter_config.json", "*.safetensors", CARD_NAME, "report.json", "*.png", "*.html")
 """What an earlier output consists of, where the files say that fastlora wrote them: only such files are ever deleted by
 overwriting."""
 

@@ -1,0 +1,95 @@
+"""What a page shows of decompositions: spectra of modules beside the chance edge, and what is shared of every adapter.
+
+All pairs of a pool can be thousands: their rows lie in a few arrays one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastlora.decomposition.report import Report
+from fastlora.pages.packing import packed, packed_shares
+
+EIGENVALUES = 8
+MOST_NUMBERS = 2_000_000
+"""Eigenvalues and shares of energy that a page holds at the most: 4 bytes of text for each."""
+
+MOST_REPORTS = 2000
+
+
+def excess(report: Report) -> float:
+    """How far the largest eigenvalue stands above what chance gives in its module."""
+    return max((max(row.eigenvalues, default=0.0) - row.chance_edge for row in report.rows), default=0.0)
+
+
+def chosen(reports: Sequence[Report]) -> list[Report]:
+    """The reports that a page has room for, in their order: those whose eigenvalues stand out most above chance."""
+    room = MOST_NUMBERS
+    taken: set[int] = set()
+    for i in sorted(range(len(reports)), key=lambda i: -excess(reports[i])):
+        room -= sum(EIGENVALUES + len(row.adapters) for row in reports[i].rows)
+        if taken and (room < 0 or len(taken) == MOST_REPORTS):
+            break
+        taken.add(i)
+    return [report for i, report in enumerate(reports) if i in taken]
+
+
+def reports_data(reports: Sequence[Report], adapters: Mapping[str, int], modules: Mapping[str, int]) -> dict[str, Any]:
+    """The reports in arrays: the rows of report ``i`` are those from ``starts[i]`` to ``starts[i + 1]``, and the shares
+    of energy of one row those of all adapters of its report. ``adapters``, ``modules``: their numbers in the page."""
+    rows = [row for report in reports for row in report.rows]
+    energy = [
+        row.energy_shared.get(name, np.nan)
+        for report in reports
+        for row in report.rows
+        for name in report.settings["adapters"]
+    ]
+    values = np.full((len(rows), EIGENVALUES), np.nan)
+    for i, row in enumerate(rows):
+        listed = row.eigenvalues[:EIGENVALUES]
+        values[i, : len(listed)] = listed
+    return {
+        "reports": [
+            {
+                "title": report.title,
+                "adapters": [adapters[name] for name in report.settings["adapters"]],
+                "warnings": report.warnings,
+            }
+            for report in reports
+        ],
+        "first": max(range(len(reports)), key=lambda i: excess(reports[i]), default=None),
+        "threshold": reports[0].settings["threshold"] if reports else None,
+        "starts": np.cumsum([0, *(len(report.rows) for report in reports)]).tolist(),
+        "module": packed([modules[row.module] for row in rows], "i4"),
+        "shared": packed([row.shared for row in rows], "u2"),
+        "edge": packed_shares([row.chance_edge for row in rows]),
+        "expected": packed([row.expected_by_chance for row in rows], "f4"),
+        "values": packed_shares(values),
+        "energy": packed_shares(energy),
+    }
+
+
+def summary(report: Report, norms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """One line of the table of reports. ``norms``: ``‖ΔW‖`` by adapter and module."""
+    names = report.settings["adapters"]
+    shared = []
+    for name in names:
+        squares = {row.module: norms[name].get(row.module, 0.0) ** 2 for row in report.rows}
+        whole = sum(norm**2 for norm in norms[name].values())
+        part = sum(row.energy_shared.get(name, 0.0) * squares[row.module] for row in report.rows)
+        shared.append(part / whole if whole > 0 else 0.0)
+    return {
+        "title": report.title,
+        "shared": report.shared_directions,
+        "modules": sum(1 for row in report.rows if row.shared),
+        "of": len(report.rows),
+        "chance": report.expected_by_chance,
+        "largest": max((v for row in report.rows for v in row.eigenvalues), default=0.0),
+        "edge": max((row.chance_edge for row in report.rows), default=0.0),
+        "least_energy": min(shared, default=0.0),
+        "most_energy": max(shared, default=0.0),
+        "warnings": len(report.warnings),
+    }
