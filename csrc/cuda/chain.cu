@@ -1,7 +1,7 @@
 // Launches of chain.cuh: as many whitenings at a time as fit, on chip where one fits, else in a workspace.
 #include "chain.cuh"
 #include "fastlora/cuda.h"
-#include "limits.cuh"
+#include "launch.h"
 
 namespace fastlora::cuda {
 

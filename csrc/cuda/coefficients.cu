@@ -1,5 +1,6 @@
 // The launch of coefficients.cuh.
 #include "coefficients.cuh"
+#include "launch.h"
 
 namespace fastlora::cuda {
 

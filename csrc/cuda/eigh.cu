@@ -1,7 +1,7 @@
 // Launches of eigh.cuh: the form that fits n and the device.
 #include "eigh.cuh"
 #include "fastlora/cuda.h"
-#include "limits.cuh"
+#include "launch.h"
 
 namespace fastlora::cuda {
 

@@ -3,7 +3,7 @@
 //   Traced<T>                         pointer to memory that threads exchange: T* on a GPU; the emulator watches it
 //   FASTLORA_SHARED(T, name, count)   a static array in shared memory
 //   dynamic_shared<T>()               the dynamic shared memory
-//   launch_kernel(kernel, blocks, threads, dynamic bytes, stream, arguments...)   CUDA error number
+//   start_kernel(kernel, blocks, threads, dynamic bytes, stream, arguments...)   CUDA error number; see launch.h
 #pragma once
 #include <cstdint>
 
@@ -27,25 +27,11 @@ __device__ __forceinline__ T* dynamic_shared() {
 }
 
 template <class... Parameters>
-int launch_typed(const void* kernel, int64_t blocks, int threads, size_t dynamic_bytes, void* stream,
+int start_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t dynamic_bytes, void* stream,
                  Parameters... arguments) {
-    constexpr size_t kWithoutAsking = 48 * 1024;
-    if (blocks < 1 || blocks > INT32_MAX) return cudaErrorInvalidValue;
-    if (dynamic_bytes > kWithoutAsking) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_bytes));
-        if (error != cudaSuccess) return error;
-    }
     void* addresses[] = {const_cast<void*>(static_cast<const volatile void*>(&arguments))...};
-    return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
-                            addresses, dynamic_bytes, static_cast<cudaStream_t>(stream));
-}
-
-template <class... Parameters, class... Arguments>
-int launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t dynamic_bytes, void* stream,
-                  Arguments... arguments) {
-    return launch_typed<Parameters...>(reinterpret_cast<const void*>(kernel), blocks, threads, dynamic_bytes, stream,
-                                       static_cast<Parameters>(arguments)...);
+    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), addresses,
+                            dynamic_bytes, static_cast<cudaStream_t>(stream));
 }
 
 #endif

@@ -7,7 +7,7 @@
 // norms are s, their directions the vectors of the long side, the accumulated rotations those of the short side.
 // Columns that are zero, or too short for their squares, get directions from Gram-Schmidt (complete.cuh).
 #include "fastlora/cuda.h"
-#include "limits.cuh"
+#include "launch.h"
 #include "svd_block.cuh"
 
 namespace fastlora::cuda {

@@ -68,7 +68,7 @@ def test_a_build_without_cuda_is_explained() -> None:
 def test_a_failing_launch_is_one_clear_message(emulator: Any) -> None:
     """Shared memory for not even the vectors of a block."""
     with (
-        emulation.emulated(emulator, 0, 64),
+        emulation.emulated(emulator, 0, 1024 + 64),
         pytest.raises(RuntimeError, match=r"fastlora.eigh: CUDA error 719: .*shared"),
     ):
         fl.ops.eigh(torch.eye(40))

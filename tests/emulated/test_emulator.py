@@ -25,9 +25,12 @@ import pytest
     ("outside shared", "a write outside shared memory"),
     ("poison", ""),
     ("shared by blocks", "race"),
+    ("48 KB", ""),
+    ("48 KB and static arrays", "shared memory that was not asked for: 49408"),
 ])  # fmt: skip
 def test_what_the_emulator_finds(emulator: Any, sample: str, found: str, schedule: int) -> None:
     emulator.set_schedule(schedule)
+    emulator.set_shared_limit(emulation.SHARED_LIMIT)
     failure = emulator.run_sample(sample)
     assert found in failure and bool(found) == bool(failure), failure
 

@@ -23,4 +23,4 @@ using emulator::dynamic_shared;
         return &tag;                                              \
     }())
 
-using emulator::launch_kernel;
+using emulator::start_kernel;

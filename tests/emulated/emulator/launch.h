@@ -52,8 +52,17 @@ inline void start_block(int number) {
     make_ready(all);
 }
 
+constexpr size_t kWithoutAsking = 48 * 1024;
+
+// Dynamic shared memory of a launch: what was asked for, or what every kernel has, where its static arrays count.
+struct DynamicLimit {
+    size_t bytes = kWithoutAsking;
+    bool asked = false;
+};
+
 // Returns what went wrong, or nothing. Kernels hold only trivial objects: a failed block is abandoned as it is.
-inline std::string launch(dim3 grid, dim3 shape, size_t dynamic_bytes, std::function<void()> kernel) {
+inline std::string launch(dim3 grid, dim3 shape, size_t dynamic_bytes, std::function<void()> kernel,
+                          DynamicLimit limit = {}) {
     static std::mutex one_at_a_time;
     const std::lock_guard<std::mutex> lock(one_at_a_time);
     const size_t count = size_t(shape.x) * shape.y * shape.z;
@@ -80,8 +89,14 @@ inline std::string launch(dim3 grid, dim3 shape, size_t dynamic_bytes, std::func
             block.failure = "deadlock: " + std::to_string(block.alive) + " threads wait, " +
                             std::to_string(block.at_barrier.size()) + " of them at __syncthreads";
         if (block.failure.empty() && !shared_guarded()) block.failure = "a write outside shared memory";
+        const size_t static_bytes = shared_bytes() - dynamic_bytes;
         if (block.failure.empty() && shared_bytes() > shared_limit)
             block.failure = "too much shared memory: " + std::to_string(shared_bytes());
+        if (block.failure.empty() && limit.asked && limit.bytes + static_bytes > shared_limit)
+            block.failure = "more shared memory is asked for than a block may have beside its static arrays: " +
+                            std::to_string(limit.bytes);
+        if (block.failure.empty() && dynamic_bytes + (limit.asked ? 0 : static_bytes) > limit.bytes)
+            block.failure = "shared memory that was not asked for: " + std::to_string(shared_bytes());
         if (!block.failure.empty()) return "block " + std::to_string(number) + ": " + block.failure;
     }
     return "";

@@ -1,5 +1,6 @@
 // The CUDA kernels on the emulator, as a module with the names of fastlora._core, and the emulator's own controls.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bind.h"
 #include "emulator.h"
@@ -14,7 +15,14 @@ PYBIND11_MODULE(_emulated, m) {
         "0: threads in order, 1: in reverse, others: shuffled by this seed");
     m.def(
         "set_shared_limit", [](size_t bytes) { emulator::shared_limit = bytes; }, py::arg("bytes"),
-        "shared memory that a block may have");
+        "shared memory that a block of the device in use may have; each size is a device of its own");
+    m.def(
+        "shared_settings",
+        [] {
+            const std::lock_guard guard(emulator::attribute_lock);
+            return emulator::settings;
+        },
+        "limits of dynamic shared memory that launches asked for, in their order");
     m.def(
         "skip_barrier",
         [](int barrier, bool of_warp) {

@@ -1,28 +1,46 @@
-// The part of the CUDA runtime that launchers use.
+// The part of the CUDA runtime that launchers use. A device for every limit of shared memory that tests set.
 #pragma once
+#include <algorithm>
+#include <chrono>
+#include <thread>
+#include <utility>
+
 #include "launch.h"
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 namespace emulator {
 
-inline std::string last_failure;
+inline thread_local std::string last_failure;
 
-template <class... Parameters, class... Arguments>
-int launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t dynamic_bytes, void*,
-                  Arguments... arguments) {
-    if (blocks < 1 || blocks > INT32_MAX) return cudaErrorInvalidValue;
-    last_failure = launch(dim3(unsigned(blocks)), dim3(unsigned(threads)), dynamic_bytes,
-                          [=] { kernel(static_cast<Parameters>(arguments)...); });
+inline std::mutex attribute_lock;
+inline std::map<std::pair<const void*, size_t>, size_t> dynamic_limits;  // by kernel and device
+inline std::vector<size_t> settings;                                     // of those limits, in their order
+
+// Dynamic shared memory that a launch of a kernel may have on the device in use.
+inline DynamicLimit dynamic_limit(const void* kernel) {
+    const std::lock_guard guard(attribute_lock);
+    const auto found = dynamic_limits.find({kernel, shared_limit});
+    return found == dynamic_limits.end() ? DynamicLimit{std::min(kWithoutAsking, shared_limit), false}
+                                         : DynamicLimit{found->second, true};
+}
+
+template <class... Parameters>
+int start_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t dynamic_bytes, void*,
+                 Parameters... arguments) {
+    last_failure = launch(
+        dim3(blocks), dim3(threads), dynamic_bytes, [=] { kernel(arguments...); },
+        dynamic_limit(reinterpret_cast<const void*>(kernel)));
     return last_failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 }  // namespace emulator
 
 inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = int(emulator::shared_limit);
     return cudaSuccess;
 }
 
@@ -36,6 +54,19 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
     return cudaSuccess;
 }
 
-inline const char* cudaGetErrorString(cudaError_t error) {
-    return error == cudaErrorLaunchFailure ? emulator::last_failure.c_str() : "invalid value";
+// Other threads have their turn before the one that asked launches.
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+    if (bytes < 0 || size_t(bytes) > emulator::shared_limit) {
+        emulator::last_failure = "shared memory that no block may have is asked for: " + std::to_string(bytes);
+        return cudaErrorInvalidValue;
+    }
+    {
+        const std::lock_guard guard(emulator::attribute_lock);
+        emulator::dynamic_limits[{kernel, emulator::shared_limit}] = size_t(bytes);
+        emulator::settings.push_back(size_t(bytes));
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    return cudaSuccess;
 }
+
+inline const char* cudaGetErrorString(cudaError_t) { return emulator::last_failure.c_str(); }

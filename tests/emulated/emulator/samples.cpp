@@ -100,6 +100,7 @@ __global__ void shared_by_blocks(float* out) {
 struct Sample {
     void (*kernel)(float*);
     int blocks = 1;
+    size_t dynamic_bytes = kThreads * sizeof(float);
 };
 
 const std::map<std::string, Sample> kSamples = {
@@ -117,6 +118,8 @@ const std::map<std::string, Sample> kSamples = {
     {"outside shared", {outside_shared}},
     {"poison", {poison, 3}},
     {"shared by blocks", {shared_by_blocks, 2}},
+    {"48 KB", {half_warps, 1, kWithoutAsking}},
+    {"48 KB and static arrays", {neighbours<true>, 1, kWithoutAsking}},
 };
 
 }  // namespace
@@ -125,7 +128,7 @@ std::string run_sample(const std::string& name) {
     static float out[kThreads];
     const Sample& sample = kSamples.at(name);
     std::string failure =
-        launch(dim3(sample.blocks), dim3(kThreads), kThreads * sizeof(float), [&] { sample.kernel(out); });
+        launch(dim3(sample.blocks), dim3(kThreads), sample.dynamic_bytes, [&] { sample.kernel(out); });
     for (const float x : out)
         if (failure.empty() && x < 0) failure = "shared memory was not poisoned";
     return failure;

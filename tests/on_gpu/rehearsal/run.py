@@ -10,7 +10,9 @@ Nothing here says how long anything takes.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -65,10 +67,24 @@ def build() -> None:
         subprocess.run(command, check=True)
 
 
+def static_shared() -> Path:
+    """A table of the static shared memory of the package's CUDA kernels, as the compiler made them."""
+    (top,) = importlib.util.find_spec("fastlora").submodule_search_locations
+    (library,) = Path(top).glob("_core*.so")
+    tools = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+    command = [str(tools / "cuobjdump"), "--dump-resource-usage", str(library)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\S+):\s+REG:.*?SHARED:(\d+)", said)
+    table = BUILT / "static_shared.txt"
+    table.write_text("".join(f"{kernel} {size}\n" for kernel, size in found), encoding="utf-8")
+    return table
+
+
 def start() -> None:
     """This script again, with the stand-in in the place of CUDA's libraries."""
     build()
     variables = {
+        "REHEARSAL_STATIC_SHARED": str(static_shared()),
         "LD_PRELOAD": str(BUILT / LIBRARIES["runtime.cpp"]),
         "LD_LIBRARY_PATH": str(BUILT),
         "TRITON_LIBCUDA_PATH": str(BUILT),

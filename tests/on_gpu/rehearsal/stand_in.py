@@ -95,3 +95,36 @@ def test_a_launch_that_cuda_would_refuse() -> None:
     most_dynamic_shared = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     for size in (0, 227 * 1024, 227 * 1024 + 1):
         assert (driver.cuFuncSetAttribute(function, most_dynamic_shared, size) == 0) == (size <= 227 * 1024)
+
+
+class Dim3(ctypes.Structure):
+    _fields_ = (("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint))
+
+
+@pytest.mark.parametrize("kernel", ["svd_block_kernelIfLb0", "svd_block_kernelIdLb0", "eigh_block_kernelIfLb0"])
+def test_static_arrays_count_among_what_a_launch_may_have(kernel: str) -> None:
+    import fastlora.backends.cuda  # registers the kernels
+
+    assert fastlora.backends.cuda
+    runtime = ctypes.CDLL("libcudart.so.13")
+    runtime.rehearsal_kernel.restype = ctypes.c_void_p
+    runtime.cudaLaunchKernel.argtypes = [
+        ctypes.c_void_p, Dim3, Dim3, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p,
+    ]  # fmt: skip
+    own = ctypes.c_int()
+    address = ctypes.c_void_p(runtime.rehearsal_kernel(kernel.encode(), ctypes.byref(own)))
+    assert address and own.value in (128, 256)
+    most_dynamic_shared = 8  # cudaFuncAttributeMaxDynamicSharedMemorySize
+    arguments = ctypes.create_string_buffer(8)
+
+    def taken(dynamic: int) -> bool:
+        error: int = runtime.cudaLaunchKernel(address, Dim3(1, 1, 1), Dim3(32, 1, 1), arguments, dynamic, None)
+        return error == 0
+
+    def asked(dynamic: int) -> bool:
+        error: int = runtime.cudaFuncSetAttribute(address, most_dynamic_shared, dynamic)
+        return error == 0
+
+    assert taken(48 * 1024 - own.value) and not taken(48 * 1024 - own.value + 1)
+    assert not asked(227 * 1024 - own.value + 1) and asked(227 * 1024 - own.value)
+    assert taken(227 * 1024 - own.value) and not taken(227 * 1024)
