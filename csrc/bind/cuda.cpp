@@ -20,6 +20,14 @@ void bind_cuda(py::module_& m) {
             return py::make_tuple(count, error == 0 ? "" : cuda::error_message(error));
         },
         "(number of devices, reason when there is none)");
+    m.def(
+        "cuda_device_code",
+        [] {
+            int architecture = 0;
+            const int error = cuda::device_code(&architecture);
+            return py::make_tuple(error, architecture);
+        },
+        "(CUDA error number: 0 where this build has code for the current device, its architecture such as 90)");
     m.def("cuda_error_message", &cuda::error_message, py::arg("error"));
     m.def(
         "cuda_eigh",

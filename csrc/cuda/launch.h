@@ -10,6 +10,13 @@ namespace fastlora::cuda {
 
 constexpr size_t kStaticShared = 1024;  // more than the static arrays of any kernel that takes dynamic memory
 
+// An error that is returned is told there: CUDA keeps it too, and whoever asks for it after a launch of his own, as
+// torch does, would take it for his.
+inline int returned(int error) {
+    if (error) cudaGetLastError();
+    return error;
+}
+
 // Bytes of shared memory that a block may have, static arrays included.
 inline int largest_shared(int* bytes) {
     int device = 0;
@@ -40,9 +47,9 @@ int launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, si
                   Arguments... arguments) {
     if (blocks < 1 || blocks > INT32_MAX) return cudaErrorInvalidValue;
     if (dynamic_bytes > 0)
-        if (const int error = allow_shared(reinterpret_cast<const void*>(kernel))) return error;
-    return start_kernel<Parameters...>(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
-                                       dynamic_bytes, stream, static_cast<Parameters>(arguments)...);
+        if (const int error = allow_shared(reinterpret_cast<const void*>(kernel))) return returned(error);
+    return returned(start_kernel<Parameters...>(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
+                                                dynamic_bytes, stream, static_cast<Parameters>(arguments)...));
 }
 
 }  // namespace fastlora::cuda

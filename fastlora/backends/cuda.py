@@ -54,7 +54,16 @@ def unavailable() -> str | None:
 @functools.cache
 def _without_device(module: Any) -> str | None:
     count, reason = module.cuda_device_count()
-    return None if count else f"there is no CUDA device that can be used ({reason}); use the cpu backend"
+    if not count:
+        return f"there is no CUDA device that can be used ({reason}); use the cpu backend"
+    error, architecture = module.cuda_device_code()
+    if not error:
+        return None
+    return (
+        f"the CUDA kernels of this build, which are for {module.cuda_archs}, cannot run on the device, "
+        f"sm_{architecture} (CUDA error {error}: {module.cuda_error_message(error)}): build it again with "
+        f"FASTLORA_CUDA_ARCHS={architecture}-real, or use the torch or cpu backend"
+    )
 
 
 def _elsewhere(tensor: Tensor) -> str | None:
@@ -65,6 +74,12 @@ def _elsewhere(tensor: Tensor) -> str | None:
 
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+def _info(a: Tensor) -> Tensor:
+    """For a code a matrix, which the kernels write; there is no launch for matrices without elements."""
+    make = torch.empty if a.numel() else torch.zeros
+    return make(a.shape[:-2], dtype=torch.int32, device=a.device)
 
 
 def _launch(op: str, function: Callable[..., int], device: torch.device, *arguments: Any, **sizes: Any) -> None:
@@ -81,7 +96,10 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 def _raise_for(op: str, error: int) -> None:
     if error:
-        raise RuntimeError(f"fastlora.{op}: CUDA error {error}: {_module.cuda_error_message(error)}")
+        raise RuntimeError(
+            f"fastlora.{op}: CUDA error {error}: {_module.cuda_error_message(error)}. It may come from something that "
+            "was started earlier: CUDA_LAUNCH_BLOCKING=1 makes every call tell its own"
+        )
 
 
 def _supports_eigh(a: Tensor) -> str | None:
@@ -94,7 +112,7 @@ def _supports_eigh(a: Tensor) -> str | None:
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a = aligned(a)
     values, vectors = _empty(a, a.shape[:-1]), _empty(a, a.shape)
-    info = torch.zeros(a.shape[:-2], dtype=torch.int32, device=a.device)
+    info = _info(a)
     _launch(
         "eigh", _module.cuda_eigh, a.device, a, values, vectors, info, batch=info.numel(), n=a.shape[-1],
         is_double=a.dtype == torch.float64,
@@ -118,7 +136,7 @@ def _svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *batch, p, q = a.shape
     m = min(p, q)
     ut, s, vt = (_empty(a, (*batch, *shape)) for shape in ((m, p), (m,), (m, q)))
-    info = torch.zeros(batch, dtype=torch.int32, device=a.device)
+    info = _info(a)
     _launch(
         "svd", _module.cuda_svd, a.device, a, ut, s, vt, info, batch=info.numel(), p=p, q=q,
         is_double=a.dtype == torch.float64,

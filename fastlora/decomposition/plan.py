@@ -87,7 +87,8 @@ class DecompositionPlan:
         self.combine.run()
 
     def capture(self) -> torch.cuda.CUDAGraph:
-        """A CUDA graph of :meth:`run`; replay it after :meth:`fill` for other data.
+        """A CUDA graph of :meth:`run`; replay it after :meth:`fill` for other data. The graph keeps the plan, in whose
+        memory it works, as its attribute ``plan``.
 
         Raises :class:`InputError` for a plan that is not on a CUDA device.
         """
@@ -102,6 +103,7 @@ class DecompositionPlan:
             with torch.cuda.graph(graph, stream=stream):
                 self.run()
         torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph.plan = self  # type: ignore[attr-defined]
         return graph
 
     def fill(self, pool: Pool) -> None:

@@ -179,10 +179,14 @@ def resolve(op: str, *args: Any) -> Kernel:
                 return table[op]
         reasons.append(f"  {name}: {reason}")
     head = f"fastlora.{op}: no usable backend (requested {chosen!r})"
-    raise BackendError("\n".join([head, *reasons, _way_out(device)]))
+    raise BackendError("\n".join([head, *reasons, _way_out(op, device, chosen, args)]))
 
 
-def _way_out(device: str) -> str:
+def _way_out(op: str, device: str, chosen: str, args: Sequence[Any]) -> str:
+    takers = [] if chosen == "auto" else [name for name in candidates(op, device) if _takes(name, op, args)]
+    if takers:
+        both = ", and a whole decomposition on a GPU needs both triton and cuda" if device == "cuda" else ""
+        return f"  use_backend('auto') (`--backend auto`) takes {takers[0]} here{both}"
     if device == "cpu":
         return "  `fastlora info` says which backends work here, and why others do not"
     if device == "cuda":
@@ -191,6 +195,11 @@ def _way_out(device: str) -> str:
             "use_backend('reference')"
         )
     return f"  there are no kernels for tensors on {device}: move them with `.to('cpu')` or `.to('cuda')`"
+
+
+def _takes(backend: str, op: str, args: Sequence[Any]) -> bool:
+    table = kernels(backend)
+    return not isinstance(table, str) and op in table and table[op].supports(*args) is None
 
 
 def run(op: str, *args: Any) -> Any:

@@ -69,6 +69,34 @@ def test_a_failing_launch_is_one_clear_message(emulator: Any) -> None:
     """Shared memory for not even the vectors of a block."""
     with (
         emulation.emulated(emulator, 0, 1024 + 64),
-        pytest.raises(RuntimeError, match=r"fastlora.eigh: CUDA error 719: .*shared"),
+        pytest.raises(
+            RuntimeError, match=r"fastlora.eigh: CUDA error 719: .*shared.* something that was started earlier"
+        ),
     ):
         fl.ops.eigh(torch.eye(40))
+    assert emulator.last_error() == 0, "what asks for errors after a launch of its own would find this one"
+
+
+def test_a_build_without_code_for_the_device_is_explained(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda._without_device.cache_clear()
+    monkeypatch.setattr(emulator, "cuda_archs", "80-real 86-real")
+    emulator.set_has_code(False)
+    try:
+        with cuda.use_module(emulator):
+            reason = cuda.unavailable()
+    finally:
+        emulator.set_has_code(True)
+        cuda._without_device.cache_clear()
+    assert reason is not None and emulator.last_error() == 0
+    assert "for 80-real 86-real, cannot run on the device, sm_90 (CUDA error 209: no kernel image" in reason
+    assert "FASTLORA_CUDA_ARCHS=90-real" in reason
+    with cuda.use_module(emulator):
+        assert cuda.unavailable() is None
+    cuda._without_device.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 0), (0, 4, 4), (0, 40, 40)], ids=str)
+def test_codes_of_matrices_without_elements(emulator: Any, shape: tuple[int, ...], poisoned_empty: None) -> None:
+    with emulation.emulated(emulator):
+        for op in (fl.ops.eigh_ex, fl.ops.svd_ex):
+            assert op(torch.zeros(shape))[-1].tolist() == [0] * shape[0]

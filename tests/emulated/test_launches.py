@@ -41,7 +41,7 @@ def test_the_first_launch_of_a_process(emulator: Any, p: int, q: int, dtype: tor
 
 
 def test_no_launch_takes_back_what_another_may_have(emulator: Any) -> None:
-    """Sizes below and above 48 KB, on a device that no other test uses: each kernel asks once, for all that there is."""
+    """Sizes below and above 48 KB, on a device that no other test uses: each kernel asks once, for all there is."""
     largest, before = 200 * 1024, len(emulator.shared_settings())
     with emulation.emulated(emulator, 0, largest):
         for n in (40, 120, 96, 120, 150):

@@ -66,6 +66,21 @@ def test_a_graph_replays_with_new_data() -> None:
             assert all(torch.equal(found[place].delta(m), own.delta(m)) for m in own.modules), place
 
 
+def test_a_graph_outlives_the_name_of_its_plan() -> None:
+    """What its plan holds is not given to others as long as the graph is there."""
+    graph = fl.DecompositionPlan(small().to("cuda"), TAU).capture()
+    others = [torch.full((2**20,), torch.nan, device="cuda") for _ in range(8)]
+    for _ in range(2):
+        graph.replay()
+    found = {place: adapter.to("cpu") for place, adapter in graph.plan.adapters().items()}  # type: ignore[attr-defined]
+    wanted = fl.DecompositionPlan(small().to("cuda"), TAU)
+    wanted.run()
+    for place, adapter in wanted.adapters().items():
+        own = adapter.to("cpu")
+        assert all(torch.equal(found[place].delta(m), own.delta(m)) for m in own.modules), place
+    assert all(bool(x.isnan().all()) for x in others)
+
+
 def test_a_run_allocates_nothing_and_waits_for_nothing() -> None:
     plan = fl.DecompositionPlan(small().to("cuda"), TAU)
     plan.run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +172,23 @@ def test_a_forced_backend_never_falls_back(call: Call, x: Tensor) -> None:
     with fl.use_backend("cuda"), pytest.raises(RuntimeError, match=r"requested 'cuda'.*\n  cuda: ") as error:
         call(x)
     assert "cpu:" not in str(error.value)
+
+
+def test_a_forced_backend_that_cannot_names_the_one_that_can() -> None:
+    """Each backend of a GPU has half of the kernels."""
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    kernel = Kernel(lambda *_: None, dispatch.always)
+    passes, small = {"gram": kernel, "combine": kernel}, {"chain": kernel, "eigh": kernel}
+    with dispatch.use_kernels("triton", passes), dispatch.use_kernels("cuda", small):
+        for forced, op, taker in (("cuda", "gram", "triton"), ("triton", "eigh", "cuda")):
+            way = rf"use_backend\('auto'\) \(`--backend auto`\) takes {taker} here.* needs both triton and cuda"
+            with fl.use_backend(forced), pytest.raises(RuntimeError, match=way) as error:
+                dispatch.resolve(op, on_gpu)
+            assert "on the CPU" not in str(error.value)
+            with fl.use_backend("auto"):
+                assert dispatch.resolve(op, on_gpu) is kernel
+    with fl.use_backend("cuda"), pytest.raises(RuntimeError, match=r"`--backend auto`\) takes cpu here$"):
+        fl.ops.eigh(torch.eye(3))
 
 
 def test_a_missing_kernel_is_listed_and_not_replaced() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pools
 import pytest
@@ -102,6 +106,28 @@ def test_on_a_device(device: None) -> None:
         got = plan.adapters()[place].to("cpu")
         for module, delta in deltas(adapter).items():
             torch.testing.assert_close(got.delta(module), delta, rtol=SUMS32, atol=FLOAT32)
+
+
+def test_a_graph_keeps_the_memory_that_it_works_in(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        pass
+
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+    for name, own in {
+        "Stream": lambda device: stream, "current_stream": lambda device: stream, "CUDAGraph": Graph,
+        "stream": lambda stream: contextlib.nullcontext(), "graph": lambda graph, stream: contextlib.nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, own)
+    plan = fl.DecompositionPlan(ragged_pool().to("cuda"), THRESHOLD)
+    memory = [weakref.ref(t) for own in plan.unique_parts.values() for t in own.values()]
+    graph = plan.capture()
+    assert graph.plan is plan  # type: ignore[attr-defined]
+    del plan
+    gc.collect()
+    assert memory and all(part() is not None for part in memory)
+    del graph
+    gc.collect()
+    assert all(part() is None for part in memory)
 
 
 def test_refusals() -> None:

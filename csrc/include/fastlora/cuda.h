@@ -17,6 +17,9 @@ constexpr int kChainLargestMean = 512;  // k·r, for the mean
 // Number of devices in *count; a machine without a driver gives an error, not a crash.
 int device_count(int* count);
 
+// Whether this build has code that the current device runs; 10·major + minor of its compute capability.
+int device_code(int* architecture);
+
 const char* error_message(int error);
 
 // Batched solvers of float or double matrices; info as in kernels.h, shapes in csrc/cuda/eigh.cuh and svd.cu.

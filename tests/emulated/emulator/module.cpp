@@ -17,6 +17,10 @@ PYBIND11_MODULE(_emulated, m) {
         "set_shared_limit", [](size_t bytes) { emulator::shared_limit = bytes; }, py::arg("bytes"),
         "shared memory that a block of the device in use may have; each size is a device of its own");
     m.def(
+        "set_has_code", [](bool has_code) { emulator::has_code = has_code; }, py::arg("has_code"),
+        "whether the device runs the code of this build");
+    m.def("last_error", [] { return int(emulator::last_error); }, "an error that nobody has taken yet");
+    m.def(
         "shared_settings",
         [] {
             const std::lock_guard guard(emulator::attribute_lock);
