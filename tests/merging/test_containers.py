@@ -28,14 +28,14 @@ NULL = 1e-6  # stored numbers are exact: what is below is rounding of the arithm
 SEED = 5
 
 
-def words_of(names: Sequence[str], shape: Sequence[int]) -> Tensor:
+def words_of(names: Sequence[str], shape: Sequence[int], module: str) -> Tensor:
     """The random words of the elements of every adapter: ``[k, p, q]``."""
     numbers = np.arange(shape[0])[:, None] * 2**32 + np.arange(shape[1])
-    drawn = [words(numbers, key_of(SEED, name), key_of(MODULE)).astype(np.int64) for name in names]
+    drawn = [words(numbers, key_of(SEED, name), key_of(module)).astype(np.int64) for name in names]
     return torch.from_numpy(np.stack(drawn))
 
 
-def trimmed(stack: Tensor, rule: str, names: Sequence[str], given: dict[str, Any]) -> list[Tensor]:
+def trimmed(stack: Tensor, rule: str, names: Sequence[str], module: str, given: dict[str, Any]) -> list[Tensor]:
     """What a rule keeps of ``[k, p, q]``, by loops over adapters, rows and places."""
     density, gamma = given.get("density", 0.2), given.get("gamma", 0.01)
     kept = []
@@ -47,7 +47,7 @@ def trimmed(stack: Tensor, rule: str, names: Sequence[str], given: dict[str, Any
         return [torch.where(varied >= least, matrix, 0.0) for matrix in stack]
     if rule == "sce":
         return list(stack)
-    for matrix, drawn in zip(stack, words_of(names, stack.shape[1:]), strict=True):
+    for matrix, drawn in zip(stack, words_of(names, stack.shape[1:], module), strict=True):
         ordered = [math.inf, *matrix.abs().flatten().sort(descending=True).values.tolist()]
         q = math.floor(density * matrix.numel())
         if rule in ("magnitude", "ties"):
@@ -67,11 +67,11 @@ def trimmed(stack: Tensor, rule: str, names: Sequence[str], given: dict[str, Any
     return kept
 
 
-def by_elements(stack: Tensor, rule: str, names: Sequence[str] = (), **given: Any) -> Tensor:
-    """Of ``[k, p, q]``, element by element."""
+def by_elements(stack: Tensor, rule: str, names: Sequence[str] = (), module: str = MODULE, **given: Any) -> Tensor:
+    """Of ``[k, p, q]``, element by element. ``names``: of the adapters; ``a0``, ``a1``, … by default."""
     if rule == "sum":
         return stack.sum(0)
-    kept = trimmed(stack, rule, names or [f"a{i}" for i in range(len(stack))], given)
+    kept = trimmed(stack, rule, names or [f"a{i}" for i in range(len(stack))], module, given)
     total = torch.stack(kept).sum(0)
     if rule in ("magnitude", "breadcrumbs", "dare", "della_linear"):
         return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import mixed
@@ -48,11 +49,14 @@ def products(pool: Pool, module: str, data: Statistics, gamma: float) -> Tensor:
     return torch.stack(found)
 
 
-def regmean(pool: Pool, module: str, data: Statistics, gamma: float, ridge: float) -> Tensor:
+def regmean(
+    pool: Pool, module: str, data: Statistics, gamma: float, ridge: float, weights: Mapping[str, float] = mixed.WEIGHTS
+) -> Tensor:
+    """On dense covariances."""
     C = products(pool, module, data, gamma)
     total = C.sum(0)
     rho = ridge * float(total.diagonal().mean())
-    updates = mixed.dense(pool, module, mixed.WEIGHTS)[pool.present(module)]
+    updates = mixed.dense(pool, module, weights)[pool.present(module)]
     return (updates @ C).sum(0) @ torch.linalg.inv(total + rho * torch.eye(len(total), dtype=torch.float64))
 
 
@@ -69,28 +73,34 @@ def test_regmean_is_its_dense_definition(gamma: float, ridge: float) -> None:
         assert merged.updates[module].rank == sum(pool.adapters[i].updates[module].rank for i in pool.present(module))
 
 
+def ssr(
+    pool: Pool, module: str, data: Statistics, ridge: float, weights: Mapping[str, float] = mixed.WEIGHTS
+) -> Tensor:
+    """On the stacked factors that are stored."""
+    present = pool.present(module)
+    updates = [pool.adapters[i].updates[module] for i in present]
+    A = torch.cat([dense(u.A) for u in updates])
+    G, Q, at = torch.zeros(len(A), len(A), dtype=torch.float64), torch.zeros(len(A), len(A)).double(), 0
+    left = []
+    for i, update in zip(present, updates, strict=True):
+        name = pool.names[i]
+        x = data.of[name].rows[module].double()
+        product = A @ x.mT @ x @ A.mT / len(x)
+        G += product
+        Q[at : at + update.rank] = weights[name] * product[at : at + update.rank]
+        at += update.rank
+        left.append(pools.exact(replace(update, A=_identity(update.rank))))
+    lam = ridge * float(G.diagonal().mean())
+    router = Q @ torch.linalg.inv(G + lam * torch.eye(len(A), dtype=torch.float64))
+    return torch.cat(left, 1) @ router @ A
+
+
 def test_ssr_is_its_dense_definition() -> None:
     pool = mixed.mixed_pool()
     data = statistics(pool)
     merged = fl.merge(pool, mixed.WEIGHTS, method="ssr", data=data, ridge=1e-3)
     for module in pool.modules:
-        present = pool.present(module)
-        updates = [pool.adapters[i].updates[module] for i in present]
-        A = torch.cat([dense(u.A) for u in updates])
-        G, Q, at = torch.zeros(len(A), len(A), dtype=torch.float64), torch.zeros(len(A), len(A)).double(), 0
-        left = []
-        for i, update in zip(present, updates, strict=True):
-            name = pool.names[i]
-            x = data.of[name].rows[module].double()
-            product = A @ x.mT @ x @ A.mT / len(x)
-            G += product
-            Q[at : at + update.rank] = mixed.WEIGHTS[name] * product[at : at + update.rank]
-            at += update.rank
-            left.append(pools.exact(replace(update, A=_identity(update.rank))))
-        lam = 1e-3 * float(G.diagonal().mean())
-        router = Q @ torch.linalg.inv(G + lam * torch.eye(len(A), dtype=torch.float64))
-        expected = torch.cat(left, 1) @ router @ A
-        assert mixed.distance(merged, module, expected) <= tolerances.GRAM64, module
+        assert mixed.distance(merged, module, ssr(pool, module, data, 1e-3)) <= tolerances.GRAM64, module
 
 
 def _identity(rank: int):  # type: ignore[no-untyped-def]

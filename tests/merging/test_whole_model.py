@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mixed
@@ -102,9 +102,9 @@ def _as_formed(pool: fl.Pool, module: str) -> Tensor:
     return torch.stack(rows)
 
 
-def ties(values: Tensor, density: float, convention: str) -> Tensor:
+def ties(values: Tensor, density: float, convention: str, given: Sequence[float] = WEIGHTS) -> Tensor:
     """Of ``[k, N]``."""
-    weights = torch.tensor(WEIGHTS, dtype=torch.float64)[:, None]
+    weights = torch.tensor(given, dtype=torch.float64)[:, None]
     v = torch.where(kept_of(values, density, convention == "paper"), values, 0.0)
     votes = v * weights if convention == "mergekit" else v
     sign = votes.sum(0).sign()
