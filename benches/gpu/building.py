@@ -71,9 +71,7 @@ def _imports(visit: Visit, clock: Clock) -> list[str]:
                 raise
             said.append(f"{package}: {failure}")
         finally:
-            with visit.shell.log.open("a", encoding="utf-8") as log:
-                log.write(f"$ {running.command}\n{running.output()}")
-            running.log.unlink(missing_ok=True)
+            running.move_to(visit.shell.log)
     return said
 
 

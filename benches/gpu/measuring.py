@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from benches.gpu.processes import Command, Failed, Skipped
+from benches.gpu.processes import Clock, Command, Failed, Running, Shell, Skipped, last_line
 from fastlora.bench.gpu import rows as lines
 
 if TYPE_CHECKING:
@@ -13,23 +13,46 @@ if TYPE_CHECKING:
 
 CASES = "fastlora.bench.gpu.cases"
 SMOKE = "fastlora.bench.gpu.smoke"
+LIVE = "tests/on_gpu/test_live_models_on_device.py"
 Rows = list[dict[str, Any]]
 
 
 def smoke(visit: Visit, limit: float) -> str:
     """Every form of every kernel in a process of its own, one launch at a time, against float64."""
+    clock = Clock(limit)
+    live = _start_live(visit)
     command = visit.shell.python_command("-m", SMOKE, "--out", str(visit.rows), "--seconds", f"{0.9 * limit:.0f}")
     found, failure = _measured(visit, command, limit)
+    found.append(_live(visit, live, clock.left))
     visit.report.forms += found
     wrong = [row for row in found if "failed" in row]
     if wrong:
         said = "; ".join(f"{row['form']}: {row['failed']}" for row in wrong)
-        again = visit.shell.python_command("-m", SMOKE, "--forms", wrong[0]["form"])
+        name = wrong[0]["form"]
+        again = live.command if name == LIVE else visit.shell.python_command("-m", SMOKE, "--forms", name)
         raise Failed(f"{len(wrong)} of {len(found)} forms: {said}", again=again)
     if failure is not None:
         raise failure
     skipped = [f"{row['form']}: {row['skipped']}" for row in found if "skipped" in row]
     return "; ".join([f"{len(found) - len(skipped)} forms are right", *skipped])
+
+
+def _start_live(visit: Visit) -> Running:
+    """The tests of live models beside the forms: most of their time is that of imports."""
+    shell = Shell(visit.folder / "live.log", visit.shell.python)
+    return shell.start(shell.python_command("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", LIVE))
+
+
+def _live(visit: Visit, running: Running, limit: float) -> dict[str, Any]:
+    """A row about them, as about a form."""
+    row: dict[str, Any] = {"form": LIVE, "stage": visit.stage}
+    try:
+        said = last_line(running.result(max(limit, 5.0)))
+        return row | ({} if "passed" in said else {"skipped": said})
+    except Failed as failure:
+        return row | {"failed": str(failure)}
+    finally:
+        running.move_to(visit.shell.log)
 
 
 def cases(*names: str) -> Run:

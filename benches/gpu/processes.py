@@ -140,6 +140,12 @@ class Running:
             file.seek(self.begin)
             return file.read().decode(errors="replace")
 
+    def move_to(self, log: Path) -> None:
+        """Puts what was said into another log, and removes its own."""
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"$ {self.command}\n{self.output()}")
+        self.log.unlink()
+
     def _name(self) -> str:
         words = " ".join(self.command.words[:4])
         return words if len(self.command.words) <= 4 else f"{words} …"

@@ -68,12 +68,14 @@ WINDOWS = {
     window.name: window
     for window in (
         Window("first", 330, _stages(
+            Stage("smoke", measuring.smoke, 15, limit=40, most=60),
             Stage("times", measuring.cases("limits", "decompose"), 14, limit=35, most=60),
             Stage("opponents", measuring.cases("eigh", "svd"), 16, limit=40, most=70),
             Stage("tests", testing.tests, 12, limit=45, most=100, least=20),
             Stage("failures", failures.run, 18, limit=25, most=45, lasts=False),
         )),
         Window("record", 400, _stages(
+            Stage("smoke", measuring.smoke, 15, limit=30, most=45),
             Stage("benches", measuring.cases(
                 "limits", "decompose", "eigh", "svd", "files"), 14, limit=100, most=150),
             Stage("tests", testing.tests, 12, limit=70, most=140, least=20),
