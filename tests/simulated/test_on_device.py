@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import merge_calls
 import pools
 import pytest
 import torch
@@ -42,15 +42,7 @@ def test_decompose(mode: str, chain: str, side: str, device: None, tmp_path: Pat
 
 
 MERGES: dict[str, Callable[[fl.Pool], fl.Adapter]] = {
-    "svd": lambda pool: fl.merge(pool, {"a0": 0.5, "a1": -1.0, "a2": 2.0}, rank=3),
     "svd by energy": lambda pool: fl.merge(pool, energy=0.9),
-    "cat": lambda pool: fl.merge(pool, method="cat"),
-    "iso_c": lambda pool: fl.merge(pool, {"a0": 0.5, "a1": -1.0, "a2": 2.0}, method="iso_c", rank=3),
-    "ties": lambda pool: fl.merge(pool, {"a0": 0.5, "a1": -1.0, "a2": 2.0}, method="ties", rank=3, min_energy=0.5),
-    **{
-        name: functools.partial(fl.merge, weights={"a0": 0.5, "a1": -1.0, "a2": 2.0}, method=name)
-        for name in ("core", "ctm", "iso_cts", "karcher", "knots", "matched_norm", "pico", "star", "tsv", "wudi")
-    },
     "arithmetic": lambda pool: (0.5 * pool["a0"] - pool["a1"] / 3) + pool["a2"],
     "compress": lambda pool: (pool["a0"] + pool["a2"]).compress(rank=2),
     "unique part, compressed": lambda pool: fl.decompose(pool, 0.5).unique_of("a1").compress(rank=2),
@@ -194,17 +186,24 @@ def test_other_kinds_are_not_computed_on_a_device(device: None) -> None:
     assert fl.compose("2*v", {"v": vector}, device="cpu").kind == "a task vector"
 
 
-@pytest.mark.parametrize("method", ["svd", "cat", "iso_c", "ties", "slerp"])
-def test_merge_streamed_through_little_memory(method: str, device: None, tmp_path: Path) -> None:
-    pool = ragged_pool() if method != "slerp" else ragged_pool().subset(["a0", "a2"])
-    weights = dict.fromkeys(pool.names, 0.5)
-    rank = 3 if method in ("svd", "iso_c", "ties") else None
-    given: dict[str, Any] = {"method": method, "rank": rank} | ({"min_energy": 0.5} if method == "ties" else {})
-    fl.merge(pool, weights, **given).save(tmp_path / "cpu")
-    found = fl.merge(pool, weights, device="cuda", memory="1KiB", **given)
-    assert found.device == torch.device("cpu")  # what does not fit on the device is written from the host
-    found.save(tmp_path / "streamed")
-    same_files(tmp_path / "cpu", tmp_path / "streamed")
+@pytest.mark.parametrize("where", ["there", "argument", "streamed", "host"])
+@pytest.mark.parametrize("method", fl.methods())
+def test_every_merge_method(method: str, where: str, device: None, tmp_path: Path) -> None:
+    """On the device, brought there, streamed through memory that no pool fits into, and brought back: the files are
+    the same."""
+    pool = equal_ranks() if method in merge_calls.OF_EQUALS else ragged_pool()
+    merge_calls.called(method, pool).save(tmp_path / "cpu")
+    if where == "there":
+        found = merge_calls.called(method, pool.to("cuda"))
+    elif where == "host":
+        found = merge_calls.called(method, pool.to("cuda"), device="cpu")
+    else:
+        memory = "1KiB" if where == "streamed" else None
+        found = merge_calls.called(method, pool, device="cuda", memory=memory)
+    # What does not fit on the device is written from the host.
+    assert found.device == (torch.device("cpu") if where in ("streamed", "host") else DEVICE)
+    found.save(tmp_path / "device")
+    same_files(tmp_path / "cpu", tmp_path / "device")
 
 
 def test_compress_streamed_through_little_memory(device: None, tmp_path: Path) -> None:
