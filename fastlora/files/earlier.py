@@ -23,6 +23,7 @@ HEADINGS = (
     b"adapter,module",
     b"report,module",
     b"what,opponent,theirs",
+    b"what,threads,base",
     b"# Benchmarks\n\n`fastlora bench ",
     b"# Recipe of fastlora",
     b'<!doctype html>\n<html lang="en">\n<!-- Made by fastlora',

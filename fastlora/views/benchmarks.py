@@ -65,6 +65,23 @@ def show_bench(data: Data) -> None:
         print_paragraph(note)
 
 
+def show_comparison(data: Data) -> None:
+    """Prints this checkout beside another revision, one row a task and number of threads."""
+    table = Table("text:what", "number:threads", "number:base", "number:here", "number:base ÷ here", "number:of runs")
+    for row in data["rows"]:
+        spread = f"{row['least']:.2f} to {row['largest']:.2f}"
+        times = milliseconds(row["base"]), milliseconds(row["here"])
+        table.add(row["what"], str(row["threads"]), *times, f"{row['ratio']:.2f}", spread)
+    print_paragraph(f"{data['machine']}. Base: {data['base']}; here: {data['here']}; {data['rounds']} runs of each.")
+    table.print()
+
+
+def comparison_rows(data: Data) -> list[list[object]]:
+    """The rows in seconds, with a heading."""
+    keys = ("what", "threads", "base", "here", "ratio", "least", "largest")
+    return [list(keys), *([row[key] for key in keys] for row in data["rows"])]
+
+
 def bench_rows(data: Data) -> list[list[object]]:
     """The rows in seconds, with a heading."""
     counts = list(dict.fromkeys(count for row in data["rows"] for count in row["ours"]))

@@ -237,7 +237,7 @@ OPTIONS = {
         "--modules",
     ),
     "report": (*COMMON, "--out", "--threshold", "--title", "--map", "--family", "--overwrite", "--force"),
-    "bench": ("--list", "--markdown", "--csv", "--json", "--quiet", "--overwrite"),
+    "bench": ("--list", "--markdown", "--csv", "--base", "--rounds", "--tests", "--json", "--quiet", "--overwrite"),
     "info": ("--json",),
     "modulate": (*WRITES, "--op", "--granularity", "--on", "--drop-extras"),
     "compose": (*COMMON, "--out", "--dtype", "--overwrite", "--memory", "--drop-extras"),
@@ -318,6 +318,12 @@ def test_bench_names_its_cases_and_workloads(tmp_path: Path) -> None:
     message = refused("bench", "nothing", cwd=tmp_path)
     assert "no case or workload nothing: use eigh, svd" in message and "flux-4x32" in message
     assert "eigh takes no workload; leave out minilm" in refused("bench", "eigh", "minilm", cwd=tmp_path)
+
+
+def test_bench_against_a_revision_refuses_what_it_does_not_write(tmp_path: Path) -> None:
+    assert "leave out --list" in refused("bench", "--base", "HEAD", "--list", cwd=tmp_path)
+    assert "leave out --markdown" in refused("bench", "--base", "HEAD", "--markdown", "a.md", cwd=tmp_path)
+    assert "bench has no case or workload x" in refused("bench", "x", "--base", "HEAD", cwd=tmp_path)
 
 
 def test_bench_writes_its_table(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +14,8 @@ from fastlora.cli.options import Csv, command
 from fastlora.cli.outputs import check_table, write_table
 from fastlora.cli.run import Run, print_json
 from fastlora.errors import InputError
-from fastlora.views.benchmarks import bench_rows, show_bench, show_bench_names
+from fastlora.views.benchmarks import bench_rows, comparison_rows, show_bench, show_bench_names, show_comparison
+from fastlora.views.text import print_aside
 
 
 @command("as_json", "quiet", "overwrite", "force")
@@ -27,6 +30,15 @@ def bench(
         Path | None, typer.Option(help="Also write the table to this file.", show_default=False)
     ] = None,
     csv: Csv = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Instead: this checkout beside another revision of it, alternated.", metavar="REV"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="With --base: runs of each.", min=1)] = 3,
+    tests: Annotated[
+        list[str] | None,
+        typer.Option(help="With --base: what must pass in both first; default: tests/ops.", metavar="PATH"),
+    ] = None,
 ) -> None:
     """The project's own numbers on this machine, beside plain torch. Takes minutes; close other programs."""
     # Spinning threads would make two of them slower than one on small machines; read before torch is imported.
@@ -34,6 +46,11 @@ def bench(
     check_table(run, csv)
     check_table(run, markdown)
     run.start()
+    if base is not None:
+        if markdown is not None or listing:
+            raise InputError(f"--base prints ratios alone; leave out {'--list' if listing else '--markdown'}")
+        _against(run, base, names or (), rounds, tests, csv)
+        return
     from fastlora.bench.cases import names_data, select
     from fastlora.bench.contest import Unavailable, rows
     from fastlora.bench.table import as_dict, as_markdown
@@ -68,3 +85,37 @@ def bench(
     elif not run.quiet:
         show_bench(data)
     run.tell_notes(skipped)
+
+
+def _against(
+    run: Run, revision: str, names: Sequence[str], rounds: int, tests: Sequence[str] | None, csv: Path | None
+) -> None:
+    """Times this checkout beside another revision."""
+    import fastlora
+    from fastlora.bench import revisions
+    from fastlora.bench.cases import select
+    from fastlora.bench.timing import describe, waiting
+
+    select(names)
+    root = revisions.checkout(Path(str(fastlora.__file__)))
+    now = revisions.here(root)
+
+    def tell(line: str) -> None:
+        if not run.quiet:
+            print_aside(line)
+
+    with revisions.built(root, revision, tell) as other:
+        revisions.require_green([other, now], tests or revisions.TESTS, tell)
+        run.tell_notes([w] if (w := waiting()) else [])
+        lines, notes = revisions.alternated(other, now, names, rounds, tell)
+    if not lines:
+        raise InputError("; ".join(notes) or "nothing was timed")
+    data = {"machine": describe(), "base": other.name, "here": now.name, "rounds": rounds}
+    data["rows"] = [asdict(line) for line in lines]
+    if csv is not None:
+        write_table(run, csv, comparison_rows(data))
+    if run.as_json:
+        print_json({**data, "notices": notes})
+    elif not run.quiet:
+        show_comparison(data)
+    run.tell_notes(notes)
