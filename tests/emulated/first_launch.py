@@ -1,5 +1,6 @@
 """``python first_launch.py LIBRARY INPUT P Q float32|float64``: one svd on the emulator, the first launch of its
-process; writes ut, s and vt behind each other beside the input. Without torch, so that a process takes a tenth of a second."""
+process; writes ut, s and vt behind each other beside the input. Without torch, so that a process takes a tenth of a
+second."""
 
 import importlib.util
 import sys
