@@ -6,6 +6,7 @@ A method that is new fails here until ``parity.py`` has its definition.
 from __future__ import annotations
 
 import parity
+import parity_pools
 import pools
 import pytest
 from tolerances import FLOAT32
@@ -24,12 +25,12 @@ def test_every_choice_of_a_method_has_one(method: str) -> None:
         assert set(parameter.choices or ()) <= tried, parameter.name
 
 
-@pytest.mark.parametrize("kind", parity.KINDS)
+@pytest.mark.parametrize("kind", parity_pools.KINDS)
 @pytest.mark.parametrize("method", fl.methods())
 def test_it_is_its_definition(method: str, kind: str) -> None:
-    given = parity.given_of(method, kind)
+    given = parity_pools.given_of(method, kind)
     for parameters, definition in parity.CASES[method]:
-        if (method, kind) in parity.REFUSED:
+        if (method, kind) in parity_pools.REFUSED:
             with pytest.raises(fl.InputError):
                 fl.merge(given.pool, given.weights, method=method, data=given.data, **parameters)
             continue
