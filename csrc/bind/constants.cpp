@@ -88,6 +88,14 @@ py::tuple similarity_fields() {
                         FASTLORA_FIELD(Row, k), FASTLORA_FIELD(Row, split), FASTLORA_FIELD(Row, threads)});
 }
 
+py::tuple add_fields() {
+    using Row = AddArgs;
+    return fields<Row>({FASTLORA_FIELD(Row, factors), FASTLORA_FIELD(Row, scales), FASTLORA_FIELD(Row, segments),
+                        FASTLORA_FIELD(Row, n_segments), FASTLORA_FIELD(Row, from), FASTLORA_FIELD(Row, to),
+                        FASTLORA_FIELD(Row, from_file), FASTLORA_FIELD(Row, from_offset), FASTLORA_FIELD(Row, to_file),
+                        FASTLORA_FIELD(Row, to_offset), FASTLORA_FIELD(Row, is_double), FASTLORA_FIELD(Row, threads)});
+}
+
 }  // namespace
 
 void bind_constants(py::module_& m) {
@@ -109,6 +117,9 @@ void bind_constants(py::module_& m) {
     m.attr("COEFFICIENT_FIELDS") = coefficient_fields();
     m.attr("MERGE_FIELDS") = merge_fields();
     m.attr("SIMILARITY_FIELDS") = similarity_fields();
+    m.attr("ADD_FIELDS") = add_fields();
+    m.attr("ADD_PROBLEMS") = numbers(
+        {{"not finite", kResultNotFinite}, {"read", kSourceError}, {"short", kShortSource}, {"write", kTargetError}});
     m.attr("TRIM_KINDS") = numbers(
         {{"none", kKeepAll}, {"magnitude", kMagnitude}, {"random", kRandom}, {"bits", kBits}, {"variance", kVariance}});
     m.attr("ELECT_KINDS") = numbers({{"none", kElectNone}, {"total", kElectTotal}, {"frequency", kElectFrequency}});

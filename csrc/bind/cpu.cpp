@@ -29,7 +29,7 @@ void prefer_huge_pages([[maybe_unused]] uintptr_t data, [[maybe_unused]] int64_t
 
 static_assert(sizeof(Matrix) == 5 * 8 && sizeof(GramBlock) == 4 * 8 && sizeof(GramTask) == 5 * 8);
 static_assert(sizeof(Term) == 6 * 8 && sizeof(CombineOutput) == 6 * 8 && sizeof(CombineTask) == 5 * 8);
-static_assert(sizeof(CutQuery) == 4 * 8);
+static_assert(sizeof(CutQuery) == 4 * 8 && sizeof(AddSegment) == 4 * 8);
 
 }  // namespace
 
@@ -101,6 +101,19 @@ void bind_cpu(py::module_& m) {
             check(kernels().similarity(args));
         },
         py::arg("row"), "row: SIMILARITY_FIELDS");
+    m.def(
+        "add_products",
+        [](const py::bytes& row) {
+            const auto args = read_row<AddArgs>(row);
+            AddProblem problem;
+            {
+                py::gil_scoped_release release;
+                problem = kernels().add_products(args);
+            }
+            if (problem.kind == kNoRoom) throw std::bad_alloc();
+            return py::make_tuple(int(problem.kind), problem.error);
+        },
+        py::arg("row"), "row: ADD_FIELDS; (kind, errno) of AddProblem");
     m.def(
         "eigh",
         [](uintptr_t a, uintptr_t values, uintptr_t vectors, uintptr_t info, int64_t batch, int n, bool is_double,

@@ -17,6 +17,8 @@ int merge_tiles(const MergeArgs& args);
 
 int similarity(const SimilarityArgs& args);
 
+AddProblem add_products(const AddArgs& args);
+
 bool finite(const Matrix& matrix);
 
 template <class T>

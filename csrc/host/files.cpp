@@ -18,4 +18,15 @@ int write_all(int file, const char* data, int64_t bytes, int64_t offset) {
     return 0;
 }
 
+int read_all(int file, char* data, int64_t bytes, int64_t offset) {
+    while (bytes > 0) {
+        const ssize_t found = pread(file, data, size_t(bytes), off_t(offset));
+        if (found < 0 && errno == EINTR) continue;
+        if (found < 0) return errno;
+        if (found == 0) return kEndOfFile;
+        data += found, bytes -= found, offset += found;
+    }
+    return 0;
+}
+
 }  // namespace fastlora

@@ -279,4 +279,5 @@ KERNELS: Mapping[str, Kernel] = {
     "merge_row_masks": Kernel(cpu_tiles.row_masks, cpu_tiles.supports),
     "merge_tiles": Kernel(cpu_tiles.merge, cpu_tiles.supports),
     "similarity": Kernel(_similarity, _supports),
+    "add_products": Kernel(cpu_tiles.add_products, cpu_tiles.supports),
 }

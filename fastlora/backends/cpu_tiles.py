@@ -1,15 +1,16 @@
-"""``merge_tiles`` on the compiled CPU kernels: tasks and rules become rows of addresses."""
+"""``merge_tiles`` and ``add_products`` on the compiled CPU kernels: tasks and rules become rows of addresses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastlora.backends.rows import packed_numbers
+from fastlora.ops.add_products import FilePlace, ProductProblem, ProductTask, What
 from fastlora.ops.merge_tiles import Cut, TileOutputs, TileResult, TileRule, TileTask
 
 try:
@@ -18,8 +19,11 @@ except ImportError:
     _core = None  # type: ignore[assignment]
 
 Array = np.ndarray[Any, Any]
+Fields = Sequence[tuple[str, str]]
+R = TypeVar("R")
 
 WIDTH = 8  # of thin matrices: a multiple of it
+_WHAT: dict[int, What] = {} if _core is None else {code: what for what, code in _core.ADD_PROBLEMS.items()}  # type: ignore[misc]
 NO_GAINS: dict[str, int | float] = {"least": 0.0, "instead": 1.0, "scale": 1.0, "zero": 1}
 
 
@@ -32,18 +36,25 @@ def supports(task: TileTask, *_: object) -> str | None:
 
 
 class _Row:
-    """The fields of ``MergeArgs`` by name, and what they point to."""
+    """The fields of a row of arguments by name, and what they point to."""
 
-    def __init__(self, task: TileTask) -> None:
+    def __init__(self, fields: Fields) -> None:
         self.alive: list[Tensor | Array] = []
+        self.layout = fields
+        self.fields: dict[str, int | float] = {name: 0 for name, _ in fields}
+
+    @staticmethod
+    def of(task: TileTask) -> _Row:
+        """``MergeArgs`` of a task, without a rule."""
+        row = _Row(_core.MERGE_FIELDS)
         n, m = task.shape
-        self.fields: dict[str, int | float] = {name: 0 for name, _ in _core.MERGE_FIELDS}
-        self.fields |= NO_GAINS
-        self.fields |= {"k": len(task.pairs), "n": n, "m": m}
-        self.fields["threads"] = task.threads or torch.get_num_threads()
-        self.fields["is_double"] = task.dtype == torch.float64
-        self.numbers("scales", task.scales)
-        self.matrices("factors", [x for pair in task.pairs for x in (pair or _zero(task.shape))])
+        row.fields |= NO_GAINS
+        row.fields |= {"k": len(task.pairs), "n": n, "m": m}
+        row.fields["threads"] = task.threads or torch.get_num_threads()
+        row.fields["is_double"] = task.dtype == torch.float64
+        row.numbers("scales", task.scales)
+        row.matrices("factors", [x for pair in task.pairs for x in (pair or _zero(task.shape))])
+        return row
 
     def numbers(self, name: str, values: Sequence[float] | Sequence[int], dtype: type = np.float64) -> Array:
         """An array, whose address becomes a field."""
@@ -67,12 +78,16 @@ class _Row:
                 x = x.contiguous()
             stride = columns if rows == 1 else x.stride(0)
             self.alive.append(x)
-            table += (x.data_ptr(), rows, columns, stride, _core.DTYPES[str(x.dtype).removeprefix("torch.")])
+            table += (x.data_ptr(), rows, columns, stride, _code(x.dtype))
         self.numbers(name, table, np.int64)
 
-    def run(self, kernel: Callable[[bytes], None]) -> None:
-        """Calls a kernel of the compiled module."""
-        kernel(packed_numbers("MergeArgs", self.fields, _core.MERGE_FIELDS))
+    def run(self, name: str, kernel: Callable[[bytes], R]) -> R:
+        """What a kernel of the compiled module returns; ``name`` is that of the row."""
+        return kernel(packed_numbers(name, self.fields, self.layout))
+
+
+def _code(dtype: torch.dtype) -> int:
+    return _core.DTYPES[str(dtype).removeprefix("torch.")]
 
 
 def _zero(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -82,10 +97,10 @@ def _zero(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def _queries(task: TileTask, ranks: Sequence[tuple[int, int]], variance: bool) -> Array:
     table = np.zeros((len(ranks), 4), dtype=np.int64)
     table[:, :2] = np.array(ranks, dtype=np.int64).reshape(-1, 2)
-    row = _Row(task)
+    row = _Row.of(task)
     row.fields |= {"queries": int(table.ctypes.data), "n_queries": len(ranks), "variance": variance}
     if len(ranks):
-        row.run(_core.merge_select)
+        row.run("MergeArgs", _core.merge_select)
     return table
 
 
@@ -106,13 +121,13 @@ def count_varied(task: TileTask) -> int:
 def row_masks(task: TileTask, spans: Sequence[tuple[float, float]], keys: Sequence[int], module_key: int) -> Tensor:
     """The masks of all rows, as bits."""
     n, m = task.shape
-    row = _Row(task)
+    row = _Row.of(task)
     bits = row.tensor("bits", torch.zeros(len(task.pairs), n, -(-m // 64), dtype=torch.int64))
     row.numbers("row_least", [least for least, _ in spans])
     row.numbers("row_span", [span for _, span in spans])
     row.numbers("keys", keys, np.uint64)
     row.fields["module_key"] = _signed(module_key)
-    row.run(_core.merge_row_masks)
+    row.run("MergeArgs", _core.merge_row_masks)
     return bits
 
 
@@ -147,7 +162,7 @@ def _put_rule(row: _Row, rule: TileRule) -> None:
 def merge(task: TileTask, rule: TileRule, outputs: TileOutputs) -> TileResult:
     """One pass of a rule."""
     n, m = task.shape
-    row = _Row(task)
+    row = _Row.of(task)
     _put_rule(row, rule)
     square, counts = row.numbers("square", [0.0]), row.numbers("counts", [0, 0], np.int64)
     if rule.elect == "none":
@@ -168,7 +183,7 @@ def merge(task: TileTask, rule: TileRule, outputs: TileOutputs) -> TileResult:
             raise ValueError("merge_tiles: rows of `dense` must be contiguous")
         row.matrices("out", [dense])
         row.fields["add"] = outputs.add
-    row.run(_core.merge_tiles)
+    row.run("MergeArgs", _core.merge_tiles)
     return TileResult(
         square=float(square[0]),
         undecided=int(counts[0]),
@@ -177,3 +192,30 @@ def merge(task: TileTask, rule: TileRule, outputs: TileOutputs) -> TileResult:
         product=None if product is None or thin is None else product[:, : thin.shape[1]],
         sums=sums,
     )
+
+
+def add_products(task: ProductTask, source: Tensor | FilePlace, target: Tensor | FilePlace) -> ProductProblem | None:
+    """One pass over a matrix; see :func:`fastlora.ops.add_products.add_products`."""
+    n, m = task.shape
+    row = _Row(_core.ADD_FIELDS)
+    segments: list[int] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
+    scales: list[float] = []
+    for segment in task.segments:
+        segments += (len(scales), len(segment.pairs), segment.left, segment.width)
+        pairs += segment.pairs
+        scales += segment.scales
+    row.matrices("factors", [x for pair in pairs for x in pair])
+    row.numbers("scales", scales)
+    row.numbers("segments", segments, np.int64)
+    row.fields |= {"n_segments": len(task.segments), "threads": task.threads or torch.get_num_threads()}
+    row.fields["is_double"] = task.sums == torch.float64
+    for name, place, dtype in (("from", source, task.source), ("to", target, task.target)):
+        if isinstance(place, Tensor):
+            row.matrices(name, [place])
+            row.fields |= {f"{name}_file": -1}
+        else:
+            row.numbers(name, [0, n, m, m, _code(dtype)], np.int64)
+            row.fields |= {f"{name}_file": place.file, f"{name}_offset": place.offset}
+    kind, errno = row.run("AddArgs", _core.add_products)
+    return ProductProblem(_WHAT[kind], errno) if kind else None

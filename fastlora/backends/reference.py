@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fastlora.backends import reference_tiles
+from fastlora.backends import reference_tiles, tiles_of_files
+from fastlora.ops.add_products import ProductTask
 from fastlora.ops.coefficients import fill
 from fastlora.ops.dispatch import Kernel, always
 from fastlora.ops.gram import blocks_of
 from fastlora.ops.passes import CombineJob, CombineOutput, GramJob, WriteProblem
+from fastlora.reference.add_products import add_products
 from fastlora.reference.chain import chain
 from fastlora.reference.combine import combine
 from fastlora.reference.eigh import eigh
@@ -76,6 +79,10 @@ def _write(file: int, tensor: Tensor, offset: int) -> int | None:
     return None
 
 
+def _added(task: ProductTask, W: Tensor) -> Tensor:
+    return add_products(W, [(s.left, s.width, s.pairs, s.scales) for s in task.segments])
+
+
 KERNELS: Mapping[str, Kernel] = {
     "gram": Kernel(_gram, always),
     "eigh": Kernel(eigh, always),
@@ -91,4 +98,5 @@ KERNELS: Mapping[str, Kernel] = {
     "merge_row_masks": Kernel(reference_tiles.row_masks, always),
     "merge_tiles": Kernel(reference_tiles.merge, always),
     "similarity": Kernel(similarity, always),
+    "add_products": Kernel(functools.partial(tiles_of_files.add_products, formula=_added), always),
 }

@@ -7,6 +7,7 @@ backends; bits may depend on the batch and on the number of threads, as those of
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends import torch_chain, torch_tiles
+from fastlora.backends import tiles_of_files, torch_chain, torch_tiles
 from fastlora.backends.torch_products import has_float64, inner
 from fastlora.ops.coefficients import fill
 from fastlora.ops.dispatch import Kernel, always
@@ -246,4 +247,5 @@ KERNELS: Mapping[str, Kernel] = {
     "merge_row_masks": Kernel(torch_tiles.row_masks, always),
     "merge_tiles": Kernel(torch_tiles.merge, always),
     "similarity": Kernel(_similarity, always),
+    "add_products": Kernel(functools.partial(tiles_of_files.add_products, formula=tiles_of_files.plain), always),
 }

@@ -26,8 +26,7 @@ from fastlora.core.factors import Factor
 from fastlora.core.updates import Update
 from fastlora.engine.materialise import is_rounding, materialise_factor
 from fastlora.errors import NonFiniteError
-from fastlora.ops import merge_tiles
-from fastlora.ops.merge_tiles import TileOutputs, TileRule, TileTask
+from fastlora.ops.add_products import ProductTask, Segment, add_products
 
 LEAST, MOST = 1e-16, 1e16  # sizes that float32 forms without overflow, and without loss beside others
 
@@ -69,11 +68,11 @@ class Edit:
         """The numbers beside these."""
         return [self.weight]
 
-    def change(self, tile: Tensor, start: int, threads: int) -> Tensor:
+    def change(self, tile: Tensor, start: int) -> Tensor:
         """``w·ΔW`` of the rows ``start, …`` of the block, for ``tile``: their ``W``, float32 or float64."""
         raise NotImplementedError
 
-    def measure(self, tile: Tensor, start: int, threads: int) -> None:
+    def measure(self, tile: Tensor, start: int) -> None:
         """Looks at rows before any is changed; see :attr:`is_measured`."""
 
     @property
@@ -81,9 +80,9 @@ class Edit:
         """Whether all rows must be looked at before one is changed."""
         return False
 
-    def alone(self, tile: Tensor, start: int, threads: int) -> Tensor:
+    def alone(self, tile: Tensor, start: int) -> Tensor:
         """The rows of the result where this is the only change."""
-        return tile + self.change(tile, start, threads)
+        return tile + self.change(tile, start)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -102,9 +101,9 @@ class LowRank(Edit):
     def numbers(self) -> list[float]:
         return [self.weight, self.pair.scale]
 
-    def change(self, tile: Tensor, start: int, threads: int) -> Tensor:
+    def change(self, tile: Tensor, start: int) -> Tensor:
         out = torch.zeros_like(tile)
-        add_pairs(out, [self], start + self.at, threads)
+        _add(out, self.pair.rows(start, start + len(tile)), self.weight * self.pair.scale)
         return out
 
 
@@ -135,26 +134,25 @@ class Rescaled(Edit):
     def numbers(self) -> list[float]:
         return [self.weight, self.pair.scale, float(self.by_columns), float(self.group)]
 
-    def measure(self, tile: Tensor, start: int, threads: int) -> None:
-        squares = self._sum(tile, start, threads).double().square_().sum(0)
+    def measure(self, tile: Tensor, start: int) -> None:
+        squares = self._sum(tile, start).double().square_().sum(0)
         self.squares.add_(squares.view(-1, self.group).sum(1))
 
-    def change(self, tile: Tensor, start: int, threads: int) -> Tensor:
-        return (self._rescaled(tile, start, threads) - tile).mul_(self.weight)
+    def change(self, tile: Tensor, start: int) -> Tensor:
+        return (self._rescaled(tile, start) - tile).mul_(self.weight)
 
-    def alone(self, tile: Tensor, start: int, threads: int) -> Tensor:
+    def alone(self, tile: Tensor, start: int) -> Tensor:
         if self.weight == 1.0:
-            return self._rescaled(tile, start, threads)
-        return tile + self.change(tile, start, threads)
+            return self._rescaled(tile, start)
+        return tile + self.change(tile, start)
 
-    def _sum(self, tile: Tensor, start: int, threads: int) -> Tensor:
+    def _sum(self, tile: Tensor, start: int) -> Tensor:
         out = tile.clone()
-        pair = self.pair
-        _add(out, [pair.rows(start, start + len(tile))], [pair.scale], [1.0], threads)
+        _add(out, self.pair.rows(start, start + len(tile)), self.pair.scale)
         return out
 
-    def _rescaled(self, tile: Tensor, start: int, threads: int) -> Tensor:
-        out = self._sum(tile, start, threads)
+    def _rescaled(self, tile: Tensor, start: int) -> Tensor:
+        out = self._sum(tile, start)
         if self.by_columns:
             norms = self.squares.sqrt()
             return out.mul_((self.magnitude / norms).repeat_interleave(self.group).to(out.dtype))
@@ -175,10 +173,10 @@ class Stretched(Edit):
     def numbers(self) -> list[float]:
         return [self.weight, float(self.by_columns)]
 
-    def change(self, tile: Tensor, start: int, threads: int) -> Tensor:
+    def change(self, tile: Tensor, start: int) -> Tensor:
         return tile * ((self._vector(start, len(tile)) - 1.0) * self.weight).to(tile.dtype)
 
-    def alone(self, tile: Tensor, start: int, threads: int) -> Tensor:
+    def alone(self, tile: Tensor, start: int) -> Tensor:
         return tile * (1.0 + (self._vector(start, len(tile)) - 1.0) * self.weight).to(tile.dtype)
 
     def _vector(self, start: int, count: int) -> Tensor:
@@ -194,7 +192,7 @@ class Added(Edit):
     def tensors(self) -> list[Tensor]:
         return [self.values]
 
-    def change(self, tile: Tensor, start: int, threads: int) -> Tensor:
+    def change(self, tile: Tensor, start: int) -> Tensor:
         return self.values[start : start + len(tile)].to(tile.dtype) * self.weight
 
 
@@ -207,13 +205,13 @@ class Replaced(Edit):
     def tensors(self) -> list[Tensor]:
         return [self.values]
 
-    def change(self, tile: Tensor, start: int, threads: int) -> Tensor:
+    def change(self, tile: Tensor, start: int) -> Tensor:
         return (self.values[start : start + len(tile)].to(tile.dtype) - tile) * self.weight
 
-    def alone(self, tile: Tensor, start: int, threads: int) -> Tensor:
+    def alone(self, tile: Tensor, start: int) -> Tensor:
         if self.weight == 1.0:
             return self.values[start : start + len(tile)]
-        return tile + self.change(tile, start, threads)
+        return tile + self.change(tile, start)
 
 
 def pair_of(update: Update, *, turned: bool = False) -> Pair | None:
@@ -259,27 +257,27 @@ def _is_ordinary(size: float) -> bool:
     return size == 0.0 or LEAST <= abs(size) <= MOST
 
 
-def add_pairs(tile: Tensor, edits: Sequence[LowRank], row: int, threads: int) -> None:
-    """``tile += Σ w s L[rows] R`` in place, rounded once to the tile's dtype; ``row``: its first in the matrix."""
-    rows = [edit.pair.rows(row - edit.at, row - edit.at + len(tile)) for edit in edits]
-    wide = any(edit.is_wide for edit in edits)
-    _add(tile, rows, [edit.pair.scale for edit in edits], [edit.weight for edit in edits], threads, wide)
+def products(
+    edits: Sequence[LowRank], first: int, last: int, columns: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> ProductTask:
+    """What edits of the rows ``[first, last)`` add to them, for the dtypes that they have and get."""
+    cuts = sorted({0, columns, *(e.left for e in edits), *(e.left + e.width for e in edits)})
+    segments = []
+    for left, right in itertools.pairwise(cuts):
+        here = [e for e in edits if e.left <= left and right <= e.left + e.width]
+        pairs = [
+            (e.pair.left[first - e.at : last - e.at], e.pair.right[:, left - e.left : right - e.left]) for e in here
+        ]
+        segments.append(Segment(left, right - left, pairs, [e.weight * e.pair.scale for e in here]))
+    wide = dtypes[0].itemsize > 2 or any(edit.is_wide for edit in edits)
+    return ProductTask((last - first, columns), segments, *dtypes, torch.float64 if wide else torch.float32, 1)
 
 
-def _add(
-    tile: Tensor,
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    scales: Sequence[float],
-    weights: Sequence[float],
-    threads: int,
-    wide: bool = False,
-) -> None:
-    if not tile.numel():
-        return
-    wide = wide or tile.dtype.itemsize > 2 or any(x.dtype == torch.float64 for pair in pairs for x in pair)
-    dtype = torch.float64 if wide else torch.float32
-    task = TileTask(pairs, scales, (tile.shape[0], tile.shape[1]), dtype, threads)
-    merge_tiles.merge(task, TileRule(gains=weights), TileOutputs(dense=tile, add=True))
+def _add(tile: Tensor, pair: tuple[Tensor, Tensor], scale: float) -> None:
+    """``tile += scale·L R`` in place, for rows that are float32 or float64, as sums are."""
+    n, m = tile.shape
+    task = ProductTask((n, m), [Segment(0, m, [pair], [scale])], tile.dtype, tile.dtype, tile.dtype, 1)
+    add_products(task, tile, tile)
 
 
 def blocks(edits: Sequence[Edit], rows: int) -> Iterator[tuple[int, int, list[Edit]]]:

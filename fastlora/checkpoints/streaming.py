@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from fastlora.checkpoints.base import Base
-from fastlora.checkpoints.edits import Edit, LowRank, add_pairs, blocks, fingerprint
+from fastlora.checkpoints.edits import Edit, LowRank, blocks, fingerprint, products
 from fastlora.checkpoints.plan import Plan
 from fastlora.errors import InputError, OutputError
 from fastlora.files.disk_errors import writing
 from fastlora.files.tensor_files import StoredTensor
 from fastlora.files.tile_reads import Scratch, TileReads
+from fastlora.ops.add_products import FilePlace, ProductProblem, add_products
 from fastlora.runtime.progress import bytes_bar
 
 TILE_BYTES = 2 * 2**20
@@ -221,6 +222,7 @@ def _change(
     assert tensor.file is not None and tensor.dtype is not None
     row_bytes = columns * tensor.dtype.itemsize
     tall = max(1, TILE_BYTES // max(1, row_bytes))
+    source = reads.descriptor(tensor.file)
 
     def tile(row: int, end: int) -> Tensor:
         reads.read(tensor.file, tensor.offset + row * row_bytes, scratch.bytes((end - row) * row_bytes))  # type: ignore[arg-type]
@@ -231,11 +233,19 @@ def _change(
         for row in range(edit.at, edit.at + edit.height, tall):
             end = min(row + tall, edit.at + edit.height)
             wide = _wide(tile(row, end), [edit])[:, edit.left : edit.left + edit.width]
-            edit.measure(wide.contiguous(), row - edit.at, 1)
+            edit.measure(wide.contiguous(), row - edit.at)
     for first, last, changes in blocks(edits, rows):
         if not changes:
             start, end = tensor.offset + first * row_bytes, tensor.offset + last * row_bytes
             _copy(reads, tensor.file, start, end, target, shift)
+            continue
+        low_rank = [e for e in changes if isinstance(e, LowRank)]
+        if len(low_rank) == len(changes):
+            task = products(low_rank, first, last, columns, (tensor.dtype, tensor.dtype))
+            start = tensor.offset + first * row_bytes
+            problem = add_products(task, FilePlace(source, start), FilePlace(target, start + shift))
+            if problem is not None:
+                raise _error(problem, tensor)
             continue
         for row in range(first, last, tall):
             end = min(row + tall, last)
@@ -250,27 +260,38 @@ def _wide(tile: Tensor, edits: Sequence[Edit]) -> Tensor:
 
 def _changed(tile: Tensor, row: int, edits: Sequence[Edit], tensor: StoredTensor) -> Tensor:
     """The rows of a tile with their changes, rounded once."""
-    low_rank = [e for e in edits if isinstance(e, LowRank) and e.left == 0 and e.width == tile.shape[1]]
-    if len(low_rank) == len(edits):
-        add_pairs(tile, low_rank, row, 1)
-        changed = tile
-    else:
-        wide = _wide(tile, edits)
-        total = wide.clone()
-        for edit in edits:
-            part = wide[:, edit.left : edit.left + edit.width]
-            place = total[:, edit.left : edit.left + edit.width]
-            if len(edits) == 1:
-                place.copy_(edit.alone(part.contiguous(), row - edit.at, 1))
-            else:
-                place += edit.change(part.contiguous(), row - edit.at, 1)
-        changed = total.to(tile.dtype)
-    if tile.dtype == torch.float16 and not bool(changed.isfinite().all()):
-        raise OutputError(
+    wide = _wide(tile, edits)
+    total = wide.clone()
+    for edit in edits:
+        part = wide[:, edit.left : edit.left + edit.width]
+        place = total[:, edit.left : edit.left + edit.width]
+        if len(edits) == 1:
+            place.copy_(edit.alone(part.contiguous(), row - edit.at))
+        else:
+            place += edit.change(part.contiguous(), row - edit.at)
+    changed = total.to(tile.dtype)
+    if not bool(changed.isfinite().all()):
+        raise _error(ProductProblem("not finite"), tensor)
+    return changed
+
+
+def _error(problem: ProductProblem, tensor: StoredTensor) -> Exception:
+    """What stopped the change of a tensor, told as it is everywhere."""
+    if problem.what == "write":
+        return OSError(problem.errno, os.strerror(problem.errno))
+    if problem.what == "read":
+        return InputError(f"{tensor.file} cannot be read ({os.strerror(problem.errno)}); check the disk")
+    if problem.what == "short":
+        return InputError(f"{tensor.file} is shorter than its header says; it was changed or cut off: copy it again")
+    if tensor.dtype == torch.float16:
+        return OutputError(
             f"{tensor.name} would leave the range of float16; apply to the model in bfloat16 or float32, or with "
             "smaller weights"
         )
-    return changed
+    return OutputError(
+        f"{tensor.name} would hold NaN or infinity: the model does, or weights are too large; look at it with "
+        "`fastlora inspect`, or apply with smaller weights"
+    )
 
 
 def _put(target: int, tile: Tensor, offset: int) -> None:

@@ -44,6 +44,7 @@ RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
     "merge_row_masks": STREAMING,
     "merge_tiles": STREAMING,
     "similarity": STREAMING,
+    "add_products": STREAMING,
 }
 
 

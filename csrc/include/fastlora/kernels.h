@@ -172,6 +172,40 @@ struct SimilarityArgs {
     int64_t threads;
 };
 
+// Columns of a matrix, and the pairs that are added to them; none: they are only converted.
+struct AddSegment {
+    int64_t first_pair, pairs;  // range in the tables of factors and scales
+    int64_t left, width;
+};
+
+// W' = W + the products of its segments: see csrc/cpu/add_products.cpp. A row of 8-byte fields.
+struct AddArgs {
+    const Matrix* factors;       // [2 a pair]: L [rows, r], R [r, width]
+    const double* scales;        // [1 a pair]
+    const AddSegment* segments;  // of all columns, in their order
+    int64_t n_segments;
+    const Matrix* from;  // [1]: W; without an address where it is in a file, as rows that follow one another
+    const Matrix* to;    // [1]: W', which may be W
+    int64_t from_file, from_offset;  // an open file and where W starts in it, or -1: of both or of none
+    int64_t to_file, to_offset;
+    int64_t is_double;  // sums are float64, else float32
+    int64_t threads;
+};
+
+enum AddProblemKind : int {
+    kAdded = 0,
+    kNoRoom = 1,
+    kResultNotFinite = 2,
+    kSourceError = 3,
+    kShortSource = 4,
+    kTargetError = 5
+};
+
+struct AddProblem {
+    AddProblemKind kind;
+    int error;  // errno of an error of the source or the target
+};
+
 struct Kernels {
     const char* name;
     int (*gram)(const Matrix* factors, const GramTask* tasks, const GramBlock* blocks, int64_t n_tasks, int threads);
@@ -181,6 +215,7 @@ struct Kernels {
     int (*merge_row_masks)(const MergeArgs& args);
     int (*merge_tiles)(const MergeArgs& args);
     int (*similarity)(const SimilarityArgs& args);
+    AddProblem (*add_products)(const AddArgs& args);
     bool (*finite)(const Matrix& matrix);  // neither NaN nor infinity
     // a [batch, n, n] row-major; values [batch, n] ascending; vectors [batch, n, n]: row j is eigenvector j.
     int (*eigh_f32)(const float* a, float* values, float* vectors, int32_t* info, int64_t batch, int n, int threads);
