@@ -147,6 +147,8 @@ def test_the_wheel_holds_the_package_alone(plain: Built) -> None:
     sources = [p for package in PACKAGES for p in (ROOT / package).rglob("*.py")]
     modules = {str(p.relative_to(ROOT)) for p in sources if "__pycache__" not in p.parts}
     assert modules == {n for n in names if n.endswith(".py")}
+    assets = {str(p.relative_to(ROOT)) for p in (ROOT / "fastlora" / "pages" / "assets").iterdir()}
+    assert assets == {n for n in names if n.endswith((".html", ".css", ".js"))} and len(assets) > 5
 
 
 def libraries(library: Path) -> set[str]:
@@ -208,6 +210,12 @@ def test_the_installed_command_decomposes(installed: Path, tmp_path: Path) -> No
     assert report["totals"]["shared_directions"] > 0
     made = {str(p.parent.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("adapter_config.json")}
     assert made == {"shared", "unique/trec_r16", "unique/trec_rslora"}
+
+
+def test_the_installed_command_writes_a_page(installed: Path, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples" / "adapters", tmp_path / "adapters")
+    execute(installed.parent / "fastlora", "report", "adapters", "--out", "page.html", cwd=tmp_path)
+    assert "<h1>5 adapters</h1>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 @needs_nvcc

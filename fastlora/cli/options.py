@@ -48,6 +48,12 @@ DropExtras = Annotated[
     bool, typer.Option("--drop-extras", help="Leave out biases and replaced modules (modules_to_save).")
 ]
 Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the whole table to this file.", show_default=False)]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", help="Also write a page about the pool and the result, *.html: docs/pools.md.", show_default=False
+    ),
+]
 Every = Annotated[bool, typer.Option("--all", help="Print every module, not the first ones.")]
 
 Map = Annotated[

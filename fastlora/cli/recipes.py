@@ -9,6 +9,7 @@ from pathlib import Path
 from fastlora.cli.arguments import AdapterSpec
 from fastlora.cli.inputs import load_pool
 from fastlora.cli.outputs import output_directory, write_adapter
+from fastlora.cli.pages import write_result_page
 from fastlora.cli.run import Run
 from fastlora.errors import InputError
 
@@ -28,8 +29,9 @@ def given_recipe(adapters: Sequence[str], options: Mapping[str, object]) -> Path
     return Path(files[0])
 
 
-def merge_recipe(run: Run, file: Path, out: Path, *, drop_extras: bool, **options: object) -> None:
-    """Merges what a recipe names and writes it; ``options`` are those of the merge that it does not have."""
+def merge_recipe(run: Run, file: Path, out: Path, html: Path | None, *, drop_extras: bool, **options: object) -> None:
+    """Merges what a recipe names and writes it; ``options`` are those of the merge that it does not have.
+    ``html``: a page to write, if one is asked for."""
     from fastlora.merging.recipe import Recipe
 
     recipe = Recipe.load(file)
@@ -49,6 +51,8 @@ def merge_recipe(run: Run, file: Path, out: Path, *, drop_extras: bool, **option
         kept = kept_data(kept_by_cut(pool, merged))
     run = run if run.dtype is not None else replace(run, dtype=recipe.dtype)
     write_adapter(run, merged, target, out, [*pool.notices, *merged.notes], kept)
+    if html is not None:
+        write_result_page(run, html, pool, merged, kept["retained_energy_by_adapter"])
     if not run.as_json and not run.quiet:
         show_kept(kept)
 

@@ -141,6 +141,12 @@ def recipe_data(provenance: object, depth: int = 0) -> object:
     return {**data, "parameters": recipe_data(parameters, depth + 1)} if parameters else data
 
 
+def recipe_yaml(provenance: Mapping[str, object]) -> str:
+    """:func:`recipe_data` as text, without paths of this machine; nothing for an adapter as it was read."""
+    data = recipe_data(provenance)
+    return "\n".join(_yaml(data)) if isinstance(data, dict) and data else ""
+
+
 def _digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
@@ -162,10 +168,9 @@ def _table(rows: Mapping[str, str]) -> Iterable[str]:
 
 
 def _recipe_lines(provenance: Mapping[str, object]) -> Iterable[str]:
-    data = recipe_data(provenance)
-    if not isinstance(data, dict) or not data:
+    data, lines = recipe_data(provenance), recipe_yaml(provenance).splitlines()
+    if not isinstance(data, dict) or not lines:
         return
-    lines = _yaml(data)
     more = len(lines) - LONGEST_RECIPE
     if more > 0:
         lines = [*lines[:LONGEST_RECIPE], f"# and {more} lines more, in the metadata of the tensors"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from fastlora._version import __version__
-from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.analysis.similar import Overlap
+from fastlora.core.card import recipe_yaml
 from fastlora.decomposition.report import Report
 from fastlora.pages.measures import Measures, measure
 from fastlora.pages.packing import packed
 from fastlora.pages.places import places, without_beginning
 from fastlora.pages.resemblance import LISTED, Resemblance, as_rows, matrices, oddities, resemblance
-from fastlora.pages.spectra import chosen, excess, reports_data, summary
+from fastlora.pages.spectra import chosen, excess, of_the_whole, reports_data, summary
 
 MOST_IN_MATRIX = 12
 """Adapters whose similarities are a table of numbers, too."""
@@ -53,7 +52,7 @@ def page_data(content: Content) -> tuple[Data, Data]:
     index = {name: i for i, name in enumerate(pool.names)}
     modules = {module: m for m, module in enumerate(pool.modules)}
     told = _oddities(pool, measures, found)
-    reports = chosen(content.reports)
+    reports = of_the_whole(chosen(content.reports))
     adapters = [_adapter_row(i, pool, measures, found, told, content) for i in range(len(pool))]
     norms = {
         name: dict(zip(pool.modules, np.nan_to_num(row).tolist(), strict=True))
@@ -63,7 +62,7 @@ def page_data(content: Content) -> tuple[Data, Data]:
         "title": content.title,
         "version": __version__,
         "adapters": adapters,
-        "overview": _overview(pool, measures, found),
+        "overview": _overview(pool, measures, found) | {"has_result": content.result is not None},
         "notices": list(dict.fromkeys([*pool.told, *content.notices])),
         "matrix": _matrix(content.overlap),
         "duplicates_in_all": len(found.duplicates),
@@ -89,7 +88,7 @@ def page_data(content: Content) -> tuple[Data, Data]:
         "effective": packed(measures.effective, "f4"),
         "spectra": packed(measures.spectra, "f4"),
         "directions": measures.directions,
-        "provenance": [_provenance(adapter) for adapter in pool.adapters],
+        "provenance": [recipe_yaml(adapter.provenance) for adapter in pool.adapters],
         "similar": matrices(content.overlap),
         "decompositions": reports_data(reports, index, modules),
     }
@@ -179,7 +178,3 @@ def _settings(reports: Sequence[Report]) -> list[tuple[str, str]]:
     names = ("chain", "side", "threshold", "rank", "energy", "rtol", "mode")
     given = ((name, reports[0].settings.get(name)) for name in names)
     return [(name, f"{value:g}" if isinstance(value, float) else str(value)) for name, value in given if value]
-
-
-def _provenance(adapter: Adapter) -> str:
-    return json.dumps(adapter.provenance, indent=1, default=str, ensure_ascii=False)

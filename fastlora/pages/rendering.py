@@ -95,7 +95,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "share": share, "whole": whole}
+    environment.filters |= {"number": number, "share": share, "short": short, "whole": whole}
     return environment
 
 
@@ -107,6 +107,14 @@ def number(value: float | None) -> str:
 def share(value: float | None) -> str:
     """A cosine or a share, to three decimals."""
     return "–" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def short(value: int) -> str:
+    """A large count in thousands, millions or billions."""
+    for size, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            return f"{value / (1e3 if name == 'k' else size):.3g} {name}"
+    return str(value)
 
 
 def whole(value: int) -> str:

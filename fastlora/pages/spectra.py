@@ -6,6 +6,7 @@ All pairs of a pool can be thousands: their rows lie in a few arrays one after t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,24 @@ MOST_NUMBERS = 2_000_000
 """Eigenvalues and shares of energy that a page holds at the most: 4 bytes of text for each."""
 
 MOST_REPORTS = 2000
+
+
+def of_the_whole(reports: Sequence[Report]) -> list[Report]:
+    """Shares of energy as those of the adapters of the pool: a step of ``mode="iterative"`` has shares of what the
+    steps before have left of the target."""
+    left: dict[tuple[str, str], float] = {}
+    told = []
+    for report in reports:
+        if report.settings["mode"] != "iterative":
+            told.append(report)
+            continue
+        target, rows = report.settings["adapters"][0], []
+        for row in report.rows:
+            share, before = row.energy_shared[target], left.get((target, row.module), 1.0)
+            left[target, row.module] = before * (1 - share)
+            rows.append(replace(row, energy_shared={**row.energy_shared, target: before * share}))
+        told.append(replace(report, rows=rows))
+    return told
 
 
 def excess(report: Report) -> float:

@@ -217,8 +217,8 @@ COMMON = ("--device", "--backend", "--json", "--quiet")
 WRITES = (*COMMON, "--out", "--dtype", "--overwrite", "--rank", "--energy", "--memory")
 CHAIN = ("--threshold", "--chain", "--mode", "--target", "--order", "--side", "--rtol")
 OPTIONS = {
-    "decompose": (*WRITES, *CHAIN, "--plots", "--all", "--csv"),
-    "merge": (*WRITES, "--method", "--set", "--weights-by", "--data", "--save-recipe", "--drop-extras"),
+    "decompose": (*WRITES, *CHAIN, "--plots", "--all", "--csv", "--html"),
+    "merge": (*WRITES, "--method", "--set", "--weights-by", "--data", "--save-recipe", "--html", "--drop-extras"),
     "methods": ("--json",),
     "compress": WRITES,
     "convert": ("--out", "--to", "--keep-private", "--family", "--dtype", "--json", "--quiet", "--overwrite"),
@@ -231,6 +231,7 @@ OPTIONS = {
         "--all",
         "--csv",
         "--npz",
+        "--html",
         "--clusters",
         "--into",
         "--like",
@@ -240,7 +241,7 @@ OPTIONS = {
     "bench": ("--list", "--markdown", "--csv", "--base", "--rounds", "--tests", "--json", "--quiet", "--overwrite"),
     "info": ("--json",),
     "modulate": (*WRITES, "--op", "--granularity", "--on", "--drop-extras"),
-    "compose": (*COMMON, "--out", "--dtype", "--overwrite", "--memory", "--drop-extras"),
+    "compose": (*COMMON, "--out", "--html", "--dtype", "--overwrite", "--memory", "--drop-extras"),
     "extract": (
         "--out",
         "--rank",

@@ -8,9 +8,10 @@ import typer
 from typer.core import TyperCommand
 
 from fastlora.cli.arguments import parse_all
-from fastlora.cli.inputs import on_base, refuse_weights
-from fastlora.cli.options import ALL, DropExtras, OutAny, command
+from fastlora.cli.inputs import load_pool, on_base, refuse_weights
+from fastlora.cli.options import ALL, DropExtras, Html, OutAny, command
 from fastlora.cli.outputs import output_target, write_element
+from fastlora.cli.pages import check_page, write_result_page
 from fastlora.cli.run import Run
 from fastlora.errors import InputError
 
@@ -44,7 +45,14 @@ def _is_expression(argument: str) -> bool:
 
 
 @command(*ALL)
-def compose(run: Run, expression: Expression, adapters: Named, out: OutAny, drop_extras: DropExtras = False) -> None:
+def compose(
+    run: Run,
+    expression: Expression,
+    adapters: Named,
+    out: OutAny,
+    html: Html = None,
+    drop_extras: DropExtras = False,
+) -> None:
     """Evaluate an expression: + - * /, unique(x | a, …), shared(a, …), compress, negate, analogy, add."""
     from fastlora.expressions.grammar import names, parse
 
@@ -54,12 +62,16 @@ def compose(run: Run, expression: Expression, adapters: Named, out: OutAny, drop
     unused = [s.name for s in specs if s.name not in names(tree)]
     if unused and {s.name for s in specs} >= set(names(tree)):
         raise InputError(f"the expression does not use {', '.join(unused)}; leave out what it does not name")
+    check_page(run, html)
     target = output_target(run, out, [s.path for s in specs])
     run.start()
     run.require_backend()
     from fastlora.adapters.loading import load
+    from fastlora.adapters.lora import Adapter
     from fastlora.expressions.compose import compose as evaluate
 
+    # A page compares factors: it refuses what has none before any work.
+    pool = None if html is None else load_pool(run, [s for s in specs if s.name in names(tree)])[0]
     if run.family is None and run.read_rank is None and run.dora_base is None:
         named: dict[str, Any] = {s.name: s.path for s in specs}
     else:
@@ -75,3 +87,5 @@ def compose(run: Run, expression: Expression, adapters: Named, out: OutAny, drop
         rename=run.changes,
     )
     write_element(run, result, target, out)
+    if html is not None and pool is not None and isinstance(result, Adapter):
+        write_result_page(run, html, pool, result)

@@ -9,8 +9,9 @@ import typer
 
 from fastlora.cli.arguments import parse_all
 from fastlora.cli.inputs import load_pool, refuse_weights
-from fastlora.cli.options import ALL, Adapters, Csv, Energy, OutDirectory, Rank, command
+from fastlora.cli.options import ALL, Adapters, Csv, Energy, Html, OutDirectory, Rank, command
 from fastlora.cli.outputs import check_table, output_directory, write_table
+from fastlora.cli.pages import check_page, write_page_of
 from fastlora.cli.run import Run, print_json
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def decompose(
         bool, typer.Option("--plots", help="Also write spectrum.png, energy.png and overlap.png.")
     ] = False,
     csv: Csv = None,
+    html: Html = None,
     every: Annotated[bool, typer.Option("--all", help="Print every module, not the most shared.")] = False,
 ) -> None:
     """Split a pool into shared and unique adapters (DeVec, arXiv 2512.22511)."""
@@ -49,6 +51,7 @@ def decompose(
     refuse_weights(specs)
     directory = output_directory(run, out, [s.path for s in specs])
     check_table(run, csv)
+    check_page(run, html)
     if plots:
         from fastlora.files.pictures import require_matplotlib
 
@@ -82,6 +85,8 @@ def decompose(
     data = decomposition_data(parts, out)
     if csv is not None:
         write_table(run, csv, decomposition_rows(data))
+    if html is not None:
+        write_page_of(run, html, f"{len(pool)} adapters, decomposed", pool, None, parts.reports)
     if run.as_json:
         print_json(data)
     elif not run.quiet:

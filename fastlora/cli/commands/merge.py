@@ -12,8 +12,9 @@ import typer
 
 from fastlora.cli.arguments import parse_all
 from fastlora.cli.inputs import load_pool, refuse_weights
-from fastlora.cli.options import ALL, Adapters, DropExtras, Energy, Out, Rank, command
+from fastlora.cli.options import ALL, Adapters, DropExtras, Energy, Html, Out, Rank, command
 from fastlora.cli.outputs import output_target, require_place, write_adapter
+from fastlora.cli.pages import check_page, write_result_page
 from fastlora.cli.recipes import check_recipe, given_recipe, merge_recipe
 from fastlora.cli.recipes import save_recipe as write_recipe
 from fastlora.cli.run import Run
@@ -63,6 +64,7 @@ def merge(
         Path | None,
         typer.Option(help="Write what this command does as a recipe, *.yaml.", metavar="FILE", show_default=False),
     ] = None,
+    html: Html = None,
     rank: Rank = None,
     energy: Energy = None,
     min_energy: Annotated[
@@ -76,10 +78,11 @@ def merge(
     """Merge adapters into one: Σ wᵢΔWᵢ; or what a recipe says, `fastlora merge RECIPE.yaml`."""
     own = {"--method": method, "--set": set_, "--weights-by": weights_by, "--save-recipe": save_recipe}
     recipe = given_recipe(adapters, own)
+    check_page(run, html)
     if recipe is not None:
         statistics = read_statistics(data or ())
         options = {"rank": rank, "energy": energy, "min_energy": min_energy, "data": statistics}
-        merge_recipe(run, recipe, out, drop_extras=drop_extras, **options)
+        merge_recipe(run, recipe, out, html, drop_extras=drop_extras, **options)
         return
     specs = parse_all(adapters)
     if weights_by is not None:
@@ -137,6 +140,8 @@ def merge(
     write_adapter(run, merged, target, out, [*notes, *merged.notes], report)
     if not run.as_json and not run.quiet:
         show_choice(chosen, kept) if chosen else show_kept(kept)
+    if html is not None:
+        write_result_page(run, html, pool, merged, report["retained_energy_by_adapter"])
     if save_recipe is not None:
         if len(specs) != len(pool):
             raise InputError("--save-recipe: a recipe names every adapter; give them one by one, not as a folder")

@@ -9,8 +9,9 @@ import typer
 
 from fastlora.cli.arguments import parse_all
 from fastlora.cli.inputs import load_pool, refuse_weights
-from fastlora.cli.options import Adapters, Csv, command
+from fastlora.cli.options import Adapters, Csv, Html, command
 from fastlora.cli.outputs import check_table, write_arrays, write_table
+from fastlora.cli.pages import check_page, write_page_of
 from fastlora.cli.run import Run, print_json
 from fastlora.errors import InputError
 
@@ -35,6 +36,7 @@ def overlap(
     npz: Annotated[
         Path | None, typer.Option(help="Write names and matrices to this NumPy file.", show_default=False)
     ] = None,
+    html: Html = None,
     every: Annotated[bool, typer.Option("--all", help="Print every adapter of a long pool.")] = False,
 ) -> None:
     """How similar adapters are: cosine of ΔW and overlap of their column spaces, for every pair; duplicates, outliers,
@@ -43,6 +45,7 @@ def overlap(
     refuse_weights(specs)
     check_table(run, csv)
     check_table(run, npz)
+    check_page(run, html)
     if modules and not run.as_json and npz is None:
         raise InputError("--modules: the matrices of modules are not printed; add --npz FILE or --json")
     if plot is not None:
@@ -70,6 +73,8 @@ def overlap(
 
         with writing(plot):
             plot_overlap(similarities, plot)
+    if html is not None:
+        write_page_of(run, html, f"{len(pool)} adapters", pool, similarities)
     if run.as_json:
         print_json(data)
     elif not run.quiet:

@@ -24,7 +24,7 @@ function spectra(i, at) {
   const K = data.kinds.length, J = data.directions.length;
   const energy = (kind) => data.layers.reduce((sum, _, layer) => sum + (at(layer, kind) || 0) ** 2, 0);
   return data.kinds.map((name, kind) => ({
-    name, energy: energy(kind), values: [...many.spectra.subarray((i * K + kind) * J, (i * K + kind + 1) * J)],
+    name, kind, energy: energy(kind), values: [...many.spectra.subarray((i * K + kind) * J, (i * K + kind + 1) * J)],
   })).filter(({ values }) => values.some((v) => v > 0)).sort((a, b) => b.energy - a.energy);
 }
 
@@ -84,7 +84,7 @@ function card(i) {
     h('h5', {}, 'Nearest'),
     scrolling(`Nearest to ${adapter.name}`, [['adapter'], ['cosine', true], ['subspace', true]], rows),
     later('All modules', () => modulesTable(i)),
-    later('How it came about', () => h('pre', {}, data.provenance[i])),
+    data.provenance[i] !== '' && later('How it came about', () => h('pre', {}, data.provenance[i])),
     adapter.notes.length > 0 && later('Notes', () => h('ul', {}, ...adapter.notes.map((note) => h('li', {}, note)))),
   );
   closer.addEventListener('click', () => {

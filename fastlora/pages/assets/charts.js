@@ -42,7 +42,10 @@ function bars(title, rows, label, format = number) {
   return figure(title, picture(width, rows.length * high, label, ...marks));
 }
 
-/** Lines over the same x, on a logarithmic scale of y: `{name, values}` each. */
+/** Of a kind the same everywhere: eight colours, then the same dashed. */
+const stroke = (kind) => ({ class: `line s${kind % 8}`, 'stroke-dasharray': kind % 16 < 8 ? null : '5 3' });
+
+/** Lines over the same x, on a logarithmic scale of y: `{name, kind, values}` each. */
 function spectrumLines(series, xs, label) {
   const width = 320, height = 150, left = 40, bottom = 26, top = 6;
   const all = series.flatMap(({ values }) => values.filter((v) => v > 0));
@@ -57,18 +60,15 @@ function spectrumLines(series, xs, label) {
     const at = y(10 ** (highest - d));
     grid.push(line(left, at, width, at, 'axis'), text(left - 5, at + 4, powerOfTen(highest - d), 'end'));
   }
-  const lines = series.map(({ values }, i) => s('polyline', {
-    class: `line s${i % 8}`,
-    'stroke-dasharray': i % 8 < 4 ? null : '5 3',
+  const lines = series.map(({ values, kind }) => s('polyline', {
+    ...stroke(kind),
     points: values.map((v, j) => [v, j]).filter(([v]) => v >= least).map(([v, j]) => `${x(j).toFixed(1)},${y(v).toFixed(1)}`).join(' '),
   }));
   return [
     picture(width, height, label, ...grid, ...lines, text(left, height - 6, '1'), text(width, height - 6, String(last + 1), 'end'),
       text((left + width) / 2, height - 6, 'direction', 'middle')),
-    h('ul', { class: 'legend' }, ...series.map(({ name }, i) => h('li', {},
-      s('svg', { viewBox: '0 0 22 8', 'aria-hidden': 'true' }, s('line', {
-        x1: 0, y1: 4, x2: 22, y2: 4, class: `line s${i % 8}`, 'stroke-dasharray': i % 8 < 4 ? null : '5 3',
-      })), name))),
+    h('ul', { class: 'legend' }, ...series.map(({ name, kind }) => h('li', {},
+      s('svg', { viewBox: '0 0 22 8', 'aria-hidden': 'true' }, s('line', { x1: 0, y1: 4, x2: 22, y2: 4, ...stroke(kind) })), name))),
   ];
 }
 

@@ -1,6 +1,7 @@
 // The heat map: all similarities on one canvas, which zooms to single cells with their numbers.
 
 const MEASURES = { cosine: 'cosine', subspace: 'subspace overlap' };
+const FONT = 'system-ui, "DejaVu Sans", sans-serif';
 const TREE = 64, EDGE = 6, LABELS = 132, READABLE = 11, NUMBERED = 34, WIDEST = 72;
 
 /** The three bytes of a colour of the style sheet. */
@@ -23,10 +24,13 @@ class Heat {
       given: names.map((_, i) => i),
       norm: names.map((_, i) => i).sort((a, b) => this.norms[b] - this.norms[a]),
     };
+    const measuring = this.canvas.getContext('2d');
+    measuring.font = `12px ${FONT}`;
+    this.longest = Math.min(LABELS, 12 + Math.max(...names.map((name) => measuring.measureText(name).width)));
     this.choose('tree');
     this.view = { x: 0, y: 0, n: k };
     this.cursor = { row: 0, column: Math.min(1, k - 1) };
-    document.getElementById('heat').style.maxWidth = `${Math.max(520, Math.min(900, k * WIDEST + TREE + LABELS))}px`;
+    this.canvas.style.maxWidth = `${Math.max(520, Math.min(900, k * WIDEST + TREE + LABELS))}px`;
     this.listen();
     onTheme(() => this.redraw());
     new ResizeObserver(() => this.draw()).observe(this.canvas);
@@ -84,8 +88,8 @@ class Heat {
   /** The square of cells inside the canvas: left, top, length, and of one cell. */
   frame() {
     const width = this.canvas.clientWidth, tree = width < 480 ? 36 : TREE;
-    const labelled = (width - tree - Math.min(LABELS, width / 4)) / this.view.n >= READABLE;
-    const room = labelled ? Math.min(LABELS, width / 4) : EDGE;
+    const labels = Math.min(this.longest, width / 4), labelled = (width - tree - labels) / this.view.n >= READABLE;
+    const room = labelled ? labels : EDGE;
     const size = Math.max(80, width - tree - room);
     return { left: tree, top: EDGE, size, room, labelled, cell: size / this.view.n };
   }
@@ -102,7 +106,7 @@ class Heat {
     context.strokeStyle = colour('--line');
     context.strokeRect(left - 0.5, top - 0.5, size + 1, size + 1);
     this.tree(context, left, top, size, cell);
-    context.font = `${Math.min(12, Math.max(9, cell * 0.7))}px system-ui, "DejaVu Sans", sans-serif`;
+    context.font = `${Math.min(12, Math.max(9, cell * 0.7))}px ${FONT}`;
     if (cell >= NUMBERED) this.numbers(context, left, top, cell);
     if (labelled) this.labels(context, left, top, size, room, cell);
     const at = { x: left + (this.cursor.column - x) * cell, y: top + (this.cursor.row - y) * cell };
@@ -200,7 +204,7 @@ class Heat {
       context.fillRect(p, 4, 1, 11);
     }
     context.fillStyle = colour('--muted');
-    context.font = '11px system-ui, "DejaVu Sans", sans-serif';
+    context.font = `11px ${FONT}`;
     for (const [value, align] of [[low, 'left'], [(low + most) / 2, 'center'], [most, 'right']]) {
       context.textAlign = align;
       context.fillText(Number(value.toPrecision(2)) + 0, (width * (value - low)) / (most - low || 1), 29);
@@ -332,7 +336,7 @@ class Heat {
       return;
     }
     const at = this.order.indexOf(i), n = Math.min(k, Math.max(4, Math.min(this.view.n, 24)));
-    this.look(at + 0.5 - n / 2, at + 0.5 - n / 2, n);
+    this.look(Math.round(at - n / 2), Math.round(at - n / 2), n);
     this.point(at, at);
   }
 }

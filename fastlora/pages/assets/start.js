@@ -19,6 +19,7 @@ function drawOverview(place) {
   place.append(histogram('Cosines of all pairs', known, low, high, `How many pairs have which cosine, from ${share(low)} to ${share(high)}`, share));
 }
 
+document.getElementById('scripts-off').remove();
 document.getElementById('heat').hidden = false;
 const heat = new Heat();
 heat.tell();
