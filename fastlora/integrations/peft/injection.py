@@ -49,6 +49,7 @@ class Snapshot:
 
     def undo(self) -> None:
         """Takes out whatever was added."""
+        self._host.forget()
         for parent, name, child in self._children:
             if parent._modules.get(name) is not child:
                 parent._modules[name] = child
@@ -113,7 +114,8 @@ def unchanged_otherwise(host: Host) -> Iterator[None]:
 
 def inject(host: Host, name: str, config: Any, keys: list[str]) -> None:
     """New layers for the modules of ``keys``, names of tensors such as ``path.lora_A.weight``; without memory yet."""
-    training = {path: module.training for path, module in host.root.named_modules()}
+    training = {path: module.training for path, module in host.modules}
+    host.forget()
     state = {key: torch.empty(0) for key in keys}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of modules that the fields of the configuration select beside the keys

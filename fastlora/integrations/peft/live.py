@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.ia3 import IA3Layer
@@ -38,8 +39,9 @@ CONTAINERS = (nn.ModuleDict(), nn.ParameterDict())
 FROM_FILES = "save it (`model.save_pretrained`) and load that with `fastlora.load`, which says what can be done with it"
 
 
-class Host(NamedTuple):
-    """A model with adapters.
+@dataclass(slots=True, eq=False)
+class Host:
+    """A model with adapters, for one call: it walks through the model once, and :meth:`forget` follows a change.
 
     ``model``: what the user holds. ``root``: the module from which paths count, which holds ``peft_config`` where
     there is no ``tuner``.
@@ -48,6 +50,19 @@ class Host(NamedTuple):
     model: nn.Module
     root: nn.Module
     tuner: Any
+    _all: list[tuple[str, Any]] | None = None
+    _outer: list[tuple[str, nn.Module]] | None = None
+
+    def forget(self) -> None:
+        """Modules were added, or taken out."""
+        self._all = self._outer = None
+
+    @property
+    def modules(self) -> list[tuple[str, Any]]:
+        """Every module with its path."""
+        if self._all is None:
+            self._all = list(self.root.named_modules())
+        return self._all
 
     @property
     def configs(self) -> dict[str, Any]:
@@ -62,13 +77,16 @@ class Host(NamedTuple):
         """Every module of the model by path, without what adapters consist of."""
         return [path for path, _ in self._modules() if path]
 
-    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        inside = "\0"  # the adapted module that was met last: what it consists of follows
-        for path, module in self.root.named_modules():
-            if not path.startswith(inside):
-                yield path, module
-                if isinstance(module, BaseTunerLayer):
-                    inside = path + "."
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        if self._outer is None:
+            self._outer = []
+            inside = "\0"  # the adapted module that was met last: what it consists of follows
+            for path, module in self.modules:
+                if not path.startswith(inside):
+                    self._outer.append((path, module))
+                    if isinstance(module, BaseTunerLayer):
+                        inside = path + "."
+        return self._outer
 
 
 def host_of(model: object) -> Host:
@@ -130,7 +148,7 @@ def lora_layers(host: Host, name: str) -> Iterator[tuple[str, Any]]:
     are not ``s·B·A``."""
     top = {id(layer) for _, layer in host.tuner_layers()}
     wrapped = {id(wrapper) for _, wrapper in parameter_wrappers(host, name)}
-    for path, layer in host.root.named_modules():
+    for path, layer in host.modules:
         if not _has(layer, name) or id(layer) in wrapped:
             continue
         if id(layer) not in top or type(layer).__name__ in PACKED:

@@ -192,7 +192,7 @@ def _read_ia3(host: Host, name: str, base: BaseInfo, values: dict[str, Extra]) -
 def _replaced_parameters(host: Host, name: str) -> dict[str, Extra]:
     """The parameters of modules that the adapter keeps whole (``modules_to_save``)."""
     values: dict[str, Extra] = {}
-    for path, wrapper in host.root.named_modules():
+    for path, wrapper in host.modules:
         if isinstance(wrapper, AuxiliaryTrainingWrapper) and name in getattr(wrapper, "modules_to_save", {}):
             tensors = wrapper.modules_to_save[name].named_parameters()
             values |= {f"{path}.{key}": Extra("value", tensor.detach()) for key, tensor in tensors}
