@@ -4,6 +4,7 @@
 # make bench  timings on this machine
 # make gpu    on a machine with a GPU: build, tests and times there, into benches/results/; installs nothing. Two windows:
 #             make gpu-first, five and a half minutes, and make gpu-record, six and a half
+# make gpu-prebuild  what these would compile, made beforehand and without a device: build/gpu
 # make rehearsal  what make gpu runs, on a machine without a GPU: torch for CUDA on stand-ins for its libraries; 6 GB
 # make triton every test of the ops in Triton's interpreter, and all specialisations ahead of time: an hour and more
 # make fuzz   100,000 damaged directories, 20,000 single files, 10,000 in several forms, 10,000 names: tests/fuzz/*.json
@@ -19,7 +20,7 @@ ISAS := baseline avx2 avx512 avx512_bf16
 BEST_ISA = $(PY) -c "from fastlora.backends import cpu; print(cpu.isa())"
 HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
-.PHONY: demo test lint types unit isas package cases bench gpu gpu-first gpu-record rehearsal triton fuzz sanitize clean
+.PHONY: demo test lint types unit isas package cases bench gpu gpu-prebuild gpu-first gpu-record rehearsal triton fuzz sanitize clean
 
 $(VENV)/ready: $(SOURCES)
 	python3 -m venv $(VENV)
@@ -70,6 +71,12 @@ OUT ?= benches/results
 WINDOW = python3 -m benches.gpu --out $(OUT) $(if $(RESUME),--resume)
 
 gpu: gpu-first gpu-record
+
+# For a machine with CPython 3.12 and an H100 or H200: PYTHON312 is an interpreter of that version with its headers.
+PYTHON312 ?= python3.12
+
+gpu-prebuild: $(VENV)/ready
+	$(PY) -m benches.gpu.prebuild --python $(PYTHON312)
 
 gpu-first:
 	$(WINDOW) first
