@@ -22,10 +22,11 @@ HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
 .PHONY: demo test lint types unit isas package cases bench gpu gpu-prebuild gpu-first gpu-record rehearsal triton fuzz sanitize clean
 
-$(VENV)/ready: $(SOURCES)
+$(VENV)/ready: $(SOURCES) tests/owners.txt
 	python3 -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps -r tests/owners.txt
 	touch $@
 
 demo: $(VENV)/ready

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import mixed
@@ -19,13 +19,15 @@ from fastlora.merging.forms.inputs import dense
 from fastlora.merging.input_rows import InputRows, Statistics
 
 COUNTS = (5, 40, 17, 64, 5)
+FEW = (1, 2, 1, 2, 1)
+"""Rows of every adapter: more than there are inputs in all, and fewer."""
 
 
-def statistics(pool: Pool, *, seed: int = 0, shared: bool = False) -> Statistics:
+def statistics(pool: Pool, *, seed: int = 0, shared: bool = False, counts: Sequence[int] = COUNTS) -> Statistics:
     """Random inputs with a mean and unequal columns, of other counts for every adapter, or the same for all."""
     generator = torch.Generator().manual_seed(seed)
     groups: dict[str, InputRows] = {}
-    for count, adapter in zip(COUNTS, pool.adapters, strict=False):
+    for count, adapter in zip(counts, pool.adapters, strict=False):
         rows = {}
         for module, update in adapter.updates.items():
             m = update.shape[1]
@@ -62,9 +64,10 @@ def regmean(
 
 @pytest.mark.parametrize("gamma", [1.0, 0.95, 0.5, 0.0])
 @pytest.mark.parametrize("ridge", [1e-6, 1e-1])
-def test_regmean_is_its_dense_definition(gamma: float, ridge: float) -> None:
+@pytest.mark.parametrize("counts", [COUNTS, FEW], ids=["many", "few"])
+def test_regmean_is_its_dense_definition(counts: Sequence[int], gamma: float, ridge: float) -> None:
     pool = mixed.mixed_pool()
-    data = statistics(pool)
+    data = statistics(pool, counts=counts)
     merged = fl.merge(pool, mixed.WEIGHTS, method="regmean", data=data, off_diagonal=gamma, ridge=ridge)
     for module in pool.modules:
         expected = regmean(pool, module, data, gamma, ridge)

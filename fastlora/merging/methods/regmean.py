@@ -23,9 +23,9 @@ def regmean(adapters: Sequence[Input], *, off_diagonal: float = 0.95, ridge: flo
     """``argmin_W Σ_i ‖(W − w_i ΔW_i) X_iᵀ‖²/N_i + ρ‖W‖²``, in factors: ``B = [w_i s_i B_i]``, ``A = [A_i C_i S⁻¹]``.
 
     ``C_i = X_iᵀX_i/N_i [m, m]`` with its entries beside the diagonal times γ, ``S = Σ_j C_j + ρI``; the rank is
-    ``Σ r_i``. Neither is formed: with ``X`` all rows, ``d`` the diagonal of ``ΣC_j`` and ``D = (1−γ)d + ρ``, ``S = D +
-    γXᵀX``, and Woodbury's identity leaves one Cholesky factor of the size of the rows, which modules with one input
-    share. So a module costs ``(Σ N_i)²·m + R·m·ΣN_i`` operations in float64.
+    ``Σ r_i``. Where there are fewer rows than inputs, ``N = Σ N_i < m``, neither is formed: with ``X`` all rows, ``d``
+    the diagonal of ``ΣC_j`` and ``D = (1−γ)d + ρ``, ``S = D + γXᵀX``, and Woodbury's identity leaves a matrix of the
+    size of the rows. So a module costs ``N·m·min(N, m) + R·m·N`` operations in float64.
 
     All adapters with the same inputs: the mean, for γ = 1 and ρ → 0. Disjoint inputs: the sum. The adapters' scale does
     not need to be found. Rows of a module where all inputs are zero give zero.
@@ -55,20 +55,28 @@ def _solved(adapters: Sequence[Input], rows: Sequence[Tensor], gamma: float, rid
     if size == 0.0:
         return [torch.zeros(a.update.rank, stacked.shape[1], dtype=torch.float64) for a in adapters]
     rho = ridge * size
+    lessened = (1.0 - gamma) * diagonal + rho  # D
+    if len(stacked) >= stacked.shape[1]:
+        whole = torch.linalg.cholesky(gamma * (stacked.mT @ stacked) + torch.diag(lessened))
+        products = [_times_own(a.right(), x, gamma) for a, x in zip(adapters, rows, strict=True)]
+        return [torch.cholesky_solve(product.mT, whole).mT for product in products]
     if gamma == 1.0:
         # A_iX_iᵀ (XXᵀ + ρI)⁻¹ X, where nothing cancels for a small ρ.
         kernel = torch.linalg.cholesky(stacked @ stacked.mT + rho * torch.eye(len(stacked), dtype=torch.float64))
         dual = torch.cholesky_solve(stacked, kernel)  # [N, m]
         parts = torch.split_with_sizes(dual, [len(x) for x in rows])
         return [(a.right() @ x.mT) @ part for a, x, part in zip(adapters, rows, parts, strict=True)]
-    lessened = (1.0 - gamma) * diagonal + rho  # D
     scaled = stacked / lessened
     inner = torch.eye(len(stacked), dtype=torch.float64) / gamma + scaled @ stacked.mT if gamma > 0 else None
     found = []
     for adapter, x in zip(adapters, rows, strict=True):
-        A = adapter.right()
-        product = (gamma * (A @ x.mT) @ x + (1.0 - gamma) * A * x.square().sum(0)) / lessened  # A_i C_i D⁻¹
+        product = _times_own(adapter.right(), x, gamma) / lessened  # A_i C_i D⁻¹
         if inner is not None:
             product = product - torch.linalg.solve(inner, stacked @ product.mT).mT @ scaled
         found.append(product)
     return found
+
+
+def _times_own(A: Tensor, x: Tensor, gamma: float) -> Tensor:
+    """``A_i C_i [r_i, m]``."""
+    return gamma * (A @ x.mT) @ x + (1.0 - gamma) * A * x.square().sum(0)

@@ -24,8 +24,8 @@ def svc(stack: Tensor, noise: Cut, *, strength: float = 0.3, alpha: float = 0.1)
     ``s`` is above ``α``, ``λ`` cancels: one adapter stays as it is, and copies of one give that one. Cost: one singular
     value decomposition of ``R×R`` a module and ``O(k R³)``.
 
-    fusion_bench projects every update on its own directions; the formula of the paper is followed here. Trap:
-    directions of equal singular values are not unique, and the result is not either.
+    fusion_bench counts an update that is zero, too, as one with the share ``α``. Trap: directions of equal singular
+    values are not unique, and the result is not either.
 
     Args:
         strength: λ, what the sum is multiplied by before its singular values are calibrated
