@@ -76,8 +76,9 @@ class DecompositionPlan:
         self.unique_parts, self.shared_parts = self._memory.unique, self._memory.shared
         self.block_bytes = sum(8 * len(job.blocks) * job.stride**2 for job in grams.jobs)
         self.gram = grams.prepared()
-        jobs = [job for part in self.parts for job in part.combine_jobs(self._memory)]
-        self.combine = prepared("combine_pass", jobs)
+        # What the combine pass makes: two jobs a module, of the projected side and of the other one.
+        self.jobs = [job for part in self.parts for job in part.combine_jobs(self._memory)]
+        self.combine = prepared("combine_pass", self.jobs)
 
     def run(self) -> None:
         """Starts the whole decomposition on the current stream."""

@@ -30,6 +30,7 @@ from interpreted import (
 from interpreted import test_factors_of_several_dtypes as test_factors_of_several_dtypes
 from interpreted import test_float64_sums_are_rounded_once as test_float64_sums_are_rounded_once
 from interpreted import test_plans_follow_the_contents as test_plans_follow_the_contents
+from interpreted import test_results_on_tensor_cores as test_results_on_tensor_cores
 from interpreted import test_units_and_tiles_of_tensor_cores as test_units_and_tiles_of_tensor_cores
 
 

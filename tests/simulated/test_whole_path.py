@@ -13,4 +13,4 @@ def test_interpreted_and_emulated() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 3, done.stdout
+    assert len(done.stdout.splitlines()) == 5, done.stdout

@@ -1,5 +1,7 @@
 """A prepared decomposition by the device's own kernels on CPU tensors: Triton's interpreter for the passes, and the
-emulator for the chain where it is given. Its own process: the interpreter must be on before Triton is imported.
+emulator for the chain where it is given. Short ragged modules with results in float32 are held against the CPU; long
+ones, which tensor cores take, number by number in their own dtype. Its own process: the interpreter must be on before
+Triton is imported.
 
 ``TRITON_INTERPRET=1 python whole_path.py [emulated]``
 """
@@ -22,6 +24,8 @@ from tolerances import SUMS32
 import fastlora as fl
 from fastlora.adapters.lora import Adapter
 from fastlora.backends import cpu, cuda, triton
+from fastlora.bench.gpu.checks import require_plan
+from fastlora.bench.workloads import Workload, make_pool
 from fastlora.ops import dispatch
 from fastlora.ops.dispatch import Kernel
 
@@ -65,6 +69,16 @@ def check(table: Mapping[str, Kernel]) -> None:
         assert any(row.shared for row in report.rows)
         require_close(found, wanted.adapters(), 2 * SUMS32)
         print(f"{dtype} {side} {chain}: {time.perf_counter() - start:.1f} s", flush=True)
+    for dtype, side in ((torch.bfloat16, "left"), (torch.float16, "right")):
+        start = time.perf_counter()
+        long = make_pool(Workload({"q": (1100, 1040), "k": (64, 1040)}, 3, 8, dtype))
+        with dispatch.use_kernels("cpu", table):
+            plan = fl.DecompositionPlan(long, TAU, side=side)
+            plan.run()
+            require_plan(plan)
+        kernels = {launch.kernel.fn.__name__ for passed in (plan.gram, plan.combine) for launch in passed.launches}
+        assert "half_sums" in kernels and "exact_results" not in kernels, kernels
+        print(f"{dtype} {side} on tensor cores: {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from triton.runtime import interpreter
 
 import fastlora as fl
 from fastlora.backends import triton
+from fastlora.bench.gpu.checks import require_rounded_once
 from fastlora.core.updates import TENSOR_CORE_RTOL
 from fastlora.ops.dispatch import resolve
 from fastlora.ops.gram import blocks_of
@@ -151,6 +152,30 @@ def test_factors_of_several_dtypes() -> None:
     total = 0.5 * sum((f.double() @ m for f, m in zip(x, c, strict=True)), torch.zeros((), dtype=torch.float64))
     for out in outs:
         torch.testing.assert_close(out.double(), total, rtol=torch.finfo(out.dtype).eps, atol=ROUNDED32)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_results_on_tensor_cores(dtype: torch.dtype, rows: bool, width: int, count: int) -> None:
+    """Every number is its float64 sum, rounded once: products alone, as of a shared part, and beside a copy, as of a
+    unique one. Terms of other ranks, more rows than a tile."""
+    n, ranks = 264 if width == 16 else 136, [16, 24, 8, 16, 32, 16, 40, 16][:count]
+    x = [gaussian(n, r, seed=i, dtype=dtype) for i, r in enumerate((*ranks, width))]
+    c = [gaussian(r, width, seed=20 + i, dtype=torch.float64) for i, r in enumerate(ranks)]
+    shape = (width, n) if rows else (n, width)
+    if rows:
+        x, c = [f.mT.contiguous() for f in x], [m.mT.contiguous() for m in c]
+    products = [(i, m, 0, (-0.3) ** i) for i, m in enumerate(c)]
+    outs = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)]
+    made = [CombineOutput.into(outs[0], products), CombineOutput.into(outs[1], [(count, None, 0, 1.0), *products])]
+    job = CombineJob(x, made, rows)
+    plan = triton.prepare_combine([job])
+    assert not any("exact_results" in launch.kernel.fn.__name__ for launch in plan.launches)
+    plan.run()
+    for number, output in enumerate(made):
+        require_rounded_once(f"result {number}", job, output)
 
 
 def test_plans_follow_the_contents() -> None:

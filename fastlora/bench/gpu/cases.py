@@ -1,15 +1,18 @@
 """Times on a CUDA device: by events, each answer checked first, inputs that are not in the L2 cache.
 
-``python3 -m fastlora.bench.gpu.cases OUT`` writes one JSON object a line into ``OUT`` as it finishes each case;
-``--tiny`` on inputs that show whether everything runs, and nothing about time.
+``python3 -m fastlora.bench.gpu.cases OUT`` runs each case in a process of its own and appends one JSON object a line to
+``OUT`` as it finishes each measurement, or ``failed`` with a sentence; ``--tiny`` on inputs that show whether
+everything runs, and nothing about time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import traceback
@@ -25,6 +28,8 @@ from torch.utils.dlpack import from_dlpack
 
 import fastlora as fl
 from fastlora.bench.contest import Unavailable, require
+from fastlora.bench.gpu import apart
+from fastlora.bench.gpu.checks import require_plan
 from fastlora.bench.gpu.targets import MAIN
 from fastlora.bench.solvers import gram, identity
 from fastlora.bench.timing import Action
@@ -45,13 +50,28 @@ class Sizes:
     checked: int  # modules of the workload whose results are compared with those of the CPU
     batch: int  # matrices
     copied: int  # bytes
-    flush: int  # bytes written between rounds: several times the L2 cache
+    flush: int  # bytes written between rounds, and as many read: several times the L2 cache
     rounds: int
 
 
 FULL = Sizes(find_workload(MAIN), checked=7, batch=1792, copied=2**30, flush=2**28, rounds=21)
-SMALL = Workload({"a": (37, 29), "b": (64, 48)}, 3, 5, torch.bfloat16)
+# Short modules, and one long enough for tensor cores.
+SMALL = Workload({"a": (37, 29), "b": (64, 48), "c": (1100, 1040)}, 3, 8, torch.bfloat16)
 TINY = Sizes(SMALL, checked=2, batch=4, copied=2**16, flush=2**16, rounds=1)
+
+
+class Flush:
+    """Takes what a run reads out of the L2 cache. ``write`` leaves lines there that are still to be written to memory,
+    which a run would wait for; reading as many others writes them."""
+
+    def __init__(self, size: int) -> None:
+        self._written = torch.empty(size, dtype=torch.uint8, device="cuda")
+        self._read = torch.zeros(size // 4, dtype=torch.float32, device="cuda")
+        self._sum = torch.empty((), dtype=torch.float32, device="cuda")
+
+    def __call__(self) -> None:
+        self._written.zero_()
+        torch.sum(self._read, dim=0, out=self._sum)
 
 
 def device_seconds(run: Action, sizes: Sizes, head_start: int = HEAD_START) -> float:
@@ -60,7 +80,7 @@ def device_seconds(run: Action, sizes: Sizes, head_start: int = HEAD_START) -> f
     The device waits for ``head_start`` cycles before the first event, so that what the host takes to launch the run is
     not counted where it is less and the run does not wait for the device.
     """
-    flush = torch.empty(sizes.flush, dtype=torch.uint8, device="cuda")
+    flush = Flush(sizes.flush)
     run()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -70,7 +90,7 @@ def device_seconds(run: Action, sizes: Sizes, head_start: int = HEAD_START) -> f
     seconds = []
     for _ in range(max(1, min(rounds, sizes.rounds))):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        flush.zero_()
+        flush()
         torch.cuda._sleep(head_start)  # type: ignore[no-untyped-call]
         before.record()
         run()
@@ -109,15 +129,20 @@ def decompose(sizes: Sizes) -> Iterator[dict[str, Any]]:
     pool = make_pool(sizes.workload)
     _require_same(make_pool(sizes.workload.head(sizes.checked)))
     plan = DecompositionPlan(pool.to("cuda"), TAU)
+    plan.run()
+    require_plan(plan)
     read = sum(
         f.stored.nbytes for a in pool.adapters for u in a.updates.values() for f in (u.B, u.A) if f.stored is not None
     )
-    written = sum(t.nbytes for factors in plan.unique_parts.values() for t in factors.values())
-    written += sum(t.nbytes for pair in plan.shared_parts.values() for t in pair)
+    written = sum(t.nbytes for t in _results(plan))
     blocks = plan.block_bytes
     bandwidth = copy_bandwidth(sizes)
     graph = plan.capture()
-    yield {"key": "decompose", "seconds": device_seconds(graph.replay, sizes), "floor": (read + written) / bandwidth,
+    for result in _results(plan):
+        result.fill_(torch.nan)
+    seconds = device_seconds(graph.replay, sizes)
+    require_plan(plan)  # what the replays left
+    yield {"key": "decompose", "seconds": seconds, "floor": (read + written) / bandwidth,
            "note": f"CUDA graph; {read / 1e6:.0f} MB read once, {written / 1e6:.0f} MB written"}  # fmt: skip
     eager = device_seconds(plan.run, sizes, head_start=0)
     yield {"key": "decompose, eager", "seconds": eager, "floor": (read + written) / bandwidth}
@@ -130,8 +155,13 @@ def decompose(sizes: Sizes) -> Iterator[dict[str, Any]]:
         yield {"key": f"chain and coefficients, group {i}", "seconds": device_seconds(captured(part.run), sizes)}
 
 
+def _results(plan: DecompositionPlan) -> list[Tensor]:
+    unique = [t for factors in plan.unique_parts.values() for t in factors.values()]
+    return unique + [t for pair in plan.shared_parts.values() for t in pair]
+
+
 def _require_same(pool: fl.Pool) -> None:
-    """The plan on the device against the CPU backend: ``ΔW`` of every result."""
+    """Gram blocks, chain and coefficients on the device against the CPU backend: ``ΔW`` of every result, in float32."""
     plan = DecompositionPlan(pool.to("cuda"), TAU, dtype=torch.float32)
     plan.run()
     made, wanted = plan.adapters(), fl.decompose(pool, TAU).adapters()
@@ -262,24 +292,38 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--tiny", action="store_true", help="inputs that show whether everything runs")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of all together; a case has half of it")
     arguments = parser.parse_args()
     sizes = TINY if arguments.tiny else FULL
+    works = [(name, partial(_measure, name, sizes, arguments.out)) for name in arguments.cases]
     failed = 0
-    with arguments.out.open("a", encoding="utf-8") as file:
-        for name in arguments.cases:
-            start = time.perf_counter()
-            try:
-                for row in CASES[name](sizes):
-                    print(json.dumps(row), file=file, flush=True)
-                    print(json.dumps(row), flush=True)
-            except Exception as error:
-                traceback.print_exc()
-                failure = f"{type(error).__name__}: {_last_line(error)}"
-                print(json.dumps({"key": name, "failed": failure}), file=file, flush=True)
-                failed += 1
-            torch.cuda.empty_cache()
-            print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+    for ended in apart.run(works, limit=arguments.seconds / 2, whole=arguments.seconds):
+        print(f"{ended.name}: {ended.seconds:.1f} s{f', {ended.reason}' if ended.reason else ''}", flush=True)
+        failed += ended.reason is not None
+        if ended.reason is not None and ended.reason != f"ended with {TOLD}":
+            _append(arguments.out, {"key": ended.name, "failed": ended.reason})
     return failed
+
+
+TOLD = 3  # how a process ends that has told of its failure itself
+
+
+def _measure(name: str, sizes: Sizes, out: Path) -> None:
+    try:
+        for row in CASES[name](sizes):
+            _append(out, row)
+    except Exception as error:
+        traceback.print_exc()
+        _append(out, {"key": name, "failed": f"{type(error).__name__}: {_last_line(error)}"})
+        sys.stderr.flush()
+        os._exit(TOLD)  # without what a device in error makes of an ordinary end
+
+
+def _append(out: Path, row: dict[str, Any]) -> None:
+    text = json.dumps(row)
+    print(text, flush=True)
+    with out.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
 
 
 if __name__ == "__main__":
