@@ -1,4 +1,4 @@
-"""extreme_results: results of half_results again, where float32 may not hold their coefficients. See combine.py."""
+"""extreme_results: results of tensor cores again, where float32 may not hold their coefficients. See combine.py."""
 
 from __future__ import annotations
 
@@ -6,50 +6,38 @@ import triton
 import triton.language as tl
 
 from tritonkernels.combine_exact import exact_tile
-from tritonkernels.combine_terms import RESULT_COLUMNS, TERM_COLUMNS, coefficients
-
-SMALLEST, LARGEST = tl.constexpr(1e-20), tl.constexpr(1e20)  # coefficients that float32 sums are trusted with
+from tritonkernels.combine_terms import RESULT_COLUMNS
 
 
-@triton.jit
-def _is_extreme(x):
-    return (x != 0) & ((tl.abs(x) >= SMALLEST) & (tl.abs(x) <= LARGEST) == 0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def extreme_results(
-    chosen,  # int64 [programs]: results of half_results
-    results,  # int64 [results, 6]
+    results,  # int64 [count, 6]
     terms,  # int64 [terms, 9]
+    flags,  # int64 [terms], what cut_coefficients found
+    count,
     ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
     OUT: tl.constexpr,
     BYTES: tl.constexpr,
     TALL: tl.constexpr,
     WIDE: tl.constexpr,
+    LOOKED: tl.constexpr,  # results of a program
 ):
-    p_result = results + tl.load(chosen + tl.program_id(0).to(tl.int64)) * RESULT_COLUMNS
-    first, count = tl.load(p_result), tl.load(p_result + 1).to(tl.int32)
-    extreme = 0
-    for i in range(0, count):
-        p_term = terms + (first + i) * TERM_COLUMNS
-        width_x, width_c = tl.load(p_term + 2), tl.load(p_term + 6)
-        scale = tl.load(p_term + 8).to(tl.float64, bitcast=True)
-        if tl.load(p_term + 4) == 0:
-            extreme += _is_extreme(scale).to(tl.int32)
-        else:
-            for start in range(0, width_x.to(tl.int32), 16):
-                for column in range(0, width_c.to(tl.int32), 16):
-                    o_row = start + tl.arange(0, 16).to(tl.int64)
-                    o_column = column + tl.arange(0, 16).to(tl.int64)
-                    address_c, stride_c = tl.load(p_term + 4), tl.load(p_term + 5)
-                    c = coefficients(address_c, stride_c, width_c, scale, o_row, o_column, width_x, ROWS)
-                    extreme += tl.sum(tl.sum(_is_extreme(c).to(tl.int32), 1), 0)
-    if extreme > 0:
-        width, rows = tl.load(p_result + 4), tl.load(p_result + 5)
-        for column in range(0, width.to(tl.int32), WIDE):
-            for row in range(0, tl.cdiv(rows, TALL).to(tl.int32)):
-                exact_tile(
-                    p_result, terms, column, row * TALL, rows,
-                    ROWS, DTYPE, OUT, BYTES, TALL, WIDE,
-                )  # fmt: skip
+    first_result = tl.program_id(0).to(tl.int64) * LOOKED
+    o_result = first_result + tl.arange(0, LOOKED)
+    p_results, is_result = results + o_result * RESULT_COLUMNS, o_result < count
+    first, own_terms = tl.load(p_results, mask=is_result, other=0), tl.load(p_results + 1, mask=is_result, other=0)
+    extreme = tl.zeros((LOOKED,), tl.int64)
+    for i in range(0, tl.max(own_terms, 0).to(tl.int32)):
+        extreme += tl.load(flags + first + i, mask=i < own_terms, other=0)
+    if tl.sum(extreme, 0) > 0:
+        for i in range(0, LOOKED):
+            if tl.sum(tl.where(tl.arange(0, LOOKED) == i, extreme, 0), 0) > 0:
+                p_result = results + (first_result + i) * RESULT_COLUMNS
+                width, rows = tl.load(p_result + 4), tl.load(p_result + 5)
+                for column in range(0, width.to(tl.int32), WIDE):
+                    for row in range(0, tl.cdiv(rows, TALL).to(tl.int32)):
+                        exact_tile(
+                            p_result, terms, column, row * TALL, rows,
+                            ROWS, DTYPE, OUT, BYTES, TALL, WIDE,
+                        )  # fmt: skip

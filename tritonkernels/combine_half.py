@@ -9,11 +9,13 @@ from tritonkernels.combine_terms import (
     TERM_COLUMNS,
     TILE_COLUMNS,
     add_identity,
+    add_product,
     coefficients,
+    pieces_of,
     places,
     rounded_half,
 )
-from tritonkernels.values import EMULATED, load_values, single
+from tritonkernels.values import load_values, single
 
 
 @triton.jit
@@ -38,38 +40,6 @@ def _load_x(
     else:
         values = load_values(address, places(stride, o_row, o_column, ROWS), mask, DTYPE, BYTES)
     return values
-
-
-@triton.jit
-def _leading_bits(x):
-    """The 11 leading bits of a float32: what TF32 holds."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _add_product(sums, x, c, DTYPE: tl.constexpr):
-    """``sums + x c`` for float32 ``c``: three products of pieces, each exact."""
-    if DTYPE == tl.bfloat16:
-        high = c.to(tl.bfloat16)
-        rest = c - single(high)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - single(middle)).to(tl.bfloat16)
-        if EMULATED:
-            x = single(x)
-            high, middle, low = single(high), single(middle), single(low)
-        sums = tl.dot(x, low, sums, input_precision="ieee")
-        sums = tl.dot(x, middle, sums, input_precision="ieee")
-        sums = tl.dot(x, high, sums, input_precision="ieee")
-    else:
-        # All operands have at most 11 bits, so TF32 products of them are exact.
-        high = _leading_bits(c)
-        middle = _leading_bits(c - high)
-        low = c - high - middle
-        x = single(x)
-        sums = tl.dot(x, low, sums, input_precision="tf32")
-        sums = tl.dot(x, middle, sums, input_precision="tf32")
-        sums = tl.dot(x, high, sums, input_precision="tf32")
-    return sums
 
 
 @triton.jit
@@ -121,7 +91,10 @@ def half_results(
                     m_inner = tl.max_constancy(m_inner, VECTOR)
                 x = _load_x(address_x, stride_v, o_row, o_inner, m_row, m_inner, ROWS, DTYPE, BYTES, VECTOR)
                 c = coefficients(address_c, stride_c, width_c, scale, o_inner, o_column - at, width_x, ROWS)
-                sums = _add_product(sums, x, c.to(tl.float32), DTYPE)
+                if DTYPE == tl.float16:
+                    x = single(x)
+                low, middle, high = pieces_of(c.to(tl.float32), DTYPE)
+                sums = add_product(sums, x, low, middle, high)
         address_x, stride_x, width_x, address_c = address_n, stride_n, width_n, c_n
         stride_c, width_c, at, bits = stride_c_n, width_c_n, at_n, bits_n
 

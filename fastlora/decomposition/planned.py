@@ -75,7 +75,7 @@ class PlannedPart:
 
     def combine_jobs(self, memory: PlanMemory) -> list[CombineJob]:
         """Two jobs a module: ``Z`` and the unique parts, which are of the projected side; the shared part's other
-        side."""
+        side, which is nothing where nothing is shared."""
         jobs = []
         projected_side, other_side = sides(self.settings.side)
         for g, (module, row) in enumerate(zip(self.modules, self.blocks.updates, strict=True)):
@@ -87,7 +87,8 @@ class PlannedPart:
                     unique = self._unique(g, i, projected, row[i].scaling if self.is_left else 1.0)
                     wanted.append(WantedFactor(unique, Z.dtype, memory.unique[name][module]))
             mixing = [self._turned(self.small.mixing[g, i, :, : x.rank]) for i, x in enumerate(others)]
-            jobs += [combine_job(wanted), combine_job([WantedFactor(combination(others, mixing), Z.dtype, mixed)])]
+            mixture = WantedFactor(combination(others, mixing), Z.dtype, mixed, present=self.chain.shared[g])
+            jobs += [combine_job(wanted), combine_job([mixture])]
         return jobs
 
     def _basis(self, g: int, projected: Sequence[Factor]) -> Factor:

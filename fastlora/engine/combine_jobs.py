@@ -19,12 +19,13 @@ from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm
 
 class WantedFactor(NamedTuple):
     """A factor and where it goes in ``dtype``: into ``out``, or without one into a file, ``offset`` bytes from its
-    start. A factor that holds NaN or Inf is not written to a file."""
+    start. A factor that holds NaN or Inf is not written to a file. ``present``: as in :class:`CombineOutput`."""
 
     factor: Factor
     dtype: torch.dtype
     out: Tensor | None = None
     offset: int = 0
+    present: Tensor | None = None
 
 
 def combine_job(wanted: Sequence[WantedFactor]) -> CombineJob:
@@ -35,14 +36,15 @@ def combine_job(wanted: Sequence[WantedFactor]) -> CombineJob:
     """
     matrices, length = _StoredMatrices(), wanted[0].factor.length
     outputs = []
-    for factor, dtype, out, offset in wanted:
+    for factor, dtype, out, offset, present in wanted:
         if factor.length != length:
             require_one_length([w.factor for w in wanted])
         stored = stored_as(factor, dtype) if out is None else None
         if stored is not None and stored.is_contiguous():
             outputs.append(CombineOutput.copy(stored, -1, offset, True))
         else:
-            outputs.append(CombineOutput(factor.shape, dtype, matrices.terms(factor), out, -1, offset, out is None))
+            terms = matrices.terms(factor)
+            outputs.append(CombineOutput(factor.shape, dtype, terms, out, -1, offset, out is None, present))
     return CombineJob(matrices.tensors, outputs, wanted[0].factor.side == "A")
 
 

@@ -56,7 +56,9 @@ class CombineOutput:
     """A result of a combine pass, in memory (``out``) or in an open file, or a stored matrix that goes to a file.
 
     ``file``: descriptor, written at ``offset``; ``check`` refuses NaN and Inf. ``out`` with a file is what is written,
-    as it is and without terms; ``None`` with a file is computed and kept nowhere else.
+    as it is and without terms; ``None`` with a file is computed and kept nowhere else. ``present``: an int64 element
+    beside the factors that is zero where every coefficient is; then the result is zeros, and a kernel need not read the
+    factors.
     """
 
     shape: tuple[int, int]
@@ -66,6 +68,7 @@ class CombineOutput:
     file: int = -1
     offset: int = 0
     check: bool = False
+    present: Tensor | None = None
 
     @staticmethod
     def into(out: Tensor, terms: Sequence[CombineTerm]) -> CombineOutput:

@@ -69,6 +69,18 @@ def test_the_report_is_that_of_decompose() -> None:
         assert got.energy_shared == pytest.approx(right.energy_shared, rel=FLOAT64)
 
 
+def test_the_other_side_of_what_is_shared_may_be_nothing() -> None:
+    """The pass is told where it can see that, by the chain's counts; all else is made in any case."""
+    pool = ragged_pool()
+    plan = fl.DecompositionPlan(pool, THRESHOLD)
+    for part in plan.parts:
+        jobs = part.combine_jobs(plan._memory)
+        for projected, other, count in zip(jobs[::2], jobs[1::2], part.chain.shared, strict=True):
+            assert all(output.present is None for output in projected.outputs)
+            (mixed,) = other.outputs
+            assert mixed.present is not None and mixed.present.data_ptr() == count.data_ptr()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("chain", ["product", "mean"])
 def test_new_data_of_the_same_shapes(chain: str, side: str) -> None:

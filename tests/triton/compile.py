@@ -12,6 +12,7 @@ It runs in a process of its own: one process cannot interpret kernels and compil
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -27,7 +28,7 @@ HERE = Path(__file__).parent
 LIMITS = HERE / "limits.json"
 ARCHITECTURES = (80, 90)
 FP32, FP16, BF16 = 0, 2, 3  # dtype codes
-INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "DFMA", "LDL", "STL", "ATOM", "RED")
+INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "DFMA", "LDL", "STL", "ATOM", "RED", "STG.E.U16")
 
 
 def folder_argument() -> str | None:
@@ -67,6 +68,18 @@ def combine_cases(side: str, rows: bool, every: bool) -> Iterator[tuple[str, Any
 
     tables = 1, "*i64", "*i64", "*i64"
     half = partial(combine.half_results_launch, *tables[:3], rows=rows)
+    stretches = (
+        partial(combine.half_joint_launch, 1, "*i64", "*i64"),
+        partial(combine.half_summed_launch, 1, "*i64", "*i64"),
+    )
+    for side_, launch in itertools.product(combine.STRETCHES if every else [16], stretches):
+        for code, pieces in {BF16: "*bf16", FP16: "*fp32"}.items() if every else [(BF16, "*bf16")]:
+            made = launch(pieces, rows=rows, code=code, out=code, vector=8, side=side_)
+            yield f"{made.kernel.__name__} {side} {side_} {'bf16' if code == BF16 else 'fp16'}", made
+    if not rows:
+        yield "cut_coefficients bf16", combine.cut_coefficients_launch(*tables[:3], "*bf16", code=BF16)
+        if every:
+            yield "cut_coefficients fp16", combine.cut_coefficients_launch(*tables[:3], "*fp32", code=FP16)
     for wide, tall in combine.HALF_TILES.items() if every else [(16, combine.HALF_TILES[16])]:
         shape = {"tall": tall, "wide": wide, "vector": 8, "odd": False}
         yield f"half_results {side} {wide} bf16", half(code=BF16, out=BF16, **shape)
@@ -145,7 +158,7 @@ def resources(made: Any, folder: Path) -> dict[str, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", dump("resource-usage"))
     assert found is not None
     code = dump("sass")
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
+    counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", code)) for name in INSTRUCTIONS}
     counts["LDG.E.128 or LDGSTS"] = len(re.findall(r"\bLDG\.E\.128|\bLDGSTS", code))
     shared = int(made.metadata.shared)
     ftz = len(re.findall(r"\.ftz", made.asm["ptx"]))  # instructions that flush denormals

@@ -19,7 +19,7 @@ from fastlora.bench.gpu.checks import require_rounded_once
 from fastlora.core.updates import TENSOR_CORE_RTOL
 from fastlora.ops.dispatch import resolve
 from fastlora.ops.gram import blocks_of
-from fastlora.ops.passes import BlockPlace, CombineJob, CombineOutput, GramJob
+from fastlora.ops.passes import BlockPlace, CombineJob, CombineOutput, CombineTerm, GramJob
 
 HALVES = [torch.bfloat16, torch.float16]
 # Of ‖x‖‖y‖: an inner product that tensor cores sum, which truncate. Its multiples of a unit are summed exactly; what is
@@ -195,19 +195,89 @@ def test_plans_follow_the_contents() -> None:
         torch.testing.assert_close(out, (x[0].double() - 0.5 * x[1].double() @ c).bfloat16(), rtol=HALF, atol=HALF)
 
 
+def results_on_tensor_cores(ranks: list[int], count: int, rows: bool) -> list[tuple[int, list[CombineTerm]]]:
+    """``(width, terms)``: the shared part, unique ones, one of another matrix, sums of two products and of all."""
+
+    def c(i: int, q: int, seed: int) -> Tensor:
+        made = gaussian(ranks[i], q, seed=seed, dtype=torch.float64)
+        return made.mT.contiguous() if rows else made
+
+    found: list[tuple[int, list[CombineTerm]]] = [(8, [(0, c(0, 8, 1), 0, 1.0)])]
+    for i in range(count):
+        own = i % len(ranks)
+        found.append((ranks[own], [(own, None, 0, 0.75), (0, c(0, ranks[own], 2 + i), 0, -0.5)]))
+    found.append((ranks[0], [(1, c(1, ranks[0], 50), 0, 2.0)]))
+    found.append((ranks[1], [(i, c(i, ranks[1], 60 + i), 0, 1.0) for i in range(2)]))
+    found.append((ranks[0], [(i, c(i, ranks[0] - 4, 70 + i), 0, 0.5) for i in range(len(ranks))]))
+    return found
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("ranks", "count"), [([16, 8, 12, 16], 18), ([32, 24, 8], 3)], ids=["16", "32"])
+def test_results_of_one_matrix_and_sums(ranks: list[int], count: int, dtype: torch.dtype, rows: bool) -> None:
+    """All of a stretch of rows in one program: what each would be alone, within a rounding of float64."""
+    n = 600
+    x = [gaussian(n, r, seed=i, dtype=dtype) for i, r in enumerate(ranks)]
+    x = [f.mT.contiguous() if rows else f for f in x]
+    wanted = results_on_tensor_cores(ranks, count, rows)
+
+    def made(chosen: list[tuple[int, list[CombineTerm]]]) -> tuple[list[Tensor], list[str]]:
+        outs = [torch.full((w, n) if rows else (n, w), torch.nan, dtype=dtype) for w, _ in chosen]
+        outputs = [CombineOutput.into(out, terms) for out, (_, terms) in zip(outs, chosen, strict=True)]
+        plan = triton.prepare_combine([CombineJob(x, outputs, rows)])
+        plan.run()
+        return outs, [launch.kernel.fn.__name__ for launch in plan.launches]
+
+    outs, kernels = made(wanted)
+    assert set(kernels) == {"cut_coefficients", "half_joint", "half_summed", "extreme_results"}
+    for out, (width, terms) in zip(outs, wanted, strict=True):
+        total, size = torch.zeros(2, n, width, dtype=torch.float64)
+        for i, c, at, scale in terms:
+            columns = (x[i].mT if rows else x[i]).double()
+            m = torch.eye(ranks[i], dtype=torch.float64) if c is None else c.mT if rows else c
+            total[:, at : at + m.shape[1]] += scale * columns @ m
+            size[:, at : at + m.shape[1]] += abs(scale) * columns.abs() @ m.abs()
+        half_ulp = torch.finfo(dtype).eps / 2 * total.abs() + torch.finfo(dtype).smallest_normal * 2.0**-11
+        error = ((out.mT if rows else out).double() - total).abs()
+        assert (error <= half_ulp * (1 + 2**-12) + 2.0**-22 * size).all()
+    for i in (1, len(wanted) - 2):
+        assert torch.equal(made([wanted[i]])[0][0], outs[i])
+
+
+def test_nothing_is_read_of_what_is_not_present() -> None:
+    """Where the plan's counter says that nothing is shared, the factors are left alone; they hold NaN here."""
+    x = [torch.full((16, 300), torch.nan, dtype=torch.bfloat16) for _ in range(3)]
+    c = torch.zeros(3, 16, 16, dtype=torch.float64)
+    present = torch.zeros(2, dtype=torch.int64)
+    outs = [torch.ones(16, 300, dtype=torch.bfloat16) for _ in range(3)]
+    made = [CombineOutput.into(out, [(i, c[i], 0, 1.0) for i in range(3)]) for out in outs]
+    made[0].present, made[1].present = present[0], present[1]
+    plan = triton.prepare_combine([CombineJob(x, made, True)])
+    present[1] = 3
+    plan.run()
+    assert (outs[0] == 0).all() and outs[1].isnan().all() and outs[2].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("scale", [1e-30, 1e25, 1e-300])
 def test_extreme_coefficients_are_taken_in_float64(dtype: torch.dtype, scale: float) -> None:
     x = gaussian(80, 20, seed=1, dtype=dtype)
     c = gaussian(20, 18, seed=2, dtype=torch.float64)
-    out = torch.full((80, 18), torch.nan, dtype=dtype)
-    terms = [(0, c * scale, 0, 1 / scale), (0, c, 0, scale)]
-    triton.prepare_combine([CombineJob([x], [CombineOutput.into(out, terms)], False)]).run()  # type: ignore[arg-type]
-    wanted = (x.double() @ c) * (1 + scale)
-    assert torch.equal(out.isinf(), wanted.to(dtype).isinf())
-    held = ~out.isinf()
-    half_ulp = torch.finfo(dtype).eps / 2 * wanted.abs() + torch.finfo(dtype).smallest_normal * 2.0**-11
-    assert ((out.double() - wanted).abs() <= half_ulp * (1 + 2**-12))[held].all()
+    sums: list[tuple[Tensor, list[CombineTerm]]] = [
+        ((x.double() @ c) * (1 + scale), [(0, c * scale, 0, 1 / scale), (0, c, 0, scale)]),
+        ((x.double() @ c) * scale, [(0, c, 0, scale)]),
+        (x.double() * scale, [(0, None, 0, scale)]),
+        (x[:, :18].double() + x.double() @ c * scale, [(1, None, 0, 1.0), (0, c, 0, scale)]),
+    ]
+    outs = [torch.full_like(total, torch.nan, dtype=dtype) for total, _ in sums]
+    made = [CombineOutput.into(out, terms) for out, (_, terms) in zip(outs, sums, strict=True)]
+    triton.prepare_combine([CombineJob([x, x[:, :18]], made, False)]).run()
+    for out, (wanted, _) in zip(outs, sums, strict=True):
+        assert torch.equal(out.isinf(), wanted.to(dtype).isinf())
+        held = ~out.isinf()
+        half_ulp = torch.finfo(dtype).eps / 2 * wanted.abs() + torch.finfo(dtype).smallest_normal * 2.0**-11
+        assert ((out.double() - wanted).abs() <= half_ulp * (1 + 2**-12))[held].all()
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])

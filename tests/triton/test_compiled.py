@@ -35,8 +35,10 @@ def check(found: dict[str, Any]) -> None:
                 assert row["LDG.E.128 or LDGSTS"] > 0, f"{name} loads no vectors: {row}"
         if "exact" in name:
             assert row["DFMA"] > 0, f"{name}: {row}"
-        if name.startswith("sm_90 half_sums") and name.endswith("bf16"):
+        if name.startswith(("sm_90 half_sums", "sm_90 half_joint", "sm_90 half_summed")) and name.endswith("bf16"):
             assert row["LDGSTS"] > 0, f"{name} has no tiles on their way while it computes: {row}"
+        if "half_joint" in name or "half_summed" in name:
+            assert row["STG.E.U16"] == 0, f"{name} stores single elements: {row}"
 
 
 def check_occupancy(found: dict[str, Any]) -> None:
@@ -65,10 +67,11 @@ def test_the_oldest_version(oldest_triton: Path) -> None:
     ("sm_90 half_sums B one bf16", "LDL", "spills"),
     ("sm_90 half_sums B one bf16", "ATOM", "'ATOM': 1000"),
     ("sm_90 half_sums B one bf16", "registers", "takes 1000 registers"),
+    ("sm_80 half_joint B 16 bf16", "STG.E.U16", "stores single elements"),
 ])  # fmt: skip
 def test_what_is_over_its_limit_is_named(name: str, column: str, message: str) -> None:
     limits = json.loads((HERE / "limits.json").read_text())
-    columns = ("stack", "flushing", "LDL", "STL", "ATOM", "RED")
+    columns = ("stack", "flushing", "LDL", "STL", "ATOM", "RED", "STG.E.U16")
     used = dict.fromkeys(("HMMA", "HGMMA", "DFMA", "LDGSTS", "LDG.E.128 or LDGSTS"), 1) | dict.fromkeys(columns, 0)
     rows = {n: {**limits[n], **used} for n in limits}
     check({"kernels": rows})

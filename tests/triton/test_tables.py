@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from fastlora.backends.triton.tables import Matrix, Sections
 
 BF16, FP16, FP32 = 3, 2, 0
 FAR = 2**47 - 2**20  # near the end of the address space
-TILES = combine_tables.TileShapes(((256, 16), (128, 32), (128, 64)), {False: (64, 16), True: (64, 32)}, (128, 16))
+TILES = combine_tables.TileShapes(
+    ((256, 16), (128, 32)), ((256, 16), (128, 32), (128, 64)), {False: (64, 16), True: (64, 32)}, (128, 16), 3
+)
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
@@ -113,6 +116,57 @@ def test_tiles_cover_far_results_once(rows: bool) -> None:
             which = 0 if batch.results[result, 4] == 40 else 1
             covered[which, first:last, column : column + batch.kind.wide] += 1
     assert (covered[0, :, :40] == 1).all() and (covered[1, :, :10] == 1).all()
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+def test_stretches_cover_results_of_one_matrix_and_sums_once(rows: bool) -> None:
+    """Programs of at most three results, coefficients at places of their own, strides counted in vectors."""
+    shared, stride = Matrix(FAR, 1000, 16, 2**30, BF16), 2**20
+    own = [Matrix(FAR + 2**24 * i, 1000, 16, stride, BF16) for i in range(1, 5)]
+    outs = [Matrix(FAR - 2**24 * i, 1000, 16, stride, BF16) for i in range(1, 7)]
+
+    def product(x: Matrix, i: int) -> combine_tables.TermRow:
+        return combine_tables.TermRow(x, FAR - 2**40 + 2**12 * i, 16, 16, 0, 2.0)
+
+    unique = [
+        combine_tables.ResultRow(out, (combine_tables.TermRow(x, 0, 0, 16, 0, 1.5), product(shared, i)), rows)
+        for i, (out, x) in enumerate(zip(outs, own, strict=False))
+    ]
+    alone = combine_tables.ResultRow(outs[4], (product(shared, 4),), rows)
+    mixed = combine_tables.ResultRow(outs[5], tuple(product(x, 5 + i) for i, x in enumerate(own)), rows, FAR + 8)
+    joint, summed = combine_tables.batches([[*unique, alone, mixed]] * 2, TILES)
+    assert (joint.kind.form, summed.kind.form) == ("joint", "summed")
+    made = np.zeros((10, 1000), dtype=int)
+    for stretch, last, address, step, width, first, count, _ in joint.tiles.tolist():
+        assert (last, address, step, width) == (1000, FAR, 2**27, 16) and count <= 3
+        made[first : first + count, 256 * stretch : min(256 * stretch + 256, last)] += 1
+    assert (made == 1).all()
+    scale = int(np.float32(1.5).view(np.int32))
+    wanted = [[x.address, stride // 8, 16, scale, out.address, stride // 8] for x, out in zip(own, outs, strict=False)]
+    assert joint.operands.tolist() == [*wanted, [0, 0, 16, 0, outs[4].address, stride // 8]] * 2
+    sums = np.zeros((2, 1000), dtype=int)
+    for stretch, last, address, step, _, first, count, present in summed.tiles.tolist():
+        assert (last, address, step, count, present) == (1000, outs[5].address, stride // 8, 4, FAR + 8)
+        sums[first // 4, 256 * stretch : min(256 * stretch + 256, last)] += 1
+    assert (sums == 1).all()
+    assert summed.operands.tolist() == [[x.address, stride // 8, 16] for x in own] * 2
+    for batch, count in ((joint, 10), (summed, 8)):
+        assert batch.cuts[:, 7].tolist() == [768 * i for i in range(count)] and batch.pieces == 768 * count
+        assert (batch.cuts[:, 5].view(np.float64) == 2.0).all() and not batch.flags.any() and batch.may_be_extreme
+        assert np.array_equal(batch.terms[batch.cuts[:, 6], 4], batch.cuts[:, 0])
+
+
+@pytest.mark.parametrize(("term", "form"), [
+    ({}, "joint"), ({"at": 8}, "half"), ({"scale": 1e-30}, "half"), ({"width": 8}, "half"), ({"scale": 0.0}, "joint"),
+    ({"factor": Matrix(FAR, 1000, 16, 2**31, BF16)}, "half"), ({"factor": Matrix(FAR, 1000, 16, 16, FP16)}, "exact"),
+])  # fmt: skip
+def test_which_kernel_makes_a_result(term: dict[str, Any], form: str) -> None:
+    """That of one matrix and its own where all are side by side and in reach of 32 bits."""
+    x, out = Matrix(FAR, 1000, 16, 16, BF16), Matrix(FAR, 1000, 16, 16, BF16)
+    own = combine_tables.TermRow(x, 0, 0, 16, 0, 1.0)._replace(**term)
+    result = combine_tables.ResultRow(out, (own, combine_tables.TermRow(x, FAR, 16, 16, 0, 1.0)), False)
+    assert combine_tables.kind_of(result, TILES).form == form
+    assert combine_tables.kind_of(result._replace(terms=result.terms[::-1]), TILES).form != "joint"
 
 
 @pytest.mark.parametrize(("matrix", "rows", "vector"), [

@@ -11,21 +11,23 @@ import contextlib
 import functools
 import importlib.metadata
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastlora.backends import padded
 from fastlora.backends.triton import combine_tables, gram_tables, merge_bands, pair_tiles
-from fastlora.backends.triton.tables import Matrix, Sections
+from fastlora.backends.triton.tables import HALVES, IntTable, Matrix, Sections
 from fastlora.ops.dispatch import Kernel
 from fastlora.ops.merge_tiles import TileTask
 from fastlora.ops.passes import CombineJob, CombineOutput, GramJob
 
 OLDEST = (3, 6)
+PIECES = {2: torch.float32, 3: torch.bfloat16}  # what coefficients are cut into for float16 and bfloat16 factors
 
 
 def is_interpreted() -> bool:
@@ -79,7 +81,8 @@ def _supports_combine(jobs: Sequence[CombineJob]) -> str | None:
     if any(output.file >= 0 for output in outputs):
         return "results that go to files are computed on the CPU: move the factors there, or give each result memory"
     coefficients = [c for output in outputs for _, c, _, _ in output.terms]
-    return _refused([*(x for job in jobs for x in job.factors), *(output.out for output in outputs), *coefficients])
+    own = [x for output in outputs for x in (output.out, output.present)]
+    return _refused([*(x for job in jobs for x in job.factors), *own, *coefficients])
 
 
 def _supports_tiles(task: TileTask, *_: object) -> str | None:
@@ -165,27 +168,61 @@ def prepare_combine(jobs: Sequence[CombineJob]) -> PassLaunches:
     alive: list[Tensor] = []
     result_rows = [[_result(output, job, alive) for output in job.outputs] for job in jobs]
     device = alive[0].device if alive else torch.device("cpu")
-    half = tuple((tall, wide) for wide, tall in combine.HALF_TILES.items())
-    shapes = combine_tables.TileShapes(half, combine.ROUGH_TILES, combine.EXACT_TILE)
-    batches = list(combine_tables.batches(result_rows, shapes))
+    batches = list(combine_tables.batches(result_rows, _shapes()))
     sections = Sections()
-    batch_sections = [[sections.add(t) for t in (b.tiles, b.results, b.terms, b.chosen)] for b in batches]
+    batch_sections = [[sections.add(t) for t in (b.tiles, b.results, b.terms, b.operands, b.flags)] for b in batches]
+    cut_sections = [(code, len(cuts), sections.add(cuts), size) for code, cuts, size in _cuts(batches, batch_sections)]
     buffer = sections.to(device)
-    launches = []
+    launches: list[Any] = []
+    pieces: dict[int | None, Tensor] = {}
+    for half, count, section, size in cut_sections:
+        pieces[half] = torch.empty(size, dtype=PIECES[half], device=device)
+        launches.append(combine.cut_coefficients_launch(count, buffer[section], buffer, pieces[half], code=half))
+    used = dict.fromkeys(pieces, 0)
     for batch, sections_of_batch in zip(batches, batch_sections, strict=True):
-        tiles, results, terms, chosen = (buffer[p] for p in sections_of_batch)
-        rows, is_half, code, out, odd, vector, tall, wide = batch.kind
-        common = {"rows": rows, "code": code, "out": out, "odd": odd}
-        tables = results, terms
-        if not is_half:
-            launches.append(combine.exact_results_launch(len(batch.tiles), tiles, *tables, **common))
+        tiles, results, terms, operands, flags = (buffer[p] for p in sections_of_batch)
+        rows, form, code, out, odd, vector, tall, wide = batch.kind
+        common, programs = {"rows": rows, "code": code, "out": out}, len(batch.tiles)
+        if form == "exact":
+            launches.append(combine.exact_results_launch(programs, tiles, results, terms, odd=odd, **common))
             continue
-        launches.append(
-            combine.half_results_launch(len(batch.tiles), tiles, terms, vector=vector, tall=tall, wide=wide, **common)
-        )
-        if len(batch.chosen):
-            launches.append(combine.extreme_results_launch(len(batch.chosen), chosen, *tables, **common))
-    return PassLaunches(tuple(launches), device, (*alive, buffer))
+        if form == "half":
+            shape = {"vector": vector, "tall": tall, "wide": wide, "odd": odd}
+            launches.append(combine.half_results_launch(programs, tiles, terms, **shape, **common))
+        else:
+            launch = combine.half_joint_launch if form == "joint" else combine.half_summed_launch
+            own = pieces[code][used[code] :]
+            used[code] += batch.pieces
+            launches.append(launch(programs, tiles, operands, own, vector=vector, side=wide, **common))
+        if batch.may_be_extreme:
+            tables = results, terms, flags
+            launches.append(combine.extreme_results_launch(len(batch.results), *tables, odd=odd, **common))
+    return PassLaunches(tuple(launches), device, (*alive, buffer, *pieces.values()))
+
+
+def _shapes() -> combine_tables.TileShapes:
+    from tritonkernels import combine
+
+    stretches, half = (
+        tuple((tall, wide) for wide, tall in tiles.items()) for tiles in (combine.STRETCHES, combine.HALF_TILES)
+    )
+    return combine_tables.TileShapes(
+        stretches, half, combine.ROUGH_TILES, combine.EXACT_TILE, combine.MOST_JOINT
+    )  # fmt: skip
+
+
+def _cuts(
+    batches: Sequence[combine_tables.TileBatch], batch_sections: Sequence[Sequence[slice]]
+) -> Iterator[tuple[int, IntTable, int]]:
+    """The coefficients that are cut, by the dtype code of their factors, and the elements that their pieces take."""
+    for code in HALVES:
+        moved, size = [], 0
+        for batch, sections in zip(batches, batch_sections, strict=True):
+            if batch.kind.code == code and len(batch.cuts):
+                moved.append(batch.cuts + np.array([0, 0, 0, 0, 0, 0, sections[-1].start, size, 0, 0]))
+                size += batch.pieces
+        if moved:
+            yield code, np.concatenate(moved), size
 
 
 def _result(output: CombineOutput, job: CombineJob, alive: list[Tensor]) -> combine_tables.ResultRow:
@@ -211,7 +248,11 @@ def _result(output: CombineOutput, job: CombineJob, alive: list[Tensor]) -> comb
             raise ValueError(f"a coefficient must be float64 with contiguous rows: {c.dtype} {c.stride()}")
         alive.append(c)
         terms.append(combine_tables.TermRow(x, c.data_ptr(), c.stride(0), width, at, scale))
-    return combine_tables.ResultRow(out, tuple(terms), job.rows)
+    present = 0
+    if output.present is not None:
+        alive.append(output.present)
+        present = output.present.data_ptr()
+    return combine_tables.ResultRow(out, tuple(terms), job.rows, present)
 
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:
