@@ -59,7 +59,7 @@ def cases(*names: str) -> Run:
     """A stage that times some cases."""
 
     def run(visit: Visit, limit: float) -> str:
-        command = _command(visit, names, str(visit.rows))
+        command = _command(visit, names, str(visit.rows), "--seconds", f"{0.95 * limit:.0f}")
         found, failure = _measured(visit, command, limit)
         visit.report.rows += found
         wrong = [row for row in found if "failed" in row]

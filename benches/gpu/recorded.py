@@ -19,6 +19,7 @@ from torch import Tensor
 from fastlora import DecompositionPlan
 from fastlora.backends import triton
 from fastlora.bench.gpu.forms import all_forms
+from fastlora.bench.gpu.sweeps import variants
 from fastlora.bench.gpu.targets import MAIN
 from fastlora.bench.workloads import find, make_pool
 from fastlora.ops import dispatch
@@ -74,8 +75,14 @@ def recording(found: dict[str, None]) -> Iterator[None]:
         yield
 
 
+def launches_of(dtype: torch.dtype, side: str) -> list[Any]:
+    """Those of a decomposition of one layer of the model that is timed."""
+    plan = DecompositionPlan(make_pool(replace(find(MAIN).head(7), dtype=dtype)), side=side)
+    return [*plan.gram.launches, *plan.combine.launches]
+
+
 def main() -> None:
-    """Prints what the forms launch, and a decomposition of one layer of the model that is timed."""
+    """Prints what the forms launch, decompositions of a model, and sweeps over their launches."""
     found: dict[str, None] = {}
     with recording(found):
         for form in all_forms().values():
@@ -83,11 +90,11 @@ def main() -> None:
             with contextlib.suppress(Exception):
                 form.check("cpu")
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            layer = replace(find(MAIN).head(7), dtype=dtype)
             for side in ("left", "right"):
-                plan = DecompositionPlan(make_pool(layer), side=side)
-                plan.gram.run()
-                plan.combine.run()
+                for own in launches_of(dtype, side):
+                    own.run()
+        for own in launches_of(find(MAIN).dtype, "left"):
+            found |= dict.fromkeys(map(described, variants(own)))  # what sweeps try
     print("\n".join(found))
 
 

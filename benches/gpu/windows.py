@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benches.gpu import building, facts, failures, measuring, testing
+from benches.gpu import building, facts, failures, measuring, profiling, testing
 
 if TYPE_CHECKING:
     from benches.gpu.running import Visit
@@ -69,15 +69,17 @@ WINDOWS = {
     for window in (
         Window("first", 330, _stages(
             Stage("smoke", measuring.smoke, 15, limit=40, most=60),
-            Stage("times", measuring.cases("limits", "decompose"), 14, limit=35, most=60),
-            Stage("opponents", measuring.cases("eigh", "svd"), 16, limit=40, most=70),
+            Stage("times", measuring.cases("limits", "decompose", "launches"), 14, limit=35, most=60),
+            Stage("opponents", measuring.cases("plain", "eigh", "svd"), 16, limit=40, most=70),
+            Stage("profiles", profiling.run, 17, limit=20, most=45, least=15),
             Stage("tests", testing.tests, 12, limit=45, most=100, least=20),
             Stage("failures", failures.run, 18, limit=25, most=45, lasts=False),
+            Stage("sweeps", measuring.sweeps, 19, limit=0, most=70, least=20),
         )),
         Window("record", 400, _stages(
             Stage("smoke", measuring.smoke, 15, limit=30, most=45),
             Stage("benches", measuring.cases(
-                "limits", "decompose", "eigh", "svd", "files"), 14, limit=100, most=150),
+                "limits", "decompose", "launches", "plain", "eigh", "svd", "files"), 14, limit=100, most=150),
             Stage("tests", testing.tests, 12, limit=70, most=140, least=20),
             Stage("memcheck", testing.memcheck, 13, limit=30, most=75, least=20),
             Stage("racecheck", testing.racecheck, 13, limit=20, most=60, least=20),

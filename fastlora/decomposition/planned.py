@@ -66,6 +66,11 @@ class PlannedPart:
         launches: Launches = kernel.prepare(*arguments, self.chain)
         return launches
 
+    @property
+    def steps(self) -> dict[str, Launches]:
+        """What :meth:`run` starts, by its op: for measuring each alone."""
+        return {"chain": self._chain_launches, "coefficients": self._coefficients_launches}
+
     def run(self) -> None:
         """Fills the small matrices from the Gram blocks."""
         self._chain_launches.run()

@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,93 +30,14 @@ import fastlora as fl
 from fastlora.bench.contest import Unavailable, require
 from fastlora.bench.gpu import apart
 from fastlora.bench.gpu.checks import require_plan
-from fastlora.bench.gpu.targets import MAIN
+from fastlora.bench.gpu.events import FULL, TAU, TINY, Sizes, captured, copy_bandwidth, device_seconds
+from fastlora.bench.gpu.launches import launches
+from fastlora.bench.gpu.plain import plain
+from fastlora.bench.gpu.sweeps import sweeps
 from fastlora.bench.solvers import gram, identity
 from fastlora.bench.timing import Action
-from fastlora.bench.workloads import Workload, make_pool, write_pool
-from fastlora.bench.workloads import find as find_workload
+from fastlora.bench.workloads import make_pool, write_pool
 from fastlora.decomposition.plan import DecompositionPlan
-
-TAU = 0.85
-PATIENCE = 1.0  # seconds of rounds of one run: fewer where it is slow
-HEAD_START = 2_000_000  # cycles, a millisecond
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Of what is measured."""
-
-    workload: Workload
-    checked: int  # modules of the workload whose results are compared with those of the CPU
-    batch: int  # matrices
-    copied: int  # bytes
-    flush: int  # bytes written between rounds, and as many read: several times the L2 cache
-    rounds: int
-
-
-FULL = Sizes(find_workload(MAIN), checked=7, batch=1792, copied=2**30, flush=2**28, rounds=21)
-# Short modules, and one long enough for tensor cores.
-SMALL = Workload({"a": (37, 29), "b": (64, 48), "c": (1100, 1040)}, 3, 8, torch.bfloat16)
-TINY = Sizes(SMALL, checked=2, batch=4, copied=2**16, flush=2**16, rounds=1)
-
-
-class Flush:
-    """Takes what a run reads out of the L2 cache. ``write`` leaves lines there that are still to be written to memory,
-    which a run would wait for; reading as many others writes them."""
-
-    def __init__(self, size: int) -> None:
-        self._written = torch.empty(size, dtype=torch.uint8, device="cuda")
-        self._read = torch.zeros(size // 4, dtype=torch.float32, device="cuda")
-        self._sum = torch.empty((), dtype=torch.float32, device="cuda")
-
-    def __call__(self) -> None:
-        self._written.zero_()
-        torch.sum(self._read, dim=0, out=self._sum)
-
-
-def device_seconds(run: Action, sizes: Sizes, head_start: int = HEAD_START) -> float:
-    """Median seconds on the device between two events around a run, the L2 cache cleared before each.
-
-    The device waits for ``head_start`` cycles before the first event, so that what the host takes to launch the run is
-    not counted where it is less and the run does not wait for the device.
-    """
-    flush = Flush(sizes.flush)
-    run()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    rounds = int(PATIENCE / (time.perf_counter() - start))
-    seconds = []
-    for _ in range(max(1, min(rounds, sizes.rounds))):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        flush()
-        torch.cuda._sleep(head_start)  # type: ignore[no-untyped-call]
-        before.record()
-        run()
-        after.record()
-        after.synchronize()
-        seconds.append(float(before.elapsed_time(after)) / 1e3)
-    return statistics.median(seconds)
-
-
-def captured(run: Action) -> Action:
-    """A run as a CUDA graph: what the device takes, without what the host takes to launch it."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    return graph.replay
-
-
-def copy_bandwidth(sizes: Sizes) -> float:
-    """Bytes read and written a second by a large copy on the device."""
-    source = torch.ones(sizes.copied, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / device_seconds(lambda: target.copy_(source), sizes)
 
 
 def limits(sizes: Sizes) -> Iterator[dict[str, Any]]:
@@ -282,7 +203,8 @@ def files(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 CASES: dict[str, Callable[[Sizes], Iterator[dict[str, Any]]]] = {
-    "limits": limits, "decompose": decompose, "files": files, "eigh": eigh, "svd": svd,
+    "limits": limits, "decompose": decompose, "launches": launches, "plain": plain, "files": files, "eigh": eigh,
+    "svd": svd, "sweeps": sweeps,
 }  # fmt: skip
 
 
@@ -290,7 +212,7 @@ def main() -> int:
     """Runs the cases that the command line names; returns how many of them failed, the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="*", default=[name for name in CASES if name != "sweeps"], choices=list(CASES))
     parser.add_argument("--tiny", action="store_true", help="inputs that show whether everything runs")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of all together; a case has half of it")
     arguments = parser.parse_args()
