@@ -70,6 +70,8 @@ def test_variants_of_a_launch() -> None:
     found = [(v.warps, v.stages) for v in sweeps.variants(Launch(4, 3))]
     assert found == [(2, 3), (8, 3), (4, 1), (4, 2), (4, 4), (4, 5)]
     assert list(sweeps.variants(Launch(1, 1))) == []
+    ahead = [v.constants["AHEAD"] for v in sweeps.variants(Launch(1, 1, {"AHEAD": 3}))]
+    assert ahead == [2, 4, 5]
 
 
 STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio".format

@@ -24,9 +24,9 @@ def recorded() -> list[str]:
 
 
 def test_every_kernel_is_recorded(recorded: list[str]) -> None:
-    """Against forgetting: each that a launch names, in the source."""
+    """Against forgetting: each that has a launch, which has its name."""
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tritonkernels").glob("*.py")]
-    named = {name for text in sources for name in re.findall(r"return Launch\(\s*(\w+),", text)}
+    named = {name for text in sources for name in re.findall(r"^def ([a-z]\w*)_launch\(", text, re.M)}
     assert len(named) >= 9 and named == {json.loads(line)["kernel"] for line in recorded}
     assert len(set(recorded)) == len(recorded)
 
@@ -53,6 +53,3 @@ def test_a_prepared_kernel_is_found_in_another_place(
     assert {p.suffix for p in before} == {".json", ".cubin", ".so"}
     execute(*arguments, there, "90", PYTHONPATH=path)
     assert keys(there) == before
-    # It can fail: another architecture is another kernel.
-    execute(*arguments, there, "80", PYTHONPATH=path)
-    assert len(keys(there)) > len(before)

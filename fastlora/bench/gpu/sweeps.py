@@ -15,6 +15,7 @@ from fastlora.bench.workloads import make_pool
 
 Row = dict[str, Any]
 WARPS, STAGES = (2, 4, 8), (1, 2, 3, 4, 5)
+AHEAD = "AHEAD"  # the constant of kernels whose own loops have stages
 ROUNDS = 7
 
 
@@ -26,6 +27,8 @@ def variants(launch: Any) -> Iterator[Any]:
     for stages in STAGES:
         if stages != launch.stages and launch.stages > 1:
             yield replace(launch, stages=stages)
+        if stages > 1 and stages != launch.constants.get(AHEAD, stages):
+            yield replace(launch, constants={**launch.constants, AHEAD: stages})
 
 
 def sweeps(sizes: Sizes) -> Iterator[Row]:
@@ -38,7 +41,7 @@ def sweeps(sizes: Sizes) -> Iterator[Row]:
         for i, launch in enumerate(prepared.launches):
             before, own = _bits(plan), device_seconds(captured(launch.run), sizes)
             for variant in variants(launch):
-                key = f"sweep {launch.kernel.__name__} {_sides(launch)}, {variant.warps} warps, {variant.stages} stages"
+                key = f"sweep {launch.kernel.__name__} {_sides(launch)}, {_settings(variant)}"
                 try:
                     seconds = device_seconds(captured(variant.run), sizes)
                 except Exception as error:
@@ -49,9 +52,13 @@ def sweeps(sizes: Sizes) -> Iterator[Row]:
                 launches = (*prepared.launches[:i], variant, *prepared.launches[i + 1 :])
                 replace(prepared, launches=launches).run()
                 same = all(map(torch.equal, before, _bits(plan)))
-                note = f"{own / seconds:.2f} × the speed of {launch.warps} and {launch.stages}"
+                note = f"{own / seconds:.2f} × the speed of {_settings(launch)}"
                 yield {"key": key, "seconds": seconds, "note": note + ("" if same else "; other bits")}
             prepared.run()
+
+
+def _settings(launch: Any) -> str:
+    return f"{launch.warps} warps, {launch.constants.get(AHEAD, launch.stages)} stages"
 
 
 def _sides(launch: Any) -> str:

@@ -88,9 +88,9 @@ def start() -> None:
         "LD_PRELOAD": str(BUILT / LIBRARIES["runtime.cpp"]),
         "LD_LIBRARY_PATH": str(BUILT),
         "TRITON_LIBCUDA_PATH": str(BUILT),
-        "TRITON_CACHE_DIR": str(BUILT.parent / "triton"),
     }
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **variables})
+    cache = {"TRITON_CACHE_DIR": str(BUILT.parent / "triton")}  # unless it is given
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**cache, **os.environ, **variables})
 
 
 def main() -> None:
