@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastlora.cli.arguments import AdapterSpec
 from fastlora.cli.inputs import load_pool
-from fastlora.cli.outputs import output_directory, write_adapter
+from fastlora.cli.outputs import output_target, require_place, write_adapter
 from fastlora.cli.pages import write_result_page
 from fastlora.cli.run import Run
 from fastlora.errors import InputError
@@ -36,19 +36,21 @@ def merge_recipe(run: Run, file: Path, out: Path, html: Path | None, *, drop_ext
 
     recipe = Recipe.load(file)
     specs = [AdapterSpec(name, Path(path), is_named=True) for name, path in recipe.named.items()]
-    target = output_directory(run, out, [s.path for s in specs])
+    target = output_target(run, out, [s.path for s in specs])
     run.start()
     from fastlora.adapters.placing import place
-    from fastlora.merging.kept import kept_by_cut
+    from fastlora.merging.kept import with_kept
     from fastlora.runtime import devices
     from fastlora.views.merging import kept_data, show_kept
 
     pool, _ = load_pool(run, specs, drop_extras=drop_extras)
+    require_place(run, out, pool.adapters[0])
     placed = place(pool.adapters, devices.parse(run.device) or pool.device, run.memory)
     pool = pool.to(placed.device)
     merged = recipe.merge(pool, memory=run.memory, device=run.device, **options)
     with placed.in_use():
-        kept = kept_data(kept_by_cut(pool, merged))
+        merged, shares = with_kept(pool, merged)
+    kept = kept_data(shares)
     run = run if run.dtype is not None else replace(run, dtype=recipe.dtype)
     write_adapter(run, merged, target, out, [*pool.notices, *merged.notes], kept)
     if html is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -25,9 +26,14 @@ def was_cut(merged: Adapter) -> bool:
     return "retained_energy" in merged.provenance or any(told.get(name) is not None for name in CUTS)
 
 
-def kept_by_cut(pool: Pool, merged: Adapter) -> dict[str, float]:
-    """:func:`kept_of_each`, where something was cut; else nothing."""
-    return kept_of_each(pool, merged) if was_cut(merged) else {}
+def with_kept(pool: Pool, merged: Adapter) -> tuple[Adapter, dict[str, float]]:
+    """A merge with what its cut has kept of every adapter in its provenance, and that, :func:`kept_of_each`; nothing
+    where nothing was cut."""
+    kept = kept_of_each(pool, merged) if was_cut(merged) else {}
+    told = {name: share for name, share in kept.items() if not math.isnan(share)}
+    if not told:
+        return merged, kept
+    return replace(merged, provenance={**merged.provenance, "retained_energy_by_adapter": told}), kept
 
 
 def kept_of_each(pool: Pool, merged: Adapter) -> dict[str, float]:

@@ -9,12 +9,12 @@
     dtype: bfloat16
 
 A parameter is a number; a gradient, a list that is interpolated from the first layer to the last; or a list of
-``{filter, value}``, of which the first counts whose text is in the name of the weight (none, or ``*``: all).
+``{filter, value}``, of which the first counts whose text is in the name of the weight (none, or ``*``: all). That of an
+adapter counts before that of all.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +23,12 @@ from typing import Any
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.card import is_hub_id
-from fastlora.core.updates import Update
 from fastlora.errors import InputError
 from fastlora.files.json_files import shown
+from fastlora.merging.by_module import merge_by_module, times
 from fastlora.merging.merge import merge
-from fastlora.merging.registry import find_method, method_names
+from fastlora.merging.recipe_methods import Chosen, choose
+from fastlora.merging.recipe_settings import Setting, depths, first_at, number
 
 SUFFIXES = (".yaml", ".yml")
 LARGEST = 1 << 20
@@ -35,13 +36,8 @@ LARGEST = 1 << 20
 FIELDS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype")
 UNUSED = ("tokenizer", "tokenizer_source", "chat_template")
 """Fields that say nothing about adapters; they are told."""
-NORMALISED = {"linear": True, "task_arithmetic": False}
-"""Methods of mergekit that are weighted sums, and whether they divide by the sum of the weights by default."""
-OF_SHARES = ("karcher", "multislerp", "mean")
-"""Methods that divide weights by their sum over the pool: weights that differ by module have no meaning there."""
-
-Setting = Any
-"""A parameter as it was parsed."""
+NO_PARAMETERS = ("weight", "int8_mask")
+"""What stands among the parameters and is none of the method: ``int8_mask`` says how to compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +105,15 @@ class Recipe:
         pool = self.pool() if pool is None else pool
         if len(pool) != len(self.entries):
             raise InputError(f"the recipe has {len(self.entries)} adapters, and the pool {len(pool)}")
-        weighted, weights, method, parameters = self._plan(pool)
-        doubled = sorted(parameters.keys() & {k for k, v in options.items() if v is not None})
+        chosen = choose(self.method, self._common_settings())
+        doubled = sorted(chosen.parameters.keys() & {k for k, v in options.items() if v is not None})
         if doubled:
             raise InputError(f"{doubled[0]} is given in the recipe and beside it; leave out one of the two")
-        given = {k: v for k, v in options.items() if v is not None}
-        merged = merge(weighted, weights, method=method, **{**parameters, **given})
-        provenance = {**merged.provenance, "recipe": self._as_told()}
-        return replace(merged, provenance=provenance, notes=(*merged.notes, *self.notes))
+        given = {**chosen.parameters, **{k: v for k, v in options.items() if v is not None}}
+        merged = self._merged(pool, chosen, given)
+        terms = [{"weight": self._weights(i)[0], "of": adapter.provenance} for i, adapter in enumerate(pool.adapters)]
+        provenance = {**merged.provenance, "of": terms, "recipe": self._as_told()}
+        return replace(merged, provenance=provenance, notes=(*merged.notes, *chosen.notes, *self.notes))
 
     def as_data(self) -> dict[str, object]:
         """The recipe as YAML has it."""
@@ -133,41 +130,51 @@ class Recipe:
         ]
         return replace(self, entries=tuple(told)).as_data()
 
-    def _plan(self, pool: Pool) -> tuple[Pool, dict[str, float], str, dict[str, object]]:
-        """What :func:`fastlora.merge` is given for the loaded adapters: pool, weights, method and parameters. Weights
-        that differ by module are multiplied into the updates first."""
-        merged, parameters = self._common_settings()
-        weights = [e.settings.get("weight", self.settings.get("weight", 1.0)) for e in self.entries]
-        normalise = merged in NORMALISED and _flag(parameters.pop("normalize", NORMALISED[merged]), "normalize")
-        factor: Setting = parameters.pop("lambda", 1.0) if merged in NORMALISED else 1.0
-        method = merged if merged not in NORMALISED else "mean" if normalise else "sum"
-        if method not in method_names():
+    def _merged(self, pool: Pool, chosen: Chosen, options: Mapping[str, Any]) -> Adapter:
+        """The merge with plain numbers, or with weights by module."""
+        numbers = [number(self._weights(i)[0]) for i in range(len(self.entries))]
+        factor = number(chosen.factor)
+        is_sum = chosen.method in ("sum", "mean") and self.method != chosen.method
+        if all(n is not None for n in numbers) and factor is not None:
+            weights = {name: n for name, n in zip(pool.names, numbers, strict=True) if n is not None}
+            if chosen.method == "sum" and factor != 1.0 and "strength" not in options:
+                return merge(pool, weights, method="sum", **{**options, "strength": factor})
+            return _scaled(merge(pool, weights, method=chosen.method, **options), factor)
+        if is_sum:
+            table = self._table(pool, chosen.factor, chosen.divides)
+            return merge_by_module(pool, table, "sum", **options)
+        if factor is None:
             raise InputError(
-                f"recipe: merge_method {shown(self.method)} does not exist; use linear, task_arithmetic or one of "
-                f"{', '.join(method_names())}"
+                f"recipe: lambda must be one number for {self.method!r}; only weights may differ by module"
             )
-        if all(_is_number(w) for w in [*weights, factor]):
-            if method == "sum" and factor != 1.0 and "strength" in find_method("sum").parameters:
-                parameters["strength"] = float(factor)
-            elif factor != 1.0:
-                weights = [float(factor) * w / sum(weights) for w in weights]
-                method = "sum"
-            return pool, dict(zip(pool.names, map(float, weights), strict=True)), method, parameters
-        if merged in OF_SHARES:
-            raise InputError(
-                f"recipe: weights that differ by module have no meaning for {self.method!r}, which divides them by "
-                "their sum; use linear"
-            )
-        table = _weights_by_module(pool, weights, factor, normalise)
-        adapters = [_weighted(a, table[a.name]) for a in pool.adapters]
-        weighted = Pool(adapters, align=False)
-        weighted.notices = list(pool.notices)
-        return weighted, dict.fromkeys(pool.names, 1.0), "sum" if merged in NORMALISED else method, parameters
+        return _scaled(merge_by_module(pool, self._table(pool, 1.0, False), chosen.method, **options), factor)
 
-    def _common_settings(self) -> tuple[str, dict[str, object]]:
-        """The method, and its parameters, which every adapter that has them must have alike."""
-        parameters: dict[str, object] = {k: v for k, v in self.settings.items() if k not in ("weight", "int8_mask")}
-        for name in dict.fromkeys(k for e in self.entries for k in e.settings if k not in ("weight", "int8_mask")):
+    def _weights(self, entry: int) -> list[Setting]:
+        """What is said of the weight of an adapter, in the order in which it counts."""
+        given = [s["weight"] for s in (self.entries[entry].settings, self.settings) if "weight" in s]
+        return [*given, 1.0]
+
+    def _table(self, pool: Pool, factor: Setting, divides: bool) -> dict[str, dict[str, float]]:
+        """``{adapter: {module: weight}}``; with ``divides``, divided by the sum over all adapters."""
+        table: dict[str, dict[str, float]] = {name: {} for name in pool.names}
+        for module, depth in depths(pool.modules).items():
+            values = [first_at(self._weights(i), module, depth) or 0.0 for i in range(len(pool))]
+            scale = first_at([factor, 1.0], module, depth) or 0.0
+            total = sum(values)
+            if divides:
+                if abs(total) <= 1e-9 * sum(map(abs, values)):
+                    raise InputError(
+                        f"recipe: the weights of {module} add up to {total:g}, and are divided by their sum"
+                    )
+                scale /= total
+            for name, value in zip(pool.names, values, strict=True):
+                table[name][module] = scale * value
+        return table
+
+    def _common_settings(self) -> dict[str, object]:
+        """The parameters of the method, which every adapter that has them must have alike."""
+        parameters: dict[str, object] = {k: v for k, v in self.settings.items() if k not in NO_PARAMETERS}
+        for name in dict.fromkeys(k for e in self.entries for k in e.settings if k not in NO_PARAMETERS):
             values = [e.settings.get(name, self.settings.get(name)) for e in self.entries]
             if any(v != values[0] for v in values):
                 raise InputError(
@@ -178,7 +185,7 @@ class Recipe:
         for name, value in parameters.items():
             if isinstance(value, list | dict) and name != "lambda":
                 raise InputError(f"recipe: {name} must be one value; only weight and lambda may differ by module")
-        return self.method, parameters
+        return parameters
 
 
 def _read(file: Path) -> Recipe:
@@ -214,10 +221,16 @@ def parse_recipe(data: object, where: str) -> Recipe:
         name = model.get("model") if isinstance(model, dict) else None
         if not isinstance(name, str) or not name or set(model) - {"model", "parameters"}:
             raise InputError(f"{where}: entry {i + 1} of models must be `model: PATH`, with `parameters:` beside it")
+        if name == data.get("base_model"):
+            raise InputError(
+                f"{where}: entry {i + 1} of models is the base model {shown(name)}, which is no adapter; leave it out"
+            )
         base, plus, adapter = name.rpartition("+")
         if plus:
             bases[base] = None
         entries.append(Entry(adapter, _settings(model.get("parameters"), f"{where}: model {i + 1}")))
+    if bases and isinstance(data.get("base_model"), str):
+        bases[data["base_model"]] = None
     if len(bases) > 1:
         raise InputError(f"{where}: the adapters are of different models, {', '.join(map(shown, bases))}")
     dtype = data.get("out_dtype", data.get("dtype"))
@@ -263,76 +276,16 @@ def _settings(value: object, where: str) -> Mapping[str, Setting]:
     return value
 
 
-def _flag(value: object, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise InputError(f"recipe: {name}={shown(value)} must be true or false")
-    return value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _weights_by_module(
-    pool: Pool, weights: Sequence[Setting], factor: Setting, normalise: bool
-) -> dict[str, dict[str, float]]:
-    """``{adapter: {module: weight}}``; with ``normalise``, divided by the sum over all adapters."""
-    layers = {m: layer for m in pool.modules if (layer := _layer(m)) is not None}
-    last = max([1, *layers.values()])
-    table: dict[str, dict[str, float]] = {name: {} for name in pool.names}
-    for module in pool.modules:
-        depth = layers.get(module, 0) / last
-        values = [value_at(w, module, depth, 1.0) for w in weights]
-        scale = value_at(factor, module, depth, 1.0)
-        total = sum(values)
-        if normalise:
-            if abs(total) <= 1e-9 * sum(map(abs, values)):
-                raise InputError(f"recipe: the weights of {module} add up to {total:g}, and are divided by their sum")
-            scale /= total
-        for name, value in zip(pool.names, values, strict=True):
-            table[name][module] = scale * value
-    return table
-
-
-def value_at(setting: Setting, module: str, depth: float, default: float) -> float:
-    """A parameter at a module whose layer lies at ``depth``, from 0, the first, to 1, the last."""
-    if isinstance(setting, Mapping):
-        setting = [setting]
-    if isinstance(setting, list) and setting and all(isinstance(s, Mapping) for s in setting):
-        for condition in setting:
-            if set(condition) - {"filter", "value"} or "value" not in condition:
-                raise InputError(f"recipe: {shown(condition)} must be {{filter: TEXT, value: NUMBER}}")
-            text = condition.get("filter")
-            if text in (None, "*") or str(text) in f"{module}.weight":
-                return value_at(condition["value"], module, depth, default)
-        return default
-    numbers = setting if isinstance(setting, list) else [setting]
-    if not numbers or not all(_is_number(n) and math.isfinite(n) for n in numbers):
-        raise InputError(f"recipe: {shown(setting)} is no number, list of numbers or list of {{filter, value}}")
-    place = depth * (len(numbers) - 1)
-    low = min(int(place), len(numbers) - 1)
-    high = min(low + 1, len(numbers) - 1)
-    return float(numbers[low] + (place - low) * (numbers[high] - numbers[low]))
-
-
-def _layer(module: str) -> int | None:
-    return next((int(part) for part in module.split(".") if part.isdigit()), None)
-
-
-def _weighted(adapter: Adapter, weights: Mapping[str, float]) -> Adapter:
-    """The adapter with every module times its weight, also the change of its bias."""
-    extras = {}
-    for path, extra in adapter.extras.items():
-        owner = path.rpartition(".")[0]
-        if extra.kind != "delta" or owner not in weights:
+def _scaled(merged: Adapter, factor: float) -> Adapter:
+    """``factor`` times a result, and times what stands beside its updates."""
+    if factor == 1.0:
+        return merged
+    for path, extra in merged.extras.items():
+        if extra.kind != "delta":
             raise InputError(
-                f"adapter {adapter.name!r} has {path} beside its updates, which weights by module cannot be given to; "
-                "leave it out with --drop-extras (`adapter.without_extras()`)"
+                f"recipe: lambda={factor:g} cannot be given to {path}, which replaces a value of the base model; leave "
+                "it out with --drop-extras (`adapter.without_extras()`)"
             )
-        extras[path] = replace(extra, tensor=extra.tensor * weights[owner])
-    updates = {m: _times(u, weights[m]) for m, u in adapter.updates.items()}
-    return replace(adapter, updates=updates, extras=extras)
-
-
-def _times(update: Update, weight: float) -> Update:
-    return replace(update, scaling=update.scaling * weight, noise=update.noise.scaled(weight))
+    extras = {path: replace(extra, tensor=factor * extra.tensor) for path, extra in merged.extras.items()}
+    updates = {m: times(u, factor) for m, u in merged.updates.items()}
+    return replace(merged, updates=updates, extras=extras)

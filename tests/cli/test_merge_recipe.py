@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import merge_calls
 import pools
 import pytest
 import tolerances
 import torch
+import yaml
 from builders import gaussian
 from command import done, refused
+from safetensors.torch import load_file
 
 import fastlora as fl
+
+OPTIONS = ("rank", "energy", "min_energy")
+OTHERS = {
+    "ties": {"density": 0.7, "convention": "mergekit"}, "core": {"rule": "della", "seed": 5}, "slerp": {"t": 0.3},
+    "pico": {"gauge": "raw"}, "wudi": {"ridge": 1e-3}, "sum": {"strength": -1.0 / 3.0}, "karcher": {"iterations": 3},
+    "regmean": {"off_diagonal": 0.9}, "dare": {"elect": "total", "seed": 7},
+}  # fmt: skip
+"""Parameters beside those that a method needs."""
 
 
 @pytest.fixture
@@ -45,6 +56,40 @@ def test_a_saved_recipe_does_the_same_again(folder: Path) -> None:
         assert all(torch.equal(p, q) for p, q in zip(one.factors(module), two.factors(module), strict=True))
     assert "exists" in refused("merge", "a", "--save-recipe", "r.yaml", "--out", "z", cwd=folder)
     done("merge", "a", "--save-recipe", "r.yaml", "--out", "x", "--overwrite", cwd=folder)
+
+
+@pytest.mark.parametrize("method", fl.methods())
+def test_a_recipe_of_every_method_gives_the_same_bits(method: str, folder: Path) -> None:
+    """Also with other values than the defaults; statistics are given again, which a recipe does not hold."""
+    record = fl.methods()[method]
+    options: list[str] = []
+    for name, value in {**merge_calls.parameters_of(method), **OTHERS.get(method, {})}.items():
+        option = name.replace("_", "-")
+        options += [f"--{option}", str(value)] if name in OPTIONS else ["--set", f"{name}={value}"]
+    data: list[str] = []
+    if record.takes_data:
+        pool = fl.Pool([fl.load(folder / name) for name in "ab"])
+        statistics = merge_calls.data_of(method, pool)
+        assert statistics is not None
+        statistics.save(folder / "inputs.safetensors")
+        data = ["--data", "inputs.safetensors"]
+    weights = ["a:0.3", "b:1.7"]
+    command = ["--method", method, *options, *data]
+    done("merge", *weights, *command, "--save-recipe", "r.yaml", "--out", "x", cwd=folder)
+    again = done("merge", "r.yaml", *data, "--out", "y", cwd=folder)
+    one, two = (load_file(folder / name / "adapter_model.safetensors") for name in "xy")
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert "convention of PEFT" not in again.err
+    told = yaml.safe_load((folder / "r.yaml").read_text())
+    assert told["merge_method"] == method and [m["parameters"]["weight"] for m in told["models"]] == [0.3, 1.7]
+
+
+def test_a_recipe_writes_to_the_places_that_a_merge_does(folder: Path) -> None:
+    """A file is no folder."""
+    (folder / "r.yaml").write_text("merge_method: cat\nmodels: [{model: a}, {model: b}]\n")
+    place = "--out", "x.safetensors"
+    assert refused("merge", "r.yaml", *place, cwd=folder) == refused("merge", "a:1", "b:1", *place, cwd=folder)
+    assert not (folder / "x.safetensors").exists()
 
 
 def test_a_recipe_with_a_gradient(folder: Path) -> None:

@@ -13,7 +13,7 @@ from pools import MODULE
 from tolerances import FLOAT32, GRAM64
 
 import fastlora as fl
-from fastlora.merging.kept import kept_by_cut, kept_of_each, was_cut
+from fastlora.merging.kept import kept_of_each, was_cut, with_kept
 
 
 @pytest.mark.parametrize("kind", pools.POOLS)
@@ -49,7 +49,8 @@ def test_a_cut_is_known(method: str) -> None:
     given: dict[str, Any] = {p.name: 0.5 for p in record.parameters.values() if p.required}
     if "rank" in record.parameters:
         less = {"min_energy": 0.0} if "min_energy" in record.parameters else {}
-        found = kept_by_cut(pool, fl.merge(pool, method=method, rank=2, **given, **less))
+        merged, found = with_kept(pool, fl.merge(pool, method=method, rank=2, **given, **less))
+        assert merged.provenance["retained_energy_by_adapter"] == found
         assert set(found) == {"a0", "a1"} and all(0 < share < 1 for share in found.values())
     if record.form != "tiles":
         assert was_cut(fl.merge(pool, method=method, **given)) == (method in CUT_BY_DEFAULT)
@@ -57,4 +58,5 @@ def test_a_cut_is_known(method: str) -> None:
 
 def test_nothing_is_measured_where_nothing_is_cut() -> None:
     pool = pools.make_pool(pools.planted(2))
-    assert kept_by_cut(pool, fl.merge(pool, method="cat")) == {}
+    merged = fl.merge(pool, method="cat")
+    assert with_kept(pool, merged) == (merged, {})

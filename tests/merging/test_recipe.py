@@ -74,6 +74,18 @@ dtype: float32
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [3, 3]}}, {model: b}]", [0.75, 0.25]),
         ("merge_method: task_arithmetic\nmodels: [{model: a}, {model: b}]\nparameters: {lambda: 0.7}", [0.7, 0.7]),
         ("merge_method: cat\nmodels: [{model: a, parameters: {weight: -2}}, {model: b}]", [-2.0, 1.0]),
+        ("merge_method: cat\nmodels: [{model: a, parameters: {weight: 1e-3}}, {model: b}]", [1e-3, 1.0]),
+        ("merge_method: cat\nmodels: [{model: a}, {model: b}]\nparameters: {lambda: 0.5}", [0.5, 0.5]),
+        ("merge_method: mean\nmodels: [{model: a, parameters: {weight: [3, 3]}}, {model: b}]", [0.75, 0.25]),
+        # A filter that does not fit leaves it to the parameters of all.
+        (
+            """
+merge_method: cat
+models: [{model: a, parameters: {weight: {filter: x, value: 2}}}, {model: b}]
+parameters: {weight: 0.4}
+""",
+            [0.4, 0.4],
+        ),
     ],
 )
 def test_sums(text: str, weights: list[float]) -> None:
@@ -116,6 +128,29 @@ def test_a_weight_of_a_module_holds_for_its_bias() -> None:
         recipe(text).merge(Pool([free, adapters[1]]))
 
 
+@pytest.mark.parametrize(("name", "method", "given", "parameters"), [
+    ("ties", "ties", "density: 0.4, normalize: true", {"density": 0.4, "convention": "mergekit"}),
+    ("ties", "ties", "density: 0.4, normalize: false", {"density": 0.4, "convention": "mergekit", "combine": "sum"}),
+    ("ties", "ties", "density: 0.4", {"density": 0.4}),
+    ("dare_linear", "dare", "density: 0.4, int8_mask: true", {"density": 0.4, "convention": "mergekit"}),
+    ("dare_ties", "dare", "density: 0.4, seed: 3",
+     {"density": 0.4, "convention": "mergekit", "elect": "total", "seed": 3}),
+    ("breadcrumbs", "breadcrumbs", "density: 0.4, rescale: false", {"density": 0.4}),
+    ("breadcrumbs_ties", "breadcrumbs", "density: 0.4, gamma: 0.1", {"density": 0.4, "gamma": 0.1, "elect": "total"}),
+    ("della", "della", "density: 0.4, normalize: false", {"density": 0.4, "combine": "sum"}),
+    ("della_linear", "della", "density: 0.4", {"density": 0.4, "elect": "none", "combine": "sum"}),
+    ("della_linear", "della", "density: 0.4, normalize: true", {"density": 0.4, "elect": "none"}),
+])  # fmt: skip
+def test_methods_of_mergekit(name: str, method: str, given: str, parameters: dict[str, Any]) -> None:
+    pool = make_pool()
+    models = "models: [{model: a, parameters: {weight: 0.7}}, {model: b}]"
+    found = recipe(f"merge_method: {name}\n{models}\nparameters: {{{given}, lambda: 0.5}}").merge(pool, rank=5)
+    expected = fl.merge(pool, dict(zip(pool.names, (0.7, 1.0), strict=True)), method=method, rank=5, **parameters)
+    for module in MODULES:
+        assert mixed.distance(found, module, 0.5 * pools.exact(expected.updates[module])) <= tolerances.ROUNDOFF64
+    assert any("convention of PEFT" in note for note in found.notes) == (given == "density: 0.4" and name == "ties")
+
+
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     pool = make_pool()
     weights = [0.1, -1.0 / 3.0]
@@ -140,6 +175,9 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         ("merge_method: linear\nmodels: [{model: a, weight: 1}]", "entry 1 of models"),
         ("merge_method: linear\nmodels: [{model: a}]\nparameters: 3", "parameters must be"),
         ("merge_method: linear\nmodels: [{model: x+a}, {model: y+b}]", "of different models"),
+        ("merge_method: linear\nbase_model: x\nmodels: [{model: x}, {model: a}]", 'is the base model "x", which is no'),
+        ("merge_method: linear\nbase_model: x\nmodels: [{model: y+a}]", "of different models"),
+        ("merge_method: linear\nmodules: {}\nmodels: [{model: a}]", '"modules" cannot be followed'),
         ("merge_method: [a]\nmodels: [{model: a}]", "must be a name"),
         ("merge_method: linear\nmodels: [{model: a}]\ndtype: 3", "dtype 3"),
     ],
@@ -158,7 +196,16 @@ def test_what_is_no_recipe_is_refused(text: str, message: str) -> None:
         ("parameters: {weight: [a]}\nmerge_method: linear", "is no number"),
         ("parameters: {weight: [{filter: q}]}\nmerge_method: linear", "must be {filter"),
         ("parameters: {weight: [1, -1], normalize: [true]}\nmerge_method: linear", "normalize must be one value"),
-        ("parameters: {weight: [{filter: q, value: 1}]}\nmerge_method: karcher", "no meaning for 'karcher'"),
+        ("parameters: {weight: [{filter: q, value: 1}]}\nmerge_method: equal_energy", "no meaning for 'equal_energy'"),
+        (
+            "parameters: {weight: [1, 2], scope: model, rank: 5}\nmerge_method: ties",
+            "no meaning for 'ties' of the whole",
+        ),
+        ("parameters: {weight: [1, 2], convention: paper, rank: 5}\nmerge_method: ties", "no meaning for 'ties'"),
+        ("parameters: {lambda: [1, 2], density: 0.5, rank: 5}\nmerge_method: magnitude", "lambda must be one number"),
+        ("parameters: {normalize: true, density: 0.5}\nmerge_method: dare_ties", "normalize of dare_ties cannot be"),
+        ("parameters: {rescale: true}\nmerge_method: ties", "rescale of ties cannot be other than false here"),
+        ("parameters: {weight: [0, 1]}\nmerge_method: mean", "add up to 0"),
         ("parameters: {weight: .nan}\nmerge_method: linear", "no number|finite"),
         ("parameters: {rank: 2}\nmerge_method: cat", "does not take rank"),
     ],

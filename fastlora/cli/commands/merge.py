@@ -96,7 +96,7 @@ def merge(
     from fastlora.adapters.placing import place
     from fastlora.coefficients.weights import weights as find_weights
     from fastlora.merging.default import choose
-    from fastlora.merging.kept import kept_by_cut
+    from fastlora.merging.kept import with_kept
     from fastlora.merging.merge import merge as merge_pool
     from fastlora.runtime import devices
     from fastlora.views.merging import choice_data, kept_data, show_choice, show_kept
@@ -134,7 +134,8 @@ def merge(
         **parameters,
     )
     with placed.in_use():
-        kept = kept_data(kept_by_cut(pool, merged))
+        merged, shares = with_kept(pool, merged)
+    kept = kept_data(shares)
     chosen: Data = {} if choice is None else choice_data(choice)
     report = {**kept, **({"default": chosen} if chosen else {})}
     write_adapter(run, merged, target, out, [*notes, *merged.notes], report)
@@ -145,7 +146,8 @@ def merge(
     if save_recipe is not None:
         if len(specs) != len(pool):
             raise InputError("--save-recipe: a recipe names every adapter; give them one by one, not as a folder")
-        used = {**parameters, "rank": rank, "energy": energy}
+        used = merged.provenance["parameters"]  # all of them, so that other defaults would change nothing
+        assert isinstance(used, dict)
         write_recipe(run, save_recipe, [s.path for s in specs], [weights[s.name] for s in specs], method, used)
 
 

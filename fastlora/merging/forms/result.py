@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -99,6 +100,21 @@ def rescaled(
     told = {key: value for key, value in parameters.items() if value is not None}
     provenance = {**merged.provenance, "parameters": told, "scale": factor}
     return replace(merged, updates=updates, extras=extras, provenance=provenance)
+
+
+def require_energy(name: str, squares: Squares, least: float, rank: int | None) -> None:
+    """Refuses a result that keeps less than ``least`` of the energy."""
+    share, by_module = retained(squares)
+    if share >= least:
+        return
+    worst = min(by_module, key=by_module.__getitem__)
+    cut = "this cut" if rank is None else f"rank {rank}"
+    raise InputError(
+        f"method {name!r}: {cut} keeps {share:.3g} of Σσ² of the merged ΔW (the least {by_module[worst]:.3g}, of "
+        f"{worst}), below min_energy={least:g}: a rule on elements makes matrices of full rank. Choose a larger rank, "
+        f"let energy={least:g} (`--energy {least:g}`) find it, or accept the loss with a smaller min_energy "
+        f"(`--min-energy {math.floor(share * 100) / 100:g}`)"
+    )
 
 
 def check_result(name: str, modules: Sequence[str], result: Tensor, shape: tuple[int, ...]) -> None:

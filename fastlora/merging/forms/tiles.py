@@ -45,7 +45,7 @@ from fastlora.errors import InputError
 from fastlora.merging.forms import whole_model
 from fastlora.merging.forms.frames import Cut
 from fastlora.merging.forms.low_rank import LowRank, of_dense, of_tiles
-from fastlora.merging.forms.result import ByModule, Squares, check_result, merged_adapter, of_modules, retained
+from fastlora.merging.forms.result import ByModule, check_result, merged_adapter, of_modules, require_energy
 from fastlora.merging.forms.tile_rules import Largest, OfModel, Rule, resolved
 from fastlora.merging.forms.tile_tasks import task_of
 from fastlora.merging.registry import Idle, driven, none_idle
@@ -263,24 +263,9 @@ def _merge(
         return found
 
     updates, squares = of_modules(f"merging by {name}", merged, pool)
-    _require_energy(name, squares, min_energy, rank)
+    require_energy(name, squares, min_energy, rank)
     used = {"rank": rank, "energy": energy, **parameters}
     return merged_adapter(name, pool, given, updates, used, squares=squares)
-
-
-def _require_energy(name: str, squares: Squares, least: float, rank: int | None) -> None:
-    """Refuses a result that keeps less than ``least`` of the energy."""
-    share, by_module = retained(squares)
-    if share >= least:
-        return
-    worst = min(by_module, key=by_module.__getitem__)
-    cut = "this cut" if rank is None else f"rank {rank}"
-    raise InputError(
-        f"method {name!r}: {cut} keeps {share:.3g} of Σσ² of the merged ΔW (the least {by_module[worst]:.3g}, of "
-        f"{worst}), below min_energy={least:g}: a rule on elements makes matrices of full rank. Choose a larger rank, "
-        f"let energy={least:g} (`--energy {least:g}`) find it, or accept the loss with a smaller min_energy "
-        f"(`--min-energy {math.floor(share * 100) / 100:g}`)"
-    )
 
 
 def _merged(
