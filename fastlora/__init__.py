@@ -17,6 +17,7 @@ _EXPORTS = {
     "DoRA": "fastlora.adapters.dora",
     "FastloraError": "fastlora.errors",
     "IA3": "fastlora.adapters.ia3",
+    "InputDecomposition": "fastlora.decomposition.input_parts",
     "InputError": "fastlora.errors",
     "LearnedMerge": "fastlora.coefficients.learned",
     "OutputError": "fastlora.errors",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from fastlora.coefficients.sweep import sweep as sweep
     from fastlora.coefficients.weights import weights as weights
     from fastlora.decomposition.decompose import decompose as decompose
+    from fastlora.decomposition.input_parts import InputDecomposition as InputDecomposition
     from fastlora.decomposition.plan import DecompositionPlan as DecompositionPlan
     from fastlora.decomposition.result import Decomposition as Decomposition
     from fastlora.dialects.check import check as check

@@ -91,7 +91,7 @@ size_t lay_out(char* base, const CombineJob& job, Work<T>& w) {
             }
             const bool whole = term.at == 0 && job.rank(term.factor) == job.width(o) &&
                                job.factors[term.factor].dtype == job.matrix(o).dtype;
-            out.rest = whole && ++identities == 1 ? Rest::factor : Rest::terms;
+            out.rest = ++identities == 1 && whole ? Rest::factor : Rest::terms;
             out.factor = term.factor;
             out.scale = T(term.scale);
         }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import overload
 
 import torch
 
@@ -12,6 +14,7 @@ from fastlora.adapters.pool import Pool
 from fastlora.decomposition import devec
 from fastlora.decomposition.components import Components
 from fastlora.decomposition.devec import ModuleResult, Settings, shared_directions
+from fastlora.decomposition.input_parts import InputDecomposition, decompose_by_inputs
 from fastlora.decomposition.result import Decomposition
 from fastlora.engine import shares
 from fastlora.engine import stream as streams
@@ -19,17 +22,24 @@ from fastlora.engine.blocks import read_chain_blocks
 from fastlora.engine.checks import require_finite_extras
 from fastlora.engine.schedule import GroupPart, parts, rtol_or_default
 from fastlora.errors import InputError
+from fastlora.merging.input_rows import Statistics
 from fastlora.ops.chain import check_cuts
 from fastlora.runtime import devices
 from fastlora.runtime.cpython import paused_collector
 
+DEFAULT_THRESHOLD = 0.85
+"""τ of the paper."""
+
+RIDGE = 1e-4
+"""ε of a decomposition by inputs, of the mean of the diagonal."""
+
 MODES = ("pool", "pairs", "iterative")
 
 
-@paused_collector()
+@overload
 def decompose(
     pool: Pool,
-    threshold: float = 0.85,
+    threshold: float = DEFAULT_THRESHOLD,
     *,
     chain: str = "product",
     mode: str = "pool",
@@ -39,9 +49,45 @@ def decompose(
     rtol: float | None = None,
     target: str | None = None,
     order: Sequence[str] | None = None,
+    inputs: None = None,
+    mu: float | None = None,
+    ridge: float | None = None,
     memory: int | str | None = None,
     device: str | torch.device | None = None,
-) -> Decomposition:
+) -> Decomposition: ...
+
+
+@overload
+def decompose(
+    pool: Pool,
+    *,
+    inputs: Statistics | str | Path,
+    mu: float | None = None,
+    ridge: float | None = None,
+    memory: int | str | None = None,
+    device: str | torch.device | None = None,
+) -> InputDecomposition: ...
+
+
+@paused_collector()
+def decompose(
+    pool: Pool,
+    threshold: float = DEFAULT_THRESHOLD,
+    *,
+    chain: str = "product",
+    mode: str = "pool",
+    side: str = "left",
+    rank: int | None = None,
+    energy: float | None = None,
+    rtol: float | None = None,
+    target: str | None = None,
+    order: Sequence[str] | None = None,
+    inputs: Statistics | str | Path | None = None,
+    mu: float | None = None,
+    ridge: float | None = None,
+    memory: int | str | None = None,
+    device: str | torch.device | None = None,
+) -> Decomposition | InputDecomposition:
     r"""Shared and unique components of a pool: DeVec (arXiv 2512.22511), MATH section 3, in factor space.
 
     ``ΔW_i = shared_i + unique_i`` with ``shared_i = P ΔW_i``, where ``P`` projects on the eigenvectors of the chained
@@ -58,19 +104,37 @@ def decompose(
         rank, energy: cut every ``ΔW_i`` to its ``rank`` largest directions, or the fewest with this share of ``Σσ²``,
             before projecting.
         rtol: directions with ``σ <= rtol·σ_max`` are noise. Default: rounding of the stored dtype, 1e-6 at the least.
+        inputs: statistics of the adapters' inputs (:func:`fastlora.statistics`), or their file: decomposes by inputs
+            instead of column spaces. ``unique_t = argmin_X ‖(X − ΔW_t) C_t^½‖² + μ Σ_j ‖X C_j^½‖² + ε‖X‖²`` with
+            ``C_i = X_iᵀX_i/N_i`` of the rows of adapter ``i``, which is ``s_t B_t A_t C_t (C_t + μ Σ_j C_j + εI)⁻¹``:
+            the same ``B``, another ``A``; ``shared_t = ΔW_t − unique_t``.
+        mu: ``μ``, 1 by default: how much it counts what the others' inputs see. 0: only what the adapter's own inputs
+            do not show is left out.
+        ridge: ``ε`` as a share of the mean of the diagonal of ``C_t + μ Σ_j C_j``; 1e-4 by default.
         memory: bound on the peak resident memory of computing and saving, as bytes or ``"1GiB"``; factors that were
             loaded from files are given back to the system after use. The result has the same bits. With a ``device`` it
             bounds the memory taken there: modules are streamed through it when the pool does not fit.
         device: where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default where the pool is. See docs/gpu.md.
 
     Returns:
-        :class:`fastlora.Decomposition`.
+        :class:`fastlora.Decomposition`; with ``inputs``, :class:`fastlora.InputDecomposition`.
 
     Raises:
         InputError: a pool of one adapter, a parameter out of range, NaN or Inf in a factor (by adapter and module).
 
-    Cost: one read of all factors and ``O(k·r³)`` small operations a module; nothing of size ``n×n`` or ``n×m``.
+    Cost: one read of all factors and ``O(k·r³)`` small operations a module; nothing of size ``n×n`` or ``n×m``. With
+    ``inputs``, of ``N`` rows of length ``m`` together, ``N²·m + k·N³`` operations in float64 for every distinct input.
     """
+    if inputs is not None:
+        changed = {"threshold": threshold != DEFAULT_THRESHOLD, "chain": chain != "product", "mode": mode != "pool"}
+        changed |= {"side": side != "left", "rank": rank is not None, "energy": energy is not None}
+        changed |= {"rtol": rtol is not None, "target": target is not None, "order": order is not None}
+        useless = next((name for name, is_given in changed.items() if is_given), None)
+        if useless is not None:
+            raise InputError(f"{useless} has no effect on a decomposition by inputs; leave it out")
+        return _by_inputs(pool, inputs, mu, ridge, memory, device)
+    if mu is not None or ridge is not None:
+        raise InputError(f"{'mu' if mu is not None else 'ridge'} belongs to a decomposition by inputs; give inputs")
     if mode not in MODES:
         raise InputError(f"mode={mode!r} does not exist: use one of {', '.join(MODES)}")
     if rank is not None and rank < 1:
@@ -99,6 +163,27 @@ def decompose(
         pairs = decompose_pairs(pool, settings) if mode == "pairs" else None
         whole = decompose_pool(pool, settings) if mode == "pool" else None
     return Decomposition(pool, mode, whole=whole, pairs=pairs, memory=placed.memory, stream=placed.stream)
+
+
+def _by_inputs(
+    pool: Pool,
+    inputs: Statistics | str | Path,
+    mu: float | None,
+    ridge: float | None,
+    memory: int | str | None,
+    device: str | torch.device | None,
+) -> InputDecomposition:
+    if len(pool) < 2:
+        raise InputError("decompose: a pool of one adapter has nothing to share; give two adapters or more")
+    if any(d is not None and d.type != "cpu" for d in (devices.parse(device), pool.device)):
+        raise InputError("decompositions by inputs are computed on the CPU; leave out device, or move the pool there")
+    require_finite_extras(pool.adapters)
+    statistics = inputs if isinstance(inputs, Statistics) else Statistics.load(inputs)
+    placed = place(pool.adapters, pool.device, memory)
+    with placed.in_use():
+        return decompose_by_inputs(
+            pool, statistics, 1.0 if mu is None else mu, RIDGE if ridge is None else ridge, placed.memory
+        )
 
 
 def decompose_pool(pool: Pool, settings: Settings) -> Components:

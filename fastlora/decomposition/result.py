@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,13 +16,13 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.decomposition.components import Components
 from fastlora.decomposition.report import Report, build_report
+from fastlora.decomposition.writing import write_parts
 from fastlora.engine.schedule import split_to_fit
 from fastlora.engine.stream import Stream, streamed
 from fastlora.engine.write import WRITE_BYTES
 from fastlora.errors import InputError
 from fastlora.files.earlier import Overwrite
 from fastlora.files.output import OutputDirectory
-from fastlora.formats import suffix_of, write_adapters
 from fastlora.runtime.memory import bounded
 from fastlora.runtime.ranks import from_first
 
@@ -250,23 +249,8 @@ class Decomposition:
     ) -> list[str]:
         """Writes into the directory ``staging``, which exists; for ``dtype``, ``uniform_rank``, ``format`` and what it
         raises see :meth:`save`. Returns what is worth telling, in sentences."""
-        empty: list[str] = []
-        notes: list[str] = []
-        with (
-            (staging / "report.json").open("w") as file,
-            bounded(self.memory),
-            streamed(self.stream),
-        ):
-            for i, adapters in enumerate(self._parts()):
-                targets = {staging / f"{place}{suffix_of(a, format)}": a for place, a in adapters.items()}
-                for target, adapter in targets.items():
-                    (target.parent if suffix_of(adapter, format) else target).mkdir(parents=True, exist_ok=True)
-                # Reports need no kernels, so they are made while results are written.
-                meanwhile = functools.partial(self._write_reports, file) if i == 0 else lambda: None
-                notes += write_adapters(targets, dtype, meanwhile, uniform_rank, format)
-                empty += [p for p, a in adapters.items() if not any(u.rank for u in a.updates.values())]
-            file.write(f', "empty_adapters": {json.dumps(empty)}}}\n')
-        return notes
+        with bounded(self.memory), streamed(self.stream):
+            return write_parts(staging, self._parts(), self._write_reports, dtype, uniform_rank, format)
 
     def _write_reports(self, file: TextIO) -> None:
         """The start of ``report.json``; pool by pool, since there can be thousands of pairs."""

@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastlora.views.input_parts import input_rows, show_input_report
 from fastlora.views.tables import ROWS, Data, Table, without_common
 from fastlora.views.text import YELLOW, print_paragraph
 
 if TYPE_CHECKING:
     from fastlora.analysis.similar import Overlap
+    from fastlora.decomposition.input_parts import InputDecomposition
     from fastlora.decomposition.result import Decomposition
 
 MANY = 8
@@ -19,7 +21,7 @@ MANY = 8
 NEIGHBOURS = 3
 
 
-def decomposition_data(parts: Decomposition, out: Path) -> Data:
+def decomposition_data(parts: Decomposition | InputDecomposition, out: Path) -> Data:
     """Every report, and where the adapters were written."""
     return {"out": str(out), "mode": parts.mode, "reports": [report.as_dict() for report in parts.reports]}
 
@@ -27,7 +29,9 @@ def decomposition_data(parts: Decomposition, out: Path) -> Data:
 def show_decomposition(data: Data, every: bool) -> None:
     """Prints what :func:`decomposition_data` found; ``every``: all modules, not the most shared."""
     reports = data["reports"]
-    if len(reports) == 1:
+    if data["mode"] == "inputs":
+        show_input_report(reports[0], every)
+    elif len(reports) == 1:
         _show_report(reports[0], every)
     else:
         _show_reports(reports)
@@ -36,12 +40,16 @@ def show_decomposition(data: Data, every: bool) -> None:
 
 def _written(data: Data) -> int:
     """How many adapters were written: what is shared and what is unique, but of steps the last unique part alone."""
+    if data["mode"] == "inputs":
+        return 2 * len(data["reports"][0]["settings"]["adapters"])
     parts = [1 + len(report["settings"]["adapters"]) for report in data["reports"]]
     return 1 if data["mode"] == "iterative" else sum(parts)
 
 
 def decomposition_rows(data: Data) -> list[list[object]]:
     """The modules of all reports as one table with a heading: a column for the energy of every adapter."""
+    if data["mode"] == "inputs":
+        return input_rows(data["reports"][0])
     names = list(dict.fromkeys(name for report in data["reports"] for name in report["settings"]["adapters"]))
     numbers = ["shared", "expected_by_chance", "chance_edge", "gap"]
     lists = ["shape", "ranks", "directions", "eigenvalues"]

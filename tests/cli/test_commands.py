@@ -217,7 +217,7 @@ COMMON = ("--device", "--backend", "--json", "--quiet")
 WRITES = (*COMMON, "--out", "--dtype", "--overwrite", "--rank", "--energy", "--memory")
 CHAIN = ("--threshold", "--chain", "--mode", "--target", "--order", "--side", "--rtol")
 OPTIONS = {
-    "decompose": (*WRITES, *CHAIN, "--plots", "--all", "--csv", "--html"),
+    "decompose": (*WRITES, *CHAIN, "--inputs", "--mu", "--ridge", "--plots", "--all", "--csv", "--html"),
     "merge": (*WRITES, "--method", "--set", "--weights-by", "--data", "--save-recipe", "--html", "--drop-extras"),
     "methods": ("--json",),
     "compress": WRITES,

@@ -307,3 +307,16 @@ def test_exact_arithmetic_is_that_of_a_vector_space(x: float, y: float, z: float
         got, expected = deltas(left), deltas(right)
         for m in SHAPES:
             assert float((got[m] - expected[m]).norm()) <= FLOAT32 * scale
+
+
+MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)]
+
+
+@pytest.mark.parametrize("dtypes", MIXED, ids=["bfloat16-float32", "float32-bfloat16", "float16-float32"])
+def test_adapters_of_two_dtypes_both_count(dtypes: tuple[torch.dtype, torch.dtype], tmp_path: Path) -> None:
+    first, second = factors(1, dtype=dtypes[0]), factors(200, dtype=dtypes[1])
+    merged = fl.add(adapters(a=first, b=second), (0.25, 0.75), semantics="pem")
+    expected = elementwise([(0.25, 0.25, first), (0.75, 0.75, second)])
+    assert_close(deltas(merged), expected)
+    merged.save(tmp_path / "out")
+    assert_close(deltas(fl.load(tmp_path / "out")), expected)

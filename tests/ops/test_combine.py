@@ -140,3 +140,24 @@ def test_the_engine_writes_ragged_terms_rounded_once(backend: str, dtype: torch.
     # Half a unit in the last place; float32 sums of a dozen products come before where the result is half precision.
     assert ((got - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 1.7 * step).all()
     assert (left if rows else right).data_ptr() == other.terms[0].source.data_ptr()
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stored_matrices_of_several_dtypes_are_added(backend: str, rows: bool) -> None:
+    """Whole matrices on one another, of which some have the dtype of the result: in any order all of them count."""
+    side, turn = ("A", lambda x: x.mT.contiguous()) if rows else ("B", lambda x: x)
+    other = Factor.of("B" if rows else "A", torch.eye(4))
+    own = [gaussian(70, 4, seed=i, dtype=dtype) for i, dtype in enumerate(DTYPES)]
+    scales = [1.0, -0.5, 2.0, 1.0]
+    for first, x in enumerate(own):
+        for second, y in enumerate(own):
+            exact = scales[first] * x.double() + scales[second] * y.double()
+            factor = Factor(side, 70, 4, (Term(turn(x), scale=scales[first]), Term(turn(y), scale=scales[second])))
+            for dtype in (torch.float64, torch.float32, torch.bfloat16):
+                with fl.use_backend(backend):
+                    pair = Update(other, factor) if rows else Update(factor, other)
+                    left, right = materialise.materialise([pair], dtype)[0]
+                got = (right.mT if rows else left).double()
+                size = abs(scales[first]) * x.double().abs() + abs(scales[second]) * y.double().abs()
+                assert ((got - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-15 * size).all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,8 +13,10 @@ from fastlora.cli.options import ALL, Adapters, Csv, Energy, Html, OutDirectory,
 from fastlora.cli.outputs import check_table, output_directory, write_table
 from fastlora.cli.pages import check_page, write_page_of
 from fastlora.cli.run import Run, print_json
+from fastlora.errors import InputError
 
 if TYPE_CHECKING:
+    from fastlora.decomposition.input_parts import InputDecomposition
     from fastlora.decomposition.result import Decomposition
 
 
@@ -39,6 +41,16 @@ def decompose(
         float | None,
         typer.Option(help="Noise floor relative to σ_max; default: the stored dtype's.", show_default=False),
     ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(help="Statistics of inputs (fl.statistics): parts by inputs, not by column spaces."),
+    ] = None,
+    mu: Annotated[
+        float | None, typer.Option(help="With --inputs: how much the others' inputs weigh; default: 1.")
+    ] = None,
+    ridge: Annotated[
+        float | None, typer.Option(help="With --inputs: ε, of the mean of the diagonal; default: 1e-4.")
+    ] = None,
     plots: Annotated[
         bool, typer.Option("--plots", help="Also write spectrum.png, energy.png and overlap.png.")
     ] = False,
@@ -52,6 +64,10 @@ def decompose(
     directory = output_directory(run, out, [s.path for s in specs])
     check_table(run, csv)
     check_page(run, html)
+    if inputs is not None and (plots or html is not None):
+        raise InputError(
+            f"{'--plots' if plots else '--html'} shows spectra, which parts by inputs do not have; leave it out"
+        )
     if plots:
         from fastlora.files.pictures import require_matplotlib
 
@@ -59,33 +75,36 @@ def decompose(
     run.start()
     from fastlora.core.dtypes import parse_dtype
     from fastlora.decomposition.decompose import decompose as decompose_pool
+    from fastlora.decomposition.result import Decomposition
     from fastlora.views.results import decomposition_data, decomposition_rows, show_decomposition
 
     pool, _ = load_pool(run, specs)  # on the CPU: it may have to be streamed through the device
     if run.dtype is not None:
         parse_dtype(run.dtype, pool.adapters[0].dtype)
-    parts = decompose_pool(
+    chosen: dict[str, Any] = {
+        "threshold": threshold,
+        "chain": chain,
+        "mode": mode,
+        "side": side,
+        "rank": rank,
+        "energy": energy,
+    }
+    chosen |= {"rtol": rtol, "target": target, "inputs": inputs, "mu": mu, "ridge": ridge}
+    parts: Decomposition | InputDecomposition = decompose_pool(
         pool,
-        threshold,
-        chain=chain,
-        mode=mode,
-        side=side,
-        rank=rank,
-        energy=energy,
-        rtol=rtol,
-        target=target,
+        **chosen,
         order=None if order is None else [name.strip() for name in order.split(",")],
         memory=run.memory,
         device=run.device,
     )
     with directory as staging:
         lost = parts.write(staging, run.dtype, run.uniform_rank, run.format)
-        if plots:
+        if plots and isinstance(parts, Decomposition):
             _write_plots(parts, staging)
     data = decomposition_data(parts, out)
     if csv is not None:
         write_table(run, csv, decomposition_rows(data))
-    if html is not None:
+    if html is not None and isinstance(parts, Decomposition):
         write_page_of(run, html, f"{len(pool)} adapters, decomposed", pool, None, parts.reports)
     if run.as_json:
         print_json(data)

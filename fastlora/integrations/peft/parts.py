@@ -42,12 +42,17 @@ def decompose_adapters(
             f"mode={options['mode']!r}: a model takes the parts of one decomposition (mode='pool'); use "
             "`fastlora.decompose(pool(model), …)` and `write` the parts that are wanted"
         )
+    if options.get("inputs") is not None:
+        raise InputError(
+            "inputs: a model takes the parts of a decomposition by column spaces; use `fastlora.decompose(pool(model), "
+            "inputs=…)` and `write` the parts that are wanted"
+        )
     host = host_of(model)
     chosen = pool(model, adapters)
     names = [f"{prefix}shared", *(f"{prefix}unique_{name}" for name in chosen.names)]
     require_new(host, names)
     refuse_experts(chosen.adapters)
-    parts = decompose(chosen, **options)
+    parts: Decomposition = decompose(chosen, **options)
     made = zip(names, [parts.shared, *map(parts.unique_of, chosen.names)], strict=True)
     put(host, {name: ready(adapter, None) for name, adapter in made})
     return parts
