@@ -144,7 +144,20 @@ class InputDecomposition:
         overwrite: Overwrite = False,
         format: str | None = None,
     ) -> Path:
-        """Writes every part and ``report.json`` below ``path``, complete or not at all: :meth:`Decomposition.save`."""
+        """Writes every part and ``report.json`` below ``path``: complete or not at all.
+
+        Args:
+            path: the directory to make; :meth:`adapters` has the names of the folders in it.
+            dtype, uniform_rank, overwrite, format: as in :meth:`Decomposition.save`.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            InputError, OutputError: as :meth:`Decomposition.save`.
+
+        Cost: one read of the factors and the rows of inputs, and one write of all parts.
+        """
         with OutputDirectory(Path(path), overwrite=overwrite) as staging:
             notes = self.write(staging, dtype, uniform_rank, format)
         for note in notes:
@@ -158,7 +171,8 @@ class InputDecomposition:
         uniform_rank: bool = False,
         format: str | None = None,
     ) -> list[str]:
-        """Writes into the directory ``staging``, which exists; returns what is worth telling, in sentences."""
+        """Writes into the directory ``staging``, which exists; for ``dtype``, ``uniform_rank`` and ``format`` see
+        :meth:`save`. Returns what is worth telling, in sentences."""
         with bounded(self.memory):
             return write_parts(staging, self._parts(), self._write_report, dtype, uniform_rank, format)
 
