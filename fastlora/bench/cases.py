@@ -49,6 +49,7 @@ CASES: dict[str, Case] = {
     "memory": Case("the same within memory=1GiB against without a bound", files.memory, (MAIN,)),
     "memory-70b": Case("the same on the shapes of a 70B model", files.memory, ("llama3-70b-8x16",), slow=True),
     "peft": Case("svd merge of one 4096×4096 module against peft (a minute)", merging.peft, slow=True),
+    "peft-ties": Case("ties of one 4096×4096 module against peft (two minutes)", merging.peft_ties, slow=True),
     "paper": Case(
         "one 4096×4096 module against parts of the paper's dense algorithm (minutes)", dense.paper, slow=True
     ),

@@ -131,11 +131,13 @@ def peft_model(pool: Pool) -> Any:
     return model
 
 
-def merge_by_peft(model: Any, names: list[str], rank: int = 16) -> list[tuple[Tensor, Tensor]]:
+def merge_by_peft(
+    model: Any, names: list[str], kind: str = "svd", rank: int = 16, **more: float
+) -> list[tuple[Tensor, Tensor]]:
     """The same by ``add_weighted_adapter``: dense SVD with the package's own settings."""
     merged = "merged"
     if merged in model.peft_config:
         model.delete_adapter(merged)
-    model.add_weighted_adapter(names, [1.0] * len(names), merged, combination_type="svd", svd_rank=rank)
+    model.add_weighted_adapter(names, [1.0] * len(names), merged, combination_type=kind, svd_rank=rank, **more)
     layers = [m for m in model.modules() if merged in getattr(m, "lora_A", {})]
     return [(x.scaling[merged] * x.lora_B[merged].weight.data, x.lora_A[merged].weight.data) for x in layers]
