@@ -15,7 +15,7 @@ Factors are cut into slabs of 16 columns of X. Two ways to sum the products of s
 
 ``write_blocks`` adds the units of each pair of slabs in order and writes it into the caller's block. ``repair_blocks``
 follows ``half_sums``: where squared column norms say that float32 may have overflowed or underflowed, it sums a pair
-again in float64; else it only looks.
+again in float64; else it only looks. Both take all sides and jobs whose parts have room at a time.
 
 Units depend on the long dimension alone, and every product of slabs is summed by the same instructions in the same
 order wherever it lies, so bits do not depend on the pool. No atomics.
@@ -35,7 +35,7 @@ from tritonkernels.values import DTYPES
 
 DEPTH = 64  # rows of a tile of half_sums, and of its float32 sums: 2·9 bits and these are the 24 that float32 has
 LANES = 64 if INTERPRETED else 8  # rows that exact_sums handles side by side; the interpreter counts steps
-REPAIRED = 8  # blocks that a program of repair_blocks looks after
+REPAIRED = 32  # blocks that a program of repair_blocks looks after
 
 
 def half_sums_launch(
@@ -60,6 +60,6 @@ def write_blocks_launch(programs: int, blocks: object, slabs: object, parts: obj
     return Launch(write_blocks, programs, (blocks, slabs, parts), {}, 1, 1)
 
 
-def repair_blocks_launch(count: int, blocks: object, slabs: object, parts: object, *, rows: bool, code: int) -> Launch:
-    constants = {"ROWS": rows, "DTYPE": DTYPES[code], "LANES": LANES, "REPAIRED": REPAIRED}
-    return Launch(repair_blocks, -(-count // REPAIRED), (blocks, slabs, parts, count), constants, 8, 1)
+def repair_blocks_launch(count: int, blocks: object, slabs: object, parts: object, *, code: int) -> Launch:
+    constants = {"DTYPE": DTYPES[code], "LANES": LANES, "REPAIRED": REPAIRED}
+    return Launch(repair_blocks, -(-count // REPAIRED), (blocks, slabs, parts, count), constants, 4, 1)

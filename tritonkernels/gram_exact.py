@@ -12,20 +12,20 @@ PAIR_COLUMNS = tl.constexpr(5)  # of `pairs`: left slab, right slab, first row, 
 
 @triton.jit
 def pair_sum(
-    slabs, left, right, first, last,
+    slabs, left, right, first, last, rows,
     ROWS: tl.constexpr, DTYPE: tl.constexpr, BYTES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The product of two slabs over some rows ``[16, 16]``, in float64."""
+    """The product of two slabs over some rows ``[16, 16]``, in float64; ``ROWS`` None: a side that ``rows`` tells."""
     p_left, p_right = slabs + left * SLAB_COLUMNS, slabs + right * SLAB_COLUMNS
     o_lane = tl.arange(0, LANES)
     sums = tl.zeros((LANES, SLAB, SLAB), tl.float64)
     # Four steps are loaded before the first is used: each goes through shared memory, with a barrier.
     for start in range(0, (last - first).to(tl.int32), 4 * LANES):
         o_row = first + start + o_lane
-        x0, y0 = _load_pair(p_left, p_right, o_row, last, ROWS, DTYPE, BYTES)
-        x1, y1 = _load_pair(p_left, p_right, o_row + LANES, last, ROWS, DTYPE, BYTES)
-        x2, y2 = _load_pair(p_left, p_right, o_row + 2 * LANES, last, ROWS, DTYPE, BYTES)
-        x3, y3 = _load_pair(p_left, p_right, o_row + 3 * LANES, last, ROWS, DTYPE, BYTES)
+        x0, y0 = _load_pair(p_left, p_right, o_row, last, rows, ROWS, DTYPE, BYTES)
+        x1, y1 = _load_pair(p_left, p_right, o_row + LANES, last, rows, ROWS, DTYPE, BYTES)
+        x2, y2 = _load_pair(p_left, p_right, o_row + 2 * LANES, last, rows, ROWS, DTYPE, BYTES)
+        x3, y3 = _load_pair(p_left, p_right, o_row + 3 * LANES, last, rows, ROWS, DTYPE, BYTES)
         sums = _add_products(sums, x0, y0)
         sums = _add_products(sums, x1, y1)
         sums = _add_products(sums, x2, y2)
@@ -34,17 +34,19 @@ def pair_sum(
 
 
 @triton.jit
-def _load_pair(p_left, p_right, o_row, last, ROWS: tl.constexpr, DTYPE: tl.constexpr, BYTES: tl.constexpr):
+def _load_pair(p_left, p_right, o_row, last, rows, ROWS: tl.constexpr, DTYPE: tl.constexpr, BYTES: tl.constexpr):
     """Some rows of two slabs, ``[rows, 16]`` each, in float64."""
-    x = _load_slab(p_left, o_row, last, ROWS, DTYPE, BYTES)
-    return x, _load_slab(p_right, o_row, last, ROWS, DTYPE, BYTES)
+    x = _load_slab(p_left, o_row, last, rows, ROWS, DTYPE, BYTES)
+    return x, _load_slab(p_right, o_row, last, rows, ROWS, DTYPE, BYTES)
 
 
 @triton.jit
-def _load_slab(p_slab, o_row, last, ROWS: tl.constexpr, DTYPE: tl.constexpr, BYTES: tl.constexpr):
+def _load_slab(p_slab, o_row, last, rows, ROWS: tl.constexpr, DTYPE: tl.constexpr, BYTES: tl.constexpr):
     address, stride, width, code = tl.load(p_slab), tl.load(p_slab + 1), tl.load(p_slab + 2), tl.load(p_slab + 3)
     o_column = tl.arange(0, SLAB)
-    if ROWS:
+    if ROWS is None:
+        offsets = (o_column * tl.where(rows, stride, 1))[None, :] + (o_row * tl.where(rows, 1, stride))[:, None]
+    elif ROWS:
         offsets = (o_column * stride)[None, :] + o_row[:, None]
     else:
         offsets = (o_row * stride)[:, None] + o_column[None, :]
@@ -70,6 +72,6 @@ def exact_sums(
     p_pair = pairs + tl.program_id(0).to(tl.int64) * PAIR_COLUMNS
     left, right = tl.load(p_pair), tl.load(p_pair + 1)
     first, last, place = tl.load(p_pair + 2), tl.load(p_pair + 3), tl.load(p_pair + 4)
-    sums = pair_sum(slabs, left, right, first, last, ROWS, DTYPE, BYTES, LANES)
+    sums = pair_sum(slabs, left, right, first, last, False, ROWS, DTYPE, BYTES, LANES)
     o_slab = tl.arange(0, SLAB)
     tl.store(parts + place + o_slab[:, None] * SLAB + o_slab[None, :], sums)

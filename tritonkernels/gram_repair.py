@@ -36,11 +36,10 @@ def _out_of_range(p_blocks, is_block, column: tl.constexpr, slabs, parts):
 
 @triton.jit(do_not_specialize=["count"])
 def repair_blocks(
-    blocks,  # int64 [count, 15]
+    blocks,  # int64 [count, 16], of both sides
     slabs,  # int64 [slabs, 4]
     parts,  # float64, what half_sums wrote
     count,
-    ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
     LANES: tl.constexpr,
     REPAIRED: tl.constexpr,  # blocks of a program
@@ -55,5 +54,6 @@ def repair_blocks(
             if tl.sum(tl.where(tl.arange(0, REPAIRED) == i, bad, 0), 0) > 0:
                 p_block = blocks + (first + i) * BLOCK_COLUMNS
                 left, right, last = tl.load(p_block + 8), tl.load(p_block + 9), tl.load(p_block + 12)
-                total = pair_sum(slabs, left, right, last * 0, last, ROWS, DTYPE, False, LANES)
+                rows = tl.load(p_block + 15) != 0
+                total = pair_sum(slabs, left, right, last * 0, last, rows, None, DTYPE, False, LANES)
                 store_block(p_block, slabs, total)

@@ -7,15 +7,15 @@ import triton.language as tl
 
 from tritonkernels.values import SLAB, SLAB_COLUMNS
 
-BLOCK_COLUMNS = tl.constexpr(15)
+BLOCK_COLUMNS = tl.constexpr(16)
 """Of `blocks`: place of the first unit's part, distance of units, units, pitch of its rows, pitch of its columns,
 whether the lower triangle mirrors the upper, address, stride, left slab, right slab, place of the left and of the right
-diagonal, last row, distance of the units of the left and of the right diagonal."""
+diagonal, last row, distance of the units of the left and of the right diagonal, 1 for an A side."""
 
 
 @triton.jit
 def write_blocks(
-    blocks,  # int64 [programs, 15]
+    blocks,  # int64 [programs, 16]
     slabs,  # int64 [slabs, 4]
     parts,  # float64, what half_sums or exact_sums wrote
 ):

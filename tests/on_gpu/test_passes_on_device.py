@@ -19,6 +19,9 @@ from fastlora.ops.passes import CombineJob, GramJob
 
 sys.path.append(str(Path(__file__).parents[1] / "triton"))
 
+from interpreted import (
+    test_a_round_of_several_kinds_is_repaired_by_dtype as test_a_round_of_several_kinds_is_repaired_by_dtype,
+)
 from interpreted import (  # the tests themselves
     test_bits_do_not_depend_on_the_tiles as test_bits_do_not_depend_on_the_tiles,
 )
@@ -29,7 +32,11 @@ from interpreted import (
 )
 from interpreted import test_factors_of_several_dtypes as test_factors_of_several_dtypes
 from interpreted import test_float64_sums_are_rounded_once as test_float64_sums_are_rounded_once
+from interpreted import (
+    test_nothing_is_read_of_what_is_not_present as test_nothing_is_read_of_what_is_not_present,
+)
 from interpreted import test_plans_follow_the_contents as test_plans_follow_the_contents
+from interpreted import test_results_of_one_matrix_and_sums as test_results_of_one_matrix_and_sums
 from interpreted import test_results_on_tensor_cores as test_results_on_tensor_cores
 from interpreted import test_units_and_tiles_of_tensor_cores as test_units_and_tiles_of_tensor_cores
 
@@ -59,6 +66,7 @@ class OnDevice:
             replace(
                 o,
                 out=None if o.out is None else self._twin(o.out),
+                present=None if o.present is None else self._twin(o.present),
                 terms=[(f, None if c is None else self._twin(c), at, scale) for f, c, at, scale in o.terms],
             )
             for o in job.outputs

@@ -55,8 +55,8 @@ def gram_cases(side: str, rows: bool, every: bool) -> Iterator[tuple[str, Any]]:
         if every:
             yield f"half_sums {side} {name} fp16", sums(code=FP16, vector=8)
             yield f"half_sums {side} {name} bf16 elements", sums(code=BF16, vector=1)
-    yield f"repair_blocks {side} bf16", gram.repair_blocks_launch(*tables, code=BF16, rows=rows)
     if not rows:
+        yield "repair_blocks bf16", gram.repair_blocks_launch(*tables, code=BF16)
         yield "write_blocks", gram.write_blocks_launch(*tables)
     yield f"exact_sums {side} fp32", gram.exact_sums_launch(*tables, code=FP32, **common)
     if every:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -125,39 +126,60 @@ def prepare_gram(jobs: Sequence[GramJob]) -> PassLaunches:
         )
         for job in jobs
     ]  # fmt: skip
-    return _launches_of_chunks(list(gram_tables.chunks(addressed_jobs)), device, alive)
+    rounds = list(gram_tables.rounds(gram_tables.chunks(addressed_jobs)))
+    sections = Sections()
+    sections_of = [_RoundSections.of(chunks, sections) for chunks in rounds]
+    buffer = sections.to(device)
+    # The rounds take turns with the workspace.
+    size = max((sum(c.size for c in chunks) for chunks in rounds), default=0)
+    parts = torch.empty(size, dtype=torch.float64, device=device)
+    launches = [
+        launch
+        for chunks, places in zip(rounds, sections_of, strict=True)
+        for launch in _launches_of_round(chunks, places, buffer, parts)
+    ]
+    return PassLaunches(tuple(launches), device, (*alive, buffer, parts))
 
 
-def _launches_of_chunks(
-    chunks: Sequence[gram_tables.JobChunk], device: torch.device, alive: tuple[Tensor, ...]
-) -> PassLaunches:
+@dataclass(frozen=True, slots=True)
+class _RoundSections:
+    """Where the tables of some chunks are in the buffer."""
+
+    slabs: tuple[slice, ...]  # one after another
+    sums: tuple[Mapping[gram_tables.Sums, slice], ...]
+    blocks: slice
+
+    @staticmethod
+    def of(chunks: Sequence[gram_tables.JobChunk], sections: Sections) -> _RoundSections:
+        slabs = tuple([sections.add(c.slabs) for c in chunks])
+        sums = tuple([{kind: sections.add(t) for kind, t in c.sums.items() if len(t)} for c in chunks])
+        return _RoundSections(slabs, sums, sections.add(gram_tables.joined_blocks(chunks)))
+
+
+def _launches_of_round(
+    chunks: Sequence[gram_tables.JobChunk], places: _RoundSections, buffer: Tensor, parts: Tensor
+) -> Iterator[Any]:
+    """The sums of all chunks, each with parts of its own; then all of their blocks at once."""
     from tritonkernels import gram
 
-    sections = Sections()
-    chunk_sections = [
-        (sections.add(c.slabs), {k: sections.add(t) for k, t in c.sums.items()}, sections.add(c.blocks)) for c in chunks
-    ]
-    buffer = sections.to(device)
-    # The chunks take turns with the workspace.
-    parts = torch.empty(max((c.size for c in chunks), default=0), dtype=torch.float64, device=device)
-    launches = []
-    for chunk, (slabs, sums, blocks) in zip(chunks, chunk_sections, strict=True):
-        rows, half, code, odd, vector = chunk.kind
-        for kind, sums_section in sums.items():
-            programs = len(chunk.sums[kind])
-            if not programs:
-                continue
-            tables = buffer[sums_section], buffer[slabs], parts
+    start = 0
+    for chunk, slabs, sums in zip(chunks, places.slabs, places.sums, strict=True):
+        rows, _, code, odd, vector = chunk.kind
+        for kind, section in sums.items():
+            programs, tables = len(chunk.sums[kind]), (buffer[section], buffer[slabs], parts[start:])
             if kind == "slabs":
-                launches.append(gram.exact_sums_launch(programs, *tables, rows=rows, code=code, odd=odd))
+                yield gram.exact_sums_launch(programs, *tables, rows=rows, code=code, odd=odd)
             else:
                 common = {"rows": rows, "code": code, "vector": vector}
-                launches.append(gram.half_sums_launch(programs, *tables, one_group=kind == "one group", **common))
-        tables = buffer[blocks], buffer[slabs], parts
-        launches.append(gram.write_blocks_launch(len(chunk.blocks), *tables))
-        if half:
-            launches.append(gram.repair_blocks_launch(len(chunk.blocks), *tables, rows=rows, code=code))
-    return PassLaunches(tuple(launches), device, (*alive, buffer, parts))
+                yield gram.half_sums_launch(programs, *tables, one_group=kind == "one group", **common)
+        start += chunk.size
+    blocks, all_slabs = buffer[places.blocks], buffer[places.slabs[0].start :]
+    yield gram.write_blocks_launch(sum(len(c.blocks) for c in chunks), blocks, all_slabs, parts)
+    for code, alike in itertools.groupby(chunks, lambda c: c.repaired):
+        count = sum(len(c.blocks) for c in alike)
+        if code >= 0:
+            yield gram.repair_blocks_launch(count, blocks, all_slabs, parts, code=code)
+        blocks = blocks[count * gram_tables.BLOCK_COLUMNS :]
 
 
 def prepare_combine(jobs: Sequence[CombineJob]) -> PassLaunches:

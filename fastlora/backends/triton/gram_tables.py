@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -18,6 +18,7 @@ WIDTH = SLAB * GROUP
 PRODUCT = WIDTH * WIDTH
 UNIT = 4096  # rows that one program sums; a multiple of its tiles, and the same for every pool
 SHORTEST = 1024  # shorter long dimensions are summed in float64, as on the CPU
+BLOCK_COLUMNS = 16
 WORKSPACE = 2**26  # float64 elements of parts that a launch may have
 
 
@@ -54,6 +55,11 @@ class JobChunk:
     sums: dict[Sums, IntTable]
     blocks: IntTable
     size: int  # float64 elements of parts
+
+    @property
+    def repaired(self) -> int:
+        """The dtype code of blocks that may have to be summed again, or -1."""
+        return self.kind.code if self.kind.half and self.kind.code is not None else -1
 
 
 @dataclass(slots=True)
@@ -98,6 +104,28 @@ def chunks(jobs: Sequence[AddressedJob], workspace: int = WORKSPACE) -> Iterator
         yield filling.chunk()
 
 
+def rounds(chunks: Iterable[JobChunk], workspace: int = WORKSPACE) -> Iterator[list[JobChunk]]:
+    """Chunks of any kind whose parts have room together, by dtype: their blocks are written at once."""
+    gathered: list[JobChunk] = []
+    for chunk in sorted(chunks, key=lambda c: c.repaired):
+        if gathered and sum(c.size for c in gathered) + chunk.size > workspace:
+            yield gathered
+            gathered = []
+        gathered.append(chunk)
+    if gathered:
+        yield gathered
+
+
+def joined_blocks(chunks: Sequence[JobChunk]) -> IntTable:
+    """The blocks of some chunks, whose slabs and parts follow one another."""
+    tables, slabs, parts = [], 0, 0
+    for chunk in chunks:
+        moved = [parts, 0, 0, 0, 0, 0, 0, 0, slabs, slabs, parts, parts, 0, 0, 0, 0]
+        tables.append(chunk.blocks + np.array(moved, dtype=np.int64))
+        slabs, parts = slabs + len(chunk.slabs), parts + chunk.size
+    return np.concatenate(tables)
+
+
 def _of_one_arithmetic(jobs: Sequence[AddressedJob]) -> Iterator[AddressedJob]:
     """The jobs, those on factors of several dtypes by the pairs of dtypes of their blocks: how a block is summed
     depends on its two factors, not on what else is in the pool."""
@@ -139,6 +167,7 @@ class _FillingChunk:
                 rows + [first_slab, first_slab, 0, 0, self.size, 0][: rows.shape[1]]
             )
         moved = [self.size, 0, 0, 0, 0, 0, job.address, 0, first_slab, first_slab, self.size, self.size, 0, 0, 0]
+        moved.append(int(job.rows))
         self.blocks.append(tables.blocks + np.array(moved, dtype=np.int64))
         self.size += tables.size
 
@@ -182,8 +211,8 @@ def _job_tables(widths: tuple[int, ...], blocks: tuple[BlockPlace, ...], n: int,
                 left, distance_l = part_places[s, s] if half else (0, 0)
                 right, distance_r = part_places[t, t] if half else (0, 0)
                 head = part, distance, units, *pitches, s == t, address, stride
-                rows.append((*head, s, t, left, right, n, distance_l, distance_r))
-    return JobTables(slabs, sums, table(rows, 15), size)
+                rows.append((*head, s, t, left, right, n, distance_l, distance_r, 0))
+    return JobTables(slabs, sums, table(rows, BLOCK_COLUMNS), size)
 
 
 def _tiles(
