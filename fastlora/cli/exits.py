@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fastlora.cli.ranks import wait_for_first
+from fastlora.cli.ranks import leave, remove_unfinished
 from fastlora.errors import FastloraError
 from fastlora.runtime.launch import LAUNCHED, launched_rank
 from fastlora.views.text import escaped, print_aside
@@ -79,16 +79,18 @@ def listen() -> None:
             signal.signal(number, _stop)
 
 
-def end_all(message: str) -> None:
-    """Ends this process, where another rank of the run is gone: nothing it waits for would come. The output is removed,
-    and one of the ranks that are left says why."""
+def end_all(lost: int) -> None:
+    """Ends this process, where the rank ``lost`` of the run is gone: nothing it waits for would come. What is
+    unfinished is removed, and one of the ranks that are left says why."""
     with _saying:
+        remove_unfinished()
         for output in outputs:
             output.discard(whole=True)
-        speaks = 0 if "rank 0 " not in message else 1
-        if launched_rank() == speaks:
-            real = sys.stderr if speaks == 0 else sys.__stderr__
-            print(f"error: {escaped(message)}", file=real, flush=True)
+        if launched_rank() == (1 if lost == 0 else 0):
+            why = "killed, out of memory, or its machine is gone"
+            _say(f"error: rank {lost} ended without a word ({why}); {_what_is_left()}")
+        if not launched_rank():
+            leave(failed=True)
         os._exit(2)
 
 
@@ -98,40 +100,55 @@ def guarded(run: Callable[[], object]) -> int:
     try:
         code = run()
         sys.stdout.flush()
+        leave(failed=False)
         _listening = False
         return code if isinstance(code, int) else 0
     except BaseException as error:
         if LAUNCHED in os.environ:
             _settle(error)
-        _listening = bool(_signals)  # cleaning up may be stopped again, telling of an error may not
-        if _signals:  # also where compiled code made another error of it
-            for output in outputs:
-                output.discard()
-            _listening = False
-            written = [str(output.path) for output in outputs if output.written]
-            way_out = f"{written[0]} is complete" if written else "run the same command again"
-            _complain(f"interrupted: no output is left half-written; {way_out}")
-            return 128 + _signals[0][0]
-        # typer makes SystemExit(1) of a broken pipe.
-        cause = error.__context__ if isinstance(error, SystemExit) else error
-        if isinstance(cause, BrokenPipeError):
-            _leave_stdout()  # the reader went away: not an error of ours, and nothing more to say
-            return 0
-        message = _message(error)
-        if message is None:
-            sys.stderr = sys.__stderr__  # of a rank that is quiet otherwise
-            raise
-        _complain(f"error: {message}")
-        return 2
+        try:
+            with _saying:
+                return _told(error)
+        finally:
+            leave(failed=True)
+
+
+def _told(error: BaseException) -> int:
+    """Says what went wrong; the exit code. Raises an error that is no user's again."""
+    global _listening
+    _listening = bool(_signals)  # cleaning up may be stopped again, telling of an error may not
+    if _signals:  # also where compiled code made another error of it
+        for output in outputs:
+            output.discard()
+        _listening = False
+        _complain(f"interrupted: {_what_is_left()}")
+        return 128 + _signals[0][0]
+    # typer makes SystemExit(1) of a broken pipe.
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    if isinstance(cause, BrokenPipeError):
+        _leave_stdout()  # the reader went away: not an error of ours, and nothing more to say
+        return 0
+    message = _message(error)
+    if message is None:
+        sys.stderr = sys.__stderr__  # of a rank that is quiet otherwise
+        raise error
+    _complain(f"error: {message}")
+    return 2
+
+
+def _what_is_left() -> str:
+    written = [str(output.path) for output in outputs if output.written]
+    return f"no output is left half-written; {f'{written[0]} is complete' if written else 'run the same command again'}"
 
 
 def _settle(error: BaseException) -> None:
     """Where torchrun started this: a signal, or a connection that broke, may come of another rank that is gone. Then
-    that is what is told, by :func:`end_all` in another thread, which ends the process. Ranks after the first end after
-    it."""
+    that is what is told, by :func:`end_all` in another thread, which ends the process. torchrun's own signals do not
+    come in between."""
+    global _listening
+    _listening = False
     if _signals or type(error).__name__ == "RankError":
         time.sleep(GRACE)
-    wait_for_first()
 
 
 def _message(error: BaseException) -> str | None:
@@ -155,6 +172,11 @@ def _usage(error: Any) -> str:
 
 def _complain(text: str) -> None:
     print_aside("\n".join(map(escaped, text.split("\n"))))
+
+
+def _say(text: str) -> None:
+    """As :func:`_complain`, also of a rank that is quiet otherwise."""
+    print(escaped(text), file=sys.__stderr__, flush=True)
 
 
 def _leave_stdout() -> None:

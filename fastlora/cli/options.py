@@ -11,6 +11,7 @@ import typer
 
 from fastlora.cli.pushing import check_push, push
 from fastlora.cli.run import Run
+from fastlora.runtime.launch import launched_rank
 
 P = ParamSpec("P")
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
@@ -152,7 +153,7 @@ def command(
             check_push(run)
             with run.stack:
                 function(run, **given)  # type: ignore[call-arg]
-            if run.push is not None:
+            if run.push is not None and not launched_rank():
                 push(run, given["out"])
 
         # typer reads the signature: the command's own parameters, then the shared ones.

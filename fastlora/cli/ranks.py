@@ -13,8 +13,9 @@ from fastlora.runtime.launch import launched, launched_rank
 
 if TYPE_CHECKING:
     from fastlora.cli.watch import Watch
+    from fastlora.runtime.ranks import Ranks
 
-PATIENCE = 5.0  # seconds that a rank which ends waits for rank 0 to end first: torchrun stops all when one has ended
+PATIENCE = 5.0  # seconds that a rank which failed waits for rank 0 to say why: torchrun stops all when one has ended
 
 
 def quiet() -> None:
@@ -23,13 +24,14 @@ def quiet() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
-_watch: Watch | None = None
+_joined: tuple[Ranks, Watch] | None = None
 
 
 @contextlib.contextmanager
-def joined(lost: Callable[[str], None]) -> Iterator[None]:
-    """Inside the block, the ranks of torchrun share the work and watch each other; nothing without torchrun."""
-    global _watch
+def joined(lost: Callable[[int], None]) -> Iterator[None]:
+    """Inside the block, the ranks of torchrun share the work; from here on they watch each other, until they
+    :func:`leave`. Nothing without torchrun."""
+    global _joined
     if not launched():
         yield
         return
@@ -37,16 +39,33 @@ def joined(lost: Callable[[str], None]) -> Iterator[None]:
     from fastlora.runtime import ranks
 
     with ranks.distributed():
-        _watch = Watch(connected(), lost)
-        try:
-            yield
-        finally:
-            if sys.exc_info()[0] is None:
-                ranks.together("the end of the command")
-            _watch.end()
+        members = ranks.current()
+        assert members is not None
+        _joined = members, Watch(connected(members), lost)
+        yield
+        ranks.together("the end of the command")
 
 
-def wait_for_first() -> None:
-    """A rank that fails ends after rank 0, which has to say why: torchrun stops the others when one has ended."""
-    if launched_rank() and _watch is not None:
-        _watch.first_is_gone.wait(PATIENCE)
+def leave(*, failed: bool) -> None:
+    """Ends this rank's part, when all is said: nobody misses it from here on. Then, or if it ``failed``, others than
+    rank 0 wait until that has said all; and rank 0 waits for them, to say if one is gone."""
+    if _joined is None:
+        return
+    members, watch = _joined
+    if members.is_first:
+        if not failed:
+            watch.others_have_left.wait()
+        watch.end()
+    elif failed:
+        watch.first_has_left.wait(PATIENCE)
+    else:
+        watch.end()
+        watch.first_has_left.wait()
+
+
+def remove_unfinished() -> None:
+    """Removes what the ranks write together: one of them is gone, and its output too."""
+    if _joined is not None:
+        from fastlora.runtime.joint_outputs import remove_all
+
+        remove_all(_joined[0])

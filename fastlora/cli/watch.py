@@ -1,7 +1,8 @@
 """Ranks that watch each other: who ends without a word is noticed at once.
 
 Each rank holds a connection to rank 0, which the system closes when a process ends, however it ends. The work itself
-tells errors in its exchanges (:mod:`fastlora.runtime.ranks`); this finds those who tell nothing any more.
+tells errors in its exchanges (:mod:`fastlora.runtime.ranks`); this finds those who tell nothing any more. A rank that
+ends as it should says so before: rank 0 when it has printed all, the others when their part is done.
 """
 
 from __future__ import annotations
@@ -22,48 +23,42 @@ KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
 
 
 class Watch:
-    """The connections of one rank; ``lost(message)`` is called in a thread of their own when another rank is gone."""
+    """The connections of one rank; ``lost(rank)`` is called in a thread of their own when another rank is gone.
 
-    def __init__(self, sockets: Mapping[int, socket.socket], lost: Callable[[str], None]) -> None:
+    ``first_has_left``: rank 0 has said all, or is gone; ``others_have_left``: so have those that this one watches."""
+
+    def __init__(self, sockets: Mapping[int, socket.socket], lost: Callable[[int], None]) -> None:
         self._sockets, self._lost = sockets, lost
         self._ended = threading.Event()
-        self.first_is_gone = threading.Event()
+        self.first_has_left, self.others_have_left = threading.Event(), threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
             for rank, connection in self._sockets.items():
                 selector.register(connection, selectors.EVENT_READ, rank)
-            left = set()
             while selector.get_map():
                 for key, _ in selector.select():
                     data = b""
                     with contextlib.suppress(OSError):
                         data = key.fileobj.recv(1)  # type: ignore[union-attr]
-                    if data:
-                        left.add(key.data)
-                    elif key.data not in left and not self._ended.is_set():
-                        self._lost(
-                            f"rank {key.data} ended without a word (killed, out of memory, or its machine is gone); no "
-                            "output is left half-written; run the same command again"
-                        )
-                    if not data:
-                        selector.unregister(key.fileobj)
-                        if key.data == 0:
-                            self.first_is_gone.set()
+                    if not data and (key.data == 0 or not self._ended.is_set()):
+                        self._lost(key.data)
+                    selector.unregister(key.fileobj)
+                    if key.data == 0:
+                        self.first_has_left.set()
+        self.others_have_left.set()
 
     def end(self) -> None:
-        """Takes leave: from here on, nobody is missed."""
+        """Takes leave: from here on, nobody misses this rank."""
         self._ended.set()
         for connection in self._sockets.values():
             with contextlib.suppress(OSError):
                 connection.sendall(BYE)
 
 
-def connected() -> dict[int, socket.socket]:
+def connected(own: ranks.Ranks) -> dict[int, socket.socket]:
     """Rank 0's connections to all others, or another rank's to rank 0."""
-    own = ranks.current()
-    assert own is not None
     address = os.environ["MASTER_ADDR"]
     if own.is_first:
         family = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0]

@@ -65,6 +65,10 @@ class Sink(Protocol):
     def missing(self) -> set[str]:
         """The names of tensors that were announced and not written yet."""
 
+    def sent(self, names: Iterable[str]) -> None:
+        """Brings factors that this rank wrote to the files of the first, where they are not the same; all ranks call
+        it."""
+
     def error(self, name: str, errno: int | None) -> OutputError:
         """The error of a factor that could not be written: it holds NaN or Inf, or the system's ``errno``."""
 

@@ -78,6 +78,7 @@ def write_adapters(
     with ranks.one_file():
         ranks.gathered("opening files", open_files, alike=_alike(adapters) if ranks.current() else "")
     for file, *missing in zip(files.values(), *ranks.gathered("writing", written), strict=True):
+        file.sent(set.union(*missing) - file.missing())
         file.written(file.missing() - set.intersection(*missing))
     if ranks.is_first():
         for file in files.values():

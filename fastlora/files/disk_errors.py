@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 from fastlora.errors import FastloraError, OutputError
 
-PARTIAL = re.compile(r"\..+\.partial-(\d+)(-\d+)?")
-"""The name of what is not finished yet, ``.<name>.partial-<pid>``."""
+PARTIAL = re.compile(r"\..+\.partial-(\d+)(-\d+)?(\.rank-\d+)?")
+"""The name of what is not finished yet, ``.<name>.partial-<pid>``, and of the place beside it of another rank."""
 
 REASONS = {
     errno.ENOSPC: "the disk is full; free some space or write elsewhere",

@@ -14,7 +14,8 @@ from fastlora.core.card import CARD_NAME
 from fastlora.errors import OutputError
 from fastlora.files.disk_errors import PARTIAL, translated, writing
 from fastlora.files.earlier import Overwrite, check_file, foreign_files
-from fastlora.runtime.ranks import forget_place, from_first, is_first, own_place, together
+from fastlora.runtime.joint_outputs import begun, ended, joint
+from fastlora.runtime.ranks import from_first, is_first, together
 from fastlora.runtime.system import is_running
 
 OUTPUT_FILES = ("adapter_config.json", "*.safetensors", CARD_NAME, "report.json", "*.png", "*.html")
@@ -49,9 +50,9 @@ class OutputDirectory:
         self.written = False
         self._files = (*OUTPUT_FILES, *files)
         self._staging: Path | None = None
-        self._placing = False  # whether the rename that ends the work may have been made
+        self._placing = False  # whether the rename that ends the work may have been made, by the first rank
         self._replaced: Path | None = None
-        self._made: list[Path] = []
+        self._made = [p for p in self.path.parents if not os.path.lexists(p)]
         self._own: Path | None = None  # where a rank writes that is not the first
         if not self.path.name:
             raise OutputError(f"{path} is no name for an output; give a directory that can be made, such as out/merged")
@@ -69,39 +70,37 @@ class OutputDirectory:
                 )
 
     def __enter__(self) -> Path:
-        staging = from_first("making the output", self._make_staging)
-        if is_first():
-            return staging
-        self._staging, self._own = staging, own_place(staging, folder=True)
-        return self._own
+        own = begun(self._named, self._make_staging, folder=True)
+        if not is_first():
+            self._own = own
+        return own
 
-    def _make_staging(self) -> Path:
+    def _named(self) -> Path:
+        with writing(self.path):
+            return next(_names_beside(self.path, "partial"))
+
+    def _make_staging(self, staging: Path) -> None:
         try:
             with writing(self.path):
-                self._made = [p for p in self.path.parents if not os.path.lexists(p)]
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._report_leftovers()
-                for candidate in _names_beside(self.path, "partial"):
-                    self._staging = candidate  # known before it is there: a signal may come right after it is made
-                    if _made(candidate):
-                        break
-                    self._staging = None
+                self._staging = staging  # known before it is there: a signal may come right after it is made
+                staging.mkdir()
         except BaseException:
             self.discard()
             raise
-        assert self._staging is not None
-        return self._staging
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._staging is not None, "__exit__ without __enter__"
+        assert self._staging or self._own, "__exit__ without __enter__"
         problem = None if error is None else translated(error, self.path)
         if problem is not None:
             problem.__cause__ = error
         try:
             together("finishing the output", problem or error)
             if error is None:
+                self._placing = True
                 from_first("placing the output", self._place)
         finally:
             self.discard()
@@ -112,20 +111,21 @@ class OutputDirectory:
         assert self._staging is not None
         with writing(self.path):
             self._check_target()
-            self._placing = True
             self._put_in_place(self._staging)
 
     def discard(self, *, whole: bool = False) -> None:
         """Removes what is unfinished. Leaving the block does so too, unless a signal comes just before it is entered or
-        while it is left. ``whole``: also what the first rank has, where this is another."""
-        if self._own is not None:
-            forget_place(self._own)
-            if not whole:
-                return
+        while it is left. ``whole``: also what the first rank made, where this is another."""
+        staging = self._staging or (self._own and joint(self._own))
         if self._placing:  # seen on the disk, since a signal may come right after the rename
-            self.written = self._staging is not None and not os.path.lexists(self._staging)
+            self.written = staging is not None and not os.path.lexists(staging)
             self._placing = False
-        for path in (self._staging, self._replaced):
+        for own in (self._own, self._staging):
+            if own is not None:
+                ended(own)
+        if self._own is not None and not whole:
+            return
+        for path in (staging, self._replaced):
             if path is not None:
                 shutil.rmtree(path, ignore_errors=True)
         if not os.path.lexists(self.path):
@@ -211,10 +211,12 @@ def replacing(path: Path, *, overwrite: Overwrite) -> Iterator[Path]:
     Raises :class:`OutputError` when ``path`` exists and may not be replaced, is no file, or cannot be written.
     """
     check_file(path, overwrite=overwrite)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    staging = from_first("making the output", lambda: path.with_name(f".{path.name}.partial-{os.getpid()}"))
-    own = staging if is_first() else own_place(staging, folder=False)
+
+    def make(staging: Path) -> None:
+        with writing(path):
+            staging.parent.mkdir(parents=True, exist_ok=True)
+
+    own = begun(lambda: path.with_name(f".{path.name}.partial-{os.getpid()}"), make, folder=False)
     try:
         try:
             yield own
@@ -222,12 +224,11 @@ def replacing(path: Path, *, overwrite: Overwrite) -> Iterator[Path]:
             together("finishing the output", error)
             raise
         together("finishing the output")
-        from_first("placing the output", lambda: _replace(staging, path))
+        from_first("placing the output", lambda: _replace(own, path))
     finally:
-        if own is staging:
-            staging.unlink(missing_ok=True)
-        else:
-            forget_place(own)
+        if is_first():
+            own.unlink(missing_ok=True)
+        ended(own)
 
 
 def _replace(staging: Path, path: Path) -> None:

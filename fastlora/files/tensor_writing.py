@@ -17,7 +17,7 @@ from fastlora.files.disk_errors import finished, output_error, writing
 from fastlora.files.tensor_files import DTYPE_NAMES
 from fastlora.ops.dispatch import resolve
 from fastlora.ops.passes import CombineJob, CombineOutput
-from fastlora.runtime import ranks
+from fastlora.runtime import joint_outputs, ranks
 from fastlora.runtime.system import make_room, write_all_at
 
 ALIGNMENT = 4096  # of the first tensor: whole pages are written faster, and tensors mostly are whole pages
@@ -56,7 +56,7 @@ class TensorFile:
 
     def __init__(self, path: Path, outlines: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         shared = ranks.is_one_file()
-        self.path = path = ranks.place(path) if shared else path
+        self.path = path = joint_outputs.place(path) if shared else path
         self._places: dict[str, tuple[int, int]] = {}
         self.entries: dict[str, object] = {}
         offset = 0
@@ -73,10 +73,13 @@ class TensorFile:
         text = self._header(metadata)
         self.start = 8 + len(text)
         self._missing = set(outlines)
-        if not shared or ranks.is_first():
+        if not shared or joint_outputs.is_made_here():
             with writing(path), path.open("xb") as file:
                 file.write(len(text).to_bytes(8, "little") + text)
                 file.flush()
+                if shared and joint_outputs.is_apart():  # a part of this file is all that will be in it
+                    file.truncate(self.start + offset)
+                    return
                 # A full disk is found out before anything is computed, and writing where there is room is faster.
                 make_room(file.fileno(), self.start + offset)
 
@@ -125,6 +128,12 @@ class TensorFile:
     def written(self, names: Iterable[str]) -> None:
         """Notes that tensors were written to their places through :meth:`open`."""
         self._missing.difference_update(names)
+
+    def sent(self, names: Iterable[str]) -> None:
+        """Brings tensors that this rank wrote to the file of the first rank, where it has one of its own; all ranks
+        call it."""
+        places = [self._places[n] for n in sorted(names)]
+        joint_outputs.sent(self.path, [(self.start + first, last - first) for first, last in places])
 
     def missing(self) -> set[str]:
         """The names of tensors that were announced and not written yet."""

@@ -12,9 +12,7 @@ import contextvars
 import hashlib
 import heapq
 import pickle
-import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -63,13 +61,17 @@ class Failure(NamedTuple):
 
 @dataclass(eq=False)
 class Ranks:
-    """The processes that work together, as one of them sees it. ``places``: where the files of the others' output go
-    that this one writes in a directory of its own."""
+    """The processes that work together, as one of them sees it.
+
+    ``places``, of outputs that are not finished: where this rank writes them, and where the first does, if this one
+    sees that. ``apart``: the ranks that do not (:mod:`fastlora.runtime.joint_outputs`).
+    """
 
     rank: int
     count: int
     group: Any = field(repr=False)
-    places: dict[Path, Path] = field(default_factory=dict)
+    places: dict[Path, Path | None] = field(default_factory=dict)
+    apart: list[int] = field(default_factory=list)
     told: BaseException | None = None
     """The error that all ranks know of."""
 
@@ -124,6 +126,21 @@ class Ranks:
             )
             raise self.told
         return payloads
+
+    def passed(self, data: bytearray, source: int) -> bytearray:
+        """Passes bytes from the rank ``source`` to the first, which knows how many; both call it."""
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.frombuffer(data, dtype=torch.uint8)
+        try:
+            if self.rank == source:
+                dist.send(tensor, 0, group=self.group)
+            else:
+                dist.recv(tensor, source, group=self.group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return data
 
     def fail(self, what: str, error: BaseException, *, alone: bool) -> None:
         """Tells the others of an error, which raises it: this one, or that of a rank before."""
@@ -223,34 +240,6 @@ def together(what: str, error: BaseException | None = None) -> None:
         ranks.exchange(what, b"")
     elif isinstance(error, Exception):
         ranks.fail(what, error, alone=True)
-
-
-def place(path: Path) -> Path:
-    """Where a file lies that all ranks write together: beside those of the first rank."""
-    ranks = current()
-    for own_root, shared_root in () if ranks is None else ranks.places.items():
-        if path == own_root or own_root in path.parents:
-            return shared_root / path.relative_to(own_root)
-    return path
-
-
-def own_place(staging: Path, *, folder: bool) -> Path:
-    """A place for what this rank writes into an output that is not its own: thrown away, but for files of all."""
-    ranks = current()
-    assert ranks is not None
-    own = Path(tempfile.mkdtemp(prefix="fastlora-rank-")) / staging.name
-    if folder:
-        own.mkdir()
-    ranks.places[own] = staging
-    return own
-
-
-def forget_place(own: Path) -> None:
-    """Removes an :func:`own_place`."""
-    ranks = current()
-    if ranks is not None:
-        ranks.places.pop(own, None)
-    shutil.rmtree(own.parent, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -127,6 +127,10 @@ class MlxFolder:
         """The names of tensors that were announced and not written yet."""
         return self._file.missing()
 
+    def sent(self, names: Iterable[str]) -> None:
+        """Brings factors that this rank wrote to the file of the first, where it has one of its own."""
+        self._file.sent(names)
+
     def error(self, name: str, errno: int | None) -> OutputError:
         """The error of a factor that could not be written: it holds NaN or Inf, or the system's ``errno``."""
         return self._file.error(name, self.dtype, errno)
