@@ -17,13 +17,15 @@ from fastlora.engine.checks import raise_for_info
 from fastlora.engine.contracts import PoolView
 from fastlora.engine.gram import read_gram
 from fastlora.engine.gram_cache import entered
-from fastlora.engine.schedule import parts, rtol_or_default, split_to_fit
+from fastlora.engine.schedule import PART_BYTES, parts, rtol_or_default, split_to_fit
 from fastlora.engine.stream import PoolPart, current
 from fastlora.ops.gram import blocks_of
+from fastlora.runtime import ranks
 
 # A pool with more adapters is compared by tiles of stacked factors in float32: the Gram blocks of all pairs would be k
 # times larger than the factors.
 MOST_IN_PAIRS = 32
+RESULTS_BYTES = 6 * 2**20  # of modules that wait for others before them in the pool
 
 
 def overlap(pool: Pool, *, modules: bool = False, device: str | torch.device | None = None) -> Overlap:
@@ -70,7 +72,8 @@ def pool_overlap(pool: Pool, modules: bool = False) -> Overlap:
     kept: dict[str, tuple[Tensor, Tensor]] = {}
     for found in _compared(pool):
         index, own = torch.tensor(found.members), found.inner.diagonal()
-        at = index[:, None], index
+        # Places of all are no choice, which would be copied to and fro.
+        at = (index[:, None], index) if len(index) < k else (slice(None), slice(None))
         norms[index] += found.norms.square()
         products[at] += found.inner
         squares[at] += own[:, None].expand_as(found.inner)
@@ -95,14 +98,15 @@ def _compared(pool: Pool) -> Iterator[ModulePairs]:
     the results."""
     k = len(pool)
     compare = _in_pairs if k <= MOST_IN_PAIRS or entered() else all_pairs
-    for some in split_to_fit([2 * 8 * k * k] * len(pool.modules)):
+    most = RESULTS_BYTES if ranks.current() is None else PART_BYTES
+    for some in split_to_fit([2 * 8 * k * k] * len(pool.modules), most):
         part = PoolPart(pool.names, list(pool.adapters), [pool.modules[i] for i in some])
 
         def work(part: PoolPart = part) -> dict[str, ModulePairs]:
             return {found.module: found for found in compare(part)}
 
         pairs = among_ranks.each("comparing", work, pool.adapters)
-        yield from (pairs[m] for m in part.modules)
+        yield from (pairs.pop(m) for m in part.modules)
 
 
 def _in_pairs(pool: PoolView) -> Iterator[ModulePairs]:

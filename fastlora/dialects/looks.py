@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,11 +59,13 @@ def looks_of(path: Path) -> Looks | None:
 def file_in(folder: Path) -> Path | None:
     """The single file that a folder stands for: the one that diffusers would take, or the only one that looks like an
     adapter. ``None`` for a folder that is something else, and for several."""
+    if os.path.lexists(folder / CONFIG_NAME):  # as most are, of which the entries need not be listed
+        return None
     try:
         names = {entry.name: entry for entry in folder.iterdir()}
     except OSError:
         return None
-    if CONFIG_NAME in names or {"config.json", "model_index.json"} & names.keys():
+    if {CONFIG_NAME, "config.json", "model_index.json"} & names.keys():
         return None
     called = [names[stem + suffix] for stem in CALLED for suffix in SUFFIXES if stem + suffix in names]
     if called:

@@ -17,10 +17,11 @@ from fastlora.engine.combine_jobs import WantedFactor, combine_job
 from fastlora.engine.gram import GramPass
 from fastlora.engine.schedule import GroupPart, split_to_fit
 from fastlora.ops.dispatch import run_pass
-from fastlora.runtime.memory import batch_bytes, release
+from fastlora.ops.passes import CombineJob, CombineOutput
+from fastlora.runtime.memory import batch_bytes
 
 STACK_BYTES = 256 * 2**20  # of the stacks of one module
-EXACT_BYTES = 2 * 2**20  # of a piece of a stack in float64, before it is rounded
+ADAPTERS_OF_JOB = 32  # whose columns are computed by one thread, one chunk after the other
 
 
 class Frames(NamedTuple):
@@ -56,7 +57,6 @@ def frames(part: GroupPart) -> Frames:
     grams.run()
     for side, block in zip(("B", "A"), blocks, strict=True):
         check_diagonal(part.names, part.modules, block, side)
-    release(sources(u for row in updates for u in row))
     left, right = (block.reshape(g * k, r, r) for block in blocks)
     chain = ops.chain(left[:, None, None], right[:, None], threshold=0.0, rtol=MIN_RTOL)
     raise_for_info([module for module in part.modules for _ in range(k)], chain.info)
@@ -83,36 +83,42 @@ def blocks_of_adapters(ranks: Sequence[int], length: int) -> list[range]:
     return [range(len(ranks))] if sum(each) <= whole else split_to_fit(each, STACK_BYTES // 2)
 
 
+Entry = tuple[Update, Tensor, Tensor, int, Tensor, Tensor]
+"""An update, its ``T`` and ``C``, its rank ``q``, and where its columns and rows go."""
+
+
 def stacked(updates: Sequence[Update], T: Tensor, C: Tensor, ranks: Sequence[int]) -> Stacked:
-    """The stacks of some updates of one module: ``T``, ``C`` ``[k, r, r]`` of :class:`Frames`."""
+    """The stacks of some updates of one module: ``T``, ``C`` ``[k, r, r]`` of :class:`Frames`. Results are summed in
+    float64 and rounded once."""
     starts = torch.tensor([0, *ranks]).cumsum(0)
     width, where = int(starts[-1]), sources(updates)[0].device
     n, m = updates[0].shape
-    left, right = (torch.empty(length, width, dtype=torch.float32, device=where) for length in (n, m))
-    for stack, small, side in ((left, T, "B"), (right, C, "A")):
-        for piece, columns in _pieces(ranks, starts, len(stack)):
-            wanted = [(updates[i], small[i][: updates[i].rank, : ranks[i]]) for i in piece if ranks[i]]
-            stack[:, columns] = _exact(wanted, side, len(stack), where)  # type: ignore[arg-type]
-    return Stacked(left, right, starts)
+    left, right = (torch.empty(shape, dtype=torch.float32, device=where) for shape in ((n, width), (width, m)))
+    places = torch.split_with_sizes(left, list(ranks), 1), torch.split_with_sizes(right, list(ranks), 0)
+    entries = [entry for entry in zip(updates, T.to(where), C.to(where), ranks, *places, strict=True) if entry[3]]
+    if entries:
+        run_pass("combine_pass", [*_jobs(entries, "B"), *_jobs(entries, "A")])
+    return Stacked(left, right.mT.contiguous(), starts)
 
 
-def _pieces(ranks: Sequence[int], starts: Tensor, length: int) -> Iterator[tuple[range, slice]]:
-    """Neighbours whose columns in float64 fit in memory, and their columns."""
-    for piece in split_to_fit([8 * rank * length for rank in ranks], EXACT_BYTES):
-        yield piece, slice(int(starts[piece[0]]), int(starts[piece[-1] + 1]))
-
-
-def _exact(wanted: Sequence[tuple[Update, Tensor]], side: Side, length: int, where: torch.device) -> Tensor:
-    """``B_i T_i`` or ``(C_iᵀ A_i)ᵀ`` side by side, computed in float64: ``[length, Σq]``."""
-    width = sum(small.shape[1] for _, small in wanted)
-    shape = (length, width) if side == "B" else (width, length)
-    out = torch.zeros(shape, dtype=torch.float64, device=where)
-    jobs, at = [], 0
-    for update, small in wanted:
-        q = small.shape[1]
-        place = out[:, at : at + q] if side == "B" else out[at : at + q]
-        jobs.append(WantedFactor(factor(update, side).times(small), torch.float64, place))
-        at += q
-    if jobs:
-        run_pass("combine_pass", [combine_job(jobs)])
-    return out if side == "B" else out.mT
+def _jobs(entries: Sequence[Entry], side: Side) -> Iterator[CombineJob]:
+    """What computes ``B_i T_i`` or ``C_iᵀ A_i`` of some adapters; a job for some of them. A pool has tens of thousands
+    of factors, so that those that are one stored matrix go into a job without a record of their own."""
+    for first in range(0, len(entries), ADAPTERS_OF_JOB):
+        factors: list[Tensor] = []
+        outputs: list[CombineOutput] = []
+        sums: list[WantedFactor] = []
+        for update, T, C, q, left, right in entries[first : first + ADAPTERS_OF_JOB]:
+            small, place, own = (T, left, update.B) if side == "B" else (C, right, update.A)
+            small = small if small.shape == (own.rank, q) else small[: own.rank, :q]
+            stored = own.stored
+            if stored is None:
+                sums.append(WantedFactor(own.times(small), torch.float32, place))
+                continue
+            coefficient = small if side == "B" else small.mT.contiguous()
+            outputs.append(CombineOutput.into(place, [(len(factors), coefficient, 0, 1.0)]))
+            factors.append(stored)
+        if outputs:
+            yield CombineJob(factors, outputs, side == "A")
+        if sums:
+            yield combine_job(sums)

@@ -42,6 +42,8 @@ def writing(path: Path) -> Iterator[None]:
 def partial_of(path: Path) -> Path | None:
     """The unfinished output that ``path`` is or lies in, if any."""
     absolute = Path(os.path.abspath(path))
+    if ".partial-" not in str(absolute):  # as almost always
+        return None
     return next((p for p in (absolute, *absolute.parents) if PARTIAL.fullmatch(p.name)), None)
 
 

@@ -5,6 +5,7 @@ A format that is read gets a module of its own, which takes what it detects befo
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Iterable
@@ -130,6 +131,8 @@ def _found(path: Path) -> tuple[Kind, Path] | None:
 
 
 def _in_folder(folder: Path) -> tuple[Kind, Path] | None:
+    if all(map(os.path.exists, (folder / CONFIG_NAME, folder / f"adapter_model{SAFETENSORS}"))):
+        return None
     entries = sorted(folder.iterdir())
     names = {entry.name for entry in entries}
     if any(name.startswith("adapter_model") for name in names) and CONFIG_NAME in names:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import re
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from fastlora.errors import InputError
@@ -42,6 +44,12 @@ def bounded(memory: int | None) -> Iterator[None]:
         _bound.reset(token)
 
 
+def giving_back() -> AbstractContextManager[None]:
+    """Inside the block files are given back after use, and memory has no other bound than before. For a process of its
+    own: what somebody has written into a mapped tensor would be lost."""
+    return contextlib.nullcontext() if is_bounded() else bounded(sys.maxsize)
+
+
 def is_bounded() -> bool:
     """Whether a bound on memory is in use."""
     return _bound.get() is not None
@@ -68,18 +76,29 @@ def release(tensors: Iterable[Tensor]) -> None:
     Other memory is left alone, since it would be lost: what is file-backed is read from the system's own list of
     mappings. ``mmap.madvise`` needs the mapping's object, and torch gives none for the ``.bin`` files that it maps.
     """
-    if not is_bounded():
-        return
-    starts, ends = system.file_mappings((".safetensors", ".bin"))
-    page = system.PAGE
-    for tensor in tensors:
-        if not tensor.is_cpu:
-            continue
-        first = -(-tensor.data_ptr() // page) * page
-        last = (tensor.data_ptr() + tensor.nbytes) // page * page
-        i = bisect_right(starts, first) - 1
-        if first < last and i >= 0 and last <= ends[i]:
+    if is_bounded():
+        for tensor, _ in _mapped(tensors):
             advise(tensor, system.DONT_NEED)
+
+
+def release_files(tensors: Iterable[Tensor]) -> None:
+    """As :func:`release`, all pages of the files that the tensors lie in, and what the allocator keeps for later. When
+    a small tensor is touched, the system maps what lies around it too: a pool of many small files would come to be in
+    memory as a whole."""
+    if is_bounded():
+        for start, end in {place for _, place in _mapped(tensors)}:
+            system.advise(start, end - start, system.DONT_NEED)
+        system.trim()
+
+
+def _mapped(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+    """The tensors that are mapped from files, and where their mapping starts and ends."""
+    starts, ends = system.file_mappings((".safetensors", ".bin"))
+    for tensor in tensors:
+        if tensor.is_cpu:
+            i = bisect_right(starts, tensor.data_ptr()) - 1
+            if i >= 0 and tensor.data_ptr() + tensor.nbytes <= ends[i]:
+                yield tensor, (starts[i], ends[i])
 
 
 def advise(tensor: Tensor, advice: int | None) -> None:

@@ -45,17 +45,25 @@ def advise(address: int, size: int, advice: int | None) -> None:
     """Tells the system how the whole pages of some memory will be used; only advice, so failing changes nothing."""
     first = -(-address // PAGE) * PAGE
     last = (address + size) // PAGE * PAGE
-    call = _madvise()
+    call = _of_library("madvise")
     if first < last and advice is not None and call is not None:
         call(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
 
 
 @functools.cache
-def _madvise() -> Any:
+def _of_library(name: str) -> Any:
+    """A function of the C library."""
     try:
-        return ctypes.CDLL(None, use_errno=True).madvise
+        return getattr(ctypes.CDLL(None, use_errno=True), name)
     except (AttributeError, OSError, TypeError):  # no such call, or no library of this process to look in
         return None
+
+
+def trim() -> None:
+    """Gives memory back that was freed and that the allocator keeps; nothing where it cannot."""
+    trimming = _of_library("malloc_trim")
+    if trimming is not None:
+        trimming(0)
 
 
 def file_mappings(suffixes: tuple[str, ...]) -> tuple[list[int], list[int]]:

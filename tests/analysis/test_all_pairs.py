@@ -62,7 +62,7 @@ def test_equal_to_pairs(bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = crowd()
     wanted = compared(pool, monkeypatch, 100)
     monkeypatch.setattr(stacks, "STACK_BYTES", bytes)
-    monkeypatch.setattr(stacks, "EXACT_BYTES", bytes)
+    monkeypatch.setattr(stacks, "ADAPTERS_OF_JOB", 32 if bytes > 8000 else 3)
     found = compared(pool, monkeypatch, 1)
     for x, y in ((found.cosine, wanted.cosine), (found.subspace, wanted.subspace)):
         torch.testing.assert_close(x, y, rtol=0, atol=FLOAT32, equal_nan=True)
