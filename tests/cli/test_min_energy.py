@@ -26,3 +26,4 @@ def test_losses_are_refused_until_they_are_accepted(tmp_path: Path) -> None:
         "merge", "a", "b", "--method", "svd", "--rank", "2", "--min-energy", "0.1", "-o", "x", cwd=tmp_path
     )
     assert "min_energy" in refused("merge", "a", "b", "--min-energy", "0.1", "-o", "x", cwd=tmp_path)
+    assert "--min-energy NUMBER (0.9 by default)" in done("methods", "ties", cwd=tmp_path).out

@@ -60,6 +60,7 @@ def _data(method: Method) -> dict[str, object]:
 def _usage(parameter: Parameter) -> str:
     """The option as it is typed, with the values that it takes."""
     values = "|".join(parameter.choices) or {bool: "true|false", str: "WORD"}.get(parameter.kind, "NUMBER")
-    option = f"--{parameter.name} " if parameter.name in ("rank", "energy") else f"--set {parameter.name}="
+    is_option = parameter.name in ("rank", "energy", "min_energy")
+    option = f"--{parameter.name.replace('_', '-')} " if is_option else f"--set {parameter.name}="
     default = "" if parameter.required or parameter.default is None else f" ({parameter.default} by default)"
     return f"{option}{values}{' (needed)' if parameter.required else default}"

@@ -53,8 +53,7 @@ def ctm(
     pool nothing is lost, and a linear rule gives the sum. Cost: two eigendecompositions of ``R×R`` an iteration.
 
     Args:
-        rule: what is done with the elements: sum, magnitude, breadcrumbs, breadcrumbs_ties, ties, dare, dare_ties,
-            della, della_linear or sce, as in the methods of these names
+        rule: what is done with the elements, as the methods of these names do; della_linear elects no signs
         density: share of the r×r elements that every adapter keeps, in (0, 1]
         combine: what rules with elected signs take of the elements that agree, their mean or their sum
         seed: of the random masks of dare and della, which also depend on the names of adapters and modules

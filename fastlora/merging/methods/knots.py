@@ -56,8 +56,7 @@ def knots(
     Args:
         rank: rank to cut the result to; by default nothing is cut, and the rank is at most Σrᵢ
         energy: share of Σσ² that every module keeps, in (0, 1], instead of a rank
-        rule: what is done with the elements: sum, magnitude, breadcrumbs, breadcrumbs_ties, ties, dare, dare_ties,
-            della, della_linear or sce, as in the methods of these names
+        rule: what is done with the elements, as the methods of these names do; della_linear elects no signs
         density: share of the elements of ΣVᵢᵀ that every adapter keeps, in (0, 1]
         combine: what rules with elected signs take of the elements that agree, their mean or their sum
         seed: of the random masks of dare and della, which also depend on the names of adapters and modules
