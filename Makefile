@@ -20,7 +20,8 @@ ISAS := baseline avx2 avx512 avx512_bf16
 BEST_ISA = $(PY) -c "from fastlora.backends import cpu; print(cpu.isa())"
 HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
-.PHONY: demo test lint types unit isas package cases bench gpu gpu-prebuild gpu-first gpu-record rehearsal triton fuzz sanitize clean
+.PHONY: demo test lint types unit isas package cases bench gpu gpu-prebuild gpu-first gpu-record rehearsal rehearsed \
+  triton fuzz sanitize clean
 
 $(VENV)/ready: $(SOURCES) tests/owners.txt
 	python3 -m venv $(VENV)
@@ -85,23 +86,34 @@ gpu-first:
 gpu-record:
 	$(WINDOW) record
 
-REHEARSAL := build/rehearsal
-REHEARSE := $(REHEARSAL)/venv/bin/python tests/on_gpu/rehearsal/run.py
+REHEARSAL ?= build/rehearsal
+REHEARSE_PY := $(REHEARSAL)/venv/bin/python
+REHEARSE := $(REHEARSE_PY) tests/on_gpu/rehearsal/run.py
+REHEARSE_WINDOW := PATH=$(CURDIR)/tests/on_gpu/rehearsal/tools:$$PATH CMAKE_ARGS=-DFASTLORA_CUDA_RUNTIME=Shared \
+  FASTLORA_COMMIT=rehearsed $(REHEARSE_PY) -m benches.gpu --tiny --slower 30 --python "$(REHEARSE)" --out build/results
+REHEARSE_TESTS := $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning
 
+# Of Python 3.12, if there is one, like most machines with a device: then also the kernels of gpu-prebuild are tried.
 $(REHEARSAL)/ready: tests/on_gpu/rehearsal/requirements.txt
-	python3 -m venv $(REHEARSAL)/venv
+	$$($(PYTHON312) -c "import sys; print(sys.executable)" 2>/dev/null || echo python3) -m venv --clear $(REHEARSAL)/venv
 	$(REHEARSAL)/venv/bin/pip install -q --disable-pip-version-check -r tests/on_gpu/rehearsal/requirements.txt
 	touch $@
 
+# In a copy without .git, as on a device's machine, with what gpu-prebuild made if it did.
 rehearsal: $(REHEARSAL)/ready
-	CMAKE_ARGS=-DFASTLORA_CUDA_RUNTIME=Shared FASTLORA_CUDA=ON FASTLORA_CUDA_ARCHS=90-real \
-	  $(REHEARSAL)/venv/bin/pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
-	$(REHEARSE) -m pytest -q -p no:cacheprovider tests/on_gpu/rehearsal/stand_in.py
-	for at_once in none default others; do \
-	  REHEARSAL_AT_ONCE=$$at_once $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -m gpu tests/on_gpu || exit 1; \
+	mkdir -p $(REHEARSAL)/tree/build
+	git ls-files -z | xargs -0 cp -p --parents -t $(REHEARSAL)/tree
+	[ ! -d build/gpu ] || cp -r build/gpu $(REHEARSAL)/tree/build
+	$(MAKE) -C $(REHEARSAL)/tree rehearsed REHEARSAL=$(abspath $(REHEARSAL))
+
+# Both windows, which build in place; the tests with work of some streams done at once; the stand-in's own.
+rehearsed:
+	$(REHEARSE_WINDOW) first
+	$(REHEARSE_WINDOW) record
+	for at_once in default others; do \
+	  REHEARSAL_AT_ONCE=$$at_once $(REHEARSE_TESTS) -m gpu tests/on_gpu || exit 1; \
 	done
-	$(REHEARSE) -m fastlora.bench.gpu.cases --tiny $(REHEARSAL)/rows.jsonl
-	$(REHEARSE) tests/on_gpu/sanitized.py
+	$(REHEARSE_TESTS) tests/on_gpu/rehearsal/stand_in.py
 
 # Writing into files is left out, which the CPU alone does.
 # The limits of a change that is meant to take more: remove tests/triton/limits.json first.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benches.gpu import prebuilt
 from benches.gpu.clocks import Clocks
 from benches.gpu.processes import Command, Failed, Running, Shell, Skipped
 from benches.gpu.report import CUT, DONE, EARLIER, FAILED, SKIPPED, Report, StageRecord, earlier
@@ -77,6 +78,9 @@ def run(
                     visit.again[stage.name] = error.again
                 code = code or stage.code
             record.seconds, record.clocks = now() - start, clocks.end()
+            if "kernels prepared" in report.facts:  # how many were compiled here although some were
+                found = len(prebuilt.kernels()) - report.facts["kernels prepared"]
+                report.facts["kernels compiled here"] = found
             report.write()
             print(f"== {stage.name}: {record.result} {record.detail}", flush=True)
     finally:

@@ -219,6 +219,7 @@ def main() -> int:
     sizes = TINY if arguments.tiny else FULL
     works = [(name, partial(_measure, name, sizes, arguments.out)) for name in arguments.cases]
     failed = 0
+    apart.preload()
     for ended in apart.run(works, limit=arguments.seconds / 2, whole=arguments.seconds):
         print(f"{ended.name}: {ended.seconds:.1f} s{f', {ended.reason}' if ended.reason else ''}", flush=True)
         failed += ended.reason is not None

@@ -62,9 +62,12 @@ def device_seconds(run: Action, sizes: Sizes, head_start: int = HEAD_START, *, c
     start = time.perf_counter()
     run()
     torch.cuda.synchronize()
-    rounds = int(PATIENCE / (time.perf_counter() - start))
+    once = time.perf_counter() - start
+    rounds = int(PATIENCE / once)
+    if not rounds:  # beside more than a second, starting it is nothing; a third run is more than it is worth
+        return once
     seconds = []
-    for _ in range(max(1, min(rounds, sizes.rounds))):
+    for _ in range(min(rounds, sizes.rounds)):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         flush()
         torch.cuda._sleep(head_start)  # type: ignore[no-untyped-call]

@@ -75,6 +75,7 @@ def main() -> int:
         parser.error(f"there is no form {', '.join(strange)}; there are {', '.join(known)}")
     works = [(name, partial(_try_and_append, known[name], arguments.device, arguments.out)) for name in chosen]
     failed = 0
+    apart.preload()
     for ended in apart.run(works, limit=LIMIT, together=TOGETHER, whole=arguments.seconds):
         if ended.reason is None:
             continue

@@ -17,6 +17,8 @@ WIDTH = 120  # columns of prose in documents
 FACTS = (
     "device",
     "driver",
+    "highest clock",
+    "power limit",
     "cuda",
     "nvcc",
     "torch",
@@ -24,6 +26,8 @@ FACTS = (
     "cupy-cuda13x",
     "cupy-cuda12x",
     "python",
+    "kernels prepared",
+    "kernels compiled here",
     "commit",
     "time",
 )
