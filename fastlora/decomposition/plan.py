@@ -12,6 +12,7 @@ from fastlora.core.updates import Update, factor
 from fastlora.decomposition.components import Components
 from fastlora.decomposition.devec import ModuleResult, Settings
 from fastlora.decomposition.planned import PlanMemory, PlannedPart
+from fastlora.decomposition.planned_halves import WORTH, InTurn, PlannedHalf, in_halves, run_beside, run_in_turn
 from fastlora.decomposition.planned_updates import PlannedUpdates, outside_range
 from fastlora.decomposition.result import Decomposition
 from fastlora.engine.buffers import refill
@@ -26,8 +27,8 @@ class DecompositionPlan:
     """:func:`fastlora.decompose` of a pool, prepared: fixed shapes, tables and outputs in memory.
 
     :meth:`run` reads every factor twice (some half-precision ones three times) and writes every result once; on a CUDA
-    device it is a handful of launches on the current stream, without allocation, synchronisation or a look at the data,
-    so that it can be captured:
+    device it is a handful of launches in the order of the current stream, without allocation, synchronisation or a look
+    at the data, so that it can be captured:
 
         plan = fl.DecompositionPlan(pool.to("cuda"))
         graph = plan.capture()
@@ -68,24 +69,35 @@ class DecompositionPlan:
         self.dtype = widest(a.dtype for a in pool.adapters) if dtype is None else dtype
         for adapter in pool.adapters:
             _require_stored(adapter)
-        grams = GramPass()
         groups = whole_groups(pool, rtol_of=rtol_or_default(rtol), least=2)
-        self.parts = [PlannedPart(group, self.settings, grams) for group in groups]
+        pieces = in_halves(groups, WORTH) if self.device.type == "cuda" else [groups]
+        grams = [GramPass() for _ in pieces]
+        parts = [[PlannedPart(g, self.settings, own) for g in piece] for piece, own in zip(pieces, grams, strict=True)]
+        self.parts = [part for piece in parts for part in piece]
         self._memory = PlanMemory.of(self.parts, pool.names, self.dtype, self.device)
         # As the launches leave them, in the plan's dtype: `adapters` says which of them have all their digits.
         self.unique_parts, self.shared_parts = self._memory.unique, self._memory.shared
-        self.block_bytes = sum(8 * len(job.blocks) * job.stride**2 for job in grams.jobs)
-        self.gram = grams.prepared()
+        self.block_bytes = sum(8 * len(job.blocks) * job.stride**2 for own in grams for job in own.jobs)
         # What the combine pass makes: two jobs a module, of the projected side and of the other one.
-        self.jobs = [job for part in self.parts for job in part.combine_jobs(self._memory)]
-        self.combine = prepared("combine_pass", self.jobs)
+        jobs = [[job for part in piece for job in part.combine_jobs(self._memory)] for piece in parts]
+        self.jobs = [job for own in jobs for job in own]
+        self.halves = [
+            PlannedHalf(own.prepared(), piece, prepared("combine_pass", made))
+            for own, piece, made in zip(grams, parts, jobs, strict=True)
+        ]
+        self.gram = InTurn(tuple([half.gram for half in self.halves]))
+        self.combine = InTurn(tuple([half.combine for half in self.halves]))
+        self._side: torch.cuda.Stream | None = None
+        if len(self.halves) > 1:
+            self._side = torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]  # -1 goes first
 
     def run(self) -> None:
         """Starts the whole decomposition on the current stream."""
-        self.gram.run()
-        for part in self.parts:
-            part.run()
-        self.combine.run()
+        if self._side is None:
+            run_in_turn(self.halves)
+        else:
+            first, second = self.halves
+            run_beside(first, second, self._side)
 
     def capture(self) -> torch.cuda.CUDAGraph:
         """A CUDA graph of :meth:`run`; replay it after :meth:`fill` for other data. The graph keeps the plan, in whose

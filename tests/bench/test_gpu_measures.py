@@ -49,7 +49,8 @@ def test_plain_torch_computes_the_same(dtype: torch.dtype) -> None:
 def test_bytes_of_each_side(side: str) -> None:
     pool = make_pool(WORKLOAD)
     plan = fl.DecompositionPlan(pool, TAU, side=side)
-    found = launches.side_bytes(plan)
+    (whole,) = plan.halves
+    found = launches.side_bytes(plan, whole)
     n, m = (sum(shape[i] for shape in WORKLOAD.modules.values()) for i in (0, 1))
     rank = 8 * 4  # bytes
     assert found["B"] == (3 * rank * n, rank * n * (4 if side == "left" else 1))

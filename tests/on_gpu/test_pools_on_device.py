@@ -11,6 +11,7 @@ from tolerances import FLOAT32, HALF, MODEL32, ROUNDED32, SUMS32
 import fastlora as fl
 from fastlora.bench.workloads import Workload, llama, make_pool
 from fastlora.core import updates
+from fastlora.decomposition import plan as plans
 from fastlora.engine import stream as streams
 
 TAU = 0.5
@@ -79,6 +80,23 @@ def test_a_graph_outlives_the_name_of_its_plan() -> None:
         own = adapter.to("cpu")
         assert all(torch.equal(found[place].delta(m), own.delta(m)) for m in own.modules), place
     assert all(bool(x.isnan().all()) for x in others)
+
+
+def test_a_graph_of_two_halves_has_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains on a stream of their own, beside the passes over the other half: the same, run by run."""
+    made = []
+    for least in (2**60, 0):
+        monkeypatch.setattr(plans, "WORTH", least)
+        plan = fl.DecompositionPlan(small().to("cuda"), TAU)
+        assert len(plan.halves) == (1 if least else 2)
+        graph = plan.capture()
+        for _ in range(3):
+            plan.fill(small(seed=5))
+            graph.replay()
+            made.append({p: a.to("cpu") for p, a in plan.adapters().items()})
+    for other in made[1:]:
+        for place, adapter in made[0].items():
+            assert all(torch.equal(other[place].delta(m), adapter.delta(m)) for m in adapter.modules), place
 
 
 def test_a_run_allocates_nothing_and_waits_for_nothing() -> None:

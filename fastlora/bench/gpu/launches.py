@@ -12,40 +12,52 @@ from fastlora.bench.timing import Action
 from fastlora.bench.workloads import make_pool
 from fastlora.core.factors import SIDES
 from fastlora.core.updates import factor
+from fastlora.decomposition.planned_halves import PlannedHalf
+from fastlora.ops.dispatch import Launches
 
 Row = dict[str, Any]
 
+SHOWN = ("ONE_GROUP", "WIDE", "TALL", "SIDE", "VECTOR")
 
-def side_bytes(plan: DecompositionPlan) -> dict[str, tuple[int, int]]:
-    """By side: bytes of the stored factors, and of the results."""
-    updates = [u for adapter in plan.pool.adapters for u in adapter.updates.values()]
+
+def side_bytes(plan: DecompositionPlan, half: PlannedHalf) -> dict[str, tuple[int, int]]:
+    """By side: bytes of the stored factors of a half's modules, and of their results."""
+    modules = {module for part in half.parts for module in part.modules}
+    updates = [u for adapter in plan.pool.adapters for module, u in adapter.updates.items() if module in modules]
     factors = {side: [factor(u, side).stored for u in updates] for side in SIDES}
     stored = {side: sum(t.nbytes for t in own if t is not None) for side, own in factors.items()}
-    unique = sum(t.nbytes for own in plan.unique_parts.values() for t in own.values())
-    first, second = (sum(pair[i].nbytes for pair in plan.shared_parts.values()) for i in (0, 1))
+    unique = sum(t.nbytes for own in plan.unique_parts.values() for m, t in own.items() if m in modules)
+    shared = [pair for module, pair in plan.shared_parts.items() if module in modules]
+    first, second = (sum(pair[i].nbytes for pair in shared) for i in (0, 1))
     results = {"B": unique + first, "A": second} if plan.settings.side == "left" else {"A": unique + first, "B": second}
     return {side: (stored[side], results[side]) for side in SIDES}
 
 
 def steps(plan: DecompositionPlan) -> Iterator[tuple[str, Action, int]]:
-    """Every launch in order: its name, what starts it, and the bytes of its side that it must move (0: not known)."""
-    bytes_of = side_bytes(plan)
-    passes: dict[str, Any] = {"gram": plan.gram, "combine": plan.combine}
-    for name, prepared in passes.items():
-        if name == "combine":
-            for i, part in enumerate(plan.parts):
-                for step, launches in part.steps.items():
-                    yield f"{step}, group {i}", launches.run, 0
-        for launch in getattr(prepared, "launches", ()):  # of Triton's backend alone
-            rows = launch.constants.get("ROWS")
-            side = "" if rows is None else "A" if rows else "B"
-            moved = 0
-            if side and ("sums" in launch.kernel.__name__ or "results" in launch.kernel.__name__):
-                stored, results = bytes_of[side]
-                moved = stored + (results if name == "combine" else 0)
-            shape = {k: v for k, v in launch.constants.items() if k in ("ONE_GROUP", "WIDE", "TALL", "VECTOR")}
-            told = ", ".join(f"{k.lower()} {v}" for k, v in shape.items())
-            yield f"{launch.kernel.__name__} {side} {told}".strip(), launch.run, moved
+    """Every launch of every half in turn: its name, what starts it, and the bytes of its side that it must move (0: not
+    known)."""
+    for half in plan.halves:
+        bytes_of = side_bytes(plan, half)
+        yield from _pass_steps("gram", half.gram, bytes_of)
+        for part in half.parts:
+            for step, prepared in part.steps.items():
+                yield f"{step}, group {plan.parts.index(part)}", prepared.run, 0
+        yield from _pass_steps("combine", half.combine, bytes_of)
+
+
+def _pass_steps(
+    name: str, prepared: Launches, bytes_of: dict[str, tuple[int, int]]
+) -> Iterator[tuple[str, Action, int]]:
+    for launch in getattr(prepared, "launches", ()):  # of Triton's backend alone
+        rows = launch.constants.get("ROWS")
+        side = "" if rows is None else "A" if rows else "B"
+        moved, kernel = 0, launch.kernel.__name__
+        if side and kernel != "extreme_results":
+            stored, results = bytes_of[side]
+            moved = stored + (results if name == "combine" else 0)
+        shape = {k: v for k, v in launch.constants.items() if k in SHOWN}
+        told = ", ".join(f"{k.lower()} {v}" for k, v in shape.items())
+        yield f"{kernel} {side} {told}".strip(), launch.run, moved
 
 
 def launches(sizes: Sizes) -> Iterator[Row]:

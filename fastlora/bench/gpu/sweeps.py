@@ -36,7 +36,7 @@ def sweeps(sizes: Sizes) -> Iterator[Row]:
     sizes = replace(sizes, rounds=min(sizes.rounds, ROUNDS))
     plan = DecompositionPlan(make_pool(sizes.workload).to("cuda"), TAU)
     plan.run()
-    passes: tuple[Any, ...] = plan.gram, plan.combine  # of Triton's backend, which lists its launches
+    passes: list[Any] = [*plan.gram.passes, *plan.combine.passes]  # of Triton's backend, which lists its launches
     for prepared in passes:
         for i, launch in enumerate(prepared.launches):
             before, own = _bits(plan), device_seconds(captured(launch.run), sizes)
