@@ -12,7 +12,7 @@ from fastlora.adapters.model_names import tie_group
 from fastlora.core.architectures import WEIGHT
 from fastlora.errors import InputError
 from fastlora.files.model_config import ModelConfig
-from fastlora.files.shards import find_model, listed
+from fastlora.files.shards import INDEX_SUFFIX, find_model, listed
 from fastlora.files.stored_model import StoredModel, read_stored_model
 from fastlora.files.tensor_files import SAFETENSORS, StoredTensor
 
@@ -96,7 +96,7 @@ def module_of(tensor: str) -> str:
 def read_base(source: str | os.PathLike[str]) -> Base:
     """The plan of a model's folder, its file, or a pipeline's folder. Raises :class:`InputError` for what is none, and
     for pickles, whose tensors have no place of their own."""
-    root = Path(source).expanduser()
+    root = Path(os.path.abspath(Path(source).expanduser()))  # links stay: caches have files without endings
     if root.is_dir() and (root / PIPELINE).exists():
         components = {folder.name: read_stored_model(folder) for folder in sorted(root.iterdir()) if _is_model(folder)}
         if not components:
@@ -104,7 +104,7 @@ def read_base(source: str | os.PathLike[str]) -> Base:
     else:
         components = {"": read_stored_model(root)}
         model = components[""]
-        if root.is_file() and len(model.files) > 1 and model.directory is not None:
+        if root.name.endswith(INDEX_SUFFIX) and model.directory is not None:
             root = model.directory  # an index stands for its folder
     tensors = {
         f"{prefix}.{name}" if prefix else name: tensor
@@ -119,7 +119,7 @@ def read_base(source: str | os.PathLike[str]) -> Base:
             f"{root} is stored in files of torch (.bin, .pt): {listed(pickled)}; load it and save it again as "
             "safetensors (`save_pretrained` of transformers and diffusers does so)"
         )
-    return Base(root.resolve(), components, tensors)
+    return Base(root, components, tensors)
 
 
 def _is_model(folder: Path) -> bool:

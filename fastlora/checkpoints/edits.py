@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from fastlora.core.factors import Factor
-from fastlora.core.updates import Update
+from fastlora.core.updates import Update, sources
 from fastlora.engine.materialise import is_rounding, materialise_factor
 from fastlora.errors import NonFiniteError
+from fastlora.merging.forms.full_rank import FullRank
 from fastlora.ops.add_products import ProductTask, Segment, add_products
 
 LEAST, MOST = 1e-16, 1e16  # sizes that float32 forms without overflow, and without loss beside others
@@ -214,6 +215,40 @@ class Replaced(Edit):
         return tile + self.change(tile, start)
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Merged(Edit):
+    """The rows ``[first, last)`` of the matrix that a method makes of a module ``[n, m]``, transposed where they are
+    ``turned``. It is formed as a whole."""
+
+    of: FullRank
+    module: str
+    shape: tuple[int, int]
+    rows: tuple[int, int]
+    turned: bool
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the matrix goes onto rows of the weight as they are."""
+        return not self.turned and self.rows == (0, self.shape[0]) and self.left == 0
+
+    def tensors(self) -> list[Tensor]:
+        pool = self.of.pool
+        return sources(pool.adapters[i].updates[self.module] for i in pool.present(self.module))
+
+    def add_to(self, rows: Tensor) -> bool:
+        """Adds the whole matrix to rows of a weight, in place; whether it is finite."""
+        return self.of.add_to(self.module, rows)
+
+    def formed(self) -> Added:
+        """The change as a matrix in memory, in float32, or float64 where a factor is."""
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in self.tensors()) else torch.float32
+        M = torch.zeros(self.shape, dtype=dtype)
+        self.add_to(M)
+        values = M[self.rows[0] : self.rows[1]]
+        block = {"at": self.at, "height": self.height, "left": self.left, "width": self.width, "weight": self.weight}
+        return Added(**block, values=values.mT if self.turned else values)  # type: ignore[arg-type]
+
+
 def pair_of(update: Update, *, turned: bool = False) -> Pair | None:
     """The factors of an update as they are stored, or in float64 where they have to be computed; ``None`` for zero.
 
@@ -229,7 +264,7 @@ def pair_of(update: Update, *, turned: bool = False) -> Pair | None:
             if is_rounding(factor, computed):
                 return None
             stored = computed, 1.0
-        matrix, own = stored
+        matrix, own = stored[0].cpu(), stored[1]
         size = float(matrix.abs().amax()) if matrix.numel() else 0.0
         if not math.isfinite(size):
             raise NonFiniteError(
@@ -280,9 +315,11 @@ def _add(tile: Tensor, pair: tuple[Tensor, Tensor], scale: float) -> None:
     add_products(task, tile, tile)
 
 
-def blocks(edits: Sequence[Edit], rows: int) -> Iterator[tuple[int, int, list[Edit]]]:
-    """Stretches of rows that the same edits change: ``(first, end, edits)``, in order; those that none changes too."""
-    cuts = sorted({0, rows, *(e.at for e in edits), *(e.at + e.height for e in edits)})
+def blocks(edits: Sequence[Edit], start: int, stop: int) -> Iterator[tuple[int, int, list[Edit]]]:
+    """Stretches of the rows ``[start, stop)`` that the same edits change: ``(first, end, edits)``, in order; those that
+    none changes too."""
+    ends = (end for e in edits for end in (e.at, e.at + e.height))
+    cuts = sorted({start, stop, *(end for end in ends if start < end < stop)})
     for first, end in itertools.pairwise(cuts):
         yield first, end, [e for e in edits if e.at <= first and end <= e.at + e.height]
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from fastlora.checkpoints.base import Base, matrix_shape
-from fastlora.checkpoints.edits import Added, Edit, LowRank, Pair, Replaced, Rescaled, Stretched, pair_of
+from fastlora.checkpoints.edits import Added, Edit, LowRank, Merged, Pair, Replaced, Rescaled, Stretched, pair_of
 from fastlora.checkpoints.targets import Place, Targets, lengths, quantised
-from fastlora.core.data import DoraData, Extra, Ia3Data, LoraData, Magnitude, ModulesData, Scaling
+from fastlora.checkpoints.ties import repeated, same_products, same_tensors
+from fastlora.core.data import AdapterData, DeltaData, DoraData, Extra, Ia3Data, LoraData, Magnitude, Scaling
 from fastlora.core.updates import Update
 from fastlora.errors import InputError, UnsupportedAdapter
+from fastlora.merging.forms.full_rank import FullRank
 
 BIAS = ".bias"
 
@@ -33,20 +35,23 @@ class Plan:
         self.edits.setdefault(tensor, []).append(edit)
 
 
-def planned(base: Base, weighted: Sequence[tuple[ModulesData, float]]) -> Plan:
+def planned(base: Base, weighted: Sequence[tuple[AdapterData, float]]) -> Plan:
     """The plan of adapters with their weights on a base model.
 
     Raises :class:`InputError` for modules that the model does not have, shapes that differ, quantised weights, matrices
     that the model ties and an adapter treats apart; :class:`UnsupportedAdapter` for another kind.
     """
     targets, plan = Targets(base), Plan()
-    for element, weight in weighted:
+    # What has factors comes first: it says how experts lie in a matrix.
+    for element, weight in sorted(weighted, key=lambda item: not isinstance(item[0], LoraData | DoraData)):
         if isinstance(element, LoraData | DoraData):
             _add_updates(plan, targets, element, weight)
         elif isinstance(element, Ia3Data):
             _add_vectors(plan, targets, element, weight)
+        elif isinstance(element, DeltaData):
+            _add_deltas(plan, targets, element, weight)
         else:
-            raise UnsupportedAdapter(f"apply: {element.name!r} is neither a LoRA, a DoRA nor an (IA)³ adapter")
+            raise UnsupportedAdapter(f"apply: {element.name!r} is neither an adapter nor a task vector")
         plan.notes += element.notes
     if not plan.edits:
         raise InputError("apply: nothing changes; the adapters hold no update that is not zero")
@@ -54,21 +59,74 @@ def planned(base: Base, weighted: Sequence[tuple[ModulesData, float]]) -> Plan:
 
 
 def _add_updates(plan: Plan, targets: Targets, element: LoraData | DoraData, weight: float) -> None:
-    own = {m: u.layout.container if u.layout.kind == "expert" else m for m, u in element.updates.items()}
-    wanted: dict[str, Hashable] = {own[m]: _signature(u) for m, u in element.updates.items()}
-    wanted |= {name: lengths(_matrix(extra.tensor).shape) for name, extra in element.extras.items()}
-    names = targets.names(element.name, wanted)
-    shapes = {names[own[m]]: u.shape for m, u in element.updates.items()}
+    names = names_of(targets, element)
     magnitudes: Mapping[str, Magnitude] = element.magnitudes if isinstance(element, DoraData) else {}
-    _refuse_apart(targets, element.name, names.values())
+    again = _repeated(targets, element, names, magnitudes)
+    shapes = {names[owner_of(m, u)]: u.shape for m, u in element.updates.items()}
     for module, update in element.updates.items():
-        magnitude = magnitudes.get(module)
-        for place in targets.places(element.name, names[own[module]], update, shapes):
+        magnitude, name = magnitudes.get(module), names[owner_of(module, update)]
+        if name in again:
+            continue
+        for place in targets.places(element.name, name, update, shapes):
             edit = _low_rank(element.name, module, update, place, weight, magnitude)
             if edit is not None:
-                plan.add(place.tensor, _shape(targets.base, place.tensor, update), edit)
+                plan.add(place.tensor, shape_of(targets.base, place.tensor, update), edit)
     for name, extra in element.extras.items():
-        _add_extra(plan, targets, element.name, names[name], extra, weight)
+        if names[name] not in again:
+            _add_extra(plan, targets, element.name, names[name], extra, weight)
+
+
+def planned_merge(base: Base, merged: FullRank) -> Plan:
+    """The plan of what a method on elements makes of a pool; it raises what :func:`planned` does."""
+    targets, plan, record = Targets(base), Plan(), merged.record
+    names = names_of(targets, record)
+    repeated(targets, record.name, set(names.values()), lambda *_: False)
+    shapes = {names[owner_of(m, u)]: u.shape for m, u in record.updates.items()}
+    for module, update in record.updates.items():
+        for place in targets.places(record.name, names[owner_of(module, update)], update, shapes):
+            (first, last), (n, m) = place.rows, update.shape
+            height, width = (m, last - first) if place.turned else (last - first, m)
+            edit = Merged(
+                at=place.at, height=height, left=place.left, width=width, weight=1.0, of=merged, module=module,
+                shape=(n, m), rows=place.rows, turned=place.turned,
+            )  # fmt: skip
+            plan.add(place.tensor, shape_of(base, place.tensor, update), edit)
+    for name, extra in record.extras.items():
+        _add_extra(plan, targets, record.name, names[name], extra, 1.0)
+    plan.notes += [*merged.pool.notices, *record.notes]
+    return plan
+
+
+def owner_of(module: str, update: Update) -> str:
+    """The module whose name is looked for: that of all experts, of an expert."""
+    return update.layout.container if update.layout.kind == "expert" else module
+
+
+def names_of(targets: Targets, element: LoraData | DoraData) -> dict[str, str]:
+    """The names of an adapter's modules and parameters in the model."""
+    wanted: dict[str, Hashable] = {owner_of(m, u): _signature(u) for m, u in element.updates.items()}
+    wanted |= {name: lengths(_matrix(extra.tensor).shape) for name, extra in element.extras.items()}
+    return targets.names(element.name, wanted)
+
+
+def _repeated(
+    targets: Targets, element: LoraData | DoraData, names: Mapping[str, str], magnitudes: Mapping[str, Magnitude]
+) -> set[str]:
+    """What an adapter changes in the same way as what it is tied to."""
+    updates = {names[m]: u for m, u in element.updates.items() if m in names}
+    tensors = {names[name]: extra.tensor for name, extra in element.extras.items()}
+    rescaled = {names[m] for m in magnitudes if m in names}
+
+    def alike(first: str, second: str) -> bool:
+        if first in tensors and second in tensors:
+            return same_tensors(tensors)(first, second)
+        if first not in updates or second not in updates or rescaled & {first, second}:
+            return False
+        pairs = [pair_of(updates[n], turned=updates[n].layout.kind == "embedding") for n in (first, second)]
+        one, other = pairs
+        return one is other if one is None or other is None else same_products(one, other)
+
+    return repeated(targets, element.name, {*updates, *tensors}, alike)
 
 
 def _low_rank(
@@ -120,8 +178,9 @@ def _add_extra(plan: Plan, targets: Targets, label: str, name: str, extra: Extra
     refusal = base.refusal(stored)
     if refusal is not None:
         raise quantised(base, stored, refusal)
-    values = _matrix(extra.tensor)
-    rows, columns = values.shape
+    values = _matrix(extra.tensor.cpu())
+    rows, columns = plan.shapes.get(stored, (values.shape[0], values.shape[1]))
+    values = values.reshape(rows, columns)
     kind = Added if extra.kind == "delta" else Replaced
     edit = kind(at=0, height=rows, left=0, width=columns, weight=weight, values=values)
     plan.add(stored, (rows, columns), edit)
@@ -135,7 +194,7 @@ def _add_vectors(plan: Plan, targets: Targets, element: Ia3Data, weight: float) 
     wanted: dict[str, Hashable] = {m: _signature_of_vector(targets, m, s) for m, s in element.vectors.items()}
     wanted |= {name: lengths(_matrix(extra.tensor).shape) for name, extra in element.extras.items()}
     names = targets.names(element.name, wanted)
-    _refuse_apart(targets, element.name, names.values())
+    repeated(targets, element.name, set(names.values()), lambda *_: False)
     for module, scaling in element.vectors.items():
         name = targets.stored(names[module])
         if name is None:
@@ -161,18 +220,16 @@ def _add_vectors(plan: Plan, targets: Targets, element: Ia3Data, weight: float) 
         _add_extra(plan, targets, element.name, names[parameter], extra, weight)
 
 
-def _refuse_apart(targets: Targets, label: str, names: object) -> None:
-    changed = set(names)  # type: ignore[call-overload]
-    for group in targets.ties:
-        members = {n.removesuffix(".weight") for n in group} | set(group)
-        found = sorted(changed & members)
-        if found:
-            raise InputError(
-                f"adapter {label!r} changes {', '.join(found)}, which {targets.base.root} ties to "
-                f"{', '.join(n for n in group if n.removesuffix('.weight') not in found and n not in found)}: there is "
-                "one matrix for both, and what was trained is a change of one. Untie the model first "
-                "(`tie_word_embeddings=False`, both matrices saved), or leave the module out of the adapter"
-            )
+def _add_deltas(plan: Plan, targets: Targets, element: DeltaData, weight: float) -> None:
+    """The change of every parameter by a fine-tune, and what it has in place of others."""
+    given = {**element.deltas, **element.values}
+    names = targets.names(element.name, {n: lengths(_matrix(x).shape) for n, x in given.items()})
+    tensors = {names[n]: x for n, x in given.items()}
+    again = repeated(targets, element.name, tensors, same_tensors(tensors), whole=True)
+    for name, values in given.items():
+        if names[name] not in again:
+            extra = Extra("delta" if name in element.deltas else "value", values)
+            _add_extra(plan, targets, element.name, names[name], extra, weight)
 
 
 def _signature(update: Update) -> Hashable:
@@ -186,7 +243,7 @@ def _signature_of_vector(targets: Targets, module: str, scaling: Scaling) -> Has
     return lengths(matrix_shape(targets.base.tensors[stored])) if stored else lengths(scaling.shape)
 
 
-def _shape(base: Base, name: str, update: Update) -> tuple[int, int]:
+def shape_of(base: Base, name: str, update: Update) -> tuple[int, int]:
     """As a matrix: experts lie one below the other, the kernel of a convolution within its rows."""
     tensor = base.tensors[name]
     if len(tensor.shape) == 3 and update.layout.kind != "conv":

@@ -1,111 +1,75 @@
-"""Files of a base model, written again with some tensors changed: tile by tile, in any order, by several threads.
+"""Files of a base model, written again with some tensors changed: unit by unit, in any order, by several threads.
 
-Every output file has the layout of its input and is made at its full size first, so that each tensor has its place
-before a number is computed. What does not change is copied by the system (``copy_file_range``). Unfinished work lies in
-``.NAME.unfinished`` beside the output, under names that no tool loads, with a journal of what is finished.
+Every output file is made at its full size first. What does not change is copied by the system; sums of products go
+from file to file in compiled tiles (op ``add_products``); other changes pass by in tiles of torch.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastlora.checkpoints.base import Base
-from fastlora.checkpoints.edits import Edit, LowRank, blocks, fingerprint, products
+from fastlora.checkpoints.edits import Edit, LowRank, Merged, blocks, fingerprint, products
+from fastlora.checkpoints.layout import Change, OutputFile, Unit, units
 from fastlora.checkpoints.plan import Plan
 from fastlora.errors import InputError, OutputError
-from fastlora.files.disk_errors import writing
+from fastlora.files.disk_errors import PART
 from fastlora.files.tensor_files import StoredTensor
+from fastlora.files.tensor_writing import make_file
 from fastlora.files.tile_reads import Scratch, TileReads
+from fastlora.files.unfinished import ResumableOutput
 from fastlora.ops.add_products import FilePlace, ProductProblem, add_products
+from fastlora.runtime.memory import release
 from fastlora.runtime.progress import bytes_bar
+from fastlora.runtime.system import copy_at, write_all_at
 
 TILE_BYTES = 2 * 2**20
-COPY_BYTES = 32 * 2**20
-PART = ".part"  # what no tool loads
-JOURNAL = "journal"
-
-Done = Callable[[int], None]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class File:
-    """A file of tensors and its copy: ``shift`` is added to places in it, since its header is longer."""
-
-    source: Path
-    target: Path
-    header: bytes
-    shift: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Unit:
-    """What one thread does at once: bytes ``[start, end)`` of a file that are copied, or a tensor that changes."""
-
-    key: str
-    file: File
-    start: int
-    end: int
-    name: str = ""
+def write_tensors(
+    base: Base, plan: Plan, files: Sequence[OutputFile], output: ResumableOutput, folder: Path, record: object
+) -> None:
+    """Writes all files of tensors into ``folder``, except for what an unfinished run had finished; they keep names
+    that nothing loads."""
+    done = output.begin(_digest(base, plan, record))
+    targets = {file.path: part_of(folder, file) for file in files}
+    made = {file.path for file in files if _is_made(file, targets[file.path], anew=not done)}
+    changes = {name: Change(plan.shapes[name], all(map(_by_rows, edits))) for name, edits in plan.edits.items()}
+    todo = [unit for unit in units(files, changes) if unit.key not in done or unit.file.path in made]
+    _run(plan, todo, targets, output)
 
 
-def write(base: Base, plan: Plan, out: Path, *, resume: bool, record: Mapping[str, object]) -> list[str]:
-    """Writes the changed model to ``out``, a folder or, of a base that is a file, a file; returns notes.
-
-    Raises :class:`OutputError` for what cannot be written, also beside an unfinished run unless it is resumed.
-    """
-    staging = out.with_name(f".{out.name}.unfinished")
-    notes: list[str] = []
-    digest = _digest(base, plan, record)
-    with writing(out), _locked(staging, out, resume, notes) as folder:
-        files = [_file(base, source, folder, out, record) for source in base.files()]
-        done = _journal(folder, digest, out)
-        units = [unit for file in files for unit in _units(base, plan, file)]
-        for file in files:
-            _make(file)
-        _run(base, plan, [u for u in units if u.key not in done], folder)
-        _finish(base, files, folder, out)
-    return notes
+def _by_rows(edit: Edit) -> bool:
+    """Whether rows can be changed without the others."""
+    return not edit.is_measured and not isinstance(edit, Merged)
 
 
-@contextmanager
-def _locked(staging: Path, out: Path, resume: bool, notes: list[str]) -> Iterator[Path]:
-    """The folder of unfinished work, which one process holds at a time."""
-    if staging.exists() and not resume:
-        raise OutputError(
-            f"an unfinished run for {out} is in {staging}: continue it with --resume (resume=True), or delete "
-            "that folder"
-        )
-    if resume and not staging.exists():
-        notes.append(f"there is no unfinished run for {out}; it was begun anew")
-    staging.mkdir(parents=True, exist_ok=True)
-    lock = os.open(staging, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise OutputError(f"another process is writing {out}; wait for it, or write elsewhere") from None
-    try:
-        yield staging
-    finally:
-        os.close(lock)
+def part_of(folder: Path, file: OutputFile) -> Path:
+    """A file in ``folder`` while it is not whole."""
+    return folder / (str(file.path) + PART)
 
 
-def _digest(base: Base, plan: Plan, record: Mapping[str, object]) -> str:
+def _is_made(file: OutputFile, target: Path, *, anew: bool) -> bool:
+    """Makes a file of its full size, unless it is there; whether it was made."""
+    if not anew and target.exists() and target.stat().st_size == file.size:
+        return False
+    target.unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    make_file(target, file.header, file.size)
+    return True
+
+
+def _digest(base: Base, plan: Plan, record: object) -> str:
     """Of all that the output depends on: a run is resumed only where it is the same."""
     digest = hashlib.blake2b(json.dumps(record, sort_keys=True, default=str).encode(), digest_size=16)
     for file in base.files():
@@ -116,141 +80,140 @@ def _digest(base: Base, plan: Plan, record: Mapping[str, object]) -> str:
     return digest.hexdigest()
 
 
-def _journal(folder: Path, digest: str, out: Path) -> set[str]:
-    """What was finished before, by keys; an empty journal is begun."""
-    path = folder / JOURNAL
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    if not lines or not lines[0]:
-        path.write_text(digest + "\n", encoding="utf-8")
-        return set()
-    if lines[0] != digest:
-        raise OutputError(
-            f"the unfinished run for {out} was another one: the base model, the adapters or their weights differ. "
-            f"Delete {folder} and begin anew"
-        )
-    return set(lines[1:-1])  # what follows the last line break was cut off
+def _run(plan: Plan, todo: Sequence[Unit], targets: Mapping[Path, Path], output: ResumableOutput) -> None:
+    """Does all units, as many at once as there are threads; what stops one stops all."""
+    lock = threading.Lock()
+    with (
+        TileReads() as reads,
+        _opened(targets) as descriptors,
+        bytes_bar(sum(unit.size for unit in todo), "applying") as advance,
+        ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool,
+    ):
+
+        def work(unit: Unit) -> None:
+            edits = plan.edits.get(unit.place.name, []) if unit.place is not None else []
+            do(unit, edits, reads, descriptors[unit.file.path])
+            release(tensor for edit in edits for tensor in edit.tensors())
+            output.finish(unit.key)
+            with lock:
+                advance(unit.size)
+
+        pending = [pool.submit(work, unit) for unit in todo]
+        try:
+            for future in pending:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
-def _file(base: Base, source: Path, folder: Path, out: Path, record: Mapping[str, object]) -> File:
-    with source.open("rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(length))
-    metadata = dict(header.get("__metadata__", {})) | {"fastlora": json.dumps(record, sort_keys=True, default=str)}
-    text = json.dumps({**header, "__metadata__": metadata}, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8 - length) % 8)
-    shift = len(text) - length
-    relative = source.relative_to(base.root) if base.is_folder else Path(out.name)
-    target = folder / relative.with_name(relative.name + PART)
-    return File(source, target, len(text).to_bytes(8, "little") + text, shift, source.stat().st_size + shift)
+@contextlib.contextmanager
+def _opened(targets: Mapping[Path, Path]) -> Iterator[dict[Path, int]]:
+    with contextlib.ExitStack() as stack:
+        yield {path: stack.enter_context(target.open("r+b", buffering=0)).fileno() for path, target in targets.items()}
 
 
-def _make(file: File) -> None:
-    """The output file at its full size, unless it is there from before."""
-    if file.target.exists() and file.target.stat().st_size == file.size:
+def do(unit: Unit, edits: Sequence[Edit], reads: TileReads, target: int) -> None:
+    """One unit. Raises :class:`InputError` for a source that cannot be read, :class:`OutputError` for numbers that do
+    not fit, :class:`OSError` for a target that cannot be written."""
+    source = reads.descriptor(unit.file.source)
+    if unit.place is None:
+        _copy(unit.file.source, source, unit.first, unit.last, target, unit.offset)
         return
-    file.target.parent.mkdir(parents=True, exist_ok=True)
-    with file.target.open("wb") as raw:
-        raw.write(file.header)
-        raw.flush()
-        try:
-            os.posix_fallocate(raw.fileno(), 0, file.size)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            os.truncate(raw.fileno(), file.size)
-
-
-def _units(base: Base, plan: Plan, file: File) -> Iterator[Unit]:
-    """Tensors that change, and stretches of others between them."""
-    inside = sorted((t.offset, t.offset + t.size, name) for name, t in base.tensors.items() if t.file == file.source)
-    start = end = inside[0][0] if inside else file.size - file.shift
-    for first, last, name in inside:
-        if name in plan.edits:
-            yield from _copies(file, start, first)
-            yield Unit(f"{file.target} {first}", file, first, last, name)
-            start = last
-        end = last
-    yield from _copies(file, start, max(start, end))
-
-
-def _copies(file: File, start: int, end: int) -> Iterator[Unit]:
-    for first in range(start, end, COPY_BYTES):
-        yield Unit(f"{file.target} {first}", file, first, min(first + COPY_BYTES, end))
-
-
-def _run(base: Base, plan: Plan, units: Sequence[Unit], folder: Path) -> None:
-    threads = max(1, torch.get_num_threads())
-    lock, local = threading.Lock(), threading.local()
-    with TileReads() as reads, (folder / JOURNAL).open("a", encoding="utf-8") as journal:
-        outputs = {u.file.target: os.open(u.file.target, os.O_RDWR) for u in units}
-        try:
-            with bytes_bar(sum(u.end - u.start for u in units), "applying") as advance:
-
-                def work(unit: Unit) -> None:
-                    if not hasattr(local, "scratch"):
-                        local.scratch = Scratch()
-                    target = outputs[unit.file.target]
-                    if unit.name:
-                        tensor, shape = base.tensors[unit.name], plan.shapes[unit.name]
-                        _change(reads, tensor, shape, plan.edits[unit.name], target, unit.file.shift, local.scratch)
-                    else:
-                        _copy(reads, unit.file.source, unit.start, unit.end, target, unit.file.shift)
-                    with lock:
-                        journal.write(unit.key + "\n")
-                        journal.flush()
-                        advance(unit.end - unit.start)
-
-                with ThreadPoolExecutor(threads) as pool:
-                    pending = [pool.submit(work, unit) for unit in units]
-                    try:
-                        for future in pending:
-                            future.result()
-                    except BaseException:
-                        pool.shutdown(wait=True, cancel_futures=True)
-                        raise
-        finally:
-            for descriptor in outputs.values():
-                os.close(descriptor)
-
-
-def _change(
-    reads: TileReads, tensor: StoredTensor, shape: tuple[int, int], edits: Sequence[Edit], target: int, shift: int,
-    scratch: Scratch,
-) -> None:  # fmt: skip
-    """One tensor, tile by tile: rows are read, changed, and written to their place."""
-    rows, columns = shape
-    assert tensor.file is not None and tensor.dtype is not None
-    row_bytes = columns * tensor.dtype.itemsize
-    tall = max(1, TILE_BYTES // max(1, row_bytes))
-    source = reads.descriptor(tensor.file)
-
-    def tile(row: int, end: int) -> Tensor:
-        reads.read(tensor.file, tensor.offset + row * row_bytes, scratch.bytes((end - row) * row_bytes))  # type: ignore[arg-type]
-        return scratch.tensor(tensor.dtype, (end - row, columns))  # type: ignore[arg-type]
-
-    measured = [e for e in edits if e.is_measured]
-    for edit in measured:
-        for row in range(edit.at, edit.at + edit.height, tall):
-            end = min(row + tall, edit.at + edit.height)
-            wide = _wide(tile(row, end), [edit])[:, edit.left : edit.left + edit.width]
-            edit.measure(wide.contiguous(), row - edit.at)
-    for first, last, changes in blocks(edits, rows):
-        if not changes:
-            start, end = tensor.offset + first * row_bytes, tensor.offset + last * row_bytes
-            _copy(reads, tensor.file, start, end, target, shift)
-            continue
+    _measure(unit, edits, reads)
+    for first, last, changes in blocks(edits, unit.first, unit.last):
         low_rank = [e for e in changes if isinstance(e, LowRank)]
         if len(low_rank) == len(changes):
-            task = products(low_rank, first, last, columns, (tensor.dtype, tensor.dtype))
-            start = tensor.offset + first * row_bytes
-            problem = add_products(task, FilePlace(source, start), FilePlace(target, start + shift))
-            if problem is not None:
-                raise _error(problem, tensor)
-            continue
-        for row in range(first, last, tall):
-            end = min(row + tall, last)
-            changed = _changed(tile(row, end), row, changes, tensor)
-            _put(target, changed, tensor.offset + row * row_bytes + shift)
+            _add(unit, low_rank, first, last, source, target)
+        elif len(changes) == 1 and isinstance(changes[0], Merged) and _fits(unit, changes[0]):
+            _merge(unit, changes[0], first, last, reads, target)
+        else:
+            formed = [e.formed() if isinstance(e, Merged) else e for e in changes]
+            _change(unit, formed, first, last, reads, target)
+
+
+def _copy(path: Path, source: int, start: int, end: int, target: int, offset: int) -> None:
+    if copy_at(source, target, start, end, offset) < end - start:
+        raise InputError(f"{path} is shorter than its header says; it was changed or cut off: copy it again")
+
+
+def _add(unit: Unit, edits: Sequence[LowRank], first: int, last: int, source: int, target: int) -> None:
+    """Sums of products, or nothing but another dtype, of some rows."""
+    place, (_, columns) = unit.place, unit.shape
+    assert place is not None and place.dtype is not None and place.stored.dtype is not None
+    before, behind = (first * columns * dtype.itemsize for dtype in (place.stored.dtype, place.dtype))
+    if not edits and place.dtype == place.stored.dtype:
+        start, end = place.stored.offset + before, place.stored.offset + last * columns * place.dtype.itemsize
+        _copy(unit.file.source, source, start, end, target, place.offset + behind)
+        return
+    task = products(edits, first, last, columns, (place.stored.dtype, place.dtype))
+    problem = add_products(
+        task, FilePlace(source, place.stored.offset + before), FilePlace(target, place.offset + behind)
+    )
+    if problem is not None:
+        raise _error(problem, unit)
+
+
+def _measure(unit: Unit, edits: Sequence[Edit], reads: TileReads) -> None:
+    """Looks at all rows of those edits that have to know them first."""
+    scratch = Scratch()
+    for edit in edits:
+        if edit.is_measured:
+            for row, end in _tiles(unit, edit.at, edit.at + edit.height):
+                wide = _wide(_tile(unit, row, end, reads, scratch), [edit])[:, edit.left : edit.left + edit.width]
+                edit.measure(wide.contiguous(), row - edit.at)
+
+
+def _change(unit: Unit, edits: Sequence[Edit], first: int, last: int, reads: TileReads, target: int) -> None:
+    """Some rows, tile by tile: they are read, changed, rounded once, and written to their place."""
+    scratch, place = Scratch(), unit.place
+    assert place is not None and place.dtype is not None
+    for row, end in _tiles(unit, first, last):
+        changed = _changed(_tile(unit, row, end, reads, scratch), row, edits).to(place.dtype)
+        if not bool(changed.isfinite().all()):
+            raise _error(ProductProblem("not finite"), unit)
+        _put(unit, changed, row, target)
+
+
+def _fits(unit: Unit, edit: Merged) -> bool:
+    """Whether a merged matrix goes straight onto the rows that it changes."""
+    assert unit.place is not None
+    return edit.is_whole and edit.width == unit.shape[1] and unit.place.dtype == unit.place.stored.dtype
+
+
+def _merge(unit: Unit, edit: Merged, first: int, last: int, reads: TileReads, target: int) -> None:
+    """Rows onto which a method merges elements: they are in memory together."""
+    rows = _tile(unit, first, last, reads, Scratch())
+    if not edit.add_to(rows) or not bool(rows.isfinite().all()):
+        raise _error(ProductProblem("not finite"), unit)
+    _put(unit, rows, first, target)
+
+
+def _put(unit: Unit, rows: Tensor, first: int, target: int) -> None:
+    assert unit.place is not None
+    memory = memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    write_all_at(target, memory, unit.place.offset + first * unit.shape[1] * rows.dtype.itemsize)
+
+
+def _tiles(unit: Unit, first: int, last: int) -> Iterator[tuple[int, int]]:
+    stored = _stored(unit)
+    assert stored.dtype is not None
+    tall = max(1, TILE_BYTES // max(1, unit.shape[1] * stored.dtype.itemsize))
+    for row in range(first, last, tall):
+        yield row, min(row + tall, last)
+
+
+def _tile(unit: Unit, row: int, end: int, reads: TileReads, scratch: Scratch) -> Tensor:
+    stored, columns = _stored(unit), unit.shape[1]
+    assert stored.dtype is not None
+    size = columns * stored.dtype.itemsize
+    reads.read(unit.file.source, stored.offset + row * size, scratch.bytes((end - row) * size))
+    return scratch.tensor(stored.dtype, (end - row, columns))
+
+
+def _stored(unit: Unit) -> StoredTensor:
+    assert unit.place is not None
+    return unit.place.stored
 
 
 def _wide(tile: Tensor, edits: Sequence[Edit]) -> Tensor:
@@ -258,8 +221,8 @@ def _wide(tile: Tensor, edits: Sequence[Edit]) -> Tensor:
     return tile.to(torch.float64 if double else torch.float32)
 
 
-def _changed(tile: Tensor, row: int, edits: Sequence[Edit], tensor: StoredTensor) -> Tensor:
-    """The rows of a tile with their changes, rounded once."""
+def _changed(tile: Tensor, row: int, edits: Sequence[Edit]) -> Tensor:
+    """The rows of a tile with their changes, before they are rounded."""
     wide = _wide(tile, edits)
     total = wide.clone()
     for edit in edits:
@@ -269,69 +232,25 @@ def _changed(tile: Tensor, row: int, edits: Sequence[Edit], tensor: StoredTensor
             place.copy_(edit.alone(part.contiguous(), row - edit.at))
         else:
             place += edit.change(part.contiguous(), row - edit.at)
-    changed = total.to(tile.dtype)
-    if not bool(changed.isfinite().all()):
-        raise _error(ProductProblem("not finite"), tensor)
-    return changed
+    return total
 
 
-def _error(problem: ProductProblem, tensor: StoredTensor) -> Exception:
-    """What stopped the change of a tensor, told as it is everywhere."""
+def _error(problem: ProductProblem, unit: Unit) -> Exception:
+    """What stopped a change, told as it is everywhere."""
+    assert unit.place is not None
+    name, dtype, path = unit.place.name, unit.place.dtype, unit.file.source
     if problem.what == "write":
         return OSError(problem.errno, os.strerror(problem.errno))
     if problem.what == "read":
-        return InputError(f"{tensor.file} cannot be read ({os.strerror(problem.errno)}); check the disk")
+        return InputError(f"{path} cannot be read ({os.strerror(problem.errno)}); check the disk")
     if problem.what == "short":
-        return InputError(f"{tensor.file} is shorter than its header says; it was changed or cut off: copy it again")
-    if tensor.dtype == torch.float16:
+        return InputError(f"{path} is shorter than its header says; it was changed or cut off: copy it again")
+    if dtype == torch.float16:
         return OutputError(
-            f"{tensor.name} would leave the range of float16; apply to the model in bfloat16 or float32, or with "
-            "smaller weights"
+            f"{name} would leave the range of float16; apply to the model in bfloat16 or float32 (dtype=, --dtype), or "
+            "with smaller weights"
         )
     return OutputError(
-        f"{tensor.name} would hold NaN or infinity: the model does, or weights are too large; look at it with "
-        "`fastlora inspect`, or apply with smaller weights"
+        f"{name} would hold NaN or infinity: the model does, or weights are too large; look at it with `fastlora "
+        "inspect`, or apply with smaller weights"
     )
-
-
-def _put(target: int, tile: Tensor, offset: int) -> None:
-    view = memoryview(tile.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    while len(view):
-        count = os.pwrite(target, view, offset)
-        view, offset = view[count:], offset + count
-
-
-def _copy(reads: TileReads, source: Path, start: int, end: int, target: int, shift: int) -> None:
-    """Bytes ``[start, end)``, by the system where it can."""
-    descriptor = reads.descriptor(source)
-    while start < end:
-        try:
-            count = os.copy_file_range(descriptor, target, end - start, start, start + shift)
-        except (AttributeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-                raise
-            count = 0
-        if not count:
-            data = os.pread(descriptor, min(end - start, TILE_BYTES), start)
-            if not data:
-                raise InputError(f"{source} is shorter than its header says; copy it again")
-            count = os.pwrite(target, data, start + shift)
-        start += count
-
-
-def _finish(base: Base, files: Sequence[File], folder: Path, out: Path) -> None:
-    """Other files are copied, the parts get their names, and the folder its place."""
-    ours = {file.source for file in files}
-    (folder / JOURNAL).unlink()
-    for file in files:
-        os.replace(file.target, file.target.with_name(file.target.name.removesuffix(PART)))
-    if not base.is_folder:
-        os.replace(folder / out.name, out)
-        folder.rmdir()
-        return
-    for path in sorted(base.root.rglob("*")):
-        if path.is_file() and path.resolve() not in ours and path not in ours:
-            place = folder / path.relative_to(base.root)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, place)
-    os.rename(folder, out)

@@ -138,7 +138,8 @@ def _told(error: BaseException) -> int:
 
 def _what_is_left() -> str:
     written = [str(output.path) for output in outputs if output.written]
-    return f"no output is left half-written; {f'{written[0]} is complete' if written else 'run the same command again'}"
+    again = [output.again for output in outputs] or ["run the same command again"]
+    return f"no output is left half-written; {f'{written[0]} is complete' if written else again[0]}"
 
 
 def _settle(error: BaseException) -> None:

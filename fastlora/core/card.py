@@ -76,7 +76,7 @@ def card_text(facts: CardFacts) -> str:
         "",
         f"# {plain(facts.name)}",
         "",
-        f"{facts.kind} for {model}, made by fastlora {__version__}.",
+        f"{facts.kind} {'of' if facts.relation == 'merge' else 'for'} {model}, made by fastlora {__version__}.",
         "",
         *_table(facts.figures),
         *_recipe_lines(facts.provenance),

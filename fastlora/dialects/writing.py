@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from fastlora.dialects.shapes import with_kernels
 from fastlora.dialects.spelling import STYLES, UNETS, Style, component_of, denoiser, style_name, style_named
 from fastlora.dialects.told import told_of_readers
 from fastlora.errors import InputError, OutputError
-from fastlora.files.tensor_writing import TensorFile, cast_tensor
+from fastlora.files.tensor_writing import InOneFile, TensorFile, cast_tensor
 
 DOWN_FAMILIES = frozenset({"flux"})
 """Families of which diffusers reads ``diffusion_model.`` with ``lora_down`` only."""
@@ -246,7 +245,7 @@ def _outlines(adapter: FileAdapter, dtype: torch.dtype) -> dict[str, Tensor]:
     return outlines
 
 
-class SingleFile:
+class SingleFile(InOneFile):
     """A single file that is written piece by piece, each factor at its place; nothing of a tensor is kept here.
 
     Parts of one tensor are written into its rows and columns. What nobody writes is zero.
@@ -285,29 +284,9 @@ class SingleFile:
         place = self.adapter.places[module]
         return widened(factor, self.adapter.ranks[place.stem], place.column) if side == "B" else factor
 
-    def open(self) -> AbstractContextManager[int]:
-        """The descriptor of the file, open for writing factors at their places."""
-        return self._file.open()
-
     def put(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Nothing comes this way: no module is packed, and an adapter that is zero has a module of rank 1."""
         assert not factors
-
-    def written(self, names: Iterable[str]) -> None:
-        """Notes that factors were written at their places."""
-        self._file.written(names)
-
-    def missing(self) -> set[str]:
-        """The names of tensors that were announced and not written yet."""
-        return self._file.missing()
-
-    def sent(self, names: Iterable[str]) -> None:
-        """Brings factors that this rank wrote to the file of the first, where it has one of its own."""
-        self._file.sent(names)
-
-    def error(self, name: str, errno: int | None) -> OutputError:
-        """The error of a factor that could not be written: it holds NaN or Inf, or the system's ``errno``."""
-        return self._file.error(name, self.dtype, errno)
 
     def finish(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Writes what belongs to no factor: scales, biases, norms."""

@@ -16,6 +16,12 @@ from fastlora.errors import FastloraError, OutputError
 PARTIAL = re.compile(r"\..+\.partial-(\d+)(-\d+)?(\.rank-\d+)?")
 """The name of what is not finished yet, ``.<name>.partial-<pid>``, and of the place beside it of another rank."""
 
+UNFINISHED = "unfinished"
+"""How the name ends of what may be resumed, ``.<name>.unfinished``."""
+
+PART = ".part"
+"""What no tool loads: files of tensors that are not whole have it behind their names."""
+
 REASONS = {
     errno.ENOSPC: "the disk is full; free some space or write elsewhere",
     errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
@@ -42,9 +48,17 @@ def writing(path: Path) -> Iterator[None]:
 def partial_of(path: Path) -> Path | None:
     """The unfinished output that ``path`` is or lies in, if any."""
     absolute = Path(os.path.abspath(path))
-    if ".partial-" not in str(absolute):  # as almost always
+    if ".partial-" not in str(absolute) and UNFINISHED not in str(absolute):  # as almost always
         return None
-    return next((p for p in (absolute, *absolute.parents) if PARTIAL.fullmatch(p.name)), None)
+    return next((p for p in (absolute, *absolute.parents) if _target_of(p.name) is not None), None)
+
+
+def _target_of(name: str) -> str | None:
+    """The name that an unfinished output will have."""
+    if PARTIAL.fullmatch(name):
+        return name[1:].rpartition(".partial-")[0]
+    end = f".{UNFINISHED}"
+    return name[1:].removesuffix(end) if name.startswith(".") and name.endswith(end) and name != end else None
 
 
 def output_error(error: OSError | SafetensorError, path: Path) -> OutputError:
@@ -59,7 +73,10 @@ def finished(path: Path) -> Path:
     unfinished = partial_of(path)
     if unfinished is None:
         return path
-    return unfinished.with_name(unfinished.name[1:].rpartition(".partial-")[0]) / path.relative_to(unfinished)
+    target, inside = unfinished.with_name(str(_target_of(unfinished.name))), path.relative_to(unfinished)
+    if inside.name.removesuffix(PART) in ("", target.name):  # the output is one file
+        return target
+    return target / inside.with_name(inside.name.removesuffix(PART))
 
 
 def errno_of(error: BaseException) -> int | None:

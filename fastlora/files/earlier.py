@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -70,12 +71,38 @@ def _metadata(file: Path) -> dict[str, object]:
     return metadata if isinstance(metadata, dict) else {}
 
 
+def digest_of(content: Path | bytes) -> str:
+    """What tells the contents of a file that fastlora copied or made."""
+    if isinstance(content, bytes):
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _put_beside(directory: Path) -> dict[Path, str]:
+    """The files that were put beside tensors, as these tell, and what they held."""
+    found: dict[Path, str] = {}
+    for file in directory.rglob("*.safetensors"):
+        try:
+            told = json.loads(str(_metadata(file).get(MARK)))
+        except (OSError, ValueError, RecursionError):
+            continue
+        files = told.get("files") if isinstance(told, dict) else None
+        if isinstance(files, dict):
+            found |= {directory / str(path): str(digest) for path, digest in files.items()}
+    return found
+
+
 def foreign_files(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """Files in a directory that are no part of an earlier output: of other names, or not written by fastlora."""
+    """Files in a directory that are no part of an earlier output: of other names, or not written by fastlora, and not
+    put there by it."""
+    beside = _put_beside(directory)
     for folder, folders, files in os.walk(directory):
         folders.sort()
         for name in sorted(files):
             file = Path(folder, name)
+            if not file.is_symlink() and file in beside and digest_of(file) == beside[file]:
+                continue
             if file.is_symlink() or not any(fnmatch(name, p) for p in patterns) or not is_ours(file):
                 yield file
         for name in folders:

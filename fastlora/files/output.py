@@ -59,6 +59,11 @@ class OutputDirectory:
         self._check_target()
         self._check_parent()
 
+    @property
+    def again(self) -> str:
+        """What to do after an interruption."""
+        return "run the same command again"
+
     def refuse_inputs(self, paths: Iterable[str | Path]) -> None:
         """Raises :class:`OutputError` when the target is an input, holds one or lies in one."""
         for path in paths:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -43,6 +43,27 @@ def cast_tensor(tensor: Tensor, dtype: torch.dtype, module: str) -> Tensor:
     return result
 
 
+def header_of(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+    """How a file of these tensors begins, to the first of them: whole pages. ``entries``: what is said of each."""
+    text = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def make_file(path: Path, start: bytes, size: int, *, with_room: bool = True) -> None:
+    """Makes a file of its full size, with the room that it takes on the disk, and writes how it begins.
+
+    A full disk is found out before anything is computed, and writing where there is room is faster.
+    """
+    with writing(path), path.open("xb") as file:
+        file.write(start)
+        file.flush()
+        if with_room:
+            make_room(file.fileno(), size)
+        else:
+            file.truncate(size)
+
+
 class TensorFile:
     """A safetensors file whose tensors are written one by one, in any order, each at its place.
 
@@ -70,31 +91,20 @@ class TensorFile:
             }
             self._places[name] = offset, end
             offset = end
-        text = self._header(metadata)
-        self.start = 8 + len(text)
+        text = header_of(self.entries, metadata)
+        self.start = len(text)
         self._missing = set(outlines)
         if not shared or joint_outputs.is_made_here():
-            with writing(path), path.open("xb") as file:
-                file.write(len(text).to_bytes(8, "little") + text)
-                file.flush()
-                if shared and joint_outputs.is_apart():  # a part of this file is all that will be in it
-                    file.truncate(self.start + offset)
-                    return
-                # A full disk is found out before anything is computed, and writing where there is room is faster.
-                make_room(file.fileno(), self.start + offset)
-
-    def _header(self, metadata: Mapping[str, str]) -> bytes:
-        header = {"__metadata__": dict(metadata), **self.entries}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        return text + b" " * (-(len(text) + 8) % ALIGNMENT)
+            is_part = shared and joint_outputs.is_apart()  # a part of this file is all that will be in it
+            make_file(path, text, self.start + offset, with_room=not is_part)
 
     def restate(self, metadata: Mapping[str, str]) -> None:
         """Writes the header again, with other metadata of the same length."""
-        text = self._header(metadata)
-        if 8 + len(text) != self.start:
-            raise ValueError(f"{self.path}: a header of {len(text)} bytes where {self.start - 8} were announced")
+        text = header_of(self.entries, metadata)
+        if len(text) != self.start:
+            raise ValueError(f"{self.path}: a header of {len(text)} bytes where {self.start} were announced")
         with self.open() as file:
-            write_all_at(file, memoryview(text), 8)
+            write_all_at(file, memoryview(text), 0)
 
     def write(self, tensors: Mapping[str, Tensor], *, check: bool = False) -> None:
         """Writes some tensors, which have the shapes and dtypes that were announced; ``check`` refuses NaN and Inf."""
@@ -153,6 +163,33 @@ class TensorFile:
         """Checks that every tensor was written."""
         if self._missing:
             raise ValueError(f"{self.path}: {min(self._missing)} was announced and not written")
+
+
+class InOneFile:
+    """What writers have in common whose tensors are all in one file: factors of ``dtype``, written at their places."""
+
+    dtype: torch.dtype
+    _file: TensorFile
+
+    def open(self) -> AbstractContextManager[int]:
+        """The descriptor of the file, open for writing factors at their places."""
+        return self._file.open()
+
+    def written(self, names: Iterable[str]) -> None:
+        """Notes that factors were written at their places."""
+        self._file.written(names)
+
+    def missing(self) -> set[str]:
+        """The names of tensors that were announced and not written yet."""
+        return self._file.missing()
+
+    def sent(self, names: Iterable[str]) -> None:
+        """Brings factors that this rank wrote to the file of the first, where it has one of its own."""
+        self._file.sent(names)
+
+    def error(self, name: str, errno: int | None) -> OutputError:
+        """The error of a factor that could not be written: it holds NaN or Inf, or the system's ``errno``."""
+        return self._file.error(name, self.dtype, errno)
 
 
 def _as_row(tensor: Tensor) -> Tensor:

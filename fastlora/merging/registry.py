@@ -71,9 +71,9 @@ class Method:
     takes_data: bool = False
     idle: Idle = none_idle
 
-    def __call__(
-        self, pool: Pool, weights: Mapping[str, float], data: Statistics | None = None, **parameters: object
-    ) -> Adapter:
+    def checked(self, parameters: Mapping[str, object]) -> dict[str, object]:
+        """The values of all parameters, of the right type. Raises :class:`InputError` for those that it does not take,
+        that it needs, and that have no effect beside the others. ``None`` counts as not given."""
         given = {name: value for name, value in parameters.items() if value is not None}
         unknown = [name for name in given if name not in self.parameters]
         if unknown:
@@ -89,6 +89,14 @@ class Method:
         useless = next((name for name in given if name in idle), None)
         if useless is not None:
             raise InputError(f"{owner}: {useless} has no effect with {idle[useless]}; leave it out")
+        return values
+
+    def __call__(
+        self, pool: Pool, weights: Mapping[str, float], data: Statistics | None = None, **parameters: object
+    ) -> Adapter:
+        values = self.checked(parameters)
+        given = {name: value for name, value in parameters.items() if value is not None}
+        idle = self.idle(values)
         if not self.takes_data and data is not None:
             raise InputError(f"method {self.name!r} uses no statistics of inputs; leave out data (`--data`)")
         inputs = [_of_all(data, pool, self.name)] if self.takes_data else []

@@ -25,6 +25,8 @@ DONT_NEED: int | None = getattr(mmap, "MADV_DONTNEED", None)
 # Python knows the advice only where the headers that it was built with do.
 HUGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", 14) if sys.platform == "linux" else None
 NO_ROOM_CALL = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # the file system cannot, the disk is not full
+NO_COPY_CALL = (*NO_ROOM_CALL, errno.EXDEV, errno.EBADF, errno.ETXTBSY)  # between such files, or at all
+COPY_BYTES = 4 * 2**20
 
 _seeking = threading.Lock()
 
@@ -111,6 +113,35 @@ def read_at(file: int, memory: memoryview, offset: int) -> int:
         found = os.read(file, min(len(memory), 2**24))
     memory[: len(found)] = found
     return len(found)
+
+
+def copy_at(source: int, target: int, start: int, end: int, offset: int) -> int:
+    """Copies the bytes ``[start, end)`` of a file to a place in another: by the system where it can, which moves them
+    within its own memory. Returns how many were there; raises :class:`OSError`."""
+    done, by_system = start, hasattr(os, "copy_file_range")
+    while done < end:
+        count = 0
+        if by_system:
+            try:
+                count = os.copy_file_range(source, target, end - done, done, offset + done - start)
+            except OSError as error:
+                if error.errno not in NO_COPY_CALL:
+                    raise
+            by_system = count > 0  # of some files it says 0 wherever they end
+        if not count:
+            memory = memoryview(bytearray(min(end - done, COPY_BYTES)))
+            count = read_at(source, memory, done)
+            if not count:
+                break
+            write_all_at(target, memory[:count], offset + done - start)
+        done += count
+    return done - start
+
+
+def boot() -> str:
+    """What tells this start of this machine from all others; nothing where the system has no such name."""
+    identity = Path("/proc/sys/kernel/random/boot_id")
+    return identity.read_text().strip() if identity.exists() else ""
 
 
 def make_room(file: int, size: int) -> None:

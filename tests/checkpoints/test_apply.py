@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import gaussian
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from stored_models import adapter, llama, model_file
 from tolerances import FLOAT32
-from torch import Tensor
 
 import fastlora as fl
-from fastlora.checkpoints import streaming
-from fastlora.core.factors import Factor
-from fastlora.core.updates import Update
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 Model = Any
-
-
-def llama(**settings: Any) -> Model:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    given = {**sizes, "num_key_value_heads": 2, "vocab_size": 50, "tie_word_embeddings": False, **settings}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**given))
 
 
 def gpt2() -> Model:
@@ -111,25 +96,9 @@ def test_equal_to_a_merge_of_peft(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         one, other = (m.eval()(inputs)[0].double() for m in (found, merged))
     torch.testing.assert_close(one, other, rtol=0, atol=400 * eps * float(other.abs().max()))
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "base").iterdir()}
+    names = {p.name for p in (tmp_path / "base").iterdir()} | {"README.md"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
     assert not list(tmp_path.glob(".*"))
-
-
-def adapter(name: str, modules: dict[str, tuple[int, int]], seed: int = 0) -> fl.Adapter:
-    updates = {}
-    for i, (module, (n, m)) in enumerate(modules.items()):
-        B, A = (
-            gaussian(n, 3, seed=seed + i, dtype=torch.float32),
-            gaussian(3, m, seed=seed + 50 + i, dtype=torch.float32),
-        )
-        updates[module] = Update(Factor.of("B", B), Factor.of("A", A), 0.5)
-    return fl.Adapter(name, updates)
-
-
-def model_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    stored = {n: gaussian(*s, seed=7 + i, dtype=torch.float32).to(dtype) for i, (n, s) in enumerate(shapes.items())}
-    save_file(stored, path, {"format": "pt"})
-    return stored
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -182,109 +151,11 @@ def test_ia3_scales_rows_columns_and_biases(tmp_path: Path) -> None:
         torch.testing.assert_close(parameter, wanted[name], rtol=FLOAT32, atol=FLOAT32)
 
 
-class Stop(Exception):
-    pass
-
-
-@pytest.mark.parametrize("after", [0, 1, 3])
-def test_interrupted_and_resumed(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
-) -> None:
-    names = {f"l.{i}.q_proj.weight": (16, 16) for i in range(5)} | {"norm": (16,)}
-    model_file(tmp_path / "m.safetensors", names)
-    one = adapter("x", {f"l.{i}.q_proj": (16, 16) for i in range(5)})
-    fl.apply(tmp_path / "m.safetensors", one, tmp_path / "whole.safetensors")
-    change, calls = streaming._change, []
-
-    def stopping(*args: Any) -> None:
-        calls.append(1)
-        if len(calls) > after:
-            raise Stop
-        change(*args)
-
-    threads(1)
-    monkeypatch.setattr(streaming, "_change", stopping)
-    out = tmp_path / "out.safetensors"
-    with pytest.raises(Stop):
-        fl.apply(tmp_path / "m.safetensors", one, out)
-    monkeypatch.setattr(streaming, "_change", change)
-    assert not out.exists() and not list(tmp_path.glob(".out*/*.safetensors"))
-    with pytest.raises(fl.OutputError, match="--resume"):
-        fl.apply(tmp_path / "m.safetensors", one, out)
-    with pytest.raises(fl.OutputError, match="another one"):
-        fl.apply(tmp_path / "m.safetensors", one * 2, out, resume=True)
-    fl.apply(tmp_path / "m.safetensors", one, out, resume=True)
-    a, b = load_file(tmp_path / "whole.safetensors"), load_file(out)
-    assert all(torch.equal(a[n], b[n]) for n in names) and not list(tmp_path.glob(".*"))
-
-
-def test_killed_and_resumed(tmp_path: Path) -> None:
-    names = {f"l.{i}.q_proj.weight": (1024, 512) for i in range(24)}
-    model_file(tmp_path / "m.safetensors", names, torch.bfloat16)
-    adapter("x", {f"l.{i}.q_proj": (1024, 512) for i in range(24)}).save(tmp_path / "x")
-    fl.apply(tmp_path / "m.safetensors", fl.load(tmp_path / "x"), tmp_path / "whole.safetensors")
-    code = (
-        "import sys, time; import fastlora as fl; from fastlora.checkpoints import streaming as s; change = s._change\n"
-        "def slow(*a):\n    change(*a); time.sleep(0.05)\n"
-        "s._change = slow; print('ready', flush=True)\n"
-        "fl.apply('m.safetensors', fl.load('x'), 'out.safetensors', resume=True)"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    for delay in (0.1, 0.25):
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "out.safetensors").exists() and not list(tmp_path.glob(".out*/*.safetensors"))
-    fl.apply(tmp_path / "m.safetensors", fl.load(tmp_path / "x"), tmp_path / "out.safetensors", resume=True)
-    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-
-
-def test_refusals(tmp_path: Path) -> None:
-    file = tmp_path / "m.safetensors"
-    model_file(file, {"l.0.self_attn.q_proj.weight": (8, 8), "l.0.self_attn.k_proj.weight": (8, 8)})
-    right, out = adapter("x", {"l.0.self_attn.q_proj": (8, 8)}), tmp_path / "out.safetensors"
-    for given, message in (
-        (adapter("x", {"l.0.other": (8, 8)}), "does not have; the nearest names"),
-        (adapter("x", {"l.0.self_attn.q_proj": (8, 9)}), "another base model"),
-    ):
-        with pytest.raises(fl.InputError, match=message):
-            fl.apply(file, given, out)
-    with pytest.raises(fl.OutputError, match=r"NAME\.safetensors"):
-        fl.apply(file, right, tmp_path / "folder")
-    with pytest.raises(fl.OutputError, match="exists"):
-        fl.apply(file, right, file)
-    with pytest.raises(fl.InputError, match="not finite"):
-        fl.apply(file, {"x": float("nan")}, out, pool={"x": right})
-    broken = adapter("x", {"l.0.self_attn.q_proj": (8, 8)})
-    broken.updates["l.0.self_attn.q_proj"].A.terms[0].source[0, 0] = torch.nan
-    with pytest.raises(fl.InputError, match="NaN or Inf"):
-        fl.apply(file, broken, out)
-    content = file.read_bytes()
-    file.write_bytes(content[:-40])
-    with pytest.raises(fl.InputError):
-        fl.apply(file, right, out)
-    assert not list(tmp_path.glob(".*")) and not out.exists()
-
-
-def test_tied_matrices_and_missing_shards(tmp_path: Path) -> None:
-    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    with pytest.raises(fl.InputError, match="ties to"):
-        fl.apply(tmp_path / "base", adapter("x", {"lm_head": (50, 32)}), tmp_path / "out")
-    right = adapter("x", {"model.layers.0.self_attn.q_proj": (32, 32)})
-    next(iter((tmp_path / "base").glob("*.safetensors"))).unlink()
-    with pytest.raises(fl.InputError, match=r"shard|missing|not there"):
-        fl.apply(tmp_path / "base", right, tmp_path / "out")
-    assert not list(tmp_path.glob(".*")) and not (tmp_path / "out").exists()
-
-
 def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llama().save_pretrained(tmp_path / "base", max_shard_size="20KB")
     monkeypatch.chdir(tmp_path)
     fl.apply("base", adapter("x", {"model.layers.0.self_attn.q_proj": (32, 32)}), "out")
-    assert {p.name for p in Path("out").iterdir()} == {p.name for p in Path("base").iterdir()}
+    assert {p.name for p in Path("out").iterdir()} == {p.name for p in Path("base").iterdir()} | {"README.md"}
 
 
 def test_float16_does_not_overflow_in_silence(tmp_path: Path) -> None:
@@ -292,30 +163,3 @@ def test_float16_does_not_overflow_in_silence(tmp_path: Path) -> None:
     with pytest.raises(fl.OutputError, match="float16"):
         fl.apply(tmp_path / "m.safetensors", adapter("x", {"a": (8, 8)}) * 1e6, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
-
-
-def test_files_of_one_name_are_resumed_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Components of a pipeline have files of one name and tensors at the same places."""
-    for component in ("text_encoder", "text_encoder_2"):
-        (tmp_path / "base" / component).mkdir(parents=True)
-        model_file(tmp_path / "base" / component / "model.safetensors", {"l.q_proj.weight": (16, 16)})
-    (tmp_path / "base" / "model_index.json").write_text("{}")
-    one = adapter("x", {f"{c}.l.q_proj": (16, 16) for c in ("text_encoder", "text_encoder_2")})
-    fl.apply(tmp_path / "base", one, tmp_path / "whole")
-    monkeypatch.setattr(streaming, "_finish", lambda *_: (_ for _ in ()).throw(Stop))
-    change, calls = streaming._change, []
-
-    def stopping(*args: Any) -> None:
-        calls.append(1)
-        if len(calls) > 1:
-            raise Stop
-        change(*args)
-
-    monkeypatch.setattr(streaming, "_change", stopping)
-    with pytest.raises(Stop):
-        fl.apply(tmp_path / "base", one, tmp_path / "out")
-    monkeypatch.undo()
-    fl.apply(tmp_path / "base", one, tmp_path / "out", resume=True)
-    for component in ("text_encoder", "text_encoder_2"):
-        first, second = (load_file(tmp_path / f / component / "model.safetensors") for f in ("whole", "out"))
-        assert torch.equal(first["l.q_proj.weight"], second["l.q_proj.weight"])

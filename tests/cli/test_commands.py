@@ -253,7 +253,26 @@ OPTIONS = {
         "--quiet",
         "--overwrite",
     ),
-    "apply": ("--out", "--resume", "--drop-extras", "--memory", "--map", "--quiet"),
+    "apply": (
+        "--out",
+        "--expr",
+        "--method",
+        "--set",
+        "--rank",
+        "--energy",
+        "--dtype",
+        "--resume",
+        "--drop-extras",
+        "--map",
+        "--family",
+        "--read-rank",
+        "--memory",
+        "--backend",
+        "--json",
+        "--quiet",
+        "--overwrite",
+        "--force",
+    ),
 }
 
 

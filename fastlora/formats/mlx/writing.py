@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
@@ -22,11 +21,11 @@ from fastlora.core.data import LoraData
 from fastlora.core.factors import Factor, Side
 from fastlora.core.names import CONFIG_NAME
 from fastlora.core.updates import chosen_rank, with_rank
-from fastlora.errors import InputError, OutputError
+from fastlora.errors import InputError
 from fastlora.files.card import write_card
 from fastlora.files.disk_errors import writing
 from fastlora.files.earlier import MARK
-from fastlora.files.tensor_writing import TensorFile
+from fastlora.files.tensor_writing import InOneFile, TensorFile
 
 WEIGHTS = "adapters.safetensors"
 LAYER = re.compile(r".*?\blayers\.\d+\.")
@@ -79,7 +78,7 @@ def as_written(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:
     )
 
 
-class MlxFolder:
+class MlxFolder(InOneFile):
     """A folder that is written module by module: factors come whole and are turned, since MLX has them transposed."""
 
     def __init__(self, directory: Path, adapter: LoraData, dtype: torch.dtype) -> None:
@@ -107,10 +106,6 @@ class MlxFolder:
         """As it is."""
         return factor
 
-    def open(self) -> AbstractContextManager[int]:
-        """The descriptor of the file of tensors."""
-        return self._file.open()
-
     def put(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Writes some modules; the numbers are checked."""
         tensors = {}
@@ -118,22 +113,6 @@ class MlxFolder:
             tensors[f"{module}.lora_a"] = A.to("cpu", self.dtype).mT.contiguous()
             tensors[f"{module}.lora_b"] = B.to("cpu", self.dtype).mT.contiguous()
         self._file.write(tensors, check=True)
-
-    def written(self, names: Iterable[str]) -> None:
-        """Notes that factors were written at their places."""
-        self._file.written(names)
-
-    def missing(self) -> set[str]:
-        """The names of tensors that were announced and not written yet."""
-        return self._file.missing()
-
-    def sent(self, names: Iterable[str]) -> None:
-        """Brings factors that this rank wrote to the file of the first, where it has one of its own."""
-        self._file.sent(names)
-
-    def error(self, name: str, errno: int | None) -> OutputError:
-        """The error of a factor that could not be written: it holds NaN or Inf, or the system's ``errno``."""
-        return self._file.error(name, self.dtype, errno)
 
     def finish(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Writes the last modules."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from fastlora.core.updates import Layout
 from fastlora.errors import OutputError
 from fastlora.files.card import write_card
 from fastlora.files.disk_errors import writing
-from fastlora.files.tensor_writing import TensorFile, cast_tensor
+from fastlora.files.tensor_writing import InOneFile, TensorFile, cast_tensor
 from fastlora.formats.peft.experts import VERSIONS
 from fastlora.formats.peft.names import (
     HEADS,
@@ -58,7 +57,7 @@ class FileContents:
     lora_bias: bool = False
 
 
-class AdapterFile:
+class AdapterFile(InOneFile):
     """A PEFT directory that is written piece by piece, each tensor where its place in the file will be.
 
     The shapes of all factors must be known at the start (``outlines``: factors, best on the meta device), since the
@@ -114,26 +113,6 @@ class AdapterFile:
     def lay(self, module: str, side: Side, factor: Factor) -> Factor:
         """The factor itself: its tensor holds nothing else."""
         return factor
-
-    def open(self) -> AbstractContextManager[int]:
-        """The descriptor of the file, open for writing factors at their places."""
-        return self._file.open()
-
-    def written(self, names: Iterable[str]) -> None:
-        """Notes that factors were written at their places."""
-        self._file.written(names)
-
-    def missing(self) -> set[str]:
-        """The names of tensors that were announced and not written yet."""
-        return self._file.missing()
-
-    def sent(self, names: Iterable[str]) -> None:
-        """Brings factors that this rank wrote to the file of the first, where it has one of its own."""
-        self._file.sent(names)
-
-    def error(self, name: str, errno: int | None) -> OutputError:
-        """The error of a factor that could not be written: it holds NaN or Inf, or the system's ``errno``."""
-        return self._file.error(name, self.dtype, errno)
 
     def put(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Writes some modules: ``{module: (B [out, r], A [r, in])}`` with the scaling inside."""

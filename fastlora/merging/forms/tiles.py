@@ -50,7 +50,7 @@ from fastlora.merging.forms.tile_rules import Largest, OfModel, Rule, resolved
 from fastlora.merging.forms.tile_tasks import task_of
 from fastlora.merging.registry import Idle, driven, none_idle
 from fastlora.ops import merge_tiles
-from fastlora.ops.merge_tiles import TileOutputs, TileTask
+from fastlora.ops.merge_tiles import TileOutputs, TileRule, TileTask
 from fastlora.reference.tiles import tile
 from fastlora.runtime.memory import batch_bytes, release
 from fastlora.runtime.progress import track
@@ -135,21 +135,34 @@ def merge_by_rule(
     a dense decomposition where a side is at most 256 long. Memory of the factors and products alone. A rule of the
     whole model goes through all modules about twenty times before.
     """
-    name, rule = program.__name__, program(**parameters)
-    chosen = [i for i, n in enumerate(pool.names) if weights[n] != 0.0] or [0]
-    given, names = [weights[pool.names[i]] for i in chosen], [pool.names[i] for i in chosen]
-
-    of_model: dict[str, OfModel] = {}
-
-    def prepare() -> None:
-        if rule.is_of_model:
-            of_model.update(_of_model(rule, pool, chosen, given, names))
+    ruled = Ruled(program(**parameters), pool, weights)
 
     def decomposed(module: str, cut: Cut) -> LowRank:
-        task = task_of(pool, module, chosen, given)
-        return of_tiles(task, resolved(rule, task, given, names, module, of_model.get(module)), cut)
+        return of_tiles(*ruled.of(module), cut)
 
-    return _merge(name, pool, weights, decomposed, rank, energy, min_energy, parameters, prepare)
+    return _merge(program.__name__, pool, weights, decomposed, rank, energy, min_energy, parameters, ruled.prepare)
+
+
+class Ruled:
+    """A rule for the modules of a pool: its task and its numbers, of one module at a time."""
+
+    def __init__(self, rule: Rule, pool: Pool, weights: Mapping[str, float]) -> None:
+        self.rule, self.pool = rule, pool
+        self.chosen = [i for i, n in enumerate(pool.names) if weights[n] != 0.0] or [0]
+        self.names = [pool.names[i] for i in self.chosen]
+        self.given = [weights[name] for name in self.names]
+        self._of_model: dict[str, OfModel] = {}
+
+    def prepare(self) -> None:
+        """Looks at the whole model, where the rule has to."""
+        if self.rule.is_of_model:
+            self._of_model.update(_of_model(self.rule, self.pool, self.chosen, self.given, self.names))
+
+    def of(self, module: str) -> tuple[TileTask, TileRule]:
+        """The updates of a module and what becomes of them."""
+        task = task_of(self.pool, module, self.chosen, self.given)
+        of_model = self._of_model.get(module)
+        return task, resolved(self.rule, task, self.given, self.names, module, of_model)
 
 
 def _of_model(
@@ -216,7 +229,7 @@ def merge(
     given = [weights[n] for n in pool.names]
 
     def decomposed(module: str, cut: Cut) -> LowRank:
-        return of_dense(_merged(program, measure, module, tiles_of(pool, module, given), parameters))
+        return of_dense(merged_matrix(program, measure, module, tiles_of(pool, module, given), parameters))
 
     return _merge(program.__name__, pool, weights, decomposed, rank, energy, min_energy, parameters)
 
@@ -268,7 +281,7 @@ def _merge(
     return merged_adapter(name, pool, given, updates, used, squares=squares)
 
 
-def _merged(
+def merged_matrix(
     program: Callable[..., Tensor],
     measure: Callable[..., object] | None,
     module: str,
