@@ -37,6 +37,7 @@ _EXPORTS = {
     "control": "fastlora.coefficients.control",
     "convert": "fastlora.adapters.convert",
     "decompose": "fastlora.decomposition.decompose",
+    "distributed": "fastlora.runtime.distributed",
     "extract": "fastlora.adapters.extract",
     "load": "fastlora.adapters.loading",
     "merge": "fastlora.merging.merge",
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     from fastlora.merging.statistics import statistics as statistics
     from fastlora.ops.dispatch import use_backend as use_backend
     from fastlora.pages.report import report as report
+    from fastlora.runtime.distributed import distributed as distributed
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ _joined: tuple[Ranks, Watch] | None = None
 
 
 @contextlib.contextmanager
-def joined(lost: Callable[[int], None]) -> Iterator[None]:
+def joined(lost: Callable[[int], None], device: str) -> Iterator[None]:
     """Inside the block, the ranks of torchrun share the work; from here on they watch each other, until they
     :func:`leave`. Nothing without torchrun."""
     global _joined
@@ -37,8 +37,9 @@ def joined(lost: Callable[[int], None]) -> Iterator[None]:
         return
     from fastlora.cli.watch import Watch, connected
     from fastlora.runtime import ranks
+    from fastlora.runtime.distributed import distributed
 
-    with ranks.distributed():
+    with distributed(device):
         members = ranks.current()
         assert members is not None
         _joined = members, Watch(connected(members), lost)

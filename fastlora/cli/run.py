@@ -54,7 +54,7 @@ class Run:
             from fastlora.runtime.progress import show_progress
 
         self.changes  # noqa: B018  (wrong ones are told before any work)
-        self.stack.enter_context(joined(end_all))
+        self.stack.enter_context(joined(end_all, self.device))
         devices.parse(self.device)
         self.stack.enter_context(use_backend(self.backend or current_backend()))
         self.stack.enter_context(show_progress(not self.quiet))

@@ -21,6 +21,21 @@ def launched_rank() -> int:
     return int(rank) if rank.isascii() and rank.isdigit() else 0
 
 
+def local_rank() -> int | None:
+    """The number of this process among those of its machine, as torchrun gave it; ``None`` without."""
+    return _small("LOCAL_RANK")
+
+
+def ranks_here() -> int:
+    """How many processes torchrun started on this machine."""
+    return _small("LOCAL_WORLD_SIZE") or 1
+
+
+def _small(name: str) -> int | None:
+    text = os.environ.get(name, "") if LAUNCHED in os.environ else ""
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
 def _environment() -> tuple[int, int]:
     """``(rank, count)`` of torchrun's variables."""
     rank, count = (_number(name) for name in ("RANK", "WORLD_SIZE"))

@@ -15,13 +15,10 @@ import pickle
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from fastlora._version import __version__
-from fastlora.errors import FastloraError, InputError
-from fastlora.runtime.launch import address, launched
+from fastlora.errors import FastloraError
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-JOINING = timedelta(minutes=10)
-# Of an exchange: some ranks wait for the one with the most to do. One that is gone is noticed by its closed connection.
-WAITING = timedelta(days=1)
+BULK = 2**20
+"""From so many bytes on, what travels goes by the group for much, where there is one."""
 
 
 class RankError(FastloraError, RuntimeError):
@@ -64,7 +60,8 @@ class Ranks:
     """The processes that work together, as one of them sees it.
 
     ``places``, of outputs that are not finished: where this rank writes them, and where the first does, if this one
-    sees that. ``apart``: the ranks that do not (:mod:`fastlora.runtime.joint_outputs`).
+    sees that. ``apart``: the ranks that do not (:mod:`fastlora.runtime.joint_outputs`). ``much``: a group for payloads
+    that are not small, and the device from which it sends.
     """
 
     rank: int
@@ -72,6 +69,7 @@ class Ranks:
     group: Any = field(repr=False)
     places: dict[Path, Path | None] = field(default_factory=dict)
     apart: list[int] = field(default_factory=list)
+    much: tuple[Any, torch.device] | None = field(default=None, repr=False)
     told: BaseException | None = None
     """The error that all ranks know of."""
 
@@ -93,9 +91,13 @@ class Ranks:
         import torch
         import torch.distributed as dist
 
+        group = self.group
+        if self.much is not None and tensor.nbytes >= BULK:
+            group, device = self.much
+            tensor = tensor.to(device)
         tensors = [torch.empty_like(tensor) for _ in range(self.count)]
-        dist.all_gather(tensors, tensor, group=self.group)
-        return tensors
+        dist.all_gather(tensors, tensor, group=group)
+        return [t.cpu() for t in tensors]
 
     def exchange(self, what: str, payload: bytes, failed: bool = False) -> list[bytes]:
         """The payloads of all ranks, which have to be at the same ``what``; raises what a rank tells as ``failed``."""
@@ -255,72 +257,3 @@ def one_file() -> Iterator[None]:
 def is_one_file() -> bool:
     """Whether ranks open files to write them together."""
     return _one_file.get()
-
-
-@contextlib.contextmanager
-def distributed() -> Iterator[None]:
-    """Inside the block, the processes of ``torch.distributed`` share the work of what is called. Results have the same
-    bits as those of one process.
-
-    Every rank makes the same calls in the block, on the same files, and gets the same results; nothing may stand in an
-    ``if rank == 0``. Modules are shared out by their bytes. Each rank reads the factors of its own, the small results
-    travel, and each writes its own tensors to their places in the same files: outputs have to lie in a folder that all
-    ranks see. Reports and configurations are written by rank 0. Outside the block, and in a process that is alone,
-    nothing changes, whether ``torch.distributed`` is initialised or not.
-
-    The ranks are those of the default process group, of any backend, or where there is none, of ``torchrun``'s
-    environment: a group of gloo is made for the time of the block. What travels goes through the host.
-
-    Raises:
-        InputError: an environment that names no rank, processes that do not find each other.
-        RankError: a rank that is gone, or that does or reads something else than the others. An error of one rank
-            inside the block is raised on all.
-
-    Cost: a few exchanges for a call, of the coefficients of its result: docs/scale.md.
-    """
-    if current() is not None:
-        yield
-        return
-    import torch.distributed as dist
-
-    begun = False
-    if not (dist.is_available() and dist.is_initialized()):
-        if not launched():
-            yield
-            return
-        _begin(dist)
-        begun = True
-    if dist.get_world_size() == 1:
-        yield
-        return
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=WAITING))
-    try:
-        with among(ranks):
-            together(f"joining with fastlora {__version__}")
-            try:
-                yield
-            except BaseException as error:
-                together("leaving", error)
-                raise
-            together("leaving")
-    finally:
-        with contextlib.suppress(RuntimeError):  # of a rank that is gone
-            if begun:
-                dist.destroy_process_group()
-            else:
-                dist.destroy_process_group(ranks.group)
-
-
-def _begin(dist: Any) -> None:
-    import torch
-
-    if not dist.is_available():
-        raise InputError(f"torch {torch.__version__} was built without torch.distributed; start one process")
-    try:
-        dist.init_process_group("gloo", timeout=JOINING)
-    except (RuntimeError, ValueError) as error:
-        where = address()
-        raise InputError(
-            f"the ranks did not find each other at {where} ({str(error).splitlines()[0][:200]}); see that all are "
-            "started, that the port is free and reachable, and name the network with GLOO_SOCKET_IFNAME"
-        ) from error

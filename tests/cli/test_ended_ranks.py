@@ -26,6 +26,7 @@ COMMANDS = {
     "extract": "extract base tuned --rank 3 --out new/out",
     "vector": "extract base tuned --out out.safetensors",
     "overlap": "overlap a b c --csv out.csv",
+    "report": "report a b c --out out.html",
 }
 
 

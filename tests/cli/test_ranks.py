@@ -23,10 +23,9 @@ SCRIPT = """
 import sys
 import torch
 import fastlora as fl
-from fastlora.runtime.ranks import distributed
 
 out, *paths = sys.argv[1:]
-with distributed():
+with fl.distributed():
     pool = fl.Pool.load(paths)
     shapes = {f"layers.{i}.q.weight": (40 + i, 1100 if i == 1 else 24) for i in range(5)}
     shapes["head.weight"] = (1200, 1100)  # by random numbers

@@ -40,9 +40,10 @@ def report(
     if len(pool) < 2:
         raise InputError("report: a pool of one adapter has nothing to compare; give two adapters or more")
     from fastlora.pages.report import report as write
+    from fastlora.runtime.ranks import from_first
 
     write(pool, out, threshold=threshold, title=title, overwrite=run.replace)
-    size = out.stat().st_size
+    size = from_first("the page", lambda: out.stat().st_size)
     if run.as_json:
         data = {"out": str(out), "adapters": len(pool), "modules": len(pool.modules), "bytes": size}
         print_json(data | {"notices": list(pool.told)})
