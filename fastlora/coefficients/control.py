@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.adapters.lora import Adapter
+from fastlora.coefficients import input_control
 from fastlora.coefficients.pool_gram import PoolGram
 from fastlora.core.updates import Update, unscaled
 from fastlora.decomposition.components import Components
 from fastlora.decomposition.devec import ModuleResult
+from fastlora.decomposition.input_parts import InputDecomposition
 from fastlora.decomposition.result import Decomposition
 from fastlora.engine.blocks import PairBlocks, read_pair_blocks
 from fastlora.engine.checks import raise_for_info
@@ -28,24 +30,27 @@ RTOL = 1e-5
 SPAN = 1e-12
 
 
-def control(parts: Decomposition, kind: str = "random", *, seed: int = 0) -> dict[str, Adapter]:
-    """What shared components are to be compared with: the same construction, MATH (10), with other directions.
+def control(parts: Decomposition | InputDecomposition, kind: str = "random", *, seed: int = 0) -> dict[str, Adapter]:
+    """What shared components are to be compared with: the same construction, MATH (10), with other directions. Of a
+    decomposition by inputs: the same filter with inputs that tell nothing of the task.
 
     In every module where a component shares ``q`` directions, ``Z [n, q]`` is replaced by other orthonormal directions
     of the column space of its adapters (the row space with ``side="right"``), ``Σ_i ω_i Z Zᵀ ΔW_i`` is formed with the
     ``ω_i`` of these directions, and scaled to the Frobenius norm of the shared component. *Our definition.*
 
     Args:
-        parts: a decomposition of ``mode="pool"`` or ``"pairs"``.
+        parts: a decomposition of ``mode="pool"`` or ``"pairs"``, or one by inputs.
         kind: ``"random"``: a random subspace, uniform among the ``q``-dimensional subspaces of the space that
             ``[ΔW_1 … ΔW_k]`` spans; drawn by ``seed``, the names of the adapters and the module, so that it does not
             depend on what else is computed. ``"top"``: the ``q`` leading left (right) singular vectors of ``[ΔW_1 …
-            ΔW_k]``.
-        seed: of ``kind="random"``.
+            ΔW_k]``. By inputs, ``"permuted_inputs"``: the coordinates of every input in another order, the same for all
+            adapters. ``"shuffled_tasks"``: every adapter gets the rows of another one for its own.
+        seed: of ``kind="random"``, and of those by inputs.
 
     Returns:
         ``{"shared": adapter}``, or ``{"a+b": adapter}`` for every pair; the modules, ranks and norms are those of the
-        shared components, also where they are empty.
+        shared components, also where they are empty. By inputs, ``{name: adapter}``, in every module as long as the
+        unique part of that adapter.
 
     Raises:
         InputError: an unknown kind, ``mode="iterative"``, which has no shared component, or a module whose adapters
@@ -53,8 +58,12 @@ def control(parts: Decomposition, kind: str = "random", *, seed: int = 0) -> dic
 
     Cost: two passes over the factors and ``O((Σr_i)³)`` operations a module of every component.
     """
-    if kind not in KINDS:
-        raise InputError(f"control: kind={kind!r} does not exist: use one of {', '.join(KINDS)}")
+    by_inputs = isinstance(parts, InputDecomposition)
+    kinds = input_control.KINDS if by_inputs else KINDS
+    if kind not in kinds:
+        raise InputError(f"control: kind={kind!r} does not exist here: use one of {', '.join(kinds)}")
+    if isinstance(parts, InputDecomposition):
+        return input_control.input_control(parts, kind, seed)
     if parts.mode == "iterative":
         raise InputError("control: mode='iterative' has no shared component to compare with; use 'pool' or 'pairs'")
     if parts.mode == "pairs":

@@ -69,10 +69,11 @@ class InputReport:
 
 
 class Filter(NamedTuple):
-    """``A'`` of one adapter in one module, and ``‖ΔW‖``, to whose rounding it is known."""
+    """``A'`` of one adapter in one module; ``‖ΔW‖``, to whose rounding it is known, and the norm of what is kept."""
 
     right: Factor
     norm: float
+    kept: float
 
 
 class InputDecomposition:
@@ -84,7 +85,8 @@ class InputDecomposition:
 
     Args:
         pool: that was decomposed.
-        filters: ``{adapter: {module: A' and ‖ΔW‖}}``.
+        filters: ``{adapter: {module: A' and norms}}``.
+        inputs: the rows that it was decomposed by.
         report: what was kept and what is left.
         memory: bound in bytes while parts are saved.
     """
@@ -95,13 +97,15 @@ class InputDecomposition:
         self,
         pool: Pool,
         filters: Mapping[str, Mapping[str, Filter]],
+        inputs: Statistics,
         report: InputReport,
         memory: int | None = None,
     ) -> None:
         self.pool = pool
+        self.inputs = inputs
         self.report = report
         self.memory = memory
-        self._filters = filters
+        self.filters = filters
 
     @property
     def reports(self) -> list[InputReport]:
@@ -111,7 +115,7 @@ class InputDecomposition:
     def unique_of(self, name: str) -> Adapter:
         """Adapter ``name`` as far as its own inputs need it: ``s_i B_i A_i'``. Its biases stay with it."""
         adapter = self.pool[name]
-        found = self._filters[adapter.name]
+        found = self.filters[adapter.name]
         updates = {
             m: _with_right(u, found[m].right, found[m].norm) if m in found else u for m, u in adapter.updates.items()
         }
@@ -120,7 +124,7 @@ class InputDecomposition:
     def shared_of(self, name: str) -> Adapter:
         """What is left of adapter ``name``: ``s_i B_i (A_i − A_i')``; of rank 0 in modules that stayed whole."""
         adapter = self.pool[name]
-        found = self._filters[adapter.name]
+        found = self.filters[adapter.name]
         updates = {
             m: _with_right(u, complement(u, found[m].right), found[m].norm) if m in found else _empty(u)
             for m, u in adapter.updates.items()
@@ -225,9 +229,9 @@ def decompose_by_inputs(
             for adapter in present:
                 update, t = adapter.updates[module], names.index(adapter.name)
                 factor, told = filtered(site, t, update, squares[adapter.name, module], mu, ridge)
-                filters[adapter.name][module] = Filter(factor, math.sqrt(told.whole))
+                filters[adapter.name][module] = Filter(factor, math.sqrt(told.whole), math.sqrt(told.kept))
                 measured.setdefault(module, {})[adapter.name] = told
-    return InputDecomposition(pool, filters, _report(pool, inputs, measured, odd, mu, ridge), memory)
+    return InputDecomposition(pool, filters, inputs, _report(pool, inputs, measured, odd, mu, ridge), memory)
 
 
 def _squares(pool: Pool) -> dict[tuple[str, str], torch.Tensor]:
