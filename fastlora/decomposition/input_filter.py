@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,16 +26,21 @@ STEPS = (0.1, 1.0, 10.0)
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
     """One input of the model: rows that the adapters saw. ``rows``: ``[N_i, m]`` of each, as they are stored.
-    ``gram [N, N]``: products of all rows, each over ``√N_i``; it is needed where ``N ≤ m``."""
+    ``scaled [N, m]``: all of them over ``√N_i``, float64. ``gram [N, N]``: their products; needed where ``N ≤ m``.
+
+    ``solvers``: factors of what is inverted, since modules with one input invert the same, and for μ = 1 all adapters.
+    """
 
     rows: tuple[Tensor, ...]
+    scaled: Tensor
     gram: Tensor
+    solvers: dict[tuple[int, float], Tensor | None] = field(default_factory=dict)
 
     @staticmethod
     def of(rows: Sequence[Tensor]) -> Site:
-        """Cost: ``N²·m`` operations in float64 where it is symmetric by construction."""
-        scaled = torch.cat([_scaled(x) for x in rows])
-        return Site(tuple(rows), scaled @ scaled.mT)
+        """Cost: ``N²·m`` operations in float64."""
+        scaled = torch.cat([x.double() / math.sqrt(max(len(x), 1)) for x in rows])
+        return Site(tuple(rows), scaled, scaled @ scaled.mT if len(scaled) <= scaled.shape[1] else scaled[:0])
 
     @property
     def lengths(self) -> list[int]:
@@ -43,9 +48,41 @@ class Site:
         return [len(x) for x in self.rows]
 
     @property
+    def count(self) -> int:
+        """``N``."""
+        return len(self.scaled)
+
+    @property
     def width(self) -> int:
         """``m``."""
-        return self.rows[0].shape[1]
+        return self.scaled.shape[1]
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether ``[N, N]`` is the smaller matrix."""
+        return self.count <= self.width
+
+    def solver(self, mine: slice, mu: float, ridge: float) -> Tensor | None:
+        """The Cholesky factor of ``YYᵀ + εI`` or ``YᵀY + εI`` for the weights of one adapter; ``None`` where no input
+        is other than zero."""
+        key = (-1 if mu == 1.0 else mine.start), mu
+        if key not in self.solvers:
+            d = self.weights(mine, mu)
+            if self.is_dual:
+                total = d[:, None] * self.gram * d
+            else:
+                weighted = self.scaled * d[:, None]
+                total = weighted.mT @ weighted
+            epsilon = ridge * float(total.diagonal().sum()) / self.width
+            total.diagonal().add_(epsilon)
+            self.solvers[key] = torch.linalg.cholesky(total) if epsilon > 0.0 else None
+        return self.solvers[key]
+
+    def weights(self, mine: slice, mu: float) -> Tensor:
+        """The factor of every row of ``Y``: 1 of the own ones, ``√μ`` of others."""
+        weights = torch.full((self.count,), math.sqrt(mu), dtype=torch.float64)
+        weights[mine] = 1.0
+        return weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +100,6 @@ class Measured:
     at: tuple[tuple[float, float, float], ...]  # kept, missed, left for each of STEPS
 
 
-def _scaled(rows: Tensor) -> Tensor:
-    return rows.double() / math.sqrt(max(len(rows), 1))
-
-
 def filtered(site: Site, t: int, update: Update, square: Tensor, mu: float, ridge: float) -> tuple[Factor, Measured]:
     """``A'`` of the adapter at position ``t`` of the site, and what it keeps. ``square``: ``BᵀB [r, r]``.
 
@@ -75,10 +108,9 @@ def filtered(site: Site, t: int, update: Update, square: Tensor, mu: float, ridg
     A = dense(update.A)
     start = sum(site.lengths[:t])
     mine = slice(start, start + site.lengths[t])
-    products = torch.cat([A @ _scaled(x).mT for x in site.rows], 1)  # A Yᵀ without weights, [r, N]
+    products = A @ site.scaled.mT  # A Yᵀ without weights, [r, N]
     square = update.scaling**2 * square
-    solve = _dual if len(site.gram) <= site.width else _primal
-    found = {step: solve(site, mine, products, mu * step, ridge) for step in STEPS}
+    found = {step: _solved(site, mine, products, mu * step, ridge) for step in STEPS}
     measured = [_measured(site, mine, products, square, weights) for weights in found.values()]
     whole = _inner(square, A @ A.mT)
     own, others = _inner(square, products[:, mine] @ products[:, mine].mT), _of_others(square, products, mine)
@@ -92,41 +124,22 @@ def complement(update: Update, filtered: Factor) -> Factor:
     return add([update.A, filtered.scaled(-1.0)])
 
 
-def _weights(site: Site, mine: slice, mu: float) -> Tensor:
-    """The factor of every row of ``Y``: 1 of the own ones, ``√μ`` of others."""
-    weights = torch.full((len(site.gram),), math.sqrt(mu), dtype=torch.float64)
-    weights[mine] = 1.0
-    return weights
-
-
-def _dual(site: Site, mine: slice, products: Tensor, mu: float, ridge: float) -> Tensor:
-    """``G [r, N]`` with ``A' = G Y`` for rows over ``√N_i``."""
-    d = _weights(site, mine, mu)
-    weighted = d[:, None] * site.gram * d
-    epsilon = ridge * float(weighted.diagonal().sum()) / site.width
-    if epsilon == 0.0:
+def _solved(site: Site, mine: slice, products: Tensor, mu: float, ridge: float) -> Tensor:
+    """``G [r, N]`` with ``A' = G Y`` for rows over ``√N_i``; where there are more rows than columns, ``A' [r, m]``."""
+    factor = site.solver(mine, mu, ridge)
+    if not site.is_dual:
+        own = products[:, mine] @ site.scaled[mine]
+        return torch.zeros_like(own) if factor is None else torch.cholesky_solve(own.mT, factor).mT
+    if factor is None:
         return torch.zeros_like(products)
     own = torch.zeros_like(products)
     own[:, mine] = products[:, mine]
-    factor = torch.linalg.cholesky(weighted + epsilon * torch.eye(len(d), dtype=torch.float64))
-    return torch.cholesky_solve(own.mT, factor).mT * d
-
-
-def _primal(site: Site, mine: slice, products: Tensor, mu: float, ridge: float) -> Tensor:
-    """``A' [r, m]``."""
-    weighted = torch.cat([_scaled(x) for x in site.rows]) * _weights(site, mine, mu)[:, None]
-    total = weighted.mT @ weighted
-    epsilon = ridge * float(total.trace()) / site.width
-    own = products[:, mine] @ weighted[mine]
-    if epsilon == 0.0:
-        return torch.zeros_like(own)
-    factor = torch.linalg.cholesky(total + epsilon * torch.eye(site.width, dtype=torch.float64))
-    return torch.cholesky_solve(own.mT, factor).mT
+    return torch.cholesky_solve(own.mT, factor).mT * site.weights(mine, mu)
 
 
 def _factor(site: Site, found: Tensor, length: int) -> Factor:
     rank = len(found)
-    if len(site.gram) > site.width:
+    if not site.is_dual:
         return Factor.of("A", found)
     terms = []
     for x, part in zip(site.rows, torch.split_with_sizes(found, site.lengths, 1), strict=True):
@@ -137,12 +150,8 @@ def _factor(site: Site, found: Tensor, length: int) -> Factor:
 
 def _measured(site: Site, mine: slice, products: Tensor, square: Tensor, found: Tensor) -> tuple[float, float, float]:
     """``‖X‖²``, ``‖(X − ΔW) X_tᵀ‖²/N_t`` and ``Σ_j ‖X X_jᵀ‖²/N_j``."""
-    if len(site.gram) <= site.width:
-        outputs = found @ site.gram
-        norm = found @ outputs.mT
-    else:
-        outputs = torch.cat([found @ _scaled(x).mT for x in site.rows], 1)
-        norm = found @ found.mT
+    outputs = found @ (site.gram if site.is_dual else site.scaled.mT)
+    norm = found @ (outputs if site.is_dual else found).mT
     missed = outputs[:, mine] - products[:, mine]
     return _inner(square, norm), _inner(square, missed @ missed.mT), _of_others(square, outputs, mine)
 

@@ -267,7 +267,7 @@ def _site(pool: Pool, inputs: Statistics, module: str) -> tuple[Site, list[str]]
     widths = {rows.shape[1] for rows in found.values()}
     if len(widths) > 1:
         raise InputError(f"inputs: module {module!r} has rows of different lengths ({', '.join(map(str, widths))})")
-    return (Site.of(list(found.values())) if found else Site((), torch.zeros(0, 0))), list(found)
+    return (Site.of(list(found.values())) if found else Site((), torch.zeros(0, 0), torch.zeros(0, 0))), list(found)
 
 
 def _require_rows(module: str, adapters: Sequence[Adapter], inputs: Statistics) -> None:
