@@ -17,6 +17,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -70,7 +71,7 @@ def build() -> None:
 def static_shared() -> Path:
     """A table of the static shared memory of the package's CUDA kernels, as the compiler made them."""
     (top,) = importlib.util.find_spec("fastlora").submodule_search_locations
-    (library,) = Path(top).glob("_core*.so")
+    library = Path(top) / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
     tools = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
     command = [str(tools / "cuobjdump"), "--dump-resource-usage", str(library)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
