@@ -23,7 +23,7 @@ def plain(task: ProductTask, W: Tensor) -> Tensor:
     for segment in task.segments:
         if not segment.pairs:
             continue
-        total = torch.zeros(len(W), segment.width, dtype=task.sums)
+        total = torch.zeros(len(W), segment.width, dtype=task.sums, device=W.device)
         for (L, R), scale in zip(segment.pairs, segment.scales, strict=True):
             total += (L.to(task.sums) * scale) @ R.to(task.sums)
         out[:, segment.left : segment.left + segment.width] += total

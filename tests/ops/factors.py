@@ -12,6 +12,8 @@ from torch import Tensor
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # In Triton's interpreter, where a process can run nothing else, the same tests are of the Triton kernels.
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["cpu", "torch", "reference"]
+if os.environ.get("FASTLORA_TEST_DEVICE"):
+    BACKENDS = ["cpu", "reference"]  # "cpu" stands for what `auto` takes there (conftest.py)
 
 SHAPES = [(2, 1, 1, 1), (1, 1, 300, 1), (3, 2, 129, 5), (1, 3, 64, 8), (2, 4, 515, 17), (1, 2, 7, 33), (2, 5, 31, 3)]
 """``(batch, k, n, r)``: around the sizes of tiles and vectors, ``r > n``, one of everything."""

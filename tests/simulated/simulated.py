@@ -101,6 +101,8 @@ class _Making(TorchFunctionMode):
         if func in MAKERS and _is_device(kwargs.get("device")):
             kwargs["device"] = "cpu"
             return OnDevice(func(*args, **kwargs))
+        if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):  # as another tensor
+            args = args[0], args[1].device, args[1].dtype, *args[2:]
         if func is Tensor.to and any(_is_device(x) for x in (*args[1:], kwargs.get("device"))):
             rest = [x for x in args[1:] if not _is_device(x)]
             kwargs.pop("device", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import pkgutil
 import sys
 import threading
 from collections.abc import Callable
@@ -19,10 +20,14 @@ from aten import is_there, on_host
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+import tritonkernels
 from fastlora import _core
 from fastlora.backends import cuda
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "emulated"))
+
+
+MODULES = sorted(m.name for m in pkgutil.iter_modules(tritonkernels.__path__))
 
 
 @functools.cache
@@ -58,13 +63,13 @@ def _require_done(name: str, error: int) -> None:
 
 
 def _interpreted_copy() -> dict[str, InterpretedFunction]:
-    """The Triton kernels by name, from a second copy of their modules that was imported for the interpreter."""
+    """All Triton kernels by name, from a second copy of their modules that was imported for the interpreter."""
     own = {n: m for n, m in sys.modules.items() if n.split(".")[0] == "tritonkernels"}
     for name in own:
         del sys.modules[name]
     triton.knobs.runtime.interpret = True
     try:
-        copies = [importlib.import_module(f"tritonkernels.{name}") for name in ("gram", "combine")]
+        copies = [importlib.import_module(f"tritonkernels.{name}") for name in MODULES]
     finally:
         triton.knobs.runtime.interpret = False
         for name in [n for n in sys.modules if n.split(".")[0] == "tritonkernels"]:
@@ -98,9 +103,10 @@ _installed = contextlib.ExitStack()  # for as long as the process runs
 
 
 def install() -> None:
-    from tritonkernels import combine, gram, launch
+    from tritonkernels import launch
 
-    assert gram and combine
+    for name in MODULES:
+        importlib.import_module(f"tritonkernels.{name}")
     _installed.enter_context(cuda.use_module(_LaunchedAndEmulated()))
     interpreted, language, lock = _interpreted_copy(), _Language(), threading.Lock()
     real = launch.Launch.run

@@ -97,6 +97,26 @@ def test_a_launch_that_cuda_would_refuse() -> None:
         assert (driver.cuFuncSetAttribute(function, most_dynamic_shared, size) == 0) == (size <= 227 * 1024)
 
 
+CODE = """
+import torch
+from fastlora.backends import cuda
+print(cuda.unavailable())
+torch.zeros(4, device="cuda").add_(1)  # looks for errors that were left
+"""
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_a_device_that_the_build_is_not_for(without: bool, tmp_path: Path) -> None:
+    script = tmp_path / "code.py"
+    script.write_text(CODE, encoding="utf-8")
+    environment = {**os.environ, **({"REHEARSAL_WITHOUT_CODE": "1"} if without else {})}
+    command = [sys.executable, Path(__file__).with_name("run.py"), script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("cannot run on the device, sm_90 (CUDA error 209" in done.stdout) == without
+    assert without or done.stdout == "None\n"
+
+
 class Dim3(ctypes.Structure):
     _fields_ = (("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint))
 
