@@ -6,7 +6,9 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 from benches.gpu import prebuilt, running
@@ -26,14 +28,16 @@ def main() -> int:
     parser.add_argument("--python", default=sys.executable, help="an interpreter, and what stands before its arguments")
     arguments = parser.parse_args()
     os.environ.setdefault("TRITON_CACHE_DIR", str(prebuilt.CACHE))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was started ends too
     out = arguments.out.resolve()
     folder = out / arguments.window
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shell = Shell(folder / "gpu.log", tuple(shlex.split(arguments.python)))
     report = Report(arguments.window, out)
-    visit = running.Visit(report, shell, folder, arguments.tiny)
-    code = running.run(WINDOWS[arguments.window], visit, resume=arguments.resume, slower=arguments.slower)
+    with tempfile.TemporaryDirectory() as temporary:
+        visit = running.Visit(report, shell, folder, Path(temporary), arguments.tiny)
+        code = running.run(WINDOWS[arguments.window], visit, resume=arguments.resume, slower=arguments.slower)
     if report.facts.get("device"):
         as_json, page = report.files(report.stem)
         print(report.markdown(), f"written: {as_json} and {page.name}", sep="\n", flush=True)

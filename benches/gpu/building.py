@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from benches.gpu import prebuilt
 from benches.gpu.facts import NEEDED, TO_BUILD
 from benches.gpu.processes import ROOT, Clock, Command, Failed, TookTooLong, last_line
+from fastlora.bench.gpu import rows
 
 if TYPE_CHECKING:
     from benches.gpu.running import Visit
@@ -62,10 +62,11 @@ def _imports(visit: Visit, clock: Clock) -> list[str]:
     for package in list(visit.background):
         running = visit.background.pop(package)
         try:
-            output = running.result(min(clock.left, FIRST_IMPORT))
-            visit.report.facts |= json.loads(output.splitlines()[-1])
-            if visit.report.facts.get("device") is None:
-                raise Failed("torch finds no CUDA device, so nothing can be measured")
+            running.result(min(clock.left, FIRST_IMPORT))
+            for found in rows.read(running.log):  # among what else it says
+                if "device" in found and found["device"] is None:
+                    raise Failed("torch finds no CUDA device, so nothing can be measured")
+                visit.report.facts |= found
         except Failed as failure:
             if package in NEEDED:
                 raise

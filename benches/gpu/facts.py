@@ -47,7 +47,7 @@ def run(visit: Visit, limit: float) -> str:
         raise Failed(f"{sys.executable} has no {', '.join(absent)}")
     for package in ("torch", "triton", *(["cupy"] if "cupy" not in missing else [])):
         # In logs of their own, as they run beside each other.
-        shell = Shell(visit.folder / f"import-{package}.log", visit.shell.python)
+        shell = Shell(visit.temporary / f"import-{package}.log", visit.shell.python)
         visit.background[package] = shell.start(shell.python_command("-m", "benches.gpu.imported", package))
     said = [f"without {', '.join(missing)}"] if missing else []
     if facts.get("compute mode") not in (None, "Default"):

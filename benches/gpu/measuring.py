@@ -22,7 +22,8 @@ def smoke(visit: Visit, limit: float) -> str:
     """Every form of every kernel in a process of its own, one launch at a time, against float64."""
     clock = Clock(limit)
     live = _start_live(visit)
-    command = visit.shell.python_command("-m", SMOKE, "--out", str(visit.rows), "--seconds", f"{0.9 * limit:.0f}")
+    seconds = ("--seconds", f"{0.9 * limit:.0f}", "--limit", f"{0.5 * limit:.0f}")
+    command = visit.shell.python_command("-m", SMOKE, "--out", str(visit.rows), *seconds)
     found, failure = _measured(visit, command, limit)
     found.append(_live(visit, live, clock.left))
     visit.report.forms += found
@@ -40,7 +41,7 @@ def smoke(visit: Visit, limit: float) -> str:
 
 def _start_live(visit: Visit) -> Running:
     """The tests of live models beside the forms: most of their time is that of imports."""
-    shell = Shell(visit.folder / "live.log", visit.shell.python)
+    shell = Shell(visit.temporary / "live.log", visit.shell.python)
     return shell.start(shell.python_command("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", LIVE))
 
 

@@ -121,6 +121,9 @@ class Running:
             self.stop()
             sentence = f"{self._name()} took more than {limit:.0f} s"
             raise TookTooLong(sentence, self.output(), self.command) from None
+        except BaseException:  # this program is to end
+            self.stop()
+            raise
         if self.process.returncode:
             output = self.output()
             sentence = f"{self._name()} ended with {self.process.returncode}: {last_line(output)}"

@@ -20,13 +20,15 @@ KEPT = ("rows", "forms", "failures", "profile")  # lists of a report whose entri
 class Visit:
     """One run of a window on a machine.
 
-    ``background``: what was started and is waited for later. ``again``: by stage, what shows its failure alone.
-    ``has_built``: whether the kernels had to be compiled here.
+    ``folder``: of what is kept beside the report. ``temporary``: of logs until they are moved there. ``background``:
+    what was started and is waited for later. ``again``: by stage, what shows its failure alone. ``has_built``: whether
+    the kernels had to be compiled here.
     """
 
     report: Report
     shell: Shell
     folder: Path
+    temporary: Path
     tiny: bool = False
     background: dict[str, Running] = field(default_factory=dict)
     again: dict[str, Command] = field(default_factory=dict)

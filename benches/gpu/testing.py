@@ -37,7 +37,7 @@ def tests(visit: Visit, limit: float) -> str:
         runs.pop()
         said.append("ops: left out")
     for what, chosen, variables, share in runs:
-        failing = visit.folder / f"failing-{what}.txt"
+        failing = visit.folder / "failing.txt"
         failing.unlink(missing_ok=True)
         command = visit.shell.python_command(*base, *parallel, *chosen, FASTLORA_FAILING=str(failing), **variables)
         try:

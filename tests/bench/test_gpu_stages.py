@@ -38,7 +38,7 @@ class Named:
 
 
 def visit_with(folder: Path, answer: Callable[[Command], str], stage: str = "tests") -> Any:
-    visit = Visit(Report("first", folder), Named(answer, folder / "gpu.log"), folder)  # type: ignore[arg-type]
+    visit = Visit(Report("first", folder), Named(answer, folder / "gpu.log"), folder, folder)  # type: ignore[arg-type]
     visit.report.facts = {"missing": [], "nvcc": "V13.0", "device": "A Made-Up GPU"}
     visit.stage = stage
     return visit

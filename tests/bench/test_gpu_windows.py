@@ -29,7 +29,7 @@ FACTS = {"device": "A Made-Up GPU", "driver": "1", "commit": "abc", "torch": "2"
 def visit_in(folder: Path, window: str = "first") -> running.Visit:
     (folder / window).mkdir(parents=True, exist_ok=True)
     shell = Shell(folder / window / "gpu.log")
-    return running.Visit(Report(window, folder), shell, folder / window)
+    return running.Visit(Report(window, folder), shell, folder / window, folder)
 
 
 def name_device(visit: running.Visit, limit: float) -> str:
@@ -216,6 +216,19 @@ def test_without_a_device_nothing_is_written(tmp_path: Path) -> None:
 # ---- commands
 
 
+def has_ended(process: int) -> bool:
+    """Whether a process of somebody else is gone, or only waits to be collected."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_commands_are_stopped_at_their_limit_with_all_they_started(tmp_path: Path) -> None:
     shell = Shell(tmp_path / "log")
     script = (
@@ -223,13 +236,7 @@ def test_commands_are_stopped_at_their_limit_with_all_they_started(tmp_path: Pat
     )
     with pytest.raises(TookTooLong, match="took more than 3 s") as caught:
         shell.run(Command((sys.executable, "-I", "-S", "-c", script)), 3)  # many times what starting that takes
-    child = int(caught.value.output)
-    for _ in range(100):
-        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("what it started runs on")
+    assert has_ended(int(caught.value.output))
     with pytest.raises(Failed, match="ended with 3: last words") as failed:
         shell.run(Command((sys.executable, "-c", "import sys; print('last words'); sys.exit(3)")), 60)
     assert failed.value.again is not None and failed.value.again.words[0] == sys.executable
@@ -269,3 +276,22 @@ def test_a_test_that_fails_is_written_down_at_once(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 9, done.stdout
     assert (tmp_path / "failing").read_text() == "test_two.py::test_a\n"
+
+
+def test_what_was_started_ends_with_the_window(tmp_path: Path) -> None:
+    """A machine that takes its time back says so by SIGTERM."""
+    slow = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
+    script = """
+import signal, sys
+from benches.gpu.processes import Command, Path, Shell
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+Shell(Path(sys.argv[1]) / "log").run(Command((sys.executable, "-c", sys.argv[2], sys.argv[1] + "/child")), 600)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path), slow], env=environment) as process:
+        child = tmp_path / "child"
+        while not (child.exists() and child.read_text()):
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == 143
+    assert has_ended(int(child.read_text()))

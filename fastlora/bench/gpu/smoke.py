@@ -22,7 +22,6 @@ from fastlora.bench.contest import Unavailable
 from fastlora.bench.gpu import apart
 from fastlora.bench.gpu.forms import Form, all_forms
 
-LIMIT = 25.0  # seconds of one form; a kernel may have to be compiled
 TOGETHER = max(2, min(8, (os.cpu_count() or 2) // 2))  # processes at once: most of their time is the host's
 ENDED = 3  # how a process ends that has told of a failure itself
 
@@ -67,6 +66,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--forms", nargs="*")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of all together")
+    parser.add_argument("--limit", type=float, default=25.0, help="seconds of one form; a kernel may be compiled")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     known = all_forms()
@@ -76,7 +76,7 @@ def main() -> int:
     works = [(name, partial(_try_and_append, known[name], arguments.device, arguments.out)) for name in chosen]
     failed = 0
     apart.preload()
-    for ended in apart.run(works, limit=LIMIT, together=TOGETHER, whole=arguments.seconds):
+    for ended in apart.run(works, limit=arguments.limit, together=TOGETHER, whole=arguments.seconds):
         if ended.reason is None:
             continue
         failed += 1
