@@ -36,7 +36,8 @@ def sweeps(sizes: Sizes) -> Iterator[Row]:
     sizes = replace(sizes, rounds=min(sizes.rounds, ROUNDS))
     plan = DecompositionPlan(make_pool(sizes.workload).to("cuda"), TAU)
     plan.run()
-    passes: list[Any] = [*plan.gram.passes, *plan.combine.passes]  # of Triton's backend, which lists its launches
+    half = plan.halves[0]  # the other has the same launches
+    passes: tuple[Any, ...] = half.gram, half.combine  # of Triton's backend, which lists them
     for prepared in passes:
         for i, launch in enumerate(prepared.launches):
             before, own = _bits(plan), device_seconds(captured(launch.run), sizes)
@@ -67,8 +68,9 @@ def _sides(launch: Any) -> str:
 
 
 def _bits(plan: DecompositionPlan) -> list[Tensor]:
-    """Copies of all that both passes write: Gram blocks of the first part, results of the first adapter."""
-    blocks = [t for part in plan.parts[:1] for t in (part.blocks.projected, part.blocks.other)]
-    results = list(plan.unique_parts[plan.pool.names[0]].values())[:7]
-    results += [t for pair in list(plan.shared_parts.values())[:7] for t in pair]
-    return [t.clone() for t in (*blocks, *results)]
+    """Copies of what both passes write for the first part: its Gram blocks, and results of its first module."""
+    part = plan.halves[0].parts[0]
+    module = part.modules[0]
+    unique = [plan.unique_parts[name][module] for name in part.names]
+    written = (part.blocks.projected, part.blocks.other, *unique, *plan.shared_parts[module])
+    return [t.clone() for t in written]

@@ -45,7 +45,8 @@ def gram(
     """Every block ``X_iᵀX_j``, relative to ``‖x‖‖y‖`` of its columns."""
     r = max(ranks)
     x = [_factor(n, own, rows, i, dtype, device, shift) for i, own in enumerate(ranks)]
-    x[0].mul_(scale)
+    for f in x:
+        f.mul_(scale)
     pairs = [(i, j) for i in range(len(x)) for j in range(i, len(x))]
     blocks = [(i, j, (i * len(x) + j) * r * r) for i, j in pairs]
     out = torch.full((len(x) ** 2 * r * r,), torch.nan, dtype=torch.float64, device=device)
