@@ -103,12 +103,16 @@ FASTLORA_INLINE void standardise(const S& s, int k) {
 // m [4, 4], b [4], x [4], column_of [4].
 template <class Memory>
 FASTLORA_INLINE void solve_small(Memory m, Memory b, Memory x, Memory column_of, int order, double floor) {
+    FASTLORA_ROLLED
     for (int k = 0; k < order; ++k) column_of[k] = k;
+    FASTLORA_ROLLED
     for (int k = 0; k < order; ++k) {
         int row = k, column = k;
-        for (int i = k; i < order; ++i)
-            for (int j = k; j < order; ++j)
-                if (abs_(double(m[4 * i + j])) > abs_(double(m[4 * row + column]))) row = i, column = j;
+        FASTLORA_ROLLED
+        for (int i = k; i < order; ++i) FASTLORA_ROLLED
+        for (int j = k; j < order; ++j)
+            if (abs_(double(m[4 * i + j])) > abs_(double(m[4 * row + column]))) row = i, column = j;
+        FASTLORA_ROLLED
         for (int j = 0; j < order; ++j) {
             const double t = m[4 * k + j];
             m[4 * k + j] = m[4 * row + j];
@@ -117,6 +121,7 @@ FASTLORA_INLINE void solve_small(Memory m, Memory b, Memory x, Memory column_of,
         const double t = b[k];
         b[k] = b[row];
         b[row] = t;
+        FASTLORA_ROLLED
         for (int i = 0; i < order; ++i) {
             const double u = m[4 * i + k];
             m[4 * i + k] = m[4 * i + column];
@@ -126,16 +131,21 @@ FASTLORA_INLINE void solve_small(Memory m, Memory b, Memory x, Memory column_of,
         column_of[k] = column_of[column];
         column_of[column] = c;
         if (abs_(double(m[4 * k + k])) < floor) m[4 * k + k] = floor;
+        FASTLORA_ROLLED
         for (int i = k + 1; i < order; ++i) {
             const double factor = m[4 * i + k] / m[4 * k + k];
+            FASTLORA_ROLLED
             for (int j = k; j < order; ++j) m[4 * i + j] -= factor * m[4 * k + j];
             b[i] -= factor * b[k];
         }
     }
+    FASTLORA_ROLLED
     for (int k = order - 1; k >= 0; --k) {
+        FASTLORA_ROLLED
         for (int j = k + 1; j < order; ++j) b[k] -= m[4 * k + j] * b[j];
         b[k] = b[k] / m[4 * k + k];
     }
+    FASTLORA_ROLLED
     for (int k = 0; k < order; ++k) x[int(column_of[k])] = b[k];
 }
 
@@ -149,21 +159,31 @@ FASTLORA_INLINE void lower_subspace(const S& s, int k, int n1, int n2, Memory su
     const int order = n1 * n2, k2 = k + n1;
     const Memory m = work, b = work + 16, x = work + 20;
     double largest = 0;
-    for (int i = 0; i < n1 + n2; ++i)
-        for (int j = 0; j < n1 + n2; ++j) largest = max_(largest, abs_(s.at(k + i, k + j)));
+    FASTLORA_ROLLED
+    for (int i = 0; i < n1 + n2; ++i) FASTLORA_ROLLED
+    for (int j = 0; j < n1 + n2; ++j) largest = max_(largest, abs_(s.at(k + i, k + j)));
+    FASTLORA_ROLLED
     for (int i = 0; i < 16; ++i) m[i] = 0;
+    FASTLORA_ROLLED
     for (int i = 0; i < n1; ++i) {
+        FASTLORA_ROLLED
         for (int j = 0; j < n2; ++j) {
             const int at = i * n2 + j;
             b[at] = s.at(k + i, k2 + j);
+            FASTLORA_ROLLED
             for (int l = 0; l < n1; ++l) m[4 * at + l * n2 + j] += s.at(k + i, k + l);
+            FASTLORA_ROLLED
             for (int l = 0; l < n2; ++l) m[4 * at + i * n2 + l] -= s.at(k2 + l, k2 + j);
         }
     }
     solve_small(m, b, x, work + 24, order, max_(kEpsilon<double> * largest, 1e-290));
+    FASTLORA_ROLLED
     for (int j = 0; j < n2; ++j) {
+        FASTLORA_ROLLED
         for (int i = 0; i < n1; ++i) subspace[4 * j + i] = -x[i * n2 + j];
+        FASTLORA_ROLLED
         for (int i = 0; i < n2; ++i) subspace[4 * j + n1 + i] = i == j ? 1.0 : 0.0;
+        FASTLORA_ROLLED
         for (int i = n1 + n2; i < 4; ++i) subspace[4 * j + i] = 0;
     }
 }

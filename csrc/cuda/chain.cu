@@ -54,11 +54,13 @@ int chain(const ChainArgs& a, void* workspace, void* stream) {
     int largest = 0;
     if (const int error = largest_shared(&largest)) return error;
     const ChainLayout l = on_chip(a, largest);
-    if (l.crews > 0)
-        return launch_kernel(chain_kernel<true>, a.groups, l.threads, size_t(l.total) * sizeof(double), stream, a, l,
-                             static_cast<double*>(nullptr));
+    if (l.crews > 0) {
+        const bool is_small_product = a.kind == kProduct && a.k > 2 && a.r <= kWarpRank;
+        return launch_kernel(is_small_product ? chain_kernel<true, true> : chain_kernel<true, false>, a.groups,
+                             l.threads, size_t(l.total) * sizeof(double), stream, a, l, static_cast<double*>(nullptr));
+    }
     const ChainLayout outside = chain_layout(a, most_crews(a));
-    return launch_kernel(chain_kernel<false>, workspace_blocks(a), outside.threads, 0, stream, a, outside,
+    return launch_kernel(chain_kernel<false, false>, workspace_blocks(a), outside.threads, 0, stream, a, outside,
                          static_cast<double*>(workspace));
 }
 

@@ -19,8 +19,10 @@ namespace fastlora::cuda {
 
 // A module with a bad block reports it and shares nothing.
 __device__ __forceinline__ void refuse(const Module& m) {
+#pragma unroll 1
     for (int e = int(threadIdx.x); e < m.l.k * m.l.r; e += int(blockDim.x))
         m.a.sigma[m.group * m.l.k * m.l.r + e] = NAN;
+#pragma unroll 1
     for (int i = int(threadIdx.x); i < m.l.k; i += int(blockDim.x)) m.a.kept[m.group * m.l.k + i] = 0;
     if (threadIdx.x != 0) return;
     m.a.shared[m.group] = 0;
@@ -29,13 +31,16 @@ __device__ __forceinline__ void refuse(const Module& m) {
 
 // Largest magnitude of the first `rows` of n columns, infinity if there is a NaN; `largest` [n]: scratch.
 __device__ __forceinline__ double largest_entry(Crew crew, Doubles x, int rows, int n, int ld, Doubles largest) {
+#pragma unroll 1
     for (int j = crew.rank; j < n; j += crew.size) {
         double own = 0;
+#pragma unroll 2
         for (int i = 0; i < rows; ++i) own = fmax(own, magnitude_or_infinity<double>(x[j * ld + i]));
         largest[j] = own;
     }
     crew.sync();
     double all = 0;
+#pragma unroll 2
     for (int j = 0; j < n; ++j) all = fmax(all, largest[j]);
     crew.sync();
     return all;
@@ -64,10 +69,8 @@ __device__ __forceinline__ Outcome solve_symmetric(const Module& m, Crew crew) {
     } else {
         if (largest > 0) frexp(largest, &power);
         const PowerOfTwo scale(-power);
-        for (int e = crew.rank; e < n * n; e += crew.size) {
-            const int at = e / n * ld + e % n;
-            matrix[at] = scale * matrix[at];
-        }
+        for_entries(crew, n, n,
+                    [&](int row, int column) { matrix[column * ld + row] = scale * matrix[column * ld + row]; });
     }
     const bool converged = orthogonalise(crew, matrix, n, n, ld, squares);
     rank_columns(crew, squares, n, m.solver_order(), sigma);
@@ -107,13 +110,11 @@ __device__ __forceinline__ Outcome solve_product(const Module& m, Crew crew) {
     if (largest > 0) frexp(largest, &power);
     const PowerOfTwo scale(-power), back(power);
     const Schur s{crew, m.columns(0), m.root(0), n, n | 1};
-    for (int e = crew.rank; e < n * n; e += crew.size) {
-        const int i = e / n, j = e % n;
-        s.set(i, j, scale * product[j * ld + i]);
-    }
+    for_entries(crew, n, n, [&](int j, int i) { s.set(i, j, scale * product[j * ld + i]); });
     int count = 0;
     const bool converged = ordered_schur(s, scale * m.a.threshold, {re, im, m.solver(2), m.solver(3)}, &count);
     if (!converged) return {kNotConverged, 0};
+#pragma unroll 1
     for (int j = crew.rank; j < n; j += crew.size) set_value(m, descending_rank(re, n, j), back * re[j], back * im[j]);
     return {kOk, count};
 }
@@ -123,9 +124,10 @@ __device__ __forceinline__ void fill_mean(const Module& m) {
     const Crew crew = m.whitener(), block = whole_block();
     const int own = crew.block ? 0 : int(threadIdx.x) / kWarpSize, k = m.l.k, r = m.l.r, ld = m.l.order_ld;
     const Doubles matrix = m.chain();
-    for (int e = block.rank; e < k * r * r; e += block.size) {
-        const int i = e / (r * r), p = e / r % r, q = e % r;
-        matrix[(i * r + q) * ld + i * r + p] = p == q && p < m.kept()[i] ? 1.0 / k : 0.0;
+    for (int i = 0; i < k; ++i) {
+        for_entries(block, r, r, [&](int q, int p) {
+            matrix[(i * r + q) * ld + i * r + p] = p == q && p < m.kept()[i] ? 1.0 / k : 0.0;
+        });
     }
     int turn = 0;
     for (int i = 0; i < k; ++i) {
@@ -133,12 +135,11 @@ __device__ __forceinline__ void fill_mean(const Module& m) {
             if (own >= m.l.crews || turn++ % m.l.crews != own) continue;
             overlap(m, crew, i, j, m.whitened(i), m.whitened(j), m.root(own), m.columns(own));
             crew.sync();
-            for (int e = crew.rank; e < r * r; e += crew.size) {
-                const int p = e % r, q = e / r;
+            for_entries(crew, r, r, [&](int p, int q) {
                 const double value = m.root(own)[q * m.l.ld + p] / k;
                 matrix[(j * r + q) * ld + i * r + p] = value;
                 matrix[(i * r + p) * ld + j * r + q] = value;
-            }
+            });
             crew.sync();
         }
     }
@@ -196,18 +197,18 @@ __device__ __forceinline__ void chain_module(const Module& m) {
     if (outcome[0] == kOk) write_basis(m, outcome[1]);
 }
 
-// kOnChip: the block's memory is shared memory; else a slice of `workspace`.
-template <bool kOnChip>
+// kOnChip: the block's memory is shared memory; else a slice of `workspace`. kSmallProduct: as of Module.
+template <bool kOnChip, bool kSmallProduct>
 __global__ void __launch_bounds__(kChainThreads, kOnChip ? 2 : 1)
     chain_kernel(ChainArgs a, ChainLayout l, double* workspace) {
     double* slice = workspace + int64_t(blockIdx.x) * l.total;
     const Doubles memory = kOnChip ? dynamic_shared<double>() : Doubles(slice);
     const Ints integers = (kOnChip ? dynamic_shared<int>() : Ints(reinterpret_cast<int*>(slice))) + 2 * l.integers;
     if constexpr (kOnChip) {
-        chain_module({a, l, memory, integers, int64_t(blockIdx.x)});
+        chain_module({a, l, memory, integers, int64_t(blockIdx.x), kSmallProduct});
     } else {
         for (int64_t group = blockIdx.x; group < a.groups; group += gridDim.x) {
-            chain_module({a, l, memory, integers, group});
+            chain_module({a, l, memory, integers, group, kSmallProduct});
             __syncthreads();
         }
     }

@@ -7,13 +7,15 @@
 
 namespace fastlora::cuda {
 
-// One module in the memory of its block.
+// One module in the memory of its block. small_product: known when it is compiled to be the product of more than two
+// adapters whose matrices are each a warp's; code for anything else is left out.
 struct Module {
     const ChainArgs& a;
     const ChainLayout& l;
     Doubles memory;
     Ints integers;
     int64_t group;
+    bool small_product;
 
     __device__ const double* left(int i, int j) const { return a.left + ((group * l.k + i) * l.k + j) * l.r * l.r; }
     __device__ const double* right(int i) const { return a.right + (group * l.k + i) * l.r * l.r; }
@@ -33,12 +35,13 @@ struct Module {
     __device__ Ints order(int crew) const { return integers + (3 * l.k + 2 * l.r * crew); }
     __device__ Ints solver_order() const { return integers + (3 * l.k + 2 * l.r * l.crews); }
 
-    __device__ bool mean() const { return a.kind == kMean; }
-    __device__ bool symmetric() const { return a.kind != kProduct || l.k <= 2; }
+    __device__ bool mean() const { return !small_product && a.kind == kMean; }
+    __device__ bool symmetric() const { return !small_product && (a.kind != kProduct || l.k <= 2); }
     // Who whitens, and who solves for the order of the chain's matrix.
-    __device__ Crew whitener() const { return l.r > kWarpRank ? whole_block() : own_warp(); }
-    __device__ Crew solving() const { return l.order > kWarpRank ? whole_block() : own_warp(); }
-    __device__ bool solves() const { return l.order > kWarpRank || threadIdx.x < kWarpSize; }
+    __device__ Crew whitener() const { return !small_product && l.r > kWarpRank ? whole_block() : own_warp(); }
+    __device__ Crew solving() const { return by_block() ? whole_block() : own_warp(); }
+    __device__ bool solves() const { return by_block() || threadIdx.x < kWarpSize; }
+    __device__ bool by_block() const { return !small_product && l.order > kWarpRank; }
 };
 
 // Half the exponent that brings the largest of a block into [1/2, 2) when it is taken out of the block.
@@ -70,12 +73,14 @@ __device__ __forceinline__ bool survey(const Module& m) {
     const int64_t size = int64_t(m.l.k) * m.l.r * m.l.width;
     for (int64_t e = threadIdx.x; e < size; e += blockDim.x) basis[e] = 0.0;
     double* values = m.a.values + m.group * m.l.width * 2;
+#pragma unroll 1
     for (int e = int(threadIdx.x); e < 2 * m.l.width; e += int(blockDim.x)) values[e] = 0.0;
     return __syncthreads_or(bad) == 0;
 }
 
 // Columns `order` by descending norm; sigma [n]: the norms. What is too small to be a direction has norm zero.
 __device__ __forceinline__ void rank_columns(Crew crew, Doubles squares, int n, Ints order, Doubles sigma) {
+#pragma unroll 1
     for (int j = crew.rank; j < n; j += crew.size) {
         const int place = descending_rank(squares, n, j);
         const double square = squares[j];
@@ -123,16 +128,19 @@ __device__ __forceinline__ int balance_exponent(double square, PowerOfTwo scale)
 // squares of these norms are bounded by sums of rows of the Gram matrices. lengths [r], sums [2 r]: scratch.
 __device__ __forceinline__ double arithmetic_noise(Crew crew, const double* left, const double* right, int r,
                                                    Doubles lengths, Doubles sums) {
+#pragma unroll 1
     for (int j = crew.rank; j < r; j += crew.size) lengths[j] = sqrt(fmax(right[j * r + j], 0.0));
     crew.sync();
+#pragma unroll 1
     for (int i = crew.rank; i < r; i += crew.size) {
         double of_left = 0.0, of_right = 0.0;
         const double own = lengths[i];
+#pragma unroll 2
         for (int j = 0; j < r; ++j) {
             const double other = lengths[j];
             if (!(own > 0.0 && other > 0.0)) continue;
             of_left += fabs(left[i * r + j] * own) * other;
-            of_right += fabs(right[i * r + j] / own) / other;
+            of_right += fabs(right[i * r + j] * quick_reciprocal(own)) * quick_reciprocal(other);
         }
         sums[i] = of_left;
         sums[r + i] = of_right;
@@ -149,10 +157,9 @@ __device__ __forceinline__ double arithmetic_noise(Crew crew, const double* left
 // D⁻¹ G D⁻¹ or, with `sign` 1, D G D by columns; the exponents of D are in `balance`.
 __device__ __forceinline__ void load_columns(Crew crew, const double* block, int r, PowerOfTwo scale, Ints balance,
                                              int sign, Doubles to, int ld) {
-    for (int e = crew.rank; e < r * r; e += crew.size) {
-        const int row = e % r, column = e / r;
-        to[column * ld + row] = ldexp(scale * block[e], sign * (balance[row] + balance[column]));
-    }
+    for_entries<4>(crew, r, r, [&](int row, int column) {
+        to[column * ld + row] = ldexp(scale * block[column * r + row], sign * (balance[row] + balance[column]));
+    });
 }
 
 // T of adapter i in slot `slot`, by columns; those behind the kept ones are zero. False if not converged.
@@ -165,6 +172,7 @@ __device__ __forceinline__ bool whiten(const Module& m, Crew crew, int own, int 
     const double noise = arithmetic_noise(crew, m.left(i, i), m.right(i), r, x, vector);
     const Ints balance = order + r;
     const auto find_balance = [&] {
+#pragma unroll 1
         for (int j = crew.rank; j < r; j += crew.size)
             balance[j] = balance_exponent(m.right(i)[j * r + j], PowerOfTwo(-2 * right_power));
         crew.sync();
@@ -182,6 +190,7 @@ __device__ __forceinline__ bool whiten(const Module& m, Crew crew, int own, int 
     find_balance();  // the factorisation worked in its place
     const PowerOfTwo scale(left_power + right_power), back(-left_power);
     const int kept = directions_kept(m.a, sigma, scale, fmax(m.a.floor[adapter], noise));
+#pragma unroll 1
     for (int j = crew.rank; j < r; j += crew.size) m.a.sigma[adapter * r + j] = scale * sigma[j];
     if (crew.rank == 0) {
         m.kept()[i] = kept;
@@ -192,7 +201,7 @@ __device__ __forceinline__ bool whiten(const Module& m, Crew crew, int own, int 
         const double s = sigma[j];
         t[j * ld + p] = ldexp(back * (y / (s * s)), balance[p]);
     });
-    for (int e = kept * r + crew.rank; e < r * r; e += crew.size) t[e / r * ld + e % r] = 0.0;
+    for_entries(crew, r, r - kept, [&](int row, int column) { t[(kept + column) * ld + row] = 0.0; });
     return converged;
 }
 
@@ -201,7 +210,7 @@ __device__ __forceinline__ void overlap(const Module& m, Crew crew, int i, int j
                                         Doubles scratch) {
     const int r = m.l.r, ld = m.l.ld;
     const double* block = m.left(i, j);
-    for (int e = crew.rank; e < r * r; e += crew.size) root[e / r * ld + e % r] = block[e];
+    for_entries<4>(crew, r, r, [&](int row, int column) { root[column * ld + row] = block[column * r + row]; });
     crew.sync();
     multiply(crew, r, r, r, by_rows(root, ld), by_columns(tj, ld),
              [=](int p, int q, double y) { scratch[q * ld + p] = y; });
@@ -211,10 +220,8 @@ __device__ __forceinline__ void overlap(const Module& m, Crew crew, int i, int j
 }
 
 __device__ __forceinline__ void copy(Crew crew, const Module& m, Doubles from, Doubles to) {
-    for (int e = crew.rank; e < m.l.r * m.l.ld; e += crew.size) {
-        const int row = e % m.l.ld;
-        if (row < m.l.r) to[e] = from[e];
-    }
+    const int r = m.l.r, ld = m.l.ld;
+    for_entries(crew, r, r, [&](int row, int column) { to[column * ld + row] = from[column * ld + row]; });
 }
 
 // C = C (U_{i-1}ᵀU_i) for the adapters from `begin` on, whose overlaps the crews hold. C ends where it was.
@@ -223,6 +230,7 @@ __device__ __forceinline__ void multiply_chain(const Module& m, int begin, int c
     const int r = m.l.r, ld = m.l.ld;
     const Doubles chain = m.chain(), spare = m.columns(0);
     bool moved = false;
+#pragma unroll 1
     for (int c = 0; c < count; ++c) {
         const int i = begin + c;
         if (i == 0) continue;
@@ -244,6 +252,7 @@ __device__ __forceinline__ bool whiten_all(const Module& m) {
     const Crew crew = m.whitener(), block = whole_block();
     const int own = crew.block ? 0 : int(threadIdx.x) / kWarpSize, k = m.l.k, crews = m.l.crews;
     bool failed = false;
+#pragma unroll 1
     for (int begin = 0; begin < k; begin += crews) {
         const int i = begin + own, count = k - begin < crews ? k - begin : crews;
         const bool busy = own < count;
@@ -263,8 +272,9 @@ __device__ __forceinline__ bool whiten_all(const Module& m) {
     if (k == 1 && !m.mean()) {
         const Doubles chain = m.chain();
         const int ld = m.l.ld, kept = m.kept()[0];
-        for (int e = block.rank; e < m.l.r * ld; e += block.size)
-            if (e % ld < m.l.r) chain[e] = e % ld == e / ld && e / ld < kept ? 1.0 : 0.0;
+        for_entries(block, m.l.r, m.l.r, [&](int row, int column) {
+            chain[column * ld + row] = row == column && column < kept ? 1.0 : 0.0;
+        });
     }
     return __syncthreads_or(failed) == 0;
 }

@@ -119,6 +119,20 @@ __device__ __forceinline__ Crew whole_block() {
 }
 __device__ __forceinline__ Crew own_warp() { return {static_cast<int>(threadIdx.x) % kWarpSize, kWarpSize, false}; }
 
+// f(row, column) for every entry of a matrix, a column after the other, shared out among the members. Steps instead of
+// divisions: code that runs once is as long as it takes to fetch. kAhead entries are on their way at once.
+template <int kAhead = 1, class F>
+__device__ __forceinline__ void for_entries(Crew crew, int rows, int columns, F f) {
+    const int columns_on = crew.size / rows, rows_on = crew.size % rows;
+    int row = crew.rank % rows;
+#pragma unroll kAhead
+    for (int column = crew.rank / rows; column < columns; column += columns_on) {
+        f(row, column);
+        row += rows_on;
+        if (row >= rows) row -= rows, ++column;
+    }
+}
+
 template <class Pointer>
 struct View {
     Pointer data;
@@ -141,9 +155,9 @@ __device__ __forceinline__ View<Pointer> by_rows(Pointer data, int ld) {
 // multiplication. What is stored overlaps neither.
 template <class A, class B, class Store>
 __device__ __forceinline__ void multiply(Crew crew, int m, int n, int k, A a, B b, Store store) {
-    const int tile_rows = (m + 1) / 2, tiles = tile_rows * ((n + 1) / 2);
-    for (int tile = crew.rank; tile < tiles; tile += crew.size) {
-        const int i0 = tile % tile_rows, j0 = 2 * (tile / tile_rows);
+    const int tile_rows = (m + 1) / 2;
+    for_entries(crew, tile_rows, (n + 1) / 2, [&](int i0, int tile_column) {
+        const int j0 = 2 * tile_column;
         const bool two_rows = i0 + tile_rows < m, two_columns = j0 + 1 < n;
         const int i1 = two_rows ? i0 + tile_rows : i0, j1 = two_columns ? j0 + 1 : j0;
         double c00 = 0, c01 = 0, c10 = 0, c11 = 0;
@@ -159,7 +173,7 @@ __device__ __forceinline__ void multiply(Crew crew, int m, int n, int k, A a, B 
         if (two_columns) store(i0, j1, c01);
         if (two_rows) store(i1, j0, c10);
         if (two_rows && two_columns) store(i1, j1, c11);
-    }
+    });
 }
 
 // Position of x[i] among x [n] in descending order; of equals the first stays first.

@@ -110,6 +110,7 @@ __device__ __forceinline__ bool orthogonalise(Crew crew, Doubles x, int rows, in
     for (int count = 0; turned && count < kMaxJacobiSweeps; ++count)
         turned = rows <= 4 * lanes ? sweep<4>(crew, x, rows, n, ld, lanes) : sweep<0>(crew, x, rows, n, ld, lanes);
     crew.sync();
+#pragma unroll 1
     for (int j = crew.rank; j < n; j += crew.size) {
         double sum = 0;
         for (int i = 0; i < rows; ++i) {

@@ -17,6 +17,7 @@ struct Pivot {
 
 __device__ __forceinline__ Pivot largest_of(Doubles x, int n) {
     Pivot best{0, x[0]};
+#pragma unroll 2
     for (int i = 1; i < n; ++i) {
         const double size = x[i];
         if (size > best.size) best = {i, size};
@@ -28,6 +29,7 @@ __device__ __forceinline__ Pivot largest_of(Doubles x, int n) {
 __device__ __forceinline__ void pivoted_cholesky(Crew crew, int count, int n, int ld, Doubles first, Doubles second,
                                                  Doubles remaining, Ints order) {
     const int rows = count * n;
+#pragma unroll 1
     for (int e = crew.rank; e < rows; e += crew.size) {
         const int i = e < n ? e : e - n;
         remaining[e] = (e < n ? first : second)[i * ld + i];
@@ -38,6 +40,7 @@ __device__ __forceinline__ void pivoted_cholesky(Crew crew, int count, int n, in
     const double first_limit = relative * largest_of(remaining, n).size;
     const double second_limit = count > 1 ? relative * largest_of(remaining + n, n).size : 0.0;
     for (int step = 0; step < n; ++step) {
+#pragma unroll 1
         for (int e = crew.rank; e < rows; e += crew.size) {
             const bool other = e >= n;
             const Doubles m = other ? second : first;
@@ -60,6 +63,7 @@ __device__ __forceinline__ void pivoted_cholesky(Crew crew, int count, int n, in
         }
         crew.sync();
         if (order[step] < 0 && (count < 2 || order[n + step] < 0)) break;
+#pragma unroll 1
         for (int e = crew.rank; e < rows; e += crew.size) {
             const bool other = e >= n;
             const int i = other ? e - n : e, p = order[(other ? n : 0) + step];
@@ -70,11 +74,10 @@ __device__ __forceinline__ void pivoted_cholesky(Crew crew, int count, int n, in
         crew.sync();
     }
     crew.sync();
-    for (int e = crew.rank; e < rows * n; e += crew.size) {
-        const bool other = e >= n * n;
-        const int at = other ? e - n * n : e, column = at / n;
-        if (remaining[(other ? n : 0) + column] >= 0.0) (other ? second : first)[column * ld + at % n] = 0.0;
-    }
+    for_entries(crew, n, rows, [&](int row, int of_both) {
+        const bool other = of_both >= n;
+        if (remaining[of_both] >= 0.0) (other ? second : first)[(other ? of_both - n : of_both) * ld + row] = 0.0;
+    });
     crew.sync();
 }
 

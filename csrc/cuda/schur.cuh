@@ -18,6 +18,7 @@ namespace fastlora::cuda {
 __device__ __forceinline__ void reduce_to_hessenberg(const Schur& s, Doubles v) {
     const Crew crew = s.crew;
     const int n = s.n;
+#pragma unroll 1
     for (int k = 0; k + 2 < n; ++k) {
         const int first = k + 1;
         const double head = s.at(first, k);
@@ -36,6 +37,7 @@ __device__ __forceinline__ void reduce_to_hessenberg(const Schur& s, Doubles v) 
         crew.sync();
         if (!turns) continue;
         const double scale = quick_reciprocal(beta * (beta - head));
+#pragma unroll 1
         for (int e = crew.rank; e < 2 * n; e += crew.size) {
             const Doubles m = e < n ? s.h + e : s.z + (e - n);
             if (e < first) continue;
@@ -45,6 +47,7 @@ __device__ __forceinline__ void reduce_to_hessenberg(const Schur& s, Doubles v) 
             for (int i = first; i < n; ++i) m[i * s.ld] -= sum * v[i];
         }
         crew.sync();
+#pragma unroll 1
         for (int i = crew.rank; i < n; i += crew.size) {
             double sum = 0;
             for (int j = first; j < n; ++j) sum = fma(s.at(i, j), v[j], sum);
@@ -158,6 +161,7 @@ __device__ __forceinline__ bool reduce_to_schur(const Schur& s) {
 
 // T has no zero below the diagonal but in its pairs.
 __device__ __forceinline__ void read_eigenvalues(const Schur& s, Doubles re, Doubles im) {
+#pragma unroll 1
     for (int k = s.crew.rank; k < s.n; k += s.crew.size) {
         const bool head = k + 1 < s.n && s.at(k + 1, k) != 0, tail = k > 0 && s.at(k, k - 1) != 0;
         re[k] = s.at(k, k);
@@ -175,9 +179,11 @@ __device__ __forceinline__ void read_eigenvalues(const Schur& s, Doubles re, Dou
 // in the swaps cannot change which side of the threshold one is on, nor what is a pair. scratch: kSwapScratch.
 __device__ __forceinline__ int move_up(const Schur& s, Doubles re, Doubles im, double threshold, Doubles scratch) {
     int leading = 0;
+#pragma unroll 1
     for (int k = 0, size; k < s.n; k += size) {
         size = im[k] != 0 ? 2 : 1;
         if (!(re[k] > threshold)) continue;
+#pragma unroll 1
         for (int at = k; at > leading;) {
             const int above = im[at - 1] != 0 ? 2 : 1;
             at -= above;
@@ -211,8 +217,7 @@ struct SchurScratch {
 // the eigenvalues with real part > threshold; re, im in the order of T. False: not converged.
 __device__ __forceinline__ bool ordered_schur(const Schur& s, double scaled_threshold, const SchurScratch& w,
                                               int* count) {
-    for (int e = s.crew.rank; e < s.n * s.n; e += s.crew.size)
-        s.z[e / s.n * s.ld + e % s.n] = e / s.n == e % s.n ? 1.0 : 0.0;
+    for_entries(s.crew, s.n, s.n, [&](int j, int i) { s.z[i * s.ld + j] = i == j ? 1.0 : 0.0; });
     s.crew.sync();
     reduce_to_hessenberg(s, w.v);
     if (!reduce_to_schur(s)) return false;

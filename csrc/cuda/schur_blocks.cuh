@@ -48,6 +48,7 @@ __device__ __forceinline__ SmallReflector<kCount> reflector_of(const double (&x)
 template <int kCount>
 __device__ __forceinline__ void reflect_rows(const Schur& s, const SmallReflector<kCount>& r, int first, int count,
                                              int from) {
+#pragma unroll 1
     for (int e = s.crew.rank; e < 2 * s.n; e += s.crew.size) {
         if (e < from) continue;
         const Doubles column = (e < s.n ? s.h + e : s.z + (e - s.n)) + first * s.ld;
@@ -68,6 +69,7 @@ __device__ __forceinline__ void reflect_rows(const Schur& s, const SmallReflecto
 template <int kCount>
 __device__ __forceinline__ void reflect_columns(const Schur& s, const SmallReflector<kCount>& r, int first, int count,
                                                 int rows) {
+#pragma unroll 1
     for (int i = s.crew.rank; i < rows; i += s.crew.size) {
         const Doubles row = s.h + (i * s.ld + first);
         double x[kCount], sum = 0;
@@ -88,6 +90,7 @@ __device__ __forceinline__ void reflect_columns(const Schur& s, const SmallRefle
 __device__ __forceinline__ void rotate(const Schur& s, int k, const Turn& turn) {
     const double c = turn.cosine, sn = turn.sine;
     s.crew.sync();
+#pragma unroll 1
     for (int e = s.crew.rank; e < 2 * s.n; e += s.crew.size) {
         if (e < k + 2) continue;
         const Doubles column = (e < s.n ? s.h + e : s.z + (e - s.n)) + k * s.ld;
@@ -95,6 +98,7 @@ __device__ __forceinline__ void rotate(const Schur& s, int k, const Turn& turn) 
         column[0] = c * x + sn * y;
         column[s.ld] = c * y - sn * x;
     }
+#pragma unroll 1
     for (int i = s.crew.rank; i < k; i += s.crew.size) {
         const double x = s.at(i, k), y = s.at(i, k + 1);
         s.set(i, k, c * x + sn * y);
@@ -135,6 +139,7 @@ __device__ __forceinline__ void swap_blocks(const Schur& s, int k, int n1, int n
         for (int i = 0; i < 3; ++i) x[i] = fma(-r.scale * sum, r.v[i + 1], next[i + 1]);
         x[3] = 0;
     }
+#pragma unroll 1
     for (int e = s.crew.rank; e < n1 * n2; e += s.crew.size) s.set(k + n2 + e / n2, k + e % n2, 0.0);
     s.crew.sync();
 #pragma unroll 1

@@ -16,18 +16,19 @@ LIMITS = Path(__file__).with_name("resources.json")
 SOURCES = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu") if path.name != "device.cu")
 ARCHITECTURES = ["sm_80", "sm_90"]
 
-# Registers, stack bytes, spilled bytes (stored and loaded), static shared memory in bytes.
+# Registers, stack bytes, spilled bytes (stored and loaded), static shared memory and instructions in bytes.
 Resources = dict[str, int]
 
 KERNEL = re.compile(r"Compiling entry function '(\S+)' for")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+SECTION = re.compile(r"\s\.text\.(\S+)\s+PROGBITS\s+\w+\s+\w+\s+(\w+)")
 
 
 def missing_tool() -> str | None:
     """Why the kernels cannot be looked at here."""
-    for tool, package in (("nvcc", "the CUDA toolkit"), ("c++filt", "binutils")):
+    for tool, package in (("nvcc", "the CUDA toolkit"), ("c++filt", "binutils"), ("readelf", "binutils")):
         if shutil.which(tool) is None:
             return f"{tool} is not installed ({package})"
     return None
@@ -48,9 +49,12 @@ def compiled(source: str, architecture: str) -> dict[str, Resources]:
             "-I", ROOT / "csrc" / "include", "-o", Path(directory, "out.cubin"), ROOT / "csrc" / "cuda" / source,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
+        listing = ["readelf", "-SW", Path(directory, "out.cubin")]
+        sections = subprocess.run(listing, capture_output=True, text=True).stdout
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     assert "warning" not in printed, printed
+    sizes = {symbol: int(size, 16) for symbol, size in SECTION.findall(sections)}
     kernels = {}
     parts = KERNEL.split(printed)[1:]  # symbol, text, symbol, text …
     for symbol, text in zip(parts[::2], parts[1::2], strict=True):
@@ -61,6 +65,7 @@ def compiled(source: str, architecture: str) -> dict[str, Resources]:
             "stack": int(stack[1]),
             "spills": int(stack[2]) + int(stack[3]),
             "shared": int(shared[1]) if shared else 0,
+            "code": sizes[symbol],
         }
     return kernels
 

@@ -1,4 +1,4 @@
-"""Registers, stack, spills and shared memory of the CUDA kernels stay within resources.json.
+"""Registers, stack, spills, shared memory and instructions of the CUDA kernels stay within resources.json.
 
 A kernel that may take more: ``python tests/emulated/resources.py`` writes what it takes now, for review to see.
 """
@@ -30,6 +30,8 @@ def test_kernels_stay_within_their_limits(source: str, architecture: str) -> Non
         assert taken["registers"] <= min(255, (limit["registers"] + 7) // 8 * 8), (kernel, taken, limit)
         assert taken["stack"] == limit["stack"] == 0 and taken["spills"] == limit["spills"] == 0, (kernel, taken)
         assert taken["shared"] <= limit["shared"], (kernel, taken, limit)
+        # Instructions that run once are as long as it takes to fetch them.
+        assert taken["code"] <= 1.1 * limit["code"], (kernel, taken, limit)
 
 
 def test_the_document_holds_the_predictions() -> None:

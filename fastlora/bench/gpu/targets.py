@@ -128,7 +128,7 @@ PREDICTIONS = [
     Prediction(
         "chain (CUDA)", f"{MAIN}: {_MODULES} modules, k = {_K}, r = {_R}",
         8 * _MODULES * _R * _R * (_K * (_K + 3) / 2 + _K), _MODULES * (53 * _K + 25) * _R**3, "fp64",
-        (Resident("chain_kernel<true>", 2, 8, 71 * 1024),), 125e-6,
+        (Resident("chain_kernel<true, true>", 2, 8, 71 * 1024),), 125e-6,
     ),
     Prediction(
         "coefficients (CUDA)", MAIN,
