@@ -28,6 +28,7 @@ from fastlora.merging.merge import full_weights, merge
 from fastlora.merging.registry import find_method
 from fastlora.runtime import memory as bounds
 from fastlora.runtime.cpython import paused_collector
+from fastlora.runtime.ranks import from_first
 
 Given = AdapterData | Pool | Mapping[str, float]
 
@@ -134,10 +135,14 @@ def apply_to(
     files = output_files(model, output.path, dtype, {MARK: json.dumps(told, sort_keys=True, default=str)})
     with output as folder:
         write_tensors(model, plan, files, output, folder, {**told, "dtype": str(dtype)})
-        others.write(folder)
-        for file in files:
-            with writing(output.path):
-                os.replace(part_of(folder, file), folder / file.path)
+
+        def finish() -> None:
+            others.write(folder)
+            for file in files:
+                with writing(output.path):
+                    os.replace(part_of(folder, file), folder / file.path)
+
+        from_first("finishing the model", finish)
     return [*notes, *others.notes, *output.notices]
 
 

@@ -29,6 +29,7 @@ from fastlora.files.tensor_writing import make_file
 from fastlora.files.tile_reads import Scratch, TileReads
 from fastlora.files.unfinished import ResumableOutput
 from fastlora.ops.add_products import FilePlace, ProductProblem, add_products
+from fastlora.runtime import joint_outputs, ranks
 from fastlora.runtime.memory import release
 from fastlora.runtime.progress import bytes_bar
 from fastlora.runtime.system import copy_at, write_all_at
@@ -40,13 +41,17 @@ def write_tensors(
     base: Base, plan: Plan, files: Sequence[OutputFile], output: ResumableOutput, folder: Path, record: object
 ) -> None:
     """Writes all files of tensors into ``folder``, except for what an unfinished run had finished; they keep names
-    that nothing loads."""
-    done = output.begin(_digest(base, plan, record))
-    targets = {file.path: part_of(folder, file) for file in files}
-    made = {file.path for file in files if _is_made(file, targets[file.path], anew=not done)}
+    that nothing loads. Ranks that work together share the units."""
+    done = output.begin_together(_digest(base, plan, record))
+    joint_outputs.require_common("apply")
+    targets = {file.path: joint_outputs.place(part_of(folder, file)) for file in files}
+    made = ranks.from_first(
+        "making the files", lambda: {file.path for file in files if _is_made(file, targets[file.path], anew=not done)}
+    )
     changes = {name: Change(plan.shapes[name], all(map(_by_rows, edits))) for name, edits in plan.edits.items()}
     todo = [unit for unit in units(files, changes) if unit.key not in done or unit.file.path in made]
-    _run(plan, todo, targets, output)
+    mine = ranks.own(todo, [unit.size for unit in todo])
+    ranks.gathered("applying", lambda: _run(plan, mine, targets, output))
 
 
 def _by_rows(edit: Edit) -> bool:

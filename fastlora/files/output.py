@@ -74,8 +74,11 @@ class OutputDirectory:
                     "write to another directory"
                 )
 
+    lasts = False
+    """Whether what is unfinished stays, for another run."""
+
     def __enter__(self) -> Path:
-        own = begun(self._named, self._make_staging, folder=True)
+        own = begun(self._named, self._make_staging, folder=True, lasting=self.lasts)
         if not is_first():
             self._own = own
         return own

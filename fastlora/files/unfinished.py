@@ -14,6 +14,8 @@ from fastlora.files.disk_errors import UNFINISHED, writing
 from fastlora.files.earlier import Overwrite, check_file
 from fastlora.files.output import OutputDirectory
 from fastlora.runtime import system
+from fastlora.runtime.joint_outputs import ended, place
+from fastlora.runtime.ranks import from_first
 
 JOURNAL, LOCK = "journal", "lock"
 
@@ -44,6 +46,8 @@ class ResumableOutput(OutputDirectory):
         super().__init__(path, overwrite=overwrite, files=files)
         self.unfinished = self.path.with_name(f".{self.path.name}.{UNFINISHED}")
 
+    lasts = True
+
     @property
     def again(self) -> str:
         """What to do after an interruption."""
@@ -73,6 +77,15 @@ class ResumableOutput(OutputDirectory):
             path.write_text(head + "\n", encoding="utf-8")
         self._is_ours = True
         return set()
+
+    def begin_together(self, digest: str) -> set[str]:
+        """:meth:`begin` of ranks that work together: the first does it, and all note in one journal what they finish.
+        Lines that two write at the same moment may be lost, where a file system cannot append; then they are done
+        again."""
+        done = from_first("beginning the output", lambda: self.begin(digest))
+        if self._own is not None:
+            self._journal = place(self._own / JOURNAL)
+        return done
 
     def finish(self, key: str) -> None:
         """Notes that something is finished, from any thread."""
@@ -136,10 +149,16 @@ class ResumableOutput(OutputDirectory):
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def discard(self, *, whole: bool = False) -> None:
-        """Leaves what is unfinished where it is, for a resumed run."""
+        """Leaves what is unfinished where it is, for a resumed run. ``whole``: unless nothing of it is finished."""
         if self._placing:
             self.written = not os.path.lexists(self.unfinished)
             self._placing = False
+        for own in (self._own, self._staging):
+            if own is not None:
+                ended(own)
+        if whole and (self._own or self._is_ours) and not (self.resume or self._is_worth_keeping):
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+            self._remove_parents()
         if self._replaced is not None:
             shutil.rmtree(self._replaced, ignore_errors=True)
 

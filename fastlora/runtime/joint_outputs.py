@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from fastlora.errors import InputError
 from fastlora.runtime.ranks import Ranks, current, from_first, gathered
 from fastlora.runtime.system import read_at, write_all_at
 
@@ -29,11 +30,18 @@ Span = tuple[int, int]
 """``(start, size)`` in a file."""
 
 
-def begun(name: Callable[[], Path], make: Callable[[Path], object] = lambda path: None, *, folder: bool) -> Path:
+def begun(
+    name: Callable[[], Path],
+    make: Callable[[Path], object] = lambda path: None,
+    *,
+    folder: bool,
+    lasting: bool = False,
+) -> Path:
     """Where this rank writes what the first begins: it chooses its ``name`` and then ``makes`` it. Where one process
     does all, that name.
 
-    ``folder``: whether it is a folder. :func:`ended` takes it back.
+    ``folder``: whether it is a folder. ``lasting``: it stays where a rank is gone, for a run that goes on with it.
+    :func:`ended` takes it back.
     """
     staging = from_first("naming the output", name)
     members = current()
@@ -41,6 +49,7 @@ def begun(name: Callable[[], Path], make: Callable[[Path], object] = lambda path
         make(staging)
         return staging
     members.places[staging] = staging  # before it is there: who made it may be gone a moment later
+    members.lasting |= {staging} if lasting else set()
     from_first("making the output", lambda: make(staging))
     seen = _seen(members, staging)
     if members.is_first:
@@ -62,19 +71,20 @@ def _seen(members: Ranks, staging: Path) -> bool:
     """Whether this rank sees what the first writes. All learn whether some do not."""
     probe, token = staging.with_name(f"{staging.name}.seen"), secrets.token_hex(16)
     token = from_first("looking for the output", lambda: (probe.write_text(token), token)[1])
-
-    def look() -> bool:
-        with contextlib.suppress(OSError):
-            return probe.read_text() == token
-        return False
-
     try:
-        sights = gathered("looking for the output", look)
+        sights = gathered("looking for the output", lambda: is_there(probe, token))
     finally:
         if members.is_first:
             probe.unlink(missing_ok=True)
     members.apart = [rank for rank, sees in enumerate(sights) if not sees]
     return sights[members.rank]
+
+
+def is_there(probe: Path, token: str) -> bool:
+    """Whether a file that another rank wrote is seen here."""
+    with contextlib.suppress(OSError):
+        return probe.read_text() == token
+    return False
 
 
 def joint(own: Path) -> Path | None:
@@ -103,7 +113,8 @@ def remove_all(members: Ranks) -> None:
         if staging is None:
             _remove(own.parent)
         else:
-            _remove(staging)
+            if staging not in members.lasting:
+                _remove(staging)
             _remove_beside(staging)
 
 
@@ -132,6 +143,16 @@ def place(path: Path) -> Path:
         if staging is not None and (path == own or own in path.parents):
             return staging / path.relative_to(own)
     return path
+
+
+def require_common(what: str) -> None:
+    """Raises :class:`InputError` on all ranks where some do not see the output."""
+    members = current()
+    if members is not None and members.apart:
+        raise InputError(
+            f"{what}: rank {members.apart[0]} does not see the output of rank 0; start it on one machine, or write to "
+            "a file system that all see"
+        )
 
 
 def is_apart() -> bool:

@@ -60,7 +60,8 @@ class Ranks:
     """The processes that work together, as one of them sees it.
 
     ``places``, of outputs that are not finished: where this rank writes them, and where the first does, if this one
-    sees that. ``apart``: the ranks that do not (:mod:`fastlora.runtime.joint_outputs`). ``much``: a group for payloads
+    sees that. ``lasting``: those that stay for another run. ``apart``: the ranks that do not see them
+    (:mod:`fastlora.runtime.joint_outputs`). ``much``: a group for payloads
     that are not small, and the device from which it sends.
     """
 
@@ -69,6 +70,7 @@ class Ranks:
     group: Any = field(repr=False)
     places: dict[Path, Path | None] = field(default_factory=dict)
     apart: list[int] = field(default_factory=list)
+    lasting: set[Path] = field(default_factory=set)
     much: tuple[Any, torch.device] | None = field(default=None, repr=False)
     told: BaseException | None = None
     """The error that all ranks know of."""

@@ -48,11 +48,13 @@ class ForkedRanks:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def run(self, *arguments: str | Path, cwd: list[Path], kill: tuple[int, int] | None = None) -> Ended:
+    def run(
+        self, *arguments: str | Path, cwd: list[Path], kill: tuple[int, int] | None = None, apart: bool = False
+    ) -> Ended:
         """One command on ``len(cwd)`` ranks, each in its folder. ``kill``: a rank, and the exchange with the others
-        before which it is killed."""
+        before which it is killed. ``apart``: as on machines of their own, others do not see what rank 0 writes."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        case = {"arguments": list(map(str, arguments)), "cwd": list(map(str, cwd)), "kill": kill}
+        case = {"arguments": list(map(str, arguments)), "cwd": list(map(str, cwd)), "kill": kill, "apart": apart}
         self._process.stdin.write(json.dumps(case) + "\n")
         self._process.stdin.flush()
         return Ended(**json.loads(self._process.stdout.readline()))
@@ -80,7 +82,10 @@ def _rank(case: dict[str, Any], rank: int, port: int, folder: str) -> None:
     for number, name in ((1, "printed"), (2, "said")):
         os.dup2(os.open(f"{folder}/{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     from fastlora.cli import app, exits
-    from fastlora.runtime import ranks
+    from fastlora.runtime import joint_outputs, ranks
+
+    if case["apart"] and rank:
+        joint_outputs.is_there = lambda probe, token: False
 
     victim, at = case["kill"] or (-1, 0)
     exchange, leave, count = ranks.Ranks.exchange, exits.leave, 0

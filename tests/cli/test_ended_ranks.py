@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from builders import gaussian, shared_pool
+from builders import gaussian, make_adapter, shared_pool
 from forked_ranks import LAST, Ended, ForkedRanks
 from safetensors.torch import save_file
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "extract": "extract base tuned --rank 3 --out new/out",
     "vector": "extract base tuned --out out.safetensors",
     "overlap": "overlap a b c --csv out.csv",
+    "apply": "apply base lora --out new/out",
     "report": "report a b c --out out.html",
 }
 
@@ -43,6 +44,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     for path, name in zip(shared_pool(folder), "abc", strict=True):
         path.rename(folder / name)
+    make_adapter(folder / "lora", {f"layers.{i}.q": (40, 30) for i in range(5)})
     base = {f"layers.{i}.q.weight": gaussian(40, 30, seed=i) for i in range(5)}
     tuned = {n: w + 0.1 * gaussian(40, 30, seed=50 + i) for i, (n, w) in enumerate(base.items())}
     for name, tensors in (("base", base), ("tuned", tuned)):
@@ -83,6 +85,10 @@ def test_a_rank_that_is_killed_ends_the_command(name: str, ranks: ForkedRanks, i
         (message,) = errors(ended)
         assert message.startswith(f"error: rank {victim} ended without a word"), (at, ended)
         assert ended.codes[1 - victim] == 2 and ended.seconds < SECONDS, (at, ended)
+        if "--resume" in message:
+            assert ranks.run(*arguments, "--resume", cwd=[folder]).codes == [0]
+            assert files(folder) == files(whole)
+            continue
         left = [p for p in folder.rglob("*") if p not in before]
         if left:  # all of it: the output was in its place
             assert files(folder) == files(whole), (victim, at)
@@ -95,9 +101,14 @@ def test_ranks_that_do_not_see_one_folder(ranks: ForkedRanks, inputs: Path, tmp_
         arguments = [*COMMANDS[name].split()[:-1], f"new/{name}{'.safetensors' if name == 'vector' else ''}"]
         apart = [tmp_path / f"{name} 0", tmp_path / f"{name} 1", tmp_path / f"{name} 2"]
         before = {folder: len(list(place(folder, inputs).rglob("*"))) for folder in apart}
-        ended = ranks.run(*arguments, cwd=apart)
+        ended = ranks.run(*arguments, cwd=apart, apart=True)
         assert ended.codes == [0, 0, 0], ended
         assert ranks.run(*arguments, cwd=[alone]).codes == [0]
         found, expected = (files(folder / "new") for folder in (apart[0], alone))
         assert {n: b for n, b in expected.items() if name in n} == found, name
         assert [len(list(folder.rglob("*"))) for folder in apart[1:]] == [before[folder] for folder in apart[1:]]
+    apart = [place(tmp_path / f"apply {rank}", inputs) for rank in range(2)]
+    ended = ranks.run(*COMMANDS["apply"].split(), cwd=apart, apart=True)
+    (message,) = errors(ended)
+    assert message.startswith("error: apply: rank 1 does not see the output of rank 0") and ended.codes == [2, 2]
+    assert not (apart[0] / "new").exists()

@@ -80,10 +80,7 @@ def apply(
 
     from fastlora.checkpoints.apply import apply_to, model_output
     from fastlora.core.dtypes import parse_dtype
-    from fastlora.runtime import ranks
 
-    if ranks.current() is not None:
-        raise InputError("apply: one process writes a model; start it without torchrun")
     kept = None if dtype is None else parse_dtype(dtype, torch.float32)
     output = model_output(Path(base).expanduser(), out, overwrite=run.replace, resume=resume)
     output.refuse_inputs(spec.path for spec in specs if spec.path.exists())
