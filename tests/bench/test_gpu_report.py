@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,15 @@ def test_nothing_measured() -> None:
 ])  # fmt: skip
 def test_how_a_measurement_stands(row: dict[str, object], shown: str) -> None:
     assert shown in line([row], str(row["key"]))
+
+
+def test_a_record_counts_more_than_a_first_window(tmp_path: Path) -> None:
+    assert table.latest(tmp_path) is None
+    for name, window, time in (("a-first", "first", "2027"), ("a", "record", "2026"), ("b", "record", "2025")):
+        data = {"window": window, "facts": {"device": name, "time": time}, "rows": []}
+        (tmp_path / f"gpu-{name}.json").write_text(json.dumps(data), encoding="utf-8")
+        found = table.latest(tmp_path)
+        assert found is not None and found["facts"]["device"] == ("a-first" if name == "a-first" else "a")
 
 
 def test_every_prediction_has_a_time() -> None:

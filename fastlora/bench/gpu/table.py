@@ -12,6 +12,7 @@ from fastlora.bench.gpu.targets import BANDWIDTH, PREDICTIONS, TARGETS, WARPS
 
 Rows = Sequence[dict[str, Any]]
 NOT_MEASURED = "not measured"
+RESULTS = Path(__file__).resolve().parents[3] / "benches" / "results"
 WIDTH = 120  # columns of prose in documents
 
 FACTS = (
@@ -89,9 +90,8 @@ def prediction_table() -> list[str]:
     return lines
 
 
-def latest() -> dict[str, Any] | None:
-    """The newest record beside the source, else the newest result of a first window, or ``None``."""
-    folder = Path(__file__).resolve().parents[3] / "benches" / "results"
+def latest(folder: Path = RESULTS) -> dict[str, Any] | None:
+    """The newest record in a folder, else the newest result of a first window, or ``None``."""
     found = [json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("gpu-*.json")]
     return max(found, key=lambda d: (d["window"] == "record", str(d["facts"].get("time", ""))), default=None)
 
