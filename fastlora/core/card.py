@@ -6,6 +6,7 @@ files of others, so that nothing in them is taken for markup.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import html
 import json
@@ -111,6 +112,7 @@ def is_hub_id(model: str) -> bool:
     return bool(HUB_ID.fullmatch(model)) and not Path(model).exists()
 
 
+@functools.lru_cache(4096)
 def plain(text: str) -> str:
     """A text from a file as plain text of Markdown, on one line and without paths of this machine."""
     text = LOCAL_PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
@@ -181,10 +183,26 @@ def _recipe_lines(provenance: Mapping[str, object]) -> Iterable[str]:
 
 
 def _yaml(data: object) -> list[str]:
+    shown = _without_paths(data)
+    if isinstance(shown, dict) and any(isinstance(value, dict | list) for value in shown.values()):
+        # Then one field stands below the other, and the parts of a decomposition have nearly all of them in common.
+        return [line for key, value in shown.items() for line in _field(json.dumps({key: value}, default=str))]
+    return _dumped(shown, None)
+
+
+@functools.lru_cache(4096)
+def _field(field: str) -> list[str]:
+    """The lines of one field, which is given as a JSON object."""
+    data = json.loads(field)
+    (value,) = data.values()
+    return _dumped(data, None if isinstance(value, dict | list) else False)
+
+
+def _dumped(data: object, flow: bool | None) -> list[str]:
     import yaml
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    text = yaml.dump(_without_paths(data), Dumper=dumper, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    text = yaml.dump(data, Dumper=dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow)
     return str(text).splitlines()
 
 

@@ -115,6 +115,8 @@ def _share(part: float, whole: float) -> float:
 
 def energy_kept(sigma: Sequence[float], kept: int) -> float:
     """The share of ``Σσ²`` that the first ``kept`` of ``sigma`` have; 1 where all are zero."""
+    if kept >= len(sigma):
+        return 1.0
     squares = [x * x for x in sigma]
     total = sum(squares)
     return sum(squares[:kept]) / total if total > 0 else 1.0

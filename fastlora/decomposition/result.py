@@ -85,6 +85,7 @@ class Decomposition:
         self._pairs = dict(pairs or {})
         self._steps = list(steps or [])
         self._report: list[Report] | None = None
+        self._keeps_reports = False
 
     @property
     def shared(self) -> Adapter:
@@ -246,16 +247,21 @@ class Decomposition:
         dtype: torch.dtype | str | None = None,
         uniform_rank: bool = False,
         format: str | None = None,
+        *,
+        keep_reports: bool = False,
     ) -> list[str]:
         """Writes into the directory ``staging``, which exists; for ``dtype``, ``uniform_rank``, ``format`` and what it
-        raises see :meth:`save`. Returns what is worth telling, in sentences."""
+        raises see :meth:`save`. ``keep_reports``: so that :attr:`reports` need not be made again. Returns what is worth
+        telling, in sentences."""
+        self._keeps_reports |= keep_reports
         with bounded(self.memory), streamed(self.stream):
             return write_parts(staging, self._parts(), self._write_reports, dtype, uniform_rank, format)
 
     def _write_reports(self, file: TextIO) -> None:
         """The start of ``report.json``; pool by pool, since there can be thousands of pairs."""
         file.write(f'{{"mode": {json.dumps(self.mode)}, "reports": [')
-        for i, report in enumerate(self._report or self._built_reports()):
+        reports = self.reports if self._keeps_reports else self._report or self._built_reports()
+        for i, report in enumerate(reports):
             file.write(", " * (i > 0) + json.dumps(report.as_dict(), allow_nan=False))
         file.write("]")
 

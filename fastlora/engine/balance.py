@@ -6,7 +6,7 @@ A factor whose entries lie well inside the range stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -117,7 +117,14 @@ def balanced(
 
 def _at_risk(adapter: LoraData, dtype: torch.dtype) -> list[str]:
     """The modules with a factor that has to be computed and may leave the range of the dtype."""
-    return [m for m, u in adapter.updates.items() if u.rank and _may_leave_range(u.baked(), dtype)]
+    at_risk = [m for m, u in adapter.updates.items() if u.rank and is_narrow(dtype, _scales(u))]
+    return [m for m in at_risk if _may_leave_range(adapter.updates[m].baked(), dtype)]
+
+
+def _scales(update: Update) -> Iterator[float]:
+    """Of all terms, the scaling inside ``B``."""
+    yield from (t.scale * update.scaling for t in update.B.terms)
+    yield from (t.scale for t in update.A.terms)
 
 
 def _may_leave_range(update: Update, dtype: torch.dtype) -> bool:

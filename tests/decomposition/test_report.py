@@ -16,6 +16,7 @@ from tolerances import WEAK64
 import fastlora as fl
 from fastlora.adapters.lora import Adapter
 from fastlora.core.data import Extra
+from fastlora.decomposition import result
 from fastlora.decomposition.report import Report
 from fastlora.reference.devec import devec
 
@@ -183,3 +184,16 @@ def test_report_file(mode: str, tmp_path: Path) -> None:
     titles = {"pool": ["a0 + a1 + a2"], "pairs": ["a0 + a1", "a0 + a2", "a1 + a2"],
               "iterative": ["a1 without a0 (step 1)", "a1 without a2 (step 2)"]}  # fmt: skip
     assert [r.title for r in found.reports] == titles[mode]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_reports_that_are_kept_are_made_once(keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    build = result.build_report
+    monkeypatch.setattr(result, "build_report", lambda *args: made.append(args[1]) or build(*args))
+    adapters = [pools.make_adapter(name, {MODULE: part}) for name, part in zip("abc", pools.planted(3), strict=True)]
+    parts = fl.decompose(fl.Pool(adapters), 0.3, mode="pairs")
+    parts.write(tmp_path, keep_reports=keep)
+    written = json.loads((tmp_path / "report.json").read_text())["reports"]
+    assert [json.loads(json.dumps(r.as_dict())) for r in parts.reports] == written
+    assert len(made) == (3 if keep else 6)

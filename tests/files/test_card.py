@@ -12,7 +12,7 @@ import yaml
 from builders import make_adapter
 
 import fastlora as fl
-from fastlora.core.card import is_card, plain
+from fastlora.core.card import is_card, plain, recipe_yaml
 from fastlora.core.data import Scaling
 from fastlora.errors import OutputError
 from fastlora.files.earlier import is_ours
@@ -156,3 +156,20 @@ def test_long_recipes_are_cut_and_deep_ones_end(tmp_path: Path) -> None:
         deep = fl.negate(deep, 0.5)
     deep.save(tmp_path / "deep")
     assert "…" in card(tmp_path / "deep")
+
+
+DATA = {
+    "one value": {"devec": "shared"},
+    "values": {"a": 1, "b": None, "c": True, "d": 1e-7, "e": "yes", "f": "- x", "g": "a\nb", "h": "ünï '"},
+    "lists": {"a": [1, 2], "b": [], "c": {}, "d": "long " * 40},
+    "merge": {"merge_method": "svd", "models": [{"model": "x", "parameters": {"w": 0.5}}], "parameters": {"r": 8}},
+    "deep": {"a": {"b": {"c": [1, {"d": 2}]}}, "e": [[1], [2, [3]]]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+def test_fields_are_written_as_the_whole_would_be(data: dict[str, object]) -> None:
+    text = recipe_yaml(data)
+    assert yaml.safe_load(text) == data
+    whole = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    assert text.splitlines() == whole.splitlines()

@@ -6,6 +6,7 @@ loads them, but not the paths in a configuration, so ``q_proj`` still selects wh
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
@@ -44,8 +45,13 @@ def _is_sound(value: object) -> bool:
     return all(x is None or type(x) is int or (isinstance(x, str) and is_plain(x)) for x in items)
 
 
-def module_fields(selection: Selection, known: Iterable[str], modules: list[str]) -> dict[str, Any]:
+def module_fields(selection: Selection, known: Iterable[str], modules: Iterable[str]) -> dict[str, Any]:
     """The fields that select ``modules`` of the ``known`` ones, which the adapters have that a result is made of."""
+    return dict(_module_fields(selection, tuple(known), tuple(modules)))
+
+
+@functools.lru_cache(16)  # the parts of a decomposition have the same modules
+def _module_fields(selection: Selection, known: tuple[str, ...], modules: tuple[str, ...]) -> dict[str, Any]:
     everything, wanted = dict.fromkeys([*known, *modules]), dict.fromkeys(modules)
     if selection.verbatim and len(everything) == len(wanted):
         fields: dict[str, Any] = json.loads(selection.verbatim)
@@ -119,5 +125,8 @@ def exclude_pattern(paths: Iterable[str], modules: Collection[str]) -> str:
 def rank_patterns(modules: Iterable[str], everything: Iterable[str]) -> list[str]:
     """A pattern for each of ``modules`` that PEFT matches with it and no other of ``everything``: from its numbered
     block on where that is enough, so that it holds under the names of newer model code too."""
+    listed = list(modules)
+    if not listed:
+        return []
     count = Counter(tail for module in everything for tail in path_tails(module))
-    return [re.escape(t) if count[t := block_tail(m)] == 1 else exact_pattern(m) for m in modules]
+    return [re.escape(t) if count[t := block_tail(m)] == 1 else exact_pattern(m) for m in listed]
