@@ -20,6 +20,9 @@ MOST_NUMBERS = 2_000_000
 
 MOST_REPORTS = 2000
 
+IN_ORDER = 30
+"""Reports that stay in the order in which they were made."""
+
 
 def of_the_whole(reports: Sequence[Report]) -> list[Report]:
     """Shares of energy as those of the adapters of the pool: a step of ``mode="iterative"`` has shares of what the
@@ -45,15 +48,16 @@ def excess(report: Report) -> float:
 
 
 def chosen(reports: Sequence[Report]) -> list[Report]:
-    """The reports that a page has room for, in their order: those whose eigenvalues stand out most above chance."""
+    """The reports that a page has room for; of many those first whose eigenvalues stand out most above chance."""
     room = MOST_NUMBERS
     taken: set[int] = set()
-    for i in sorted(range(len(reports)), key=lambda i: -excess(reports[i])):
+    order = sorted(range(len(reports)), key=lambda i: -excess(reports[i]))
+    for i in order:
         room -= sum(EIGENVALUES + len(row.adapters) for row in reports[i].rows)
         if taken and (room < 0 or len(taken) == MOST_REPORTS):
             break
         taken.add(i)
-    return [report for i, report in enumerate(reports) if i in taken]
+    return [reports[i] for i in (order if len(reports) > IN_ORDER else range(len(reports))) if i in taken]
 
 
 def reports_data(reports: Sequence[Report], adapters: Mapping[str, int], modules: Mapping[str, int]) -> dict[str, Any]:

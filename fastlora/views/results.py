@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from fastlora.analysis.similar import Overlap
     from fastlora.decomposition.input_parts import InputDecomposition
     from fastlora.decomposition.result import Decomposition
+
+NUMBERS = re.compile(r"[\d.]+|'[^']*'")
+"""What differs between two warnings of one kind: numbers and names."""
 
 MANY = 8
 """Adapters that a matrix, or a column for each, is printed for at the most."""
@@ -34,7 +38,7 @@ def show_decomposition(data: Data, every: bool) -> None:
     elif len(reports) == 1:
         _show_report(reports[0], every)
     else:
-        _show_reports(reports)
+        _show_reports(reports, every)
     print_paragraph(f"written: {data['out']} ({_written(data)} adapters, report.json)")
 
 
@@ -120,7 +124,9 @@ def _shared_modules(rows: list[Data]) -> int:
     return sum(1 for row in rows if row["shared"])
 
 
-def _show_reports(reports: list[Data]) -> None:
+def _show_reports(reports: list[Data], every: bool) -> None:
+    """Prints a line for each of several; of very many those that share most, and of warnings of one kind the first."""
+    shown = reports if every or len(reports) <= ROWS else sorted(reports, key=_stands_out, reverse=True)[:ROWS]
     table = Table(
         "name:chain",
         "number:shared directions",
@@ -129,7 +135,7 @@ def _show_reports(reports: list[Data]) -> None:
         "number:largest eigenvalue",
         "number:warnings",
     )
-    for report in reports:
+    for report in shown:
         rows, totals = report["rows"], report["totals"]
         largest = max((v for row in rows for v in row["eigenvalues"]), default=0.0)
         table.add(
@@ -141,8 +147,20 @@ def _show_reports(reports: list[Data]) -> None:
             len(report["warnings"]),
         )
     table.print()
-    for warning in dict.fromkeys(w for report in reports for w in report["warnings"]):
-        print_paragraph(f" {warning}", start="warning:", style=YELLOW)
+    if len(shown) < len(reports):
+        print_paragraph(f"{len(reports) - len(shown)} more: --all, --csv FILE, --html FILE or report.json")
+    kinds: dict[str, list[str]] = {}
+    for warning in dict.fromkeys(w for report in shown for w in report["warnings"]):
+        kinds.setdefault(warning if every else NUMBERS.sub("", warning), []).append(warning)
+    for first, *others in kinds.values():
+        alike = f" ({len(others)} more of this kind: --all)" if others else ""
+        print_paragraph(f" {first}{alike}", start="warning:", style=YELLOW)
+
+
+def _stands_out(report: Data) -> tuple[int, float]:
+    """What is shared, then how far the largest eigenvalue is above what chance gives in its module."""
+    above = (max(row["eigenvalues"], default=0.0) - row["chance_edge"] for row in report["rows"])
+    return report["totals"]["shared_directions"], max(above, default=0.0)
 
 
 def overlap_data(result: Overlap) -> Data:

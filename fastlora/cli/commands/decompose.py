@@ -98,7 +98,8 @@ def decompose(
         device=run.device,
     )
     with directory as staging:
-        lost = parts.write(staging, run.dtype, run.uniform_rank, run.format, keep_reports=True)
+        how = {"keep_reports": True} if isinstance(parts, Decomposition) else {}
+        lost = parts.write(staging, run.dtype, run.uniform_rank, run.format, **how)
         if plots and isinstance(parts, Decomposition):
             _write_plots(parts, staging)
     data = decomposition_data(parts, out)
