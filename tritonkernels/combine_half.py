@@ -57,7 +57,9 @@ def half_results(
 ):
     p_tile = tiles + tl.program_id(0).to(tl.int64) * TILE_COLUMNS
     first_column = tl.multiple_of(tl.load(p_tile + 1), WIDE)
-    first_row, last_row = tl.multiple_of(tl.load(p_tile + 2), TALL), tl.multiple_of(tl.load(p_tile + 3), VECTOR)
+    first_row, last_row = tl.multiple_of(tl.load(p_tile + 2), TALL), tl.load(p_tile + 3)
+    if ROWS:
+        last_row = tl.multiple_of(last_row, VECTOR)
     address, stride, width = tl.load(p_tile + 4), tl.load(p_tile + 5), tl.load(p_tile + 6)
     p_term, count = terms + tl.load(p_tile + 7) * TERM_COLUMNS, tl.load(p_tile + 8).to(tl.int32)
     stride = tl.multiple_of(stride, VECTOR)

@@ -25,8 +25,10 @@ def _slab_tile(slabs, first, ROWS: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl
     # The columns of a slab share these, and the host has put aligned slabs alone into a table with VECTOR > 1.
     address = tl.max_constancy(tl.multiple_of(address, VECTOR * SIZE), SLAB)
     stride = tl.max_constancy(tl.multiple_of(stride, VECTOR), SLAB)
-    width = tl.max_constancy(tl.multiple_of(width, VECTOR), SLAB)
-    is_column = tl.max_constancy(column < width, VECTOR)  # a vector is valid as a whole
+    width = tl.max_constancy(width, SLAB)
+    is_column = column < width
+    if not ROWS:  # a vector lies in a row, and is valid as a whole
+        is_column = tl.max_constancy(column < tl.multiple_of(width, VECTOR), VECTOR)
     if VECTOR > 1:
         pointers = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), VECTOR * SIZE)
         pointers = tl.max_constancy(pointers, SLAB)
@@ -59,7 +61,9 @@ def half_sums(
     left, right = tl.load(p_tile), tl.load(p_tile + 1)
     first, last = tl.load(p_tile + 2), tl.load(p_tile + 3)
     place, wanted = tl.load(p_tile + 4), tl.load(p_tile + 5)
-    first, last = tl.multiple_of(first, DEPTH), tl.multiple_of(last, VECTOR)
+    first = tl.multiple_of(first, DEPTH)
+    if ROWS:
+        last = tl.multiple_of(last, VECTOR)
     pointers, stride, is_column = _slab_tile(slabs, left, ROWS, DTYPE, VECTOR)
     if not ONE_GROUP:
         pointers_r, stride_r, is_column_r = _slab_tile(slabs, right, ROWS, DTYPE, VECTOR)

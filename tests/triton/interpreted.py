@@ -175,6 +175,35 @@ def test_factors_of_several_dtypes() -> None:
         torch.testing.assert_close(out.double(), total, rtol=torch.finfo(out.dtype).eps, atol=ROUNDED32)
 
 
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("stored", [16, 12])
+def test_what_the_compiler_is_told_holds(rows: bool, stored: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiples and runs of equal numbers, by which it chooses how wide it loads: with lengths that are no multiples
+    of a vector on the side where they need not be."""
+    told = []
+
+    def checked(self: Any, name: str, values: list[int]) -> None:
+        told.append(name)
+        if name == "tt.divisibility":
+            assert not (self.data % values[0]).any(), (values, self.data)
+        if name == "tt.constancy":
+            runs = self.data.reshape(-1, values[0])
+            assert (runs == runs[:, :1]).all(), (values, self.data)
+
+    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", checked)
+    n, r = (1048, 5 if stored == 16 else 13) if rows else (1029, stored)
+    x = [gaussian(n, r, seed=i, dtype=torch.bfloat16) for i in range(2)]
+    x = [f.mT.contiguous() for f in x] if rows else x
+    size = torch.zeros(2, 2, r, r, dtype=torch.float64)
+    triton.prepare_gram([GramJob(x, places("full", 2, r), rows, size, r)]).run()
+    c = gaussian(r, r, seed=3, dtype=torch.float64)
+    outs = [torch.full_like(x[0], torch.nan) for _ in range(3)]
+    terms = [[(0, None, 0, 1.0), (1, c, 0, -0.5)], [(1, c, 0, 2.0)], [(0, c, 0, 1.0), (1, c, 0, 1.0)]]
+    made = [CombineOutput.into(out, own) for out, own in zip(outs, terms, strict=True)]
+    triton.prepare_combine([CombineJob(x, made, rows)]).run()
+    assert {"tt.divisibility", "tt.constancy"} <= set(told)
+
+
 @pytest.mark.parametrize("count", [1, 2, 8])
 @pytest.mark.parametrize("width", [16, 32, 64])
 @pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
