@@ -1,5 +1,6 @@
 # make demo   decompose real adapters: report and plots in examples/out
 # make test   lint, types, tests, package build
+# make picture  the picture of a page in the README, docs/page.png, by Chromium
 # make cases  what files of the field and corners of the arithmetic once got wrong: tests/cases
 # make bench  timings on this machine
 # make gpu    on a machine with a GPU: build, tests and times there, into benches/results/; installs nothing. Two windows:
@@ -20,7 +21,7 @@ ISAS := baseline avx2 avx512 avx512_bf16
 BEST_ISA = $(PY) -c "from fastlora.backends import cpu; print(cpu.isa())"
 HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
-.PHONY: demo test lint types unit isas package cases bench gpu gpu-prebuild gpu-first gpu-record rehearsal rehearsed \
+.PHONY: demo test lint types unit isas package picture cases bench gpu gpu-prebuild gpu-first gpu-record rehearsal rehearsed \
   triton fuzz sanitize clean
 
 $(VENV)/ready: $(SOURCES) tests/owners.txt
@@ -62,6 +63,9 @@ isas: $(VENV)/ready
 # sdist, wheel from the sdist, import of the wheel in an environment of its own.
 package: $(VENV)/ready
 	$(PYTEST) -m package
+
+picture: $(VENV)/ready
+	$(PY) examples/page_picture.py --out docs/page.png
 
 cases: $(VENV)/ready
 	$(PYTEST) $(PARALLEL) tests/cases
