@@ -95,6 +95,14 @@ def test_a_rank_that_is_killed_ends_the_command(name: str, ranks: ForkedRanks, i
             assert at == LAST or at > last // 2
 
 
+@pytest.mark.parametrize("name", ["decompose", "cores", "tiles", "extract", "apply"])
+def test_two_ranks_write_the_bits_of_one(name: str, ranks: ForkedRanks, inputs: Path, tmp_path: Path) -> None:
+    alone, two = place(tmp_path / "alone", inputs), place(tmp_path / "two", inputs)
+    assert ranks.run(*COMMANDS[name].split(), cwd=[alone]).codes == [0]
+    assert ranks.run(*COMMANDS[name].split(), cwd=[two, two]).codes == [0, 0]
+    assert files(alone) == files(two)
+
+
 def test_ranks_that_do_not_see_one_folder(ranks: ForkedRanks, inputs: Path, tmp_path: Path) -> None:
     alone = place(tmp_path / "alone", inputs)
     for name in ("decompose", "tiles", "extract", "vector"):
