@@ -21,7 +21,7 @@ MEMORY = {
     "set_", "set_.source_Storage", "set_.source_Storage_storage_offset", "set_.source_Tensor", "record_stream",
     "is_pinned", "_pin_memory", "alias", "view_as_real", "view_as_complex", "is_set_to", "detach",
 }  # fmt: skip
-WAITING = {"nonzero", "masked_select", "_unique2", "unique_dim"}  # sizes of results depend on values, as do numbers
+WAITING = {"nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}  # sizes of results depend on values, as do numbers
 MIXING = {"index.Tensor", "index_put_", "_index_put_impl_"}  # take indices of the CPU
 
 _library = torch.library.Library("aten", "IMPL")
@@ -67,7 +67,7 @@ def _replacement(name: str, op: Any) -> Callable[..., Any]:
         options.pop("pin_memory", None)
         originals: dict[int, Tensor] = {}
         held = tree_map(lambda x: _held(x, originals), (arguments, options))
-        if waits:
+        if waits or (name == "index.Tensor" and any(x.dtype == torch.bool for x in originals.values())):
             streams.wait()
             return tree_map(_placed, op(*held[0], **held[1]))
         metas: dict[int, Tensor] = {}
