@@ -21,7 +21,8 @@ MEMORY = {
     "set_", "set_.source_Storage", "set_.source_Storage_storage_offset", "set_.source_Tensor", "record_stream",
     "is_pinned", "_pin_memory", "alias", "view_as_real", "view_as_complex", "is_set_to", "detach",
 }  # fmt: skip
-WAITING = {"nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}  # sizes of results depend on values, as do numbers
+# Sizes of their results depend on values, as do numbers.
+WAITING = {"nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}
 MIXING = {"index.Tensor", "index_put_", "_index_put_impl_"}  # take indices of the CPU
 
 _library = torch.library.Library("aten", "IMPL")
