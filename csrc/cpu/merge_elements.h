@@ -8,7 +8,7 @@
 
 namespace fastlora::FASTLORA_ISA {
 
-constexpr int kBand = 128;  // rows whose B is kept
+constexpr int kBand = 256;  // rows whose B is kept
 constexpr int kPanel = 64;  // columns whose A is kept
 constexpr int kGroup = 8;   // rows that are formed at once
 
@@ -27,10 +27,10 @@ class Elements {
     // False where there is no memory.
     bool reserve(Workspace& workspace) {
         Arena measure(nullptr);
-        lay_out(measure);
+        lay_out(measure, false);
         if (!workspace.reserve(measure.used())) return false;
         Arena arena(workspace.data());
-        lay_out(arena);
+        lay_out(arena, true);
         return true;
     }
 
@@ -62,8 +62,7 @@ class Elements {
 
     // x_i of `rows` <= 8 rows from `row` of the band on, into place `at`: [rows, panel].
     T* form(int64_t i, int row, int rows, int64_t at) {
-        int64_t before = 0;
-        for (int64_t j = 0; j < i; ++j) before += args_.factors[2 * j].cols;
+        const int64_t before = starts_[i];
         const int r = int(args_.factors[2 * i].cols);
         T* out = x(at);
         const T* left = left_ + kBand * before + int64_t(row) * r;
@@ -79,9 +78,13 @@ class Elements {
     int panel() const { return panel_; }
 
   private:
-    void lay_out(Arena& arena) {
+    void lay_out(Arena& arena, bool filled) {
         int64_t ranks = 0;
-        for (int64_t i = 0; i < args_.k; ++i) ranks += args_.factors[2 * i].cols;
+        starts_ = arena.take<int64_t>(size_t(args_.k));
+        for (int64_t i = 0; i < args_.k; ++i) {
+            if (filled) starts_[i] = ranks;
+            ranks += args_.factors[2 * i].cols;
+        }
         left_ = arena.take<T>(size_t(kBand * ranks));
         right_ = arena.take<T>(size_t(ranks * panel_));
         x_ = arena.take<T>(size_t(kept_ * kGroup * panel_));
@@ -90,6 +93,7 @@ class Elements {
     const MergeArgs& args_;
     int panel_;
     int64_t kept_;
+    int64_t* starts_ = nullptr;  // [k]: ranks before
     T *left_ = nullptr, *right_ = nullptr, *x_ = nullptr;
     int64_t row_ = 0, column_ = 0;
     int columns_ = 0;

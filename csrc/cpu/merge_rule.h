@@ -10,10 +10,20 @@ struct Tally {
     int64_t undecided = 0, majority = 0;
 };
 
-// The numbers of a rule in T; limits [k] are those of the present group.
+// A tally of one group, lane by lane.
+template <class T>
+struct TallyLanes {
+    Mask<T> undecided{}, majority{};
+
+    void add_to(Tally& tally) const {
+        for (int i = 0; i < kLanes<T>; ++i) tally.undecided += undecided[i], tally.majority += majority[i];
+    }
+};
+
+// The numbers of a rule in T; kept is what is above bounds [k] of the present group, in magnitude.
 template <class T>
 struct RuleNumbers {
-    const T *limits, *votes, *gains, *shares;
+    const T *bounds, *votes, *gains, *shares;
     T least, instead, scale;
     bool zero_is_minus;
     int64_t k;
@@ -31,37 +41,34 @@ inline Vec<T> xor_bits(Vec<T> a, Vec<T> b) {
     return (Vec<T>)((Mask<T>)a ^ (Mask<T>)b);
 }
 
+// Above it is what is at least `limit`, but never a zero: those agree with nobody.
 template <class T>
-inline Vec<T> kept_of(const T* x, T limit) {
-    const Vec<T> value = load<T>(x);
-    return abs<T>(value) >= limit ? value : Vec<T>{};
-}
-
-template <class T>
-inline int64_t sum_mask(Mask<T> mask) {
-    int64_t sum = 0;
-    for (int i = 0; i < kLanes<T>; ++i) sum -= int64_t(mask[i]);
-    return sum;
+inline T bound_below(T limit) {
+    using I = typename IntegerOf<T>::type;
+    return limit > T(0) ? __builtin_bit_cast(T, I(__builtin_bit_cast(I, limit) - 1)) : T(0);
 }
 
 // out[0 .. kAcross vectors) of one row; x + i * step are the elements of adapter i.
 template <class T, ElectKind kElect, bool kShares, bool kTally>
-inline void merge_vectors(const RuleNumbers<T>& rule, const T* x, int64_t step, T* out, Tally& tally) {
+inline void merge_vectors(const RuleNumbers<T>& rule, const T* x, int64_t step, T* out, TallyLanes<T>& tally) {
     constexpr int lanes = kLanes<T>;
     Vec<T> flip[kAcross];  // the sign bit where the elected sign is minus
     [[maybe_unused]] Mask<T> tied[kAcross];
+    [[maybe_unused]] Vec<T> largest[kAcross]{};
     if constexpr (kElect != kElectNone) {
         Vec<T> sum[kAcross]{};
         for (int64_t i = 0; i < rule.k; ++i)
 #pragma GCC unroll 4
             for (int v = 0; v < kAcross; ++v) {
-                const Vec<T> kept = kept_of(x + i * step + v * lanes, rule.limits[i]);
+                const Vec<T> value = load<T>(x + i * step + v * lanes);
+                const Vec<T> kept = abs<T>(value) > rule.bounds[i] ? value : Vec<T>{};
                 if constexpr (kElect == kElectTotal) {
                     sum[v] += kept * rule.votes[i];
                 } else {
                     const Vec<T> vote = kept * rule.votes[i], one = splat<T>(1);
                     sum[v] += (vote > T(0) ? one : Vec<T>{}) - (vote < T(0) ? one : Vec<T>{});
                 }
+                if constexpr (kTally) largest[v] = max<T>(largest[v], abs<T>(kept * rule.votes[i]));
             }
 #pragma GCC unroll 4
         for (int v = 0; v < kAcross; ++v) {
@@ -69,28 +76,28 @@ inline void merge_vectors(const RuleNumbers<T>& rule, const T* x, int64_t step, 
             flip[v] = minus ? sign_bits<T>() : Vec<T>{};
             if constexpr (kTally) {
                 tied[v] = Mask<T>(sum[v] == T(0));
-                tally.majority += sum_mask<T>(Mask<T>(sum[v] > T(0))) - sum_mask<T>(Mask<T>(sum[v] < T(0)));
+                tally.majority += Mask<T>(sum[v] < T(0)) - Mask<T>(sum[v] > T(0));
             }
         }
     }
     Vec<T> total[kAcross]{}, divisor[kAcross]{};
-    [[maybe_unused]] Vec<T> largest[kAcross]{};
-    for (int64_t i = 0; i < rule.k; ++i)
+    for (int64_t i = 0; i < rule.k; ++i) {
+        const T bound = kElect != kElectNone && rule.votes[i] == T(0) ? T(__builtin_nan("")) : rule.bounds[i];
+        const Vec<T> against = kElect != kElectNone && rule.votes[i] < T(0) ? sign_bits<T>() : Vec<T>{};
 #pragma GCC unroll 4
         for (int v = 0; v < kAcross; ++v) {
-            const Vec<T> kept = kept_of(x + i * step + v * lanes, rule.limits[i]);
-            if constexpr (kElect == kElectNone) {
-                total[v] += kept * rule.gains[i];
-            } else {
-                const Vec<T> vote = xor_bits<T>(kept * rule.votes[i], flip[v]);
-                total[v] += vote > T(0) ? kept * rule.gains[i] : Vec<T>{};
-                if constexpr (kShares) divisor[v] += vote > T(0) ? splat<T>(rule.shares[i]) : Vec<T>{};
-                if constexpr (kTally) largest[v] = max<T>(largest[v], vote);
-            }
+            const Vec<T> value = load<T>(x + i * step + v * lanes);
+            // Kept, and of the elected sign: one comparison where the sign is turned to plus.
+            const Vec<T> size =
+                kElect == kElectNone ? abs<T>(value) : xor_bits<T>(value, xor_bits<T>(flip[v], against));
+            const Mask<T> agrees = (Mask<T>)(size > bound);
+            total[v] += agrees ? value * rule.gains[i] : Vec<T>{};
+            if constexpr (kElect != kElectNone && kShares) divisor[v] += agrees ? splat<T>(rule.shares[i]) : Vec<T>{};
         }
+    }
 #pragma GCC unroll 4
     for (int v = 0; v < kAcross; ++v) {
-        if constexpr (kTally) tally.undecided += sum_mask<T>(Mask<T>(tied[v] & Mask<T>(largest[v] > T(0))));
+        if constexpr (kTally) tally.undecided -= tied[v] & Mask<T>(largest[v] > T(0));
         if constexpr (kShares)
             total[v] = total[v] / (abs<T>(divisor[v]) < rule.least ? splat<T>(rule.instead) : divisor[v]);
         store<T>(out + v * lanes, total[v] * rule.scale);
@@ -102,8 +109,10 @@ template <class T, ElectKind kElect, bool kShares, bool kTally>
 __attribute__((noinline)) void merge_group(const RuleNumbers<T>& rule, const T* x, int panel, int rows, T* out,
                                            Tally& tally) {
     const int64_t step = int64_t(kGroup) * panel;
+    TallyLanes<T> lanes;
     for (int at = 0; at < rows * panel; at += kAcross * kLanes<T>)
-        merge_vectors<T, kElect, kShares, kTally>(rule, x + at, step, out + at, tally);
+        merge_vectors<T, kElect, kShares, kTally>(rule, x + at, step, out + at, lanes);
+    if constexpr (kTally) lanes.add_to(tally);
 }
 
 template <class T>

@@ -57,25 +57,53 @@ inline void trim_high(const Place& place, T magnitude, int64_t order, T* x) {
 template <class T>
 inline void trim_random(const Place& place, uint64_t keep, uint64_t key, uint64_t module, T* x) {
     if (keep >> 32) return;
-    for (int a = 0; a < place.rows; ++a)
-        for_words(uint64_t(place.number(a, 0)), place.columns, key, module,
-                  [&](int64_t first, const uint32_t* words, int count) {
-                      T* row = x + a * place.panel + first;
-                      const uint32_t bound = uint32_t(keep);
-                      for (int j = 0; j < count; ++j) row[j] = words[j] < bound ? row[j] : T(0);
-                  });
+    const uint32_t bound = uint32_t(keep);
+    const auto drop = [bound](T* row, const uint32_t* words, int count) {
+        for (int j = 0; j < count; ++j) row[j] = words[j] < bound ? row[j] : T(0);
+    };
+    int a = 0;
+    if (place.number(0, 0) % 4 == 0 && place.m % 4 == 0 && place.columns <= kPhiloxWords)
+        for (; a + kPhiloxRuns <= place.rows; a += kPhiloxRuns) {  // a row is a run
+            uint64_t firsts[kPhiloxRuns];
+            uint32_t words[kPhiloxRuns * kPhiloxWords];
+            for (int i = 0; i < kPhiloxRuns; ++i) firsts[i] = uint64_t(place.number(a + i, 0)) / 4;
+            philox_runs<kPhiloxRuns>(firsts, key, module, words);
+            for (int i = 0; i < kPhiloxRuns; ++i)
+                drop(x + (a + i) * place.panel, words + i * kPhiloxWords, place.columns);
+        }
+    for (; a < place.rows; ++a)
+        for_words(
+            uint64_t(place.number(a, 0)), place.columns, key, module,
+            [&](int64_t first, const uint32_t* words, int count) { drop(x + a * place.panel + first, words, count); });
 }
 
-// `bits`: of the adapter, [n, ceil(m / 64)].
+// The lanes of x whose bit is set, the others zero.
+template <class T>
+inline Vec<T> keep_lanes(Vec<T> x, uint64_t bits) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+        return (Vec<T>)_mm512_maskz_mov_ps(__mmask16(bits), (__m512)x);
+    else
+        return (Vec<T>)_mm512_maskz_mov_pd(__mmask8(bits), (__m512d)x);
+#else
+    using I = typename IntegerOf<T>::type;
+    Mask<T> own;
+    for (int b = 0; b < kLanes<T>; ++b) own[b] = I(1) << b;
+    return ((Mask<T>{} + I(bits)) & own) == own ? x : Vec<T>{};
+#endif
+}
+
+// `bits`: of the adapter, [n, ceil(m / 64)]. Panels are as wide as a word.
 template <class T>
 inline void trim_bits(const Place& place, const uint64_t* bits, T* x) {
     const int64_t stride = (place.m + 63) / 64;
-    for (int a = 0; a < place.rows; ++a)
-        for (int b = 0; b < place.columns; ++b) {
-            const int64_t c = place.column + b;
-            if (!(bits[(place.row + a) * stride + c / 64] >> (c % 64) & 1)) x[a * place.panel + b] = 0;
-        }
+    for (int a = 0; a < place.rows; ++a, x += place.panel) {
+        uint64_t word = bits[(place.row + a) * stride + place.column / 64];
+        for (int b = 0; b < place.panel; b += kLanes<T>, word >>= kLanes<T>)
+            store<T>(x + b, keep_lanes<T>(load<T>(x + b), word));
+    }
 }
+static_assert(kPanel == 64);
 
 // Sum over adapters of (x - mean)^2 / k, into out.
 template <class T>

@@ -12,12 +12,12 @@ struct Collected {
     T* data;
     int64_t count, size;
 
-    // Room for `more` and a vector behind them; false beyond `most` or without memory.
-    bool reserve(int64_t more, int64_t most) {
+    // Room for `more` and a vector behind them, at first for `expected`; false beyond `most` or without memory.
+    bool reserve(int64_t more, int64_t most, int64_t expected) {
         const int64_t needed = count + more + kLanes<T>;
         if (needed <= size) return true;
         if (count + more > most) return false;
-        int64_t larger = size ? size : 4096;
+        int64_t larger = size ? size : max_<int64_t>(expected, 4096);
         while (larger < needed) larger *= 2;
         T* grown = static_cast<T*>(realloc(data, size_t(larger) * sizeof(T)));
         if (!grown) return false;
@@ -57,6 +57,75 @@ class Distribution {
     I base_;
 };
 
+// Counts of magnitudes beyond a bracket, lane by lane.
+template <class T>
+struct Above {
+    Mask<T> lanes{};
+
+    int64_t sum() const {
+        int64_t total = 0;
+        for (int i = 0; i < kLanes<T>; ++i) total += int64_t(lanes[i]);
+        return total;
+    }
+};
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For every set of lanes of 32 bits the order that brings them to the front.
+struct ToFront {
+    alignas(64) uint8_t order[256][8];
+};
+constexpr ToFront to_front() {
+    ToFront table{};
+    for (int set = 0; set < 256; ++set)
+        for (int lane = 0, at = 0; lane < 8; ++lane)
+            if (set >> lane & 1) table.order[set][at++] = uint8_t(lane);
+    return table;
+}
+inline constexpr ToFront kToFront = to_front();
+#endif
+
+// Magnitudes of at least `high` are counted; those in [low, high) are put to `out`, which has room for a whole vector.
+// Returns their number.
+template <class T>
+inline int bracket(Vec<T> size, T low, T high, T* out, Above<T>& above) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+        const __mmask16 beyond = _mm512_cmp_ps_mask((__m512)size, _mm512_set1_ps(high), _CMP_GE_OQ);
+        const __mmask16 all = _mm512_cmp_ps_mask((__m512)size, _mm512_set1_ps(low), _CMP_GE_OQ);
+        const unsigned within = unsigned(all) & ~unsigned(beyond);
+        above.lanes =
+            (Mask<T>)_mm512_mask_add_epi32((__m512i)above.lanes, beyond, (__m512i)above.lanes, _mm512_set1_epi32(1));
+        _mm512_storeu_ps(out, _mm512_maskz_compress_ps(__mmask16(within), (__m512)size));
+        return __builtin_popcount(within);
+    } else {
+        const __mmask8 beyond = _mm512_cmp_pd_mask((__m512d)size, _mm512_set1_pd(high), _CMP_GE_OQ);
+        const __mmask8 all = _mm512_cmp_pd_mask((__m512d)size, _mm512_set1_pd(low), _CMP_GE_OQ);
+        const unsigned within = unsigned(all) & ~unsigned(beyond);
+        above.lanes =
+            (Mask<T>)_mm512_mask_add_epi64((__m512i)above.lanes, beyond, (__m512i)above.lanes, _mm512_set1_epi64(1));
+        _mm512_storeu_pd(out, _mm512_maskz_compress_pd(__mmask8(within), (__m512d)size));
+        return __builtin_popcount(within);
+    }
+#else
+    const Mask<T> beyond = (Mask<T>)(size >= high), inside = (Mask<T>)(size >= low) & ~beyond;
+    above.lanes -= beyond;
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) {
+        const unsigned within = unsigned(_mm256_movemask_ps((__m256)inside));
+        const __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kToFront.order[within]));
+        _mm256_storeu_ps(out, _mm256_permutevar8x32_ps((__m256)size, _mm256_cvtepu8_epi32(order)));
+        return __builtin_popcount(within);
+    }
+#endif
+    int at = 0;
+    for (int i = 0; i < kLanes<T>; ++i) {
+        out[at] = size[i];
+        at -= int(inside[i]);
+    }
+    return at;
+#endif
+}
+
 // The rank-th largest (from 1 on) of magnitudes in some pieces, `left` of it among its equals, and how many these are.
 template <class T>
 struct Ranked {
@@ -83,62 +152,20 @@ inline Ranked<T> ranked(Collected<T>* pieces, int n, int64_t step, T low, T high
         const I first = least + (I(bin) << shift);
         if (!shift) return {__builtin_bit_cast(T, first), rank, bins[bin]};
         const I last = min_<I>(most, first + ((I(1) << shift) - 1));
+        const T from = __builtin_bit_cast(T, first), to = __builtin_bit_cast(T, I(last + 1));
         for (int p = 0; p < n; ++p) {
             Collected<T>& piece = pieces[p * step];
-            int64_t kept = 0;
-            for (int64_t j = 0; j < piece.count; ++j) {
-                const I bits = __builtin_bit_cast(I, piece.data[j]);
-                piece.data[kept] = piece.data[j];
-                kept += (bits >= first) & (bits <= last);
-            }
-            piece.count = kept;
+            if (!piece.count) continue;
+            for (int b = 0; b < kLanes<T>; ++b) piece.data[piece.count + b] = T(-1);  // in no bin
+            T* out = piece.data;
+            Above<T> above;
+            for (int64_t j = 0; j < piece.count; j += kLanes<T>)
+                out += bracket<T>(load<T>(piece.data + j), from, to, out, above);
+            piece.count = out - piece.data;
         }
         least = first;
         most = last;
     }
-}
-
-// How many of a vector of magnitudes are at least `high`; those in [low, high) are put to `out`, and *found counts
-// them. `out` has room for a whole vector.
-template <class T>
-inline int bracket(Vec<T> size, T low, T high, T* out, int64_t* found) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) {
-        const __mmask16 all = _mm512_cmp_ps_mask((__m512)size, _mm512_set1_ps(low), _CMP_GE_OQ);
-        const __mmask16 above = _mm512_cmp_ps_mask((__m512)size, _mm512_set1_ps(high), _CMP_GE_OQ);
-        const unsigned within = unsigned(all) & ~unsigned(above);
-        _mm512_storeu_ps(out, _mm512_maskz_compress_ps(__mmask16(within), (__m512)size));
-        *found += __builtin_popcount(within);
-        return __builtin_popcount(above);
-    } else {
-        const __mmask8 all = _mm512_cmp_pd_mask((__m512d)size, _mm512_set1_pd(low), _CMP_GE_OQ);
-        const __mmask8 above = _mm512_cmp_pd_mask((__m512d)size, _mm512_set1_pd(high), _CMP_GE_OQ);
-        const unsigned within = unsigned(all) & ~unsigned(above);
-        _mm512_storeu_pd(out, _mm512_maskz_compress_pd(__mmask8(within), (__m512d)size));
-        *found += __builtin_popcount(within);
-        return __builtin_popcount(above);
-    }
-#else
-    unsigned all = 0, above = 0;
-#if defined(__AVX2__)
-    if constexpr (sizeof(T) == 4) {
-        all = unsigned(_mm256_movemask_ps((__m256)(size >= low)));
-        above = unsigned(_mm256_movemask_ps((__m256)(size >= high)));
-    } else {
-        all = unsigned(_mm256_movemask_pd((__m256d)(size >= low)));
-        above = unsigned(_mm256_movemask_pd((__m256d)(size >= high)));
-    }
-#else
-    for (int i = 0; i < kLanes<T>; ++i) {
-        all |= unsigned(size[i] >= low) << i;
-        above |= unsigned(size[i] >= high) << i;
-    }
-#endif
-    int64_t at = 0;
-    for (unsigned within = all & ~above; within; within &= within - 1) out[at++] = size[__builtin_ctz(within)];
-    *found += at;
-    return __builtin_popcount(above);
-#endif
 }
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -4,7 +4,10 @@
 
 namespace fastlora::FASTLORA_ISA {
 
-constexpr int kPhiloxBlocks = 16;  // that are computed side by side
+constexpr int kPhiloxBlocks = 16;  // of a run
+constexpr int kPhiloxWords = 4 * kPhiloxBlocks;
+// Runs that are computed side by side, so that one's operations fill the time that another's take.
+constexpr int kPhiloxRuns = kVectorBytes == 64 ? 4 : 1;
 
 // Lanes of 64 bits. Only the lower half of a lane counts; what is above it may be anything.
 typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
@@ -25,12 +28,13 @@ inline Wide product_of_words(Wide a, Wide b) {
 
 inline Wide words_of(uint32_t word) { return Wide{} + word; }
 
-// The words of the elements 4 * first to 4 * (first + 16) - 1.
-inline void philox_blocks(uint64_t first, uint64_t key, uint64_t module, uint32_t* out) {
-    constexpr int n = kPhiloxBlocks / kWide;
+// The words of the elements 4 * first to 4 * (first + 16) - 1, for each first of a run.
+template <int kRuns>
+inline void philox_runs(const uint64_t* first, uint64_t key, uint64_t module, uint32_t* out) {
+    constexpr int each = kPhiloxBlocks / kWide, n = kRuns * each;
     Wide c0[n], c1[n], c2[n], c3[n];
     for (int v = 0; v < n; ++v) {
-        for (int i = 0; i < kWide; ++i) c0[v][i] = first + uint64_t(v * kWide + i);
+        for (int i = 0; i < kWide; ++i) c0[v][i] = first[v / each] + uint64_t(v % each * kWide + i);
         c1[v] = c0[v] >> 32;
         c2[v] = words_of(uint32_t(module));
         c3[v] = words_of(uint32_t(module >> 32));
@@ -60,13 +64,18 @@ inline void philox_blocks(uint64_t first, uint64_t key, uint64_t module, uint32_
 // The words of `count` elements from number `element` on; f(first, words, count) gets them in pieces.
 template <class F>
 inline void for_words(uint64_t element, int64_t count, uint64_t key, uint64_t module, const F& f) {
-    uint32_t words[4 * kPhiloxBlocks];
+    uint32_t words[kPhiloxRuns * kPhiloxWords];
     int64_t done = 0;
     while (done < count) {
         const uint64_t at = element + uint64_t(done);
-        philox_blocks(at / 4, key, module, words);
-        const int skip = int(at % 4);
-        const int64_t now = min_<int64_t>(count - done, 4 * kPhiloxBlocks - skip);
+        uint64_t firsts[kPhiloxRuns];
+        for (int i = 0; i < kPhiloxRuns; ++i) firsts[i] = at / 4 + uint64_t(i * kPhiloxBlocks);
+        const int skip = int(at % 4), runs = skip + count - done <= kPhiloxWords ? 1 : kPhiloxRuns;
+        if (runs == 1)
+            philox_runs<1>(firsts, key, module, words);
+        else
+            philox_runs<kPhiloxRuns>(firsts, key, module, words);
+        const int64_t now = min_<int64_t>(count - done, runs * kPhiloxWords - skip);
         f(done, words + skip, int(now));
         done += now;
     }

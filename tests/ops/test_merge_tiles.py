@@ -344,6 +344,29 @@ def test_random_masks_have_their_density_and_are_independent(backend: str) -> No
         assert together == pytest.approx(0.09, abs=5 * deviation**0.5)
 
 
+SPANS = [(0.15, 0.3), (0.0, 1.0), (0.5, 0.0), (0.3, 1e-9), (0.9, 0.1), (0.4, 1e-5)]
+
+
+@pytest.mark.parametrize("backend", SAME_BITS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1), (5, 64), (9, 1031), (2, 5000)], ids=str)
+def test_row_masks_follow_exact_ranks(shape: tuple[int, int], dtype: torch.dtype, backend: str) -> None:
+    """Of the elements that the backend forms: all different, many equal, of all sizes, none."""
+    n, m = shape
+    spread = gaussian(4, m, seed=2, dtype=torch.float64) * 10.0 ** torch.linspace(-12, 3, m, dtype=torch.float64)
+    kinds = [gaussian(4, m, seed=1, dtype=dtype), spread.to(dtype), whole(4, m, seed=3, dtype=dtype), torch.zeros(4, m)]
+    pairs: list[Pair] = [(gaussian(n, 4, seed=5, dtype=dtype), kind.to(dtype)) for kind in kinds]
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    task = TileTask(pairs, [1.0, 0.3, 1.0, 1.0], shape, kind)
+    keys, module = [op.key_of(3, f"a{i}") for i in range(4)], op.key_of("q")
+    for least, span in SPANS:
+        with use_backend(backend):
+            bits, x = op.row_masks(task, [(least, span)] * 4, keys, module), elements(task)
+        for i in range(4):
+            found = (bits[i][:, torch.arange(m) // 64] >> (torch.arange(m) % 64)) & 1
+            assert torch.equal(found.bool(), formula.row_mask(x[i], least, span, keys[i], module))
+
+
 def test_peft_has_the_same_ties() -> None:
     theirs = pytest.importorskip("peft.utils.merge_utils", reason="peft is not installed")
     task = gaussian_task((90, 80), torch.float32)
