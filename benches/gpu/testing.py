@@ -93,8 +93,9 @@ def sanitizer(command: Command, check: str) -> Command:
 
 
 def _sanitized(visit: Visit, check: str, limit: float) -> str:
+    script = visit.shell.python_command(SANITIZED, *(["--quick"] if visit.tiny else []))
     try:
-        output = visit.shell.run(sanitizer(visit.shell.python_command(SANITIZED), check), limit)
+        output = visit.shell.run(sanitizer(script, check), limit)
     except TookTooLong as late:
         raise Skipped(f"{late}, after: {last_line(late.output)}") from None
     except Failed as failure:

@@ -108,7 +108,10 @@ def copies(dtype: torch.dtype, rows: bool, device: str) -> Found:
 def decomposition(dtype: torch.dtype, side: str, graph: bool, device: str) -> Found:
     """A plan on modules that take every kind of launch, in its own dtype, against the same on the host: ``ΔW`` of every
     result, by the size of what was decomposed."""
-    pool = make_pool(Workload({"long": (1100, 1040), "short": (64, 48), "wide": (33, 2052)}, 3, 16, dtype))
+    modules = {"short": (64, 48), "wide": (33, 290)}
+    if dtype in HALVES.values():
+        modules |= {"long": (TALL, 1040), "longer": (33, 2052)}  # for tensor cores, on both sides
+    pool = make_pool(Workload(modules, 3, 16, dtype))
     plan = fl.DecompositionPlan(pool.to(device), 0.5, side=side)
     if graph:
         if plan.device.type != "cuda":
