@@ -14,8 +14,9 @@ import torch
 
 from fastlora.checkpoints.base import PIPELINE, Base
 from fastlora.checkpoints.layout import OutputFile
-from fastlora.core.card import CARD_NAME, CardFacts, card_text
+from fastlora.core.card import CardFacts, card_text
 from fastlora.core.data import ModulesData
+from fastlora.core.names import CARD_NAME
 from fastlora.files.disk_errors import writing
 from fastlora.files.earlier import digest_of
 from fastlora.files.json_files import parse_object

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from fastlora.core.data import ModulesData
 
-CARD_NAME = "README.md"
-
 CARD_HEADING = b"---\n# Card by fastlora, sha256 "
 """How a card begins. The sum of what follows its line tells whether somebody has edited it since."""
 

@@ -9,6 +9,9 @@ from fastlora.errors import InputError
 CONFIG_NAME = "adapter_config.json"
 """Beside the tensors of a PEFT directory; other files are no adapter where it stands."""
 
+CARD_NAME = "README.md"
+"""The model card beside a result."""
+
 EMBEDDINGS = frozenset("embed_tokens lm_head wte wpe word_embeddings embed_in embed_out shared tok_embeddings".split())
 """Usual names of embeddings and of heads tied to them. PEFT saves such modules whole, unasked, when they are adapted or
 the vocabulary was resized."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastlora.core.card import CARD_NAME
+from fastlora.core.names import CARD_NAME
 from fastlora.files.disk_errors import writing
 
 

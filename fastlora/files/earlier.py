@@ -10,7 +10,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from fastlora.core.card import is_card
 from fastlora.errors import OutputError
 
 Overwrite = bool | Literal["force"]
@@ -56,7 +55,11 @@ def is_ours(file: Path) -> bool:
         return content.startswith(b'{"mode": "') and b'"reports": [' in content
     if file.suffix.lower() in PICTURES:
         return MARK.encode() in content
-    return content.startswith(HEADINGS) or is_card(content)
+    if content.startswith(HEADINGS):
+        return True
+    from fastlora.core.card import is_card  # commands that write nothing do without
+
+    return is_card(content)
 
 
 def _metadata(file: Path) -> dict[str, object]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlora.core.card import CARD_NAME, LOCAL_PATH, CardFacts, card_text, figures_of
-from fastlora.core.names import CONFIG_NAME
+from fastlora.core.card import LOCAL_PATH, CardFacts, card_text, figures_of
+from fastlora.core.names import CARD_NAME, CONFIG_NAME
 from fastlora.errors import InputError, OutputError
 from fastlora.files.earlier import MARK
 from fastlora.files.json_files import parse_object

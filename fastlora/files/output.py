@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from fastlora.core.card import CARD_NAME
+from fastlora.core.names import CARD_NAME
 from fastlora.errors import OutputError
 from fastlora.files.disk_errors import PARTIAL, translated, writing
 from fastlora.files.earlier import Overwrite, check_file, foreign_files

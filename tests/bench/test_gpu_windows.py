@@ -271,7 +271,8 @@ def test_what_failed_is_run_again_alone(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_test_that_fails_is_written_down_at_once(tmp_path: Path) -> None:
     """A run of pytest that is stopped tells of no failure."""
     (tmp_path / "test_two.py").write_text("def test_a(): assert 0\ndef test_b(): import os; os._exit(9)\n")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FASTLORA_FAILING": str(tmp_path / "failing")}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**own, "PYTHONPATH": str(ROOT), "FASTLORA_FAILING": str(tmp_path / "failing")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benches.gpu.failing", "-c", os.devnull, "test_two.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 9, done.stdout

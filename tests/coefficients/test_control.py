@@ -123,7 +123,7 @@ def test_modules_that_one_adapter_lacks() -> None:
 
 def test_messages() -> None:
     pool = pools.make_pool(ragged())
-    with pytest.raises(fl.InputError, match="'best' does not exist: use one of random, top"):
+    with pytest.raises(fl.InputError, match="'best' does not exist here: use one of random, top"):
         fl.control(fl.decompose(pool, 0.6), "best")
     with pytest.raises(fl.InputError, match="mode='iterative' has no shared component"):
         fl.control(fl.decompose(pool, 0.6, mode="iterative", target="a0"))

@@ -46,7 +46,9 @@ Settings = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that was interrupted.")]
 ModelDType = Annotated[
     str | None,
-    typer.Option(help="float32, bfloat16 or float16, of all tensors; default: each its own.", show_default=False),
+    typer.Option(
+        "--dtype", help="float32, bfloat16 or float16, of all tensors; default: each its own.", show_default=False
+    ),
 ]
 
 
@@ -61,7 +63,7 @@ def apply(
     set_: Settings = None,
     rank: Rank = None,
     energy: Energy = None,
-    dtype: ModelDType = None,
+    model_dtype: ModelDType = None,
     resume: Resume = False,
     drop_extras: DropExtras = False,
 ) -> None:
@@ -81,7 +83,7 @@ def apply(
     from fastlora.checkpoints.apply import apply_to, model_output
     from fastlora.core.dtypes import parse_dtype
 
-    kept = None if dtype is None else parse_dtype(dtype, torch.float32)
+    kept = None if model_dtype is None else parse_dtype(model_dtype, torch.float32)
     output = model_output(Path(base).expanduser(), out, overwrite=run.replace, resume=resume)
     output.refuse_inputs(spec.path for spec in specs if spec.path.exists())
     outputs.append(output)
