@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -76,6 +75,8 @@ def _metadata(file: Path) -> dict[str, object]:
 
 def digest_of(content: Path | bytes) -> str:
     """What tells the contents of a file that fastlora copied or made."""
+    import hashlib  # OpenSSL is not for `--help`
+
     if isinstance(content, bytes):
         return hashlib.blake2b(content, digest_size=16).hexdigest()
     with content.open("rb") as file:

@@ -14,7 +14,6 @@ from fastlora.cli.options import Csv, command
 from fastlora.cli.outputs import check_table, write_table
 from fastlora.cli.run import Run, print_json
 from fastlora.errors import InputError
-from fastlora.views.benchmarks import bench_rows, comparison_rows, show_bench, show_bench_names, show_comparison
 from fastlora.views.text import print_aside
 
 
@@ -58,6 +57,7 @@ def bench(
     from fastlora.files.disk_errors import writing
     from fastlora.files.output import replacing
     from fastlora.runtime.progress import track
+    from fastlora.views.benchmarks import bench_rows, show_bench, show_bench_names
 
     if listing:
         show = print_json if run.as_json else show_bench_names
@@ -95,6 +95,7 @@ def _against(
     from fastlora.bench import revisions
     from fastlora.bench.cases import select
     from fastlora.bench.timing import describe, waiting
+    from fastlora.views.benchmarks import comparison_rows, show_comparison
 
     select(names)
     root = revisions.checkout(Path(str(fastlora.__file__)))
