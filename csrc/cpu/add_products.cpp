@@ -8,8 +8,7 @@
 //
 // Floor: bytes of W read and of W' written once (by the system: copied between its pages and the tile), r fused
 // multiply-adds an element. For bfloat16 and r = 16 that is 8 cycles a vector of 16 where two start in a cycle, and
-// about 4 more for loading, adding, rounding and storing it: the system takes as long. docs/benchmarks.md has what is
-// measured over it.
+// about 4 more for loading, adding, rounding and storing it: the system takes as long.
 #include "combine_results.h"
 #include "fastlora/files.h"
 #include "parallel.h"

@@ -1,11 +1,12 @@
 """Compiles the Triton kernels for GPUs that need not be there and counts what they take.
 
-    python tests/triton/compile.py [--triton FOLDER] [--all] [--write]
+    python tests/triton/compile.py [--triton FOLDER] [--all] [--newest] [--write]
 
 Prints one JSON object: for every kernel, specialisation and architecture its registers, stack, shared memory and the
 instructions that say whether it does what it claims. ``--triton``: a folder with another version of Triton.
-``--all``: awkward specialisations too. ``--write`` puts the limits into limits.json: what this version took, with a
-margin. Limits only grow: remove the file to begin anew, then run it for every version.
+``--all``: awkward specialisations too. ``--newest``: for the newest architecture alone. ``--write`` puts the limits
+into limits.json: what this version took, with a margin. Limits only grow: remove the file to begin anew, then run it
+for every version.
 
 It runs in a process of its own: one process cannot interpret kernels and compile them too.
 """
@@ -177,7 +178,7 @@ def main() -> None:
 
         rows = {
             f"sm_{architecture} {name}": resources(compiled(launch, architecture), Path(temporary))
-            for architecture in ARCHITECTURES
+            for architecture in (ARCHITECTURES[-1:] if "--newest" in sys.argv else ARCHITECTURES)
             for name, launch in cases("--all" in sys.argv)
         }
     if "--write" in sys.argv:

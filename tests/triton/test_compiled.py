@@ -57,7 +57,8 @@ def test_this_version() -> None:
 
 
 def test_the_oldest_version(oldest_triton: Path) -> None:
-    found = json.loads(execute(HERE / "compile.py", "--triton", oldest_triton))
+    """For one architecture; `make triton` compiles for all."""
+    found = json.loads(execute(HERE / "compile.py", "--newest", "--triton", oldest_triton))
     assert found["version"] == OLDEST
     check(found)
     check_occupancy(found)
