@@ -45,6 +45,7 @@ _EXPORTS = {
     "modulate": "fastlora.dipm.parts",
     "negate": "fastlora.merging.arithmetic",
     "overlap": "fastlora.analysis.overlap",
+    "recombine": "fastlora.merging.recombine",
     "report": "fastlora.pages.report",
     "statistics": "fastlora.merging.statistics",
     "sweep": "fastlora.coefficients.sweep",
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
     from fastlora.merging.merge import merge as merge
     from fastlora.merging.merge import methods as methods
     from fastlora.merging.recipe import Recipe as Recipe
+    from fastlora.merging.recombine import recombine as recombine
     from fastlora.merging.statistics import statistics as statistics
     from fastlora.ops.dispatch import use_backend as use_backend
     from fastlora.pages.report import report as report

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastlora.adapters.base_weights import BaseWeights, square_norms
 from fastlora.adapters.cuts import Cut
 from fastlora.adapters.dora import DoRA
 from fastlora.adapters.lora import Adapter
-from fastlora.adapters.model_names import matched_names
-from fastlora.core.architectures import WEIGHT, is_conv1d
 from fastlora.core.data import Magnitude
 from fastlora.core.factors import Factor
 from fastlora.core.updates import Update
 from fastlora.engine import shares
 from fastlora.engine.low_rank import LowRank, low_rank, operations
 from fastlora.engine.materialise import materialise
-from fastlora.engine.tile_source import row_tiles
 from fastlora.errors import InputError, NonFiniteError
-from fastlora.files.checkpoint import Checkpoint, ModelSource, read_checkpoint
-from fastlora.files.shards import listed
+from fastlora.files.checkpoint import ModelSource
 from fastlora.runtime import memory, ranks
 from fastlora.runtime.progress import track
 
@@ -74,17 +70,15 @@ def to_lora(
         return adapter
     if rank is None and energy is None:
         rank, energy = MOST, SHARE
-    model = read_checkpoint(base)
-    names = _names(adapter, model)
+    model = BaseWeights(adapter, adapter.magnitudes, base)
 
     def work() -> dict[str, Cut]:
-        shapes = [adapter.updates[m].shape for m in names]
-        mine = ranks.own(list(names), [operations(n, m, rank, exact=exact) for n, m in shapes])
+        shapes = [adapter.updates[m].shape for m in adapter.magnitudes]
+        mine = ranks.own(list(adapter.magnitudes), [operations(n, m, rank, exact=exact) for n, m in shapes])
         return {m: cut(m) for m in track(mine, "DoRA to LoRA")}
 
     def cut(module: str) -> Cut:
-        weight = _weight(adapter, module, model, names[module])
-        rescaled = RescaledWeight(weight, adapter.updates[module], adapter.magnitudes[module], module)
+        rescaled = RescaledWeight(model.weight(module), adapter.updates[module], adapter.magnitudes[module], module)
         return Cut.of(_cut(adapter.name, rescaled, rank, energy, exact, seed))
 
     cuts = shares.each("DoRA to LoRA", work, (), repr([(m, u.shape) for m, u in adapter.updates.items()]))
@@ -134,62 +128,6 @@ def _cut(name: str, source: RescaledWeight, rank: int | None, energy: float | No
         ) from None
 
 
-def _names(adapter: DoRA, model: Checkpoint) -> dict[str, str]:
-    """``{module: name of its weight in the model}``."""
-    names = {m: m + WEIGHT for m in adapter.magnitudes}
-    if any(name not in model.tensors for name in names.values()):
-        wanted = {n: torch.empty(_stored_shape(adapter, m, model), device="meta") for m, n in names.items()}
-        parameters = {n: model.tensors[n] for n in model.parameters}
-        ours, theirs, _ = matched_names(parameters, wanted)
-        stored = {common: own for own, common in ours.items()}
-        names = {m: stored.get(theirs[n], n) for m, n in names.items()}
-    lacking = [m for m, n in names.items() if n not in model.tensors]
-    if lacking:
-        raise InputError(
-            f"DoRA adapter {adapter.name!r} adapts {listed(lacking)}, which {model.where} does not have (it has "
-            f"{listed([n for n in model.parameters if n.endswith(WEIGHT)])}); pass the model that it is of, or "
-            "rename its modules (rename=, --map OLD=NEW)"
-        )
-    return names
-
-
-def _is_turned(adapter: DoRA, module: str, model: Checkpoint) -> bool:
-    """Whether the model stores the weight as ``[in, out]``."""
-    layout = adapter.updates[module].layout
-    if layout.kind != "linear":
-        return layout.kind == "embedding"
-    types = model.config.model_types if model.config is not None else ()
-    return adapter.base.fan_in_fan_out or any(is_conv1d(module, t) for t in types)
-
-
-def _stored_shape(adapter: DoRA, module: str, model: Checkpoint) -> tuple[int, ...]:
-    update = adapter.updates[module]
-    n, m = update.shape
-    if update.layout.kind == "conv":
-        kernel = update.layout.kernel
-        size = int(torch.Size(kernel).numel())
-        return (n, m // size, *kernel)
-    return (m, n) if _is_turned(adapter, module, model) else (n, m)
-
-
-def _weight(adapter: DoRA, module: str, model: Checkpoint, name: str) -> Tensor:
-    """``W`` as the update has it, ``[out, in]``. Scaled weights are multiplied out."""
-    value = model.value(name)
-    update = adapter.updates[module]
-    wanted = _stored_shape(adapter, module, model)
-    is_turned = _is_turned(adapter, module, model)
-    if update.layout.kind == "linear" and tuple(value.shape) != wanted and tuple(value.shape) == wanted[::-1]:
-        wanted, is_turned = wanted[::-1], not is_turned  # one of the modules of another class
-    if tuple(value.shape) != wanted or not value.is_floating_point():
-        raise InputError(
-            f"DoRA adapter {adapter.name!r}: {name} of {model.where} is {str(value.dtype)[6:]} {list(value.shape)}; "
-            f"the adapter needs {list(wanted)}; pass the model that it is of"
-        )
-    if is_turned:
-        return value.mT
-    return value.reshape(value.shape[0], -1)
-
-
 class RescaledWeight:
     """``ΔW = (D − I) W + D s B A`` of one module, tile by tile (D1); ``W [out, in]``."""
 
@@ -214,17 +152,8 @@ class RescaledWeight:
 
     def _measured(self) -> Tensor:
         """``m / ‖W + s B A‖``: of every output ``[out, 1]``, or of every column ``[1, in]``."""
-        n, m = self.shape
         values = self.magnitude.vector.double().flatten()
-        if self.magnitude.axis == "out":
-            squares = torch.empty(n, dtype=torch.float64)
-            for rows, tile in row_tiles(_Sum(self.weight, self._left, self._right), torch.float64):
-                squares[rows] = tile.square().sum(1)
-        else:
-            sums = torch.zeros(m, dtype=torch.float64)
-            for _, tile in row_tiles(_Sum(self.weight, self._left, self._right), torch.float64):
-                sums += tile.square().sum(0)
-            squares = sums.view(len(values), -1).sum(1)  # an input channel has all the columns of its kernel
+        squares = square_norms(self.weight, self.magnitude.axis, len(values), self._left, self._right)
         if not bool(squares.isfinite().all()):
             raise NonFiniteError(f"{self.module} holds NaN or Inf in the base model or in the adapter; save both again")
         if bool((squares == 0).any()):
@@ -235,7 +164,7 @@ class RescaledWeight:
         stretch = values / squares.sqrt()
         if self.magnitude.axis == "out":
             return stretch[:, None]
-        return stretch.repeat_interleave(m // len(values))[None]
+        return stretch.repeat_interleave(self.shape[1] // len(values))[None]
 
     def tile(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """See :class:`fastlora.engine.tile_source.TileSource`."""
@@ -252,26 +181,3 @@ class RescaledWeight:
     def release(self) -> None:
         """Gives back what is mapped."""
         memory.release([self.weight])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Sum:
-    """``W + s B A``."""
-
-    weight: Tensor
-    left: Tensor
-    right: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    @property
-    def precise(self) -> torch.dtype:
-        return torch.float64
-
-    def tile(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
-        return out.copy_(self.weight[rows, columns]).addmm_(self.left[rows], self.right[:, columns])
-
-    def release(self) -> None:
-        pass

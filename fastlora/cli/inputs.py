@@ -71,9 +71,19 @@ def load_pool(
     """The adapters that were named, those of folders in their place, on a device; and their weights by name.
 
     ``drop_extras``: without biases and replaced modules."""
+    from fastlora.adapters.pool import Pool, require_updates
+
+    elements, weights, notes = load_elements(run, specs)
+    adapters = [require_updates(on_base(run, element)) for element in elements]
+    pool = Pool([a.without_extras() if drop_extras else a for a in adapters], rename=run.changes)
+    pool.notices[:0] = [*notes, *(note for adapter in pool.adapters for note in adapter.notes)]
+    return (pool if device in ("auto", "cpu") else pool.to(device)), weights
+
+
+def load_elements(run: Run, specs: Sequence[AdapterSpec]) -> tuple[list[Element], Weights, list[str]]:
+    """The adapters that were named, LoRAs and DoRAs of folders in their place; their weights, and notes on folders."""
     from fastlora.adapters.folders import holds_adapters, load_folder
     from fastlora.adapters.loading import load
-    from fastlora.adapters.pool import Pool, require_updates
     from fastlora.core.data import DoraData, LoraData
     from fastlora.runtime.progress import track
 
@@ -93,10 +103,7 @@ def load_pool(
             loaded.append((elements[0], spec.path))
         weights |= {element.name: spec.weight for element in elements}
     check_names_differ((element.name, str(path)) for element, path in loaded)
-    adapters = [require_updates(on_base(run, element)) for element, _ in loaded]
-    pool = Pool([a.without_extras() if drop_extras else a for a in adapters], rename=run.changes)
-    pool.notices[:0] = [*notes, *(note for adapter in pool.adapters for note in adapter.notes)]
-    return (pool if device in ("auto", "cpu") else pool.to(device)), weights
+    return [element for element, _ in loaded], weights, notes
 
 
 def on_base(run: Run, element: Element) -> Element:

@@ -218,7 +218,17 @@ WRITES = (*COMMON, "--out", "--dtype", "--overwrite", "--rank", "--energy", "--m
 CHAIN = ("--threshold", "--chain", "--mode", "--target", "--order", "--side", "--rtol")
 OPTIONS = {
     "decompose": (*WRITES, *CHAIN, "--inputs", "--mu", "--ridge", "--plots", "--all", "--csv", "--html"),
-    "merge": (*WRITES, "--method", "--set", "--weights-by", "--data", "--save-recipe", "--html", "--drop-extras"),
+    "merge": (
+        *WRITES,
+        "--method",
+        "--set",
+        "--weights-by",
+        "--data",
+        "--save-recipe",
+        "--html",
+        "--drop-extras",
+        "--dora",
+    ),
     "methods": ("--json",),
     "compress": WRITES,
     "convert": ("--out", "--to", "--keep-private", "--family", "--dtype", "--json", "--quiet", "--overwrite"),

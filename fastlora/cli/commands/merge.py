@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastlora.cli.arguments import parse_all
+from fastlora.cli.doras import is_recombined, recombine_doras
 from fastlora.cli.inputs import load_pool, refuse_weights
 from fastlora.cli.options import ALL, Adapters, DropExtras, Energy, Html, Out, Rank, command
 from fastlora.cli.outputs import output_target, require_place, write_adapter
@@ -74,10 +75,19 @@ def merge(
         ),
     ] = None,
     drop_extras: DropExtras = False,
+    dora: Annotated[
+        str | None,
+        typer.Option(
+            help="What DoRAs become on --base: nearest (LoRAs, the default) or recombine (one DoRA).",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Merge adapters into one: Σ wᵢΔWᵢ; or what a recipe says, `fastlora merge RECIPE.yaml`."""
     own = {"--method": method, "--set": set_, "--weights-by": weights_by, "--save-recipe": save_recipe}
-    recipe = given_recipe(adapters, own)
+    recipe = given_recipe(adapters, {**own, "--dora": dora})
+    others = {**own, "--data": data, "--min-energy": min_energy, "--html": html, "--uniform-rank": run.uniform_rank}
+    recombined = is_recombined(run, dora, others)
     check_page(run, html)
     if recipe is not None:
         statistics = read_statistics(data or ())
@@ -93,6 +103,9 @@ def merge(
     check_recipe(run, save_recipe)
     target = output_target(run, out, [s.path for s in specs])
     run.start()
+    if recombined:
+        recombine_doras(run, specs, out, rank=rank, energy=energy, drop_extras=drop_extras)
+        return
     from fastlora.adapters.placing import place
     from fastlora.coefficients.weights import weights as find_weights
     from fastlora.merging.default import choose

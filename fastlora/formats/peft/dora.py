@@ -95,6 +95,7 @@ def write(directory: Path, record: DoraData, dtype: torch.dtype | str | None) ->
         base=replace(record.base),
         dtype=target,
         provenance=record.provenance,
+        notes=record.notes,
     )
     factors = {m: materialise([u.baked()], torch.float32)[0] for m, u in record.updates.items()}
     vectors = {m: cast_tensor(v.vector.flatten(), target, m) for m, v in record.magnitudes.items()}
