@@ -24,7 +24,7 @@ def input_control(parts: InputDecomposition, kind: str, seed: int) -> dict[str, 
     rows of another one for its own.
     """
     inputs = _permuted(parts.inputs, seed) if kind == "permuted_inputs" else _shuffled(parts, seed)
-    settings = parts.report.settings
+    settings = parts.settings
     other = decompose_by_inputs(parts.pool, inputs, settings["mu"], settings["ridge"], parts.memory)
     return {name: _as_long(parts, other, name, kind, seed) for name in parts.pool.names}
 
@@ -51,7 +51,7 @@ def _permuted(inputs: Statistics, seed: int) -> Statistics:
     def of(own: InputRows) -> InputRows:
         return InputRows({s: turned(x) for s, x in own.rows.items()}, own.sites, own.seen)
 
-    return Statistics({name: of(own) for name, own in inputs.of.items()})
+    return inputs.turned({name: of(own) for name, own in inputs.of.items()})
 
 
 def _shuffled(parts: InputDecomposition, seed: int) -> Statistics:

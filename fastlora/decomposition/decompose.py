@@ -123,7 +123,9 @@ def decompose(
         InputError: a pool of one adapter, a parameter out of range, NaN or Inf in a factor (by adapter and module).
 
     Cost: one read of all factors and ``O(k·r³)`` small operations a module; nothing of size ``n×n`` or ``n×m``. With
-    ``inputs``, of ``N`` rows of length ``m`` together, ``N²·m + k·N³`` operations in float64 for every distinct input.
+    ``inputs``, of ``N`` rows of length ``m`` together, in float64 for every distinct input: ``N²·m`` operations, whose
+    results stay with the statistics, ``N³/3`` (for ``μ ≠ 1`` an adapter), and ``2N²`` a row of ``A``. The report is
+    made when it is asked for.
     """
     if inputs is not None:
         changed = {"threshold": threshold != DEFAULT_THRESHOLD, "chain": chain != "product", "mode": mode != "pool"}

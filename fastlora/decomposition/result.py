@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,11 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.decomposition.components import Components
 from fastlora.decomposition.report import Report, build_report
-from fastlora.decomposition.writing import write_parts
+from fastlora.decomposition.writing import SavedParts, write_parts
 from fastlora.engine.schedule import split_to_fit
 from fastlora.engine.stream import Stream, streamed
 from fastlora.engine.write import WRITE_BYTES
 from fastlora.errors import InputError
-from fastlora.files.earlier import Overwrite
-from fastlora.files.output import OutputDirectory
 from fastlora.runtime.memory import bounded
 from fastlora.runtime.ranks import from_first
 
@@ -52,7 +49,7 @@ class Pair:
         return self.components.unique_of(name)
 
 
-class Decomposition:
+class Decomposition(SavedParts):
     """Shared and unique parts of a pool, ``ΔW_i = shared_i + unique_i``: what :func:`fastlora.decompose` returns.
 
     What there is depends on the mode. ``"pool"``: :attr:`shared`, :meth:`shared_of`, :meth:`unique_of` and
@@ -204,42 +201,6 @@ class Decomposition:
                     adapters[f"pairs/{a}+{b}/shared"] = pair.shared
                     adapters |= {f"pairs/{a}+{b}/unique/{n}": pair.unique_of(n) for n in (a, b)}
                 yield adapters
-
-    def save(
-        self,
-        path: str | Path,
-        *,
-        dtype: torch.dtype | str | None = None,
-        uniform_rank: bool = False,
-        overwrite: Overwrite = False,
-        format: str | None = None,
-    ) -> Path:
-        """Writes every part and ``report.json`` below ``path``: complete or not at all. A part is a PEFT directory, or
-        where its adapters are from single files, ``NAME.safetensors`` of the same format and names.
-
-        Args:
-            path: the directory to make; :meth:`adapters` has the names of the folders in it.
-            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; by default each part's own.
-            uniform_rank: all modules of a part have its largest rank (:meth:`Adapter.save`).
-            overwrite: replace an earlier output of fastlora, known by what its files say; ``"force"`` replaces
-                whatever is there.
-            format: ``"peft"``, ``"kohya"``, ``"diffusers"`` or ``"comfy"`` (:meth:`Adapter.save`).
-
-        Returns:
-            ``path``.
-
-        Raises:
-            InputError: an unknown dtype or format.
-            OutputError: a path that exists or cannot be written, a full disk, a number that overflows ``dtype``.
-
-        Cost: one read of all factors and one write of all parts. Memory does not grow with the model, and stays below
-        the ``memory`` of :func:`fastlora.decompose`.
-        """
-        with OutputDirectory(Path(path), overwrite=overwrite) as staging:
-            notes = self.write(staging, dtype, uniform_rank, format)
-        for note in notes:
-            warnings.warn(note, stacklevel=2)
-        return Path(path)
 
     def write(
         self,

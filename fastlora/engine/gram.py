@@ -66,6 +66,17 @@ class GramPass:
         self._ask(modules, out, r, [(i, i, i * r * r) for i in range(k)])
         return out
 
+    def products(self, modules: Sequence[Sequence[Factor]], others: Sequence[Sequence[Factor]], r: int) -> Tensor:
+        """Blocks of each of the ``n`` factors of a module with each of ``p`` others, all of one side.
+
+        Returns float64 ``[len(modules), n, p, r, r]``, zero-padded to ``r``.
+        """
+        n, p = len(modules[0]), len(others[0])
+        out = _zeros(len(modules), n, p, r, r, device=device_of(modules))
+        places = [(i, n + j, (i * p + j) * r * r) for i in range(n) for j in range(p)]
+        self._ask([[*own, *more] for own, more in zip(modules, others, strict=True)], out, r, places)
+        return out
+
     def run(self) -> None:
         """Reads the factors, except for blocks that the Gram cache in use has."""
         run_through_cache(self.jobs, functools.partial(run_pass, "gram_pass"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastlora._version import __version__
 from fastlora.core.names import check_name
+from fastlora.engine.row_products import row_grams
 from fastlora.errors import InputError, NonFiniteError
 from fastlora.files.earlier import MARK, Overwrite
 from fastlora.files.json_files import shown
@@ -22,6 +23,9 @@ from fastlora.files.tensor_writing import TensorFile
 from fastlora.ops.finite import is_finite
 
 KIND = "statistics"
+Places = tuple[tuple[str, str], ...]
+"""Rows of some adapters: ``(adapter, site)`` of each."""
+
 ROWS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that rows are kept in."""
 
@@ -50,9 +54,26 @@ class Statistics:
     """The inputs of every adapter's modules, by the names of the adapters: ``{name: InputRows}``.
 
     :func:`fastlora.statistics` collects them; ``fl.merge(pool, method="regmean", data=…)`` uses them.
+
+    Products of rows are kept once they were computed, ``8·N²`` bytes for all ``N`` rows of a site. So rows must not be
+    changed.
     """
 
     of: Mapping[str, InputRows]
+    _grams: dict[Places, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def grams(self, sites: Sequence[Places], *, keep: bool = True) -> list[Tensor]:
+        """``XXᵀ [N, N]`` of every site, float64: ``X`` has the rows of some adapters below one another, each named as
+        ``(adapter, site)``. ``keep``: for the next time.
+
+        Cost: ``N²·m`` operations for every one that is not there.
+        """
+        missing = [places for places in dict.fromkeys(sites) if places not in self._grams]
+        computed = row_grams([[self.of[name].rows[site] for name, site in places] for places in missing])
+        new = dict(zip(missing, computed, strict=True))
+        if keep:
+            self._grams.update(new)
+        return [new[places] if places in new else self._grams[places] for places in sites]
 
     def __repr__(self) -> str:
         told = ", ".join(f"{name}: {len(rows.sites)} modules" for name, rows in self.of.items())
@@ -64,6 +85,12 @@ class Statistics:
         if twice:
             raise InputError(f"statistics of {twice[0]!r} are given twice; leave out one of the two")
         return Statistics({**self.of, **other.of})
+
+    def turned(self, of: Mapping[str, InputRows]) -> Statistics:
+        """Statistics of the same rows in other coordinates: their products are the same, and stay."""
+        other = Statistics(of)
+        other._grams.update(self._grams)
+        return other
 
     def save(self, path: str | Path, *, overwrite: Overwrite = False) -> Path:
         """Writes one ``.safetensors`` file to ``path``, atomically, and returns it; ``overwrite`` replaces an earlier

@@ -158,17 +158,18 @@ def test_parts_are_saved_and_read_again(tmp_path: Path) -> None:
 
 
 def test_rows_that_modules_share_are_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastlora.decomposition import input_parts
+    from fastlora.merging import input_rows
 
     pairs: dict[str, Any] = {m: (gaussian(6, 2, seed=i), gaussian(2, 9, seed=9 + i)) for i, m in enumerate("qkv")}
     pool = fl.Pool([fl.Adapter.from_tensors(pairs, name=name) for name in "ab"])
-    rows = gaussian(5, 9, seed=3)
-    data = Statistics({n: InputRows({"q": rows}, dict.fromkeys("qkv", "q"), {"q": 5}) for n in "ab"})
+    rows = gaussian(4, 9, seed=3)
+    data = Statistics({n: InputRows({"q": rows}, dict.fromkeys("qkv", "q"), {"q": 4}) for n in "ab"})
     made = []
-    site = input_parts.Site.of
-    monkeypatch.setattr(input_parts.Site, "of", staticmethod(lambda rows: made.append(1) or site(rows)))
-    fl.decompose(pool, inputs=data)
-    assert len(made) == 1
+    products = input_rows.row_grams
+    monkeypatch.setattr(input_rows, "row_grams", lambda sites: made.append(len(sites)) or products(sites))
+    for mu in (1.0, 2.0):
+        assert fl.decompose(pool, inputs=data, mu=mu).report.total
+    assert sum(made) == 1
 
 
 def test_inputs_that_are_zero_leave_nothing() -> None:
