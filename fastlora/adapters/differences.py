@@ -172,7 +172,7 @@ class DifferenceMatrix:
         elif out.dtype == torch.bfloat16:
             inner.copy_(torch.sub(new.float(), old.float()))
         else:
-            inner.copy_(new).sub_(old)
+            inner.copy_(new).sub_(old.to(out.dtype))
         out[common:].zero_()
         return out
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastlora.bench import dense, files, merging, passes, solvers
+from fastlora.bench import dense, extraction, files, merging, passes, solvers
 from fastlora.bench.contest import Contest
 from fastlora.bench.workloads import NAMES, REAL
 from fastlora.errors import InputError
@@ -50,6 +50,9 @@ CASES: dict[str, Case] = {
     "memory-70b": Case("the same on the shapes of a 70B model", files.memory, ("llama3-70b-8x16",), slow=True),
     "peft": Case("svd merge of one 4096×4096 module against peft (a minute)", merging.peft, slow=True),
     "peft-ties": Case("ties of one 4096×4096 module against peft (two minutes)", merging.peft_ties, slow=True),
+    "extract": Case(
+        "one weight's change against torch.svd_lowrank and torch.linalg.svd", extraction.extract, slow=True
+    ),
     "paper": Case(
         "one 4096×4096 module against parts of the paper's dense algorithm (minutes)", dense.paper, slow=True
     ),

@@ -68,7 +68,9 @@ def low_rank(
     try:
         if exact or is_small(shorter, needed):
             return _exact(source, rank, energy)
-        return _found(RangeFinder(source, key, rounds), rank, energy)
+        threads = torch.get_num_threads()
+        with one_thread():
+            return _found(RangeFinder(source, key, rounds, threads), rank, energy)
     finally:
         source.release()
 

@@ -15,8 +15,6 @@ FINE_ELEMENTS, COARSE_ELEMENTS = 1 << 19, 1 << 21
 """Of a tile: with its product it stays in the cache. Fixed, so that sums have one order on every machine."""
 
 
-SQUARED = 16
-"""Rows whose squares are formed at once: few enough that they stay in the cache."""
 LEAST_SQUARES, MOST_SQUARES = 1e-20, 1e30
 """Between these, no square that counts is lost in float32."""
 
@@ -43,13 +41,20 @@ class TileSource(Protocol):
 ALL = slice(None)
 
 
-def row_tiles(source: TileSource, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows from the first to the last. A tile is overwritten by the next one."""
+def row_tiles(
+    source: TileSource, dtype: torch.dtype, within: slice = ALL, buffer: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows from the first to the last, of all or ``within`` some. A tile is overwritten by the next one.
+
+    ``buffer``: where they are made, with :func:`tile_length` rows or those that there are; by default its own.
+    """
     n, m = source.shape
+    start, stop, _ = within.indices(n)
     height = tile_length(m, dtype)
-    buffer = torch.empty(min(n, height), m, dtype=dtype)
-    for first in range(0, n, height):
-        rows = slice(first, min(first + height, n))
+    if buffer is None:
+        buffer = torch.empty(min(stop - start, height), m, dtype=dtype)
+    for first in range(start, stop, height):
+        rows = slice(first, min(first + height, stop))
         yield rows, source.tile(rows, ALL, buffer[: rows.stop - first])
 
 
@@ -75,11 +80,10 @@ def square_norm(source: TileSource) -> float:
 
 
 def squares(tile: Tensor) -> float:
-    """``‖·‖²`` of a tile, summed in float64; the squares of float32 numbers are rounded to float32 where they are of
-    usual size."""
+    """``‖·‖²`` of a tile, summed in float64; of float32 numbers of usual size, each row is summed in float32: rounding
+    of many rows is 1e-8 of the sum."""
     if tile.dtype == torch.float32:
-        parts = [part.square().sum(-1, dtype=torch.float64).sum() for part in torch.split(tile, SQUARED)]
-        found = float(torch.stack(parts).sum())
+        found = float(torch.linalg.vector_norm(tile, dim=-1).double().square().sum())
         if LEAST_SQUARES < found < MOST_SQUARES:
             return found
     return float(torch.linalg.vector_norm(tile, dim=-1, dtype=torch.float64).square().sum())

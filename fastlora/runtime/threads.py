@@ -1,11 +1,18 @@
-"""Threads of torch: one only, where a library's result depends on their number."""
+"""Threads of torch: one only, where a library's result depends on their number; and one for each item of some work."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
@@ -17,3 +24,21 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def in_threads(work: Callable[[Item], Result], items: Sequence[Item], count: int) -> list[Result]:
+    """``work`` of each item, in their order, on ``count`` threads. It is called with one thread of torch
+    (:func:`one_thread`), and so an op inside has one: threads that share one op after another wait longer for each
+    other."""
+    if min(count, len(items)) < 2:
+        return [work(item) for item in items]
+    return list(_threads(count).map(work, items))
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """They are kept: a new thread needs memory of its own in every library."""
+    return ThreadPoolExecutor(count, "fastlora")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # the child has none of them
