@@ -101,7 +101,7 @@ class PoolGram:
             merged = self._svd.merge(counted, rank, energy)
         return replace(merged, notes=(*merged.notes, *notes))
 
-    def decompose(self, threshold: float = 0.85, **settings: Any) -> Decomposition:
+    def decompose(self, threshold: float | str = 0.85, **settings: Any) -> Decomposition:
         """:func:`fastlora.decompose` of the pool with a ``threshold`` and other settings of that function."""
         from fastlora.decomposition.decompose import decompose
 

@@ -88,6 +88,7 @@ class Components:
             "threshold": self.settings.threshold,
             "chain": self.settings.chain,
             "side": self.settings.side,
+            **({"weighting": self.settings.weighting, "rho": self.settings.rho} if self.settings.weighting else {}),
             "rank": self.settings.rank,
             "energy": self.settings.energy,
             "pool": {n: self.pool[n].provenance for n in self.pool.names},

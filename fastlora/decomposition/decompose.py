@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,9 @@ from fastlora.runtime.cpython import paused_collector
 DEFAULT_THRESHOLD = 0.85
 """τ of the paper."""
 
+RHO = 0.01
+"""ρ of a weighting by energy."""
+
 RIDGE = 1e-4
 """ε of a decomposition by inputs, of the mean of the diagonal."""
 
@@ -39,7 +43,7 @@ MODES = ("pool", "pairs", "iterative")
 @overload
 def decompose(
     pool: Pool,
-    threshold: float = DEFAULT_THRESHOLD,
+    threshold: float | str = DEFAULT_THRESHOLD,
     *,
     chain: str = "product",
     mode: str = "pool",
@@ -47,6 +51,8 @@ def decompose(
     rank: int | None = None,
     energy: float | None = None,
     rtol: float | None = None,
+    weighting: str | None = None,
+    rho: float | None = None,
     target: str | None = None,
     order: Sequence[str] | None = None,
     inputs: None = None,
@@ -72,7 +78,7 @@ def decompose(
 @paused_collector()
 def decompose(
     pool: Pool,
-    threshold: float = DEFAULT_THRESHOLD,
+    threshold: float | str = DEFAULT_THRESHOLD,
     *,
     chain: str = "product",
     mode: str = "pool",
@@ -80,6 +86,8 @@ def decompose(
     rank: int | None = None,
     energy: float | None = None,
     rtol: float | None = None,
+    weighting: str | None = None,
+    rho: float | None = None,
     target: str | None = None,
     order: Sequence[str] | None = None,
     inputs: Statistics | str | Path | None = None,
@@ -95,7 +103,9 @@ def decompose(
 
     Args:
         pool: two adapters or more; ranks, dtypes and modules may differ.
-        threshold: ``τ`` in ``[0, 1)``; the paper uses 0.85.
+        threshold: ``τ`` in ``[0, 1)``; the paper uses 0.85. ``"soft"`` takes ``(λ − edge)/(1 − edge)`` of every
+            direction, ``unique_i = (I − Z f Zᵀ) ΔW_i``: nothing of what chance alone gives (``edge``, module by
+            module), everything of what all have. It needs ``chain="palindrome"`` or ``"mean"``.
         chain: ``"product"`` ``P_1 P_2 … P_k`` (the paper; depends on the order of the pool for ``k > 2``),
             ``"palindrome"`` (symmetric), ``"mean"`` ``(1/k) Σ P_i`` (no order).
         mode: ``"pool"``: all at once. ``"pairs"``: every pair. ``"iterative"``: take from ``target`` what it shares
@@ -104,6 +114,9 @@ def decompose(
         rank, energy: cut every ``ΔW_i`` to its ``rank`` largest directions, or the fewest with this share of ``Σσ²``,
             before projecting.
         rtol: directions with ``σ <= rtol·σ_max`` are noise. Default: rounding of the stored dtype, 1e-6 at the least.
+        weighting: ``"energy"``: directions count by ``σ²/(σ² + ρ σ_1²)`` in their adapter's projector, so that weak
+            ones have no equal vote. *Our definition.*
+        rho: ``ρ`` of the weighting, 0.01 by default: a tenth of the largest singular value counts half.
         inputs: statistics of the adapters' inputs (:func:`fastlora.statistics`), or their file: decomposes by inputs
             instead of column spaces. ``unique_t = argmin_X ‖(X − ΔW_t) C_t^½‖² + μ Σ_j ‖X C_j^½‖² + ε‖X‖²`` with
             ``C_i = X_iᵀX_i/N_i`` of the rows of adapter ``i``, which is ``s_t B_t A_t C_t (C_t + μ Σ_j C_j + εI)⁻¹``:
@@ -131,6 +144,7 @@ def decompose(
         changed = {"threshold": threshold != DEFAULT_THRESHOLD, "chain": chain != "product", "mode": mode != "pool"}
         changed |= {"side": side != "left", "rank": rank is not None, "energy": energy is not None}
         changed |= {"rtol": rtol is not None, "target": target is not None, "order": order is not None}
+        changed |= {"weighting": weighting is not None, "rho": rho is not None}
         useless = next((name for name, is_given in changed.items() if is_given), None)
         if useless is not None:
             raise InputError(f"{useless} has no effect on a decomposition by inputs; leave it out")
@@ -141,13 +155,17 @@ def decompose(
         raise InputError(f"mode={mode!r} does not exist: use one of {', '.join(MODES)}")
     if rank is not None and rank < 1:
         raise InputError(f"rank={rank}: must be at least 1")
-    check_cuts(threshold, chain, rtol or 0.0, rank or 0, 1.0 if energy is None else energy)
+    _check_weighting(threshold, chain, weighting, rho)
+    cut = 0.0 if isinstance(threshold, str) else float(threshold)
+    check_cuts(cut, chain, rtol or 0.0, rank or 0, 1.0 if energy is None else energy)
     if rank is not None and energy is not None:
         raise InputError("give a rank or an energy cut, not both")
     if len(pool) < 2:
         raise InputError("decompose: a pool of one adapter has nothing to share; give two adapters or more")
     require_finite_extras(pool.adapters)
-    settings = devec.Settings(float(threshold), chain, side, rank, energy, rtol)
+    rho = RHO if weighting is not None and rho is None else rho
+    chosen = threshold if isinstance(threshold, str) else cut
+    settings = devec.Settings(chosen, chain, side, rank, energy, rtol, weighting, rho)
     placed = place(pool.adapters, devices.parse(device) or pool.device, memory)
     pool = pool.to(placed.device)
     if mode == "iterative":
@@ -165,6 +183,23 @@ def decompose(
         pairs = decompose_pairs(pool, settings) if mode == "pairs" else None
         whole = decompose_pool(pool, settings) if mode == "pool" else None
     return Decomposition(pool, mode, whole=whole, pairs=pairs, memory=placed.memory, stream=placed.stream)
+
+
+def _check_weighting(threshold: float | str, chain: str, weighting: str | None, rho: float | None) -> None:
+    if isinstance(threshold, str):
+        if threshold != devec.SOFT:
+            raise InputError(f"threshold={threshold!r}: give a number of at least 0 and below 1, or 'soft'")
+        if chain == "product":
+            raise InputError(
+                "threshold='soft' needs a symmetric chain, whose directions are orthogonal: chain='palindrome' (of two "
+                "adapters, the directions and eigenvalues of the product) or 'mean'"
+            )
+    if weighting not in (None, "energy"):
+        raise InputError(f"weighting={weighting!r} does not exist: use 'energy', or leave it out")
+    if rho is not None and weighting is None:
+        raise InputError("rho belongs to weighting='energy'; leave it out, or weigh")
+    if rho is not None and not 0.0 < rho < math.inf:
+        raise InputError(f"rho={rho}: must be a finite number above 0")
 
 
 def _by_inputs(

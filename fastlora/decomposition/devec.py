@@ -14,28 +14,52 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
+from fastlora.analysis.chance import chance_edge
 from fastlora.core.updates import Noise, Update, joint_noise
+from fastlora.decomposition.weighted_chain import weighted_chain
 from fastlora.engine.blocks import ChainBlocks
 from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.stream import current as streaming
 from fastlora.reference import coefficients
+
+SOFT = "soft"
+"""The threshold that takes directions by how far they are above chance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The parameters of one decomposition; names and meaning as in :func:`fastlora.decompose`."""
 
-    threshold: float
+    threshold: float | str
     chain: str
     side: str
     rank: int | None
     energy: float | None
     rtol: float | None
+    weighting: str | None = None
+    rho: float | None = None
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether directions are taken by how far they are above chance."""
+        return self.threshold == SOFT
 
     @property
     def blocks_kind(self) -> str:
         """Which Gram blocks of the projected side the chain needs."""
         return "pairs" if self.chain == "mean" else "chain"
+
+    def taken(self, blocks: ChainBlocks, chain: ops.Chain) -> Tensor | None:
+        """Of every direction of a soft threshold, ``(λ − edge)/(1 − edge)`` where it is above 0: ``[g, w]``. The
+        ``edge`` is what chance alone gives in that module."""
+        if not self.is_soft:
+            return None
+        axis = 0 if self.side == "left" else 1
+        lengths = [updates[0].shape[axis] for updates in blocks.updates]
+        kept = [tuple(row) for row in chain.kept.tolist()]
+        edges = [chance_edge(n, dimensions, self.chain) for n, dimensions in zip(lengths, kept, strict=True)]
+        edge = torch.tensor(edges, dtype=torch.float64, device=chain.values.device)[:, None]
+        return torch.where(edge < 1.0, (chain.values.real - edge) / (1.0 - edge), 0.0).clamp(0.0, 1.0)
 
     def movers(self, k: int) -> int:
         """How many of ``k`` projected factors the shared directions are made of: the first ones."""
@@ -43,11 +67,14 @@ class Settings:
 
     def cuts(self, rtol: float) -> tuple[float, str, float, int, float]:
         """What the op ``chain`` takes behind its tensors; ``rtol``: of a group."""
-        return self.threshold, self.chain, rtol, self.rank or 0, 1.0 if self.energy is None else self.energy
+        threshold = 0.0 if isinstance(self.threshold, str) else self.threshold
+        return threshold, self.chain, rtol, self.rank or 0, 1.0 if self.energy is None else self.energy
 
     def run(self, blocks: ChainBlocks) -> ops.Chain:
         """The chain of these settings on Gram blocks."""
         threshold, kind, rtol, rank, energy = self.cuts(blocks.group.rtol)
+        if self.is_soft or self.weighting:
+            return weighted_chain(blocks, kind, threshold, self.rho or 0.0, (rank, energy))
         return ops.chain(
             blocks.projected,
             blocks.other,
@@ -98,7 +125,7 @@ class ModuleResult:
     """One module of a decomposition: coefficients of the results on the loaded factors, and what was measured.
 
     ``Z = Σ_j X_j basis_j`` for the projected factors ``X_j`` (``B_j`` on the left side, ``A_jᵀ`` on the right), and
-    ``H_i = ZᵀX_i``; see MATH (7) and (8).
+    ``H_i = ZᵀX_i``, whose rows are times ``taken``; see MATH (7) and (8).
     """
 
     module: str
@@ -112,6 +139,8 @@ class ModuleResult:
     rtol: float
     batch: ResultBatch
     row: int  # of the batch
+    taken: tuple[float, ...] | None = None  # of every shared direction, where not all of it
+    unique_norms: tuple[float, ...] | None = None  # ‖ΔW_i^unique‖, where the parts are not orthogonal
 
     @property
     def sigma(self) -> tuple[tuple[float, ...], ...]:
@@ -158,8 +187,20 @@ def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleRes
     chain = settings.run(blocks)
     raise_for_info(blocks.modules, chain.info)
     movers = settings.movers(len(blocks.group.members))
-    shares = coefficients.shares(blocks.projected, blocks.other, chain.basis, _scalings(blocks), movers)
-    return module_results(blocks, chain, movers, *shares)
+    scaling = _scalings(blocks)
+    taken = settings.taken(blocks, chain)
+    if taken is None:
+        shares = coefficients.shares(blocks.projected, blocks.other, chain.basis, scaling, movers)
+        return module_results(blocks, chain, movers, *shares)
+    chain = chain._replace(shared=(taken > 0.0).sum(1), basis=chain.basis * (taken > 0.0)[:, None, None])
+    H, norms, inside = coefficients.shares(blocks.projected, blocks.other, chain.basis, scaling, movers)
+    soft = taken[:, None, :, None] * H
+    shared, rest = (coefficients.lengths(x, blocks.other, scaling) for x in (soft, H - soft))
+    unique = (norms.square() - inside.square()).clamp(min=0.0) + rest.square()
+    results = module_results(blocks, chain, movers, soft, norms, shared)
+    for result, fractions, left in zip(results, taken.tolist(), unique.sqrt().tolist(), strict=True):
+        result.taken, result.unique_norms = tuple(fractions[: result.count]), tuple(left)
+    return results
 
 
 def _scalings(blocks: ChainBlocks) -> Tensor:

@@ -28,10 +28,12 @@ def plot_spectrum(report: Report, path: Path) -> Path:
     for y, row in enumerate(rows):
         axes.plot(row.eigenvalues, [y] * len(row.eigenvalues), "o", color="tab:blue", ms=4, alpha=0.7)
         axes.plot([row.chance_edge], [y], "|", color="tab:red", ms=12, mew=2)
-    axes.axvline(report.settings["threshold"], color="black", ls="--", lw=1)
+    threshold = report.settings["threshold"]
     axes.plot([], [], "o", color="tab:blue", label="eigenvalue")
     axes.plot([], [], "|", color="tab:red", ms=12, mew=2, label="largest by chance")
-    axes.plot([], [], "--", color="black", label=f"τ = {report.settings['threshold']:g}")
+    if not isinstance(threshold, str):
+        axes.axvline(threshold, color="black", ls="--", lw=1)
+        axes.plot([], [], "--", color="black", label=f"τ = {threshold:g}")
     axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel="eigenvalue of the projection chain")
     axes.set_yticks(range(len(rows)), [_short(r.module) for r in rows], fontsize=7)
     axes.set_title(f"{report.title}: {report.settings['chain']} chain, {report.settings['side']} side", fontsize=10)
@@ -58,6 +60,8 @@ def plot_energy(report: Report, path: Path) -> Path:
         axes.set_xticks(range(len(report.rows)), [_short(r.module) for r in report.rows], rotation=90, fontsize=7)
     else:
         axes.set_xlabel("module, in the order of the file")
-    axes.set_title(f"{report.title}: τ = {report.settings['threshold']:g}", fontsize=10)
+    threshold = report.settings["threshold"]
+    told = f"{threshold} threshold" if isinstance(threshold, str) else f"τ = {threshold:g}"
+    axes.set_title(f"{report.title}: {told}", fontsize=10)
     axes.legend(fontsize=8)
     return save_picture(figure, path)

@@ -23,7 +23,8 @@ WEAK = 0.3  # cos² of directions that are still worth a look
 @dataclass(frozen=True, slots=True)
 class ModuleRow:
     """One module. ``eigenvalues``: a threshold just below the j-th would share j directions. Energies are shares of
-    ``‖ΔW_i‖_F²``; ``norm_kept`` is ``‖unique_i‖ / ‖ΔW_i‖``; ``gap`` the distance of τ to the nearest eigenvalue."""
+    ``‖ΔW_i‖_F²``; ``norm_kept`` is ``‖unique_i‖ / ‖ΔW_i‖``; ``gap`` the distance of τ to the nearest eigenvalue;
+    ``taken`` how much of every shared direction the shared part has: 1, but for a soft threshold."""
 
     module: str
     shape: tuple[int, int]
@@ -38,6 +39,7 @@ class ModuleRow:
     energy_shared: dict[str, float]
     energy_in_cut: dict[str, float]
     norm_kept: dict[str, float]
+    taken: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,9 @@ def module_row(components: Components, result: ModuleResult) -> ModuleRow:
     real = sorted(result.values.real.tolist(), reverse=True)
     listed = tuple(real[: max(EIGENVALUES_LISTED, result.count)])
     dimensions = result.kept
+    edge = chance_edge(n, dimensions, settings.chain)
+    threshold = edge if isinstance(settings.threshold, str) else settings.threshold
+    gap = 1.0 if settings.is_soft else min((abs(v - threshold) for v in real), default=1.0)
     unique = {name: _unique_norm(result, i) for i, name in enumerate(result.names)}
     return ModuleRow(
         module=result.module,
@@ -96,9 +101,9 @@ def module_row(components: Components, result: ModuleResult) -> ModuleRow:
         directions=result.kept,
         shared=result.count,
         eigenvalues=listed,
-        chance_edge=chance_edge(n, dimensions, settings.chain),
-        expected_by_chance=expected_by_chance(n, dimensions, settings.chain, settings.threshold),
-        gap=min((abs(v - settings.threshold) for v in real), default=1.0),
+        chance_edge=edge,
+        expected_by_chance=expected_by_chance(n, dimensions, settings.chain, threshold),
+        gap=gap,
         energy_shared={
             m: _share(s, t) for m, s, t in zip(result.names, result.shared_norms, result.norms, strict=True)
         },
@@ -106,6 +111,7 @@ def module_row(components: Components, result: ModuleResult) -> ModuleRow:
             m: energy_kept(sigma, kept) for m, sigma, kept in zip(result.names, result.sigma, result.kept, strict=True)
         },
         norm_kept=unique,
+        taken=result.taken if result.taken is not None else (1.0,) * result.count,
     )
 
 
@@ -123,7 +129,9 @@ def energy_kept(sigma: Sequence[float], kept: int) -> float:
 
 
 def _unique_norm(result: ModuleResult, i: int) -> float:
-    """``‖unique‖/‖ΔW‖``: the two parts are orthogonal."""
+    """``‖unique‖/‖ΔW‖``: the two parts are orthogonal, but for a soft threshold."""
+    if result.unique_norms is not None:
+        return result.unique_norms[i] / result.norms[i] if result.norms[i] > 0 else 1.0
     return math.sqrt(max(0.0, 1.0 - _share(result.shared_norms[i], result.norms[i])))
 
 
@@ -134,10 +142,10 @@ def _warnings(components: Components, rows: list[ModuleRow]) -> list[str]:
         _full_rank(components, rows),
         _mean_threshold(components, rows),
         _common_initialisation(components, rows),
-        _chance(rows),
+        "" if components.settings.is_soft else _chance(rows),
         _empty(components, rows),
         _undecidable(components, rows),
-        _lost(rows),
+        _lost(rows, components.settings.is_soft),
     ]
 
 
@@ -153,7 +161,7 @@ def _full_rank(components: Components, rows: list[ModuleRow]) -> str:
 
 
 def _mean_threshold(components: Components, rows: list[ModuleRow]) -> str:
-    if components.settings.chain != "mean":
+    if components.settings.chain != "mean" or isinstance(components.settings.threshold, str):
         return ""
     k = max(len(r.adapters) for r in rows)
     if components.settings.threshold > (k - 1) / k:
@@ -202,6 +210,11 @@ def _empty(components: Components, rows: list[ModuleRow]) -> str:
     if not top or top[0] <= 0:
         return f"Nothing is shared at any threshold ({zero} of {len(rows)} modules hold a zero update)."
     edge = max(r.chance_edge for r in rows)
+    if isinstance(components.settings.threshold, str):
+        return (
+            f"Nothing is shared above chance: the largest eigenvalues are {', '.join(f'{v:.3f}' for v in top[:4])} "
+            f"(by chance alone up to {edge:.3f}). That is normal for LoRAs that were trained independently."
+        )
     text = (
         f"Nothing is shared at τ = {components.settings.threshold:g}: the largest eigenvalues are "
         f"{', '.join(f'{v:.3f}' for v in top[:4])} (by chance alone up to {edge:.3f}). "
@@ -227,7 +240,8 @@ def _weaker_threshold(components: Components, rows: list[ModuleRow], edge: float
         value = (k + math.sqrt(k**2 - 4 * (k - 1) * (1 - square))) / (2 * k)
         shares = f"cos² in one adapter is {square:.2g} and 1 in the others"
         meaning = f" = {_up(value, 2)}, which a direction has whose {shares}"
-    if not edge < value < components.settings.threshold:
+    threshold = components.settings.threshold
+    if isinstance(threshold, str) or not edge < value < threshold:
         return ""
     return f"To look for weaker common directions, opt in to τ{meaning}."
 
@@ -242,20 +256,30 @@ def _undecidable(components: Components, rows: list[ModuleRow]) -> str:
     )
 
 
-def _lost(rows: list[ModuleRow]) -> str:
+def _lost(rows: list[ModuleRow], is_soft: bool) -> str:
     counts = Counter(name for r in rows for name, kept in r.norm_kept.items() if kept < LOST_TOO_MUCH)
     if not counts:
         return ""
     most, modules = counts.most_common(1)[0]
     return (
         f"The unique part of {most!r} keeps less than {LOST_TOO_MUCH:g} of the norm in {modules} of {len(rows)} "
-        "modules: it has probably lost more than the interference. Raise the threshold."
+        f"modules: it has probably lost more than the interference.{'' if is_soft else ' Raise the threshold.'}"
     )
 
 
 def _notices(components: Components, rows: list[ModuleRow]) -> list[str]:
     pool = components.pool
     notices = [note for adapter in pool.adapters for note in adapter.notes]
+    if components.settings.is_soft:
+        notices.append(
+            "Soft threshold: (λ − edge)/(1 − edge) of every direction is shared, with the largest eigenvalue that "
+            "chance gives as edge; `taken` in report.json has the shares."
+        )
+    if components.settings.weighting:
+        notices.append(
+            f"Directions count by σ²/(σ² + ρσ₁²), ρ = {components.settings.rho:g}. Chance levels are those without "
+            "weights, which are larger."
+        )
     alone = [m for m in pool.modules if m not in components.results]
     if alone:
         notices.append(

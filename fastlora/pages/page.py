@@ -175,6 +175,6 @@ def _settings(reports: Sequence[Report]) -> list[tuple[str, str]]:
     """What the decompositions were made with."""
     if not reports:
         return []
-    names = ("chain", "side", "threshold", "rank", "energy", "rtol", "mode")
+    names = ("chain", "side", "threshold", "weighting", "rho", "rank", "energy", "rtol", "mode")
     given = ((name, reports[0].settings.get(name)) for name in names)
     return [(name, f"{value:g}" if isinstance(value, float) else str(value)) for name, value in given if value]

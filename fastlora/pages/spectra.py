@@ -84,7 +84,7 @@ def reports_data(reports: Sequence[Report], adapters: Mapping[str, int], modules
             for report in reports
         ],
         "first": max(range(len(reports)), key=lambda i: excess(reports[i]), default=None),
-        "threshold": reports[0].settings["threshold"] if reports else None,
+        "threshold": _threshold(reports[0]) if reports else None,
         "starts": np.cumsum([0, *(len(report.rows) for report in reports)]).tolist(),
         "module": packed([modules[row.module] for row in rows], "i4"),
         "shared": packed([row.shared for row in rows], "u2"),
@@ -93,6 +93,12 @@ def reports_data(reports: Sequence[Report], adapters: Mapping[str, int], modules
         "values": packed_shares(values),
         "energy": packed_shares(energy),
     }
+
+
+def _threshold(report: Report) -> float | None:
+    """Where a line is drawn; a soft threshold has none."""
+    threshold = report.settings["threshold"]
+    return None if isinstance(threshold, str) else threshold
 
 
 def summary(report: Report, norms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

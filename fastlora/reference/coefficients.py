@@ -34,5 +34,9 @@ def shares(
         H += basis[:, j, None].mT @ torch.stack(row, 1)
     diagonal = projected.diagonal(dim1=1, dim2=2).movedim(-1, 1)
     norms = (diagonal * other).sum((-1, -2)).clamp(min=0).sqrt() * scaling.abs()
-    shared = ((H.mT @ H) * other).sum((-1, -2)).clamp(min=0).sqrt() * scaling.abs()
-    return H, norms, shared
+    return H, norms, lengths(H, other, scaling)
+
+
+def lengths(H: Tensor, other: Tensor, scaling: Tensor) -> Tensor:
+    """``‖s_i H_i A_i‖ [g, k]``: of a part with an orthonormal other side."""
+    return ((H.mT @ H) * other).sum((-1, -2)).clamp(min=0).sqrt() * scaling.abs()

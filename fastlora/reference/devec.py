@@ -25,6 +25,8 @@ class Dense:
     """complex128 ``[n]``: all eigenvalues of ``operator``, descending by real part."""
     basis: Tensor
     """``Z [n, q]``: orthonormal basis of the invariant subspace of ``Re λ > τ``, MATH (6)."""
+    taken: Tensor
+    """``f [q]``: how much of every direction is shared; 1, but for a soft threshold."""
     shared: list[Tensor]
     """``P_shared ΔW_i [n, m]``, MATH (7)."""
     unique: list[Tensor]
@@ -34,8 +36,8 @@ class Dense:
 
     @property
     def projector(self) -> Tensor:
-        """``P_shared = Z Zᵀ``."""
-        return self.basis @ self.basis.mT
+        """``P_shared = Z f Zᵀ``."""
+        return self.basis * self.taken @ self.basis.mT
 
 
 def devec(
@@ -48,6 +50,8 @@ def devec(
     energy: float | None = None,
     rtol: float = 1e-6,
     floors: Sequence[float] | None = None,
+    rho: float = 0.0,
+    edge: float | None = None,
 ) -> Dense:
     """Shared and unique parts of dense updates ``ΔW_i [n, m]``.
 
@@ -55,29 +59,39 @@ def devec(
         deltas: updates of one shape, scaling included.
         threshold: ``τ``, above 0: the spectral projector of a nonsymmetric chain is computed at the shift ``τ``.
         chain, side, rank, energy, rtol: as in :func:`fastlora.decompose`.
+        rho: weighs directions, ``P_i = U_i F_i U_iᵀ`` with ``F_i = σ²/(σ² + ρ σ_1²)``.
+        edge: soft threshold: ``f = (λ − edge)/(1 − edge)`` of every eigenvector is shared, where that is above 0; takes
+            the place of ``threshold``, and needs a symmetric chain.
         floors: singular values of ``ΔW_i`` at or below ``floors[i]`` are noise too; 0 for all by default.
 
     Cost: ``O(n³)``, with a singular value decomposition of every update.
     """
     w = [d.double() if side == "left" else d.double().mT for d in deltas]
-    frames, sigma = [], []
+    frames, sigma, projectors = [], [], []
     for i, delta in enumerate(w):
         u, s, _ = torch.linalg.svd(delta, full_matrices=False)
         frames.append(u[:, : directions(s, rank, energy, rtol, floors[i] if floors else 0.0)])
         sigma.append(s)
-    projectors = [u @ u.mT for u in frames]
+        squares = s[: frames[-1].shape[1]].square()
+        projectors.append(frames[-1] * (squares / (squares + rho * s[0].square())) @ frames[-1].mT)
     m = operator(projectors, chain)
     values = torch.linalg.eigvalsh(m).to(torch.complex128) if chain != "product" else torch.linalg.eigvals(m)
     values = values[torch.argsort(values.real, descending=True, stable=True)]
-    z = invariant_subspace(m, threshold, chain != "product")
-    shared = [z @ (z.mT @ d) for d in w]
+    if edge is None:
+        z = invariant_subspace(m, threshold, chain != "product")
+        taken = torch.ones(z.shape[1], dtype=torch.float64)
+    else:
+        levels, vectors = torch.linalg.eigh(m)
+        fractions = ((levels - edge) / (1.0 - edge)).clamp(0.0, 1.0)
+        z, taken = vectors[:, fractions > 0].flip(1), fractions[fractions > 0].flip(0)
+    shared = [z @ (taken[:, None] * (z.mT @ d)) for d in w]
     norms = torch.stack([s.norm() for s in shared])
     weights = norms / norms.sum() if float(norms.sum()) > 0 else torch.zeros_like(norms)
     merged = sum((x * s for x, s in zip(weights, shared, strict=True)), torch.zeros_like(w[0]))
     unique = [d - s for d, s in zip(w, shared, strict=True)]
     if side == "right":
         shared, unique, merged = [s.mT for s in shared], [u.mT for u in unique], merged.mT
-    return Dense(projectors, [u.shape[1] for u in frames], sigma, m, values, z, shared, unique, merged)
+    return Dense(projectors, [u.shape[1] for u in frames], sigma, m, values, z, taken, shared, unique, merged)
 
 
 def directions(sigma: Tensor, rank: int | None, energy: float | None, rtol: float, floor: float) -> int:

@@ -71,7 +71,7 @@ def _show_report(report: Data, every: bool) -> None:
     settings = report["settings"]
     names = settings["adapters"]
     print_paragraph(
-        f": {settings['chain']} chain, {settings['side']} side, τ = {settings['threshold']:g}", start=report["title"]
+        f": {settings['chain']} chain, {settings['side']} side, {_threshold(settings)}", start=report["title"]
     )
     energy = (
         [f"named:{name} %" for name in names] if len(names) <= MANY else ["number:mean %", "number:most %", "name:of"]
@@ -102,6 +102,12 @@ def _show_report(report: Data, every: bool) -> None:
     )
     for warning in report["warnings"]:
         print_paragraph(f" {warning}", start="warning:", style=YELLOW)
+
+
+def _threshold(settings: Data) -> str:
+    value, weighted = settings["threshold"], settings.get("weighting")
+    text = f"{value} threshold" if isinstance(value, str) else f"τ = {value:g}"
+    return f"{text}, weighted by {weighted} (ρ = {settings['rho']:g})" if weighted else text
 
 
 def _ranks(ranks: list[int]) -> str:

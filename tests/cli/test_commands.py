@@ -215,7 +215,7 @@ def test_peft_loads_what_is_written(pool_output: Path, minilm: Any, tmp_path: Pa
 
 COMMON = ("--device", "--backend", "--json", "--quiet")
 WRITES = (*COMMON, "--out", "--dtype", "--overwrite", "--rank", "--energy", "--memory")
-CHAIN = ("--threshold", "--chain", "--mode", "--target", "--order", "--side", "--rtol")
+CHAIN = ("--threshold", "--chain", "--mode", "--target", "--order", "--side", "--rtol", "--weighting", "--rho")
 OPTIONS = {
     "decompose": (*WRITES, *CHAIN, "--inputs", "--mu", "--ridge", "--plots", "--all", "--csv", "--html"),
     "merge": (

@@ -52,3 +52,13 @@ def test_what_has_no_meaning_is_refused(here: Path) -> None:
     )
     assert "holds no statistics" in refused(*by_inputs[:4], "a/adapter_model.safetensors", "-o", "out", cwd=here)
     assert not (here / "out").exists()
+
+
+def test_a_soft_threshold_with_weights(here: Path) -> None:
+    soft = ("decompose", "a", "b", "--threshold", "soft", "-o")
+    given = (*soft, "soft", "--chain", "mean", "--weighting", "energy", "--html", "p.html", "--plots")
+    told = done(*given, cwd=here).out
+    assert "mean chain, left side, soft threshold, weighted by energy (ρ = 0.01)" in " ".join(told.split())
+    assert (here / "p.html").exists() and (here / "soft" / "spectrum.png").exists()
+    assert "needs a symmetric chain" in refused(*soft, "out", cwd=here)
+    assert "threshold='hard'" in refused("decompose", "a", "b", "--threshold", "hard", "-o", "out", cwd=here)

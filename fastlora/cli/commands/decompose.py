@@ -25,7 +25,9 @@ def decompose(
     run: Run,
     adapters: Adapters,
     out: OutDirectory,
-    threshold: Annotated[float, typer.Option(help="τ: eigenvalues above it count as shared.")] = 0.85,
+    threshold: Annotated[
+        str, typer.Option(help="τ: eigenvalues above it count as shared; soft: by how far they are above chance.")
+    ] = "0.85",
     chain: Annotated[str, typer.Option(help="product (the paper), palindrome or mean.")] = "product",
     mode: Annotated[
         str, typer.Option(help="pool: all at once; pairs: every pair; iterative: clean --target.")
@@ -41,6 +43,10 @@ def decompose(
         float | None,
         typer.Option(help="Noise floor relative to σ_max; default: the stored dtype's.", show_default=False),
     ] = None,
+    weighting: Annotated[
+        str | None, typer.Option(help="energy: directions count by σ²/(σ² + ρσ₁²).", show_default=False)
+    ] = None,
+    rho: Annotated[float | None, typer.Option(help="ρ of --weighting; default: 0.01.", show_default=False)] = None,
     inputs: Annotated[
         Path | None,
         typer.Option(help="Statistics of inputs (fl.statistics): parts by inputs, not by column spaces."),
@@ -82,14 +88,15 @@ def decompose(
     if run.dtype is not None:
         parse_dtype(run.dtype, pool.adapters[0].dtype)
     chosen: dict[str, Any] = {
-        "threshold": threshold,
+        "threshold": _threshold(threshold),
         "chain": chain,
         "mode": mode,
         "side": side,
         "rank": rank,
         "energy": energy,
     }
-    chosen |= {"rtol": rtol, "target": target, "inputs": inputs, "mu": mu, "ridge": ridge}
+    chosen |= {"weighting": weighting, "rho": rho, "rtol": rtol, "target": target}
+    chosen |= {"inputs": inputs, "mu": mu, "ridge": ridge}
     parts: Decomposition | InputDecomposition = decompose_pool(
         pool,
         **chosen,
@@ -113,6 +120,14 @@ def decompose(
         show_decomposition(data, every)
     told = parts.reports[0].notices if len(parts.reports) == 1 else []
     run.tell_notes([*pool.told, *told, *lost, *directory.notices])
+
+
+def _threshold(text: str) -> float | str:
+    """A number, or a word that :func:`fastlora.decompose` knows or refuses."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _write_plots(parts: Decomposition, staging: Path) -> None:

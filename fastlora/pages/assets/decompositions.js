@@ -32,7 +32,7 @@ function spectrumDots(rows) {
   const x = (v) => left + Math.max(0, Math.min(1, v)) * (width - left - right);
   const bottom = top + rows.length * high, marks = [];
   for (const v of [0, 0.25, 0.5, 0.75, 1]) marks.push(line(x(v), top, x(v), bottom, 'axis'), text(x(v), bottom + 15, String(v), 'middle'));
-  marks.push(line(x(chains.threshold), top, x(chains.threshold), bottom, 'tau'));
+  if (chains.threshold !== null) marks.push(line(x(chains.threshold), top, x(chains.threshold), bottom, 'tau'));
   rows.forEach((row, n) => {
     const y = top + (n + 0.5) * high, name = data.modules[row.module];
     marks.push(text(left - 8, y + 4, clipped(name, 38), 'end', {}), line(x(row.edge), y - 6, x(row.edge), y + 6, 'edge'));
@@ -90,7 +90,8 @@ function openReport(n, go) {
   };
   const title = h('h3', { tabindex: -1 }, report.title);
   const key = h('ul', { class: 'legend' },
-    ...[['dot', 'an eigenvalue'], ['edge', 'chance edge of the module'], ['tau', `τ = ${number(chains.threshold)}`]].map(([name, told]) =>
+    ...[['dot', 'an eigenvalue'], ['edge', 'chance edge of the module'],
+      ...(chains.threshold === null ? [] : [['tau', `τ = ${number(chains.threshold)}`]])].map(([name, told]) =>
       h('li', {}, s('svg', { viewBox: '0 0 22 8', 'aria-hidden': 'true' },
         name === 'dot' ? s('circle', { class: name, cx: 11, cy: 4, r: 4 }) : line(11, 0, 11, 8, name)), told)));
   place.replaceChildren(...[
