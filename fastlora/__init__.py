@@ -12,6 +12,7 @@ from fastlora._version import __version__
 
 _EXPORTS = {
     "Adapter": "fastlora.adapters.lora",
+    "Comparison": "fastlora.coefficients.comparison",
     "Decomposition": "fastlora.decomposition.result",
     "DecompositionPlan": "fastlora.decomposition.plan",
     "DoRA": "fastlora.adapters.dora",
@@ -32,6 +33,7 @@ _EXPORTS = {
     "analogy": "fastlora.merging.arithmetic",
     "apply": "fastlora.checkpoints.apply",
     "check": "fastlora.dialects.check",
+    "choose": "fastlora.coefficients.choose",
     "compose": "fastlora.expressions.compose",
     "compress": "fastlora.merging.compress",
     "control": "fastlora.coefficients.control",
@@ -74,6 +76,8 @@ if TYPE_CHECKING:
     from fastlora.adapters.to_lora import to_lora as to_lora
     from fastlora.analysis.overlap import overlap as overlap
     from fastlora.checkpoints.apply import apply as apply
+    from fastlora.coefficients.choose import choose as choose
+    from fastlora.coefficients.comparison import Comparison as Comparison
     from fastlora.coefficients.control import control as control
     from fastlora.coefficients.learned import LearnedMerge as LearnedMerge
     from fastlora.coefficients.pool_gram import PoolGram as PoolGram

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastlora.cli.arguments import AdapterSpec
 from fastlora.cli.inputs import load_pool
@@ -12,6 +13,10 @@ from fastlora.cli.outputs import output_target, require_place, write_adapter
 from fastlora.cli.pages import write_result_page
 from fastlora.cli.run import Run
 from fastlora.errors import InputError
+
+if TYPE_CHECKING:
+    from fastlora.adapters.lora import Adapter
+    from fastlora.adapters.pool import Pool
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -71,13 +76,23 @@ def check_recipe(run: Run, file: Path | None) -> None:
 
 
 def save_recipe(
-    run: Run, file: Path, paths: Sequence[Path], weights: Sequence[float], method: str, settings: Mapping[str, object]
+    run: Run,
+    file: Path,
+    specs: Sequence[AdapterSpec],
+    pool: Pool,
+    weights: Mapping[str, float],
+    method: str,
+    merged: Adapter,
 ) -> None:
     """Writes the recipe that does the same merge again."""
     from fastlora.files.disk_errors import writing
     from fastlora.files.output import replacing
     from fastlora.merging.recipe import recipe_text
 
-    text = recipe_text([str(p) for p in paths], weights, method, settings, run.dtype)
+    if len(specs) != len(pool):
+        raise InputError("--save-recipe: a recipe names every adapter; give them one by one, not as a folder")
+    used = merged.provenance["parameters"]  # all of them, so that other defaults would change nothing
+    assert isinstance(used, dict)
+    text = recipe_text([str(s.path) for s in specs], [weights[s.name] for s in specs], method, used, run.dtype)
     with replacing(file, overwrite=run.replace) as staging, writing(file):
         staging.write_text(text, encoding="utf-8")

@@ -37,3 +37,20 @@ def plot_sweep(
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     return save_picture(figure, path)
+
+
+def plot_bars(
+    names: Sequence[str], means: Sequence[float], errors: Sequence[float], best: int, line: float, path: Path
+) -> Path:
+    """Means with their errors, one a line, the ``best`` in another colour; ``line``: what they are compared with."""
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 1 + 0.25 * len(names)))
+    places = list(range(len(names)))
+    colours = ["tab:orange" if i == best else "tab:blue" for i in places]
+    axes.errorbar(means, places, xerr=errors, fmt="none", ecolor="grey")
+    axes.scatter(means, places, c=colours, zorder=3)
+    axes.axvline(line, color="grey", linestyle=":")
+    axes.set_yticks(places, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("report score (dotted: the plain sum)")
+    return save_picture(figure, path)

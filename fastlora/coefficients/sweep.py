@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 Point = dict[str, Any]
 Build = Callable[[Point], VectorSpace]
-Score = Callable[[Any], float | Mapping[str, float]] | Mapping[str, Callable[[Any], float]]
+Value = float | Sequence[float]
+Score = Callable[[Any], Value | Mapping[str, Value]] | Mapping[str, Callable[[Any], Value]]
 Adapters = Pool | PoolGram | Mapping[str, Adapter]
 
 FORMAT = "fastlora sweep 2"
@@ -42,11 +43,13 @@ FORMAT = "fastlora sweep 2"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One point of a sweep: its coefficients, its scores and the seconds that they took."""
+    """One point of a sweep: its coefficients, its scores and the seconds that they took. Scores that were given example
+    by example count with their mean, and are in ``examples``."""
 
     point: Point
     scores: dict[str, float]
     seconds: float
+    examples: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -130,8 +133,9 @@ class Sweep:
         rows = [
             {
                 "point": row.point,
-                "scores": {n: v if math.isfinite(v) else None for n, v in row.scores.items()},
+                "scores": {n: _told(v) for n, v in row.scores.items()},
                 "seconds": round(row.seconds, 6),
+                **({"examples": {n: [*map(_told, v)] for n, v in row.examples.items()}} if row.examples else {}),
             }
             for row in self.rows
         ]
@@ -155,13 +159,25 @@ class Sweep:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise ValueError(f"its format is {data['format']!r}")
-            rows = [
-                Row(r["point"], {n: math.nan if v is None else float(v) for n, v in r["scores"].items()}, r["seconds"])
-                for r in data["rows"]
-            ]
+            rows = [_row(r) for r in data["rows"]]
             return cls(str(data["of"]), rows, None if data["key"] is None else str(data["key"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is no saved sweep ({error}); choose another file, or delete it") from None
+
+
+def _row(data: Mapping[str, Any]) -> Row:
+    """A row as it was saved."""
+    scores = {n: _read(v) for n, v in data["scores"].items()}
+    examples = {n: [*map(_read, values)] for n, values in data.get("examples", {}).items()}
+    return Row(data["point"], scores, data["seconds"], examples)
+
+
+def _told(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _read(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _cell(value: Any) -> str:
@@ -190,7 +206,8 @@ def sweep(
         expression: an expression of :func:`fastlora.compose` in which the names of the grid stand for their values, or
             a function ``build(point) -> Adapter``.
         grid: ``{name: values}`` for all combinations, the last name fastest, or a list of points.
-        score: ``score(adapter)`` returns a number, or several by name; or ``{name: function}``.
+        score: ``score(adapter)`` returns a number, or several by name; or ``{name: function}``. A sequence of numbers,
+            one an example, counts with its mean.
         adapters: what the expression names, as a pool or ``{name: adapter}``; a PoolGram is used as it is.
         save: JSON file that every row is added to. A file that exists is taken up again with ``key`` or ``resume``: the
             points that it has are not computed a second time. Otherwise it is refused.
@@ -216,7 +233,6 @@ def sweep(
     result where the score reads it, and the score itself.
     """
     points = grid_points(grid)
-    scorers = _scorers(score)
     gram, names = _prepared(adapters)
     if isinstance(expression, str):
         label = expression
@@ -226,17 +242,25 @@ def sweep(
     if key is not None and (not isinstance(key, str) or not key):
         raise InputError(f"sweep: key={key!r} must be a text that names the function, the adapters and the score")
     result = Sweep(label, key=key)
+    with gram or contextlib.nullcontext():
+        return run_points(result, points, build, score, save, resume)
+
+
+def run_points(
+    result: Sweep, points: list[Point], build: Build, score: Score, save: str | Path | None, resume: Sweep | bool | None
+) -> Sweep:
+    """Fills a sweep, which ``build`` may look at: the rows of the points before are in it."""
+    scorers = _scorers(score)
     done = _earlier(result, list(points[0]), save, resume)
     try:
-        with gram or contextlib.nullcontext():
-            for point in track(points, "sweeping"):
-                row = done.get(_key(point))
-                if row is None:
-                    row = _run(build, dict(point), scorers)
-                    _require_same_scores(row, done)
-                result.rows.append(row)
-                if save is not None:
-                    result.save(save)
+        for point in track(points, "sweeping"):
+            row = done.get(_key(point))
+            if row is None:
+                row = _run(build, dict(point), scorers)
+                _require_same_scores(row, done)
+            result.rows.append(row)
+            if save is not None:
+                result.save(save)
     except BaseException as error:
         error.sweep = result  # type: ignore[attr-defined]
         error.add_note(f"{len(result.rows)} of {len(points)} points of the sweep are done: see the error's `.sweep`")
@@ -267,17 +291,29 @@ def grid_points(grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]])
     return points
 
 
-def _scorers(score: Score) -> Callable[[VectorSpace], dict[str, float]]:
-    def run(adapter: VectorSpace) -> dict[str, float]:
+Scored = tuple[dict[str, float], dict[str, list[float]]]
+"""Scores by name, and those that were given example by example."""
+
+
+def _scorers(score: Score) -> Callable[[VectorSpace], Scored]:
+    def run(adapter: VectorSpace) -> Scored:
         if isinstance(score, Mapping):
             result: Any = {name: function(adapter) for name, function in score.items()}
         else:
             result = score(adapter)
         named = dict(result) if isinstance(result, Mapping) else {"score": result}
+        scores: dict[str, float] = {}
+        examples: dict[str, list[float]] = {}
         try:
-            return {str(name): float(value) for name, value in named.items()}
-        except (TypeError, ValueError):
+            for name, value in named.items():
+                if hasattr(value, "__len__") and not isinstance(value, str) and getattr(value, "shape", None) != ():
+                    examples[str(name)] = own = [float(v) for v in value]
+                    scores[str(name)] = math.fsum(own) / len(own)
+                else:
+                    scores[str(name)] = float(value)
+        except (TypeError, ValueError, ZeroDivisionError):
             raise InputError(f"sweep: a score must be a number or numbers by name, not {result!r}") from None
+        return scores, examples
 
     return run
 
@@ -307,12 +343,13 @@ def expression_builder(expression: str, variables: Sequence[str], names: Mapping
     return lambda point: compose(expression, names, numbers=point)
 
 
-def _run(build: Build, point: Point, scorers: Callable[[VectorSpace], dict[str, float]]) -> Row:
+def _run(build: Build, point: Point, scorers: Callable[[VectorSpace], Scored]) -> Row:
     start = time.perf_counter()
     adapter = build(point)
     if not hasattr(adapter, "save"):
         raise InputError(f"sweep: what was built for {point} is a {type(adapter).__name__}, not an adapter")
-    return Row(point, scorers(adapter), time.perf_counter() - start)
+    scores, examples = scorers(adapter)
+    return Row(point, scores, time.perf_counter() - start, examples)
 
 
 def _key(point: Point) -> str:

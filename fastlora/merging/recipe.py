@@ -25,10 +25,11 @@ from fastlora.adapters.pool import Pool
 from fastlora.core.card import is_hub_id
 from fastlora.errors import InputError
 from fastlora.files.json_files import shown
-from fastlora.merging.by_module import merge_by_module, times
+from fastlora.merging.by_module import merge_by_module
 from fastlora.merging.merge import merge
 from fastlora.merging.recipe_methods import Chosen, choose
 from fastlora.merging.recipe_settings import Setting, depths, first_at, number
+from fastlora.merging.scaled import scaled
 
 SUFFIXES = (".yaml", ".yml")
 LARGEST = 1 << 20
@@ -139,7 +140,7 @@ class Recipe:
             weights = {name: n for name, n in zip(pool.names, numbers, strict=True) if n is not None}
             if chosen.method == "sum" and factor != 1.0 and "strength" not in options:
                 return merge(pool, weights, method="sum", **{**options, "strength": factor})
-            return _scaled(merge(pool, weights, method=chosen.method, **options), factor)
+            return scaled(merge(pool, weights, method=chosen.method, **options), factor)
         if is_sum:
             table = self._table(pool, chosen.factor, chosen.divides)
             return merge_by_module(pool, table, "sum", **options)
@@ -147,7 +148,7 @@ class Recipe:
             raise InputError(
                 f"recipe: lambda must be one number for {self.method!r}; only weights may differ by module"
             )
-        return _scaled(merge_by_module(pool, self._table(pool, 1.0, False), chosen.method, **options), factor)
+        return scaled(merge_by_module(pool, self._table(pool, 1.0, False), chosen.method, **options), factor)
 
     def _weights(self, entry: int) -> list[Setting]:
         """What is said of the weight of an adapter, in the order in which it counts."""
@@ -274,18 +275,3 @@ def _settings(value: object, where: str) -> Mapping[str, Setting]:
     if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
         raise InputError(f"{where}: parameters must be `name: value`, not {shown(value)}")
     return value
-
-
-def _scaled(merged: Adapter, factor: float) -> Adapter:
-    """``factor`` times a result, and times what stands beside its updates."""
-    if factor == 1.0:
-        return merged
-    for path, extra in merged.extras.items():
-        if extra.kind != "delta":
-            raise InputError(
-                f"recipe: lambda={factor:g} cannot be given to {path}, which replaces a value of the base model; leave "
-                "it out with --drop-extras (`adapter.without_extras()`)"
-            )
-    extras = {path: replace(extra, tensor=factor * extra.tensor) for path, extra in merged.extras.items()}
-    updates = {m: times(u, factor) for m, u in merged.updates.items()}
-    return replace(merged, updates=updates, extras=extras)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fastlora.views.tables import Data, Table
@@ -70,6 +70,16 @@ def show_choice(data: Data, kept: Data) -> None:
     table.print()
     if not few:
         print_paragraph("cosines: fastlora overlap")
+
+
+def show_chosen(columns: Sequence[str], rows: Sequence[Sequence[str]], conclusion: Sequence[str]) -> None:
+    """Prints the candidates of a choice by score, the winner with a star, and what was concluded."""
+    table = Table(f"name:{columns[0]}", *(f"number:{column}" for column in columns[1:]), title="merges that were tried")
+    for row in rows:
+        table.add(*row)
+    table.print()
+    for line in conclusion:
+        print_paragraph(line)
 
 
 def _share(value: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlora.cli.arguments import parse_all
+from fastlora.cli.arguments import AdapterSpec, parse_all
 from fastlora.cli.doras import is_recombined, recombine_doras
 from fastlora.cli.inputs import load_pool, refuse_weights
 from fastlora.cli.options import ALL, Adapters, DropExtras, Energy, Html, Out, Rank, command
@@ -19,10 +19,14 @@ from fastlora.cli.pages import check_page, write_result_page
 from fastlora.cli.recipes import check_recipe, given_recipe, merge_recipe
 from fastlora.cli.recipes import save_recipe as write_recipe
 from fastlora.cli.run import Run
+from fastlora.cli.scoring import Scoring
 from fastlora.errors import InputError
 from fastlora.merging.listing import method_files
 
 if TYPE_CHECKING:
+    from fastlora.adapters.pool import Pool
+    from fastlora.coefficients.comparison import Comparison
+    from fastlora.files.output import OutputDirectory
     from fastlora.merging.input_rows import Statistics
     from fastlora.views.tables import Data
 
@@ -39,7 +43,7 @@ def merge(
         str | None,
         typer.Option(
             help=f"{', '.join(method_files())}: `fastlora methods` says what each does and takes. By default the exact "
-            "sum with the weights, or without any at the mean norm of the adapters.",
+            "sum with the weights, or without any at the mean norm of the adapters. With --score several, A,B,C.",
             show_default=False,
         ),
     ] = None,
@@ -60,6 +64,25 @@ def merge(
             metavar="FILE",
             show_default=False,
         ),
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="Try sums of several lengths, then rules, and write the best: `CMD CANDIDATE` prints how good one is, "
+            "a number or one an example and a line; {} in CMD stands for the candidate.",
+            metavar="CMD",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[int | None, typer.Option(help="How often --score may run CMD.", show_default=False)] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep what --score found in this JSON file, and go on with it.", metavar="FILE", show_default=False
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw what --score found.", metavar="FILE", show_default=False)
     ] = None,
     save_recipe: Annotated[
         Path | None,
@@ -85,10 +108,12 @@ def merge(
 ) -> None:
     """Merge adapters into one: Σ wᵢΔWᵢ; or what a recipe says, `fastlora merge RECIPE.yaml`."""
     own = {"--method": method, "--set": set_, "--weights-by": weights_by, "--save-recipe": save_recipe}
-    recipe = given_recipe(adapters, {**own, "--dora": dora})
+    recipe = given_recipe(adapters, {**own, "--dora": dora, "--score": score})
     others = {**own, "--data": data, "--min-energy": min_energy, "--html": html, "--uniform-rank": run.uniform_rank}
-    recombined = is_recombined(run, dora, others)
+    recombined = is_recombined(run, dora, {**others, "--score": score})
     check_page(run, html)
+    scoring = Scoring(score, budget, scores, plot)
+    scoring.check(run, method, set_)
     if recipe is not None:
         statistics = read_statistics(data or ())
         options = {"rank": rank, "energy": energy, "min_energy": min_energy, "data": statistics}
@@ -125,6 +150,14 @@ def merge(
             weights = find_weights(pool, weights_by)
         notes += [f"weight of {name}: {weight:.6g}" for name, weight in weights.items()]
     statistics = read_statistics(data or ())
+    if score is not None:
+        if min_energy is not None:
+            raise InputError("--min-energy: has no place beside --score, whose rules have their defaults; leave it out")
+        cut = {"rank": rank, "energy": energy, "data": statistics}
+        with placed.in_use():
+            found = scoring.choose(run, pool, specs, weights, out, method, **cut)
+        write_chosen(run, found, pool, specs, target, out, notes, html, save_recipe)
+        return
     parameters: dict[str, object] = {**settings, "min_energy": min_energy}
     choice = None
     if method is None and statistics is not None:
@@ -157,11 +190,34 @@ def merge(
     if html is not None:
         write_result_page(run, html, pool, merged, report["retained_energy_by_adapter"])
     if save_recipe is not None:
-        if len(specs) != len(pool):
-            raise InputError("--save-recipe: a recipe names every adapter; give them one by one, not as a folder")
-        used = merged.provenance["parameters"]  # all of them, so that other defaults would change nothing
-        assert isinstance(used, dict)
-        write_recipe(run, save_recipe, [s.path for s in specs], [weights[s.name] for s in specs], method, used)
+        write_recipe(run, save_recipe, specs, pool, weights, method, merged)
+
+
+def write_chosen(
+    run: Run,
+    found: Comparison,
+    pool: Pool,
+    specs: Sequence[AdapterSpec],
+    target: OutputDirectory | None,
+    out: Path,
+    notes: Sequence[str],
+    html: Path | None,
+    recipe: Path | None,
+) -> None:
+    """Writes the winner of ``--score``, and says how it was found."""
+    from fastlora.merging.kept import with_kept
+    from fastlora.views.merging import kept_data, show_chosen, show_kept
+
+    merged, shares = with_kept(pool, found.adapter)
+    kept = kept_data(shares)
+    write_adapter(run, merged, target, out, [*notes, *merged.notes], {**kept, "chosen": found.as_dict()})
+    if not run.as_json and not run.quiet:
+        show_chosen(*found.rows(), found.conclusion)
+        show_kept(kept)
+    if html is not None:
+        write_result_page(run, html, pool, merged, kept["retained_energy_by_adapter"])
+    if recipe is not None:
+        write_recipe(run, recipe, specs, pool, found.settings["weights"], found.settings["method"], merged)
 
 
 def read_statistics(files: Sequence[Path]) -> Statistics | None:
