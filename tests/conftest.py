@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,3 +51,15 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def memory_folder() -> Iterator[Path]:
+    """A folder on a file system in memory."""
+    from fastlora.runtime.system import is_in_memory
+
+    place = Path("/dev/shm")
+    if not (place.is_dir() and os.access(place, os.W_OK) and is_in_memory(place)):
+        pytest.skip("there is no file system in memory here: /dev/shm")
+    with tempfile.TemporaryDirectory(prefix="fastlora-", dir=place) as folder:
+        yield Path(folder)

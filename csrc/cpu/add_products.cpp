@@ -90,7 +90,7 @@ class Adder {
             if (!finite(written)) return {kResultNotFinite, 0};
         }
         if (args_.to_file < 0) return {kAdded, 0};
-        const int error = write_all(int(args_.to_file), to_tile_, rows * to_row, args_.to_offset + row * to_row);
+        const int error = write_all(args_.to_file, to_tile_, rows * to_row, args_.to_offset + row * to_row);
         return {error ? kTargetError : kAdded, error};
     }
 

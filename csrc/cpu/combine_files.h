@@ -48,7 +48,7 @@ inline CombineProblem write_rows(const CombineJob& job, int64_t o, Matrix m, int
     m.rows = last - first;
     if (output.check && !is_finite && !finite(m)) return {kNotFinite, job.task->first_output + o, 0};
     const char* data = reinterpret_cast<const char*>(m.data);
-    const int error = write_all(int(output.file), data, m.rows * row, output.offset + first * row);
+    const int error = write_all(output.file, data, m.rows * row, output.offset + first * row);
     return {error ? kSystemError : kNoProblem, job.task->first_output + o, error};
 }
 

@@ -54,7 +54,8 @@ class Sink(Protocol):
         """A factor of such a module as it lies at its place: with columns of zeros where the tensor is wider."""
 
     def open(self) -> AbstractContextManager[int]:
-        """The descriptor of the file, open for writing factors at their places."""
+        """The descriptor of the file, open for writing factors at their places; or where it is mapped whole, an address
+        above :data:`fastlora.runtime.system.LARGEST_DESCRIPTOR`."""
 
     def put(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Writes some modules: ``{module: (B [out, r], A [r, in])}`` with the scaling inside."""

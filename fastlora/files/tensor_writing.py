@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlora.errors import OutputError
+from fastlora.files import spare
 from fastlora.files.disk_errors import finished, output_error, writing
 from fastlora.files.tensor_files import DTYPE_NAMES
 from fastlora.ops.dispatch import resolve
@@ -71,6 +72,7 @@ class TensorFile:
     (``outlines``: tensors, on the meta device or not) and keeps nothing. ``start``: where the first tensor begins;
     ``entries``: what the header says of each.
 
+    Inside :func:`fastlora.files.spare.offered` it may be a file that was made before, and is written to as memory.
     Inside :func:`fastlora.runtime.ranks.one_file` all ranks write one file: the first makes it, and the others open it
     where it is.
     """
@@ -94,6 +96,9 @@ class TensorFile:
         text = header_of(self.entries, metadata)
         self.start = len(text)
         self._missing = set(outlines)
+        self._mapped = None if shared else _from_spare(path, text, self.start + offset)
+        if self._mapped is not None:
+            return
         if not shared or joint_outputs.is_made_here():
             is_part = shared and joint_outputs.is_apart()  # a part of this file is all that will be in it
             make_file(path, text, self.start + offset, with_room=not is_part)
@@ -131,7 +136,10 @@ class TensorFile:
 
     @contextmanager
     def open(self) -> Iterator[int]:
-        """The file's descriptor; it is open only meanwhile."""
+        """The file's descriptor, which is open only meanwhile, or the address where the file is mapped."""
+        if self._mapped is not None:
+            yield self._mapped
+            return
         with writing(self.path), self.path.open("r+b", buffering=0) as file:
             yield file.fileno()
 
@@ -165,6 +173,15 @@ class TensorFile:
             raise ValueError(f"{self.path}: {min(self._missing)} was announced and not written")
 
 
+def _from_spare(path: Path, start: bytes, size: int) -> int | None:
+    """Where a file is mapped that was made before and begins with ``start`` now; ``None`` without such a file."""
+    ready = spare.current()
+    address = None if ready is None else ready.take(path, size)
+    if address is not None:
+        write_all_at(address, memoryview(start), 0)
+    return address
+
+
 class InOneFile:
     """What writers have in common whose tensors are all in one file: factors of ``dtype``, written at their places."""
 
@@ -172,7 +189,8 @@ class InOneFile:
     _file: TensorFile
 
     def open(self) -> AbstractContextManager[int]:
-        """The descriptor of the file, open for writing factors at their places."""
+        """The descriptor of the file, open for writing factors at their places; or where it is mapped whole, an address
+        above :data:`fastlora.runtime.system.LARGEST_DESCRIPTOR`."""
         return self._file.open()
 
     def written(self, names: Iterable[str]) -> None:

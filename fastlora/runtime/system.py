@@ -27,6 +27,7 @@ HUGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", 14) if sys.platform == "
 NO_ROOM_CALL = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # the file system cannot, the disk is not full
 NO_COPY_CALL = (*NO_ROOM_CALL, errno.EXDEV, errno.EBADF, errno.ETXTBSY)  # between such files, or at all
 COPY_BYTES = 4 * 2**20
+LARGEST_DESCRIPTOR = 2**31 - 1
 
 _seeking = threading.Lock()
 
@@ -88,7 +89,11 @@ def open_to_read(path: Path) -> int:
 
 
 def write_at(file: int, data: memoryview, offset: int) -> int:
-    """Writes bytes to a place in a file, and returns how many; raises :class:`OSError`."""
+    """Writes bytes to a place in a file, and returns how many; raises :class:`OSError`. ``file``: a descriptor, or
+    above :data:`LARGEST_DESCRIPTOR` the address where a file is mapped whole."""
+    if file > LARGEST_DESCRIPTOR:
+        ctypes.memmove(file + offset, bytes(data), len(data))
+        return len(data)
     if hasattr(os, "pwrite"):
         return os.pwrite(file, data, offset)
     with _seeking:
@@ -152,6 +157,17 @@ def make_room(file: int, size: int) -> None:
         if isinstance(error, OSError) and error.errno not in NO_ROOM_CALL:
             raise
         os.truncate(file, size)
+
+
+def is_in_memory(folder: Path) -> bool:
+    """Whether the files of a folder are kept in memory and nowhere else; ``False`` where the system does not tell."""
+    mounts = Path("/proc/self/mountinfo")
+    if not mounts.exists():
+        return False
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    lines = (line.split() for line in mounts.read_text().splitlines())
+    return any(fields[2] == number and fields[fields.index("-") + 1] == "tmpfs" for fields in lines)
 
 
 def lock(file: int) -> bool:

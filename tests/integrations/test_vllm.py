@@ -229,6 +229,36 @@ def test_a_damaged_adapter_is_refused_and_its_repair_is_served(stub: Setup) -> N
     assert not list((stub.folder / ".composed" / ".unfinished").iterdir())
 
 
+def test_with_a_cache_in_memory_the_next_file_is_there_before(
+    stub: Setup, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(composer, "REST", 0.0)
+    take, taken = composer.Spare.take, list[int | None]()
+
+    def noted(*args: Any) -> int | None:
+        taken.append(take(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(composer.Spare, "take", noted)
+    settings = Settings(stub.folder, memory_folder / "cache", max_rank=MAX_RANK)
+
+    async def ask(*names: str) -> list[Path | None]:
+        answers, ours = [], composer.Composer(settings)
+        for name in names:
+            answers.append(await ours.answer(BASE, name))
+            await asyncio.sleep(0.01)
+            await asyncio.get_running_loop().run_in_executor(ours._worker, lambda: None)
+        return answers
+
+    first, second = asyncio.run(ask(SUM, "0.5*legal + 0.3*med"))
+    assert first is not None and second is not None
+    assert taken[0] is None and taken[1] is not None
+    legal, med = (fl.load(stub.folder / name) for name in ("legal", "med"))
+    exact = 0.5 * legal + 0.3 * med
+    for module in exact.modules:
+        assert torch.allclose(fl.load(second).delta(module), exact.delta(module), rtol=0, atol=1e-6)
+
+
 def test_an_adapter_that_changed_is_composed_anew(stub: Setup) -> None:
     first = stub.server()
     first.ask(SUM)

@@ -4,8 +4,11 @@
 
 namespace fastlora {
 
-// All bytes at an offset: 0, or the errno of what went wrong.
-int write_all(int file, const char* data, int64_t bytes, int64_t offset);
+// Above it, what is given for a descriptor is the address where a file is mapped whole.
+constexpr int64_t kLargestDescriptor = INT32_MAX;
+
+// All bytes at an offset: 0, or the errno of what went wrong. `file`: a descriptor or a mapped file.
+int write_all(int64_t file, const char* data, int64_t bytes, int64_t offset);
 
 constexpr int kEndOfFile = -1;
 

@@ -16,7 +16,8 @@ from fastlora.engine.checks import require_finite
 from fastlora.errors import FastloraError, InputError, OutputError
 from fastlora.expressions.compose import evaluated
 from fastlora.files.output import OutputDirectory
-from fastlora.integrations.serving.cache import Cache
+from fastlora.files.spare import Spare, offered
+from fastlora.integrations.serving.cache import WEIGHTS, Cache
 from fastlora.integrations.serving.requests import Request, Stamp, is_expression, read_request, stamps
 from fastlora.integrations.serving.settings import Settings
 from fastlora.views.text import escaped, share_text
@@ -26,6 +27,9 @@ MOST_WAITING = 64
 
 MOST_LOADED = 64
 """Adapters that are kept open between requests: they are mapped files, not memory."""
+
+REST = 0.05
+"""Seconds after an answer before the next file is made ready: what the server does at once comes first."""
 
 logger = logging.getLogger("fastlora.serving")
 
@@ -39,6 +43,7 @@ class Composer:
     def __init__(self, settings: Settings, *, uniform_rank: bool = False) -> None:
         self.settings, self.uniform_rank = settings, uniform_rank
         self.cache = Cache(settings.cache, settings.cache_bytes)
+        self._spare = Spare(settings.cache)
         self._worker = ThreadPoolExecutor(1, "fastlora-compose")
         self._loaded: dict[Path, tuple[Stamp, Element]] = {}  # the ones asked for last at the end
         self._answered: set[str] = set()
@@ -81,9 +86,11 @@ class Composer:
             raise OutputError(f"{self._waiting} expressions wait to be composed; ask again later")
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, self._compose, request)
+            path = await asyncio.get_running_loop().run_in_executor(self._worker, self._compose, request)
         finally:
             self._waiting -= 1
+        asyncio.get_running_loop().call_later(REST, self._worker.submit, self._make_spare, path / WEIGHTS)
+        return path
 
     def _compose(self, request: Request) -> Path:
         earlier = self.cache.find(request.key)  # another request for it may have been before this one
@@ -93,13 +100,20 @@ class Composer:
         before = stamps(request.adapters)
         mix = self._mixed(request, before)
         staged = self.cache.staging(request.key)
-        with OutputDirectory(staged) as folder:
+        with offered(self._spare), OutputDirectory(staged) as folder:
             notes = formats.write_adapter(mix, folder, uniform_rank=self.uniform_rank or None)
         _log_notes(request.text, [*mix.notes, *notes])
         if stamps(request.adapters) != before:
             shutil.rmtree(staged, ignore_errors=True)
             raise InputError("the adapters were changed while they were read; ask again")
         return self.cache.put(request.key, staged)
+
+    def _make_spare(self, last: Path) -> None:
+        """Makes the file for the next result, which will mostly be as large as the last, unless somebody waits."""
+        try:
+            self._spare.make(last.stat().st_size, go_on=lambda: not self._waiting)
+        except OSError as problem:
+            logger.debug("no file was made beforehand: %s", problem)
 
     def _element(self, name: str, path: Path, stamp: Stamp) -> Element:
         """The adapter in a folder, whose numbers were looked at; it is kept while its files stay as they are."""
