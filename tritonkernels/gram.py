@@ -19,7 +19,7 @@ again in float64; else it only looks. Both take all sides and jobs whose parts h
 
 Units depend on the long dimension alone, and every product of slabs is summed by the same instructions in the same
 order wherever it lies, so bits do not depend on the pool. No atomics.
-Floor: each factor read once, Σ n·r_i·sizeof bytes; ``half_sums`` reads one that has products with other groups of slabs
+Floor: each factor read once, Σ n·r_i·sizeof bytes; ``half_sums`` reads one that is in several groups of slabs
 again for each of those, and does 6·n·W² operations a product on tensor cores; ``exact_sums`` does 2·n·256 a pair of
 slabs.
 """

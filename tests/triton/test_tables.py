@@ -47,9 +47,10 @@ def test_rows_and_places_beyond_32_bits() -> None:
     assert np.array_equal(np.sort(chunk.blocks[:, 0]), np.arange(9) * (len(places) // 9) * 256)
 
 
+@pytest.mark.parametrize("apart", [9, 1], ids=["all", "chain"])
 @pytest.mark.parametrize("ranks", [(16,) * 8, (40, 8, 24), (16,), (64, 64, 64), (3, 100)])
-def test_every_wanted_pair_is_formed_once(ranks: tuple[int, ...]) -> None:
-    blocks = [(i, j, (i * 8 + j) * 2**14) for i in range(len(ranks)) for j in range(i, len(ranks))]
+def test_every_wanted_pair_is_formed_once(ranks: tuple[int, ...], apart: int) -> None:
+    blocks = [(i, j, (i * 8 + j) * 2**14) for i in range(len(ranks)) for j in range(i, len(ranks)) if not i or j - i <= apart]
     factors = tuple(Matrix(FAR, 9000, r, r, BF16) for r in ranks)
     job = gram_tables.AddressedJob(factors, blocks, False, FAR, 128)
     (chunk,) = gram_tables.chunks([job])
@@ -60,13 +61,30 @@ def test_every_wanted_pair_is_formed_once(ranks: tuple[int, ...]) -> None:
             assert (kind == "one group") == (left == right) and kind != "slabs"
             for bit in range(16):
                 if wanted >> bit & 1:
-                    assert left + bit // 4 <= right + bit % 4
+                    assert left + bit // 4 <= right + bit % 4 < len(chunk.slabs)
                     at = place + bit // 4 * 16 * 64 + bit % 4 * 16
                     assert 0 <= at < chunk.size and at not in formed
                     formed[at] = last - first
     for row in chunk.blocks.tolist():
         assert sum(formed[row[0] + u * row[1]] for u in range(row[2])) == 9000
         assert sum(formed[row[10] + u * row[13]] for u in range(row[2])) == 9000
+
+
+@pytest.mark.parametrize(
+    ("count", "groups"), [(3, [[0, 1, 2]]), (8, [[0, 1, 2, 3], [0, 3, 4, 5], [0, 5, 6, 7]])], ids=["3", "8"]
+)
+def test_groups_of_a_decomposition_have_what_its_blocks_are_of(count: int, groups: list[list[int]]) -> None:
+    """Neighbours and all pairs with the first: no two groups are multiplied for a few pairs of theirs."""
+    factors = tuple(Matrix(FAR + 2**20 * i, 2000, 16, 16, BF16) for i in range(count))
+    blocks = [(i, j, 0) for i in range(count) for j in range(i, count) if i == 0 or j <= i + 1]
+    (chunk,) = gram_tables.chunks([gram_tables.AddressedJob(factors, blocks, False, FAR, 16)] * 2)
+    assert list(chunk.sums) == ["one group"]
+    found = []
+    for left, right in chunk.sums["one group"][:, :2].tolist():
+        assert left == right
+        slabs = chunk.slabs[left : left + 4].tolist()
+        found.append([(address - FAR) // 2**20 for address, _, width, _ in slabs if width])
+    assert found == groups * 2
 
 
 def test_the_arithmetic_of_a_block_is_that_of_its_two_factors() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -18,12 +19,17 @@ WIDTH = SLAB * GROUP
 PRODUCT = WIDTH * WIDTH
 UNIT = 4096  # rows that one program sums; a multiple of its tiles, and the same for every pool
 SHORTEST = 1024  # shorter long dimensions are summed in float64, as on the CPU
+ONE_GROUP, TWO_GROUPS = 720, 1062  # instructions of a warp for 64 rows, as compiled for sm_90
 BLOCK_COLUMNS = 16
 WORKSPACE = 2**26  # float64 elements of parts that a launch may have
 
 
 Sums = Literal["one group", "two groups", "slabs"]
 """What a program makes the products of: a group of slabs with itself, or two groups, on tensor cores; two slabs."""
+
+
+SlabPair = tuple[int, int]
+"""Two slabs of a job, ``s <= t``."""
 
 
 class AddressedJob(NamedTuple):
@@ -193,11 +199,13 @@ def _job_tables(widths: tuple[int, ...], blocks: tuple[BlockPlace, ...], n: int,
     for s, (f, _, _) in enumerate(slabs):
         slabs_of[f].append(s)
     pairs = {(min(s, t), max(s, t)) for i, j, _ in blocks for s in slabs_of[i] for t in slabs_of[j]}
+    entries = list(range(len(slabs)))  # of slabs in the table
     if half:
         # What says whether float32 held the squares of a factor's columns.
         pairs |= {(s, s) for s in range(len(slabs))}
-        slabs += [(used[0], 0, 0)] * (-len(slabs) % GROUP)
-        sums, part_places, size = _tiles(pairs, n)
+        sums, part_places, size, order = _tiles(pairs, n)
+        entries = [order.index(s) for s in entries]
+        slabs = [(used[0], 0, 0) if s is None else slabs[s] for s in order]
     else:
         sums, part_places, size = _pairs(pairs, n)
     units, pitch = len(_units(n)), WIDTH if half else SLAB
@@ -211,33 +219,78 @@ def _job_tables(widths: tuple[int, ...], blocks: tuple[BlockPlace, ...], n: int,
                 left, distance_l = part_places[s, s] if half else (0, 0)
                 right, distance_r = part_places[t, t] if half else (0, 0)
                 head = part, distance, units, *pitches, s == t, address, stride
-                rows.append((*head, s, t, left, right, n, distance_l, distance_r, 0))
+                rows.append((*head, entries[s], entries[t], left, right, n, distance_l, distance_r, 0))
     return JobTables(slabs, sums, table(rows, BLOCK_COLUMNS), size)
 
 
 def _tiles(
-    pairs: set[tuple[int, int]], n: int
-) -> tuple[dict[Sums, IntTable], dict[tuple[int, int], tuple[int, int]], int]:
-    """Products of groups of slabs: the tiles, and for each pair of slabs the place of its first part and the distance
-    of the others."""
-    wanted: dict[tuple[int, int], int] = {}
-    for s, t in sorted(pairs):
-        key = s // GROUP, t // GROUP
-        wanted[key] = wanted.get(key, 0) | 1 << (GROUP * (s % GROUP) + t % GROUP)
+    pairs: set[SlabPair], n: int
+) -> tuple[dict[Sums, IntTable], dict[SlabPair, tuple[int, int]], int, list[int | None]]:
+    """Products of groups of slabs: the tiles, for each pair of slabs the place of its first part and the distance of
+    the others, and the slabs of all groups one after the other, ``None`` where a group has fewer."""
     rows: dict[Sums, list[tuple[int, ...]]] = {}
-    starts: dict[tuple[int, int], int] = {}
+    part_places: dict[SlabPair, tuple[int, int]] = {}
+    order: list[int | None] = []
+    starts: dict[tuple[int, ...], int] = {}
     size = 0
-    for (g, h), mask in sorted(wanted.items()):
-        starts[g, h] = size
+    for left, right, own in _products(pairs):
+        for group in (left, right):
+            if group not in starts:
+                starts[group] = len(order)
+                order += [*group, *[None] * (GROUP - len(group))]
+        mask = 0
+        for s, t in own:
+            a, b = left.index(s), right.index(t)
+            mask |= 1 << (GROUP * a + b)
+            part_places[s, t] = size + a * SLAB * WIDTH + b * SLAB, PRODUCT
         for first, last in _units(n):
-            tile = (g * GROUP, h * GROUP, first, last, size, mask)
-            rows.setdefault("one group" if g == h else "two groups", []).append(tile)
+            tile = (starts[left], starts[right], first, last, size, mask)
+            rows.setdefault("one group" if left == right else "two groups", []).append(tile)
             size += PRODUCT
-    part_places = {
-        (s, t): (starts[s // GROUP, t // GROUP] + s % GROUP * SLAB * WIDTH + t % GROUP * SLAB, PRODUCT)
-        for s, t in pairs
-    }
-    return {k: table(v, 6) for k, v in rows.items()}, part_places, size
+    return {k: table(v, 6) for k, v in rows.items()}, part_places, size, order
+
+
+Product = tuple[tuple[int, ...], tuple[int, ...], list[SlabPair]]
+"""A group of slabs, another or the same, and the pairs that are formed of them."""
+
+
+def _products(pairs: set[SlabPair]) -> list[Product]:
+    """Products of groups that form every pair ``s <= t`` once, as those that take fewer instructions: of slabs that
+    follow one another, or of those that pairs are of, for few pairs of many slabs."""
+    last = 1 + max(t for _, t in pairs)
+    aligned: dict[SlabPair, list[SlabPair]] = {}
+    for s, t in sorted(pairs):
+        aligned.setdefault((s - s % GROUP, t - t % GROUP), []).append((s, t))
+    made: list[Product] = []
+    for (g, h), own in aligned.items():
+        left, right = (tuple(range(first, min(first + GROUP, last))) for first in (g, h))
+        made.append((left, right, own))
+    # A group with itself has ten pairs at the most.
+    return min(made, _gathered(pairs), key=_cost) if ONE_GROUP * len(pairs) < 10 * _cost(made) else made
+
+
+def _gathered(pairs: set[SlabPair]) -> list[Product]:
+    """Groups with themselves: as many slabs as have room, pair by pair. Of a chain of slabs and all pairs with the
+    first, a group has the first, the last of the group before, and two new ones."""
+    missing = dict.fromkeys(sorted(pairs, key=lambda pair: pair[::-1]))
+    found: list[Product] = []
+    while missing:
+        group: set[int] = set()
+        for pair in missing:
+            if len(group.union(pair)) > GROUP:
+                break
+            group.update(pair)
+        slabs = tuple(sorted(group))
+        own = [pair for pair in itertools.combinations_with_replacement(slabs, 2) if pair in missing]
+        for pair in own:
+            del missing[pair]
+        found.append((slabs, slabs, own))
+    return found
+
+
+def _cost(products: list[Product]) -> int:
+    """Instructions of a warp for 64 rows."""
+    return sum(ONE_GROUP if left == right else TWO_GROUPS for left, right, _ in products)
 
 
 def _pairs(
