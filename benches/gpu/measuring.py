@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CASES = "fastlora.bench.gpu.cases"
 SMOKE = "fastlora.bench.gpu.smoke"
 LIVE = "tests/on_gpu/test_live_models_on_device.py"
+NO_TESTS = 5  # how pytest ends where all of a file is skipped
 Rows = list[dict[str, Any]]
 
 
@@ -42,7 +43,7 @@ def smoke(visit: Visit, limit: float) -> str:
 def _start_live(visit: Visit) -> Running:
     """The tests of live models beside the forms: most of their time is that of imports."""
     shell = Shell(visit.temporary / "live.log", visit.shell.python)
-    return shell.start(shell.python_command("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", LIVE))
+    return shell.start(shell.python_command("-m", "pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider", LIVE))
 
 
 def _live(visit: Visit, running: Running, limit: float) -> dict[str, Any]:
@@ -52,8 +53,10 @@ def _live(visit: Visit, running: Running, limit: float) -> dict[str, Any]:
         running.result(max(limit, 5.0))
         return row
     except Failed as failure:
-        said = last_line(failure.output)  # where all is skipped, pytest ends with 5: there was no test
-        return row | ({"skipped": said} if re.match(r"\d+ skipped in ", said) else {"failed": str(failure)})
+        if running.process.returncode != NO_TESTS:
+            return row | {"failed": str(failure)}
+        reasons = re.findall(r"^SKIPPED \[\d+\] \S+: (.+)$", failure.output, re.MULTILINE)
+        return row | {"skipped": "; ".join(dict.fromkeys(reasons)) or last_line(failure.output)}
     finally:
         running.move_to(visit.shell.log)
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from benches.gpu import building, measuring, prebuilt, profiling, testing  # noqa: E402
-from benches.gpu.processes import Command, Failed, Skipped, TookTooLong  # noqa: E402
+from benches.gpu.processes import Command, Failed, Shell, Skipped, TookTooLong  # noqa: E402
 from benches.gpu.report import Report  # noqa: E402
 from benches.gpu.running import Visit  # noqa: E402
 
@@ -152,6 +152,31 @@ def test_rows_stay_though_the_process_was_stopped(tmp_path: Path) -> None:
     visit = visit_with(tmp_path, lambda command: fails("took more than 9 s", late=True), "times")
     with pytest.raises(TookTooLong):
         measuring.cases("limits")(visit, 10)
+
+
+WORDY = """
+import sys, pytest
+code = pytest.main(sys.argv[3:])
+print("last words")
+raise SystemExit(code)
+"""
+
+
+@pytest.mark.parametrize(("test", "row"), [
+    ("import pytest; pytest.importorskip('nothing_of_this_name')", {"skipped": "nothing_of_this_name"}),
+    ("def test_a(): pass", {}), ("def test_a(): assert 0", {"failed": "ended with 1: last words"}),
+])  # fmt: skip
+def test_live_models_that_are_skipped_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test: str, row: Any
+) -> None:
+    (tmp_path / "wordy.py").write_text(WORDY)
+    (tmp_path / "test_live.py").write_text(test)
+    monkeypatch.setattr(measuring, "LIVE", str(tmp_path / "test_live.py"))
+    shell = Shell(tmp_path / "gpu.log", (sys.executable, str(tmp_path / "wordy.py")))
+    visit: Any = Visit(Report("first", tmp_path), shell, tmp_path, tmp_path)
+    found = measuring._live(visit, measuring._start_live(visit), 60)
+    assert found.keys() - {"form", "stage"} == row.keys()
+    assert all(wanted in found[key] for key, wanted in row.items())
 
 
 def test_a_form_that_failed_is_what_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,8 @@ def test_rows_and_places_beyond_32_bits() -> None:
 @pytest.mark.parametrize("apart", [9, 1], ids=["all", "chain"])
 @pytest.mark.parametrize("ranks", [(16,) * 8, (40, 8, 24), (16,), (64, 64, 64), (3, 100)])
 def test_every_wanted_pair_is_formed_once(ranks: tuple[int, ...], apart: int) -> None:
-    blocks = [(i, j, (i * 8 + j) * 2**14) for i in range(len(ranks)) for j in range(i, len(ranks)) if not i or j - i <= apart]
+    pairs = [(i, j) for i in range(len(ranks)) for j in range(i, len(ranks)) if not i or j - i <= apart]
+    blocks = [(i, j, (i * 8 + j) * 2**14) for i, j in pairs]
     factors = tuple(Matrix(FAR, 9000, r, r, BF16) for r in ranks)
     job = gram_tables.AddressedJob(factors, blocks, False, FAR, 128)
     (chunk,) = gram_tables.chunks([job])

@@ -62,8 +62,12 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 def _replacement(name: str, op: Any) -> Callable[..., Any]:
     waits = name in WAITING or any("Tensor" not in str(r.type) for r in op._schema.returns)
+    places = [str(a.type) == "Tensor" for a in op._schema.arguments]
 
     def run(*arguments: Any, **options: Any) -> Any:
+        # torch gives a tensor that stands for a number as the number, which not every op takes back.
+        numbers = [of and isinstance(x, bool | int | float) for x, of in zip(arguments, places, strict=False)]
+        arguments = tuple(torch.tensor(x) if number else x for x, number in zip(arguments, numbers, strict=True))
         for x in tree_leaves((arguments, options)):
             if isinstance(x, Tensor) and not is_there(x) and x.dim() and name not in MIXING:
                 raise RuntimeError(f"aten::{name}: a CPU tensor {tuple(x.shape)} meets tensors on the device")

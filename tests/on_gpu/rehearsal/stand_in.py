@@ -82,6 +82,12 @@ def test_a_capture_refuses_to_wait(what: str) -> None:
             x.copy_(host)
 
 
+def test_numbers_where_an_op_has_tensors() -> None:
+    x = torch.arange(70000, 70003, device="cuda")
+    assert (x & 65535).tolist() == [4464, 4465, 4466] and (x > 70000).tolist() == [False, True, True]
+    assert (x.float() * 2).dtype == torch.float32 and (x + 1).dtype == torch.int64
+
+
 def test_memory_is_not_zero_and_devices_do_not_mix() -> None:
     assert torch.empty(2**20, device="cuda").isnan().any()
     with pytest.raises(RuntimeError, match="meets tensors on the device"):
