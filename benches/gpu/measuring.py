@@ -24,7 +24,8 @@ def smoke(visit: Visit, limit: float) -> str:
     clock = Clock(limit)
     live = _start_live(visit)
     seconds = ("--seconds", f"{0.9 * limit:.0f}", "--limit", f"{0.5 * limit:.0f}")
-    command = visit.shell.python_command("-m", SMOKE, "--out", str(visit.rows), *seconds)
+    words = ("-m", SMOKE, *(["--tiny"] if visit.tiny else []))
+    command = visit.shell.python_command(*words, "--out", str(visit.rows), *seconds)
     found, failure = _measured(visit, command, limit)
     found.append(_live(visit, live, clock.left))
     visit.report.forms += found
@@ -32,7 +33,7 @@ def smoke(visit: Visit, limit: float) -> str:
     if wrong:
         said = "; ".join(f"{row['form']}: {row['failed']}" for row in wrong)
         name = wrong[0]["form"]
-        again = live.command if name == LIVE else visit.shell.python_command("-m", SMOKE, "--forms", name)
+        again = live.command if name == LIVE else visit.shell.python_command(*words, "--forms", name)
         raise Failed(f"{len(wrong)} of {len(found)} forms: {said}", again=again)
     if failure is not None:
         raise failure

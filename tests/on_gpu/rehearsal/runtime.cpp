@@ -136,10 +136,6 @@ const char* cudaGetErrorName(cudaError_t error) {
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return last_error; }
 
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void* kernel) {
-    std::memset(found, 0, sizeof *found);
-    return kernel_names.count(kernel) ? cudaSuccess : failed(cudaErrorInvalidDeviceFunction, "no code for this device");
-}
 cudaError_t cudaProfilerStart() { return cudaSuccess; }
 cudaError_t cudaProfilerStop() { return cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
@@ -334,6 +330,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void* kernel) {
     std::lock_guard guard(kernel_lock);
     if (std::getenv("REHEARSAL_WITHOUT_CODE")) return last_error = cudaErrorNoKernelImageForDevice;
+    if (!kernel_names.count(kernel)) return failed(cudaErrorInvalidDeviceFunction, "a kernel that nobody registered");
     std::memset(found, 0, sizeof *found);
     found->sharedSizeBytes = size_t(static_shared(kernel_names[kernel]));
     return cudaSuccess;
