@@ -1,8 +1,8 @@
 """Tries every form of every kernel on a device, each in a process of its own and launch by launch.
 
 ``python3 -m fastlora.bench.gpu.smoke --out FILE`` appends one JSON object a form to ``FILE`` as it ends: its error and
-what is allowed, or ``failed`` with a sentence. ``--forms NAME…`` tries these alone; ``--tiny`` gives the solvers
-batches of three, for where threads of a kernel take turns.
+what is allowed, or ``failed`` with a sentence. ``--forms NAME…`` tries these alone, ``--tiny`` all with
+the smallest matrices that reach them.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of all together")
     parser.add_argument("--limit", type=float, default=25.0, help="seconds of one form; a kernel may be compiled")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="fewer matrices")
+    parser.add_argument("--tiny", action="store_true", help="the smallest matrices that reach a form")
     arguments = parser.parse_args()
-    known = all_forms(*([3] if arguments.tiny else []))
+    known = all_forms(arguments.tiny)
     chosen = list(known) if arguments.forms is None else arguments.forms
     if strange := [name for name in chosen if name not in known]:
         parser.error(f"there is no form {', '.join(strange)}; there are {', '.join(known)}")

@@ -6,10 +6,10 @@ from fastlora.bench.gpu.forms import models, passes, solvers
 from fastlora.bench.gpu.forms.form import Form, Found
 
 
-def all_forms(batch: int = solvers.BATCH) -> dict[str, Form]:
-    """By name. What others rest on comes first, what has the most parts last. ``batch``: small matrices of a call, at
-    least three."""
-    return {form.name: form for form in (*solvers.forms(batch), *passes.forms(), *models.forms())}
+def all_forms(tiny: bool = False) -> dict[str, Form]:
+    """By name. What others rest on comes first, what has the most parts last. ``tiny``: the smallest matrices that
+    reach each, for where threads of a kernel take turns."""
+    return {form.name: form for form in (*solvers.forms(tiny), *passes.forms(), *models.forms())}
 
 
 __all__ = ["Form", "Found", "all_forms"]
