@@ -16,7 +16,7 @@ from fastlora.reference import coefficients as coefficients_formula
 
 DTYPES = (torch.float32, torch.float64)
 BATCH, FEWEST = 5, 3  # matrices, the second of low rank and the third of NaN
-IN_PLACE = {torch.float32: 172, torch.float64: 124}  # columns of a square matrix beyond shared memory
+IN_PLACE = {torch.float32: (4096, 16), torch.float64: (4096, 8)}  # beyond shared memory, of the fewest columns
 # Rotations of n columns: each rounds, and they are as many as sweeps times n; above that what a wrong one would do.
 ROUNDINGS = 100
 # Of projectors and eigenvalues of a chain, whose Gram blocks square the condition of factors of random columns.
@@ -118,8 +118,8 @@ def forms(tiny: bool) -> list[Form]:
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
         found += [Form(f"eigh {n} {name}", partial(eigh, n, dtype, batch)) for n in (5, 33, 120, 240)]
-        n = IN_PLACE[dtype] if tiny else 240
-        shapes = ((12, 12), (30, 30), (70, 70), (123, 64), (1520, 8), (n, n), (8, 1524))
+        in_place = IN_PLACE[dtype] if tiny else (240, 240)
+        shapes = ((12, 12), (30, 30), (70, 70), (123, 64), (1520, 8), in_place, (8, 1524))
         found += [Form(f"svd {p}x{q} {name}", partial(svd, p, q, dtype, batch)) for p, q in shapes]
     for r in (16, 72):
         found += [Form(f"chain {kind} r={r}", partial(chain, kind, 3, r)) for kind in ("product", "palindrome", "mean")]
