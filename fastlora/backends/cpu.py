@@ -205,7 +205,8 @@ def _combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:
 
 
 def _finite(x: Tensor) -> bool:
-    return _core.finite(*_matrix(x))
+    # As one row: rows of a narrow matrix are shorter than what a loop needs to be fast.
+    return _core.finite(*_matrix(x.view(1, x.numel()) if x.is_contiguous() else x))
 
 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,9 +32,9 @@ def input_control(parts: InputDecomposition, kind: str, seed: int) -> dict[str, 
 def _as_long(parts: InputDecomposition, other: InputDecomposition, name: str, kind: str, seed: int) -> Adapter:
     found = other.unique_of(name)
     updates = dict(found.updates)
-    for module, own in parts.filters[name].items():
-        length = other.filters[name][module].kept
-        factor = own.kept / length if length > 0 else 0.0
+    lengths = other.lengths(name)
+    for module, wanted in parts.lengths(name).items():
+        factor = wanted / lengths[module] if lengths[module] > 0 else 0.0
         updates[module] = replace(updates[module], scaling=factor * updates[module].scaling)
     provenance = {"control": kind, "seed": seed, "of": parts.unique_of(name).provenance}
     return replace(found, name=f"{kind}_control({name})", updates=updates, provenance=provenance)

@@ -26,29 +26,30 @@ from fastlora.errors import InputError
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
     """One input of the model: rows that the adapters saw. ``rows``: ``[N_i, m]`` of each, as they are stored.
+    ``scales``: ``1/√N_i`` of each.
 
-    ``gram``: their products ``[N, N]`` where ``N ≤ m``, else ``None``. ``covariance``: ``ΣC_i [m, m]`` where ``N > m``,
-    once it was needed.
+    ``gram``: their products ``[N, N]`` where ``N ≤ m``, else ``None``. What was computed on the way: ``factors``, for
+    ``μ = 1`` and a ridge; ``covariance``, ``ΣC_i [m, m]`` where ``N > m``.
     """
 
     rows: tuple[Tensor, ...]
     gram: Tensor | None
+    scales: list[float]
+    factors: dict[float, tuple[Tensor | None, float]] = field(default_factory=dict)
     covariance: list[Tensor] = field(default_factory=list)
+
+    @staticmethod
+    def of(
+        rows: Sequence[Tensor], gram: Tensor | None, factors: dict[float, tuple[Tensor | None, float]] | None = None
+    ) -> Site:
+        """A site; ``factors`` where they are kept for other times."""
+        scales = [1.0 / math.sqrt(max(len(x), 1)) for x in rows]
+        return Site(tuple(rows), gram, scales, {} if factors is None else factors)
 
     @property
     def width(self) -> int:
         """``m``."""
         return self.rows[0].shape[1]
-
-    @property
-    def scales(self) -> list[float]:
-        """``1/√N_i``."""
-        return [1.0 / math.sqrt(max(len(x), 1)) for x in self.rows]
-
-    def places(self) -> list[slice]:
-        """Of the rows of each among those of all."""
-        ends = list(itertools.accumulate(len(x) for x in self.rows))
-        return [slice(end - len(x), end) for end, x in zip(ends, self.rows, strict=True)]
 
     def weights(self, t: int, mu: float) -> list[float]:
         """What the rows of each are multiplied with in ``Y``: ``1/√N_t`` of the own ones, ``√(μ/N_j)`` of others."""
@@ -71,6 +72,30 @@ class Site:
             self.covariance.append(scaled.mT @ scaled)
         return self.covariance[0]
 
+    @property
+    def size(self) -> int:
+        """Of the matrix that is factored."""
+        return self.width if self.gram is None else len(self.gram)
+
+    def factor(self, t: int, mu: float, ridge: float) -> tuple[Tensor | None, float]:
+        """The Cholesky factor of :meth:`operator` with ``ε`` on its diagonal, and ``ε``; ``None`` where all rows are
+        zero. For ``μ = 1`` it is kept."""
+        if mu == 1.0 and ridge in self.factors:
+            return self.factors[ridge]
+        matrix = self.operator(t, mu)
+        epsilon = ridge * float(matrix.diagonal().sum()) / self.width
+        factor = None
+        if epsilon > 0.0:
+            matrix.diagonal().add_(epsilon)
+            factor, info = torch.linalg.cholesky_ex(matrix)
+            if int(info):
+                raise InputError(
+                    f"ridge={ridge:g} is lost in the rounding of the inputs' products; give a larger one, such as 1e-8"
+                )
+        if mu == 1.0:
+            self.factors[ridge] = factor, epsilon
+        return factor, epsilon
+
     def operator(self, t: int, mu: float) -> Tensor:
         """``YYᵀ`` or ``YᵀY``, whichever is the smaller, with the weights of an adapter; a new matrix."""
         if self.gram is not None:
@@ -82,41 +107,53 @@ class Site:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Filter:
-    """``A'`` of one adapter in one module, whose own inputs are those at position ``t`` of the site.
+    """``A'`` of one adapter in one module, at position ``t`` of a site with these ``rows``, whose ``weights`` in ``Y``
+    these are.
 
-    ``own``: ``A Y_tᵀ [r, N_t]``. ``solved``: ``[A Y_tᵀ, 0](YYᵀ + εI)⁻¹ [r, N]``, or ``A' [r, m]`` where the rows are
-    more than the columns. ``square``: ``s²BᵀB``. ``norm``: ``‖ΔW‖``, to whose rounding ``A'`` is known.
+    ``own``: ``A X_tᵀ [r, N_t]``. ``solved``: ``[A Y_tᵀ, 0](YYᵀ + εI)⁻¹ [r, N]``, or ``A' [r, m]`` where the rows are
+    more than the columns.
     """
 
-    site: Site
+    rows: tuple[Tensor, ...]
+    weights: list[float]
     t: int
-    mu: float
     epsilon: float
     own: Tensor
     solved: Tensor
-    square: Tensor
-    norm: float
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether ``solved`` are coefficients of rows."""
+        return is_dual(self.rows)
 
     @property
     def right(self) -> Factor:
         """``A'``: a sum over the stored rows, or one float64 matrix where the rows are more than the columns."""
-        site = self.site
-        if site.gram is None:
+        if not self.is_dual:
             return Factor.of("A", self.solved)
-        parts = torch.split_with_sizes(self.solved, [len(x) for x in site.rows], 1)
-        weighted = zip(site.rows, parts, site.weights(self.t, self.mu), strict=True)
+        parts = torch.split_with_sizes(self.solved, [len(x) for x in self.rows], 1)
+        weighted = zip(self.rows, parts, self.weights, strict=True)
         terms = tuple(Term(x, part, 0, weight) for x, part, weight in weighted if len(x) and weight)
-        return Factor("A", site.width, len(self.solved), terms)
+        return Factor("A", self.rows[0].shape[1], len(self.solved), terms)
 
-    @property
-    def kept(self) -> float:
-        """``‖X‖`` of the unique part."""
-        if self.site.gram is None:
-            inner = self.solved @ self.solved.mT
-        else:  # Z YYᵀ Zᵀ with Z(YYᵀ + εI) = [A Y_tᵀ, 0]
-            inner = self.own @ self.solved[:, self.site.places()[self.t]].mT
-            inner -= self.epsilon * (self.solved @ self.solved.mT)
-        return math.sqrt(max(float((self.square * inner).sum()), 0.0))
+    def kept(self, square: Tensor) -> float:
+        """``‖X‖`` of the unique part, from ``s²BᵀB``."""
+        inner = self.solved @ self.solved.mT
+        if self.is_dual:  # Z YYᵀ Zᵀ with Z(YYᵀ + εI) = [A Y_tᵀ, 0]
+            mine = self.solved[:, places_of(self.rows)[self.t]]
+            inner = self.weights[self.t] * (self.own @ mine.mT) - self.epsilon * inner
+        return math.sqrt(max(float((square * inner).sum()), 0.0))
+
+
+def is_dual(rows: Sequence[Tensor]) -> bool:
+    """Whether the products of rows are the smaller matrix, not those of columns."""
+    return sum(len(x) for x in rows) <= rows[0].shape[1]
+
+
+def places_of(rows: Sequence[Tensor]) -> list[slice]:
+    """Of the rows of each among those of all."""
+    ends = list(itertools.accumulate(len(x) for x in rows))
+    return [slice(end - len(x), end) for end, x in zip(ends, rows, strict=True)]
 
 
 def complement(update: Update, filtered: Factor) -> Factor:
@@ -124,11 +161,9 @@ def complement(update: Update, filtered: Factor) -> Factor:
     return add([update.A, filtered.scaled(-1.0)])
 
 
-def solved(
-    site: Site, products: Sequence[tuple[int, Tensor]], mu: float, ridge: float
-) -> list[tuple[Tensor, Tensor, float]]:
-    """``own``, ``solved`` and ``ε`` of filters (:class:`Filter`) at one site, from ``A X_tᵀ [r, N_t]`` and the position
-    ``t`` of each.
+def solved(site: Site, products: Sequence[tuple[int, Tensor]], mu: float, ridge: float) -> list[tuple[Tensor, float]]:
+    """``solved`` and ``ε`` of filters (:class:`Filter`) at one site, from ``A X_tᵀ [r, N_t]`` and the position ``t`` of
+    each.
 
     One matrix is factored for every adapter; for ``μ = 1`` it is the same one for all.
 
@@ -137,34 +172,19 @@ def solved(
     groups: dict[int, list[int]] = {}
     for i, (t, _) in enumerate(products):
         groups.setdefault(0 if mu == 1.0 else t, []).append(i)
-    found: dict[int, tuple[Tensor, Tensor, float]] = {}
+    places, scales = places_of(site.rows), site.scales
+    found: dict[int, tuple[Tensor, float]] = {}
     for members in groups.values():
-        matrix = site.operator(products[members[0]][0], mu)
-        epsilon = ridge * float(matrix.diagonal().sum()) / site.width
-        own = [products[i][1] * site.scales[products[i][0]] for i in members]
-        right = torch.zeros(sum(len(x) for x in own), len(matrix), dtype=torch.float64)
-        rows = torch.split_with_sizes(right, [len(x) for x in own])
-        if epsilon > 0.0:
-            matrix.diagonal().add_(epsilon)
-            places = site.places()
-            for i, mine, row in zip(members, own, rows, strict=True):
-                t = products[i][0]
+        factor, epsilon = site.factor(products[members[0]][0], mu, ridge)
+        sizes = [len(products[i][1]) for i in members]
+        right = torch.zeros(sum(sizes), site.size, dtype=torch.float64)
+        if factor is not None:
+            for i, row in zip(members, torch.split_with_sizes(right, sizes), strict=True):
+                t, product = products[i]
                 if site.gram is None:
-                    torch.matmul(mine, site.rows[t].double() * site.scales[t], out=row)
+                    torch.matmul(product, site.rows[t].double() * scales[t] ** 2, out=row)
                 else:
-                    row[:, places[t]] = mine
-            rows = torch.split_with_sizes(_divided(right, matrix, ridge), [len(x) for x in own])
-        found |= {i: (mine, row, epsilon) for i, mine, row in zip(members, own, rows, strict=True)}
+                    torch.mul(product, scales[t], out=row[:, places[t]])
+            right = torch.cholesky_solve(right.mT, factor).mT  # rows are contiguous
+        found |= {i: (row, epsilon) for i, row in zip(members, torch.split_with_sizes(right, sizes), strict=True)}
     return [found[i] for i in range(len(products))]
-
-
-def _divided(right: Tensor, matrix: Tensor, ridge: float) -> Tensor:
-    """``R M⁻¹`` for a symmetric positive definite ``M``."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info):
-        raise InputError(
-            f"ridge={ridge:g} is lost in the rounding of the inputs' products; give a larger one, such as 1e-8"
-        )
-    half = torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False)
-    whole: Tensor = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
-    return whole.contiguous()

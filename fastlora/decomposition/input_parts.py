@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.factors import Factor
 from fastlora.core.updates import Noise, Update, joint_noise, sources
-from fastlora.decomposition.input_filter import Filter, Site, complement, solved
+from fastlora.decomposition.input_filter import Filter, Site, complement, is_dual, solved
 from fastlora.decomposition.input_report import InputReport, input_report, measured
 from fastlora.decomposition.writing import SavedParts, write_parts
 from fastlora.engine.checks import not_finite
@@ -26,6 +27,7 @@ from fastlora.engine.row_products import products_with_rows
 from fastlora.engine.schedule import split_to_fit
 from fastlora.errors import InputError
 from fastlora.merging.input_rows import Places, Statistics
+from fastlora.ops.finite import is_finite
 from fastlora.runtime.memory import bounded, is_bounded, release
 from fastlora.runtime.progress import track
 
@@ -70,14 +72,24 @@ class InputDecomposition(SavedParts):
         factors and the rows again, and costs more than the parts."""
         told: dict[str, dict[str, Any]] = {}
         with bounded(self.memory):
-            for group, site in _sites(self.pool, self.inputs, "measuring by inputs"):
+            for group, site in itertools.chain.from_iterable(_sites(self.pool, self.inputs, "measuring by inputs")):
                 each = [(m, a.name, a.updates[m]) for m in group.modules for a in _having(self.pool, m)]
-                filters = [(update, self.filters[name][m]) for m, name, update in each]
+                filters = [(update, self.filters[name][m], *self._sizes[name, m]) for m, name, update in each]
                 found = measured(site, filters, self.settings["mu"], self.settings["ridge"])
                 for (module, name, _), row in zip(each, found, strict=True):
                     told.setdefault(module, {})[name] = row
         in_order = {m: told[m] for m in self.pool.modules if m in told}
         return input_report(self.settings, in_order, [*self.pool.notices, *self._notices()])
+
+    @functools.cached_property
+    def _sizes(self) -> dict[tuple[str, str], tuple[Tensor, float]]:
+        """``s²BᵀB`` and ``‖ΔW‖`` of every adapter and module."""
+        with bounded(self.memory):
+            return {key: size for adapter in self.pool.adapters for key, size in _sizes(adapter).items()}
+
+    def lengths(self, name: str) -> dict[str, float]:
+        """``‖unique‖`` of an adapter in every module that was filtered."""
+        return {m: found.kept(self._sizes[name, m][0]) for m, found in self.filters[name].items()}
 
     def _notices(self) -> list[str]:
         odd = [m for m in self.pool.modules if not _has_inputs(self.pool, m)]
@@ -96,7 +108,8 @@ class InputDecomposition(SavedParts):
         adapter = self.pool[name]
         found = self.filters[adapter.name]
         updates = {
-            m: _with_right(u, found[m].right, found[m].norm) if m in found else u for m, u in adapter.updates.items()
+            m: self._with_right(adapter.name, m, found[m].right) if m in found else u
+            for m, u in adapter.updates.items()
         }
         return self._part("unique_of", adapter, updates)
 
@@ -105,7 +118,7 @@ class InputDecomposition(SavedParts):
         adapter = self.pool[name]
         found = self.filters[adapter.name]
         updates = {
-            m: _with_right(u, complement(u, found[m].right), found[m].norm) if m in found else _empty(u)
+            m: self._with_right(adapter.name, m, complement(u, found[m].right)) if m in found else _empty(u)
             for m, u in adapter.updates.items()
         }
         return replace(self._part("shared_of", adapter, updates), extras={})
@@ -139,6 +152,12 @@ class InputDecomposition(SavedParts):
 
     def _both(self, name: str) -> dict[str, Adapter]:
         return {"unique": self.unique_of(name), "shared": self.shared_of(name)}
+
+    def _with_right(self, name: str, module: str, right: Factor) -> Update:
+        """``A'`` is known to the rounding of the whole."""
+        update = self.pool[name].updates[module]
+        noise = joint_noise([update.noise, Noise(0.0, self._sizes[name, module][1])])
+        return replace(update, A=right, noise=noise)
 
     def _part(self, part: str, adapter: Adapter, updates: Mapping[str, Update]) -> Adapter:
         provenance = {
@@ -180,16 +199,20 @@ def decompose_by_inputs(
     for module in pool.modules:
         if _has_inputs(pool, module):
             _require_rows(module, _having(pool, module), inputs)
-    squares, norms = _sizes(pool)
+    _require_finite(pool, inputs)
     filters: dict[str, dict[str, Filter]] = {n: {} for n in pool.names}
-    for group, site in _sites(pool, inputs, "filtering by inputs"):
-        each = [(m, a) for m in group.modules for a in _having(pool, m)]
-        at = [group.names.index(a.name) for _, a in each]
-        products = _own_products(site, [a.updates[m].A for m, a in each], at)
-        found = solved(site, list(zip(at, products, strict=True)), mu, ridge)
-        for (module, adapter), t, (own, solution, epsilon) in zip(each, at, found, strict=True):
-            key = adapter.name, module
-            filters[adapter.name][module] = Filter(site, t, mu, epsilon, own, solution, squares[key], norms[key])
+    for some in _sites(pool, inputs, "filtering by inputs"):
+        each = [[(m, a) for m in group.modules for a in _having(pool, m)] for group, _ in some]
+        at = [[group.names.index(a.name) for _, a in of_site] for (group, _), of_site in zip(some, each, strict=True)]
+        factors = [[a.updates[m].A for m, a in of_site] for of_site in each]
+        for (_, site), of_site, ts, own in zip(some, each, at, _own_products(some, factors, at), strict=True):
+            for (module, adapter), product in zip(of_site, own, strict=True):
+                if not math.isfinite(float(product.sum())):
+                    raise not_finite(adapter.name, module, "A")
+            found = solved(site, list(zip(ts, own, strict=True)), mu, ridge)
+            weights = [site.weights(t, mu) for t in range(len(site.rows))]
+            for (module, adapter), t, product, (solution, epsilon) in zip(of_site, ts, own, found, strict=True):
+                filters[adapter.name][module] = Filter(site.rows, weights[t], t, epsilon, product, solution)
     rows = {n: max((len(x) for x in inputs.of[n].rows.values()), default=0) for n in pool.names}
     settings = {"adapters": pool.names, "mode": "inputs", "mu": mu, "ridge": ridge, "rows": rows}
     return InputDecomposition(pool, filters, inputs, settings, memory)
@@ -203,50 +226,58 @@ def _has_inputs(pool: Pool, module: str) -> bool:
     return _having(pool, module)[0].updates[module].layout.kind in ("linear", "conv")
 
 
-def _sizes(pool: Pool) -> tuple[dict[tuple[str, str], Tensor], dict[tuple[str, str], float]]:
-    """``s²BᵀB`` and ``‖ΔW‖`` of every adapter and module. Raises for a factor that holds NaN or Inf."""
-    grams = GramPass()
-    asked: list[tuple[str, list[str], Tensor, Tensor, Tensor]] = []
+def _require_finite(pool: Pool, inputs: Statistics) -> None:
+    """Raises for a ``B`` that holds NaN or Inf, and for such an ``A`` that meets no rows: of others, products tell."""
     for adapter in pool.adapters:
-        by_rank: dict[int, list[str]] = {}
         for module, update in adapter.updates.items():
-            by_rank.setdefault(update.rank, []).append(module)
-        for rank, modules in by_rank.items():
-            updates = [adapter.updates[m] for m in modules]
-            empty = torch.zeros(len(modules), 0, 0, dtype=torch.float64)
-            left = grams.diagonal([[u.B] for u in updates], rank)[:, 0] if rank else empty
-            right = grams.diagonal([[u.A] for u in updates], rank)[:, 0] if rank else empty
-            scalings = torch.tensor([u.scaling for u in updates], dtype=torch.float64)
-            asked.append((adapter.name, modules, left, right, scalings))
+            rows = inputs.of[adapter.name].of(module) if _has_inputs(pool, module) else None
+            for factor in (update.B, update.A) if rows is None or not len(rows) else (update.B,):
+                if not all(is_finite(term.source) for term in factor.terms):
+                    raise not_finite(adapter.name, module, factor.side)
+
+
+def _sizes(adapter: Adapter) -> dict[tuple[str, str], tuple[Tensor, float]]:
+    """``s²BᵀB`` and ``‖ΔW‖`` of every module, by adapter and module."""
+    grams = GramPass()
+    by_rank: dict[int, list[str]] = {}
+    for module, update in adapter.updates.items():
+        by_rank.setdefault(update.rank, []).append(module)
+    asked: list[tuple[list[str], Tensor, Tensor]] = []
+    for rank, modules in by_rank.items():
+        updates = [adapter.updates[m] for m in modules]
+        empty = torch.zeros(len(modules), 0, 0, dtype=torch.float64)
+        left = grams.diagonal([[u.B] for u in updates], rank)[:, 0] if rank else empty
+        right = grams.diagonal([[u.A] for u in updates], rank)[:, 0] if rank else empty
+        asked.append((modules, left, right))
     grams.run()
-    squares: dict[tuple[str, str], Tensor] = {}
-    norms: dict[tuple[str, str], float] = {}
-    for name, modules, left, right, scalings in asked:
-        for side, blocks in (("B", left), ("A", right)):
-            bad = (~blocks.flatten(1).isfinite()).any(1).nonzero().flatten().tolist()
-            if bad:
-                raise not_finite(name, modules[bad[0]], side)
+    found: dict[tuple[str, str], tuple[Tensor, float]] = {}
+    for modules, left, right in asked:
+        scalings = torch.tensor([adapter.updates[m].scaling for m in modules], dtype=torch.float64)
         left *= scalings.square()[:, None, None]
-        sizes = (left * right).sum((1, 2)).clamp(min=0.0).sqrt().tolist()
-        squares |= {(name, m): block for m, block in zip(modules, left.unbind(), strict=True)}
-        norms |= {(name, m): size for m, size in zip(modules, sizes, strict=True)}
-    return squares, norms
+        norms = (left * right).sum((1, 2)).clamp(min=0.0).sqrt().tolist()
+        found |= {(adapter.name, m): size for m, size in zip(modules, zip(left, norms, strict=True), strict=True)}
+    release(sources(adapter.updates.values()))
+    return found
 
 
-def _sites(pool: Pool, inputs: Statistics, label: str) -> Iterator[tuple[_Group, Site]]:
-    """Every input of the model with the modules that have it. Products of rows stay with the statistics, unless memory
-    is bounded."""
+def _sites(pool: Pool, inputs: Statistics, label: str) -> Iterator[list[tuple[_Group, Site]]]:
+    """Every input of the model with the modules that have it, some at a time. What is computed of rows alone stays with
+    the statistics, unless memory is bounded."""
     groups = _groups(pool, inputs)
     counts = [sum(len(inputs.of[n].rows[s]) for n, s in group.places) for group in groups]
     for some in track(split_to_fit([8 * n * n for n in counts], SITE_BYTES), label):
         chosen = [groups[i] for i in some]
         rows = [tuple(inputs.of[n].rows[s] for n, s in group.places) for group in chosen]
-        is_dual = [counts[i] <= x[0].shape[1] for i, x in zip(some, rows, strict=True)]
-        few = [group.places for group, dual in zip(chosen, is_dual, strict=True) if dual]
-        grams = iter(inputs.grams(few, keep=not is_bounded()))
-        for group, own, dual in zip(chosen, rows, is_dual, strict=True):
-            yield group, Site(own, next(grams) if dual else None)
-            release([*own, *sources(a.updates[m] for m in group.modules for a in _having(pool, m))])
+        grams = iter(
+            inputs.grams([g.places for g, x in zip(chosen, rows, strict=True) if is_dual(x)], keep=not is_bounded())
+        )
+        sites = []
+        for group, own in zip(chosen, rows, strict=True):
+            gram = next(grams) if is_dual(own) else None
+            sites.append(Site.of(own, gram, None if is_bounded() or gram is None else inputs.kept(group.places)))
+        yield list(zip(chosen, sites, strict=True))
+        factors = sources(a.updates[m] for group in chosen for m in group.modules for a in _having(pool, m))
+        release([*itertools.chain.from_iterable(rows), *factors])
 
 
 def _groups(pool: Pool, inputs: Statistics) -> list[_Group]:
@@ -258,12 +289,20 @@ def _groups(pool: Pool, inputs: Statistics) -> list[_Group]:
     return [_Group(modules, places) for places, modules in groups.items()]
 
 
-def _own_products(site: Site, factors: Sequence[Factor], at: Sequence[int]) -> list[Tensor]:
-    """``A X_tᵀ`` of some factors with the rows of the adapters at their positions ``at``."""
-    members = {t: [i for i, of in enumerate(at) if of == t] for t in sorted(set(at))}
-    of_each = products_with_rows([[factors[i] for i in m] for m in members.values()], [site.rows[t] for t in members])
-    found = {i: x for m, some in zip(members.values(), of_each, strict=True) for i, x in zip(m, some, strict=True)}
-    return [found[i] for i in range(len(factors))]
+def _own_products(
+    some: Sequence[tuple[_Group, Site]], factors: Sequence[Sequence[Factor]], at: Sequence[Sequence[int]]
+) -> list[list[Tensor]]:
+    """``A X_tᵀ`` of some factors at each site with the rows of the adapters at their positions ``at``."""
+    members: dict[tuple[int, int], list[int]] = {}
+    for n, positions in enumerate(at):
+        for i, t in enumerate(positions):
+            members.setdefault((n, t), []).append(i)
+    mine = [[factors[n][i] for i in of] for (n, _), of in members.items()]
+    products = products_with_rows(mine, [some[n][1].rows[t] for n, t in members])
+    found: list[dict[int, Tensor]] = [{} for _ in some]
+    for ((n, _), of), own in zip(members.items(), products, strict=True):
+        found[n] |= zip(of, own, strict=True)
+    return [[of_site[i] for i in range(len(of_site))] for of_site in found]
 
 
 def _require_rows(module: str, adapters: Sequence[Adapter], inputs: Statistics) -> None:
@@ -281,10 +320,6 @@ def _require_rows(module: str, adapters: Sequence[Adapter], inputs: Statistics) 
             )
     if len(widths) > 1:
         raise InputError(f"inputs: module {module!r} has rows of different lengths ({', '.join(map(str, widths))})")
-
-
-def _with_right(update: Update, right: Factor, norm: float) -> Update:
-    return replace(update, A=right, noise=joint_noise([update.noise, Noise(0.0, norm)]))
 
 
 def _empty(update: Update) -> Update:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora.core.updates import Update
-from fastlora.decomposition.input_filter import Filter, Site, solved
+from fastlora.decomposition.input_filter import Filter, Site, places_of, solved
 from fastlora.engine.row_products import products_with_rows
 
 STEPS = (0.1, 1.0, 10.0)
@@ -68,35 +68,37 @@ class Measured:
     at: tuple[tuple[float, float, float], ...]
 
 
-def measured(site: Site, filters: Sequence[tuple[Update, Filter]], mu: float, ridge: float) -> list[Measured]:
-    """Of all filters at one site.
+def measured(
+    site: Site, filters: Sequence[tuple[Update, Filter, Tensor, float]], mu: float, ridge: float
+) -> list[Measured]:
+    """Of all filters at one site, each with ``s²BᵀB`` and ``‖ΔW‖``.
 
     Cost: ``A Xᵀ`` with the rows of all adapters, and for every step the solution of :func:`solved` and its product with
     what was solved by.
     """
     if not filters:
         return []
-    factors = [update.A for update, _ in filters]
+    factors = [update.A for update, *_ in filters]
     products = products_with_rows([factors] * len(site.rows), site.rows)
     whole = [torch.cat(of_rows, 1) for of_rows in zip(*products, strict=True)]  # A Xᵀ of each, [r, N]
-    places, scales = site.places(), site.over_rows(site.scales)
-    own = [(f.t, x[:, places[f.t]]) for (_, f), x in zip(filters, whole, strict=True)]
+    places, scales = places_of(site.rows), site.over_rows(site.scales)
+    own = [(f.t, x[:, places[f.t]]) for (_, f, *_), x in zip(filters, whole, strict=True)]
     at: list[list[tuple[float, float, float]]] = [[] for _ in filters]
     for step in STEPS:
-        for i, (_, found, _) in enumerate(solved(site, own, mu * step, ridge)):
-            f = filters[i][1]
+        for i, (found, _) in enumerate(solved(site, own, mu * step, ridge)):
+            _, f, square, _ = filters[i]
             outputs, norm = _outputs(site, f.t, found, mu * step)
             missed = (outputs - whole[i])[:, places[f.t]] * site.scales[f.t]
             left = _without(outputs * scales, places[f.t])
-            at[i].append((_inner(f.square, norm), _squared(f.square, missed), _squared(f.square, left)))
+            at[i].append((_inner(square, norm), _squared(square, missed), _squared(square, left)))
     return [
         Measured(
-            f.norm**2,
-            _squared(f.square, x[:, places[f.t]] * site.scales[f.t]),
-            _squared(f.square, _without(x * scales, places[f.t])),
+            norm**2,
+            _squared(square, x[:, places[f.t]] * site.scales[f.t]),
+            _squared(square, _without(x * scales, places[f.t])),
             tuple(steps),
         )
-        for (_, f), x, steps in zip(filters, whole, at, strict=True)
+        for (_, f, square, norm), x, steps in zip(filters, whole, at, strict=True)
     ]
 
 

@@ -47,8 +47,9 @@ def products_with_rows(factors: Sequence[Sequence[Factor]], rows: Sequence[Tenso
 
     Cost: ``2·r_i·m·N_g`` operations each in float64; rows are read once for all factors they meet.
     """
-    found = [
-        [torch.zeros(f.rank, len(x), dtype=torch.float64) for f in some] for some, x in zip(factors, rows, strict=True)
+    found: list[list[Tensor]] = [
+        [torch.zeros(f.rank, len(x), dtype=torch.float64) if not (f.rank and len(x)) else x for f in some]
+        for some, x in zip(factors, rows, strict=True)
     ]
     alike: dict[tuple[int, int], list[int]] = {}
     for g, (some, x) in enumerate(zip(factors, rows, strict=True)):
@@ -64,18 +65,17 @@ def products_with_rows(factors: Sequence[Sequence[Factor]], rows: Sequence[Tenso
         asked.append((members, grams.products(mine, theirs, r)))
     grams.run()
     for members, blocks in asked:
-        for g, block in zip(members, blocks.unbind(), strict=True):
-            places = iter(block)
-            for i, factor in enumerate(factors[g]):
-                if factor.rank:
-                    row = next(places)[:, : factor.rank]  # [pieces, rank, r]
-                    start = 0
-                    for piece in row:
-                        end = min(start + PIECE, len(rows[g]))
-                        found[g][i][:, start:end] = piece[:, : end - start]
-                        start = end
+        for g, of_module in zip(members, blocks.unbind(), strict=True):
+            there = [i for i, factor in enumerate(factors[g]) if factor.rank]
+            for i, pieces in zip(there, of_module.unbind(), strict=True):  # [pieces, r, r]
+                rank, count = factors[g][i].rank, len(rows[g])
+                if len(pieces) == 1:
+                    found[g][i] = pieces[0, :rank, :count]
+                else:
+                    found[g][i] = pieces[:, :rank, :PIECE].transpose(0, 1).flatten(1)[:, :count]
     return found
 
 
 def _pieces(matrices: Sequence[Tensor]) -> list[Tensor]:
-    return [piece for x in matrices for piece in torch.split(x, PIECE) if len(piece)]
+    split = ([x] if len(x) <= PIECE else torch.split(x, PIECE) for x in matrices)
+    return [piece for pieces in split for piece in pieces if len(piece)]

@@ -55,12 +55,13 @@ class Statistics:
 
     :func:`fastlora.statistics` collects them; ``fl.merge(pool, method="regmean", data=…)`` uses them.
 
-    Products of rows are kept once they were computed, ``8·N²`` bytes for all ``N`` rows of a site. So rows must not be
-    changed.
+    What decompositions compute of rows alone is kept: products, and for ``mu=1`` what they are divided by, each
+    ``8·N²`` bytes for all ``N`` rows of a site. So rows must not be changed.
     """
 
     of: Mapping[str, InputRows]
     _grams: dict[Places, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[Places, dict[float, tuple[Tensor | None, float]]] = field(default_factory=dict, init=False, repr=False)
 
     def grams(self, sites: Sequence[Places], *, keep: bool = True) -> list[Tensor]:
         """``XXᵀ [N, N]`` of every site, float64: ``X`` has the rows of some adapters below one another, each named as
@@ -86,10 +87,15 @@ class Statistics:
             raise InputError(f"statistics of {twice[0]!r} are given twice; leave out one of the two")
         return Statistics({**self.of, **other.of})
 
+    def kept(self, places: Places) -> dict[float, tuple[Tensor | None, float]]:
+        """Where what is computed from the products of a site is kept, by the ridge."""
+        return self._kept.setdefault(places, {})
+
     def turned(self, of: Mapping[str, InputRows]) -> Statistics:
         """Statistics of the same rows in other coordinates: their products are the same, and stay."""
         other = Statistics(of)
         other._grams.update(self._grams)
+        other._kept.update(self._kept)
         return other
 
     def save(self, path: str | Path, *, overwrite: Overwrite = False) -> Path:

@@ -14,7 +14,7 @@ from tolerances import FLOAT32
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.errors import InputError
+from fastlora.errors import InputError, NonFiniteError
 from fastlora.merging.input_rows import InputRows, Statistics
 from fastlora.reference.input_filter import input_filter
 
@@ -216,3 +216,38 @@ def test_statistics_of_something_else_are_refused() -> None:
         fl.decompose(pool, mu=1.0)
     with pytest.raises(InputError, match=r"nothing to share"):
         fl.decompose(pool.subset(["a0"]), inputs=data)
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["B", "A"])
+@pytest.mark.parametrize("counts", [(5, 4, 6), (0, 4, 6)], ids=["rows", "no rows of its own"])
+def test_a_factor_that_is_not_finite_is_named(counts: tuple[int, ...], side: int) -> None:
+    pool = pool_of()
+    data = statistics(pool, counts)
+    update = pool["a0"].updates["tall"]
+    (update.B, update.A)[side].terms[0].source[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=rf"'a0': lora_{'BA'[side]} of tall holds NaN or Inf"):
+        fl.decompose(pool, inputs=data)
+
+
+def test_ridges_that_rounding_hides_are_refused() -> None:
+    pool = pool_of()
+    data = statistics(pool, COUNTS["few"])
+    for own in data.of.values():
+        for x in own.rows.values():
+            x[1:] = x[:1]  # one row, again and again
+    with pytest.raises(InputError, match=r"ridge=1e-30 is lost in the rounding"):
+        fl.decompose(pool, inputs=data, ridge=1e-30)
+
+
+def test_many_rows_of_one_adapter() -> None:
+    """Pieces of rows, and as many as the products have room for."""
+    pairs = {"w": (gaussian(6, 3, seed=1), gaussian(3, 300, seed=2))}
+    pool = fl.Pool([fl.Adapter.from_tensors(pairs, name="a"), fl.Adapter.from_tensors(pairs, name="b")])
+    rows = {"a": gaussian(150, 300, seed=3), "b": gaussian(7, 300, seed=4)}
+    data = Statistics({n: InputRows({"w": x}, {"w": "w"}, {"w": len(x)}) for n, x in rows.items()})
+    for mu in (1.0, 3.0):
+        parts = fl.decompose(pool, inputs=data, mu=mu)
+        for name in "ab":
+            wanted = expected(pool, data, name, "w", mu, 1e-4)
+            found = pools.exact(parts.unique_of(name).updates["w"])
+            assert float((found - wanted).norm()) <= FLOAT32 * float(wanted.norm())
