@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastlora.bench import dense, extraction, files, merging, passes, solvers
+from fastlora.bench import dense, extraction, files, merging, models, passes, solvers
 from fastlora.bench.contest import Contest
 from fastlora.bench.workloads import NAMES, REAL
 from fastlora.errors import InputError
@@ -53,6 +53,8 @@ CASES: dict[str, Case] = {
     "extract": Case(
         "one weight's change against torch.svd_lowrank and torch.linalg.svd", extraction.extract, slow=True
     ),
+    "apply": Case("an adapter in the weights of a model of 2.2 GB against cp -r (minutes)", models.small, slow=True),
+    "apply-large": Case("the same in a model of 5.3 GB, with room for three (minutes)", models.large, slow=True),
     "paper": Case(
         "one 4096×4096 module against parts of the paper's dense algorithm (minutes)", dense.paper, slow=True
     ),

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from fastlora.checkpoints.base import Base
 from fastlora.checkpoints.edits import Edit, LowRank, Merged, blocks, fingerprint, products
 from fastlora.checkpoints.layout import Change, OutputFile, Unit, units
 from fastlora.checkpoints.plan import Plan
+from fastlora.checkpoints.turns import Turns
 from fastlora.errors import InputError, OutputError
 from fastlora.files.disk_errors import PART
 from fastlora.files.tensor_files import StoredTensor
@@ -45,9 +46,7 @@ def write_tensors(
     done = output.begin_together(_digest(base, plan, record))
     joint_outputs.require_common("apply")
     targets = {file.path: joint_outputs.place(part_of(folder, file)) for file in files}
-    made = ranks.from_first(
-        "making the files", lambda: {file.path for file in files if _is_made(file, targets[file.path], anew=not done)}
-    )
+    made = ranks.from_first("making the files", lambda: _made(files, targets, anew=not done))
     changes = {name: Change(plan.shapes[name], all(map(_by_rows, edits))) for name, edits in plan.edits.items()}
     todo = [unit for unit in units(files, changes) if unit.key not in done or unit.file.path in made]
     mine = ranks.own(todo, [unit.size for unit in todo])
@@ -62,6 +61,14 @@ def _by_rows(edit: Edit) -> bool:
 def part_of(folder: Path, file: OutputFile) -> Path:
     """A file in ``folder`` while it is not whole."""
     return folder / (str(file.path) + PART)
+
+
+def _made(files: Sequence[OutputFile], targets: Mapping[Path, Path], *, anew: bool) -> set[Path]:
+    """Makes all files that are not there, and returns which it made. The system takes a while to find room for one, so
+    several are made at once."""
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        made = pool.map(lambda file: _is_made(file, targets[file.path], anew=anew), files)
+        return {file.path for file, is_made in zip(files, made, strict=True) if is_made}
 
 
 def _is_made(file: OutputFile, target: Path, *, anew: bool) -> bool:
@@ -87,28 +94,29 @@ def _digest(base: Base, plan: Plan, record: object) -> str:
 
 def _run(plan: Plan, todo: Sequence[Unit], targets: Mapping[Path, Path], output: ResumableOutput) -> None:
     """Does all units, as many at once as there are threads; what stops one stops all."""
-    lock = threading.Lock()
+    lock, turns, threads = threading.Lock(), Turns(todo), max(1, torch.get_num_threads())
     with (
         TileReads() as reads,
         _opened(targets) as descriptors,
         bytes_bar(sum(unit.size for unit in todo), "applying") as advance,
-        ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool,
+        ThreadPoolExecutor(threads) as pool,
     ):
 
-        def work(unit: Unit) -> None:
-            edits = plan.edits.get(unit.place.name, []) if unit.place is not None else []
-            do(unit, edits, reads, descriptors[unit.file.path])
-            release(tensor for edit in edits for tensor in edit.tensors())
-            output.finish(unit.key)
-            with lock:
-                advance(unit.size)
+        def work() -> None:
+            for unit in turns.taken():
+                edits = plan.edits.get(unit.place.name, []) if unit.place is not None else []
+                do(unit, edits, reads, descriptors[unit.file.path])
+                release(tensor for edit in edits for tensor in edit.tensors())
+                output.finish(unit.key)
+                with lock:
+                    advance(unit.size)
 
-        pending = [pool.submit(work, unit) for unit in todo]
+        pending = [pool.submit(work) for _ in range(threads)]
         try:
-            for future in pending:
+            for future in as_completed(pending):
                 future.result()
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
+            turns.stop()
             raise
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from typing import Annotated
 
@@ -77,6 +79,7 @@ def _start(
 def main() -> None:
     """Entry point: 0 done, 1 internal error or what a check found, 2 wrong use or bad input (one message), 128 + n
     stopped by signal n."""
+    atexit.register(gc.freeze)  # or Python would end by looking for garbage in all of torch, for a third of a second
     open_streams()
     quiet()
     listen()

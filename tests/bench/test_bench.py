@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastlora as fl
-from fastlora.bench import cases, files, passes, table, timing, workloads
+from fastlora.bench import cases, files, models, passes, table, timing, workloads
 from fastlora.bench.contest import OURS, Contest, ContestRow, Task, Unavailable, measure, require, rows
 from fastlora.bench.timing import Contender, Machine, Seconds, alternate, thread_counts
 from fastlora.bench.workloads import WORKLOADS, Workload, make_pool, vit, write_pool
@@ -170,6 +170,16 @@ def test_the_bound_on_memory_is_checked(tiny: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(files, "ALLOWED", 2**20)
     with pytest.raises(AssertionError, match="bytes were resident"):
         contest.prepare()
+
+
+def test_an_adapter_in_the_weights_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, whole = models.apply("little", models.Sizes(layers=1, hidden=64, inner=96, keys=16, words=40))
+    task, times = measure(alone)
+    assert {who for who, _ in times} == {OURS, models.COPY} and "resident" in task.note
+    assert task.operations == 2 * 16 * (2 * 64 * 64 + 2 * 16 * 64 + 3 * 96 * 64)
+    monkeypatch.setattr(models, "ALLOWED", 2**20)
+    with pytest.raises(AssertionError, match="bytes were resident"):
+        whole.prepare()
 
 
 def test_selection() -> None:
