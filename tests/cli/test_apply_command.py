@@ -11,7 +11,9 @@ import pytest
 import torch
 from builders import gaussian, make_adapter
 from command import done, mounted, refused, tree
+from damaged_models import CODED, DAMAGES, Q, quantised, shards
 from safetensors.torch import load_file, save_file
+from stored_models import adapter
 from tolerances import SUMS32
 
 import fastlora as fl
@@ -110,6 +112,24 @@ def test_places_that_cannot_hold_it(place: Path) -> None:
     with mounted(place / "small", "ro,size=64k"):
         assert "not writable; write elsewhere" in refused("apply", "base", "a", "--out", "small/out", cwd=place)
     shutil.rmtree(place / "small")
-    (place / "base" / "model.safetensors").write_bytes((place / "base/model.safetensors").read_bytes()[:-4])
-    assert "cut off" in refused("apply", "base", "a", "--out", "out", cwd=place)
+    (place / "taken").write_text("")
+    assert "taken is a file" in refused("apply", "base", "a", "--out", "taken/out", cwd=place)
+    assert "/proc" in refused("apply", "base", "a", "--out", "/proc/out", cwd=place)
+    (place / "taken").unlink()
     assert {p.name for p in place.iterdir()} == {"base", "a", "b"}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_models(damage: str, tmp_path: Path) -> None:
+    folder, given = shards(tmp_path)
+    given.save(tmp_path / "a")
+    DAMAGES[damage][0](folder)
+    assert DAMAGES[damage][1] in refused("apply", "base", "a", "--out", "out", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("coded", CODED)
+def test_quantised_models(coded: str, tmp_path: Path) -> None:
+    quantised(tmp_path / "base", coded)
+    adapter("x", {Q: (8, 8)}).save(tmp_path / "a")
+    message = refused("apply", "base", "a", "--out", "out", cwd=tmp_path)
+    assert Q in message and CODED[coded][2] in message and "Merge the adapters into one" in message
