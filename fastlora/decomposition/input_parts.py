@@ -198,7 +198,7 @@ def decompose_by_inputs(
         )
     for module in pool.modules:
         if _has_inputs(pool, module):
-            _require_rows(module, _having(pool, module), inputs)
+            _require_rows(module, pool, inputs)
     _require_finite(pool, inputs)
     filters: dict[str, dict[str, Filter]] = {n: {} for n in pool.names}
     for some in _sites(pool, inputs, "filtering by inputs"):
@@ -234,6 +234,7 @@ def _require_finite(pool: Pool, inputs: Statistics) -> None:
             for factor in (update.B, update.A) if rows is None or not len(rows) else (update.B,):
                 if not all(is_finite(term.source) for term in factor.terms):
                     raise not_finite(adapter.name, module, factor.side)
+            release(sources([update]))
 
 
 def _sizes(adapter: Adapter) -> dict[tuple[str, str], tuple[Tensor, float]]:
@@ -305,9 +306,9 @@ def _own_products(
     return [[of_site[i] for i in range(len(of_site))] for of_site in found]
 
 
-def _require_rows(module: str, adapters: Sequence[Adapter], inputs: Statistics) -> None:
-    widths = {x.shape[1] for n in inputs.of.values() if (x := n.of(module)) is not None}
-    for adapter in adapters:
+def _require_rows(module: str, pool: Pool, inputs: Statistics) -> None:
+    widths = {x.shape[1] for n in pool.names if (x := inputs.of[n].of(module)) is not None}
+    for adapter in _having(pool, module):
         rows, length = inputs.of[adapter.name].of(module), adapter.updates[module].A.length
         if rows is None:
             raise InputError(

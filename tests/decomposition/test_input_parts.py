@@ -251,3 +251,37 @@ def test_many_rows_of_one_adapter() -> None:
             wanted = expected(pool, data, name, "w", mu, 1e-4)
             found = pools.exact(parts.unique_of(name).updates["w"])
             assert float((found - wanted).norm()) <= FLOAT32 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("kind", ["one strong input", "rows of all", "decaying", "huge", "tiny"])
+def test_hard_inputs(kind: str) -> None:
+    """What makes products of rows ill-conditioned, and what would overflow or vanish in less than float64."""
+    pool = pool_of(torch.bfloat16)
+    data = statistics(pool, COUNTS["few"])
+    common = gaussian(3, 31, seed=9)
+    for own in data.of.values():
+        x = own.rows["wide"]
+        if kind == "one strong input":
+            x[:, 7] += 1e3
+        elif kind == "rows of all":
+            x[:3] = common
+        elif kind == "decaying":
+            x *= torch.logspace(0, -5, 31)
+        else:
+            x *= 1e12 if kind == "huge" else 1e-12
+    for mu in (0.3, 1.0):
+        parts = fl.decompose(pool, inputs=data, mu=mu)
+        for name in pool.names:
+            whole = pools.exact(pool[name].updates["wide"])
+            found = pools.exact(parts.unique_of(name).updates["wide"])
+            assert float((found - expected(pool, data, name, "wide", mu, 1e-4)).norm()) <= 1e-8 * float(whole.norm())
+
+
+def test_an_update_of_rank_zero_and_statistics_of_others() -> None:
+    empty = {"wide": (torch.zeros(12, 0), torch.zeros(0, 31))}
+    pool = fl.Pool([only(pool_of().adapters[0], "wide"), fl.Adapter.from_tensors(empty, name="a1")])
+    data = statistics(pool_of(), COUNTS["few"])
+    other = InputRows({"wide": torch.ones(2, 5)}, {"wide": "wide"}, {"wide": 2})  # of no adapter of the pool
+    parts = fl.decompose(pool, inputs=Statistics({**data.of, "of another model": other}))
+    assert parts.unique_of("a1").updates["wide"].rank == 0 and parts.report.total[1].norm_kept == 0.0
+    assert 0.0 < parts.report.total[0].norm_kept < 1.0
