@@ -28,7 +28,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 """How a rule trims and elects, by the method that has it."""
 MERGES: dict[str, dict[str, Any]] = {"cat": {}, "svd": {"rank": 8}, "ties": {"rank": 8, "min_energy": 0.1}}
-N, M, K, R = 129, 200, 4, 4
+K, R = 4, 4
 
 
 def _integers(*shape: int, seed: int) -> Tensor:
@@ -36,13 +36,14 @@ def _integers(*shape: int, seed: int) -> Tensor:
     return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
-def tiles(method: str, dtype: torch.dtype, device: str) -> Found:
+def tiles(method: str, dtype: torch.dtype, shape: tuple[int, int], device: str) -> Found:
     """A dense result of a rule, elements trimmed and elected by definition in float64."""
-    pairs = [(_integers(N, R, seed=i), _integers(R, M, seed=9 + i)) for i in range(K)]
-    task = TileTask([(B.to(device), A.to(device)) for B, A in pairs], [1.0, -0.5, 2.0, 0.25], (N, M), dtype)
+    n, m = shape
+    pairs = [(_integers(n, R, seed=i), _integers(R, m, seed=9 + i)) for i in range(K)]
+    task = TileTask([(B.to(device), A.to(device)) for B, A in pairs], [1.0, -0.5, 2.0, 0.25], shape, dtype)
     x = tiles_formula.elements(pairs, task.scales, task.shape)
     rule, held = _trimmed(task, x, **RULES[method])
-    out = torch.full((N, M), torch.nan, dtype=dtype, device=device)
+    out = torch.full(shape, torch.nan, dtype=dtype, device=device)
     merge_tiles.merge(task, rule, TileOutputs(dense=out))
     wanted, _ = tiles_formula.merged(
         x * held, elect=rule.elect, votes=rule.votes, gains=rule.gains, shares=rule.shares, least=rule.least,
@@ -58,21 +59,22 @@ def _trimmed(
     numbers = [1.0, 2.0, 0.5, 1.0]
     rule = TileRule(trim=trim, elect=elect, votes=numbers, gains=numbers, shares=numbers if shares else None)
     keys = [merge_tiles.key_of(i) for i in range(K)]
+    size = x[0].numel()
     if trim == "magnitude":
-        ranks = [(i, N * M // (2 + i)) for i in range(K)]
+        ranks = [(i, size // (2 + i)) for i in range(K)]
         held = _held(x.abs(), ranks)
         rule = replace(rule, low=merge_tiles.select(task, ranks))
         if high:
-            ranks = [(i, N * M // 10) for i in range(K)]
+            ranks = [(i, size // 10) for i in range(K)]
             return replace(rule, high=merge_tiles.select(task, ranks)), held & ~_held(x.abs(), ranks)
         return rule, held
     if trim == "variance":
-        ranks = [(0, N * M // 3)]
+        ranks = [(0, size // 3)]
         cuts = merge_tiles.select(task, ranks, "variance")
         return replace(rule, low=cuts), _held(tiles_formula.variance(x)[None], ranks).expand_as(x)
     if trim == "random":
         keep = [merge_tiles.bound_of(0.3 + 0.2 * i) for i in range(K)]
-        masks = [tiles_formula.random_mask((N, M), *own, 7) for own in zip(keep, keys, strict=True)]
+        masks = [tiles_formula.random_mask(task.shape, *own, 7) for own in zip(keep, keys, strict=True)]
         return replace(rule, keep=keep, keys=keys, module_key=7), torch.stack(masks)
     if trim == "bits":
         bits = merge_tiles.row_masks(task, [(0.2, 0.5)] * K, keys, 7)
@@ -112,10 +114,11 @@ def merge(method: str, device: str) -> Found:
     return Found(max(float((a - b).norm() / b.norm()) for a, b in deltas), 1e-4)
 
 
-def forms() -> list[Form]:
+def forms(tiny: bool) -> list[Form]:
     """Of the newer ops, then of what stands on them."""
+    shape = (33, 70) if tiny else (129, 200)  # no multiples of a tile
     found = [
-        Form(f"merge_tiles {m} {d}", partial(tiles, m, getattr(torch, d)))
+        Form(f"merge_tiles {m} {d}", partial(tiles, m, getattr(torch, d), shape))
         for m in RULES
         for d in ("float32", "float64")
     ]
