@@ -18,6 +18,8 @@ WORKERS ?= 2
 PYTEST = $(PY) -m pytest -q
 PARALLEL = -n $(WORKERS) --dist worksteal
 ISAS := baseline avx2 avx512 avx512_bf16
+# avx512 and avx512_bf16 differ in one thing, how bfloat16 is stored (csrc/cpu/tile.h): these ops store it.
+STORING := $(addprefix tests/ops/test_,add_products.py combine.py empty_terms.py merge_masks.py merge_tiles.py passes.py)
 BEST_ISA = $(PY) -c "from fastlora.backends import cpu; print(cpu.isa())"
 HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
@@ -56,8 +58,9 @@ isas: $(VENV)/ready
 	for isa in $(ISAS); do \
 	  [ $$isa != $$best ] || continue; \
 	  FASTLORA_ISA=$$isa $(HAS_ISA) || { echo "$$isa: skipped, not on this processor"; continue; }; \
+	  [ $$isa = avx512 ] && tests="$(STORING)" || tests=tests/ops; \
 	  echo "$$isa:"; FASTLORA_ISA=$$isa $(PYTEST) $(PARALLEL) -k "not every_instruction_set and not reference" \
-	    --ignore tests/ops/test_dispatch.py --ignore tests/ops/test_team.py tests/ops || exit 1; \
+	    --ignore tests/ops/test_dispatch.py --ignore tests/ops/test_team.py $$tests || exit 1; \
 	done
 
 # sdist, wheel from the sdist, import of the wheel in an environment of its own.
