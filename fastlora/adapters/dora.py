@@ -17,8 +17,9 @@ from fastlora.files.earlier import Overwrite
 
 NEEDS_BASE = (
     "its magnitudes rescale the base weight, W' = m (W + ΔW) / ‖W + ΔW‖, so what it changes needs the base model: make "
-    "a LoRA of it there, with `fl.to_lora(adapter, BASE)` or `--base BASE`; or merge it with the tool that it is from, "
-    "and take the change with `fastlora extract BASE MERGED --rank N`"
+    "a LoRA of it there, with `fl.to_lora(adapter, BASE)` or `--base BASE`; add DoRAs as DoRAs, with `fl.recombine` or "
+    "`--dora recombine`; or write it into the model, with `fastlora apply BASE DORA --out MERGED`, and take the change "
+    "with `fastlora extract BASE MERGED --rank N`"
 )
 
 

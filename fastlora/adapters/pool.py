@@ -293,7 +293,10 @@ def require_updates(element: VectorSpace, what: str = "a pool") -> Adapter:
         out = "make a LoRA adapter of it first: `.extract(rank=…)` or `.extract(energy=…)`"
     else:
         out = "combine (IA)³ adapters with +, − and *, `fl.add`, `fl.negate`, `fl.analogy`, `fl.compose` or "
-        out += "`fastlora compose`"
+        out += (
+            "`fastlora compose`; or make LoRAs of them on their base model, with `fastlora apply BASE A --out TUNED` "
+        )
+        out += "and `fastlora extract BASE TUNED --rank N --out B`"
     raise UnsupportedAdapter(
         f"{element.name!r} is {element.kind} and has no low-rank updates s·B·A, which {what} needs (to merge, "
         f"decompose, compress, compare); {out}"

@@ -159,7 +159,8 @@ def _kept_value(
         f"adapter {counted[0][1].name!r} replaces {name} of its base model (modules_to_save or trained biases), and "
         "its change cannot be computed without the base model, so it cannot be scaled or added. It is kept where all "
         f"have the same and the weights add up to 1; {found}. Use `adapter.without_extras()` "
-        "(`--drop-extras`) to leave such parameters out"
+        "(`--drop-extras`) to leave such parameters out; or write each adapter into the base model (`fastlora apply`), "
+        "and combine what `fl.task_vector(BASE, TUNED)` makes of them"
     )
 
 

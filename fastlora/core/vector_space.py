@@ -72,7 +72,8 @@ def require_one_kind(elements: Sequence[VectorSpace]) -> None:
     other = next((e for e in elements if type(e) is not type(first)), None)
     if other is None:
         return
-    out = "merge each into its base model (`merge_and_unload` of peft) and take `fl.task_vector` of the results"
+    out = "write each into the base model, with `fastlora apply BASE A --out TUNED`, and combine what "
+    out += "`fl.task_vector(BASE, TUNED)` makes of them"
     if "a task vector" in (first.kind, other.kind) and "a LoRA adapter" in (first.kind, other.kind):
         out = "make a LoRA adapter of the task vector first: `.extract(rank=…)` or `.extract(energy=…)`"
     raise InputError(

@@ -148,7 +148,7 @@ def test_kinds_do_not_mix() -> None:
     for run in (lambda: ia3 + lora, lambda: lora - ia3, lambda: fl.add([lora, ia3]),
                 lambda: fl.add([ia3, lora], semantics="pem"), lambda: fl.analogy(lora, lora, ia3),
                 lambda: ia3 + vector):  # fmt: skip
-        with pytest.raises(fl.InputError, match=r"is an \(IA\)³ adapter.*merge each into its base model"):
+        with pytest.raises(fl.InputError, match=r"is an \(IA\)³ adapter.*write each into the base model"):
             run()
     with pytest.raises(fl.InputError, match=r"'spam' is a LoRA adapter and 'change' is a task vector.*\.extract\(rank"):
         lora + vector
