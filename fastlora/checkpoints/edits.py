@@ -265,7 +265,7 @@ def pair_of(update: Update, *, turned: bool = False) -> Pair | None:
                 return None
             stored = computed, 1.0
         matrix, own = stored[0].cpu(), stored[1]
-        size = float(matrix.abs().amax()) if matrix.numel() else 0.0
+        size = _largest(matrix) if matrix.numel() else 0.0
         if not math.isfinite(size):
             raise NonFiniteError(
                 f"a factor {list(matrix.shape)} of the adapter holds NaN or Inf; leave this adapter out, or save it "
@@ -278,6 +278,12 @@ def pair_of(update: Update, *, turned: bool = False) -> Pair | None:
     if turned:
         left, right = right.mT.contiguous(), left.mT.contiguous()
     return Pair(left, right, scale, wide or not _is_ordinary(scale))
+
+
+def _largest(matrix: Tensor) -> float:
+    """``max |x|``, NaN where there is one; without a copy of the matrix."""
+    least, most = matrix.aminmax()
+    return float(torch.maximum(-least, most))
 
 
 def _stored(factor: Factor) -> tuple[Tensor, float] | None:

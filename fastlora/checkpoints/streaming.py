@@ -23,6 +23,7 @@ from fastlora.checkpoints.edits import Edit, LowRank, Merged, blocks, fingerprin
 from fastlora.checkpoints.layout import Change, OutputFile, Unit, units
 from fastlora.checkpoints.plan import Plan
 from fastlora.checkpoints.turns import Turns
+from fastlora.engine import shares
 from fastlora.errors import InputError, OutputError
 from fastlora.files.disk_errors import PART
 from fastlora.files.tensor_files import StoredTensor
@@ -87,8 +88,15 @@ def _digest(base: Base, plan: Plan, record: object) -> str:
     for file in base.files():
         state = file.stat()
         digest.update(repr((file.name, state.st_size, state.st_mtime_ns)).encode())
-    for name in sorted(plan.edits):
-        digest.update(f"{name} {fingerprint(plan.edits[name])}".encode())
+    names = sorted(plan.edits)
+    sizes = [sum(t.nbytes for edit in plan.edits[name] for t in edit.tensors()) for name in names]
+
+    def work() -> dict[str, str]:
+        return {name: fingerprint(plan.edits[name]) for name in ranks.own(names, sizes)}
+
+    prints = shares.each("comparing with an unfinished run", work, (), repr((names, sizes)))
+    for name in names:
+        digest.update(f"{name} {prints[name]}".encode())
     return digest.hexdigest()
 
 

@@ -30,7 +30,7 @@ class _Packer(pickle.Pickler):
         if number is not None:
             return _numbered, (number,)
         flat = value.detach().cpu().contiguous().reshape(-1)
-        data = bytearray(flat.view(torch.uint8).numpy()) if flat.numel() else bytearray()
+        data = pickle.PickleBuffer(flat.view(torch.uint8).numpy().data) if flat.numel() else bytearray()
         return _rebuilt, (data, value.dtype, tuple(value.shape), value.device.type)
 
 

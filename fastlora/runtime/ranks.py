@@ -110,11 +110,12 @@ class Ranks:
         try:
             digests, sizes, failures = zip(*(h.tolist() for h in self.all_gather(head)), strict=True)
             own = torch.zeros(max(1, *sizes), dtype=torch.uint8)
-            own[: len(payload)] = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)]
+            own.numpy()[: len(payload)] = memoryview(payload)
             others = self.all_gather(own)
         except RuntimeError as error:
             raise self._lost(error) from error
-        payloads = [o[:size].numpy().tobytes() for o, size in zip(others, sizes, strict=True)]
+        received = enumerate(zip(others, sizes, strict=True))
+        payloads = [payload if r == self.rank else o[:size].numpy().tobytes() for r, (o, size) in received]
         for rank, has_failed in enumerate(failures):
             if has_failed:
                 # One's own error is raised by who has it, with its place in the program.

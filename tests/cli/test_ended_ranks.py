@@ -12,6 +12,9 @@ from builders import gaussian, make_adapter, shared_pool
 from forked_ranks import LAST, Ended, ForkedRanks
 from safetensors.torch import save_file
 
+import fastlora as fl
+from fastlora.core.data import Magnitude
+
 SECONDS = 10.0  # in which a rank that is gone ends the run
 FIRST = 3  # of the exchanges at which each knows of the others: those before are about finding each other
 COMMANDS = {
@@ -28,6 +31,7 @@ COMMANDS = {
     "overlap": "overlap a b c --csv out.csv",
     "apply": "apply base lora --out new/out",
     "report": "report a b c --out out.html",
+    "recombine": "merge dora:2 lora --base base --dora recombine --out new/out",
 }
 
 
@@ -45,6 +49,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path, name in zip(shared_pool(folder), "abc", strict=True):
         path.rename(folder / name)
     make_adapter(folder / "lora", {f"layers.{i}.q": (40, 30) for i in range(5)})
+    lora = fl.load(folder / "lora")
+    assert isinstance(lora, fl.Adapter)
+    magnitudes = {m: Magnitude(1.0 + 0.1 * gaussian(1, 40, seed=i)[0], "out") for i, m in enumerate(lora.modules)}
+    fl.DoRA("dora", lora.updates, magnitudes).save(folder / "dora")
     base = {f"layers.{i}.q.weight": gaussian(40, 30, seed=i) for i in range(5)}
     tuned = {n: w + 0.1 * gaussian(40, 30, seed=50 + i) for i, (n, w) in enumerate(base.items())}
     for name, tensors in (("base", base), ("tuned", tuned)):
@@ -95,7 +103,7 @@ def test_a_rank_that_is_killed_ends_the_command(name: str, ranks: ForkedRanks, i
             assert at == LAST or at > last // 2
 
 
-@pytest.mark.parametrize("name", ["decompose", "cores", "tiles", "extract", "apply"])
+@pytest.mark.parametrize("name", ["decompose", "cores", "tiles", "extract", "apply", "recombine"])
 def test_two_ranks_write_the_bits_of_one(name: str, ranks: ForkedRanks, inputs: Path, tmp_path: Path) -> None:
     alone, two = place(tmp_path / "alone", inputs), place(tmp_path / "two", inputs)
     assert ranks.run(*COMMANDS[name].split(), cwd=[alone]).codes == [0]
