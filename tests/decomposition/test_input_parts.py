@@ -285,3 +285,19 @@ def test_an_update_of_rank_zero_and_statistics_of_others() -> None:
     parts = fl.decompose(pool, inputs=Statistics({**data.of, "of another model": other}))
     assert parts.unique_of("a1").updates["wide"].rank == 0 and parts.report.total[1].norm_kept == 0.0
     assert 0.0 < parts.report.total[0].norm_kept < 1.0
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_statistics_that_were_used_before_give_the_same_bits(counts: str) -> None:
+    pool = pool_of()
+    used = statistics(pool, COUNTS[counts])
+    for mu, ridge in ((1.0, 1e-4), (1.0, 0.1), (0.5, 0.1), (1.0, 1e-4)):
+        parts, fresh = (
+            fl.decompose(pool, inputs=x, mu=mu, ridge=ridge) for x in (used, statistics(pool, COUNTS[counts]))
+        )
+        for name in pool.names:
+            for module in pool[name].modules:
+                assert torch.equal(parts.unique_of(name).delta(module), fresh.unique_of(name).delta(module))
+    bounded = fl.decompose(pool, inputs=used, memory="1GiB")
+    assert torch.equal(bounded.unique_of("a0").delta("wide"), fresh.unique_of("a0").delta("wide"))
+    assert bounded.report.total == fresh.report.total

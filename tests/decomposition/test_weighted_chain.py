@@ -18,8 +18,9 @@ from fastlora.analysis.chance import chance_edge
 from fastlora.errors import InputError
 from fastlora.reference.devec import Dense, devec
 
-MADE = {name: pools.POOLS[name] for name in ("planted", "ragged", "with_zero", "scalings", "deficient", "duplicate")
-        if name in pools.POOLS}  # fmt: skip
+MADE = {
+    name: pools.POOLS[name] for name in ("planted", "ragged", "with_zero", "scalings", "deficient_left", "duplicates")
+}
 BAR = 1e-6
 
 
