@@ -20,10 +20,17 @@ Found = TypeVar("Found")
 console = Console(soft_wrap=True, width=120, highlight=False)
 
 
-def arguments(description: str | None, name: str, needed: Mapping[str, str], seeds: int = 3) -> argparse.Namespace:
+def arguments(
+    description: str | None,
+    name: str,
+    needed: Mapping[str, str],
+    seeds: int = 3,
+    subjects: Sequence[str] = (),
+) -> argparse.Namespace:
     """The options that every experiment has; ends the program with a message where packages are absent.
 
-    needed: what ``pip install`` takes, by the name of the package that is imported.
+    needed: what ``pip install`` takes, by the name of the package that is imported. subjects: what ``--subjects``
+    chooses from, if there is a choice.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).parent / "out"
@@ -32,7 +39,14 @@ def arguments(description: str | None, name: str, needed: Mapping[str, str], see
     parser.add_argument("--seeds", type=int, default=seeds, help=f"independent splits and trainings ({seeds})")
     parser.add_argument("--jobs", type=int, default=1, help="seeds that are worked on at once, a process each (1)")
     parser.add_argument("--quick", action="store_true", help="two seeds of a few steps: whether it runs, not results")
+    if subjects:
+        parser.add_argument("--subjects", default=",".join(subjects), help=f"some of {', '.join(subjects)} (all)")
     found = parser.parse_args()
+    if subjects:
+        found.subjects = found.subjects.split(",")
+        unknown = [s for s in found.subjects if s not in subjects]
+        if unknown:
+            parser.error(f"--subjects: {', '.join(unknown)} is none of {', '.join(subjects)}")
     absent = [how for package, how in needed.items() if importlib.util.find_spec(package) is None]
     if absent:
         console.print("skipped: this experiment needs a model and data from packages that are not installed:")

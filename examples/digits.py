@@ -11,10 +11,12 @@ import copy
 import statistics
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -65,9 +67,13 @@ class Transformer(nn.Module):
 
 
 class Digits:
-    """One seed: a split of the pictures, the base model, and of every domain a task vector and a LoRA adapter."""
+    """One seed: a split of the pictures, the base model, and of every domain a task vector and a LoRA adapter.
 
-    def __init__(self, seed: int, shorter: int = 1) -> None:
+    cache: a folder that keeps the base model and the LoRA adapters. Then there are no task vectors, and every adapter
+    is drawn by its name, so that it is the same whatever else was trained.
+    """
+
+    def __init__(self, seed: int, shorter: int = 1, cache: Path | None = None) -> None:
         from sklearn.datasets import load_digits
 
         generator = torch.Generator().manual_seed(seed)
@@ -79,23 +85,45 @@ class Digits:
             name: list(zip(change(x, generator).split(sizes), y.split(sizes), strict=True))
             for name, change in DOMAINS.items()
         }
+        self.tune = {name: part[1] for name, part in parts.items()}
         self.validation = {name: part[2] for name, part in parts.items()}
         self.test = {name: part[3] for name, part in parts.items()}
         torch.manual_seed(seed)
         self.model = Transformer()
+        self.seed, self.shorter = seed, shorter
+        self.temporary = tempfile.TemporaryDirectory()  # fastlora maps the files that peft writes
+        self.folder = Path(self.temporary.name) if cache is None else cache / f"digits-split{seed}-shorter{shorter}"
         mixed = [torch.cat(t) for t in zip(*(part[0] for part in parts.values()), strict=True)]
-        _fit(self.model, mixed[0], mixed[1], BASE_STEPS // shorter, BASE_RATE, generator)
+        kept = self.folder / "base.safetensors"
+        if kept.exists():
+            self.model.load_state_dict(load_file(kept))
+        else:
+            _fit(self.model, mixed[0], mixed[1], BASE_STEPS // shorter, BASE_RATE, generator)
         self.base: State = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.vectors: dict[str, fl.TaskVector] = {}
         self.lora: dict[str, fl.Adapter] = {}
+        if cache is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not kept.exists():
+                save_file(self.base, kept)
+            self.lora = {name: self.drawn_lora(name, name) for name in parts}
+            return
         for name, part in parts.items():
             self.model.load_state_dict(self.base)
             _fit(self.model, *part[1], TUNE_STEPS // shorter, TUNE_RATE, generator)
             self.vectors[name] = fl.task_vector(self.base, self.model.state_dict(), name)
         self.model.load_state_dict(self.base)
-        self.folder = tempfile.TemporaryDirectory()  # fastlora maps the files that peft writes
         for name, part in parts.items():
             self.lora[name] = self._lora(name, *part[1], LORA_STEPS // shorter, generator)
+
+    def drawn_lora(self, name: str, domain: str) -> fl.Adapter:
+        """The adapter of a domain that is kept under a name, by which its start and its batches are drawn."""
+        if not (self.folder / name / "adapter_model.safetensors").exists():
+            number = zlib.crc32(f"{self.seed} {name}".encode())
+            torch.manual_seed(number)
+            generator = torch.Generator().manual_seed(number)
+            return self._lora(name, *self.tune[domain], LORA_STEPS // self.shorter, generator)
+        return self._loaded(name)
 
     def _lora(self, name: str, x: Tensor, y: Tensor, steps: int, generator: torch.Generator) -> fl.Adapter:
         from peft import LoraConfig, get_peft_model
@@ -104,8 +132,13 @@ class Digits:
         config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=LORA_LAYERS)
         model = get_peft_model(copy.deepcopy(self.model), config)
         _fit(model, x, y, steps, LORA_RATE, generator)
-        model.save_pretrained(Path(self.folder.name) / name)
-        adapter = fl.load(Path(self.folder.name) / name, name)
+        part = self.folder / f"{name}.part"
+        model.save_pretrained(part)
+        part.rename(self.folder / name)
+        return self._loaded(name)
+
+    def _loaded(self, name: str) -> fl.Adapter:
+        adapter = fl.load(self.folder / name, name)
         assert isinstance(adapter, fl.Adapter)
         return adapter
 

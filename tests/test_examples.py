@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import importlib
@@ -129,7 +130,7 @@ def test_a_lora_of_digits_acts_as_in_peft(load: Any, digits: Any) -> None:
     for name, adapter in digits.lora.items():
         state = digits.state(deltas_of(adapter))
         found = torch.func.functional_call(digits.model.eval(), state, (x,))
-        model = PeftModel.from_pretrained(copy.deepcopy(digits.model), Path(digits.folder.name) / name).eval()
+        model = PeftModel.from_pretrained(copy.deepcopy(digits.model), digits.folder / name).eval()
         torch.testing.assert_close(found, model(x), atol=SUMS32, rtol=0)
         assert not torch.allclose(found, digits.model(x), atol=1e-4)
 
@@ -205,6 +206,83 @@ def test_multitask_merging_runs(load: Any, digits: Any) -> None:
     assert all(m != multitask.START for m in means.values()) and digits.model(digits.test["noisy"][0]).isfinite().all()
     expected = sum(means[n] * a.delta(module) for n, a in alone.items())
     torch.testing.assert_close(trained.delta(module), expected, atol=FLOAT32, rtol=MODEL32)
+
+
+@pytest.fixture
+def subject(load: Any, digits: Any) -> Any:
+    """Three of its adapters, as the experiments on inputs and methods take them."""
+    adapters = dict(list(digits.lora.items())[:3])
+    return load("subjects").of_digits(digits, adapters, {name: name for name in adapters}, 1)
+
+
+def test_accuracies_of_all_domains_at_once(load: Any, digits: Any, subject: Any) -> None:
+    adapter = subject.pool.adapters[0]
+    found, state = subject.accuracies(adapter, True), digits.state(load("digits").deltas_of(adapter))
+    assert found == {name: digits.accuracy(state, name, test=False) for name in subject.pool.names}
+    assert subject.accuracies(None, True) == {
+        name: digits.accuracy(digits.base, name, test=False) for name in subject.pool.names
+    }
+
+
+def test_negation_by_inputs_runs(load: Any, subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    negation = load("negation_by_inputs")
+    monkeypatch.setattr(negation, "INPUTS", [64])
+    parts, target = negation.parts_of(subject, 0), subject.pool.names[0]
+    assert len(parts) == 7 and all(set(of) == set(subject.pool.names) for of in parts.values())
+    left = parts["without all columns of others"][target]
+    for module in left.modules:
+        others = torch.cat([subject.pool[n].delta(module) for n in subject.pool.names[1:]], 1)
+        overlap = (others.mT @ left.delta(module)).norm()
+        assert overlap <= 1e-4 * others.norm() * subject.pool[target].delta(module).norm()
+    before = negation.point(subject.accuracies(None, False), target)
+    curve = negation.curve_of(subject, parts["whole"][target], target, [0.0, 1e6], [before])
+    assert curve[1] == before and len(curve) == 3
+    levels = negation.at_drops({"whole": {"t": [(0.5, 0.8), (0.3, 0.6)]}, "part": {"t": [(0.5, 0.8), (0.42, 0.7)]}})
+    assert levels["whole"][0.1]["t"] == pytest.approx(0.7) and levels["part"][0.1]["t"] is None
+    assert negation.gains(levels["part"][0.05], levels["whole"][0.05]) == [pytest.approx(0.8 - 0.1 * 5 / 8 - 0.75)]
+    assert negation.gains(levels["part"][0.1], levels["whole"][0.1]) == []
+
+
+def test_merge_methods_run(load: Any, subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = load("merge_methods")
+    monkeypatch.setattr(methods, "INPUTS", [8])
+    found = methods.builds(subject, subject.pool)
+    assert len(found) == len(methods.METHODS) + 3
+    names = subject.pool.names
+    some = {n: found[n] for n in ("sum", "mean", "RegMean, 8 inputs a task", "learned λ (entropy)")}
+    unit = methods.length(subject.pool.adapters[0])
+    rows = methods.compared(subject, some, unit, names[:2], names[2:])
+    assert rows["sum"]["own length"] == pytest.approx(3 * rows["mean"]["own length"])
+    assert rows["sum"]["swept"] == rows["mean"]["swept"] and rows["sum"]["length"] in methods.LENGTHS
+    size = rows["sum"]["own length"] * unit
+    total = found["sum"]()
+    assert methods.length(methods.scaled(total, 0.5 * unit / size)) == pytest.approx(0.5 * unit)
+    assert rows["sum"]["own"] == subject.accuracies(total, False)[names[2]]
+
+
+def test_what_was_measured_is_not_measured_again(load: Any, tmp_path: Path) -> None:
+    calls: list[tuple[str, int]] = []
+
+    def run(subject: str, seed: int, options: Any) -> dict[str, int]:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append((subject, seed))
+        return {"found": len(calls)}
+
+    options = argparse.Namespace(cache=tmp_path, out=tmp_path, seeds=2, quick=True, test_rows=1, steps=1)
+    measured = load("subjects").measured
+    with pytest.raises(KeyboardInterrupt):
+        measured("x", ["a", "b"], {"one": 1}, options, run)
+    calls.pop(0)
+    found = measured("x", ["a", "b"], {"one": 1}, options, run)
+    assert found["results"] == {
+        "a": {"0": {"found": 1}, "1": {"found": 2}},
+        "b": {"0": {"found": 3}, "1": {"found": 3}},
+    }
+    assert calls == [("a", 1), ("b", 0), ("b", 1)] and found == json.loads((tmp_path / "results.json").read_text())
+    calls.clear()
+    measured("x", ["a"], {"one": 2}, options, run)
+    assert calls == [("a", 0), ("a", 1)], "other settings"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,144 @@
+"""Forgetting one task and keeping the others: adapters are negated whole, or parts of them by columns or by inputs.
+
+    pip install scikit-learn peft
+    python examples/negation_by_inputs.py [--subjects digits,unbalanced,texts] [--seeds 5] [--out DIR] [--quick]
+
+Every task is forgotten once; the others are the control. Compared is the accuracy on the others where the target has
+lost as much. Texts need more packages. Results: docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+from argparse import Namespace
+from collections.abc import Mapping
+
+import torch
+from common import Results, arguments, console
+from curves import Curve, control_at
+from subjects import SUBJECTS, Numbers, Subject, available, measured, subject_of
+
+import fastlora as fl
+
+STRENGTHS = {"digits": [0.3, 0.6, 1, 1.5, 2.5, 4, 7, 12], "texts": [0.3, 0.6, 1, 1.8, 3, 6]}
+DROPS = [0.05, 0.10, 0.20]
+INPUTS = [16, 64, 256]
+CONTROLLED = 64  # inputs of the controls and of other μ
+
+
+def without_columns_of_others(pool: fl.Pool, target: str) -> fl.Adapter:
+    """The adapter without the union of the others' column spaces: ``(I − QQᵀ)ΔW``."""
+    factors = {}
+    for module in pool[target].modules:
+        others = [a.delta(module).double() for a in pool.adapters if a.name != target and module in a]
+        U, sigma, _ = torch.linalg.svd(torch.cat(others, 1), full_matrices=False)
+        Q = U[:, sigma > 1e-5 * sigma[0]]
+        delta = pool[target].delta(module).double()
+        left, sizes, right = torch.linalg.svd(delta - Q @ (Q.mT @ delta), full_matrices=False)
+        rank = max(u.rank for u in [pool[target].updates[module]])
+        factors[module] = ((left * sizes)[:, :rank].float().contiguous(), right[:rank].float().contiguous())
+    return fl.Adapter.from_tensors(factors, name="others_columns")
+
+
+def parts_of(subject: Subject, seed: int) -> dict[str, dict[str, fl.Adapter]]:
+    """``{kind: {adapter: what is negated}}``."""
+    pool = subject.pool
+    found: dict[str, dict[str, fl.Adapter]] = {"whole": {n: pool[n] for n in pool.names}}
+    found["unique (columns)"] = {
+        n: fl.decompose(pool, subject.threshold, mode="iterative", target=n).unique_of(n) for n in pool.names
+    }
+    found["without all columns of others"] = {n: without_columns_of_others(pool, n) for n in pool.names}
+    for count in INPUTS:
+        parts = fl.decompose(pool, inputs=subject.inputs(count, False), mu=1.0)
+        found[f"by inputs, {count} a task"] = {n: parts.unique_of(n) for n in pool.names}
+        if count == CONTROLLED:
+            for kind in ("permuted_inputs", "shuffled_tasks"):
+                found[f"control: {kind.replace('_', ' ')}, {count}"] = fl.control(parts, kind, seed=seed)
+            more = fl.decompose(pool, inputs=parts.inputs, mu=10.0)
+            found[f"by inputs, {count} a task, μ = 10"] = {n: more.unique_of(n) for n in pool.names}
+    return found
+
+
+def point(accuracies: Mapping[str, float], target: str) -> tuple[float, float]:
+    """Accuracy on the target, and the mean of the others."""
+    return accuracies[target], statistics.fmean(x for task, x in accuracies.items() if task != target)
+
+
+def curve_of(subject: Subject, part: fl.Adapter, target: str, strengths: list[float], base: Curve) -> Curve:
+    """Accuracy on the target and the mean of the others over strengths; it ends where the target has lost enough."""
+    curve = list(base)
+    for strength in strengths:
+        negated = fl.compose(f"-{strength}*x", {"x": part})
+        assert isinstance(negated, fl.Adapter)
+        curve.append(point(subject.accuracies(negated, False), target))
+        if curve[-1][0] < base[0][0] - max(DROPS):
+            break
+    return curve
+
+
+def one_seed(name: str, seed: int, options: Namespace) -> Numbers:
+    """``{kind: {target: curve}}``."""
+    subject = subject_of(name, seed, options)
+    strengths = STRENGTHS["texts" if name == "texts" else "digits"]
+    strengths = strengths[::4] if options.quick else strengths
+    targets = {task: adapter for adapter, task in reversed(subject.tasks.items())}
+    base = subject.accuracies(None, False)
+    found: Numbers = {}
+    for kind, parts in parts_of(subject, seed).items():
+        for target, adapter in targets.items():
+            curve = curve_of(subject, parts[adapter], target, strengths, [point(base, target)])
+            found.setdefault(kind, {})[target] = curve
+    return found
+
+
+def at_drops(found: Mapping[str, Mapping[str, Curve]]) -> dict[str, dict[float, dict[str, float | None]]]:
+    """Accuracy on the others where the target has lost so much: ``{kind: {drop: {target: accuracy}}}``."""
+    return {
+        kind: {
+            drop: {t: control_at([(x, y) for x, y in curve], curve[0][0] - drop) for t, curve in curves.items()}
+            for drop in DROPS
+        }
+        for kind, curves in found.items()
+    }
+
+
+def gains(one: Mapping[str, float | None], other: Mapping[str, float | None]) -> list[float]:
+    """Differences of the targets that both reach."""
+    pairs = [(one[t], other[t]) for t in one]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def tables(data: Mapping[str, Numbers]) -> Results:
+    results = Results()
+    for subject, seeds in data["results"].items():
+        for found in seeds.values():
+            levels = at_drops(found)
+            for kind, of_drop in levels.items():
+                for drop in DROPS:
+                    against = levels["whole"][drop]
+                    title = f"Negation, {SUBJECTS[subject]}: accuracy on the others, minus that of the whole adapter"
+                    differences = gains(of_drop[drop], against)
+                    reached = sum(v is not None for v in of_drop[drop].values()) / len(of_drop[drop])
+                    if differences and kind != "whole":
+                        values = {f"target −{100 * drop:.0f} points": statistics.fmean(differences)}
+                        results.add(title, kind, values)
+                    results.add(f"{title}: share of targets that lose it", kind, {f"−{100 * drop:.0f}": reached})
+                lost = [curves[0][1] - at for t, curves in found[kind].items() if (at := of_drop[0.10][t]) is not None]
+                if lost:
+                    results.add(f"{title}: points lost", kind, {"at −10 points": statistics.fmean(lost)})
+    return results
+
+
+def main() -> None:
+    options = arguments(__doc__, "negation_by_inputs", {}, seeds=5, subjects=list(SUBJECTS))
+    subjects = available(options.subjects, options)
+    settings = {"strengths": STRENGTHS, "drops": DROPS, "inputs": INPUTS, "μ": 1.0}
+    data = measured("negation_by_inputs", subjects, settings, options, one_seed)
+    results = tables(data)
+    results.show()
+    (options.out / "results.md").write_text(results.markdown() + "\n")
+    console.print(f"written: {options.out}/results.json, results.md")
+
+
+if __name__ == "__main__":
+    main()
