@@ -59,8 +59,6 @@ def builds(subject: Subject, pool: fl.Pool) -> dict[str, Build]:
         found[f"RegMean, {count} inputs a task"] = lambda data=data: fl.merge(pool, method="regmean", data=data)
     seen = subject.inputs(SSR_INPUTS, True)
     found[f"SSR, {SSR_INPUTS} inputs a task"] = lambda: fl.merge(pool, method="ssr", data=seen)
-    if subject.learn is not None and len(pool) == len(subject.pool):
-        found["learned λ (entropy)"] = subject.learn
     return found
 
 
@@ -137,9 +135,10 @@ def tables(data: Mapping[str, Numbers]) -> Results:
                 results.add(title, name, {"as it comes": found[name], "− swept sum": found[name] - swept})
             for name, row in found["merged"].items():
                 values = {"as it comes": row["own"], "− swept sum": row["own"] - swept}
-                values |= {"swept": row["swept"], "swept − swept sum": row["swept"] - swept}
-                more = {"best length": row["length"], "own length": row["own length"], "cpu s": row["cpu seconds"]}
-                results.add(title, name, {**values, **more})
+                if "swept" in row:  # else it is zero, which has no length
+                    values |= {"swept": row["swept"], "swept − swept sum": row["swept"] - swept}
+                    values |= {"best length": row["length"]}
+                results.add(title, name, {**values, "own length": row["own length"], "cpu s": row["cpu seconds"]})
     return results
 
 

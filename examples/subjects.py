@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from common import console
-from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastlora as fl
@@ -45,8 +44,6 @@ class Subject:
     accuracies: Callable[[fl.Adapter | None, bool], dict[str, float]]
     inputs: Callable[[int, bool], fl.Statistics]
     threshold: float
-    model: nn.Module
-    learn: Callable[[], fl.Adapter] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -68,11 +65,11 @@ def digits(seed: int, options: Namespace, *, unbalanced: bool) -> Subject:
         more = {f"{first}_{i + 2}": found.drawn_lora(f"{first}_{i + 2}", first) for i in range(COPIES)}
         adapters = {first: adapters[first]} | more | {name: adapters[name] for name in others}
         tasks = {name: first if name in more else name for name in adapters}
-    return of_digits(found, adapters, tasks, 2 if options.quick else 50)
+    return of_digits(found, adapters, tasks)
 
 
-def of_digits(found: Any, adapters: Mapping[str, fl.Adapter], tasks: Mapping[str, str], steps: int) -> Subject:
-    """Adapters of domains of digits; ``steps`` of learning coefficients."""
+def of_digits(found: Any, adapters: Mapping[str, fl.Adapter], tasks: Mapping[str, str]) -> Subject:
+    """Adapters of domains of digits."""
     from digits import deltas_of
 
     names = list(dict.fromkeys(tasks.values()))
@@ -102,18 +99,7 @@ def of_digits(found: Any, adapters: Mapping[str, fl.Adapter], tasks: Mapping[str
         found.model.load_state_dict(found.base)
         return fl.Statistics(of)
 
-    def learn() -> fl.Adapter:
-        generator = torch.Generator().manual_seed(found.seed)
-
-        def drawn(x: Tensor) -> list[Tensor]:
-            return [x[torch.randint(len(x), (32,), generator=generator)] for _ in range(steps)]
-
-        batches = {task: drawn(found.test[task][0]) for task in dict.fromkeys(tasks.values())}
-        with fl.LearnedMerge(found.model, pool, per="task", init=0.3) as merge:
-            merge.fit(batches, steps=steps, lr=2e-2)
-            return merge.adapter()
-
-    return Subject(pool, tasks, accuracies, inputs, 0.3, found.model, learn)
+    return Subject(pool, tasks, accuracies, inputs, 0.3)
 
 
 def texts(seed: int, options: Namespace) -> Subject:
@@ -140,7 +126,7 @@ def texts(seed: int, options: Namespace) -> Subject:
                 of |= fl.statistics(found.model, {name: batches}, pool.modules, tokens=PLACES).of
         return fl.Statistics(of)
 
-    return Subject(pool, {name: name for name in adapters}, accuracies, inputs, 0.15, found.model)
+    return Subject(pool, {name: name for name in adapters}, accuracies, inputs, 0.15)
 
 
 def versions() -> dict[str, str]:
@@ -171,6 +157,7 @@ def measured(
     told = {**settings, "quick": options.quick, "test_rows": options.test_rows, "steps": options.steps}
     mark = hashlib.sha256(json.dumps([told, versions()], sort_keys=True).encode()).hexdigest()[:12]
     results: dict[str, Any] = {"experiment": name, "versions": versions(), "settings": told, "results": {}}
+    results["seeds"] = list(range(options.seeds))
     for subject in subjects:
         for seed in range(options.seeds):
             file = kept / f"{subject}-seed{seed}-{mark}.json"
@@ -180,8 +167,9 @@ def measured(
                 part = file.with_suffix(".part")
                 part.write_text(text)
                 part.rename(file)
-            results["results"].setdefault(subject, {})[str(seed)] = json.loads(file.read_text())
-            (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            kept_numbers = json.loads(file.read_text(), parse_float=lambda text: round(float(text), 5))
+            results["results"].setdefault(subject, {})[str(seed)] = kept_numbers
+            (options.out / "results.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
     return results
 
 

@@ -212,7 +212,7 @@ def test_multitask_merging_runs(load: Any, digits: Any) -> None:
 def subject(load: Any, digits: Any) -> Any:
     """Three of its adapters, as the experiments on inputs and methods take them."""
     adapters = dict(list(digits.lora.items())[:3])
-    return load("subjects").of_digits(digits, adapters, {name: name for name in adapters}, 1)
+    return load("subjects").of_digits(digits, adapters, {name: name for name in adapters})
 
 
 def test_accuracies_of_all_domains_at_once(load: Any, digits: Any, subject: Any) -> None:
@@ -247,9 +247,9 @@ def test_merge_methods_run(load: Any, subject: Any, monkeypatch: pytest.MonkeyPa
     methods = load("merge_methods")
     monkeypatch.setattr(methods, "INPUTS", [8])
     found = methods.builds(subject, subject.pool)
-    assert len(found) == len(methods.METHODS) + 3
+    assert len(found) == len(methods.METHODS) + 2
     names = subject.pool.names
-    some = {n: found[n] for n in ("sum", "mean", "RegMean, 8 inputs a task", "learned λ (entropy)")}
+    some = {n: found[n] for n in ("sum", "mean", "RegMean, 8 inputs a task")}
     unit = methods.length(subject.pool.adapters[0])
     rows = methods.compared(subject, some, unit, names[:2], names[2:])
     assert rows["sum"]["own length"] == pytest.approx(3 * rows["mean"]["own length"])
