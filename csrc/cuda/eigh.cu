@@ -9,18 +9,23 @@ namespace {
 
 template <class T>
 int launch_eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch, int n, void* stream) {
-    if (n <= kWarpEighLargest) {
-        const int64_t blocks = (batch + kWarpsPerBlock - 1) / kWarpsPerBlock;
-        return launch_kernel(eigh_warp_kernel<T>, blocks, kWarpsPerBlock * kWarpSize,
-                             kWarpsPerBlock * eigh_shared_bytes<T>(n, true), stream, a, values, vectors, info, batch,
-                             n);
-    }
     int largest = 0;
     if (const int error = largest_shared(&largest)) return error;
+    if (n <= kWarpEighLargest) {
+        const int64_t share = eigh_share<T>(n) * sizeof(T), fit = (largest - int64_t(kStaticShared)) / share;
+        const int64_t matrices = fit < 1 ? 1 : fit < kMatricesPerBlock<T> ? fit : kMatricesPerBlock<T>;
+        return launch_kernel(eigh_warp_kernel<T>, (batch + matrices - 1) / matrices, int(matrices + 1) * kWarpSize,
+                             matrices * share, stream, a, values, vectors, info, batch, n);
+    }
     const int threads = BlockGroup<T>::threads(n);
     const size_t bytes = eigh_shared_bytes<T>(n, true);
-    if (bytes + kStaticShared <= size_t(largest))
-        return launch_kernel(eigh_block_kernel<T, false>, batch, threads, bytes, stream, a, values, vectors, info, n);
+    if (bytes + kStaticShared <= size_t(largest)) {
+        constexpr int kFew = 2 * kLeaf, kMany = 4 * kLeaf;
+        return launch_kernel(!divides(n)     ? eigh_block_kernel<T, false>
+                             : n <= 2 * kFew ? eigh_divide_kernel<T, kFew>
+                                             : eigh_divide_kernel<T, kMany>,
+                             batch, threads, bytes, stream, a, values, vectors, info, n);
+    }
     return launch_kernel(eigh_block_kernel<T, true>, batch, threads, eigh_shared_bytes<T>(n, false), stream, a, values,
                          vectors, info, n);
 }

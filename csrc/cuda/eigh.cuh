@@ -2,18 +2,23 @@
 //   a [batch, n, n] row-major, lower triangle read     values [batch, n] ascending
 //   vectors [batch, n, n]: row j is eigenvector j; its entry of largest magnitude (the first of equals) is positive
 //   info [batch]: 0 done, 1 NaN or infinity in the matrix (its results are NaN), 2 not converged
-// Scale by a power of two, reduce to tridiagonal form (tridiagonal.cuh), diagonalise by implicit QL (ql.cuh), rank,
-// write. A warp a matrix up to n = 32; a block a matrix in shared memory while it fits; then a block a matrix in the
-// memory of its vectors, which L2 holds. All three do the same arithmetic, in an order that n alone decides.
+// Scale by a power of two, reduce to tridiagonal form (tridiagonal.cuh), diagonalise, rank, write. Up to n = 16 by
+// implicit QL on Q (ql.cuh). Up to 128 by divide and conquer: the leaves by QL, one lane each (leaves.cuh), joined
+// (divide.cuh), and then the reflectors on what comes of it, which wait in the memory of the vectors. Above, and where
+// shared memory has no room for the matrix, by QL on Q again.
+// A warp a matrix up to n = 32, up to kMatricesPerBlock in a block with one more warp for their leaves; a block a
+// matrix in shared memory while it fits; then a block a matrix in the memory of its vectors, which L2 holds. Nothing is
+// summed in an order that the batch or the place in it decides.
 #pragma once
+#include "divide.cuh"
 #include "fastlora/cuda.h"
 #include "permute.cuh"
-#include "ql.cuh"
 
 namespace fastlora::cuda {
 
 constexpr int kWarpEighLargest = 32;
-constexpr int kWarpsPerBlock = 2;
+template <class T>
+constexpr int kMatricesPerBlock = sizeof(T) == 4 ? 8 : 6;  // of which registers hold two blocks
 constexpr int kEighThreads = kWarpSize + kEighLargest;
 
 // What a solver keeps in shared memory beside the matrix: vectors of T, then integers.
@@ -21,19 +26,45 @@ template <class T>
 struct EighWork {
     Tridiagonal<T> tri;
     Rotations<T> rotations;
+    Divide<T> divide;
     Traced<T> sign;     // [n]
     Traced<int> order;  // [n]: vector of each rank
+    Traced<int> finite;
 
-    static __host__ __device__ int vectors(int n) { return 7 * n; }
-    static __host__ __device__ int integers(int n) { return n + 4; }
+    // Without what dividing takes, if the matrix is not.
+    static __host__ __device__ int vectors(int n, bool divided) {
+        return (divided ? 8 + 2 * kTileColumns : 7) * vector_step(n);
+    }
+    static __host__ __device__ int integers(int n, bool divided) {
+        return (divided ? 4 : 1) * vector_step(n) + vector_step(4 * leaves(n) + 1);
+    }
 
-    // Takes vectors(n) elements at `memory` and integers(n) at `numbers`.
-    __device__ EighWork(int n, Traced<T> matrix, int ld, Traced<T> memory, Traced<int> numbers) {
-        const Traced<T> work = memory + 3 * n;
-        tri = {n, matrix, ld, memory, memory + n, memory + 2 * n, work};
-        rotations = {work, work + 2 * n, numbers + n};
+    // Takes as many elements at `memory` and integers at `numbers`, both at multiples of 16 bytes.
+    __device__ EighWork(int n, Traced<T> matrix, int ld, Traced<T> memory, Traced<int> numbers, bool divided) {
+        const int s = vector_step(n);
+        const Traced<T> work = memory + 3 * s;
+        const Traced<int> range = numbers + (divided ? 4 * s : s);
+        tri = {n, matrix, ld, memory, memory + s, memory + 2 * s, work};
+        rotations = {work, work + 2 * s, range};
         sign = work;
         order = numbers;
+        finite = range + 4 * leaves(n);
+        // What is joined takes the place of what is reduced and rotated.
+        divide = {n,
+                  matrix,
+                  ld,
+                  memory,
+                  memory + s,
+                  work,
+                  work + s,
+                  work + 2 * s,
+                  work + 3 * s,
+                  work + 4 * s,
+                  work + 5 * s,
+                  numbers,
+                  numbers + s,
+                  numbers + 2 * s,
+                  numbers + 3 * s};
     }
 };
 
@@ -102,21 +133,83 @@ __device__ void write_vectors(const EighWork<T>& work, int t, T* __restrict__ ve
     }
 }
 
-// kInPlace: the matrix is in the memory of the vectors, and is transposed for the rotations so that neighbouring
-// threads touch neighbouring addresses.
+// Whether the matrix is finite; else its results are NaN. Leaves its scale.
+template <class T, class Group>
+__device__ bool scale_matrix(const T* __restrict__ a, T* __restrict__ values, T* __restrict__ vectors, int32_t* info,
+                             const EighWork<T>& work, Scale<T>& scale, Group& group) {
+    const int n = work.tri.n, t = group.index();
+    const T largest = largest_in_lower(a, n, group);
+    if (largest - largest == 0) {
+        scale = choose_scale(largest, 0);
+        return true;
+    }
+    if (t >= 0 && t < n) values[t] = T(NAN);
+    for (int i = 0; t >= 0 && t < n && i < n; ++i) vectors[i * n + t] = T(NAN);
+    if (t == 0) *info = kNonFinite;
+    return false;
+}
+
+// To tridiagonal form, and vectors to begin with: Q, or of a matrix that is divided the identity; its reflectors then
+// wait in `vectors`.
+template <class T, class Group>
+__device__ void reduce(const T* __restrict__ a, T* vectors, const EighWork<T>& work, const Scale<T>& scale,
+                       Group& group) {
+    const int n = work.tri.n, t = group.index();
+    load_symmetric(a, scale, work.tri, group);
+    tridiagonalise(work.tri, group);
+    if (!divides(n)) return form_q(work.tri, group);
+    for (int j = 0; j < n - 2 && j < t; ++j)
+        if (t < n) vectors[j * n + t] = work.tri.matrix[j * work.tri.ld + t];
+    group.sync();
+    tear(work.divide, t);
+}
+
+// Values and vectors in order, from the tridiagonal matrix's.
+template <int kWidest, class T, class Group>
+__device__ void finish(T* __restrict__ values, T* vectors, int32_t* info, const EighWork<T>& work,
+                       const Scale<T>& scale, bool converged, Group& group) {
+    const int t = group.index();
+    if (divides(work.tri.n)) {
+        converged &= join_leaves<kWidest>(work.divide, group);
+        apply_reflectors(work.tri, vectors, work.divide.tile, work.divide.z, group);
+    }
+    rank_and_sign(work, scale, 1, work.tri.ld, values, group);
+    if (t >= 0 && t < work.tri.n) write_vectors(work, t, vectors);
+    if (t == 0) *info = converged ? kOk : kNotConverged;
+}
+
+// Whether the last sweeps of a matrix's leaves left them converged.
+template <class T>
+__device__ bool leaves_converged(const EighWork<T>& work, int half) {
+    const int count = leaves(work.tri.n);
+    bool converged = true;
+    for (int leaf = 0; leaf < count; ++leaf) converged &= work.rotations.range[2 * (half * count + leaf)] == kConverged;
+    return converged;
+}
+
+template <class T>
+__device__ LeafLane<T> leaf_lane(const EighWork<T>& work, int leaf, bool is_leaf) {
+    const int n = work.tri.n, base = leaf * kLeaf, count = leaves(n);
+    return {is_leaf ? leaf_size(n, leaf) : 0,
+            0,
+            work.tri.diagonal + base,
+            work.tri.off + base,
+            work.rotations.cosine + base,
+            work.rotations.sine + base,
+            n,
+            work.rotations.range + 2 * leaf,
+            2 * count};
+}
+
+// By QL on the whole matrix. kInPlace: it is in the memory of the vectors, and is transposed for the rotations so that
+// neighbouring threads touch neighbouring addresses.
 template <bool kInPlace, class T, class Group>
-__device__ void solve_eigh(const T* __restrict__ a, T* __restrict__ values, T* __restrict__ vectors, int32_t* info,
-                           const EighWork<T>& work, Group& group) {
+__device__ void solve_whole(const T* __restrict__ a, T* __restrict__ values, T* __restrict__ vectors, int32_t* info,
+                            const EighWork<T>& work, Group& group) {
     const int n = work.tri.n, ld = work.tri.ld, t = group.index();
     const bool owns = t >= 0 && t < n;
-    const T largest = largest_in_lower(a, n, group);
-    if (!(largest - largest == 0)) {
-        if (owns) values[t] = T(NAN);
-        for (int i = 0; owns && i < n; ++i) vectors[i * n + t] = T(NAN);
-        if (t == 0) *info = kNonFinite;
-        return;
-    }
-    const Scale<T> scale = choose_scale(largest, 0);
+    Scale<T> scale;
+    if (!scale_matrix(a, values, vectors, info, work, scale, group)) return;
     load_symmetric(a, scale, work.tri, group);
     tridiagonalise(work.tri, group);
     form_q(work.tri, group);
@@ -139,27 +232,82 @@ __host__ __device__ inline int padded(int n) { return n | 1; }
 
 template <class T>
 __host__ __device__ size_t eigh_shared_bytes(int n, bool with_matrix) {
-    const size_t elements = EighWork<T>::vectors(n) + (with_matrix ? n * padded(n) : 0);
-    const size_t bytes = elements * sizeof(T) + EighWork<T>::integers(n) * sizeof(int);
-    return (bytes + sizeof(double) - 1) / sizeof(double) * sizeof(double);
+    const bool divided = with_matrix && divides(n);
+    const size_t elements = EighWork<T>::vectors(n, divided) + (with_matrix ? vector_step(n * padded(n)) : 0);
+    return elements * sizeof(T) + EighWork<T>::integers(n, divided) * sizeof(int);
+}
+
+// Of one matrix of eigh_warp_kernel, in elements: 16 bytes more than all banks hold, so that lanes that have a matrix
+// each read different ones.
+template <class T>
+__host__ __device__ int eigh_share(int n) {
+    constexpr int kBanks = 128 / sizeof(T), kMore = 16 / sizeof(T);
+    return (int(eigh_shared_bytes<T>(n, true) / sizeof(T)) - kMore + kBanks - 1) / kBanks * kBanks + kMore;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize, 1)
-    eigh_warp_kernel(const T* __restrict__ a, T* __restrict__ values, T* __restrict__ vectors, int32_t* info,
-                     int64_t batch, int n) {
-    const int warp = int(threadIdx.x) / kWarpSize;
-    const int64_t at = int64_t(blockIdx.x) * kWarpsPerBlock + warp;
-    if (at >= batch) return;
-    const size_t share = eigh_shared_bytes<T>(n, true);
-    const Traced<T> memory = dynamic_shared<T>() + warp * int(share / sizeof(T));
-    const Traced<int> numbers =
-        dynamic_shared<int>() + (warp + 1) * int(share / sizeof(int)) - EighWork<T>::integers(n);
-    const EighWork<T> work(n, memory, padded(n), memory + n * padded(n), numbers);
-    WarpGroup<T> group;
-    solve_eigh<false>(a + at * n * n, values + at * n, vectors + at * n * n, info + at, work, group);
+__device__ EighWork<T> eigh_work(int n, Traced<T> memory, Traced<int> end) {
+    const bool divided = divides(n);
+    const Traced<int> numbers = end - EighWork<T>::integers(n, divided);
+    return {n, memory, padded(n), memory + vector_step(n * padded(n)), numbers, divided};
 }
 
+template <class T>
+__global__ void __launch_bounds__((kMatricesPerBlock<T> + 1) * kWarpSize, 2)
+    eigh_warp_kernel(const T* __restrict__ a, T* __restrict__ values, T* vectors, int32_t* info, int64_t batch, int n) {
+    FASTLORA_SHARED(int, running, 2);
+    const bool leads = threadIdx.x < kWarpSize;
+    const int lane = int(threadIdx.x) % kWarpSize, count = leaves(n), words = int(sizeof(T) / sizeof(int));
+    // A lane of the leading warp has a leaf, the other warps a matrix each.
+    const int matrices = int(blockDim.x) / kWarpSize - 1;
+    const int own = leads ? lane / count : int(threadIdx.x) / kWarpSize - 1;
+    const int slot = own < matrices ? own : 0;
+    const int64_t at = int64_t(blockIdx.x) * matrices + slot;
+    const bool is_there = own < matrices && at < batch;
+    const int share = eigh_share<T>(n);
+    const EighWork<T> work =
+        eigh_work<T>(n, dynamic_shared<T>() + slot * share, dynamic_shared<int>() + (slot + 1) * share * words);
+    WarpGroup<T> group;
+    Scale<T> scale{};
+    bool solves = false;
+    if (!leads && is_there) {
+        solves = scale_matrix(a + at * n * n, values + at * n, vectors + at * n * n, info + at, work, scale, group);
+        if (lane == 0) work.finite[0] = solves;
+        if (solves) reduce(a + at * n * n, vectors + at * n * n, work, scale, group);
+    }
+    __syncthreads();
+    LeafLane<T> leaf = leaf_lane(work, lane % count, leads && is_there && work.finite[0] != 0);
+    const int half = solve_leaves(leads, leaf, Traced<int>(running), solves && lane < n,
+                                  work.tri.matrix + lane * work.tri.ld, lane / kLeaf, work.rotations, n);
+    if (solves)
+        finish<kWarpEighLargest / 2>(values + at * n, vectors + at * n * n, info + at, work, scale,
+                                     leaves_converged(work, half), group);
+}
+
+// A block a matrix in shared memory that is divided, of n up to 2 · kWidest.
+template <class T, int kWidest>
+__global__ void __launch_bounds__(kWarpSize + 2 * kWidest, 1)
+    eigh_divide_kernel(const T* __restrict__ a, T* __restrict__ values, T* vectors, int32_t* info, int n) {
+    FASTLORA_SHARED(T, partial, 2 * BlockGroup<T>::kMaxWarps);
+    FASTLORA_SHARED(int, running, 2);
+    const int64_t at = blockIdx.x;
+    a += at * n * n, values += at * n, vectors += at * n * n, info += at;
+    const EighWork<T> work =
+        eigh_work<T>(n, dynamic_shared<T>(), dynamic_shared<int>() + int(eigh_shared_bytes<T>(n, true) / sizeof(int)));
+    BlockGroup<T> group(partial);
+    Scale<T> scale;
+    if (!scale_matrix(a, values, vectors, info, work, scale, group)) return;
+    reduce(a, vectors, work, scale, group);
+    group.sync();
+    const int t = group.index(), row = t < 0 ? 0 : t, lane = int(threadIdx.x) % kWarpSize;
+    const bool is_leaf = group.leads() && lane < leaves(n);
+    LeafLane<T> leaf = leaf_lane(work, is_leaf ? lane : 0, is_leaf);
+    const int half = solve_leaves(group.leads(), leaf, Traced<int>(running), t >= 0 && t < n,
+                                  work.tri.matrix + row * work.tri.ld, row / kLeaf, work.rotations, n);
+    finish<kWidest>(values, vectors, info, work, scale, leaves_converged(work, half), group);
+}
+
+// A block a matrix that is not divided; kInPlace: in the memory of its vectors, else in shared memory.
 template <class T, bool kInPlace>
 __global__ void __launch_bounds__(kEighThreads, 1)
     eigh_block_kernel(const T* __restrict__ a, T* __restrict__ values, T* __restrict__ vectors, int32_t* info, int n) {
@@ -168,12 +316,11 @@ __global__ void __launch_bounds__(kEighThreads, 1)
     T* const out = vectors + at * n * n;
     const Traced<T> memory = dynamic_shared<T>();
     const int ld = kInPlace ? n : padded(n);
-    const Traced<T> matrix = kInPlace ? Traced<T>(out) : memory;
-    const Traced<int> numbers =
-        dynamic_shared<int>() + int(eigh_shared_bytes<T>(n, !kInPlace) / sizeof(int)) - EighWork<T>::integers(n);
-    const EighWork<T> work(n, matrix, ld, kInPlace ? memory : memory + n * ld, numbers);
+    const Traced<int> end = dynamic_shared<int>() + int(eigh_shared_bytes<T>(n, !kInPlace) / sizeof(int));
+    const EighWork<T> work(n, kInPlace ? Traced<T>(out) : memory, ld, kInPlace ? memory : memory + vector_step(n * ld),
+                           end - EighWork<T>::integers(n, false), false);
     BlockGroup<T> group(partial);
-    solve_eigh<kInPlace>(a + at * n * n, values + at * n, out, info + at, work, group);
+    solve_whole<kInPlace>(a + at * n * n, values + at * n, out, info + at, work, group);
 }
 
 }  // namespace fastlora::cuda

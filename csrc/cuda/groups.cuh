@@ -15,9 +15,6 @@ namespace fastlora::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-__device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
-__device__ __forceinline__ double inverse_root(double x) { return rsqrt(x); }
-
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll

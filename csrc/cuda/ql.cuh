@@ -3,6 +3,7 @@
 // sweep is being computed. Algorithm: EISPACK imtql2 / LAPACK steqr.
 // Floor: about 0.85 n^2 rotations one after another, some 75 cycles each in float32; 3 n^3 multiply-adds.
 #pragma once
+#include "scalar.cuh"
 #include "tridiagonal.cuh"
 
 namespace fastlora::cuda {
@@ -10,11 +11,28 @@ namespace fastlora::cuda {
 constexpr int kMaxSweepsPerValue = 40;
 enum SweepState : int { kConverged = -1, kGivenUp = -2 };
 
+// 1 / sqrt(x) to a unit or two in the last place, for normal x.
+__device__ __forceinline__ float inverse_root(float x) {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return rsqrtf(x);
+#endif
+}
+__device__ __forceinline__ double inverse_root(double x) { return quick_inverse_root(x); }
+
 template <class T>
 struct Rotations {
     Traced<T> cosine, sine;  // [2][n]: sweep k is in half k % 2
     Traced<int> range;       // [2][2]: first and last index of the sweep, or a SweepState
 };
+
+template <class T>
+__device__ __forceinline__ bool is_negligible(T off, T above, T below) {
+    return fabs(off) <= kEpsilon<T> * (fabs(above) + fabs(below)) + kEpsilon<T> * T(1e-3);
+}
 
 // The first block without a negligible off-diagonal at or after `from`; negligible ones become zero. For one warp.
 template <class T>
@@ -26,8 +44,7 @@ __device__ bool find_block(const Tridiagonal<T>& m, int from, int& first, int& l
         const int i = base + lane;
         bool cut = true;
         if (i < m.n - 1) {
-            const T sum = fabs(T(m.diagonal[i])) + fabs(T(m.diagonal[i + 1]));
-            cut = fabs(T(m.off[i])) <= kEpsilon<T> * sum + kEpsilon<T> * T(1e-3);
+            cut = is_negligible(T(m.off[i]), T(m.diagonal[i]), T(m.diagonal[i + 1]));
             if (cut) m.off[i] = 0;
         }
         const unsigned cuts = __ballot_sync(kAllLanes, cut);
@@ -46,10 +63,10 @@ __device__ bool find_block(const Tridiagonal<T>& m, int from, int& first, int& l
     return first >= 0;
 }
 
-// One sweep with Wilkinson's shift over the block first .. last, for one thread.
+// One sweep with Wilkinson's shift over the block first .. last of the diagonal d and the off-diagonal e, for one
+// thread.
 template <class T>
-__device__ void sweep_block(const Tridiagonal<T>& m, int first, int last, Traced<T> cosine, Traced<T> sine) {
-    const Traced<T> d = m.diagonal, e = m.off;
+__device__ void sweep_block(Traced<T> d, Traced<T> e, int first, int last, Traced<T> cosine, Traced<T> sine) {
     const T top = d[first], coupling = e[first];
     const T ratio = (d[first + 1] - top) / (coupling * T(2)), root = sqrt(ratio * ratio + T(1));
     T upper = d[last];  // d[i + 1]
@@ -112,7 +129,7 @@ __device__ void next_sweep(const Tridiagonal<T>& m, const Rotations<T>& rotation
     if (found) from = first;
     if (threadIdx.x % kWarpSize != 0) return;
     const bool sweeps = found && k < kMaxSweepsPerValue * m.n;
-    if (sweeps) sweep_block(m, first, last, rotations.cosine + half * m.n, rotations.sine + half * m.n);
+    if (sweeps) sweep_block(m.diagonal, m.off, first, last, rotations.cosine + half * m.n, rotations.sine + half * m.n);
     rotations.range[2 * half] = sweeps ? first : found ? kGivenUp : kConverged;
     rotations.range[2 * half + 1] = last;
 }

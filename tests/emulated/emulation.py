@@ -67,10 +67,13 @@ def emulated(module: Any, schedule: int = 0, shared_limit: int = SHARED_LIMIT) -
         yield
 
 
-def barriers_not_missed(module: Any, call: Callable[[], object], of_warp: bool) -> tuple[int, list[int]]:
-    """Runs ``call`` without each of its barriers in turn: ``(barriers, those without which nothing is found)``."""
+def barriers_not_missed(
+    module: Any, call: Callable[[], object], of_warp: bool, total: int | None = None
+) -> tuple[int, list[int]]:
+    """Runs ``call`` without each of its barriers in turn: ``(barriers, those without which nothing is found)``.
+    They are counted for the first thread, unless ``total`` says how many another comes to."""
     call()
-    total = module.barriers(of_warp)
+    total = module.barriers(of_warp) if total is None else total
     missed = []
     try:
         for barrier in range(total):

@@ -27,10 +27,27 @@ BATCH = 1792
 
 # Estimates, in cycles.
 ROTATION = {4: 75, 8: 150}  # one step of the QL recurrence: a square root and a dozen dependent operations
+RECURRENCE = 49  # its instructions, as compiled
 BARRIERS = 400  # the four barriers and two reductions of a Householder step
 ROW = {False: 20, True: 150}  # a row of a Householder step, from shared memory or from L2
+LEAF, MATRICES = 16, {4: 8, 8: 6}  # kLeaf and kMatricesPerBlock
+LEAF_BARRIER = 40
+DEFLATED = 130  # a column that one thread looks at: four loads that wait for each other
+POLE = {4: 25, 8: 50}  # a pole in a sum of the secular equation: a quotient and a dozen operations
+ROOT_STEPS = 7
+TILE, FOUR_PARTS = 150, 60  # entries of four new vectors, and four parts of them times the old ones
+STAGE = 1000  # eight reflectors from L2, and their products with each other
 PAIR = 450  # a pair of columns: product, reduction, angle, rotation
 SWEEPS = {4: 8, 8: 10}
+
+
+@dataclass
+class Work:
+    """Of one matrix: cycles alone, instructions of a scheduler, accesses of a warp to shared memory."""
+
+    latency: float
+    issued: float
+    shared: float
 
 
 @dataclass(frozen=True)
@@ -62,31 +79,81 @@ class Case:
     @property
     def seconds(self) -> float:
         waves = max(1.0, BATCH / (PROCESSORS * self.blocks * self.matrices))
+        most = -(-BATCH // (PROCESSORS * self.matrices)) * self.matrices  # matrices of the busiest multiprocessor
         return max(
             waves * self.latency / CLOCK,
-            BATCH / PROCESSORS * self.busy / CLOCK,
+            most * self.busy / CLOCK,
             self.bytes / BANDWIDTH,
             BATCH * self.traffic / L2_BANDWIDTH,
         )
 
 
+def _rows(n: int) -> float:
+    """Rows of all steps of a reduction, each by the warps that have columns left."""
+    return sum((n - j) * ((n - j + 31) // 32) for j in range(1, n))
+
+
+def _joined(n: int, size: int, work: Work) -> Work:
+    """From solved leaves to the whole: ``work`` so far, and what joining and the reflectors take."""
+    warps, words = (n + 31) // 32, size // 4
+    half = LEAF
+    while half < n:
+        columns = min(2 * half, n)
+        work.latency += columns * DEFLATED + (ROOT_STEPS + 3) * columns * POLE[size]
+        work.latency += columns / 4 * (TILE + half / 4 * FOUR_PARTS)
+        work.issued += (ROOT_STEPS + 3) * columns * 14 * warps + columns / 4 * (30 + half / 4 * 25) * warps
+        work.shared += (ROOT_STEPS + 3) * columns * 2 * warps * words + columns / 4 * half / 4 * 5 * warps * words
+        half *= 2
+    stages, rows = n / 8, n / 2
+    work.latency += stages * (STAGE + 24 * rows)
+    work.issued += stages * rows * (2 * 12 * warps + 4)
+    work.shared += stages * rows * (7 * warps + 2) * words
+    return work
+
+
 def eigh(n: int, size: int) -> Case:
     """As csrc/cuda/eigh.cu launches it."""
     name = {4: "float", 8: "double"}[size]
-    vectors, matrix = 7 * n * size + 4 * (n + 4), n * (n | 1) * size
-    warps = (n + 31) // 32
+    words, warps, divided = size // 4, (n + 31) // 32, LEAF < n <= 128
+    step = (n + 3) // 4 * 4
+    vectors = (16 if divided else 7) * step * size + 4 * (
+        (4 if divided else 1) * step + (4 * -(-n // LEAF) + 4) // 4 * 4
+    )
+    matrix = (n * (n | 1) + 3) // 4 * 4 * size
     in_place = n > 32 and vectors + matrix + 1024 > 227 * 1024
-    rotations = 0.85 * n * n
-    latency = rotations * ROTATION[size] + n * (BARRIERS + ROW[in_place] * n)
-    # Instructions: 35 of the recurrence and 8 for a warp of components; 6 for each of n^2 warps of a Householder step.
-    busy = (rotations * (35 + 8 * warps) + 6 * n * n * warps) / SCHEDULERS
+    matrices = MATRICES[size] if n <= 32 else 1
+    # The reduction: a row takes 2 accesses to the matrix and 3/4 to vectors, and 3 multiply-adds.
+    work = Work(n * (BARRIERS + ROW[in_place] * n / 2), 7 * _rows(n), 2.75 * words * _rows(n))
+    if divided or n <= LEAF:
+        leaf = min(n, LEAF)
+        work.latency += 1.12 * leaf * leaf * ROTATION[size] + 2 * leaf * LEAF_BARRIER
+        work.issued += 1.05 * leaf * leaf * (RECURRENCE / matrices + 8 * warps)
+        work.shared += 1.05 * leaf * leaf * 4 * warps * words
+    else:
+        work.latency += 0.85 * n * n * ROTATION[size]
+        work.issued += 0.85 * n * n * (RECURRENCE + 8 * warps)
+        work.shared += 0.85 * n * n * 4 * warps * words
+    if divided:
+        work = _joined(n, size, work)
+    else:  # Q
+        work.latency += ROW[in_place] * n * n / 2
+        work.issued += 6 * _rows(n)
+        work.shared += 2.5 * words * _rows(n)
+    busy = max(work.issued / SCHEDULERS, work.shared)
     traffic = size * n**3 * 4.0 if in_place else 0.0
     if n <= 32:
-        dynamic = 2 * (vectors + matrix)
-        return Case("eigh.cu", f"eigh_warp_kernel<{name}>", n, size, 64, 2, dynamic, latency, busy, traffic)
-    kernel = f"eigh_block_kernel<{name}, {str(in_place).lower()}>"
+        banks, more = 128 // size, 16 // size
+        share = (-(-((vectors + matrix) // size - more) // banks) * banks + more) * size
+        return Case(
+            "eigh.cu", f"eigh_warp_kernel<{name}>", n, size, 32 * (matrices + 1), matrices, matrices * share,
+            work.latency, busy, traffic,
+        )  # fmt: skip
+    if divided:
+        kernel = f"eigh_divide_kernel<{name}, {32 if n <= 64 else 64}>"
+    else:
+        kernel = f"eigh_block_kernel<{name}, {str(in_place).lower()}>"
     dynamic = vectors + (0 if in_place else matrix)
-    return Case("eigh.cu", kernel, n, size, 32 + 32 * warps, 1, dynamic, latency, busy, traffic)
+    return Case("eigh.cu", kernel, n, size, 32 + 32 * warps, 1, dynamic, work.latency, busy, traffic)
 
 
 def svd(n: int, size: int) -> Case:

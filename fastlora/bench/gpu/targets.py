@@ -106,7 +106,7 @@ _BATCH = 1792
 
 
 def _eigh(n: int, latency: float, resident: Resident) -> Prediction:
-    """9·n³: the tridiagonal form and Q, implicit QL with vectors."""
+    """9·n³: the tridiagonal form, its vectors and Q, before anything deflates."""
     moved, operations = 4 * _BATCH * (2 * n * n + n), 9 * n**3 * _BATCH
     return Prediction(f"eigh n={n} (CUDA)", f"float32, batch {_BATCH}", moved, operations, "fp32", (resident,), latency)
 
@@ -142,10 +142,10 @@ PREDICTIONS = [
         (Resident("half_joint B 16 bf16", 7, 4), Resident("half_summed A 16 bf16", 7, 4)), 385e-6,
         "B, A; three products: a coefficient is a sum of bfloat16 numbers",
     ),
-    _eigh(16, 21e-6, Resident("eigh_warp_kernel<float>", 16, 2)),
-    _eigh(32, 84e-6, Resident("eigh_warp_kernel<float>", 16, 2)),
-    _eigh(64, 0.44e-3, Resident("eigh_block_kernel<float, false>", 10, 3)),
-    _eigh(128, 3.7e-3, Resident("eigh_block_kernel<float, false>", 3, 5)),
+    _eigh(16, 20e-6, Resident("eigh_warp_kernel<float>", 2, 9)),
+    _eigh(32, 38e-6, Resident("eigh_warp_kernel<float>", 2, 9)),
+    _eigh(64, 0.183e-3, Resident("eigh_divide_kernel<float, 32>", 7, 3)),
+    _eigh(128, 1.08e-3, Resident("eigh_divide_kernel<float, 64>", 3, 5)),
     _svd(16, _BATCH, 20e-6, Resident("svd_warp_kernel<float, 16>", 7, 2)),
     _svd(32, _BATCH, 0.13e-3, Resident("svd_warp_kernel<float, 32>", 6, 2)),
     _svd(64, 448, 3.5e-3 / 4, Resident("svd_block_kernel<float, false>", 2, 8)),

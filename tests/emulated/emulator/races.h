@@ -106,4 +106,22 @@ class Traced {
     T* address_ = nullptr;
 };
 
+// Four neighbours at once: a GPU refuses other addresses.
+template <class T>
+void require_aligned(Traced<T> x) {
+    if (reinterpret_cast<uintptr_t>(x.address()) % 16 != 0) fail("four values at an address that is not aligned");
+}
+
+template <class T>
+void load_four(Traced<T> from, T (&to)[4]) {
+    require_aligned(from);
+    for (int i = 0; i < 4; ++i) to[i] = from[i];
+}
+
+template <class T>
+void store_four(Traced<T> to, const T (&from)[4]) {
+    require_aligned(to);
+    for (int i = 0; i < 4; ++i) to[i] = from[i];
+}
+
 }  // namespace emulator

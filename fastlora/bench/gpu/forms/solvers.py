@@ -117,7 +117,7 @@ def forms(tiny: bool) -> list[Form]:
     found = []
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        found += [Form(f"eigh {n} {name}", partial(eigh, n, dtype, batch)) for n in (5, 33, 120, 240)]
+        found += [Form(f"eigh {n} {name}", partial(eigh, n, dtype, batch)) for n in (5, 20, 33, 120, 150, 240)]
         in_place = IN_PLACE[dtype] if tiny else (240, 240)
         shapes = ((12, 12), (30, 30), (70, 70), (123, 64), (1520, 8), in_place, (8, 1524))
         found += [Form(f"svd {p}x{q} {name}", partial(svd, p, q, dtype, batch)) for p, q in shapes]
