@@ -88,7 +88,7 @@ class InputDecomposition(SavedParts):
             return {key: size for adapter in self.pool.adapters for key, size in _sizes(adapter).items()}
 
     def lengths(self, name: str) -> dict[str, float]:
-        """``‖unique‖`` of an adapter in every module that was filtered."""
+        """``‖unique‖`` of the adapter ``name`` in every module that was filtered."""
         return {m: found.kept(self._sizes[name, m][0]) for m, found in self.filters[name].items()}
 
     def _notices(self) -> list[str]:

@@ -64,8 +64,8 @@ class Statistics:
     _kept: dict[Places, dict[float, tuple[Tensor | None, float]]] = field(default_factory=dict, init=False, repr=False)
 
     def grams(self, sites: Sequence[Places], *, keep: bool = True) -> list[Tensor]:
-        """``XXᵀ [N, N]`` of every site, float64: ``X`` has the rows of some adapters below one another, each named as
-        ``(adapter, site)``. ``keep``: for the next time.
+        """``XXᵀ [N, N]`` of each of the ``sites``, float64: ``X`` has the rows of some adapters below one another, each
+        named as ``(adapter, site)``. ``keep``: for the next time.
 
         Cost: ``N²·m`` operations for every one that is not there.
         """
@@ -88,11 +88,11 @@ class Statistics:
         return Statistics({**self.of, **other.of})
 
     def kept(self, places: Places) -> dict[float, tuple[Tensor | None, float]]:
-        """Where what is computed from the products of a site is kept, by the ridge."""
+        """Where what is computed from the products of a site, named by its ``places``, is kept, by the ridge."""
         return self._kept.setdefault(places, {})
 
     def turned(self, of: Mapping[str, InputRows]) -> Statistics:
-        """Statistics of the same rows in other coordinates: their products are the same, and stay."""
+        """Statistics ``of`` the same rows in other coordinates: their products are the same, and stay."""
         other = Statistics(of)
         other._grams.update(self._grams)
         other._kept.update(self._kept)
