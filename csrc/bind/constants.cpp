@@ -96,6 +96,15 @@ py::tuple add_fields() {
                         FASTLORA_FIELD(Row, to_offset), FASTLORA_FIELD(Row, is_double), FASTLORA_FIELD(Row, threads)});
 }
 
+py::tuple tucker_fields() {
+    using Row = TuckerArgs;
+    return fields<Row>({FASTLORA_FIELD(Row, left), FASTLORA_FIELD(Row, right), FASTLORA_FIELD(Row, u),
+                        FASTLORA_FIELD(Row, v), FASTLORA_FIELD(Row, u_end), FASTLORA_FIELD(Row, v_end),
+                        FASTLORA_FIELD(Row, steps), FASTLORA_FIELD(Row, modules), FASTLORA_FIELD(Row, k),
+                        FASTLORA_FIELD(Row, r), FASTLORA_FIELD(Row, n), FASTLORA_FIELD(Row, m), FASTLORA_FIELD(Row, c),
+                        FASTLORA_FIELD(Row, iterations), FASTLORA_FIELD(Row, tolerance), FASTLORA_FIELD(Row, threads)});
+}
+
 }  // namespace
 
 void bind_constants(py::module_& m) {
@@ -118,6 +127,7 @@ void bind_constants(py::module_& m) {
     m.attr("MERGE_FIELDS") = merge_fields();
     m.attr("SIMILARITY_FIELDS") = similarity_fields();
     m.attr("ADD_FIELDS") = add_fields();
+    m.attr("TUCKER_FIELDS") = tucker_fields();
     m.attr("ADD_PROBLEMS") = numbers(
         {{"not finite", kResultNotFinite}, {"read", kSourceError}, {"short", kShortSource}, {"write", kTargetError}});
     m.attr("TRIM_KINDS") = numbers(

@@ -115,6 +115,14 @@ void bind_cpu(py::module_& m) {
         },
         py::arg("row"), "row: ADD_FIELDS; (kind, errno) of AddProblem");
     m.def(
+        "tucker",
+        [](const py::bytes& row) {
+            const auto args = read_row<TuckerArgs>(row);
+            py::gil_scoped_release release;
+            check(kernels().tucker(args));
+        },
+        py::arg("row"), "row: TUCKER_FIELDS");
+    m.def(
         "eigh",
         [](uintptr_t a, uintptr_t values, uintptr_t vectors, uintptr_t info, int64_t batch, int n, bool is_double,
            int threads) {

@@ -19,6 +19,8 @@ int similarity(const SimilarityArgs& args);
 
 AddProblem add_products(const AddArgs& args);
 
+int tucker(const TuckerArgs& args);
+
 bool finite(const Matrix& matrix);
 
 template <class T>

@@ -265,6 +265,22 @@ def _similarity(left: Tensor, right: Tensor, starts: Tensor, kept: Tensor, split
     return inner, shared
 
 
+def _tucker(
+    left: Tensor, right: Tensor, U: Tensor, V: Tensor, iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    left, right, U, V = (aligned(x) for x in (left, right, U, V))
+    g, k, r, n = left.shape
+    ends, steps = (torch.empty_like(U), torch.empty_like(V)), torch.empty(g, dtype=torch.int64)
+    numbers = {
+        "left": left.data_ptr(), "right": right.data_ptr(), "u": U.data_ptr(), "v": V.data_ptr(),
+        "u_end": ends[0].data_ptr(), "v_end": ends[1].data_ptr(), "steps": steps.data_ptr(), "modules": g, "k": k,
+        "r": r, "n": n, "m": right.shape[3], "c": U.shape[2], "iterations": iterations, "tolerance": tolerance,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    _core.tucker(packed_numbers("TuckerArgs", numbers, _core.TUCKER_FIELDS))
+    return *ends, steps
+
+
 KERNELS: Mapping[str, Kernel] = {
     "gram": Kernel(functools.partial(padded.gram, _gram_pass), _supports),
     "eigh": Kernel(_eigh, _supports),
@@ -280,5 +296,6 @@ KERNELS: Mapping[str, Kernel] = {
     "merge_row_masks": Kernel(cpu_tiles.row_masks, cpu_tiles.supports),
     "merge_tiles": Kernel(cpu_tiles.merge, cpu_tiles.supports),
     "similarity": Kernel(_similarity, _supports),
+    "tucker": Kernel(_tucker, _supports),
     "add_products": Kernel(cpu_tiles.add_products, cpu_tiles.supports),
 }

@@ -22,6 +22,7 @@ from fastlora.reference.finite import finite
 from fastlora.reference.gram import gram, symmetric
 from fastlora.reference.similarity import similarity
 from fastlora.reference.svd import svd
+from fastlora.reference.tucker import tucker
 from fastlora.runtime.system import write_all_at
 
 
@@ -98,5 +99,6 @@ KERNELS: Mapping[str, Kernel] = {
     "merge_row_masks": Kernel(reference_tiles.row_masks, always),
     "merge_tiles": Kernel(reference_tiles.merge, always),
     "similarity": Kernel(similarity, always),
+    "tucker": Kernel(tucker, always),
     "add_products": Kernel(functools.partial(tiles_of_files.add_products, formula=_added), always),
 }

@@ -23,6 +23,7 @@ from fastlora.ops.gram import blocks_of
 from fastlora.ops.passes import BlockPlace, CombineJob, GramJob, WriteProblem
 from fastlora.reference.eigh import largest_entry_sign
 from fastlora.reference.gram import mask_columns, symmetric
+from fastlora.reference.tucker import tucker
 from fastlora.runtime.system import write_all_at
 
 STACK_BYTES = 64 * 2**20  # of float64 factors that are multiplied in one call
@@ -247,5 +248,6 @@ KERNELS: Mapping[str, Kernel] = {
     "merge_row_masks": Kernel(torch_tiles.row_masks, always),
     "merge_tiles": Kernel(torch_tiles.merge, always),
     "similarity": Kernel(_similarity, always),
+    "tucker": Kernel(tucker, always),
     "add_products": Kernel(functools.partial(tiles_of_files.add_products, formula=tiles_of_files.plain), always),
 }

@@ -45,6 +45,7 @@ RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
     "merge_tiles": STREAMING,
     "similarity": STREAMING,
     "add_products": STREAMING,
+    "tucker": SOLVING,
 }
 
 

@@ -99,7 +99,7 @@ Definition = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def require_parity(
-    method: str, definition: Definition, tolerance: float, *, without: Sequence[str] = (), **parameters: Any
+    method: str, definition: Definition, tolerance: float, /, *, without: Sequence[str] = (), **parameters: Any
 ) -> None:
     """A method on pools of every kind, in float64 and float32, of mixed dtypes and bfloat16, against its definition.
 

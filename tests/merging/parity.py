@@ -283,7 +283,10 @@ CASES: dict[str, list[Case]] = {
     "pem": [({}, by_module(of_factors))],
     "core": [*rules_of("core"), ({"gauge": "raw"}, by_module(raw_core))],
     "knots": rules_of("knots"),
-    "ctm": rules_of("ctm", rank=3, balance=0.25),
+    "ctm": [
+        ({**given, "tolerance": containers.TIGHT}, definition)
+        for given, definition in rules_of("ctm", rank=3, balance=0.25)
+    ],
     "tsv": [({"spectrum": s}, of_weighted(test_tsv.definition(s))) for s in ("own", "flat", "rms")],
     "iso_c": [*by_choices(iso_c, {"rank": 3}, {"energy": 0.8})],
     "iso_cts": [({"common": 0.6, "rank": 4}, of_weighted(test_iso_cts.definition(0.6, 4)))],

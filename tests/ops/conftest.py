@@ -23,7 +23,7 @@ OPS = ("gram", "combine", "eigh", "eigh_ex", "svd", "svd_ex", "chain")
 # Ops that are no torch operators, with what of their arguments goes to the device.
 DRIVEN = {
     "merge_select": 1, "merge_count_varied": 1, "merge_row_masks": 1, "merge_tiles": 3, "similarity": 2,
-    "add_products": 3,
+    "add_products": 3, "tucker": 4,
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from fastlora.ops import dispatch, merge_tiles
 from fastlora.ops.add_products import ProductTask, Segment, add_products
 from fastlora.ops.merge_tiles import TileOutputs, TileRule, TileTask
 from fastlora.ops.similarity import similarity
+from fastlora.ops.tucker import tucker
 
 TALL = gaussian(3, 2, 37, 5, seed=0)
 SQUARE = torch.einsum("bina,bjnc->bijac", TALL.double(), TALL.double()).contiguous()
@@ -61,6 +62,12 @@ def all_pairs(put: Put) -> tuple[Tensor, Tensor]:
     return similarity(left, right, torch.tensor([0, 3, 3, 8, 12]), torch.tensor([3, 0, 4, 4]))
 
 
+def subspaces(put: Put) -> tuple[Tensor, ...]:
+    left, right = (gaussian(2, 3, 2, n, seed=n).double() / 30 for n in (9, 7))
+    U, V = (torch.linalg.qr(gaussian(2, n, 2, seed=n).double())[0] for n in (9, 7))
+    return tucker(put(left), put(right), put(U), put(V), iterations=4, tolerance=0.0)
+
+
 CALLS: dict[str, Callable[[Put], Any]] = {
     "gram": lambda put: fl.ops.gram(put(TALL), put(torch.tensor([[5, 2], [0, 3], [1, 5]]))),
     "gram, a chain of rows": lambda put: fl.ops.gram(put(TALL), blocks="chain", rows=True),
@@ -73,6 +80,7 @@ CALLS: dict[str, Callable[[Put], Any]] = {
     "finite": lambda put: dispatch.run("finite", put(TALL)),
     **{f"tiles, {rule}": lambda put, rule=rule: tiles(put, rule) for rule in ("ties", "dare", "della", "sce")},
     "similarity": all_pairs,
+    "tucker": subspaces,
     "add_products": products,
 }
 

@@ -172,6 +172,22 @@ struct SimilarityArgs {
     int64_t threads;
 };
 
+// Two small sides of the matrices of many modules, and where their subspaces start and end. A row of 8-byte fields: see
+// csrc/cpu/tucker.cpp.
+struct TuckerArgs {
+    const double* left;   // [modules, k, r, n]: the L_i'
+    const double* right;  // [modules, k, r, m]: the R_i'
+    const double* u;      // [modules, n, c]
+    const double* v;      // [modules, m, c]
+    double* u_end;        // as u
+    double* v_end;        // as v
+    int64_t* steps;       // [modules]
+    int64_t modules, k, r, n, m, c;
+    int64_t iterations;
+    double tolerance;
+    int64_t threads;
+};
+
 // Columns of a matrix, and the pairs that are added to them; none: they are only converted.
 struct AddSegment {
     int64_t first_pair, pairs;  // range in the tables of factors and scales
@@ -216,6 +232,7 @@ struct Kernels {
     int (*merge_tiles)(const MergeArgs& args);
     int (*similarity)(const SimilarityArgs& args);
     AddProblem (*add_products)(const AddArgs& args);
+    int (*tucker)(const TuckerArgs& args);
     bool (*finite)(const Matrix& matrix);  // neither NaN nor infinity
     // a [batch, n, n] row-major; values [batch, n] ascending; vectors [batch, n, n]: row j is eigenvector j.
     int (*eigh_f32)(const float* a, float* values, float* vectors, int32_t* info, int64_t batch, int n, int threads);

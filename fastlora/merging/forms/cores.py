@@ -7,7 +7,7 @@ is the sum of the ranks: the same program on the dense ``ΔW_i`` would give ``Q_
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,8 +27,9 @@ from fastlora.merging.registry import Idle, driven, none_idle
 
 Program = TypeVar("Program", bound=Callable[..., Tensor])
 
-# Matrices R×R of every adapter that a program has at a time: its core, and what is made of it.
-CORES = 5
+# Matrices R×R of every adapter that a program has at a time: its core, and what is made of it. One that has sides
+# instead has some for all adapters together.
+CORES, SIDES = 5, 16
 FRAMES = 12  # of all adapters together, while their frames are found
 # What they take of memory together, for each thread. An allocator hands out the pages of small parts again, and they
 # stay in the processor's caches. Large ones come from the system anew each time, and that takes longer than arithmetic.
@@ -58,7 +59,7 @@ def merge(
     Args:
         program: takes float64 ``cores [g, k, R, R]`` of ``g`` modules and the ``k`` adapters of the pool, and returns
             the merged ``[g, R, R]``, which should scale as they do. An adapter that lacks a module has a core of zeros.
-            It gets more by the names of its other arguments, :class:`Given`.
+            It gets more by the names of its other arguments, or something else by that of the first: :class:`Given`.
         pool: the adapters.
         weights: of every adapter, by name.
         rank: rank of the result; by default the largest rank of the pool
@@ -127,7 +128,8 @@ class Given:
     ``cut``: counts the singular values that are significant and within the rank or the energy. A program that takes it
     cuts by itself, before what it does; the result of every other is cut. ``noise``: counts those that are significant.
     ``nulls``: counts those that are no rounding of the arithmetic, where stored numbers are exact.
-    ``sides``: ``(L [g, k, R, r], R [g, k, R, r])`` with ``M_i = L_i R_iᵀ``. ``stacks``: the stacked ``B`` and ``A`` as
+    ``sides``: ``(L [g, k, R, r], R [g, k, R, r])`` with ``M_i = L_i R_iᵀ``; a program whose first argument this is gets
+    no cores, and none are formed. ``stacks``: the stacked ``B`` and ``A`` as
     they are stored, in the same frames. ``weights``: float64 ``[k]``. ``keys``: the names of the adapters and of the
     modules.
     """
@@ -139,8 +141,29 @@ class Given:
     rank: int | None
     energy: float | None
 
+    def of(self, asked: Sequence[str]) -> list[object]:
+        """The values of arguments: the first are the cores, unless it is ``sides``."""
+        first = self.sides() if asked[0] == "sides" else self.cores()
+        return [first, *(self.named(name) for name in asked[1:])]
+
+    def cores(self) -> Tensor:
+        """The ``M_i``, ``[g, k, R, R]``."""
+        cores = self.frames.cores(self.scales, len(self.weights))
+        self._check(cores)
+        return cores
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """``(L [g, k, R, r], R [g, k, R, r])`` with ``M_i = L_i R_iᵀ``."""
+        sides = self.frames.sides(self.scales, len(self.weights))
+        self._check(sides[0])
+        return sides
+
+    def _check(self, values: Tensor) -> None:
+        if values.numel() and not all(x.isfinite() for x in values.aminmax()):
+            raise InputError(f"the weighted updates overflow: lower the weights {self.weights}")
+
     def named(self, name: str) -> object:
-        """The value of the argument ``name``."""
+        """The value of the argument ``name``, which is not the first."""
         if name == "cut":
             return self.frames.cut(self.weights, self.rank, self.energy, significant=True)
         if name == "noise":
@@ -148,7 +171,7 @@ class Given:
         if name == "nulls":
             return self.frames.cut(self.weights, None, None)
         if name == "sides":
-            return self.frames.sides(self.scales, len(self.weights))
+            return self.sides()
         if name == "stacks":
             return self.frames.stacks(self.scales)
         if name == "weights":
@@ -159,9 +182,9 @@ class Given:
 
 
 def _asked(program: Callable[..., Tensor]) -> list[str]:
-    """The arguments of a program after its first."""
-    parameters = list(inspect.signature(program).parameters.values())
-    return [p.name for p in parameters[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    """The arguments of a program that are not parameters of the method."""
+    parameters = inspect.signature(program).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _merge(
@@ -180,14 +203,12 @@ def _merge(
         for blocks in read_pair_blocks(pool, f"cores of {name}", matrices=FRAMES, most=most, shared=True):
             group = Frames.of(blocks)
             R = group.left.shape[1]
-            for part in split_to_fit([8 * (CORES * len(pool) + 8) * R * R] * len(blocks.modules), most):
+            matrices = SIDES if asked[0] == "sides" else CORES * len(pool)
+            for part in split_to_fit([8 * (matrices + 8) * R * R] * len(blocks.modules), most):
                 frames = group.part(part)
                 scales = frames.scales(given)
-                cores = frames.cores(scales, len(pool))
-                if cores.numel() and not all(x.isfinite() for x in cores.aminmax()):
-                    raise InputError(f"the weighted updates overflow: lower the weights {given}")
                 more = Given(pool.names, frames, scales, given, rank, energy)
-                core = program(cores, **{n: more.named(n) for n in asked}, **parameters)
+                core = program(*more.of(asked), **parameters)
                 check_result(name, frames.blocks.modules, core, (len(part), R, R))
                 cut = frames.cut(given, rank, energy, significant="cut" in asked)
                 last = _rounding(cut) if "cut" in asked else cut

@@ -180,15 +180,18 @@ class Frames:
         D, columns = right
         values, vectors = ops.eigh(core @ core.mT)
         sigma, vectors = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
-        result = {}
         counts = cut(sigma).tolist()
+        # All columns of all modules at once: the bits of one do not depend on how many another keeps.
+        columns_B = self.inverse @ vectors * _inverse(self.norms_B)[:, :, None]
+        columns_A = D.mT @ vectors * columns[:, :, None]
+        result = {}
         for g, module in enumerate(self.blocks.modules):
             squares, row, count = sigma[g].square(), self.blocks.updates[g], counts[g]
             if not count:
                 result[module] = with_rank_zero(row[0]), 0.0, float(squares.sum())
                 continue
-            U = vectors[g, :, :count]
-            B, A = self.columns(g, U), self._stacked(row, "A", ((U.mT @ D[g]) * columns[g]).mT)
+            B = self._stacked(row, "B", columns_B[g, :, :count].clone())
+            A = self._stacked(row, "A", columns_A[g, :, :count].clone())
             update = Update(B, A, 1.0, row[0].layout, noises[g])
             result[module] = update, float(squares[:count].sum()), float(squares.sum())
         return result
