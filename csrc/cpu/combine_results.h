@@ -20,6 +20,12 @@ class Peak {
         else
             most_ = (Mask<T>)_mm512_maskz_max_epi64(0xff, (__m512i)most_, (__m512i)size);
 #else
+#if defined(__AVX2__)
+        if constexpr (sizeof(T) == 4) {
+            most_ = (Mask<T>)_mm256_max_epi32((__m256i)most_, (__m256i)size);
+            return;
+        }
+#endif
         most_ = size > most_ ? size : most_;
 #endif
     }
@@ -60,21 +66,25 @@ struct Streamed {
     static void put(typename E::Stored* p, Vec<T> x) {
         typename E::Stored rounded[kLanes<T>];
         E::template store_vector<T>(rounded, x);
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
         constexpr int bytes = kBytes<T, typename E::Stored>;
         void* at = p;
         const void* from = rounded;
+#if defined(__AVX512F__)
         if constexpr (bytes == 64) return _mm512_stream_si512(static_cast<__m512i*>(at), _mm512_loadu_si512(from));
+#endif
         if constexpr (bytes == 32)
             return _mm256_stream_si256(static_cast<__m256i*>(at),
                                        _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+        if constexpr (bytes == 16)
+            return _mm_stream_si128(static_cast<__m128i*>(at), _mm_loadu_si128(static_cast<const __m128i*>(from)));
 #endif
         __builtin_memcpy(p, rounded, sizeof rounded);
     }
 
     // What is streamed is there for others after this.
     static void finish() {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
         _mm_sfence();
 #endif
     }

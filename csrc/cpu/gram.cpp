@@ -4,7 +4,7 @@
 // then every block that was asked for takes the tile's contribution.
 //   B side: outer products; the blocks (i, j), (i, j + 1), ... of one left factor are one product with the
 //           concatenated columns of the right factors.
-//   A side: dot products of rows, 4 x 4 at a time, one sum a lane.
+//   A side: dot products of rows, 4 with 4 at a time (2 or 3 where there are 16 registers), one sum a lane.
 // Of blocks on the diagonal only what holds the upper triangle is summed.
 // Everything is float64, whatever is stored: decompositions take square roots of these blocks and divide by small ones,
 // so an error of a Gram matrix comes back with the square of the condition number. (Half-precision factors summed in
@@ -21,12 +21,14 @@ namespace {
 
 using T = double;
 
-constexpr int kTileB = 32;              // rows of a tile on the B side
-constexpr int kTileA = 24 * kLanes<T>;  // columns of a tile on the A side
+constexpr int kTileB = 32;   // rows of a tile on the B side
+constexpr int kTileA = 192;  // columns of a tile on the A side
 constexpr int kStrideA = kTileA + kLanes<T>;
 constexpr int kTilesInSum = 64;
-constexpr int64_t kGroup = 8;  // rows of the sums of outer products that are added to at a time
-constexpr int kSquare = 4;     // rows and columns of a square of dot products
+constexpr bool kManyRegisters = kVectorBytes == 64;
+constexpr int64_t kGroup = kManyRegisters ? 8 : 4;  // rows of the sums of outer products that are added to at a time
+constexpr int kRows = 4;                            // of dot products that are summed at a time,
+constexpr int kColumns = kManyRegisters ? 4 : 3;    // and columns
 
 int64_t rank(const Matrix& m, bool rows) { return rows ? m.rows : m.cols; }
 int64_t length(const Matrix& m, bool rows) { return rows ? m.cols : m.rows; }
@@ -37,7 +39,7 @@ struct Run {
     int64_t first_block, blocks;
     int64_t width;  // columns of all right factors
     double* sums;   // [rank(left), width]
-    void* part;     // sums of the last tiles: B side T [rank(left), part_stride], A side Vec<T> [squares, 4, 4]
+    void* part;  // sums of the last tiles: B side T [rank(left), part_stride], A side Vec<T> [groups, columns, kRows]
 };
 
 struct Work {
@@ -50,12 +52,32 @@ struct Work {
 
 int64_t part_stride(int64_t width) { return padded<T>(width) + 2 * kLanes<T>; }
 
-int64_t squares(int64_t n) { return (n + kSquare - 1) / kSquare; }
+int64_t groups(int64_t n) { return (n + kRows - 1) / kRows; }
+
+// Columns of `left` more that are summed at a time.
+int columns_now(int64_t left) {
+    if (kManyRegisters) return kColumns;
+    return left == 4 || left < 3 ? 2 : 3;
+}
+
+// Of all columns, the last ones repeated: those of kColumns at a time.
+int64_t summed(int64_t columns) {
+    int64_t n = 0;
+    while (n < columns) n += columns_now(columns - n);
+    return n;
+}
+
+// Products of a group of rows on the A side.
+int64_t patches(int64_t columns) {
+    int64_t n = 0;
+    for (int64_t j = 0; j < columns; ++n) j += columns_now(columns - j);
+    return n;
+}
 
 // Elements of T of a run's sums of the last tiles.
 size_t part_size(const GramTask& task, int64_t m, int64_t width) {
     if (!task.rows) return size_t(m * part_stride(width));
-    return size_t(squares(m) * squares(width) * kSquare * kSquare * kLanes<T>);
+    return size_t(groups(m) * summed(width) * kRows * kLanes<T>);
 }
 
 size_t lay_out(char* base, const GramTask& task, const Matrix* factors, const GramBlock* blocks, Work& w) {
@@ -87,7 +109,11 @@ size_t lay_out(char* base, const GramTask& task, const Matrix* factors, const Gr
             __builtin_memset(static_cast<void*>(part), 0, sizeof(T) * part_size(task, m, width));
         }
         ++w.n_runs;
-        w.products += task.rows ? squares(m) * squares(width) : (m + kGroup - 1) / kGroup;
+        const bool on_diagonal = blocks[b].left == blocks[b].right;
+        if (task.rows)
+            for (int64_t i = 0; i < m; i += kRows) w.products += patches(width - (on_diagonal ? i : 0));
+        else
+            w.products += (m + kGroup - 1) / kGroup;
         b = end;
     }
     return arena.used();
@@ -134,63 +160,74 @@ inline Vec<T> sums_of_lanes(Vec<T>* r) {
     return r[0];
 }
 
-// sums [4, 4] += the products of 4 rows with 4 rows, lane by lane
-__attribute__((noinline)) void add_square(const T* const* left, const T* const* right, int vectors, Vec<T>* sums) {
-    Vec<T> sum[kSquare][kSquare];
+// sums [kN, kRows] += the products of kRows rows with kN rows, lane by lane. The sums stay in registers.
+template <int kN>
+__attribute__((noinline)) void add_patch(const T* const* left, const T* const* right, int vectors, Vec<T>* sums) {
+    Vec<T> sum[kN][kRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kSquare; ++i)
+    for (int j = 0; j < kN; ++j)
 #pragma GCC unroll 4
-        for (int j = 0; j < kSquare; ++j) sum[i][j] = sums[i * kSquare + j];
-    const T* const l[kSquare] = {left[0], left[1], left[2], left[3]};
-    const T* const r[kSquare] = {right[0], right[1], right[2], right[3]};
+        for (int i = 0; i < kRows; ++i) sum[j][i] = sums[j * kRows + i];
+    const T* const l[kRows] = {left[0], left[1], left[2], left[3]};
+    const T* r[kN];
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) r[j] = right[j];
     for (int at = 0; at < vectors * kLanes<T>; at += kLanes<T>) {
-        Vec<T> x[kSquare];
+        Vec<T> y[kN];
 #pragma GCC unroll 4
-        for (int i = 0; i < kSquare; ++i) x[i] = load<T>(l[i] + at);
+        for (int j = 0; j < kN; ++j) y[j] = load<T>(r[j] + at);
 #pragma GCC unroll 4
-        for (int j = 0; j < kSquare; ++j) {
-            const Vec<T> y = load<T>(r[j] + at);
+        for (int i = 0; i < kRows; ++i) {
+            const Vec<T> x = load<T>(l[i] + at);
 #pragma GCC unroll 4
-            for (int i = 0; i < kSquare; ++i) sum[i][j] += x[i] * y;
+            for (int j = 0; j < kN; ++j) sum[j][i] += x * y[j];
         }
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < kSquare; ++i)
+    for (int j = 0; j < kN; ++j)
 #pragma GCC unroll 4
-        for (int j = 0; j < kSquare; ++j) sums[i * kSquare + j] = sum[i][j];
+        for (int i = 0; i < kRows; ++i) sums[j * kRows + i] = sum[j][i];
 }
 
-// Rows [first, first + 4) of a tile; the last one stands for those that are not there.
+// Rows [first, first + kRows) of a tile; the last one stands for those that are not there.
 void rows_of(const T* tile, int64_t first, int64_t n, const T** rows) {
-    for (int64_t i = 0; i < kSquare; ++i) rows[i] = tile + min_(first + i, n - 1) * kStrideA;
+    for (int64_t i = 0; i < kRows; ++i) rows[i] = tile + min_(first + i, n - 1) * kStrideA;
 }
 
-// sums [m, n] += what a square summed up in its lanes, which then starts again
-void take_sums(Vec<T>* part, int64_t m, int64_t n, double* sums, int64_t width) {
-    constexpr int count = kSquare * kSquare;
-    T flat[count];
-    for (int i = 0; i < count; i += kLanes<T>) store<T>(flat + i, sums_of_lanes(part + i));
-    for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = 0; j < n; ++j) sums[i * width + j] += double(flat[i * kSquare + j]);
-    __builtin_memset(part, 0, sizeof(Vec<T>) * count);
+// sums [m, n] += what `summed` columns of a group summed up in their lanes, which then start again
+void take_sums(Vec<T>* part, int64_t m, int64_t n, int64_t summed, double* sums, int64_t width) {
+    for (int64_t at = 0; at < summed * kRows; at += kLanes<T>) {
+        T flat[kLanes<T>];
+        store<T>(flat, sums_of_lanes(part + at));
+        for (int64_t s = at; s < at + kLanes<T>; ++s)
+            if (s % kRows < m && s / kRows < n) sums[s % kRows * width + s / kRows] += double(flat[s - at]);
+    }
+    __builtin_memset(static_cast<void*>(part), 0, sizeof(Vec<T>) * summed * kRows);
 }
 
-// Of a run on the diagonal the squares on and above it.
+// Of a run on the diagonal the columns from the first row of a group on.
 void add_dot_products(const Work& w, const Run& run, int64_t m, int count, bool ends, Ahead& ahead) {
     const T *left = w.tile + w.offset[run.left] * kStrideA, *right = w.tile + w.offset[run.first_right] * kStrideA;
     const bool on_diagonal = run.left == run.first_right;
+    const int vectors = padded<T>(count) / kLanes<T>;
     Vec<T>* part = static_cast<Vec<T>*>(run.part);
-    for (int64_t i = 0; i < m; i += kSquare)
-        for (int64_t j = on_diagonal ? i : 0; j < run.width; j += kSquare, part += kSquare * kSquare) {
-            const T *x[kSquare], *y[kSquare];
-            rows_of(left, i, m, x);
-            rows_of(right, j, run.width, y);
-            add_square(x, y, padded<T>(count) / kLanes<T>, part);
-            ahead.step();
-            if (ends)
-                take_sums(part, min_<int64_t>(kSquare, m - i), min_<int64_t>(kSquare, run.width - j),
-                          run.sums + i * run.width + j, run.width);
+    for (int64_t i = 0; i < m; i += kRows) {
+        const T *x[kRows], *y[kRows];
+        rows_of(left, i, m, x);
+        const int64_t first = on_diagonal ? i : 0, width = run.width - first;
+        Vec<T>* sums = part;
+        for (int64_t j = 0, now = 0; j < width; j += now, ahead.step(), part += now * kRows) {
+            now = columns_now(width - j);
+            rows_of(right, first + j, run.width, y);
+            if (now == kColumns)
+                add_patch<kColumns>(x, y, vectors, part);
+            else
+                add_patch<2>(x, y, vectors, part);
         }
+        if (ends)
+            take_sums(sums, min_<int64_t>(kRows, m - i), width, summed(width), run.sums + i * run.width + first,
+                      run.width);
+    }
 }
 
 void sum_task(const GramTask& task, const Matrix* factors, const Work& w) {

@@ -62,28 +62,45 @@ struct Bits {
     typedef double Double __attribute__((vector_size(8 * kLanes<T>)));
 };
 
-// The compiler splits this conversion in two where one instruction does it. (Masked forms: the plain ones warn.)
+// The compiler splits these conversions where one instruction or two do them. (Masked forms: the plain ones warn.)
 template <class T>
 inline typename Bits<T>::Word widen(typename Bits<T>::Half bits) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) return (typename Bits<T>::Word)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);
 #endif
+#if defined(__AVX2__)
+    if constexpr (kLanes<T> == 8) return (typename Bits<T>::Word)_mm256_cvtepu16_epi32((__m128i)bits);
+    if constexpr (kLanes<T> == 4)
+        return (typename Bits<T>::Word)_mm_cvtepu16_epi32(_mm_cvtsi64_si128(__builtin_bit_cast(int64_t, bits)));
+#endif
     return __builtin_convertvector(bits, typename Bits<T>::Word);
 }
 
+// Of words below 2^16.
 template <class T>
 inline typename Bits<T>::Half narrow(typename Bits<T>::Word words) {
+    using Half = typename Bits<T>::Half;
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) return (typename Bits<T>::Half)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)words);
+    if constexpr (sizeof(T) == 4) return (Half)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)words);
 #endif
-    return __builtin_convertvector(words, typename Bits<T>::Half);
+#if defined(__AVX2__)
+    if constexpr (kLanes<T> == 8) {
+        const __m256i low = _mm256_packus_epi32((__m256i)words, (__m256i)words);  // of either half twice
+        return (Half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(low, 0x08));
+    }
+    if constexpr (kLanes<T> == 4)
+        return __builtin_bit_cast(Half, _mm_cvtsi128_si64(_mm_packus_epi32((__m128i)words, (__m128i)words)));
+#endif
+    return __builtin_convertvector(words, Half);
 }
 
-// float32 to T and back; the compiler splits these conversions, too.
+// float32 to T and back.
 template <class T>
 inline Vec<T> from_float(typename Bits<T>::Float x) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_cvtps_pd(0xff, (__m256)x);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_cvtps_pd((__m128)x);
 #endif
     return __builtin_convertvector(x, Vec<T>);
 }
@@ -92,6 +109,8 @@ template <class T>
 inline typename Bits<T>::Float to_float(Vec<T> x) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 8) return (typename Bits<T>::Float)_mm512_maskz_cvtpd_ps(0xff, (__m512d)x);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 8) return (typename Bits<T>::Float)_mm256_cvtpd_ps((__m256d)x);
 #endif
     return __builtin_convertvector(x, typename Bits<T>::Float);
 }
@@ -165,9 +184,13 @@ struct BF16 : Element<U16, from_bf16, to_bf16> {
         }
 #endif
         const Word bits = (Word)to_float<T>(x);
-        const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
-        const Word chosen = (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
-        const auto half = narrow<T>(chosen);
+        Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        // There is hardly ever a NaN.
+        if (any_mask<Mask<T>>((Mask<T>)(x != x))) {
+            const Word nan = (bits >> 16) | 0x40u;
+            rounded = (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+        }
+        const auto half = narrow<T>(rounded);
         __builtin_memcpy(p, &half, sizeof half);
     }
 };
