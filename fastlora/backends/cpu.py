@@ -100,7 +100,8 @@ def _table(numbers: Sequence[int], columns: int) -> np.ndarray[Any, np.dtype[np.
 
 
 def _address(table: np.ndarray[Any, Any]) -> int:
-    return int(table.ctypes.data)
+    address: int = table.__array_interface__["data"][0]  # table.ctypes.data takes five times as long
+    return address
 
 
 def _gram_pass(jobs: Sequence[GramJob]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -97,6 +98,13 @@ def packed(row: ChainRow | CoefficientsRow, fields: Sequence[tuple[str, str]]) -
 
 def packed_numbers(name: str, numbers: Mapping[str, int | float], fields: Sequence[tuple[str, str]]) -> bytes:
     """:func:`packed` of numbers by their names; ``name`` is that of the row."""
-    if numbers.keys() != {name for name, _ in fields}:
+    names, layout = _layout(tuple(fields))
+    if numbers.keys() != names.keys():
         raise ValueError(f"{name} has the fields {', '.join(numbers)}, the kernel {fields}")
-    return struct.pack("=" + "".join(code for _, code in fields), *(numbers[name] for name, _ in fields))
+    return layout.pack(*[numbers[field] for field in names])
+
+
+@functools.cache
+def _layout(fields: tuple[tuple[str, str], ...]) -> tuple[dict[str, None], struct.Struct]:
+    """The names of the fields of a row, in order, and how it is packed."""
+    return dict.fromkeys(name for name, _ in fields), struct.Struct("=" + "".join(code for _, code in fields))

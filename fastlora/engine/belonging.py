@@ -16,11 +16,18 @@ WAY_OUT = "Updates that are computed together share stored matrices; give each m
 def require_one_module(updates: Sequence[Update]) -> None:
     """Refuses updates that cannot be of one module: other shapes or layouts (another kernel, another expert, another
     parameter that holds it)."""
+    if not updates:
+        return
+    n, m, first = updates[0].B.length, updates[0].A.length, updates[0].layout
+    for u in updates:
+        if u.B.length != n or u.A.length != m or u.layout is not first:
+            break
+    else:  # as they nearly always are
+        return
     require_one_length([u.B for u in updates])
     require_one_length([u.A for u in updates])
-    first = updates[0].layout if updates else None
     other = next((u.layout for u in updates if u.layout is not first and u.layout != first), None)
-    if first is not None and other is not None:
+    if other is not None:
         found = f"one is {_described(first)} and another {_described(other)}"
         raise InputError(f"these updates are of different modules: {found}. {WAY_OUT}")
 

@@ -163,15 +163,18 @@ class ResultRoom:
         """Uninitialised matrices of one shape in the room."""
         rows, columns = shape
         size = padded(rows * columns * dtype.itemsize)
+        if not size:
+            return [torch.empty(shape, dtype=dtype, device=self._block.device)] * count
         start, self._used = self._used, self._used + count * size
         if self._used > self._block.nbytes:
             raise ValueError(f"{self._used} bytes are taken of a room for {self._block.nbytes}")
         if dtype not in self._typed:
             self._typed[dtype] = self._block.view(dtype)
+        first = start // dtype.itemsize
+        if count == 1:
+            return (self._typed[dtype].as_strided(shape, (columns, 1), first),)
         strides = size // dtype.itemsize, columns, 1
-        matrices: Sequence[Tensor] = (
-            self._typed[dtype].as_strided((count, rows, columns), strides, start // dtype.itemsize).unbind()
-        )
+        matrices: Sequence[Tensor] = self._typed[dtype].as_strided((count, rows, columns), strides, first).unbind()
         return matrices
 
 

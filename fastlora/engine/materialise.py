@@ -91,6 +91,9 @@ def _materialise_side(
     room: ResultRoom,
 ) -> list[Tensor]:
     """The tensors of some factors of one side; those that are not ``stored`` are put on the job list."""
+    there = [matrix for matrix in stored if matrix is not None]
+    if len(there) == len(stored):
+        return there
     shapes = [factor.shape for factor, matrix in zip(factors, stored, strict=True) if matrix is None]
     outs = iter([out for shape, same in groupby(shapes) for out in room.take(shape, dtype, len(list(same)))])
     results = [next(outs) if matrix is None else matrix for matrix in stored]

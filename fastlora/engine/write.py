@@ -33,6 +33,7 @@ from fastlora.runtime.memory import is_bounded, release
 from fastlora.runtime.progress import track
 
 WRITE_BYTES = 128 * 2**20
+SMALL_BYTES = 2**20  # a thread that writes beside this one would take longer to start than they take to write
 PREPARED = 2  # batches of modules that are ready while one is written
 # Files that are written at once: a decomposition of many pairs has more of them than a process may hold open.
 OPEN_FILES = 128
@@ -99,22 +100,41 @@ def _write_modules(
 ) -> None:
     """Writes the modules of this rank, and on the first what belongs to none and the zeros of ``empty`` adapters."""
     shares = [list(files.items())[i : i + OPEN_FILES] for i in range(0, len(files), OPEN_FILES)]
+    batches = _module_batches(list(adapters.values()))
+    if len(batches) == len(shares) == 1 and stream.current() is None and _bytes_written(adapters) <= SMALL_BYTES:
+        _prepare(dict(shares[0]), adapters, batches[0], [d for d in files if d not in empty]).write()
+        _finish(files, empty, meanwhile)
+        return
     # Of results that go through a device, one batch is computed while another is copied.
     with ThreadPoolExecutor(1 if stream.current() is None else stream.THREADS) as worker:
         pending: deque[Future[None]] = deque()
-        for modules in track(_module_batches(list(adapters.values())), "writing"):
+        for modules in track(batches, "writing"):
             for share in shares:
                 prepared = _prepare(dict(share), adapters, modules, [d for d, _ in share if d not in empty])
                 # The backend and the bound on memory are context variables, which new threads do not see.
                 pending.append(worker.submit(contextvars.copy_context().run, prepared.write))
                 if len(pending) > PREPARED:
                     pending.popleft().result()
-        meanwhile()
-        if ranks.is_first():
-            for directory, file in files.items():
-                file.finish(empty.get(directory, {}))
+        _finish(files, empty, meanwhile)
         for last in pending:
             last.result()
+
+
+def _finish(
+    files: Mapping[Path, Sink],
+    empty: Mapping[Path, Mapping[str, tuple[Tensor, Tensor]]],
+    meanwhile: Callable[[], object],
+) -> None:
+    """``meanwhile``, and on the first rank what belongs to no module."""
+    meanwhile()
+    if ranks.is_first():
+        for directory, file in files.items():
+            file.finish(empty.get(directory, {}))
+
+
+def _bytes_written(adapters: Mapping[Path, LoraData]) -> int:
+    """About as many as the results of all modules have."""
+    return sum(4 * u.rank * sum(u.shape) for a in adapters.values() for u in a.updates.values())
 
 
 def _outline(update: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

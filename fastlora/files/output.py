@@ -183,11 +183,11 @@ class OutputDirectory:
 
     def _report_leftovers(self) -> None:
         start = f".{self.path.name}."
-        for entry in sorted(self.path.parent.iterdir()):
-            match = PARTIAL.fullmatch(entry.name) or REPLACED.fullmatch(entry.name)
-            if match and entry.name.startswith(start) and not is_running(int(match[1])):
+        for name in sorted(name for name in os.listdir(self.path.parent) if name.startswith(start)):
+            match = PARTIAL.fullmatch(name) or REPLACED.fullmatch(name)
+            if match and not is_running(int(match[1])):
                 # Not deleted: on a shared file system the process may be running on another machine.
-                self.notices.append(f"{entry} was left by a run that died and can be deleted")
+                self.notices.append(f"{self.path.parent / name} was left by a run that died and can be deleted")
 
     def _put_in_place(self, staging: Path) -> None:
         if not os.path.lexists(self.path):

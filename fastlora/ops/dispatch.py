@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Protocol
 
 from fastlora.errors import BackendError, InputError
@@ -137,11 +139,16 @@ def use_kernels(backend: str, table: Mapping[str, Kernel]) -> Iterator[None]:
         _given.update(before)
 
 
+@functools.cache
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(f"fastlora.backends.{backend}")
+
+
 def kernels(backend: str) -> Mapping[str, Kernel] | str:
     """The kernels of a backend, or the reason why there are none."""
     if backend in _given:
         return _given[backend]
-    module = importlib.import_module(f"fastlora.backends.{backend}")
+    module = _module(backend)
     reason: str | None = module.unavailable()
     table: Mapping[str, Kernel] = module.KERNELS
     return table if reason is None else reason
