@@ -48,6 +48,12 @@ CASES: dict[str, Case] = {
     "files": Case("whole decompositions, files to files, against copying", files.files, (MAIN,)),
     "memory": Case("the same within memory=1GiB against without a bound", files.memory, (MAIN,)),
     "memory-70b": Case("the same on the shapes of a 70B model", files.memory, ("llama3-70b-8x16",), slow=True),
+    "containers": Case(
+        "ctm and core merges of whole models against our svd merge",
+        merging.containers,
+        ("llama3-8b-6x16", MAIN),
+        slow=True,
+    ),
     "peft": Case("svd merge of one 4096×4096 module against peft (a minute)", merging.peft, slow=True),
     "peft-ties": Case("ties of one 4096×4096 module against peft (two minutes)", merging.peft_ties, slow=True),
     "extract": Case(

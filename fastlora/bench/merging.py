@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,14 @@ from fastlora.bench.contest import OURS, Contest, Task, Unavailable, require
 from fastlora.bench.dense import ADAPTERS, RANK, squares
 from fastlora.bench.opponents import merge_by_dense_svd, merge_by_peft, merge_by_qr, peft_model
 from fastlora.bench.timing import Contender, thread_counts
-from fastlora.bench.workloads import Workload, make_pool
+from fastlora.bench.workloads import Workload, find, make_pool, pool_of
 from fastlora.engine.materialise import materialise_groups
 
 QR = "torch QR and small SVD"
 DENSE = "torch dense SVD"
 PEFT = 'peft, combination_type="svd", run once'
 PEFT_TIES = 'peft, combination_type="ties_svd", run once'
+SVD_MERGE = "our svd merge"
 DENSITY = 0.2
 
 Merge = Callable[[Pool], list[tuple[Tensor, Tensor]]]
@@ -50,9 +52,34 @@ def peft_ties() -> list[Contest]:
     return [Contest(what, (PEFT_TIES,), _prepare_peft_ties)]
 
 
+def containers(workload: str) -> list[Contest]:
+    """The contests of rules on elements in common bases, over a whole model."""
+    return [
+        Contest(f"{method} merge, {workload}", (SVD_MERGE,), partial(_prepare_container, workload, method))
+        for method in ("ctm", "core")
+    ]
+
+
+def _prepare_container(workload: str, method: str) -> Task:
+    """With all directions a linear rule in a container is the exact sum: checked on one module."""
+    few, pool = pool_of(workload, 1), pool_of(workload)
+    ranks = sum(u.rank for a in few.adapters for u in a.updates.values())
+    whole: dict[str, Any] = {"rank": ranks} if method == "ctm" else {}
+    found = fl.merge(few, method=method, rule="sum", **whole)
+    _require_same(_pairs(found), _pairs(fl.merge(few, method="cat")))
+    contenders = {
+        OURS: Contender(partial(fl.merge, pool, method=method), thread_counts()),
+        SVD_MERGE: Contender(partial(fl.merge, pool, method="svd", rank=RANK), thread_counts()),
+    }
+    return Task(contenders, find(workload).bytes)
+
+
 def by_fastlora(pool: Pool) -> list[tuple[Tensor, Tensor]]:
     """``(B [n, r], A [r, m])`` of every module of the merged pool, in float32."""
-    merged = fl.merge(pool, method="svd", rank=RANK)
+    return _pairs(fl.merge(pool, method="svd", rank=RANK))
+
+
+def _pairs(merged: fl.Adapter) -> list[tuple[Tensor, Tensor]]:
     return [pair for (pair,) in materialise_groups([[u.baked()] for u in merged.updates.values()], torch.float32)]
 
 

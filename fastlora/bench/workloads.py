@@ -102,6 +102,7 @@ WORKLOADS = {
     "llama2-7b-8x16": Workload(LLAMA_7B, 8, 16, torch.bfloat16),
     "llama2-7b-8x16-fp32": Workload(LLAMA_7B, 8, 16, torch.float32),
     "llama3-70b-8x16": Workload(llama(layers=80, hidden=8192, kv=1024, mlp=28672), 8, 16, torch.bfloat16),
+    "llama3-8b-6x16": Workload(llama(layers=32, hidden=4096, kv=1024, mlp=14336), 6, 16, torch.float32),
     "flux-4x32": Workload(flux(), 4, 32, torch.bfloat16),
     "vit-b32-8x16": Workload(vit(), 8, 16, torch.float32),
 }
