@@ -54,6 +54,12 @@ CASES: dict[str, Case] = {
         ("llama3-8b-6x16", MAIN),
         slow=True,
     ),
+    "methods": Case(
+        "merges of a whole model by every method of Gram blocks against our svd merge",
+        merging.methods,
+        (MAIN,),
+        slow=True,
+    ),
     "peft": Case("svd merge of one 4096×4096 module against peft (a minute)", merging.peft, slow=True),
     "peft-ties": Case("ties of one 4096×4096 module against peft (two minutes)", merging.peft_ties, slow=True),
     "extract": Case(

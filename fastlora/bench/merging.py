@@ -1,4 +1,5 @@
-"""The best rank-16 approximation of a sum of two rank-16 adapters; and of what TIES makes of eight."""
+"""The best rank-16 approximation of a sum of two rank-16 adapters, and of what TIES makes of eight; the methods that
+need Gram blocks alone."""
 
 from __future__ import annotations
 
@@ -70,6 +71,25 @@ def _prepare_container(workload: str, method: str) -> Task:
     contenders = {
         OURS: Contender(partial(fl.merge, pool, method=method), thread_counts()),
         SVD_MERGE: Contender(partial(fl.merge, pool, method="svd", rank=RANK), thread_counts()),
+    }
+    return Task(contenders, find(workload).bytes)
+
+
+def methods(workload: str) -> list[Contest]:
+    """The contests of all methods that read the factors for their Gram blocks, over a whole model."""
+    names = [n for n, m in fl.methods().items() if m.cost.startswith("Gram") and n not in ("svd", "slerp")]
+    return [Contest(f"{n} merge, {workload}", (SVD_MERGE,), partial(_prepare_method, workload, n)) for n in names]
+
+
+def _prepare_method(workload: str, method: str) -> Task:
+    """One module is checked against the reference implementation of the passes and solvers."""
+    few, pool = pool_of(workload, 1), pool_of(workload)
+    with fl.use_backend("reference"):
+        wanted = _pairs(fl.merge(few, method=method))
+    _require_same(_pairs(fl.merge(few, method=method)), wanted)
+    contenders = {
+        OURS: Contender(partial(fl.merge, pool, method=method), thread_counts()[-1:], 3),
+        SVD_MERGE: Contender(partial(fl.merge, pool, method="svd", rank=RANK), thread_counts()[-1:], 3),
     }
     return Task(contenders, find(workload).bytes)
 

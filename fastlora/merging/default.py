@@ -1,5 +1,4 @@
-"""What ``fastlora merge A B C`` does when nobody says how: the exact sum, at a length that no choice of it makes far
-too long or too short."""
+"""What ``fastlora merge A B C`` does when nobody says how: the exact sum, as long as the adapters are on average."""
 
 from __future__ import annotations
 

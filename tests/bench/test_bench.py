@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import replace
@@ -151,6 +152,15 @@ def test_cases_on_pools_run_on_any_workload(case: str, tiny: str) -> None:
         task, times = measure(contest)
         assert {who for who, _ in times} == {OURS, *contest.opponents}
         assert all(len(own) >= 7 for own in times.values()) and task.moved > TINY.bytes // 4
+
+
+def test_every_method_of_gram_blocks_is_checked(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    contests = cases.CASES["methods"].contests([tiny])
+    assert len(contests) >= 15 and not [c for c in contests if c.prepare().moved != TINY.bytes]
+    right, calls = fl.merge, itertools.count(1)
+    monkeypatch.setattr(fl, "merge", lambda pool, method: next(calls) * right(pool, method=method))
+    with pytest.raises(AssertionError, match="not timed"):
+        contests[0].prepare()
 
 
 def test_a_wrong_decomposition_is_not_timed(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

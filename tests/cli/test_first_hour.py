@@ -83,7 +83,10 @@ BAD_COMMANDS: dict[str, tuple[list[object], list[str]]] = {
     "no adapters": (["decompose", "--out", "out"], ["Missing argument", "fastlora decompose --help"]),
     "no output": (["merge", SPAM, MOVIE], ["--out", "fastlora merge --help"]),
     "unknown option": (["decompose", SPAM, MOVIE, "--treshold", "0.5"], ["--treshold", "--threshold"]),
-    "threshold no number": (["decompose", SPAM, MOVIE, "-o", "out", "--threshold", "high"], ["--threshold", "number"]),
+    "threshold no number": (
+        ["decompose", SPAM, MOVIE, "-o", "out", "--threshold", "high"],
+        ["threshold='high'", "number"],
+    ),
     "threshold too large": (
         ["decompose", SPAM, MOVIE, "-o", "out", "--threshold", "1.5"],
         ["threshold=1.5", "below 1"],

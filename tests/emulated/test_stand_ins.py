@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,7 @@ REHEARSAL = Path(__file__).resolve().parents[1] / "on_gpu" / "rehearsal"
 @pytest.mark.parametrize("source", ["runtime.cpp", "driver.cpp"])
 def test_a_stand_in_compiles(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(REHEARSAL), *sys.path])
-    import run as rehearsal
-
-    command = ["g++", "-std=c++20", "-fsyntax-only", f"-I{rehearsal._cuda_headers()}", str(REHEARSAL / source)]
+    headers = runpy.run_path(str(REHEARSAL / "run.py"), run_name="rehearsal")["_cuda_headers"]()
+    command = ["g++", "-std=c++20", "-fsyntax-only", f"-I{headers}", str(REHEARSAL / source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
