@@ -25,6 +25,7 @@ PEFT = 'peft, combination_type="svd", run once'
 PEFT_TIES = 'peft, combination_type="ties_svd", run once'
 SVD_MERGE = "our svd merge"
 DENSITY = 0.2
+COSTS = ("Gram", "Gram, iterated")
 
 Merge = Callable[[Pool], list[tuple[Tensor, Tensor]]]
 
@@ -77,7 +78,7 @@ def _prepare_container(workload: str, method: str) -> Task:
 
 def methods(workload: str) -> list[Contest]:
     """The contests of all methods that read the factors for their Gram blocks, over a whole model."""
-    names = [n for n, m in fl.methods().items() if m.cost.startswith("Gram") and n not in ("svd", "slerp")]
+    names = [n for n, m in fl.methods().items() if m.cost in COSTS and n not in ("svd", "slerp")]
     return [Contest(f"{n} merge, {workload}", (SVD_MERGE,), partial(_prepare_method, workload, n)) for n in names]
 
 
