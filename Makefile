@@ -24,7 +24,7 @@ BEST_ISA = $(PY) -c "from fastlora.backends import cpu; print(cpu.isa())"
 HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
 .PHONY: demo test lint types unit isas package picture cases bench gpu gpu-prebuild gpu-first gpu-record rehearsal rehearsed \
-  triton fuzz sanitize clean
+  rehearsed-first rehearsed-record rehearsed-tests rehearsed-stand-in triton fuzz sanitize clean
 
 $(VENV)/ready: $(SOURCES) tests/owners.txt
 	python3 -m venv $(VENV)
@@ -96,8 +96,10 @@ gpu-record:
 REHEARSAL ?= build/rehearsal
 REHEARSE_PY := $(REHEARSAL)/venv/bin/python
 REHEARSE := $(REHEARSE_PY) tests/on_gpu/rehearsal/run.py
-REHEARSE_WINDOW := PATH=$(CURDIR)/tests/on_gpu/rehearsal/tools:$$PATH CMAKE_ARGS=-DFASTLORA_CUDA_RUNTIME=Shared \
-  FASTLORA_COMMIT=rehearsed $(REHEARSE_PY) -m benches.gpu --tiny --slower 30 --python "$(REHEARSE)" --out build/results
+COMMIT ?= rehearsed
+REHEARSE_WINDOW = PATH=$(CURDIR)/tests/on_gpu/rehearsal/tools:$$PATH CMAKE_ARGS=-DFASTLORA_CUDA_RUNTIME=Shared \
+  FASTLORA_COMMIT=$(COMMIT) $(REHEARSE_PY) -m benches.gpu --tiny --slower 30 --python "$(REHEARSE)" \
+  --out build/results $(if $(RESUME),--resume)
 REHEARSE_TESTS := $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning
 
 # Of Python 3.12, if there is one, like most machines with a device: then also the kernels of gpu-prebuild are tried.
@@ -106,20 +108,35 @@ $(REHEARSAL)/ready: tests/on_gpu/rehearsal/requirements.txt
 	$(REHEARSAL)/venv/bin/pip install -q --disable-pip-version-check -r tests/on_gpu/rehearsal/requirements.txt
 	touch $@
 
-# In a copy without .git, as on a device's machine, with what gpu-prebuild made if it did.
+# In a copy without .git, as on a device's machine, with what gpu-prebuild made if it did. RESUME=1: of windows, what the
+# same files have done already is not done again. PART=rehearsed-tests: one part alone.
 rehearsal: $(REHEARSAL)/ready
 	mkdir -p $(REHEARSAL)/tree/build
 	git ls-files -z | xargs -0 cp -p --parents -t $(REHEARSAL)/tree
 	[ ! -d build/gpu ] || cp -r build/gpu $(REHEARSAL)/tree/build
-	$(MAKE) -C $(REHEARSAL)/tree rehearsed REHEARSAL=$(abspath $(REHEARSAL))
+	commit=$$(git ls-files -z | xargs -0 cat | sha1sum | cut -c -12) && \
+	$(MAKE) -C $(REHEARSAL)/tree $(PART) REHEARSAL=$(abspath $(REHEARSAL)) COMMIT=$$commit
 
-# Both windows, which build in place; the tests with work of some streams done at once; the stand-in's own.
+PARTS := rehearsed-first rehearsed-record rehearsed-tests rehearsed-stand-in
+PART ?= rehearsed
+
 rehearsed:
+	for part in $(PARTS); do $(MAKE) $$part || exit 1; done
+
+# A window that finds nothing prepared for it, or what does not suit it, builds in place.
+rehearsed-first:
 	$(REHEARSE_WINDOW) first
+
+rehearsed-record:
 	$(REHEARSE_WINDOW) record
+
+# With work of some streams done at once.
+rehearsed-tests:
 	for at_once in default others; do \
 	  REHEARSAL_AT_ONCE=$$at_once $(REHEARSE_TESTS) -m gpu tests/on_gpu || exit 1; \
 	done
+
+rehearsed-stand-in:
 	$(REHEARSE_TESTS) tests/on_gpu/rehearsal/stand_in.py
 
 # Writing into files is left out, which the CPU alone does.

@@ -12,7 +12,8 @@ int launch_eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch,
     int largest = 0;
     if (const int error = largest_shared(&largest)) return error;
     if (n <= kWarpEighLargest) {
-        const int64_t share = eigh_share<T>(n) * sizeof(T), fit = (largest - int64_t(kStaticShared)) / share;
+        // As many as leave shared memory for a second block.
+        const int64_t share = eigh_share<T>(n) * sizeof(T), fit = (largest / 2 - int64_t(kStaticShared)) / share;
         const int64_t matrices = fit < 1 ? 1 : fit < kMatricesPerBlock<T> ? fit : kMatricesPerBlock<T>;
         return launch_kernel(eigh_warp_kernel<T>, (batch + matrices - 1) / matrices, int(matrices + 1) * kWarpSize,
                              matrices * share, stream, a, values, vectors, info, batch, n);

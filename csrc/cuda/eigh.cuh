@@ -18,7 +18,7 @@ namespace fastlora::cuda {
 
 constexpr int kWarpEighLargest = 32;
 template <class T>
-constexpr int kMatricesPerBlock = sizeof(T) == 4 ? 8 : 6;  // of which registers hold two blocks
+constexpr int kMatricesPerBlock = sizeof(T) == 4 ? 8 : 7;  // of which registers hold two blocks
 constexpr int kEighThreads = kWarpSize + kEighLargest;
 
 // What a solver keeps in shared memory beside the matrix: vectors of T, then integers.

@@ -40,6 +40,14 @@ def test_the_document_holds_the_predictions() -> None:
     assert predictions.table_in_document() == predictions.table()
 
 
+@pytest.mark.parametrize("size", [4, 8])
+def test_small_matrices_leave_room_for_a_second_block(size: int) -> None:
+    cases = [predictions.eigh(n, size) for n in range(1, 33)]
+    assert {case.blocks for case in cases} == {2}
+    # So that a batch of the size that is timed is there at once.
+    assert predictions.PROCESSORS * cases[0].blocks * cases[0].matrices >= predictions.BATCH
+
+
 @pytest.mark.parametrize("row", [p for p in PREDICTIONS if "CUDA" in p.kernel], ids=lambda p: p.kernel)
 def test_predictions_are_those_of_the_compiled_kernels(row: Prediction) -> None:
     (stated,) = row.resident

@@ -15,6 +15,7 @@ from fastlora.bench.workloads import Workload, make_pool
 from fastlora.ops import merge_tiles
 from fastlora.ops.add_products import ProductTask, Segment, add_products
 from fastlora.ops.merge_tiles import TileOutputs, TileRule, TileTask
+from fastlora.ops.tucker import tucker
 
 MODULES = {"q": (96, 64), "k": (32, 64), "up": (160, 64)}
 WEIGHTS = {"adapter0": 0.5, "adapter1": -1.0, "adapter2": 2.0}
@@ -177,6 +178,33 @@ NUMBERS: dict[str, Callable[[fl.Pool], Any]] = {
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 def test_numbers_of_a_pool(number: Callable[[fl.Pool], Any]) -> None:
     assert number(pool().to("cuda")) == pytest.approx(number(pool()), rel=SUMS32)
+
+
+def test_the_best_of_several_merges() -> None:
+    target = {m: sum(w * pool()[a].delta(m) for a, w in WEIGHTS.items()) for m in MODULES}
+
+    def score(adapter: fl.Adapter) -> float:
+        own = adapter.to("cpu")
+        return -float(sum((own.delta(m) - target[m]).norm() for m in MODULES))
+
+    methods = ["pico", {"method": "tsv", "spectrum": "flat"}]
+    found, wanted = (fl.choose(own, score, methods=methods, rank=8) for own in (pool().to("cuda"), pool()))
+    assert found.adapter.device.type == "cuda" and found.best.point == wanted.best.point
+    for one, two in zip(found.sweep.rows, wanted.sweep.rows, strict=True):
+        assert one.point == two.point and one.scores == pytest.approx(two.scores, rel=MODEL32)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_forced_backend_without_an_op_says_what_has_it(backend: str) -> None:
+    left, right = (gaussian(1, 2, 3, n, seed=n, dtype=torch.float64).cuda() for n in (7, 6))
+    U, V = (torch.eye(n, 2, dtype=torch.float64, device="cuda")[None] for n in (7, 6))
+    with fl.use_backend(backend), pytest.raises(fl.BackendError, match="has no kernel for tucker") as caught:
+        tucker(left, right, U, V, iterations=2, tolerance=0.0)
+    assert "use_backend('auto') (`--backend auto`) takes torch here" in str(caught.value)
+    found = tucker(left, right, U, V, iterations=2, tolerance=0.0)
+    wanted = tucker(left.cpu(), right.cpu(), U.cpu(), V.cpu(), iterations=2, tolerance=0.0)
+    for one, two in zip(found[:2], wanted[:2], strict=True):
+        torch.testing.assert_close(one.cpu(), two, rtol=SUMS32, atol=SUMS32)
 
 
 @pytest.mark.parametrize("op", ["eigh", "svd", "gram", "combine", "chain"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +142,33 @@ def test_decompose_and_save(mode: str, tmp_path: Path) -> None:
         for module in one.modules:
             delta = one.delta(module)
             assert (two.delta(module) - delta).norm() <= HALF * delta.norm() + FLOAT32
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"threshold": "soft", "chain": "palindrome"},
+        {"threshold": "soft", "chain": "mean", "weighting": "energy"},
+        {"threshold": TAU, "weighting": "energy", "mode": "pairs"},
+    ],
+    ids=["soft", "soft, weighed", "weighed"],
+)
+def test_chains_that_weigh(settings: dict[str, Any]) -> None:
+    """The chain is the host's, blocks and results are of the device: there, brought there and streamed."""
+    pool = small(torch.float32)
+    wanted = fl.decompose(pool, **settings).adapters()
+    made = [fl.decompose(pool.to("cuda"), **settings), fl.decompose(pool, device="cuda", memory="64KiB", **settings)]
+    for place, adapter in wanted.items():
+        for found in made:
+            part = found.adapters()[place].to("cpu")
+            for module in adapter.modules:
+                size = max(float(a.delta(module).norm()) for a in pool.adapters)
+                assert float((part.delta(module) - adapter.delta(module)).norm()) < 5 * SUMS32 * size, (place, module)
+
+
+def test_parts_by_inputs_are_made_on_the_host() -> None:
+    with pytest.raises(fl.InputError, match="by inputs are computed on the CPU; leave out device"):
+        fl.decompose(small().to("cuda"), inputs="statistics")
 
 
 def test_merge_and_overlap() -> None:

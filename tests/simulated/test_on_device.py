@@ -41,6 +41,45 @@ def test_decompose(mode: str, chain: str, side: str, device: None, tmp_path: Pat
     same_files(tmp_path / "cpu", tmp_path / "argument")
 
 
+WEIGHED: dict[str, dict[str, Any]] = {
+    "soft": {"threshold": "soft", "chain": "palindrome"},
+    "soft, weighed": {"threshold": "soft", "chain": "mean", "weighting": "energy"},
+    "weighed": {"threshold": 0.5, "weighting": "energy", "rank": 2},
+}
+
+
+@pytest.mark.parametrize("settings", WEIGHED.values(), ids=WEIGHED)
+def test_chains_that_weigh(settings: dict[str, Any], device: None, tmp_path: Path) -> None:
+    """The chain is the host's; blocks and results are of the device."""
+    pool = ragged_pool(torch.bfloat16)
+    fl.decompose(pool, **settings).save(tmp_path / "cpu")
+    fl.decompose(pool.to("cuda"), **settings).save(tmp_path / "device")
+    same_files(tmp_path / "cpu", tmp_path / "device")
+    fl.decompose(pool, device="cuda", memory="2KiB", **settings).save(tmp_path / "streamed")
+    same_files(tmp_path / "cpu", tmp_path / "streamed")
+
+
+def test_the_best_of_several_merges(device: None) -> None:
+    pool = ragged_pool()
+    target = {m: torch.stack([a.delta(m) for a in pool.adapters if m in a.updates]).sum(0) for m in pool.modules}
+
+    def score(adapter: fl.Adapter) -> float:
+        own = adapter.to("cpu")
+        return -float(sum((own.delta(m) - target[m]).norm() for m in own.modules))
+
+    found, wanted = (fl.choose(p, score, methods=["pico"], rank=4) for p in (pool.to("cuda"), pool))
+    assert [(r.point, r.scores) for r in found.sweep.rows] == [(r.point, r.scores) for r in wanted.sweep.rows]
+    assert found.best.point == wanted.best.point and found.adapter.device == DEVICE
+    assert all(torch.equal(found.adapter.to("cpu").delta(m), wanted.adapter.delta(m)) for m in pool.modules)
+
+
+def test_parts_by_inputs_are_made_on_the_host(device: None) -> None:
+    pool = ragged_pool()
+    for moved, option in ((pool.to("cuda"), {}), (pool, {"device": "cuda"})):
+        with pytest.raises(fl.InputError, match="by inputs are computed on the CPU; leave out device"):
+            fl.decompose(moved, inputs="statistics", **option)  # type: ignore[arg-type]
+
+
 MERGES: dict[str, Callable[[fl.Pool], fl.Adapter]] = {
     "svd by energy": lambda pool: fl.merge(pool, energy=0.9),
     "arithmetic": lambda pool: (0.5 * pool["a0"] - pool["a1"] / 3) + pool["a2"],
