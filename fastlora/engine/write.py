@@ -8,7 +8,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,12 +53,12 @@ def write_adapters(
 
     Modules of rank 0 are left out; an adapter with nothing in it is written as zeros of rank 1, which PEFT can load.
     Factors are computed where they are written from, a module at a time in every thread, so memory does not grow with
-    the model; one thread prepares the next modules meanwhile. ``meanwhile`` is called while the last are written.
+    the model; one thread prepares the next modules meanwhile. Those of a device are computed there, and copied while
+    modules before them are written. ``meanwhile`` is called while the last are written.
     Ranks that work together write one set of files: each its modules, and the first what belongs to none; ``meanwhile``
     is the first's alone.
     """
     adapters, losses = balanced(adapters, targets)
-    adapters = stream.on_host(adapters, targets)
     empty = {
         d: zero_factors(a.name, a.updates, targets[d])
         for d, a in adapters.items()
@@ -72,7 +72,7 @@ def write_adapters(
             files[directory] = open_sink(directory, adapter, outlines or empty[directory], targets[directory])
 
     def written() -> list[set[str]]:
-        _write_modules(files, adapters, empty, meanwhile if ranks.is_first() else lambda: None)
+        _write_modules(files, adapters, targets, empty, meanwhile if ranks.is_first() else lambda: None)
         return [file.missing() for file in files.values()]
 
     # The first rank makes the files that all write into; nobody writes before they are there.
@@ -95,6 +95,7 @@ def _alike(adapters: Mapping[Path, LoraData]) -> str:
 def _write_modules(
     files: Mapping[Path, Sink],
     adapters: Mapping[Path, LoraData],
+    targets: Mapping[Path, torch.dtype],
     empty: Mapping[Path, Mapping[str, tuple[Tensor, Tensor]]],
     meanwhile: Callable[[], object],
 ) -> None:
@@ -102,15 +103,17 @@ def _write_modules(
     shares = [list(files.items())[i : i + OPEN_FILES] for i in range(0, len(files), OPEN_FILES)]
     batches = _module_batches(list(adapters.values()))
     if len(batches) == len(shares) == 1 and stream.current() is None and _bytes_written(adapters) <= SMALL_BYTES:
-        _prepare(dict(shares[0]), adapters, batches[0], [d for d in files if d not in empty]).write()
+        here = _on_host(adapters, targets, batches[0])
+        _prepare(dict(shares[0]), here, batches[0], [d for d in files if d not in empty]).write()
         _finish(files, empty, meanwhile)
         return
     # Of results that go through a device, one batch is computed while another is copied.
     with ThreadPoolExecutor(1 if stream.current() is None else stream.THREADS) as worker:
         pending: deque[Future[None]] = deque()
         for modules in track(batches, "writing"):
+            here = _on_host(adapters, targets, modules)
             for share in shares:
-                prepared = _prepare(dict(share), adapters, modules, [d for d, _ in share if d not in empty])
+                prepared = _prepare(dict(share), here, modules, [d for d, _ in share if d not in empty])
                 # The backend and the bound on memory are context variables, which new threads do not see.
                 pending.append(worker.submit(contextvars.copy_context().run, prepared.write))
                 if len(pending) > PREPARED:
@@ -118,6 +121,16 @@ def _write_modules(
         _finish(files, empty, meanwhile)
         for last in pending:
             last.result()
+
+
+def _on_host(
+    adapters: Mapping[Path, LoraData], targets: Mapping[Path, torch.dtype], modules: Sequence[str]
+) -> Mapping[Path, LoraData]:
+    """The adapters, with these modules alone where they are of a device."""
+    if all(a.device.type == "cpu" for a in adapters.values()):
+        return adapters
+    some = {d: replace(a, updates={m: a.updates[m] for m in modules if m in a.updates}) for d, a in adapters.items()}
+    return stream.on_host(some, targets)
 
 
 def _finish(

@@ -17,7 +17,7 @@ from test_plan import ragged_pool
 from tolerances import FLOAT32
 
 import fastlora as fl
-from fastlora.engine import buffers
+from fastlora.engine import buffers, stream, write
 from fastlora.ops import dispatch
 
 
@@ -96,6 +96,33 @@ def test_merge(merge: Callable[[fl.Pool], fl.Adapter], device: None, tmp_path: P
     assert found.device == DEVICE
     found.save(tmp_path / "device")
     same_files(tmp_path / "cpu", tmp_path / "device")
+
+
+def test_results_are_copied_while_others_are_written(
+    device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Module by module here: some are in the files before the last are on the host, and few are there at a time."""
+    pool = pool_of(random_mix(3)[1])
+    fl.decompose(pool, 0.5).save(tmp_path / "cpu")
+    events: list[str] = []
+    fetch, write_batch = stream.on_host, write._WriteBatch.write
+
+    def fetched(adapters: Any, dtypes: Any) -> Any:
+        events.append("fetched")
+        return fetch(adapters, dtypes)
+
+    def written(self: Any) -> None:
+        write_batch(self)
+        events.append("written")
+
+    monkeypatch.setattr(stream, "on_host", fetched)
+    monkeypatch.setattr(write._WriteBatch, "write", written)
+    monkeypatch.setattr(write, "WRITE_BYTES", 1)
+    fl.decompose(pool.to("cuda"), 0.5).save(tmp_path / "device")
+    same_files(tmp_path / "cpu", tmp_path / "device")
+    assert events.count("fetched") == events.count("written") == len(pool.modules) > 2 * write.PREPARED
+    waiting = [events[: i + 1].count("fetched") - events[: i + 1].count("written") for i in range(len(events))]
+    assert max(waiting) <= write.PREPARED + 1
 
 
 def test_overlap(device: None) -> None:
