@@ -192,7 +192,7 @@ bool order_of_last(const MergeArgs& args, Search<T>& search, int64_t q) {
     return true;
 }
 
-// The number of magnitudes that are not 0: those above the bracket [0, least).
+// The number of magnitudes above one: those that are not below the empty bracket [least, least).
 template <class T>
 bool answer(const MergeArgs& args, Search<T>& search, int64_t q) {
     if (search.query->rank < 0) {
@@ -218,8 +218,9 @@ int run(const MergeArgs& args) {
     bool any = false;
     for (int64_t q = 0; q < args.n_queries; ++q) {
         CutQuery& query = args.queries[q];
-        // Without a sample everything is inside. To count what is not 0, nothing is.
-        const T least = query.rank < 0 ? next_above(T(0)) : T(0), most = query.rank < 0 ? least : T(__builtin_inf());
+        // Without a sample everything is inside. To count what is above a magnitude, nothing is.
+        const bool counted = query.rank < 0;
+        const T least = counted ? next_above(T(query.magnitude)) : T(0), most = counted ? least : T(__builtin_inf());
         searches[q] = {&query, {least, most, 0}, 0, query.rank == 0, false, T(0), 0, 0};
         any |= query.rank > 0;
     }

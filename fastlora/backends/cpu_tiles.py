@@ -94,9 +94,10 @@ def _zero(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return torch.empty(shape[0], 0), torch.empty(0, shape[1])
 
 
-def _queries(task: TileTask, ranks: Sequence[tuple[int, int]], variance: bool) -> Array:
+def _queries(task: TileTask, ranks: Sequence[tuple[int, int]], variance: bool, magnitude: float = 0.0) -> Array:
     table = np.zeros((len(ranks), 4), dtype=np.int64)
     table[:, :2] = np.array(ranks, dtype=np.int64).reshape(-1, 2)
+    table[:, 2] = np.float64(magnitude).view(np.int64)
     row = _Row.of(task)
     row.fields |= {"queries": int(table.ctypes.data), "n_queries": len(ranks), "variance": variance}
     if len(ranks):
@@ -113,9 +114,9 @@ def select(task: TileTask, ranks: Sequence[tuple[int, int]], quantity: str) -> l
     return [Cut(float(x), int(order)) for x, order in zip(magnitudes, table[:, 3], strict=True)]
 
 
-def count_varied(task: TileTask) -> int:
-    """The places whose variance is not 0."""
-    return 0 if 0 in task.shape else int(_queries(task, [(0, -1)], True)[0, 3])
+def count_varied(task: TileTask, least: float) -> int:
+    """The places whose variance is above ``least``."""
+    return 0 if 0 in task.shape else int(_queries(task, [(0, -1)], True, least)[0, 3])
 
 
 def row_masks(task: TileTask, spans: Sequence[tuple[float, float]], keys: Sequence[int], module_key: int) -> Tensor:

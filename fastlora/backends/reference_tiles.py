@@ -40,9 +40,9 @@ def select(task: TileTask, ranks: Sequence[tuple[int, int]], quantity: str) -> l
     return cuts
 
 
-def count_varied(task: TileTask) -> int:
-    """Places whose variance is not 0."""
-    return sum(int((formula.variance(x) > 0).sum()) for _, x in _bands(task))
+def count_varied(task: TileTask, least: float) -> int:
+    """Places whose variance is above ``least``."""
+    return sum(int((formula.variance(x) > least).sum()) for _, x in _bands(task))
 
 
 def row_masks(task: TileTask, spans: Sequence[tuple[float, float]], keys: Sequence[int], module_key: int) -> Tensor:

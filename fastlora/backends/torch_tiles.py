@@ -118,9 +118,9 @@ def _find_orders(
             search.seen += len(places)
 
 
-def count_varied(task: TileTask) -> int:
-    """Places whose variance is not 0."""
-    return sum(int((_variance(x) > 0).sum()) for _, x in _bands(task))
+def count_varied(task: TileTask, least: float) -> int:
+    """Places whose variance is above ``least``."""
+    return sum(int((_variance(x) > least).sum()) for _, x in _bands(task))
 
 
 def row_masks(task: TileTask, spans: Sequence[tuple[float, float]], keys: Sequence[int], module_key: int) -> Tensor:

@@ -25,7 +25,7 @@ PEFT = 'peft, combination_type="svd", run once'
 PEFT_TIES = 'peft, combination_type="ties_svd", run once'
 SVD_MERGE = "our svd merge"
 DENSITY = 0.2
-COSTS = ("Gram", "Gram, iterated")
+COSTS = ("Gram", "Gram, iterated", "Gram, rows")
 
 Merge = Callable[[Pool], list[tuple[Tensor, Tensor]]]
 

@@ -29,6 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastlora.errors import InputError
 from fastlora.ops import dispatch
 
 Trim = Literal["none", "magnitude", "random", "bits", "variance"]
@@ -77,7 +78,7 @@ class TileTask:
         if self.dtype not in TILE_DTYPES:
             raise TypeError(f"merge_tiles: elements are float32 or float64, not {self.dtype}")
         if len(self.pairs) != len(self.scales) or not 1 <= len(self.pairs) <= MOST_ADAPTERS:
-            raise ValueError(
+            raise InputError(
                 f"merge_tiles: {len(self.pairs)} updates and {len(self.scales)} scales; needed are as many of both, "
                 f"from 1 to {MOST_ADAPTERS}"
             )
@@ -197,9 +198,9 @@ def select(task: TileTask, ranks: Sequence[tuple[int, int]], quantity: Quantity 
     return cuts
 
 
-def count_varied(task: TileTask) -> int:
-    """The places where the variance of the ``x_i`` is not 0: one pass."""
-    count: int = dispatch.run("merge_count_varied", task)
+def count_varied(task: TileTask, least: float = 0.0) -> int:
+    """The places where the variance of the ``x_i`` is above ``least``: one pass."""
+    count: int = dispatch.run("merge_count_varied", task, least)
     return count
 
 

@@ -11,14 +11,14 @@ import numpy as np
 import pools
 import pytest
 import torch
+from builders import generator
 from pools import MODULE
 from tolerances import FLOAT32, FLOAT64, SUBSPACE64
 from torch import Tensor
 
 import fastlora as fl
 from fastlora.core.updates import with_rank_zero
-from fastlora.merging.forms.elementwise import Elementwise, Rule, Stack
-from fastlora.merging.forms.rows import Rows
+from fastlora.merging.forms.elementwise import Elementwise, Rule
 from fastlora.ops.merge_tiles import key_of
 from fastlora.reference.philox import words
 
@@ -28,9 +28,9 @@ NULL = 1e-6  # stored numbers are exact: what is below is rounding of the arithm
 SEED = 5
 
 
-def words_of(names: Sequence[str], shape: Sequence[int], module: str) -> Tensor:
-    """The random words of the elements of every adapter: ``[k, p, q]``."""
-    numbers = np.arange(shape[0])[:, None] * 2**32 + np.arange(shape[1])
+def words_of(names: Sequence[str], shape: Sequence[int], module: str, row: int) -> Tensor:
+    """The random words of the elements of every adapter, ``[k, p, q]``, numbered as in rows of a length."""
+    numbers = np.arange(shape[0])[:, None] * row + np.arange(shape[1])
     drawn = [words(numbers, key_of(SEED, name), key_of(module)).astype(np.int64) for name in names]
     return torch.from_numpy(np.stack(drawn))
 
@@ -47,7 +47,7 @@ def trimmed(stack: Tensor, rule: str, names: Sequence[str], module: str, given: 
         return [torch.where(varied >= least, matrix, 0.0) for matrix in stack]
     if rule == "sce":
         return list(stack)
-    for matrix, drawn in zip(stack, words_of(names, stack.shape[1:], module), strict=True):
+    for matrix, drawn in zip(stack, words_of(names, stack.shape[1:], module, given["row"]), strict=True):
         ordered = [math.inf, *matrix.abs().flatten().sort(descending=True).values.tolist()]
         q = math.floor(density * matrix.numel())
         if rule in ("magnitude", "ties"):
@@ -67,11 +67,14 @@ def trimmed(stack: Tensor, rule: str, names: Sequence[str], module: str, given: 
     return kept
 
 
-def by_elements(stack: Tensor, rule: str, names: Sequence[str] = (), module: str = MODULE, **given: Any) -> Tensor:
-    """Of ``[k, p, q]``, element by element. ``names``: of the adapters; ``a0``, ``a1``, … by default."""
+def by_elements(
+    stack: Tensor, rule: str, names: Sequence[str] = (), module: str = MODULE, *, row: int = 2**32, **given: Any
+) -> Tensor:
+    """Of ``[k, p, q]``, element by element. ``names``: of the adapters; ``a0``, ``a1``, … by default. ``row``: length
+    of the rows in which random words are numbered."""
     if rule == "sum":
         return stack.sum(0)
-    kept = trimmed(stack, rule, names or [f"a{i}" for i in range(len(stack))], module, given)
+    kept = trimmed(stack, rule, names or [f"a{i}" for i in range(len(stack))], module, given | {"row": row})
     total = torch.stack(kept).sum(0)
     if rule in ("magnitude", "breadcrumbs", "dare", "della_linear"):
         return total
@@ -102,7 +105,7 @@ def core(rule: str, **given: Any) -> mixed.Definition:
 def knots(rule: str, **given: Any) -> mixed.Definition:
     def merged(deltas: Tensor, weights: Tensor, noise: float) -> Tensor:
         U = columns(torch.cat(list(deltas), 1))
-        return U @ by_elements((U.mT @ deltas)[weights != 0], rule, **given)
+        return U @ by_elements((U.mT @ deltas)[weights != 0], rule, row=deltas.shape[2], **given)
 
     return merged
 
@@ -196,7 +199,7 @@ def test_rules_are_those_of_peft(density: float) -> None:
     ):
         elementwise = Elementwise("core", rule, density, "mean", 0, 0.0, 0.0, 1.0)  # type: ignore[arg-type]
         size = torch.tensor([9]), torch.tensor([7])
-        found = elementwise.merged(Stack(stack[None]), size, (["a", "b", "c", "d"], [MODULE]))[0]
+        found = elementwise.merged(stack[None], size, (["a", "b", "c", "d"], [MODULE]))[0]
         torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64)
 
 
@@ -257,15 +260,29 @@ def test_what_takes_no_part_and_what_is_empty(method: str, rule: str) -> None:
     assert fl.merge(nothing, method=method, **given).updates[MODULE].rank == 0
 
 
-def test_rows_have_the_same_bits_whenever_they_are_formed() -> None:
-    """Thresholds compare elements of one pass with those of another."""
-    generator = torch.Generator().manual_seed(1)
-    S, A = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((29, 11), (11, 3001)))
-    rows = Rows([S, 0.5 * S], [A, A], (29, 3001))
-    again = torch.cat([x for _, x in rows.pieces()], 2)
-    assert [first for first, _ in rows.pieces()] == [0, 8, 16, 24]
-    for i in range(2):
-        assert torch.equal(rows.whole(i), again[:, i])
+def test_rows_that_a_rule_trims_are_not_in_the_result() -> None:
+    """Of two directions the short one, or all of them: A has the merged rows, B the basis of those alone."""
+    frame = torch.linalg.qr(torch.randn(pools.N, 2, dtype=torch.float64, generator=generator(1))).Q
+    right = torch.linalg.qr(torch.randn(pools.M, 2, dtype=torch.float64, generator=generator(2))).Q.mT
+    for sizes, rank in (((1.0, 1e-3), 1), ((1e-3, 1.0), 1), ((1.0, 0.9), 2)):
+        part = frame * torch.tensor(sizes, dtype=torch.float64), right, 1.0
+        pool = pools.make_pool([part])
+        merged = fl.merge(pool, method="knots", rule="magnitude", density=0.4)
+        assert merged.updates[MODULE].rank == rank
+        expected = knots("magnitude", density=0.4)(mixed.dense(pool, MODULE), torch.ones(1), 0.0)
+        assert mixed.distance(merged, MODULE, expected) <= FLOAT32
+    opposed = fl.merge(pools.make_pool([part, part]), {"a0": 1.0, "a1": -1.0}, method="knots", rule="sum")
+    assert opposed.updates[MODULE].rank == 0
+
+
+@pytest.mark.parametrize("topk", [0.4, 1.0])
+def test_energies_of_rows_have_no_floor(topk: float) -> None:
+    """Those of small updates count as those of large ones."""
+    parts = pools.ragged(3)
+    small = pools.make_pool([(B, A, 1e-9 * s) for B, A, s in parts])
+    expected = knots("sce", select_topk=topk)(torch.stack([pools.dense(p) for p in parts]), torch.ones(3), 0.0)
+    found = fl.merge(small, method="knots", rule="sce", select_topk=topk)
+    assert mixed.distance(found, MODULE, 1e-9 * expected) <= FLOAT32
 
 
 @pytest.mark.parametrize("method", ["core", "knots"])

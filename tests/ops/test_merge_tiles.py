@@ -113,6 +113,19 @@ def test_cuts_are_exact(dtype: torch.dtype, size: float, backend: str) -> None:
             assert int(held_by(x[i], cut).sum()) == q
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_places_that_vary_are_counted(shape: tuple[int, int], dtype: torch.dtype, backend: str) -> None:
+    """All of them, and those whose variance is above one that some have; a mean of four integers is exact."""
+    with use_backend(backend):
+        task = whole_task(shape, dtype=dtype)
+        variances = formula.variance(elements(task).double())
+        assert op.count_varied(task) == int((variances > 0).sum())
+        least = float(variances.median())
+        assert op.count_varied(task, least) == int((variances > least).sum())
+
+
 def misleading(kind: str) -> TileTask:
     """Updates whose regular rows and columns say nothing of the others."""
     left, right = gaussian(400, 4, seed=1), gaussian(4, 300, seed=2)

@@ -151,7 +151,8 @@ struct MergeArgs {
     int64_t variance;  // 1: queries are of the variances of places
 };
 
-// The cut that keeps the `rank` largest magnitudes; rank -1: `order` is the number of magnitudes that are not 0.
+// The cut that keeps the `rank` largest magnitudes; rank -1: `order` is the number of those above
+// `magnitude`.
 struct CutQuery {
     int64_t adapter, rank;
     double magnitude;

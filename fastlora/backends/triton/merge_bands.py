@@ -141,9 +141,9 @@ def _cut(task: TileTask, quantity: str, adapter: int, q: int) -> Cut:
     raise AssertionError("elements changed between two passes")
 
 
-def count_varied(task: TileTask) -> int:
-    """The places whose variance is not 0."""
-    return sum(int((sizes > 0).sum()) for _, sizes in _magnitudes(task, "variance", 0))
+def count_varied(task: TileTask, least: float) -> int:
+    """The places whose variance is above ``least``."""
+    return sum(int((sizes > least).sum()) for _, sizes in _magnitudes(task, "variance", 0))
 
 
 def row_masks(task: TileTask, spans: Sequence[tuple[float, float]], keys: Sequence[int], module_key: int) -> Tensor:

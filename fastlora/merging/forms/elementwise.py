@@ -3,15 +3,17 @@ element."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastlora.errors import InputError
+from fastlora.merging.forms import tile_rules
+from fastlora.merging.forms.tile_rules import Between, Largest, Random, Ranked, Varied
 from fastlora.ops.merge_tiles import bound_of, key_of
 from fastlora.reference.merge_tiles import WORDS, variance
 from fastlora.reference.philox import words
@@ -57,30 +59,6 @@ SAME = 1e-13
 Combine = Literal["mean", "sum"]
 Keys = tuple[Sequence[str], Sequence[str]]
 """The names of the adapters and of the modules."""
-
-
-class Elements(Protocol):
-    """The ``x_i [g, p, q]`` of ``k`` adapters in ``g`` modules, which may be formed anew each time, with the same
-    bits."""
-
-    def whole(self, i: int) -> Tensor:
-        """All of one adapter: ``[g, p, q]``."""
-
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """Some rows of all adapters after the other: the first row, and ``[g, k, rows, q]``."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Stack:
-    """Elements that are there: ``[g, k, p, q]``."""
-
-    values: Tensor
-
-    def whole(self, i: int) -> Tensor:
-        return self.values[:, i]
-
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        yield 0, self.values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,6 +129,27 @@ class Elementwise:
                 f"{self.method}: density={self.density:g} ± epsilon={self.epsilon:g} must lie in [0, 1]; lower epsilon"
             )
 
+    def tile_rule(self) -> tile_rules.Rule:
+        """The same rule for the op ``merge_tiles``, whose elements have the weights inside. Random words there are
+        numbered as in rows of the length of the module."""
+        density, epsilon = self.density, self.epsilon
+        trims: dict[str, tile_rules.Trimming] = {
+            **dict.fromkeys(("magnitude", "ties"), Largest(density, all_equals=True)),
+            **dict.fromkeys(WITHOUT_LARGEST, Between(density, self.gamma, all_equals=True)),
+            **dict.fromkeys(("dare", "dare_ties"), Random(density, self.seed)),
+            **dict.fromkeys(RANKED, Ranked(density, epsilon, self.seed)),
+            "sce": Varied(self.select_topk, all_equals=True, same=SAME),
+        }
+        elected = self.rule in ELECTED
+        return tile_rules.Rule(
+            trim=trims.get(self.rule),
+            rescale="density" if isinstance(trims.get(self.rule), Random) else "l1" if self.rule in RANKED else "none",
+            elect="total" if elected or self.rule == "sce" else "none",
+            divide="weights" if self.rule == "sce" else "count" if elected and self.combine == "mean" else "none",
+            weigh="energy" if self.rule == "sce" else "given",
+            floor=0.0,
+        )
+
     def in_frames(
         self,
         sides: tuple[Tensor, Tensor],
@@ -169,60 +168,55 @@ class Elementwise:
         L, R = (side[:, chosen] for side in sides)
         inside = (left.mT[:, None] @ L) @ (right.mT[:, None] @ R).mT
         names = [keys[0][i] for i in chosen]
-        return left @ self.merged(Stack(inside), counts, (names, keys[1])) @ right.mT
+        return left @ self.merged(inside, counts, (names, keys[1])) @ right.mT
 
-    def merged(self, elements: Elements, counts: tuple[Tensor, Tensor], keys: Keys) -> Tensor:
-        """What the rule makes of the ``x_i``: ``[g, p, q]``.
+    def merged(self, x: Tensor, counts: tuple[Tensor, Tensor], keys: Keys) -> Tensor:
+        """What the rule makes of the ``x_i``, ``[g, k, p, q]``: ``[g, p, q]``.
 
         ``counts [g]`` twice: how many of the first rows and columns are not rounding; shares and ranks count those.
         """
-        known = self._measured(elements, counts, keys)
-        made = [self._combined(self._kept(first, x, known, counts[1], keys), known) for first, x in elements.pieces()]
-        return torch.cat(made, -2)
+        known = self._measured(x, counts, keys)
+        return self._combined(self._kept(x, known, counts[1], keys), known)
 
-    def _measured(self, elements: Elements, counts: tuple[Tensor, Tensor], keys: Keys) -> Measured:
-        sizes, adapters = (counts[0] * counts[1]).double(), range(len(keys[0]))
+    def _measured(self, x: Tensor, counts: tuple[Tensor, Tensor], keys: Keys) -> Measured:
+        sizes = (counts[0] * counts[1]).double()
         if self.rule in TRIMMED:
             kept = (self.density * sizes).long()
             top = torch.minimum((self.gamma * sizes).long(), sizes.long() - kept)
             without = self.rule in WITHOUT_LARGEST
             found = [
-                (thresholds(x, top + kept), thresholds(x, top)) if without else (thresholds(x, kept),)
-                for x in (elements.whole(i).flatten(1) for i in adapters)
+                (thresholds(one, top + kept), thresholds(one, top)) if without else (thresholds(one, kept),)
+                for one in x.flatten(2).unbind(1)
             ]
             low, *high = (torch.stack(list(rows), 1) for rows in zip(*found, strict=True))
             return Measured(low, high[0] if high else None)
         if self.rule in RANKED:
-            whole, left = torch.zeros(2, len(keys[1]), len(keys[0]), dtype=torch.float64)
-            for first, x in elements.pieces():
-                whole += x.abs().sum((-2, -1))
-                left += self._kept(first, x, Measured(), counts[1], keys).abs().sum((-2, -1))
+            whole = x.abs().sum((-2, -1))
+            left = self._kept(x, Measured(), counts[1], keys).abs().sum((-2, -1))
             return Measured(factors=torch.where(left > 0, whole / torch.where(left > 0, left, 1.0), 1.0))
         if self.rule == "sce":
-            return self._of_energies(elements, counts, keys)
+            return self._of_energies(x, counts, keys)
         return Measured()
 
-    def _of_energies(self, elements: Elements, counts: tuple[Tensor, Tensor], keys: Keys) -> Measured:
+    def _of_energies(self, x: Tensor, counts: tuple[Tensor, Tensor], keys: Keys) -> Measured:
         least = None
         if self.select_topk < 1.0:
-            pieces = [(_varied(x), _largest(x)) for _, x in elements.pieces()]
-            varied, sizes = torch.cat([v for v, _ in pieces], -2), torch.stack([size for _, size in pieces]).amax(0)
+            varied = _varied(x)
+            largest = x.abs().amax((1, 2, 3)) if x.numel() else x.new_zeros(len(x))
             rows, columns = (
                 torch.arange(length) < count[:, None] for length, count in zip(varied.shape[1:], counts, strict=True)
             )
-            there = rows[:, :, None] & columns[:, None] & (varied > (SAME * sizes).square()[:, None, None])
+            there = rows[:, :, None] & columns[:, None] & (varied > (SAME * largest).square()[:, None, None])
             varied = torch.where(there, varied, 0.0).flatten(1)
             least = thresholds(varied, (self.select_topk * there.sum((1, 2)).double()).long())
-        squares = torch.zeros(len(keys[1]), len(keys[0]), dtype=torch.float64)
-        for first, x in elements.pieces():
-            squares += self._kept(first, x, Measured(least=least), counts[1], keys).square().sum((-2, -1))
+        squares = self._kept(x, Measured(least=least), counts[1], keys).square().sum((-2, -1))
         total = squares.sum(1, keepdim=True)
         return Measured(
             least=least, energies=torch.where(total > 0, squares / torch.where(total > 0, total, 1.0), 1 / len(keys[0]))
         )
 
-    def _kept(self, first: int, x: Tensor, known: Measured, widths: Tensor, keys: Keys) -> Tensor:
-        """The ``v_i`` of some rows ``x [g, k, rows, q]``, from the row ``first`` on."""
+    def _kept(self, x: Tensor, known: Measured, widths: Tensor, keys: Keys) -> Tensor:
+        """The ``v_i`` of the ``x_i``."""
         if known.low is not None:
             sizes = x.abs()
             inside = sizes >= known.low[..., None, None]
@@ -232,11 +226,11 @@ class Elementwise:
         if known.least is not None:
             return torch.where((_varied(x) >= known.least[:, None, None])[:, None], x, 0.0)
         if self.rule in RANKED:
-            left = torch.where(_drawn(first, x, self._bounds(x, widths), self.seed, keys), x, 0.0)
+            left = torch.where(_drawn(x, self._bounds(x, widths), self.seed, keys), x, 0.0)
             return left if known.factors is None else left * known.factors[..., None, None]
         if self.rule in ("dare", "dare_ties"):
             bounds = torch.tensor(bound_of(self.density))
-            return torch.where(_drawn(first, x, bounds, self.seed, keys), x / self.density, 0.0)
+            return torch.where(_drawn(x, bounds, self.seed, keys), x / self.density, 0.0)
         return x
 
     def _bounds(self, x: Tensor, widths: Tensor) -> Tensor:
@@ -266,20 +260,14 @@ def _varied(x: Tensor) -> Tensor:
     return variance(x.transpose(0, 1))
 
 
-def _largest(x: Tensor) -> Tensor:
-    """The largest magnitude of every module: ``[g]``."""
-    return x.abs().amax((1, 2, 3)) if x.numel() else x.new_zeros(len(x))
-
-
-def _drawn(first: int, x: Tensor, bounds: Tensor, seed: int, keys: Keys) -> Tensor:
-    """Which elements of some rows ``x [g, k, rows, q]`` from ``first`` on stay: those whose random word is below its
-    bound.
+def _drawn(x: Tensor, bounds: Tensor, seed: int, keys: Keys) -> Tensor:
+    """Which elements of ``x [g, k, p, q]`` stay: those whose random word is below its bound.
 
     Words depend on the seed, the names of adapter and module, and the place: not on the pool.
     """
     _, _, p, q = x.shape
     names, modules = keys
-    numbers = np.arange(first, first + p, dtype=np.int64)[:, None] * ROW + np.arange(q, dtype=np.int64)
+    numbers = np.arange(p, dtype=np.int64)[:, None] * ROW + np.arange(q, dtype=np.int64)
     drawn = [
         np.stack([words(numbers, key_of(seed, name), key_of(module)) for name in names]).astype(np.int64)
         for module in modules

@@ -45,6 +45,10 @@ class Cut:
             counts = torch.minimum(counts, wanted)
         return counts if self.rank is None else counts.clamp(max=self.rank)
 
+    def of(self, g: int) -> Cut:
+        """That of the module at ``g`` alone."""
+        return Cut(self.rtol[g : g + 1], self.floor[g : g + 1], self.rank, self.energy)
+
     def above(self, sigma: Tensor) -> Tensor:
         """How many are above the noise alone."""
         return (sigma > torch.maximum(self.rtol * sigma[:, :1].sum(1), self.floor)[:, None]).sum(1)

@@ -124,7 +124,11 @@ def check_result(name: str, modules: Sequence[str], result: Tensor, shape: tuple
         raise TypeError(f"method {name!r}: a float64 {list(shape)} is needed, not {result.dtype} {list(result.shape)}")
     bad = (~(result.abs() <= LARGEST)).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
-        raise InputError(
-            f"method {name!r}: the result for {modules[bad[0]]} is too large or not finite; change the weights or "
-            "its parameters"
-        )
+        raise too_large(name, modules[bad[0]])
+
+
+def too_large(name: str, module: str) -> InputError:
+    """What is said of a result that overflows."""
+    return InputError(
+        f"method {name!r}: the result for {module} is too large or not finite; change the weights or its parameters"
+    )

@@ -18,6 +18,7 @@ Divisor = Literal["none", "count", "weights"]
 Rescale = Literal["none", "density", "l1"]
 
 TINY = 1e-30  # a divisor that is 0
+NO_FLOOR = 1e-300  # a divisor that is 0, where energies have no floor
 SMALL_SUM = 1e-8  # a sum of weights that is taken for 0
 ENERGY_FLOOR = 1e-6  # of SCE: of its divisor, and of the sum of its energies
 
@@ -36,10 +37,12 @@ class Largest:
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """``⌊density·n·m⌋`` magnitudes stay, those that follow the ``⌊outliers·n·m⌋`` largest (breadcrumbs)."""
+    """``⌊density·n·m⌋`` magnitudes stay, those that follow the ``⌊outliers·n·m⌋`` largest (breadcrumbs); of equals
+    those that come first in the order of rows, or all."""
 
     density: float
     outliers: float
+    all_equals: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +65,14 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True)
 class Varied:
-    """The places with the ``⌊share·v⌋`` largest variances stay, of the ``v`` places that have one (SCE)."""
+    """The places with the ``⌊share·v⌋`` largest variances stay, of the ``v`` places that have one (SCE).
+
+    ``same``: a variance up to the square of this part of the module's largest magnitude is none.
+    """
 
     share: float
+    all_equals: bool = False
+    same: float = 0.0
 
 
 Trimming = Largest | Between | Random | Ranked | Varied
@@ -83,6 +91,7 @@ class Rule:
        1 where that is 0.
 
     ``weigh="energy"``: in place of the ``w_i``, the mean squares of the ``v_i`` over their sum, times ``w_i`` (SCE).
+    What is below ``floor``, of their sum and of ``D``, is replaced by equal shares and by the floor itself.
     """
 
     trim: Trimming | None = None
@@ -93,6 +102,7 @@ class Rule:
     zero: Literal["plus", "majority"] = "plus"
     weigh: Literal["given", "energy"] = "given"
     scale: float = 1.0
+    floor: float = ENERGY_FLOOR
 
     @property
     def is_of_model(self) -> bool:
@@ -147,10 +157,10 @@ def _trimmed(trim: Trimming | None, task: TileTask, names: Sequence[str], module
     match trim:
         case Largest(density, all_equals):
             return TileRule() if density >= 1.0 else _largest(task, [int(density * size)] * k, all_equals)
-        case Between(density, outliers):
+        case Between(density, outliers, all_equals):
             kept = int(density * size)
             top = min(int(outliers * size), size - kept)
-            both = merge_tiles.select(task, [(i, q) for i in range(k) for q in (top + kept, top)])
+            both = _cuts(task, [(i, q) for i in range(k) for q in (top + kept, top)], all_equals)
             return TileRule("magnitude", both[::2], both[1::2])
         case Random(density, seed):
             keep, module_key = [merge_tiles.bound_of(density)] * k, merge_tiles.key_of(module)
@@ -159,21 +169,33 @@ def _trimmed(trim: Trimming | None, task: TileTask, names: Sequence[str], module
             spans = [(density - epsilon, 2 * epsilon)] * k
             bits = merge_tiles.row_masks(task, spans, _keys(seed, names), merge_tiles.key_of(module))
             return TileRule("bits", bits=bits)
-        case Varied(share):
+        case Varied(share, all_equals, same):
             if share >= 1.0:
                 return TileRule()
-            q = int(share * merge_tiles.count_varied(task))
-            return TileRule("variance", merge_tiles.select(task, [(0, q)], "variance"))
+            q = int(share * merge_tiles.count_varied(task, (same * _largest_of(task)) ** 2 if same else 0.0))
+            return TileRule("variance", _cuts(task, [(0, q)], all_equals, "variance"))
     return TileRule()
+
+
+def _cuts(
+    task: TileTask, ranks: Sequence[tuple[int, int]], all_equals: bool, quantity: merge_tiles.Quantity = "magnitude"
+) -> list[Cut]:
+    """Cuts that hold the first of equal elements, or ``all_equals``."""
+    size = task.shape[0] * task.shape[1]
+    cuts = merge_tiles.select(task, ranks, quantity)
+    return [Cut(c.magnitude, size) if all_equals and q else c for c, (_, q) in zip(cuts, ranks, strict=True)]
+
+
+def _largest_of(task: TileTask) -> float:
+    """The largest magnitude of all updates."""
+    least = min(1, task.shape[0] * task.shape[1])
+    cuts = merge_tiles.select(task, [(i, least) for i in range(len(task.pairs))])
+    return max(c.magnitude for c in cuts) if least else 0.0
 
 
 def _largest(task: TileTask, kept: Sequence[int], all_equals: bool) -> TileRule:
     """The trimming that keeps so many elements of every adapter."""
-    size = task.shape[0] * task.shape[1]
-    cuts = merge_tiles.select(task, list(enumerate(kept)))
-    return TileRule(
-        "magnitude", [Cut(c.magnitude, size) if all_equals and q else c for c, q in zip(cuts, kept, strict=True)]
-    )
+    return TileRule("magnitude", _cuts(task, list(enumerate(kept)), all_equals))
 
 
 def _keys(seed: int, names: Sequence[str]) -> list[int]:
@@ -191,9 +213,8 @@ def _coefficients(rule: Rule, task: TileTask, trimmed: TileRule, weights: Sequen
         if rule.rescale == "l1":
             factors = [whole / kept if kept > 0 else 1.0 for whole, kept, _ in sums.tolist()]
         if rule.weigh == "energy":
-            given = _energies(
-                [w * c * c * s for w, c, s in zip(given, factors, sums[:, 2].tolist(), strict=True)], task
-            )
+            squares = [w * c * c * s for w, c, s in zip(given, factors, sums[:, 2].tolist(), strict=True)]
+            given = _energies(squares, task, rule.floor)
     gains = [w * c for w, c in zip(given, factors, strict=True)]
     votes = gains if rule.votes == "weighted" else factors
     shares = {"none": None, "count": [1.0] * k, "weights": given}[rule.divide]
@@ -201,7 +222,7 @@ def _coefficients(rule: Rule, task: TileTask, trimmed: TileRule, weights: Sequen
     if rule.divide == "weights" and rule.elect == "none":
         least = SMALL_SUM
     if rule.weigh == "energy":
-        least = instead = ENERGY_FLOOR
+        least, instead = (rule.floor, rule.floor) if rule.floor else (NO_FLOOR, 1.0)
     return replace(
         trimmed, elect=rule.elect, votes=votes, gains=gains, shares=shares, least=least, instead=instead,
         scale=rule.scale,
@@ -215,9 +236,9 @@ def _sums(task: TileTask, trimmed: TileRule) -> Tensor:
     return sums
 
 
-def _energies(squares: Sequence[float], task: TileTask) -> list[float]:
+def _energies(squares: Sequence[float], task: TileTask, floor: float) -> list[float]:
     """Mean squares over their sum, equal ones where that is next to nothing."""
     size = task.shape[0] * task.shape[1]
     means = [s / max(size, 1) for s in squares]
     total = sum(means)
-    return [1.0 / len(means)] * len(means) if abs(total) < ENERGY_FLOOR else [x / total for x in means]
+    return [x / total for x in means] if total and abs(total) >= floor else [1.0 / len(means)] * len(means)

@@ -67,20 +67,21 @@ def _stored(updates: Sequence[Update | None]) -> tuple[list[Pair | None], list[f
             pairs.append(None)
             scales.append(0.0)
             continue
-        B, A = _source(update.B), _source(update.A)
-        if B is None or A is None:
+        B, A = stored_source(update.B), stored_source(update.A)
+        if B is None or A is None or torch.float64 in (B[0].dtype, A[0].dtype):
             return None
         pairs.append((B[0], A[0]))
         scales.append(update.scaling * B[1] * A[1])
     return pairs, scales
 
 
-def _source(factor: Factor) -> tuple[Tensor, float] | None:
+def stored_source(factor: Factor) -> tuple[Tensor, float] | None:
+    """The stored matrix of which a factor is a multiple, and by what; ``None`` where it has to be computed."""
     if len(factor.terms) != 1:
         return None
     (term,) = factor.terms
     whole = term.coefficient is None and tuple(term.source.shape) == factor.shape
-    return (term.source, term.scale) if whole and term.source.dtype != torch.float64 else None
+    return (term.source, term.scale) if whole else None
 
 
 def _computed(updates: Sequence[Update | None]) -> tuple[list[Pair | None], list[float]]:

@@ -45,7 +45,7 @@ from fastlora.errors import InputError
 from fastlora.merging.forms import whole_model
 from fastlora.merging.forms.frames import Cut
 from fastlora.merging.forms.low_rank import LowRank, of_dense, of_tiles
-from fastlora.merging.forms.result import ByModule, check_result, merged_adapter, of_modules, require_energy
+from fastlora.merging.forms.result import ByModule, check_result, merged_adapter, of_modules, require_energy, too_large
 from fastlora.merging.forms.tile_rules import Largest, OfModel, Rule, resolved
 from fastlora.merging.forms.tile_tasks import task_of
 from fastlora.merging.registry import Idle, driven, none_idle
@@ -267,10 +267,7 @@ def _merge(
             cut = Cut(rtol, floor, rank, energy)
             whole = decomposed(module, cut)
             if not whole.finite or not whole.square <= LARGEST**2:
-                raise InputError(
-                    f"method {name!r}: the result for {module} is too large or not finite; change the weights or its "
-                    "parameters"
-                )
+                raise too_large(name, module)
             found[module] = _cut(whole, cut, row, noise)
             release(sources(row))
         return found

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from fastlora import ops
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.updates import sources
 from fastlora.engine.blocks import read_pair_blocks
+from fastlora.engine.schedule import split_to_fit
 from fastlora.engine.spectrum import check_cut
-from fastlora.errors import InputError
-from fastlora.merging.forms.bases import squares_of
+from fastlora.merging.forms.cores import FRAMES, PART_BYTES
 from fastlora.merging.forms.elementwise import Combine, Elementwise, Rule, idle, taking_part
-from fastlora.merging.forms.frames import Cut, Frames
-from fastlora.merging.forms.result import ByModule, check_result, merged_adapter, of_modules
-from fastlora.merging.forms.rows import Rows, update_of
+from fastlora.merging.forms.frames import Frames
+from fastlora.merging.forms.result import ByModule, merged_adapter, of_modules
+from fastlora.merging.forms.rows import Rows
 from fastlora.merging.registry import method
 from fastlora.runtime.memory import release
+
+BASES = 12  # matrices R×R of a module, with those of its frames
 
 
 @method(
@@ -50,8 +50,9 @@ def knots(
     ``U [n, c]`` comes from ``c ≤ R = Σ r_i`` eigenvectors in factor space, ``ΣV_iᵀ = Uᵀ w_i ΔW_i [c, m]`` from the
     ``A_i``: no ``ΔW_i`` is formed. ``rule="sum"`` gives the exact sum. Rules do not depend on the signs of the columns
     of ``U``; where singular values are equal, the result is one of many. The ``A`` of the result is a new matrix, and
-    stays in memory until it is saved. Cost: ``O(c·m·R)`` operations a module and the memory of one ``[c, m]`` matrix in
-    float64, twice.
+    stays in memory until it is saved. Random words are numbered as in rows of ``m``. Cost: the passes of the rule over
+    ``k·c·m`` elements in float64 (:mod:`fastlora.ops.merge_tiles`), ``O(c²·m + R³)`` operations beside, and the
+    memory of one ``[c, m]`` matrix in float64.
 
     Args:
         rank: rank to cut the result to; by default nothing is cut, and the rank is at most Σrᵢ
@@ -64,31 +65,25 @@ def knots(
         epsilon: of della, half the span of the probabilities; density ± epsilon must lie in [0, 1]
         select_topk: of sce, the share of the places that vary which are kept, in (0, 1]
     """
-    elementwise = Elementwise("knots", rule, density, combine, seed, gamma, epsilon, select_topk)
+    rule_on_rows = Elementwise("knots", rule, density, combine, seed, gamma, epsilon, select_topk).tile_rule()
     if rank is not None or energy is not None:
         check_cut(rank, energy)
     given = [weights[n] for n in pool.names]
     chosen = taking_part(given)
-    names = [pool.names[i] for i in chosen]
+    names, most = [pool.names[i] for i in chosen], PART_BYTES * torch.get_num_threads()
 
     def merged() -> ByModule:
         found: ByModule = {}
-        for blocks in read_pair_blocks(pool, "cores of knots", shared=True):
-            frames = Frames.of(blocks)
-            scales = frames.scales(given)
-            noises = frames.noises(given)
-            for g, module in enumerate(blocks.modules):
-                one = frames.part(range(g, g + 1))
-                stack = one.cores(scales[g : g + 1], len(pool))
-                if not bool(stack.isfinite().all()):
-                    raise InputError(f"the weighted updates overflow: lower the weights {given}")
-                basis = _left_basis(stack, one.cut(given, None, None))
-                rows = Rows.of(one, 0, scales[g : g + 1], basis, chosen)
-                sizes = torch.tensor(rows.shape)[:, None]
-                result = elementwise.merged(rows, (sizes[0], sizes[1]), (names, [module]))[0]
-                check_result("knots", [module], result[None], (1, *rows.shape))
-                found[module] = update_of(one, 0, basis, result, one.cut(given, rank, energy), noises[g])
-                release(sources(one.blocks.updates[0]))
+        for blocks in read_pair_blocks(pool, "cores of knots", matrices=FRAMES, most=most, shared=True):
+            group = Frames.of(blocks)
+            sizes = [8 * BASES * group.left.shape[1] ** 2] * len(blocks.modules)
+            for part in split_to_fit(sizes, most):
+                frames = group.part(part)
+                rows, cut, noises = Rows.of(frames, given), frames.cut(given, rank, energy), frames.noises(given)
+                for g, module in enumerate(frames.blocks.modules):
+                    result = rows.merged(g, rule_on_rows, chosen, names)
+                    found[module] = rows.update(g, result, cut.of(g), noises[g])
+                    release(sources(frames.blocks.updates[g]))
         return found
 
     updates, squares = of_modules("merging by knots", merged, pool)
@@ -98,10 +93,3 @@ def knots(
     }  # fmt: skip
     was_cut = rank is not None or energy is not None
     return merged_adapter("knots", pool, given, updates, used, squares=squares if was_cut else None)
-
-
-def _left_basis(stack: Tensor, noise: Cut) -> Tensor:
-    """Left singular vectors of ``[M_1 | M_2 | …]`` of one module that are no rounding: ``[R, c]``."""
-    values, vectors = ops.eigh(squares_of(stack)[0].contiguous())
-    count = int(noise.above(values.flip(-1).clamp(min=0).sqrt()))
-    return vectors[0].flip(-1)[:, :count].contiguous()
