@@ -169,20 +169,8 @@ class Adapter(LoraData, VectorSpace):
         """
         check_cut(rank, energy)
         forms = singular_forms(self.name, self.updates, rank=rank, energy=energy, exact=True)
-        total = sum(f.norm**2 for f in forms.values())
-        kept = sum(f.retained * f.norm**2 for f in forms.values())
-        return replace(
-            self,
-            updates={m: cut(u, forms[m]) for m, u in self.updates.items()},
-            provenance={
-                "compress": self.provenance,
-                "rank": rank,
-                "energy": energy,
-                "retained_energy": kept / total if total > 0 else 1.0,
-            },
-            notes=self.notes if total > 0 else (*self.notes, NO_CHANGE),
-            details={"retained_energy": {m: f.retained for m, f in forms.items()}},
-        )
+        sizes = {m: (forms[m].norm, forms[m].retained) for m in self.updates}
+        return with_cuts(self, {m: cut(u, forms[m]) for m, u in self.updates.items()}, sizes, rank, energy)
 
     def save(
         self,
@@ -274,4 +262,29 @@ def sum_of_aligned(
         dtype=widest(a.dtype for a in adapters),
         provenance={"sum": [{"weight": w, "of": a.provenance} for w, a in terms], "semantics": "exact"},
         notes=tuple(dict.fromkeys([*(n for a in adapters for n in a.notes), *told])),
+    )
+
+
+def with_cuts(
+    adapter: Adapter,
+    updates: Mapping[str, Update],
+    sizes: Mapping[str, tuple[float, float]],
+    rank: int | None,
+    energy: float | None,
+) -> Adapter:
+    """An adapter with its ``updates`` as they were cut to ``rank`` or ``energy``; ``sizes``: ``‖ΔW‖`` of each, and the
+    share of its ``Σσ²`` that is kept."""
+    total = sum(norm**2 for norm, _ in sizes.values())
+    kept = sum(retained * norm**2 for norm, retained in sizes.values())
+    return replace(
+        adapter,
+        updates=updates,
+        provenance={
+            "compress": adapter.provenance,
+            "rank": rank,
+            "energy": energy,
+            "retained_energy": kept / total if total > 0 else 1.0,
+        },
+        notes=adapter.notes if total > 0 else (*adapter.notes, NO_CHANGE),
+        details={"retained_energy": {m: retained for m, (_, retained) in sizes.items()}},
     )

@@ -17,7 +17,7 @@ from fastlora.backends.rows import ChainRow, packed, packed_numbers
 from fastlora.ops.chain import results
 from fastlora.ops.coefficients import fill
 from fastlora.ops.dispatch import Kernel
-from fastlora.ops.passes import CombineJob, GramJob, WriteProblem
+from fastlora.ops.passes import CombineJob, CombineOutput, GramJob, WriteProblem
 
 try:
     from fastlora import _core
@@ -137,10 +137,11 @@ def _gram_pass(jobs: Sequence[GramJob]) -> None:
 
 class PreparedCombine:
     """The tables of a combine pass. :meth:`run` works on what the tensors hold by then, and writes to the files that
-    the outputs name by then."""
+    the outputs name by then; :meth:`renew` before it looks at their places in files and the scales of their terms."""
 
     def __init__(self, jobs: Sequence[CombineJob]) -> None:
-        self._jobs = jobs
+        self._results = [output for job in jobs for output in job.outputs]
+        self._scaled: list[tuple[CombineOutput, int]] = []  # whose term each row of the table is
         factors: list[int] = []
         tasks: list[int] = []
         outputs: list[int] = []
@@ -157,7 +158,7 @@ class PreparedCombine:
             given += job.factors
             for output in job.outputs:
                 first = len(scales)
-                for factor, c, at, scale in output.terms:
+                for term, (factor, c, at, scale) in enumerate(output.terms):
                     if c is None:
                         terms += (factor, 0, 0, 0, at, 0)
                     else:
@@ -171,6 +172,7 @@ class PreparedCombine:
                             )
                         terms += (factor, c.data_ptr(), stride, r if rows else q, at, 0)
                     scales.append(scale)
+                    self._scaled.append((output, term))
                 outputs += (output_index, first, len(scales) - first, -1, output.offset, output.check)
                 output_index += 1
                 if output.out is None:
@@ -178,17 +180,23 @@ class PreparedCombine:
                     matrices += (0, height, width, width, DTYPES[output.dtype])
                 else:
                     matrices += _matrix(output.out)
-        term_table = _table(terms, 6)
-        term_table[:, 5] = np.array(scales, dtype=np.float64).view(np.int64)
+        self._terms = _table(terms, 6)
+        self._terms[:, 5] = np.array(scales, dtype=np.float64).view(np.int64)
         self._tasks, self._outputs = _table(tasks, 5), _table(outputs, 6)
-        self._tables = _table(factors, 5), self._tasks, self._outputs, _table(matrices, 5), term_table
+        self._tables = _table(factors, 5), self._tasks, self._outputs, _table(matrices, 5), self._terms
         self._copies = [(x, y) for x, y in zip(given, self._alive, strict=True) if x is not y]
+
+    def renew(self) -> None:
+        """Takes the scales of terms and the places in files anew from the jobs."""
+        self._outputs[:, 4] = [output.offset for output in self._results]
+        scales = [output.terms[term][3] for output, term in self._scaled]
+        self._terms[:, 5] = np.array(scales, dtype=np.float64).view(np.int64)
 
     def run(self) -> WriteProblem | None:
         """Computes all outputs and writes those that have a file; returns what stopped it, or ``None``."""
         for given, copy in self._copies:
             copy.copy_(given)
-        files = [output.file for job in self._jobs for output in job.outputs]
+        files = [output.file for output in self._results]
         self._outputs[:, 3] = files
         to_files, threads = max(files, default=-1) >= 0, torch.get_num_threads()
         factors, tasks, outputs, matrices, terms = map(_address, self._tables)

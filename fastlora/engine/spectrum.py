@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,16 +89,47 @@ def _exact_rtol(update: Update, *, on_gpu: bool) -> float:
     return exact_rtol([update], on_gpu=on_gpu)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Cuts:
+    """Where some modules of one rank are cut: what :class:`SingularForm` has of each, side by side.
+
+    ``T [g, r, q]`` and ``D [g, q, r]`` of the largest ``q`` that is kept; the first ``counts[g]`` columns and rows
+    belong to a module.
+    """
+
+    sigma: Tensor
+    T: Tensor
+    D: Tensor
+    counts: list[int]
+    norms: list[float]
+    retained: list[float]
+
+    def forms(self) -> Iterator[SingularForm]:
+        """That of every module."""
+        rows = zip(
+            self.sigma.unbind(), self.T.unbind(), self.D.unbind(), self.counts, self.norms, self.retained, strict=True
+        )
+        most = self.T.shape[2]
+        for sigma, T, D, count, norm, retained in rows:
+            if count < most:
+                T, D = T[:, :count], D[:count]
+            yield SingularForm(sigma, T, D, count, norm, retained)
+
+
 def _read_forms(part: GroupPart, rank: int | None, energy: float | None, exact: bool) -> dict[str, SingularForm]:
     """The forms of some modules of one rank, through the Gram cache in use."""
-    # Of a single adapter: [g, 1, 1, r, r] and [g, 1, r, r].
-    blocks = read_chain_blocks(part, "left", "chain", exact=exact)
-    modules = part.modules
+    cuts = cuts_of(read_chain_blocks(part, "left", "chain", exact=exact), part.group.rtol, rank, energy)
+    return dict(zip(part.modules, cuts.forms(), strict=True))
+
+
+def cuts_of(blocks: ChainBlocks, rtol: float, rank: int | None, energy: float | None) -> Cuts:
+    """The cuts of updates, one a module, from their blocks ``[g, 1, 1, r, r]`` and ``[g, 1, r, r]``."""
+    modules = blocks.modules
     chain = ops.chain(
         blocks.projected,
         blocks.other,
         threshold=0.0,
-        rtol=part.group.rtol,
+        rtol=rtol,
         rank=rank or 0,
         energy=1.0 if energy is None else energy,
         floor=blocks.floor,
@@ -117,15 +148,8 @@ def _read_forms(part: GroupPart, rank: int | None, energy: float | None, exact: 
     # Plain numbers in bulk: taking them out of arrays one by one would cost more than all of the above.
     totals, wholes = energies[:, -1].tolist(), (energies[:, -1] + _unknown(blocks, sigma, energies, scalings)).tolist()
     kept_energies = energies[np.arange(len(modules)), counts].tolist()
-    forms = {}
-    sigma_rows = torch.from_numpy(sigma).unbind()
-    rows = zip(modules, counts, totals, wholes, kept_energies, sigma_rows, T.unbind(), D.unbind(), strict=True)
-    for module, count, total, whole, kept_energy, sigma_row, T_row, D_row in rows:
-        if count < most:
-            T_row, D_row = T_row[:, :count], D_row[:count]
-        retained = kept_energy / whole if whole > 0 else 1.0
-        forms[module] = SingularForm(sigma_row, T_row, D_row, count, math.sqrt(total), retained)
-    return forms
+    retained = [kept / whole if whole > 0 else 1.0 for kept, whole in zip(kept_energies, wholes, strict=True)]
+    return Cuts(torch.from_numpy(sigma), T, D, counts, [math.sqrt(total) for total in totals], retained)
 
 
 def _unknown(blocks: ChainBlocks, sigma: Numbers, energies: Numbers, scalings: Numbers) -> Numbers:

@@ -68,7 +68,7 @@ def write_adapters(
 
     def open_files() -> None:
         for directory, adapter in adapters.items():
-            outlines = {m: _outline(u, targets[directory]) for m, u in adapter.updates.items() if u.rank}
+            outlines = {m: outline(u, targets[directory]) for m, u in adapter.updates.items() if u.rank}
             files[directory] = open_sink(directory, adapter, outlines or empty[directory], targets[directory])
 
     def written() -> list[set[str]]:
@@ -104,7 +104,7 @@ def _write_modules(
     batches = _module_batches(list(adapters.values()))
     if len(batches) == len(shares) == 1 and stream.current() is None and _bytes_written(adapters) <= SMALL_BYTES:
         here = _on_host(adapters, targets, batches[0])
-        _prepare(dict(shares[0]), here, batches[0], [d for d in files if d not in empty]).write()
+        prepare_batch(dict(shares[0]), here, batches[0], [d for d in files if d not in empty]).write()
         _finish(files, empty, meanwhile)
         return
     # Of results that go through a device, one batch is computed while another is copied.
@@ -113,7 +113,7 @@ def _write_modules(
         for modules in track(batches, "writing"):
             here = _on_host(adapters, targets, modules)
             for share in shares:
-                prepared = _prepare(dict(share), here, modules, [d for d, _ in share if d not in empty])
+                prepared = prepare_batch(dict(share), here, modules, [d for d, _ in share if d not in empty])
                 # The backend and the bound on memory are context variables, which new threads do not see.
                 pending.append(worker.submit(contextvars.copy_context().run, prepared.write))
                 if len(pending) > PREPARED:
@@ -150,7 +150,7 @@ def _bytes_written(adapters: Mapping[Path, LoraData]) -> int:
     return sum(4 * u.rank * sum(u.shape) for a in adapters.values() for u in a.updates.values())
 
 
-def _outline(update: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def outline(update: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Factors of the right shape without memory."""
     n, m = update.shape
     return _meta(n, update.rank, dtype), _meta(update.rank, m, dtype)
@@ -198,7 +198,7 @@ class _SideWrites(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class _WriteBatch:
+class WriteBatch:
     """Some modules of some adapters, ready to be computed and written.
 
     ``packed``: the modules whose tensors hold more than one factor. ``launch``: of the jobs, unless they go through a
@@ -248,9 +248,9 @@ class _WriteBatch:
         yield from sources(u for updates in self.packed.values() for _, u in updates)
 
 
-def _prepare(
+def prepare_batch(
     sinks: dict[Path, Sink], adapters: Mapping[Path, LoraData], modules: Sequence[str], directories: Sequence[Path]
-) -> _WriteBatch:
+) -> WriteBatch:
     sides: list[_SideWrites] = []
     packed: dict[str, list[tuple[Path, Update]]] = {}
     for module in modules:
@@ -267,7 +267,7 @@ def _prepare(
             require_one_module([u for _, u in updates])
             sides += (_side_writes(sinks, module, side, updates) for side in SIDES)
     launch = dispatch.prepared("combine_pass", [side.job for side in sides]) if stream.current() is None else None
-    return _WriteBatch(sinks, sides, packed, launch)
+    return WriteBatch(sinks, sides, packed, launch)
 
 
 def _side_writes(

@@ -24,7 +24,8 @@ from fastlora.engine.checks import require_finite, require_finite_extras
 from fastlora.errors import InputError
 from fastlora.expressions.check import Checker, number, options
 from fastlora.expressions.functions import FUNCTIONS, WORDS, Placement
-from fastlora.expressions.grammar import Call, ExpressionError, Name, Node, Product, Sum, bind, names, parse, walk
+from fastlora.expressions.grammar import Call, ExpressionError, Name, Node, bind, names, parse
+from fastlora.expressions.sums import is_number, weighted
 from fastlora.runtime import devices
 from fastlora.runtime.memory import bounded
 from fastlora.runtime.memory import parse as parse_memory
@@ -121,6 +122,17 @@ def evaluated(
         provenance={"expression": expression.strip(), **bound_to, "result": result.provenance},
         notes=tuple(dict.fromkeys([*result.notes, *notices, *unused])),
     )
+
+
+def restated(result: Adapter, expression: str, weights: Mapping[str, float]) -> Adapter:
+    """What :func:`compose` says of ``expression``, given its ``result`` for another one that
+    :func:`~fastlora.expressions.sums.plain_weights` takes for a sum of the same adapters in the same order. The
+    updates are still those of the other."""
+    said = result.provenance["result"]
+    assert isinstance(said, dict)
+    terms = [{**term, "weight": w} for term, w in zip(said["sum"], weights.values(), strict=True)]
+    text = expression.strip()
+    return replace(result, name=text, provenance={"expression": text, "result": {**said, "sum": terms}})
 
 
 def _check_numbers(values: Mapping[str, float], adapters: Mapping[str, ElementSource]) -> None:
@@ -220,28 +232,18 @@ class Evaluator:
         return error if isinstance(error, ExpressionError) else ExpressionError(str(error), self.text, node.at)
 
     def _accumulate(self, node: Node, weight: float, total: Linear) -> None:
-        if isinstance(node, Sum):
-            for sign, term in node.terms:
-                self._accumulate(term, sign * weight, total)
-        elif isinstance(node, Product):
-            inner = next(f for _, f in node.factors if not _is_number(f))
-            for divides, factor in node.factors:
-                if factor is not inner:
-                    other = number(factor, self.text)
-                    weight = weight / other if divides else weight * other
-            self._accumulate(inner, weight, total)
-        else:
-            element = self.elements[node.name] if isinstance(node, Name) else self._call(node)
+        for own, leaf in weighted(node, self.text, weight):
+            element = self.elements[leaf.name] if isinstance(leaf, Name) else self._call(leaf)
             try:
                 require_one_kind([*(x for _, x in total.terms.values()), element])
             except InputError as error:
-                raise self._placed(error, node) from error
-            total.add(weight, element)
+                raise self._placed(error, leaf) from error
+            total.add(own, element)
 
     def _call(self, node: Node) -> VectorSpace:
         assert isinstance(node, Call)
         function = FUNCTIONS[node.function]
-        adapters = [a for a in node.arguments if not _is_number(a)]
+        adapters = [a for a in node.arguments if not is_number(a)]
         given = [*([] if node.target is None else [node.target]), *adapters]
         elements = self._distinct(node.function, given) if function.needs_names else [self.element(a) for a in given]
         numbers = [number(a, self.text) for a in node.arguments[len(adapters) :]]
@@ -262,7 +264,3 @@ class Evaluator:
                 element = replace(element, name=f"argument {i + 1}")
             elements.append(element)
         return elements
-
-
-def _is_number(node: Node) -> bool:
-    return all(not isinstance(n, Name | Call) for n in walk(node))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -46,9 +47,19 @@ def cast_tensor(tensor: Tensor, dtype: torch.dtype, module: str) -> Tensor:
 
 def header_of(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
     """How a file of these tensors begins, to the first of them: whole pages. ``entries``: what is said of each."""
-    text = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
+    return _header(_as_json(entries), metadata)
+
+
+def _header(entries: str, metadata: Mapping[str, str]) -> bytes:
+    """As :func:`header_of`, of ``entries`` as JSON."""
+    told = _as_json({"__metadata__": dict(metadata)})
+    text = (told if entries == "{}" else f"{told[:-1]},{entries[1:]}").encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def _as_json(content: Mapping[str, object]) -> str:
+    return json.dumps(content, separators=(",", ":"))
 
 
 def make_file(path: Path, start: bytes, size: int, *, with_room: bool = True) -> None:
@@ -78,8 +89,6 @@ class TensorFile:
     """
 
     def __init__(self, path: Path, outlines: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        shared = ranks.is_one_file()
-        self.path = path = joint_outputs.place(path) if shared else path
         self._places: dict[str, tuple[int, int]] = {}
         self.entries: dict[str, object] = {}
         offset = 0
@@ -93,15 +102,27 @@ class TensorFile:
             }
             self._places[name] = offset, end
             offset = end
-        text = header_of(self.entries, metadata)
+        self._size, self._entries_text = offset, _as_json(self.entries)
+        self._make(path, metadata)
+
+    def again(self, path: Path, metadata: Mapping[str, str]) -> TensorFile:
+        """Another file of the same tensors, with nothing in it."""
+        other = copy.copy(self)
+        other._make(path, metadata)
+        return other
+
+    def _make(self, path: Path, metadata: Mapping[str, str]) -> None:
+        shared = ranks.is_one_file()
+        self.path = path = joint_outputs.place(path) if shared else path
+        text = _header(self._entries_text, metadata)
         self.start = len(text)
-        self._missing = set(outlines)
-        self._mapped = None if shared else _from_spare(path, text, self.start + offset)
+        self._missing = set(self._places)
+        self._mapped = None if shared else _from_spare(path, text, self.start + self._size)
         if self._mapped is not None:
             return
         if not shared or joint_outputs.is_made_here():
             is_part = shared and joint_outputs.is_apart()  # a part of this file is all that will be in it
-            make_file(path, text, self.start + offset, with_room=not is_part)
+            make_file(path, text, self.start + self._size, with_room=not is_part)
 
     def restate(self, metadata: Mapping[str, str]) -> None:
         """Writes the header again, with other metadata of the same length."""

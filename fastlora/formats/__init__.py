@@ -254,7 +254,7 @@ def write_adapters(
     adapters = {d / folder: part for d, a in adapters.items() for folder, part in in_format(a, format).items()}
     targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
     whole = {d: ready(a, uniform_rank) for d, a in adapters.items()}
-    notes = engine.write_adapters(whole, targets, _open_sink, meanwhile)
+    notes = engine.write_adapters(whole, targets, open_sink, meanwhile)
     # Ranks that PEFT needs are told by who asks for them beforehand.
     told = [n for d, a in adapters.items() for n in (whole[d] if suffix_of(a) else a).notes if n not in known]
     notes += dict.fromkeys(told)
@@ -281,9 +281,10 @@ def ranks_written(
     return ranks, notes
 
 
-def _open_sink(
+def open_sink(
     directory: Path, adapter: LoraData, outlines: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> Sink:
+    """The files of a low-rank adapter in its own format, to be filled by the engine."""
     return writer_of(adapter).sink(directory, adapter, outlines, dtype)
 
 

@@ -71,6 +71,13 @@ class Launches(Protocol):
         """Starts the work on what its tensors hold by now, and returns what the op returns."""
 
 
+class RenewableLaunches(Launches, Protocol):
+    """Prepared work whose jobs may change: ``combine_pass`` of tensors on the CPU has it."""
+
+    def renew(self) -> None:
+        """Takes the scales of terms and the places in files anew from the jobs."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Direct:
     """A backend that prepares nothing: it is called anew every time."""
@@ -80,6 +87,9 @@ class _Direct:
 
     def run(self) -> Any:
         return run(self.op, *self.arguments)
+
+    def renew(self) -> None:
+        """Every run looks at the jobs."""
 
 
 def always(*_: object, **__: object) -> None:

@@ -6,7 +6,8 @@ operators. There are thousands of entries in a pass over a model, so they are pl
 ``dispatch.run("gram_pass", jobs)`` and ``dispatch.run("combine_pass", jobs)`` run a pass once. On Triton (both) and the
 CPU (``combine_pass``) they have a prepared form: ``dispatch.prepared("gram_pass", jobs)`` checks the jobs and builds
 their tables of addresses, and ``run()`` launches the kernels on what the factors hold by then. On a device it allocates
-nothing and waits for nothing, so that a CUDA graph can hold it. The tensors must stay where they are.
+nothing and waits for nothing, so that a CUDA graph can hold it. The tensors must stay where they are. On the CPU
+``renew()`` looks at the scales of terms and the places in files again, so that jobs may change in these.
 """
 
 from __future__ import annotations

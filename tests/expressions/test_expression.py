@@ -8,6 +8,7 @@ import pytest
 
 from fastlora.errors import InputError
 from fastlora.expressions.grammar import DEEPEST, Call, ExpressionError, Name, Node, Number, Product, Sum, names, parse
+from fastlora.expressions.sums import plain_weights
 
 
 def shape(node: Node) -> object:
@@ -66,6 +67,22 @@ def test_what_is_parsed(text: str) -> None:
 
 def test_names() -> None:
     assert names(parse("a + 2*f(b | a, c, side=left) - 'd e'")) == ["a", "b", "c", "d e"]
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("0.5*a - b/4", {"a": 0.5, "b": -0.25}),
+        ("2*(b + 3*(a - b/2)) - c", {"b": -1.0, "a": 6.0, "c": -1.0}),
+        ("0.1*a + 0.2*a + b", {"a": 0.1 + 0.2, "b": 1.0}),
+        ("a - a + b + c", None),  # nothing of a is left
+        ("2*a", None),
+        ("a + negate(b, 1)", None),
+    ],
+)
+def test_plain_sums(text: str, weights: dict[str, float] | None) -> None:
+    found = plain_weights(parse(text), text)
+    assert found == weights and list(found or ()) == list(weights or ())
 
 
 QUOTED = "(names with other characters than letters, digits, _ and . are quoted)"

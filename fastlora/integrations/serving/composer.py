@@ -18,6 +18,7 @@ from fastlora.expressions.compose import evaluated
 from fastlora.files.output import OutputDirectory
 from fastlora.files.spare import Spare, offered
 from fastlora.integrations.serving.cache import WEIGHTS, Cache
+from fastlora.integrations.serving.kept_sums import KeptSum, KeptSums
 from fastlora.integrations.serving.requests import Request, Stamp, is_expression, read_request, stamps
 from fastlora.integrations.serving.settings import Settings
 from fastlora.views.text import escaped, share_text
@@ -46,6 +47,7 @@ class Composer:
         self._spare = Spare(settings.cache)
         self._worker = ThreadPoolExecutor(1, "fastlora-compose")
         self._loaded: dict[Path, tuple[Stamp, Element]] = {}  # the ones asked for last at the end
+        self._sums = KeptSums()
         self._answered: set[str] = set()
         self._waiting = 0
 
@@ -98,10 +100,9 @@ class Composer:
             return earlier
         self.cache.require_room()
         before = stamps(request.adapters)
-        mix = self._mixed(request, before)
         staged = self.cache.staging(request.key)
         with offered(self._spare), OutputDirectory(staged) as folder:
-            notes = formats.write_adapter(mix, folder, uniform_rank=self.uniform_rank or None)
+            mix, notes = self._written(request, before, folder)
         _log_notes(request.text, [*mix.notes, *notes])
         if stamps(request.adapters) != before:
             shutil.rmtree(staged, ignore_errors=True)
@@ -119,6 +120,7 @@ class Composer:
         """The adapter in a folder, whose numbers were looked at; it is kept while its files stay as they are."""
         earlier, element = self._loaded.pop(path, (None, None))
         if element is None or earlier != stamp:
+            self._sums.forget(name)
             element = load(str(path), name)
             if isinstance(element, Adapter):
                 require_finite([element])
@@ -127,21 +129,58 @@ class Composer:
             del self._loaded[next(iter(self._loaded))]
         return element
 
-    def _mixed(self, request: Request, known: Mapping[str, Stamp]) -> Adapter:
-        adapters = {name: self._element(name, path, known[name]) for name, path in request.adapters.items()}
+    def _elements(self, request: Request, known: Mapping[str, Stamp]) -> dict[str, Element]:
+        return {name: self._element(name, path, known[name]) for name, path in request.adapters.items()}
+
+    def _mixed(self, request: Request, adapters: Mapping[str, Element]) -> Adapter:
         mix = evaluated(request.text, adapters, are_finite=True)
         if not isinstance(mix, Adapter):
             raise InputError(f"the result is {mix.kind}; servers take LoRA adapters alone")
         if mix.extras:
             raise InputError(f"the result has {next(iter(mix.extras))!r} beside its factors, which servers do not take")
-        rank = max((u.rank for u in mix.updates.values()), default=0)
+        return mix
+
+    def _written(self, request: Request, known: Mapping[str, Stamp], folder: Path) -> tuple[Adapter, list[str]]:
+        """The result, which was written, and what writing it told."""
+        done = None if request.weights is None else self._written_again(request, request.weights, known, folder)
+        if done is not None:
+            return done
+        mix = self._mixed(request, self._elements(request, known))
+        rank = _largest_rank(mix)
         if rank > self.settings.max_rank:
             mix = mix.compress(self.settings.max_rank)
-            kept = float(str(mix.provenance["retained_energy"]))
-            level = logging.INFO if kept > 1.0 - 1e-6 else logging.WARNING
-            told = "%s: rank %d is cut to %d (MAX_RANK), which keeps %s of Σσ²"
-            logger.log(level, told, shown(request.text), rank, self.settings.max_rank, share_text(kept))
-        return mix
+            self._tell_cut(request, rank, mix)
+        return mix, formats.write_adapter(mix, folder, uniform_rank=self.uniform_rank or None)
+
+    def _written_again(
+        self, request: Request, weights: Mapping[str, float], known: Mapping[str, Stamp], folder: Path
+    ) -> tuple[Adapter, list[str]] | None:
+        """As :meth:`_written`, of a plain sum, with what was kept of one with other weights; ``None`` for sums that
+        nothing can be kept of."""
+        kept = self._sums.take(weights, known)
+        if kept is None:
+            adapters = self._elements(request, known)
+            mix = self._mixed(request, adapters)
+            kept = KeptSum.of(mix, adapters, weights, known, self.settings.max_rank, uniform_rank=self.uniform_rank)
+        result = None if kept is None else kept.at(request.text, weights)
+        if kept is None or result is None:
+            return None
+        rank = _largest_rank(kept.mix)
+        if rank > self.settings.max_rank:
+            self._tell_cut(request, rank, result)
+        notes = kept.write(result, weights, folder)
+        self._sums.put(kept)
+        return result, notes
+
+    def _tell_cut(self, request: Request, rank: int, result: Adapter) -> None:
+        kept = float(str(result.provenance["retained_energy"]))
+        level = logging.INFO if kept > 1.0 - 1e-6 else logging.WARNING
+        told = "%s: rank %d is cut to %d (MAX_RANK), which keeps %s of Σσ²"
+        logger.log(level, told, shown(request.text), rank, self.settings.max_rank, share_text(kept))
+
+
+def _largest_rank(adapter: Adapter) -> int:
+    return max((u.rank for u in adapter.updates.values()), default=0)
 
 
 def _log_notes(text: str, notes: Iterable[str]) -> None:

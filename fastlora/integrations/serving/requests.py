@@ -14,6 +14,7 @@ from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import InputError
 from fastlora.expressions.check import Checker
 from fastlora.expressions.grammar import Node, names, parse
+from fastlora.expressions.sums import plain_weights
 from fastlora.files.json_files import parse_object, require_file
 
 LONGEST = 400
@@ -30,11 +31,13 @@ Stamp = list[tuple[str, int, int, int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """An expression, where its adapters lie, and the key under which its result is kept."""
+    """An expression, where its adapters lie, and the key under which its result is kept. ``weights``: those of a plain
+    sum of adapters (:func:`fastlora.expressions.sums.plain_weights`)."""
 
     text: str
     adapters: Mapping[str, Path]
     key: str
+    weights: Mapping[str, float] | None
 
 
 def is_expression(name: object) -> bool:
@@ -64,7 +67,7 @@ def read_request(text: str, folder: Path, base: str | None, what_else: object) -
     if base is not None:
         for name, path in adapters.items():
             _require_base(name, path, base)
-    return Request(text, adapters, _key(tree, adapters, what_else))
+    return Request(text, adapters, _key(tree, adapters, what_else), plain_weights(tree, text))
 
 
 def stamps(adapters: Mapping[str, Path]) -> dict[str, Stamp]:

@@ -1,0 +1,134 @@
+"""Sums that are written again with other weights: the bits of sums that are made anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import MODULES, make_adapter
+
+import fastlora as fl
+from fastlora import formats
+from fastlora.adapters.repeated_sum import RepeatedSum
+from fastlora.ops.dispatch import use_backend
+
+FILES = "adapter_model.safetensors", "adapter_config.json", "README.md"
+RAGGED = {module: 1 + i for i, module in enumerate(MODULES)}
+OTHERWISE = {module: 4 - i for i, module in enumerate(MODULES)}
+WEIGHTS = [(0.7, 0.3), (-0.25, 1.0), (1.0, -1.0), (3.0, 1e-3)]
+
+
+def loaded(folder: Path, *ranks: Any, dtype: torch.dtype = torch.float32, **fields: Any) -> list[fl.Adapter]:
+    """An adapter of each rank, or of ranks by module."""
+    for i, rank in enumerate(ranks):
+        make_adapter(folder / f"in{i}", rank=rank, seed=i + 1, dtype=dtype, alpha=3 + 2 * i, **fields)
+    return [fl.load(folder / f"in{i}", f"in{i}") for i in range(len(ranks))]
+
+
+def summed(adapters: Sequence[fl.Adapter], weights: Sequence[float]) -> fl.Adapter:
+    return fl.Adapter.weighted_sum(list(zip(weights, adapters, strict=True)))
+
+
+def anew(mix: fl.Adapter, most_rank: int, uniform_rank: bool | None, folder: Path) -> Path:
+    """As it is written without anything from before."""
+    cut = mix.compress(most_rank) if max(u.rank for u in mix.updates.values()) > most_rank else mix
+    formats.write_adapter(cut, folder, uniform_rank=uniform_rank)
+    return folder
+
+
+def contents(folder: Path) -> list[bytes]:
+    return [(folder / file).read_bytes() for file in FILES]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "most_rank", "uniform_rank"),
+    [
+        ((4, 4), torch.bfloat16, 16, None),
+        ((4, 4), torch.bfloat16, 5, None),
+        ((RAGGED, OTHERWISE), torch.float32, 4, None),  # every module is split in its own way
+        ((RAGGED, 3), torch.float32, 4, True),
+    ],
+)
+def test_the_bits_are_those_of_sums_that_are_made_anew(
+    tmp_path: Path, backend: str, ranks: Any, dtype: torch.dtype, most_rank: int, uniform_rank: bool | None
+) -> None:
+    adapters = loaded(tmp_path, *ranks, dtype=dtype)
+    with use_backend(backend):
+        first = summed(adapters, WEIGHTS[0])
+        kept = RepeatedSum.of(first, adapters, WEIGHTS[0], most_rank, uniform_rank)
+        assert kept is not None
+        for i, weights in enumerate(WEIGHTS):
+            # A long name takes more pages of a header, so that tensors lie elsewhere in the file.
+            mix = replace(summed(adapters, weights), name=f"{'long ' * 1000 * (i == 1)}sum {i}")
+            mix = replace(mix, provenance={"expression": mix.name})
+            result = kept.at(mix, weights)
+            assert result is not None
+            again = tmp_path / f"again {i}"
+            kept.write(result, weights, again)
+            assert contents(again) == contents(anew(mix, most_rank, uniform_rank, tmp_path / f"anew {i}"))
+
+
+def test_three_adapters_and_what_a_cut_keeps(tmp_path: Path) -> None:
+    adapters = loaded(tmp_path, 2, 3, 2)
+    kept = RepeatedSum.of(summed(adapters, (1.0, 1.0, 1.0)), adapters, (1.0, 1.0, 1.0), 4)
+    assert kept is not None and kept.nbytes > 0
+    weights = (0.5, -0.3, 2.0)
+    mix = summed(adapters, weights)
+    result, exact = kept.at(mix, weights), mix.compress(4)
+    assert result is not None and result.provenance == exact.provenance and result.details == exact.details
+    kept.write(result, weights, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(anew(mix, 4, None, tmp_path / "anew"))
+
+
+def test_other_ranks_than_the_first_are_left_to_others(tmp_path: Path) -> None:
+    """``a − a'`` with ``a'`` equal to ``a`` is zero, and of rank 0."""
+    for name in ("a", "b"):
+        make_adapter(tmp_path / name, rank=3, seed=5)
+    adapters = [fl.load(tmp_path / name) for name in ("a", "b")]
+    kept = RepeatedSum.of(summed(adapters, (0.5, 0.3)), adapters, (0.5, 0.3), 4)
+    assert kept is not None
+    for weights, there in [((0.5, 0.3), True), ((1.0, -1.0), False), ((2.0, 1.0), True)]:
+        mix = summed(adapters, weights)
+        result = kept.at(mix, weights)
+        assert (result is not None) == there
+        if result is not None:
+            kept.write(result, weights, tmp_path / f"{weights}")
+            assert contents(tmp_path / f"{weights}") == contents(anew(mix, 4, None, tmp_path / f"anew {weights}"))
+
+
+@pytest.mark.parametrize("weights", [(1e-13, 1.0), (1.0, 1e13)])
+def test_weights_that_may_leave_the_range_are_left_to_others(tmp_path: Path, weights: tuple[float, float]) -> None:
+    adapters = loaded(tmp_path, 2, 3)
+    kept = RepeatedSum.of(summed(adapters, (1.0, 1.0)), adapters, (1.0, 1.0), 16)
+    assert kept is not None and kept.at(summed(adapters, weights), weights) is None
+
+
+def test_a_number_that_does_not_fit_is_told_as_ever(tmp_path: Path) -> None:
+    adapters = loaded(tmp_path, 2, 2, dtype=torch.bfloat16)
+    next(iter(adapters[1].updates.values())).B.terms[0].source[0, 0] = torch.inf
+    kept = RepeatedSum.of(summed(adapters, (1.0, 1.0)), adapters, (1.0, 1.0), 16)
+    assert kept is not None
+    result = kept.at(summed(adapters, (1.0, 1.0)), (1.0, 1.0))
+    assert result is not None
+    with pytest.raises(fl.FastloraError, match=r"lora_B.weight does not fit bfloat16 \(NaN or Inf after rounding\)"):
+        kept.write(result, (1.0, 1.0), tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("what", ["other modules", "sums", "float16", "too large"])
+def test_what_nothing_can_be_kept_of(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.float16 if what == "float16" else torch.float32
+    adapters = loaded(tmp_path, 2, 2, dtype=dtype)
+    if what == "other modules":
+        first = next(iter(MODULES))
+        adapters[1] = replace(adapters[1], updates={m: u for m, u in adapters[1].updates.items() if m != first})
+    if what == "sums":
+        adapters[0] = adapters[0] + loaded(tmp_path / "more", 2)[0]
+    if what == "too large":
+        monkeypatch.setattr("fastlora.adapters.repeated_sum.PART_BYTES", 1000)
+    assert RepeatedSum.of(summed(adapters, (1.0, 0.5)), adapters, (1.0, 0.5), 3) is None
