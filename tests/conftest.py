@@ -56,10 +56,10 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def memory_folder() -> Iterator[Path]:
     """A folder on a file system in memory."""
-    from fastlora.runtime.system import is_in_memory
+    from fastlora.runtime.system import file_system
 
     place = Path("/dev/shm")
-    if not (place.is_dir() and os.access(place, os.W_OK) and is_in_memory(place)):
+    if not (place.is_dir() and os.access(place, os.W_OK) and file_system(place) == "tmpfs"):
         pytest.skip("there is no file system in memory here: /dev/shm")
     with tempfile.TemporaryDirectory(prefix="fastlora-", dir=place) as folder:
         yield Path(folder)

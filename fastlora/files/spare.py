@@ -1,7 +1,7 @@
 """A file that was made before it is needed, for who writes one file after another and is waited for.
 
-On a file system in memory, most of the time that a new file takes goes into finding and clearing its pages. A spare has
-them: it is mapped whole, and written to as memory is.
+Most of the time that a new file takes, in memory or in the system's copy of a disk, goes into finding and clearing its
+pages. A spare has them: it is mapped whole, and written to as memory is.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
-from fastlora.runtime.system import is_in_memory
+from fastlora.runtime.system import file_system
 
 PIECE = 4 * 2**20  # bytes that are cleared before it is looked whether to go on
+
+WITH_ROOM = "tmpfs", "ext4"
+"""Kinds of file systems where reserved room is there whenever it is written to. Where it is not, as on those that never
+write to the same place twice, a process would end that writes to a mapped file."""
 
 _offered: ContextVar[Spare | None] = ContextVar("fastlora_spare_file", default=None)
 
@@ -24,9 +28,8 @@ _offered: ContextVar[Spare | None] = ContextVar("fastlora_spare_file", default=N
 class Spare:
     """A file without a name in ``folder``, which the system drops when nobody has it open.
 
-    ``make(size)`` makes it, ``take(path, size)`` gives it a name. Where the folder is not in memory, or the system
-    cannot do this, nothing is made and nothing can be taken: pages of a disk's file are written back and would have to
-    be asked for again.
+    ``make(size)`` makes it, ``take(path, size)`` gives it a name. On file systems that are none of :data:`WITH_ROOM`,
+    or where the system cannot do this, nothing is made and nothing can be taken.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +48,7 @@ class Spare:
         if self._memory is not None and size <= len(self._memory) <= 2 * size:
             return
         self.drop()
-        if not hasattr(os, "O_TMPFILE") or not is_in_memory(self.folder):
+        if not hasattr(os, "O_TMPFILE") or file_system(self.folder) not in WITH_ROOM:
             return
         try:
             self._file = os.open(self.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)

@@ -159,15 +159,16 @@ def make_room(file: int, size: int) -> None:
         os.truncate(file, size)
 
 
-def is_in_memory(folder: Path) -> bool:
-    """Whether the files of a folder are kept in memory and nowhere else; ``False`` where the system does not tell."""
+def file_system(folder: Path) -> str:
+    """The kind of file system that a folder is on, as the system names it (``"ext4"``); nothing where it does not
+    tell."""
     mounts = Path("/proc/self/mountinfo")
     if not mounts.exists():
-        return False
+        return ""
     device = folder.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     lines = (line.split() for line in mounts.read_text().splitlines())
-    return any(fields[2] == number and fields[fields.index("-") + 1] == "tmpfs" for fields in lines)
+    return next((fields[fields.index("-") + 1] for fields in lines if fields[2] == number), "")
 
 
 def lock(file: int) -> bool:

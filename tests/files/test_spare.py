@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastlora as fl
 from fastlora.errors import OutputError
+from fastlora.files import spare as spare_files
 from fastlora.files.spare import Spare, offered
 from fastlora.runtime import system
 
@@ -29,21 +30,30 @@ def tensors(path: Path) -> dict[str, Tensor]:
     return load_file(path / "adapter_model.safetensors")
 
 
+@pytest.fixture(params=["memory", "disk"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder on either kind of file system."""
+    if request.param == "memory":
+        place: Path = request.getfixturevalue("memory_folder")
+        return place
+    if system.file_system(tmp_path) != "ext4":
+        pytest.skip(f"temporary files are on {system.file_system(tmp_path)}, not on ext4")
+    return tmp_path
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference", "torch"])
 @pytest.mark.parametrize("what", ["sum", "stored"])
-def test_an_adapter_in_a_spare_is_the_same_file(
-    memory_folder: Path, adapter: fl.Adapter, backend: str, what: str
-) -> None:
+def test_an_adapter_in_a_spare_is_the_same_file(folder: Path, adapter: fl.Adapter, backend: str, what: str) -> None:
     result = 0.3 * adapter + 0.5 * fl.Adapter.from_tensors(adapter.tensors(), name="b") if what == "sum" else adapter
-    spare = Spare(memory_folder)
+    spare = Spare(folder)
     spare.make(SIZE)
     with fl.use_backend(backend):
-        result.save(memory_folder / "plain")
+        result.save(folder / "plain")
         with offered(spare):
-            result.save(memory_folder / "spared")
-    assert spare.take(memory_folder / "again", SIZE) is None, "the spare was not used"
+            result.save(folder / "spared")
+    assert spare.take(folder / "again", SIZE) is None, "the spare was not used"
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        one, other = (memory_folder / place / name for place in ("plain", "spared"))
+        one, other = (folder / place / name for place in ("plain", "spared"))
         assert one.read_bytes() == other.read_bytes()
         assert stat.S_IMODE(one.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
 
@@ -108,9 +118,8 @@ def test_without_room_none_is_kept(memory_folder: Path, monkeypatch: pytest.Monk
     assert spare.take(memory_folder / "file", 1) is None and len(os.listdir("/proc/self/fd")) == before
 
 
-def test_on_a_disk_there_is_none(tmp_path: Path) -> None:
-    if system.is_in_memory(tmp_path):
-        pytest.skip("temporary files are in memory here")
-    spare = Spare(tmp_path)
+def test_on_an_unknown_file_system_there_is_none(memory_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spare_files, "file_system", lambda _: "btrfs")
+    spare = Spare(memory_folder)
     spare.make(100)
-    assert spare.take(tmp_path / "file", 1) is None
+    assert spare.take(memory_folder / "file", 1) is None
