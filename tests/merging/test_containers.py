@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import mixed
@@ -17,7 +18,7 @@ from tolerances import FLOAT32, FLOAT64, SUBSPACE64
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.core.updates import with_rank_zero
+from fastlora.core.updates import Noise, with_rank_zero
 from fastlora.merging.forms.elementwise import Elementwise, Rule
 from fastlora.ops.merge_tiles import key_of
 from fastlora.reference.philox import words
@@ -277,12 +278,43 @@ def test_rows_that_a_rule_trims_are_not_in_the_result() -> None:
 
 @pytest.mark.parametrize("topk", [0.4, 1.0])
 def test_energies_of_rows_have_no_floor(topk: float) -> None:
-    """Those of small updates count as those of large ones."""
-    parts = pools.ragged(3)
-    small = pools.make_pool([(B, A, 1e-9 * s) for B, A, s in parts])
-    expected = knots("sce", select_topk=topk)(torch.stack([pools.dense(p) for p in parts]), torch.ones(3), 0.0)
-    found = fl.merge(small, method="knots", rule="sce", select_topk=topk)
-    assert mixed.distance(found, MODULE, 1e-9 * expected) <= FLOAT32
+    """Those of small updates count as those of large ones, also where no other agrees."""
+    (B, A, s), *others = pools.planted(3, condition=2.0)
+    half = torch.cat([A[:, : pools.M // 2], torch.zeros_like(A[:, pools.M // 2 :])], 1)
+    for parts in ([(B, A, s), *others], [(B, half, 2e3 * s), *others]):
+        small = pools.make_pool([(b, a, 1e-9 * t) for b, a, t in parts])
+        expected = knots("sce", select_topk=topk)(torch.stack([pools.dense(p) for p in parts]), torch.ones(3), 0.0)
+        found = fl.merge(small, method="knots", rule="sce", select_topk=topk)
+        error = pools.exact(found.updates[MODULE]) * 1e9 - expected
+        for columns in (slice(None), slice(pools.M // 2, None)):
+            assert float(error[:, columns].norm()) <= FLOAT32 * float(expected[:, columns].norm())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_knots_keeps_all_of_equal_elements(rule: dict[str, Any]) -> None:
+    """Columns that all updates have five times are five times in the result."""
+    pool = pools.make_pool([(B, torch.cat([A] * 5, 1), s) for B, A, s in pools.ragged(3)])
+    first, *others = pools.exact(fl.merge(pool, method="knots", **rule).updates[MODULE]).split(pools.M, 1)
+    assert first.any() and all(torch.equal(first, other) for other in others)
+
+
+def test_modules_of_one_group_are_as_each_alone() -> None:
+    """Of other sizes, of fewer directions, with an A that is a multiple of the stored one; of any size in float32."""
+    adapters = []
+    for i, (B, A, s) in enumerate(pools.cast(pools.planted(3), torch.float32)):
+        short = torch.cat([B[:, :1]] * B.shape[1], 1)
+        adapter = pools.make_adapter(f"a{i}", {"q": (B, A, s), "k": (short, A, s), "v": (B, A, 1e-60), "o": (B, A, s)})
+        turned = adapter.updates["o"]
+        adapters.append(mixed.with_module(adapter, "o", replace(turned, A=turned.A.scaled(-3e60), noise=Noise(1e-9))))
+    pool = fl.Pool(adapters)
+    together = fl.merge(pool, method="knots", density=0.5)
+    for module in pool.modules:
+        alone = fl.merge(fl.Pool(fl.Adapter(a.name, {module: a.updates[module]}, dtype=a.dtype) for a in adapters),
+                         method="knots", density=0.5).updates[module]  # fmt: skip
+        deltas = mixed.dense(pool, module)
+        expected = knots("ties", density=0.5, combine="mean")(deltas, torch.ones(3), 0.0)
+        assert mixed.distance(together, module, expected) <= FLOAT32
+        assert (together.updates[module].rank, together.updates[module].noise) == (alone.rank, alone.noise)
 
 
 @pytest.mark.parametrize("method", ["core", "knots"])

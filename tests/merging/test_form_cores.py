@@ -221,8 +221,13 @@ def test_inputs_that_are_refused() -> None:
         fl.merge(pool, method="iso_c", rank=1, energy=0.5)
     with pytest.raises(fl.InputError, match="overflow: lower the weights"):
         fl.merge(pool, {"a0": 1e308, "a1": 1e308}, method="iso_c")
-    with pytest.raises(fl.InputError, match=f"method 'iso_c': the result for {MODULE} is too large or not finite"):
-        fl.merge(pool, {"a0": 1e200}, method="iso_c")
+    for method in ("iso_c", "core", "knots"):
+        with pytest.raises(
+            fl.InputError, match=r"the weighted updates overflow: lower the weights \[1e\+200, 0.0, 0.0"
+        ):
+            fl.merge(pool, {"a0": 1e200}, method=method, **({"rank": 3} if method == "iso_c" else {}))
+    with pytest.raises(fl.InputError, match=f"method 'knots': the result for {MODULE} is too large or not finite"):
+        fl.merge(pool, {"a0": 1e149}, method="knots", rule="dare", density=0.01)
     with pytest.raises(fl.InputError, match="the weighted sum overflows: lower the weights"):
         fl.PoolGram(pool).merge({"a0": 1e200})
     bad = pools.planted(3)

@@ -13,6 +13,7 @@ from factors import BACKENDS, at_odd_address
 from tolerances import FLOAT64, SUMS32
 from torch import Tensor
 
+from fastlora.errors import InputError
 from fastlora.ops import merge_tiles as op
 from fastlora.ops.dispatch import use_backend
 from fastlora.ops.merge_tiles import NOTHING, Cut, TileOutputs, TileResult, TileRule, TileTask
@@ -356,6 +357,7 @@ SUM = TileRule(gains=[1.0])
 
 
 @pytest.mark.parametrize(("make", "error", "said"), [
+    (lambda t: TileTask([None] * 1025, [1.0] * 1025, (2, 4), torch.float32), InputError, "1025 updates .* 1 to 1024"),
     (lambda t: op.select(t, [(0, -1)]), ValueError, "rank -1 of adapter 0: needed is 0 to 8"),
     (lambda t: op.select(t, [(1, 2)]), ValueError, "rank 2 of adapter 1"),
     (lambda t: op.merge(t, TileRule(), TileOutputs()), ValueError, "gains has 0 entries, needed are 1"),

@@ -18,6 +18,7 @@ from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
 from fastlora.core.updates import MIN_RTOL
 from fastlora.engine.blocks import read_pair_blocks
+from fastlora.engine.checks import LARGEST
 from fastlora.engine.schedule import split_to_fit
 from fastlora.engine.spectrum import check_cut
 from fastlora.errors import InputError
@@ -159,7 +160,7 @@ class Given:
         return sides
 
     def _check(self, values: Tensor) -> None:
-        if values.numel() and not all(x.isfinite() for x in values.aminmax()):
+        if values.numel() and not all(abs(x) <= LARGEST for x in values.aminmax()):  # their squares are needed
             raise InputError(f"the weighted updates overflow: lower the weights {self.weights}")
 
     def named(self, name: str) -> object:

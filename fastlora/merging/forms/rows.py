@@ -6,6 +6,7 @@ tile, and only the merged rows are there as a matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from fastlora.errors import InputError
 from fastlora.merging.forms.frames import Cut, Frames
 from fastlora.merging.forms.result import too_large
 from fastlora.merging.forms.tile_rules import Rule, resolved
-from fastlora.merging.forms.tile_tasks import stored_source
+from fastlora.merging.forms.tile_tasks import FLOAT32_RANGE, stored_source
 from fastlora.ops import merge_tiles
 from fastlora.ops.merge_tiles import TileOutputs, TileTask
 
@@ -46,7 +47,7 @@ class Rows:
         pieces = (x.split_with_sizes(frames.ranks, 2) for x in (sides * frames.norms_A[:, None], frames.right))
         # M_i = L_i R_iᵀ with R_i = Q T: Q has orthonormal columns, and L_i Tᵀ as good digits as the core M_i.
         beside = torch.cat([L @ torch.linalg.qr(R, mode="r").R.mT for L, R in zip(*pieces, strict=True)], 2)
-        if not bool(beside.isfinite().all()):
+        if not bool((beside.abs() <= LARGEST).all()):
             raise InputError(f"the weighted updates overflow: lower the weights {list(weights)}")
         values, vectors = ops.eigh(beside @ beside.mT)
         bases = vectors.flip(-1)
@@ -91,6 +92,10 @@ class Rows:
         if not count:
             return with_rank_zero(like[0]), *energies
         dtype = torch.float64 if torch.float64 in {d for u in like for d in u.dtypes()} else torch.float32
+        size, (least, most) = float(sigma[0, 0]), FLOAT32_RANGE
+        if not least <= size <= most:  # the coefficients of B are float64, and hold any size
+            unit = 2.0 ** math.floor(math.log2(size))
+            basis, rows = basis * unit, rows / unit
         there = gram.diagonal().nonzero()[:, 0]  # rules trim whole rows, of short directions
         if count == len(there):
             basis, new = basis[:, there], rows.to(dtype).index_select(0, there)
