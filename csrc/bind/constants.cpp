@@ -105,6 +105,14 @@ py::tuple tucker_fields() {
                         FASTLORA_FIELD(Row, iterations), FASTLORA_FIELD(Row, tolerance), FASTLORA_FIELD(Row, threads)});
 }
 
+py::tuple difference_fields() {
+    using Row = DifferenceArgs;
+    return fields<Row>({FASTLORA_FIELD(Row, old), FASTLORA_FIELD(Row, current), FASTLORA_FIELD(Row, right),
+                        FASTLORA_FIELD(Row, left), FASTLORA_FIELD(Row, images), FASTLORA_FIELD(Row, preimages),
+                        FASTLORA_FIELD(Row, square), FASTLORA_FIELD(Row, n), FASTLORA_FIELD(Row, m),
+                        FASTLORA_FIELD(Row, width), FASTLORA_FIELD(Row, precision), FASTLORA_FIELD(Row, threads)});
+}
+
 }  // namespace
 
 void bind_constants(py::module_& m) {
@@ -128,6 +136,8 @@ void bind_constants(py::module_& m) {
     m.attr("SIMILARITY_FIELDS") = similarity_fields();
     m.attr("ADD_FIELDS") = add_fields();
     m.attr("TUCKER_FIELDS") = tucker_fields();
+    m.attr("DIFFERENCE_FIELDS") = difference_fields();
+    m.attr("PRECISIONS") = numbers({{"coarse", kCoarse}, {"float32", kPlain}, {"float64", kWide}});
     m.attr("ADD_PROBLEMS") = numbers(
         {{"not finite", kResultNotFinite}, {"read", kSourceError}, {"short", kShortSource}, {"write", kTargetError}});
     m.attr("TRIM_KINDS") = numbers(

@@ -123,6 +123,14 @@ void bind_cpu(py::module_& m) {
         },
         py::arg("row"), "row: TUCKER_FIELDS");
     m.def(
+        "difference_products",
+        [](const py::bytes& row) {
+            const auto args = read_row<DifferenceArgs>(row);
+            py::gil_scoped_release release;
+            check(kernels().difference_products(args));
+        },
+        py::arg("row"), "row: DIFFERENCE_FIELDS");
+    m.def(
         "eigh",
         [](uintptr_t a, uintptr_t values, uintptr_t vectors, uintptr_t info, int64_t batch, int n, bool is_double,
            int threads) {

@@ -21,6 +21,8 @@ AddProblem add_products(const AddArgs& args);
 
 int tucker(const TuckerArgs& args);
 
+int difference_products(const DifferenceArgs& args);
+
 bool finite(const Matrix& matrix);
 
 template <class T>

@@ -112,13 +112,6 @@ class _Sum:
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
 
-    @property
-    def precise(self) -> torch.dtype:
-        return torch.float64
-
     def tile(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         out.copy_(self.weight[rows, columns])
         return out.addmm_(self.left[rows], self.right[:, columns]) if self.left.shape[1] else out
-
-    def release(self) -> None:
-        pass

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastlora.engine.tile_source import DenseMatrix, StackedMatrix, TileSource, ZeroMatrix, row_tiles, square_norm
+from fastlora.engine.sweeps import sweep
+from fastlora.engine.tile_source import DenseMatrix, Piece, StackedMatrix, TileSource, ZeroMatrix, row_tiles
 from fastlora.ops.finite import is_finite
 from fastlora.runtime import memory
 
@@ -124,7 +125,11 @@ class Difference:
 
     def square(self) -> float:
         """See :class:`ParameterChange`."""
-        return square_norm(self.matrix())
+        matrix = self.matrix()
+        try:
+            return sweep(matrix, square=True, precision="float64").square or 0.0
+        finally:
+            matrix.release()
 
     def matrix(self) -> TileSource:
         """See :class:`ParameterChange`."""
@@ -149,7 +154,6 @@ class DifferenceMatrix:
     def __init__(self, old: Tensor, new: Tensor) -> None:
         self.old, self.new = old, new
         self.rows = min(len(old), len(new))
-        self._is_coarse = old.dtype == new.dtype == torch.bfloat16
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -167,14 +171,13 @@ class DifferenceMatrix:
         common = max(0, min(last, self.rows) - first)
         old, new = (t[first : first + common, columns] for t in (self.old, self.new))
         inner = out[:common]
-        if out.dtype == torch.bfloat16 and self._is_coarse:
-            torch.sub(new, old, out=inner)
-        elif out.dtype == torch.bfloat16:
-            inner.copy_(torch.sub(new.float(), old.float()))
-        else:
-            inner.copy_(new).sub_(old.to(out.dtype))
+        inner.copy_(new).sub_(old.to(out.dtype))
         out[common:].zero_()
         return out
+
+    def stored(self) -> Sequence[Piece]:
+        """See :class:`fastlora.engine.tile_source.TileSource`."""
+        return [(slice(0, self.rows), self.old[: self.rows], self.new[: self.rows])]
 
     def release(self) -> None:
         """Gives back what is mapped."""

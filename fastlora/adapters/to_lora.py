@@ -178,6 +178,10 @@ class RescaledWeight:
             wide.addmm_(self._left[rows].to(wide.dtype), (self._right[:, columns] * stretch).to(wide.dtype))
         return wide if wide is out else out.copy_(wide)
 
+    def stored(self) -> None:
+        """``None``: tiles are computed."""
+        return None
+
     def release(self) -> None:
         """Gives back what is mapped."""
         memory.release([self.weight])

@@ -16,6 +16,7 @@ from fastlora.backends.padded import aligned
 from fastlora.backends.rows import ChainRow, packed, packed_numbers
 from fastlora.ops.chain import results
 from fastlora.ops.coefficients import fill
+from fastlora.ops.difference_products import DifferenceProducts
 from fastlora.ops.dispatch import Kernel
 from fastlora.ops.passes import CombineJob, CombineOutput, GramJob, WriteProblem
 
@@ -290,6 +291,41 @@ def _tucker(
     return *ends, steps
 
 
+def _difference_products(
+    new: Tensor,
+    old: Tensor | None,
+    right: Tensor | None,
+    left: Tensor | None,
+    back: bool,
+    square: bool,
+    precision: str,
+    threads: int,
+) -> DifferenceProducts:
+    n, m = new.shape
+    given = right if right is not None else left
+    width = 0 if given is None else given.shape[1]
+    right, left = (None if x is None else aligned(x) for x in (right, left))
+    stored: list[int] = []
+    alive: list[Tensor] = []
+    _factors([new] if old is None else [new, old], stored, alive)
+    table = _table(stored, 5)
+    images = None if right is None else torch.empty(n, width, dtype=torch.float64)
+    preimages = torch.empty(m, width, dtype=torch.float64) if back else None
+    total = torch.zeros(1, dtype=torch.float64) if square else None
+    first = _address(table)
+    numbers = {
+        "old": 0 if old is None else first + table.strides[0], "current": first, "right": _place(right),
+        "left": _place(left), "images": _place(images), "preimages": _place(preimages), "square": _place(total),
+        "n": n, "m": m, "width": width, "precision": _core.PRECISIONS[precision], "threads": threads,
+    }  # fmt: skip
+    _core.difference_products(packed_numbers("DifferenceArgs", numbers, _core.DIFFERENCE_FIELDS))
+    return DifferenceProducts(images, preimages, None if total is None else float(total))
+
+
+def _place(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 KERNELS: Mapping[str, Kernel] = {
     "gram": Kernel(functools.partial(padded.gram, _gram_pass), _supports),
     "eigh": Kernel(_eigh, _supports),
@@ -306,5 +342,6 @@ KERNELS: Mapping[str, Kernel] = {
     "merge_tiles": Kernel(cpu_tiles.merge, cpu_tiles.supports),
     "similarity": Kernel(_similarity, _supports),
     "tucker": Kernel(_tucker, _supports),
+    "difference_products": Kernel(_difference_products, _supports),
     "add_products": Kernel(cpu_tiles.add_products, cpu_tiles.supports),
 }

@@ -11,12 +11,14 @@ from torch import Tensor
 from fastlora.backends import reference_tiles, tiles_of_files
 from fastlora.ops.add_products import ProductTask
 from fastlora.ops.coefficients import fill
+from fastlora.ops.difference_products import DifferenceProducts
 from fastlora.ops.dispatch import Kernel, always
 from fastlora.ops.gram import blocks_of
 from fastlora.ops.passes import CombineJob, CombineOutput, GramJob, WriteProblem
 from fastlora.reference.add_products import add_products
 from fastlora.reference.chain import chain
 from fastlora.reference.combine import combine
+from fastlora.reference.difference_products import difference_products
 from fastlora.reference.eigh import eigh
 from fastlora.reference.finite import finite
 from fastlora.reference.gram import gram, symmetric
@@ -84,6 +86,22 @@ def _added(task: ProductTask, W: Tensor) -> Tensor:
     return add_products(W, [(s.left, s.width, s.pairs, s.scales) for s in task.segments])
 
 
+def _difference_products(
+    new: Tensor,
+    old: Tensor | None,
+    right: Tensor | None,
+    left: Tensor | None,
+    back: bool,
+    square: bool,
+    precision: str,
+    threads: int,
+) -> DifferenceProducts:
+    images, preimages, total = difference_products(new, old, right, left)
+    return DifferenceProducts(
+        images if right is not None else None, preimages if back else None, float(total) if square else None
+    )
+
+
 KERNELS: Mapping[str, Kernel] = {
     "gram": Kernel(_gram, always),
     "eigh": Kernel(eigh, always),
@@ -100,5 +118,6 @@ KERNELS: Mapping[str, Kernel] = {
     "merge_tiles": Kernel(reference_tiles.merge, always),
     "similarity": Kernel(similarity, always),
     "tucker": Kernel(tucker, always),
+    "difference_products": Kernel(_difference_products, always),
     "add_products": Kernel(functools.partial(tiles_of_files.add_products, formula=_added), always),
 }

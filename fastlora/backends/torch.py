@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends import tiles_of_files, torch_chain, torch_tiles
+from fastlora.backends import tiles_of_files, torch_chain, torch_differences, torch_tiles
 from fastlora.backends.torch_products import has_float64, inner
 from fastlora.ops.coefficients import fill
 from fastlora.ops.dispatch import Kernel, always
@@ -249,5 +249,6 @@ KERNELS: Mapping[str, Kernel] = {
     "merge_tiles": Kernel(torch_tiles.merge, always),
     "similarity": Kernel(_similarity, always),
     "tucker": Kernel(tucker, always),
+    "difference_products": Kernel(torch_differences.products, always),
     "add_products": Kernel(functools.partial(tiles_of_files.add_products, formula=tiles_of_files.plain), always),
 }

@@ -60,8 +60,8 @@ def low_rank(
     ``exact``: from the Gram matrix of the shorter side; always so where that has at most 1024 rows. Otherwise by a
     randomized range finder (E1), whose random numbers depend on ``key`` alone. Raises :class:`NonFiniteError`.
 
-    Cost, exact: ``2·n·m·min(n, m)`` operations and ``min(n, m)²`` numbers; otherwise ``2q + 2`` passes of
-    ``2·n·m·(rank + 10)`` operations and ``(n + m)·(rank + 10)`` numbers.
+    Cost, exact: ``2·n·m·min(n, m)`` operations and ``min(n, m)²`` numbers; otherwise ``2q + 2`` products of
+    ``2·n·m·(rank + 10)`` operations in ``q + 2`` readings, and ``(n + m)·(rank + 10)`` numbers.
     """
     shorter = min(source.shape)
     needed = shorter if rank is None and energy is None else rank or 0

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fastlora.engine.tile_source import TileSource, row_tiles, squares, tile_length
+from fastlora.engine.sweeps import sweep
+from fastlora.engine.tile_source import TileSource
 from fastlora.errors import NonFiniteError
-from fastlora.runtime.threads import in_threads
-
-T = TypeVar("T")
+from fastlora.ops.difference_products import DifferenceProducts, Precision
 
 OVERSAMPLING, POWER_ROUNDS = 10, 2
 FIRST_BLOCK = 32
 """The rank that is tried first where none is given; it doubles from there."""
 WIDTHS = 16
 """Blocks have multiples of this many columns: as fast as a few less."""
-STRETCHES = 8
-"""Into how many stretches of rows a pass is cut. Fixed, so that sums have one order for any number of threads."""
-SMALL_REST = 1e-3
-"""Where less of ``‖ΔW‖²`` than this is left, it is measured in float64."""
+LEAST_SQUARES, MOST_SQUARES = 1e-20, 1e30
+"""Where ``‖ΔW‖²`` is not between these, all is computed in float64: nothing that counts is lost in float32 between."""
+SMALL_REST = 1e-4
+"""Where less of ``‖ΔW‖²`` than this is left, it is measured in float64: float32 knows its root to 1e-5 down to here."""
 LEAST = 1e-6
 """Columns that are shorter, relative to the longest, are rounding."""
 
@@ -34,10 +31,10 @@ class RangeFinder:
 
     A block starts with ``Y = ΔW' Ω`` of what the earlier ones leave, ``ΔW' = ΔW − P Z``, and is turned towards the
     largest singular directions by ``q`` power rounds, ``Y = ΔW' qr(ΔW'ᵀ qr(Y))`` (E1). Only the last pass decides what
-    ``P`` spans and how exact ``Z`` is. It is done in the precision of the differences; those before it in bfloat16
-    where the processor multiplies it, since a basis for the last pass need not be known better.
+    ``P`` spans and how exact ``Z`` is. It is done in the precision of the differences; those before it coarsely, in
+    bfloat16 where the processor has tiles of it, since a basis for the last pass need not be known better.
 
-    It works with one thread of torch, and walks over the tiles with ``threads`` of its own.
+    It works with one thread of torch, and reads the matrix with ``threads`` of its own.
     """
 
     def __init__(self, source: TileSource, key: str, rounds: int, threads: int = 1) -> None:
@@ -51,7 +48,7 @@ class RangeFinder:
         self._rounds = rounds
         self._blocks = 0
         self._is_dry = False
-        self._buffers: dict[torch.dtype, list[Tensor]] = {}
+        self._is_ordinary = True
 
     @property
     def captured(self) -> float:
@@ -69,9 +66,10 @@ class RangeFinder:
         width = -(-(wanted + OVERSAMPLING) // WIDTHS) * WIDTHS
         width = min(width, min(self.source.shape) - self._left.shape[1])
         basis, lengths = self._power_rounds(self._sample(width))
-        left, right = self._block(basis, lengths, self.source.precise)
+        precision: Precision = "float32" if self.source.precise == torch.float32 else "float64"
+        left, right = self._block(basis, lengths, precision)
         if rank is not None and self._rest(right) < SMALL_REST * self.total:
-            left, right = self._block(*_orthonormal(right)[:2], torch.float64)
+            left, right = self._block(*_orthonormal(right)[:2], "float64")
         self._is_dry = left.shape[1] == 0
         self._left = torch.cat([self._left, left], 1)
         self._right = torch.cat([self._right, right], 1)
@@ -95,78 +93,54 @@ class RangeFinder:
         basis, lengths = sample.double(), torch.ones(sample.shape[1], dtype=torch.float64)
         for done in range(self._rounds):
             if done == 0:  # columns of a random product are all along the strongest directions
-                images, _ = self._images(basis, lengths, coarse_dtype(), back=False)
-                found = self._preimage(_orthonormal(images)[0])
+                images = self._images(basis, lengths, "coarse", back=False, square=self._blocks == 1)[0]
+                found = self._preimages(_orthonormal(images)[0])
             else:
-                _, found = self._images(basis, lengths, coarse_dtype())
+                found = self._images(basis, lengths, "coarse")[1]
             basis, lengths, _ = _orthonormal(found)
         return basis, lengths
 
     def _images(
-        self, basis: Tensor, lengths: Tensor, dtype: torch.dtype, *, back: bool = True
+        self, basis: Tensor, lengths: Tensor, precision: Precision, *, back: bool = True, square: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """``Y = ΔW' Q [n, width]`` and, of the same tiles, ``ΔW'ᵀ Y [m, width]``; products in ``dtype``.
+        """``Y = ΔW' Q [n, width]`` and ``ΔW'ᵀ Y [m, width]``, of one reading. ``square``: ``total`` is measured.
 
         Columns of ``Q`` are the ``basis`` divided by how much they are stretched. Then those of ``Y`` are about
         orthonormal, and the rounding of the largest does not reach the others.
         """
-        n, m = self.source.shape
         given = basis / lengths.clamp(min=LEAST * float(lengths[:1].sum()) or 1.0)
-        inside = self._right.mT @ given
-        narrow, left = given.to(dtype), self._left
-        images = torch.empty(n, basis.shape[1], dtype=dtype)
+        known = self._left @ (self._right.mT @ given) if self._left.shape[1] else None
+        found = self._swept(given, known, precision, back=back, square=square)
+        if found.square is not None:
+            self.total = found.square
+            if self._is_ordinary and not LEAST_SQUARES < self.total < MOST_SQUARES:
+                self._is_ordinary = False
+                return self._images(basis, lengths, precision, back=back, square=True)
+        assert found.images is not None
+        return found.images, self._deflated(found)
 
-        def walk(within: slice) -> tuple[Tensor, float]:
-            preimages, total = _Rows(basis.shape[1], m, dtype), 0.0
-            for rows, tile in self._tiles(dtype, within):
-                image = torch.mm(tile, narrow, out=images[rows])
-                if left.shape[1]:
-                    image -= (left[rows] @ inside).to(dtype)
-                if back:
-                    preimages.add(image, tile)
-                if dtype != torch.bfloat16:
-                    total += squares(tile)
-            return preimages.sum, total
+    def _preimages(self, images: Tensor) -> Tensor:
+        """``ΔW'ᵀ · images [m, width]``, coarsely."""
+        return self._deflated(self._swept(None, images, "coarse", back=True, square=False)._replace(images=images))
 
-        parts, totals = zip(*self._walked(walk), strict=True)
-        self.total = sum(totals)
-        found, preimages = images.double(), _added(parts)
-        return found, preimages - self._right @ (left.mT @ found) if left.shape[1] else preimages
+    def _swept(
+        self, right: Tensor | None, left: Tensor | None, precision: Precision, *, back: bool, square: bool
+    ) -> DifferenceProducts:
+        exactly: Precision = precision if self._is_ordinary else "float64"
+        return sweep(self.source, right, left, back=back, square=square, precision=exactly, threads=self._threads)
 
-    def _preimage(self, image: Tensor) -> Tensor:
-        """``ΔW'ᵀ · image``, coarsely: float64 ``[m, width]``."""
-        dtype = coarse_dtype()
-        given = image.to(dtype)
+    def _deflated(self, found: DifferenceProducts) -> Tensor:
+        """The preimages under ``ΔW'`` from those under ``ΔW``; nothing where there are none."""
+        if found.preimages is None:
+            return self._right.new_zeros(0, 0)
+        if not self._left.shape[1]:
+            return found.preimages
+        assert found.images is not None
+        return found.preimages - self._right @ (self._left.mT @ found.images)
 
-        def walk(within: slice) -> Tensor:
-            found = _Rows(image.shape[1], self.source.shape[1], dtype)
-            for rows, tile in self._tiles(dtype, within):
-                found.add(given[rows], tile)
-            return found.sum
-
-        return _added(self._walked(walk)) - self._right @ (self._left.mT @ image)
-
-    def _tiles(self, dtype: torch.dtype, within: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Tiles of the rows ``within``. Buffers are used again: new memory is slow at first."""
-        n, m = self.source.shape
-        free = self._buffers.setdefault(dtype, [])
-        try:
-            buffer = free.pop()
-        except IndexError:
-            buffer = torch.empty(min(n, tile_length(m, dtype)), m, dtype=dtype)
-        yield from row_tiles(self.source, dtype, within, buffer)
-        free.append(buffer)
-
-    def _walked(self, walk: Callable[[slice], T]) -> list[T]:
-        """What ``walk`` finds in each stretch of rows, on some threads; sums have one order."""
-        n = self.source.shape[0]
-        length = -(-n // STRETCHES // 16) * 16
-        stretches = [slice(first, min(first + length, n)) for first in range(0, n, length)]
-        return in_threads(walk, stretches, self._threads)
-
-    def _block(self, basis: Tensor, lengths: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _block(self, basis: Tensor, lengths: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
         """New columns of ``P`` and of ``Zᵀ``: ``Y = ΔW' Q``, ``G = ΔW'ᵀ Y``, ``P = Y M``, ``Z = Mᵀ Gᵀ``."""
-        images, preimages = self._images(basis, lengths, dtype)
+        images, preimages = self._images(basis, lengths, precision, square=True)
         if not (math.isfinite(self.total) and bool(preimages.isfinite().all())):
             raise NonFiniteError("NaN or Inf in a matrix")
         if self._left.shape[1]:  # rounding has left a little of the earlier blocks
@@ -176,30 +150,6 @@ class RangeFinder:
 
     def _rest(self, right: Tensor) -> float:
         return self.total - self.captured - float(right.square().sum())
-
-
-class _Rows:
-    """``Σ Yᵀ T [width, m]`` of tiles of rows. Products in bfloat16 are added up in float32."""
-
-    def __init__(self, width: int, m: int, dtype: torch.dtype) -> None:
-        is_coarse = dtype == torch.bfloat16
-        self.sum = torch.zeros(width, m, dtype=torch.float32 if is_coarse else dtype)
-        self._product = torch.empty(width, m, dtype=dtype) if is_coarse else None
-
-    def add(self, image: Tensor, tile: Tensor) -> None:
-        """Adds one tile with its image."""
-        if self._product is None:
-            self.sum.addmm_(image.mT, tile)
-        else:
-            self.sum += torch.mm(image.mT, tile, out=self._product)
-
-
-def _added(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of ``[width, m]`` as float64 ``[m, width]``."""
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    return total.mT.double().contiguous()
 
 
 def _orthonormal(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,9 +167,3 @@ def _orthonormal(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     factor = torch.linalg.cholesky(nearly.mT @ nearly)
     mixing = torch.linalg.solve_triangular(factor, mixing.mT, upper=False).mT
     return matrix @ mixing, squares.sqrt(), mixing
-
-
-def coarse_dtype() -> torch.dtype:
-    """What power rounds multiply: bfloat16 where the processor does, float32 elsewhere."""
-    has = torch.cpu.get_capabilities()
-    return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32

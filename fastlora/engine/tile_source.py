@@ -11,26 +11,33 @@ from torch import Tensor
 
 from fastlora.runtime import memory
 
-FINE_ELEMENTS, COARSE_ELEMENTS = 1 << 19, 1 << 21
-"""Of a tile: with its product it stays in the cache. Fixed, so that sums have one order on every machine."""
+TILE_ELEMENTS = 1 << 19
+"""With its product a tile stays in the cache. Fixed, so that sums have one order on every machine."""
+
+Piece = tuple[slice, Tensor | None, Tensor]
+"""Rows of a matrix, and the stored ``old`` and ``new`` whose difference they are; ``old=None`` for ``new`` itself."""
 
 
-LEAST_SQUARES, MOST_SQUARES = 1e-20, 1e30
-"""Between these, no square that counts is lost in float32."""
-
-
-class TileSource(Protocol):
-    """A matrix ``[n, m]`` that gives its tiles. ``precise``: the dtype in which differences of what is stored are taken
-    without loss that counts: float32 for half precision, else float64."""
+class Tiled(Protocol):
+    """A matrix ``[n, m]`` that gives its tiles."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
 
+    def tile(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
+        """Writes the tile into ``out``, of any dtype, rounded once; and returns it."""
+        ...
+
+
+class TileSource(Tiled, Protocol):
+    """Tiles, or what is stored. ``precise``: the dtype in which differences of what is stored are taken without loss
+    that counts: float32 for half precision, else float64."""
+
     @property
     def precise(self) -> torch.dtype: ...
 
-    def tile(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
-        """Writes the tile into ``out``, of any dtype, rounded once; and returns it."""
+    def stored(self) -> Sequence[Piece] | None:
+        """All rows that are not 0, from the first to the last, as they are stored; ``None`` where they are computed."""
         ...
 
     def release(self) -> None:
@@ -41,52 +48,30 @@ class TileSource(Protocol):
 ALL = slice(None)
 
 
-def row_tiles(
-    source: TileSource, dtype: torch.dtype, within: slice = ALL, buffer: Tensor | None = None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows from the first to the last, of all or ``within`` some. A tile is overwritten by the next one.
-
-    ``buffer``: where they are made, with :func:`tile_length` rows or those that there are; by default its own.
-    """
+def row_tiles(source: Tiled, dtype: torch.dtype, within: slice = ALL) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows from the first to the last, of all or ``within`` some. A tile is overwritten by the next one."""
     n, m = source.shape
     start, stop, _ = within.indices(n)
-    height = tile_length(m, dtype)
-    if buffer is None:
-        buffer = torch.empty(min(stop - start, height), m, dtype=dtype)
+    height = tile_length(m)
+    buffer = torch.empty(min(stop - start, height), m, dtype=dtype)
     for first in range(start, stop, height):
         rows = slice(first, min(first + height, stop))
         yield rows, source.tile(rows, ALL, buffer[: rows.stop - first])
 
 
-def column_tiles(source: TileSource, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def column_tiles(source: Tiled, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of columns from the first to the last. A tile is overwritten by the next one."""
     n, m = source.shape
-    width = tile_length(n, dtype)
+    width = tile_length(n)
     buffer = torch.empty(n, min(m, width), dtype=dtype)
     for first in range(0, m, width):
         columns = slice(first, min(first + width, m))
         yield columns, source.tile(ALL, columns, buffer[:, : columns.stop - first])
 
 
-def tile_length(other: int, dtype: torch.dtype) -> int:
+def tile_length(other: int) -> int:
     """Rows of a tile with ``other`` columns, or columns of one with ``other`` rows."""
-    elements = COARSE_ELEMENTS if dtype == torch.bfloat16 else FINE_ELEMENTS
-    return max(16, elements // max(other, 1) // 16 * 16)
-
-
-def square_norm(source: TileSource) -> float:
-    """``‖·‖²``, in float64."""
-    return sum(squares(tile) for _, tile in row_tiles(source, source.precise))
-
-
-def squares(tile: Tensor) -> float:
-    """``‖·‖²`` of a tile, summed in float64; of float32 numbers of usual size, each row is summed in float32: rounding
-    of many rows is 1e-8 of the sum."""
-    if tile.dtype == torch.float32:
-        found = float(torch.linalg.vector_norm(tile, dim=-1).double().square().sum())
-        if LEAST_SQUARES < found < MOST_SQUARES:
-            return found
-    return float(torch.linalg.vector_norm(tile, dim=-1, dtype=torch.float64).square().sum())
+    return max(16, TILE_ELEMENTS // max(other, 1) // 16 * 16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +94,10 @@ class DenseMatrix:
         """See :class:`TileSource`."""
         return out.copy_(self.matrix[rows, columns])
 
+    def stored(self) -> Sequence[Piece]:
+        """See :class:`TileSource`."""
+        return [(slice(0, len(self.matrix)), None, self.matrix)]
+
     def release(self) -> None:
         """Gives back what is mapped."""
         memory.release([self.matrix])
@@ -124,6 +113,10 @@ class ZeroMatrix:
     def tile(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """See :class:`TileSource`."""
         return out.zero_()
+
+    def stored(self) -> Sequence[Piece]:
+        """See :class:`TileSource`."""
+        return []
 
     def release(self) -> None:
         """Nothing is mapped."""
@@ -156,6 +149,18 @@ class StackedMatrix:
                 part.tile(slice(low - start, high - start), columns, out[low - first : high - first])
             start = end
         return out
+
+    def stored(self) -> Sequence[Piece] | None:
+        """See :class:`TileSource`."""
+        pieces: list[Piece] = []
+        start = 0
+        for part in self.parts:
+            some = part.stored()
+            if some is None:
+                return None
+            pieces += [(slice(rows.start + start, rows.stop + start), old, new) for rows, old, new in some]
+            start += part.shape[0]
+        return pieces
 
     def release(self) -> None:
         """Gives back what is mapped."""

@@ -48,6 +48,7 @@ RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
     "similarity": STREAMING,
     "add_products": STREAMING,
     "tucker": SOLVING,
+    "difference_products": STREAMING,
 }
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from builders import gaussian
-from tolerances import GRAM64, SUMS32
+from tolerances import GRAM64, HALF, SUMS32
 from torch import Tensor
 
+from fastlora.adapters.differences import DifferenceMatrix
 from fastlora.engine import low_rank as module
 from fastlora.engine.low_rank import LowRank, low_rank
 from fastlora.engine.tile_source import DenseMatrix, StackedMatrix, ZeroMatrix
@@ -23,8 +25,7 @@ LIMIT = 1.01
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The range finder on small matrices, in several tiles."""
     monkeypatch.setattr(module, "EXACT_SIDE", 0)
-    monkeypatch.setattr("fastlora.engine.tile_source.FINE_ELEMENTS", 1 << 12)
-    monkeypatch.setattr("fastlora.engine.tile_source.COARSE_ELEMENTS", 1 << 13)
+    monkeypatch.setattr("fastlora.engine.tile_source.TILE_ELEMENTS", 1 << 12)
 
 
 def noisy(n: int, m: int, rank: int, noise: float) -> Tensor:
@@ -49,6 +50,67 @@ def test_the_error_is_near_the_least_and_known(shape: tuple[int, int], noise: fl
     assert error(found, matrix) <= (1 + 1e-6 if exact else LIMIT) * least
     assert found.error == pytest.approx(error(found, matrix), rel=SUMS32)
     assert found.total == pytest.approx(float(matrix.square().sum()), rel=GRAM64) and found.is_exact == exact
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("noise", [0.3, 3e-2, 8e-3])
+def test_differences_of_stored_weights(dtype: torch.dtype, noise: float) -> None:
+    """Around the share of the rest below which float64 measures it; one model has more rows."""
+    change = 100 * noisy(300, 200, 12, noise)
+    old = (0.02 * gaussian(300, 200, seed=4)).to(dtype)
+    new = (old.double() + change).to(dtype)
+    matrix = new.double() - old.double()
+    least = float(torch.linalg.svdvals(matrix)[12:].norm())
+    found = low_rank(DifferenceMatrix(old, torch.cat([new, new])), 12, None, key="0:w")
+    assert error(found, matrix) <= LIMIT * least
+    assert found.error == pytest.approx(error(found, matrix), rel=SUMS32)
+    matrix[250:] = 0
+    found = low_rank(DifferenceMatrix(old, new[:250]), 12, None, key="0:w")
+    assert error(found, matrix) <= LIMIT * float(torch.linalg.svdvals(matrix)[12:].norm())
+    assert not found.left[250:].any()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-15, 1e15, 1e30])
+def test_any_size(size: float) -> None:
+    ordinary = noisy(300, 200, 12, 0.3).float()
+    matrix = ordinary.double() * size
+    found = low_rank(DenseMatrix(matrix.float()), 12, None, key="0:w")
+    assert error(found, matrix.float().double()) <= LIMIT * float(torch.linalg.svdvals(matrix)[12:].norm())
+
+
+class Computed:
+    """A matrix that is not stored."""
+
+    precise = torch.float32
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._dense = DenseMatrix(matrix)
+        self.shape = self._dense.shape
+
+    def tile(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
+        return self._dense.tile(rows, columns, out)
+
+    def stored(self) -> None:
+        return None
+
+    def release(self) -> None:
+        pass
+
+
+def test_what_is_computed_by_tiles(threads: Callable[[int], None]) -> None:
+    matrix = noisy(700, 200, 12, 0.3).float()
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        found.append(low_rank(Computed(matrix), 12, None, key="0:w"))
+        assert torch.equal(found[0].left, found[-1].left) and torch.equal(found[0].right, found[-1].right)
+    dense = low_rank(DenseMatrix(matrix), 12, None, key="0:w")
+    assert error(found[0], dense.left @ dense.right) <= 0.3 * HALF
+    both = StackedMatrix([DenseMatrix(matrix), Computed(matrix)])
+    twice = low_rank(both, 12, None, key="0:w")
+    assert error(twice, torch.cat([matrix, matrix]).double()) <= LIMIT * 2**0.5 * float(
+        torch.linalg.svdvals(matrix.double())[12:].norm()
+    )
 
 
 def test_exact_low_rank_is_found_to_rounding() -> None:

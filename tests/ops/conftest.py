@@ -23,7 +23,7 @@ OPS = ("gram", "combine", "eigh", "eigh_ex", "svd", "svd_ex", "chain")
 # Ops that are no torch operators, with what of their arguments goes to the device.
 DRIVEN = {
     "merge_select": 1, "merge_count_varied": 1, "merge_row_masks": 1, "merge_tiles": 3, "similarity": 2,
-    "add_products": 3, "tucker": 4,
+    "add_products": 3, "tucker": 4, "difference_products": 4,
 }  # fmt: skip
 
 
@@ -40,6 +40,8 @@ def copied(x: Any, device: str, pairs: list[tuple[Tensor, Tensor]]) -> Any:
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         given = {f.name: copied(getattr(x, f.name), device, pairs) for f in dataclasses.fields(x)}
         return dataclasses.replace(x, **given)
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(copied(v, device, pairs) for v in x))
     return type(x)(copied(v, device, pairs) for v in x) if type(x) in (list, tuple) else x
 
 

@@ -22,9 +22,8 @@ def test_every_instruction_set(isa: str) -> None:
     if found.returncode and ("does not run it" in found.stderr or "no such instruction set" in found.stderr):
         pytest.skip(found.stderr.strip().splitlines()[-1])
     assert found.stdout.strip() == isa, found.stderr
-    files = [
-        str(TESTS / f"test_{op}.py") for op in ("gram", "combine", "chain", "similarity", "add_products", "tucker")
-    ]
+    ops = ("gram", "combine", "chain", "similarity", "add_products", "tucker", "difference_products")
+    files = [str(TESTS / f"test_{op}.py") for op in ops]
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTED, *files]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, cwd=TESTS.parent.parent)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import fastlora as fl
 from fastlora.ops import dispatch, merge_tiles
 from fastlora.ops.add_products import ProductTask, Segment, add_products
+from fastlora.ops.difference_products import DifferenceProducts, difference_products
 from fastlora.ops.merge_tiles import TileOutputs, TileRule, TileTask
 from fastlora.ops.similarity import similarity
 from fastlora.ops.tucker import tucker
@@ -68,6 +69,12 @@ def subspaces(put: Put) -> tuple[Tensor, ...]:
     return tucker(put(left), put(right), put(U), put(V), iterations=4, tolerance=0.0)
 
 
+def changes(put: Put) -> DifferenceProducts:
+    old, new = (put(gaussian(300, 40, seed=s)) for s in (1, 2))
+    right, left = (put(gaussian(n, 3, seed=n).double()) for n in (40, 300))
+    return difference_products(old, new, right, left, square=True)
+
+
 CALLS: dict[str, Callable[[Put], Any]] = {
     "gram": lambda put: fl.ops.gram(put(TALL), put(torch.tensor([[5, 2], [0, 3], [1, 5]]))),
     "gram, a chain of rows": lambda put: fl.ops.gram(put(TALL), blocks="chain", rows=True),
@@ -81,6 +88,7 @@ CALLS: dict[str, Callable[[Put], Any]] = {
     **{f"tiles, {rule}": lambda put, rule=rule: tiles(put, rule) for rule in ("ties", "dare", "della", "sce")},
     "similarity": all_pairs,
     "tucker": subspaces,
+    "difference_products": changes,
     "add_products": products,
 }
 

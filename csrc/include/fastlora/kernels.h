@@ -189,6 +189,25 @@ struct TuckerArgs {
     int64_t threads;
 };
 
+// In what the products of a difference are computed: bfloat16 where the instruction set multiplies it, else float32; as
+// float32; float64.
+enum Precision : int64_t { kCoarse = 0, kPlain = 1, kWide = 2 };
+
+// The difference of two stored matrices of one shape, and what it is multiplied by. A row of 8-byte fields: see
+// csrc/cpu/difference_products.cpp.
+struct DifferenceArgs {
+    const Matrix* old;      // [1] or null: zero
+    const Matrix* current;  // [1]
+    const double* right;    // [m, width] or null
+    const double* left;     // [n, width], or null where there is a right
+    double* images;         // [n, width] or null
+    double* preimages;      // [m, width] or null
+    double* square;         // [1] or null
+    int64_t n, m, width;
+    int64_t precision;  // Precision
+    int64_t threads;
+};
+
 // Columns of a matrix, and the pairs that are added to them; none: they are only converted.
 struct AddSegment {
     int64_t first_pair, pairs;  // range in the tables of factors and scales
@@ -234,6 +253,7 @@ struct Kernels {
     int (*similarity)(const SimilarityArgs& args);
     AddProblem (*add_products)(const AddArgs& args);
     int (*tucker)(const TuckerArgs& args);
+    int (*difference_products)(const DifferenceArgs& args);
     bool (*finite)(const Matrix& matrix);  // neither NaN nor infinity
     // a [batch, n, n] row-major; values [batch, n] ascending; vectors [batch, n, n]: row j is eigenvector j.
     int (*eigh_f32)(const float* a, float* values, float* vectors, int32_t* info, int64_t batch, int n, int threads);
