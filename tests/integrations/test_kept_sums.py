@@ -97,6 +97,14 @@ def test_a_kept_sum_is_dropped_when_a_file_changes(
         assert torch.allclose(found.delta(module), wanted.delta(module), rtol=0, atol=1e-5)
 
 
+def test_nothing_holds_the_files_of_an_adapter_that_was_replaced(folder: Path, tmp_path: Path) -> None:
+    ours = Composer(Settings(folder, tmp_path / "cache", max_rank=8))
+    for name in (SUM, "legal + 'law-2'"):
+        answers(ours, name)
+    make_adapter(folder / "med", rank=3, seed=9, alpha=5)
+    assert None not in answers(ours, "2*med") and list(ours._sums._sums) == [("legal", "law-2")]
+
+
 def test_few_sums_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kept_sums, "MOST_SUMS", 2)
     ours = Composer(Settings(folder, tmp_path / "cache", max_rank=8))
