@@ -161,7 +161,7 @@ def _unweighted(update: Update) -> Update:
 @dataclass(slots=True, eq=False)
 class _Part:
     """Modules of one rank: ``blocks`` of the stored factors side by side, without scales; whose each column is, and the
-    scaling there: ``owners``, ``scalings``: ``[g, r]``.
+    scaling there: ``owners``, ``scalings``: ``[g, r]``. ``scaled``: memory for the blocks with the scales of some weights.
 
     ``cuts``: those of the first weights. Their ``T`` and ``D`` are the coefficients that are written with, and hold the
     numbers of the last weights.
@@ -171,6 +171,7 @@ class _Part:
     rtol: float
     owners: npt.NDArray[np.intp]
     scalings: Numbers
+    scaled: Numbers
     cuts: Cuts | None = None
 
     @staticmethod
@@ -178,19 +179,22 @@ class _Part:
         """``scalings``: those of the adapters, ``[g, k]``."""
         terms = [mix.updates[m].B.terms for m in blocks.modules]
         owners = np.array([[i for i, t in enumerate(some) for _ in range(t.width("B"))] for some in terms])
-        return _Part(blocks, rtol, owners, np.take_along_axis(scalings, owners, axis=1))
+        scaled = np.empty(blocks.projected.shape)
+        return _Part(blocks, rtol, owners, np.take_along_axis(scalings, owners, axis=1), scaled)
 
     @property
     def nbytes(self) -> int:
         """Of the small matrices."""
         cuts = [] if self.cuts is None else [self.cuts.T, self.cuts.D]
-        return sum(x.nbytes for x in (self.blocks.projected, self.blocks.other, *cuts))
+        return sum(x.nbytes for x in (self.blocks.projected, self.blocks.other, self.scaled, *cuts))
 
     def cut(self, weights: Numbers, rank: int) -> Cuts | None:
         """The cuts for some weights; ``None`` where they have other ranks than the first."""
-        scales = torch.from_numpy(self.scalings * weights[self.owners])[:, None, None]
-        projected = self.blocks.projected * (scales[..., :, None] * scales[..., None, :])
-        blocks = replace(self.blocks, projected=projected)
+        # In NumPy, which wakes no threads, and in memory that is there: after a pause both take longer than the products.
+        scales = (self.scalings * weights[self.owners])[:, None, None]
+        np.multiply(scales[..., :, None], scales[..., None, :], out=self.scaled)
+        np.multiply(self.blocks.projected.numpy(), self.scaled, out=self.scaled)
+        blocks = replace(self.blocks, projected=torch.from_numpy(self.scaled))
         require_finite_blocks(blocks, "left")
         cuts = cuts_of(blocks, self.rtol, rank, None)
         if self.cuts is None:
@@ -200,8 +204,8 @@ class _Part:
         elif cuts.counts != self.cuts.counts:
             return None
         else:
-            self.cuts.T.copy_(cuts.T)
-            self.cuts.D.copy_(cuts.D)
+            np.copyto(self.cuts.T.numpy(), cuts.T.numpy())
+            np.copyto(self.cuts.D.numpy(), cuts.D.numpy())
         return cuts
 
     def forms(self) -> Iterator[tuple[str, SingularForm]]:
