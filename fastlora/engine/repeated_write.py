@@ -18,7 +18,7 @@ PLACE = Path()
 class RepeatedWrite:
     """What is computed for ``adapter`` and where it goes in files like ``sink``: all of it is prepared here, once.
 
-    For factors on the host that a sink takes one by one (:meth:`Sink.is_packed` is false), with terms in every ``B``.
+    For factors on the host that a sink takes one by one (:meth:`Sink.is_packed` is false), no ``B`` as it is stored.
     Coefficients must stay where they are; every :meth:`write` works on what they hold by then.
     """
 
@@ -30,8 +30,8 @@ class RepeatedWrite:
         self._lefts: list[tuple[CombineOutput, list[CombineTerm]]] = [(output, list(output.terms)) for output in lefts]
         self._start = self._starts(sink)
 
-    def write(self, sink: Sink, scales: Sequence[Sequence[float]]) -> None:
-        """Computes all factors, those of ``B`` with the ``scales`` of its terms, by module, and puts them into a file.
+    def write(self, sink: Sink, scales: Sequence[float]) -> None:
+        """Computes all factors, those of ``B`` with the ``scales`` of all their terms, and puts them into a file.
 
         Raises :class:`OutputError` where a number does not fit its dtype, or writing fails.
         """
@@ -39,8 +39,9 @@ class RepeatedWrite:
         for output in self._outputs if start != self._start else ():
             output.offset += start - self._start
         self._start = start
-        for (output, terms), own in zip(self._lefts, scales, strict=True):
-            output.terms = [(i, C, at, scale) for (i, C, at, _), scale in zip(terms, own, strict=True)]
+        own = iter(scales)
+        for output, terms in self._lefts:
+            output.terms = [(i, C, at, next(own)) for i, C, at, _ in terms]
         cast(RenewableLaunches, self._batch.launch).renew()
         self._batch.sinks = {PLACE: sink}
         self._batch.write()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 
@@ -75,7 +75,7 @@ def compose(
     Cost: that of the functions in the expression. Sums and negations of LoRA adapters read no factor until the result
     is saved; every ``unique``, ``shared`` or ``compress`` is one read of the factors of its arguments.
     """
-    return evaluated(
+    result, _ = evaluated(
         expression,
         adapters,
         numbers=numbers,
@@ -85,6 +85,7 @@ def compose(
         device=device,
         rename=rename,
     )
+    return result
 
 
 def evaluated(
@@ -98,9 +99,9 @@ def evaluated(
     device: str | torch.device | None = None,
     rename: Mapping[str, str] | None = None,
     are_finite: bool = False,
-) -> Element:
-    """As :func:`compose`. ``are_finite``: whoever asks has looked at the numbers of the adapters, so that sums read no
-    factor here."""
+) -> tuple[Element, list[tuple[float, VectorSpace]]]:
+    """As :func:`compose`, and what the outermost sum adds up, with its weights. ``are_finite``: whoever asks has looked
+    at the numbers of the adapters, so that sums read no factor here."""
     values = dict(numbers or {})
     _check_numbers(values, adapters)
     tree = bind(parse(expression), values, WORDS)
@@ -112,25 +113,28 @@ def evaluated(
     with bounded(None if on_device else where.memory):
         chosen = {n: adapters[n] for n in used}
         notices, elements = _prepare(chosen, drop_extras, where, Renaming(rename), are_finite)
-        result = Evaluator(expression, elements, where).element(tree)
+        evaluator = Evaluator(expression, elements, where)
+        total = evaluator.total(tree)
+        result = evaluator.summed(total, tree)
     bound_to = {"numbers": values} if values else {}
     unused = [f"{n} is not used by the expression" for n in adapters if n not in used]
     assert isinstance(result, Adapter | IA3 | TaskVector)
-    return replace(
+    told = replace(
         result,
         name=expression.strip() if name is None else name,
         provenance={"expression": expression.strip(), **bound_to, "result": result.provenance},
         notes=tuple(dict.fromkeys([*result.notes, *notices, *unused])),
     )
+    return told, list(total.terms.values())
 
 
-def restated(result: Adapter, expression: str, weights: Mapping[str, float]) -> Adapter:
-    """What :func:`compose` says of ``expression``, given its ``result`` for another one that
-    :func:`~fastlora.expressions.sums.plain_weights` takes for a sum of the same adapters in the same order. The
-    updates are still those of the other."""
+def restated(result: Adapter, expression: str, weights: Sequence[float]) -> Adapter:
+    """What :func:`compose` says of ``expression``, given its ``result`` for another one in which
+    :func:`~fastlora.expressions.sums.term_weights` finds the same terms in the same order. The updates are still those
+    of the other."""
     said = result.provenance["result"]
     assert isinstance(said, dict)
-    terms = [{**term, "weight": w} for term, w in zip(said["sum"], weights.values(), strict=True)]
+    terms = [{**term, "weight": w} for term, w in zip(said["sum"], weights, strict=True)]
     text = expression.strip()
     return replace(result, name=text, provenance={"expression": text, "result": {**said, "sum": terms}})
 
@@ -221,8 +225,16 @@ class Evaluator:
 
     def element(self, node: Node) -> VectorSpace:
         """The element that a part of the expression stands for; errors show where it is."""
+        return self.summed(self.total(node), node)
+
+    def total(self, node: Node) -> Linear:
+        """What a part of the expression adds up."""
         total = Linear()
         self._accumulate(node, 1.0, total)
+        return total
+
+    def summed(self, total: Linear, node: Node) -> VectorSpace:
+        """The sum of what was found in a part of the expression."""
         try:
             return total.element()
         except InputError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from fastlora.expressions.check import number
 from fastlora.expressions.grammar import Call, Name, Node, Product, Sum, walk
@@ -30,12 +31,20 @@ def weighted(node: Node, text: str, weight: float = 1.0) -> Iterator[tuple[float
         yield weight, node
 
 
-def plain_weights(tree: Node, text: str) -> dict[str, float] | None:
-    """``{name: weight}`` of a checked expression that is a sum of two adapters or more, none of weight 0 and no
-    function among them; ``None`` for others."""
-    weights: dict[str, float] = {}
+def shape(node: object) -> object:
+    """What a part of an expression says, as plain data that can be compared: without the places in its text."""
+    if isinstance(node, Node):
+        return (type(node).__name__, *(shape(getattr(node, f.name)) for f in fields(node) if f.name != "at"))
+    return tuple(map(shape, node)) if isinstance(node, tuple) else node
+
+
+def term_weights(tree: Node, text: str) -> dict[object, float] | None:
+    """``{shape of a term: weight}`` of a checked expression that adds up two adapters or results of functions, or more;
+    ``None`` where it does not, where a weight is 0, and where it calls one function twice in the same way."""
+    weights: dict[object, float] = {}
     for weight, leaf in weighted(tree, text):
-        if not isinstance(leaf, Name):
+        term = shape(leaf)
+        if term in weights and not isinstance(leaf, Name):
             return None
-        weights[leaf.name] = weights.get(leaf.name, 0.0) + weight
+        weights[term] = weights.get(term, 0.0) + weight
     return weights if len(weights) > 1 and all(weights.values()) else None

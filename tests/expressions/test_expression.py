@@ -8,7 +8,8 @@ import pytest
 
 from fastlora.errors import InputError
 from fastlora.expressions.grammar import DEEPEST, Call, ExpressionError, Name, Node, Number, Product, Sum, names, parse
-from fastlora.expressions.sums import plain_weights
+from fastlora.expressions.sums import shape as spoken
+from fastlora.expressions.sums import term_weights
 
 
 def shape(node: Node) -> object:
@@ -77,12 +78,15 @@ def test_names() -> None:
         ("0.1*a + 0.2*a + b", {"a": 0.1 + 0.2, "b": 1.0}),
         ("a - a + b + c", None),  # nothing of a is left
         ("2*a", None),
-        ("a + negate(b, 1)", None),
+        ("a - 0.5*negate(b,  1)", {"a": 1.0, "negate(b, 1)": -0.5}),
+        ("negate(b, 1) + a/4 + negate(b, 2)", {"negate(b, 1)": 1.0, "a": 0.25, "negate(b, 2)": 1.0}),
+        ("a + negate(b, 1) + negate(b, 1)", None),  # two results
     ],
 )
-def test_plain_sums(text: str, weights: dict[str, float] | None) -> None:
-    found = plain_weights(parse(text), text)
-    assert found == weights and list(found or ()) == list(weights or ())
+def test_what_is_added_up(text: str, weights: dict[str, float] | None) -> None:
+    found = term_weights(parse(text), text)
+    wanted = {spoken(parse(term)): weight for term, weight in (weights or {}).items()}
+    assert found == (wanted or None) and list(found or ()) == list(wanted)
 
 
 QUOTED = "(names with other characters than letters, digits, _ and . are quoted)"

@@ -12,13 +12,14 @@ from pathlib import Path
 from fastlora import formats
 from fastlora.adapters.loading import Element, load
 from fastlora.adapters.lora import Adapter
+from fastlora.core.vector_space import VectorSpace
 from fastlora.engine.checks import require_finite
 from fastlora.errors import FastloraError, InputError, OutputError
 from fastlora.expressions.compose import evaluated
 from fastlora.files.output import OutputDirectory
 from fastlora.files.spare import Spare, offered
 from fastlora.integrations.serving.cache import WEIGHTS, Cache
-from fastlora.integrations.serving.kept_sums import KeptSum, KeptSums
+from fastlora.integrations.serving.kept_sums import KeptSum, KeptSums, Weights
 from fastlora.integrations.serving.requests import Request, Stamp, is_expression, read_request, stamps
 from fastlora.integrations.serving.settings import Settings
 from fastlora.views.text import escaped, share_text
@@ -129,23 +130,22 @@ class Composer:
             del self._loaded[next(iter(self._loaded))]
         return element
 
-    def _elements(self, request: Request, known: Mapping[str, Stamp]) -> dict[str, Element]:
-        return {name: self._element(name, path, known[name]) for name, path in request.adapters.items()}
-
-    def _mixed(self, request: Request, adapters: Mapping[str, Element]) -> Adapter:
-        mix = evaluated(request.text, adapters, are_finite=True)
+    def _mixed(self, request: Request, known: Mapping[str, Stamp]) -> tuple[Adapter, list[tuple[float, VectorSpace]]]:
+        """The result at its full rank, and what it adds up."""
+        adapters = {name: self._element(name, path, known[name]) for name, path in request.adapters.items()}
+        mix, terms = evaluated(request.text, adapters, are_finite=True)
         if not isinstance(mix, Adapter):
             raise InputError(f"the result is {mix.kind}; servers take LoRA adapters alone")
         if mix.extras:
             raise InputError(f"the result has {next(iter(mix.extras))!r} beside its factors, which servers do not take")
-        return mix
+        return mix, terms
 
     def _written(self, request: Request, known: Mapping[str, Stamp], folder: Path) -> tuple[Adapter, list[str]]:
         """The result, which was written, and what writing it told."""
         done = None if request.weights is None else self._written_again(request, request.weights, known, folder)
         if done is not None:
             return done
-        mix = self._mixed(request, self._elements(request, known))
+        mix, _ = self._mixed(request, known)
         rank = _largest_rank(mix)
         if rank > self.settings.max_rank:
             mix = mix.compress(self.settings.max_rank)
@@ -153,15 +153,13 @@ class Composer:
         return mix, formats.write_adapter(mix, folder, uniform_rank=self.uniform_rank or None)
 
     def _written_again(
-        self, request: Request, weights: Mapping[str, float], known: Mapping[str, Stamp], folder: Path
+        self, request: Request, weights: Weights, known: Mapping[str, Stamp], folder: Path
     ) -> tuple[Adapter, list[str]] | None:
-        """As :meth:`_written`, of a plain sum, with what was kept of one with other weights; ``None`` for sums that
-        nothing can be kept of."""
+        """As :meth:`_written`, with what was kept of the same sum with other weights; ``None`` where nothing can be."""
         kept = self._sums.take(weights, known)
         if kept is None:
-            adapters = self._elements(request, known)
-            mix = self._mixed(request, adapters)
-            kept = KeptSum.of(mix, adapters, weights, known, self.settings.max_rank, uniform_rank=self.uniform_rank)
+            mix, terms = self._mixed(request, known)
+            kept = KeptSum.of(mix, terms, weights, known, self.settings.max_rank, uniform_rank=self.uniform_rank)
         result = None if kept is None else kept.at(request.text, weights)
         if kept is None or result is None:
             return None

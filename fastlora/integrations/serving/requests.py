@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastlora._version import __version__
@@ -14,7 +14,7 @@ from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import InputError
 from fastlora.expressions.check import Checker
 from fastlora.expressions.grammar import Node, names, parse
-from fastlora.expressions.sums import plain_weights
+from fastlora.expressions.sums import shape, term_weights
 from fastlora.files.json_files import parse_object, require_file
 
 LONGEST = 400
@@ -31,13 +31,13 @@ Stamp = list[tuple[str, int, int, int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """An expression, where its adapters lie, and the key under which its result is kept. ``weights``: those of a plain
-    sum of adapters (:func:`fastlora.expressions.sums.plain_weights`)."""
+    """An expression, where its adapters lie, and the key under which its result is kept. ``weights``: those of
+    what it adds up (:func:`fastlora.expressions.sums.term_weights`)."""
 
     text: str
     adapters: Mapping[str, Path]
     key: str
-    weights: Mapping[str, float] | None
+    weights: Mapping[object, float] | None
 
 
 def is_expression(name: object) -> bool:
@@ -67,7 +67,7 @@ def read_request(text: str, folder: Path, base: str | None, what_else: object) -
     if base is not None:
         for name, path in adapters.items():
             _require_base(name, path, base)
-    return Request(text, adapters, _key(tree, adapters, what_else), plain_weights(tree, text))
+    return Request(text, adapters, _key(tree, adapters, what_else), term_weights(tree, text))
 
 
 def stamps(adapters: Mapping[str, Path]) -> dict[str, Stamp]:
@@ -99,13 +99,5 @@ def _stamp(directory: Path) -> Stamp:
 
 
 def _key(tree: Node, adapters: Mapping[str, Path], what_else: object) -> str:
-    content = [LAYOUT, __version__, what_else, _plain(tree), stamps(adapters)]
+    content = [LAYOUT, __version__, what_else, shape(tree), stamps(adapters)]
     return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-def _plain(node: object) -> object:
-    """The syntax tree as plain data, without the places of its parts."""
-    if isinstance(node, Node):
-        inner = [getattr(node, field.name) for field in fields(node) if field.name != "at"]
-        return [type(node).__name__, *map(_plain, inner)]
-    return [_plain(part) for part in node] if isinstance(node, tuple) else node
