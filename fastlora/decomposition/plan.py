@@ -38,7 +38,8 @@ class DecompositionPlan:
 
     Args:
         pool: two adapters or more, all on one device.
-        threshold, chain, side, rank, energy, rtol: as in :func:`fastlora.decompose` with ``mode="pool"``.
+        threshold, chain, side, rank, energy, rtol: as in :func:`fastlora.decompose` with ``mode="pool"``. A threshold
+            is a number, and ``weighting`` is refused: those chains have steps on the CPU.
         dtype: of the results, by default the widest of the pool, as when saving.
 
     Memory: the pool, results of the same size, and ``8·(k² + 4k)·r²`` bytes a module.
@@ -51,21 +52,29 @@ class DecompositionPlan:
     def __init__(
         self,
         pool: Pool,
-        threshold: float = 0.85,
+        threshold: float | str = 0.85,
         *,
         chain: str = "product",
         side: str = "left",
         rank: int | None = None,
         energy: float | None = None,
         rtol: float | None = None,
+        weighting: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        for name, given in (("threshold", threshold), ("weighting", weighting)):
+            if isinstance(given, str):
+                raise InputError(
+                    f"plan: {name}={given!r} needs decompositions on the CPU, and a plan is launches alone; use "
+                    f"fl.decompose(pool, {name}={given!r}, …)"
+                )
+        threshold = float(threshold)
         check_cuts(threshold, chain, rtol or 0.0, rank or 0, 1.0 if energy is None else energy)
         if len(pool) < 2:
             raise InputError("decompose: a pool of one adapter has nothing to share; give two adapters or more")
         self.pool = pool
         self.device = pool.device
-        self.settings = Settings(float(threshold), chain, side, rank, energy, rtol)
+        self.settings = Settings(threshold, chain, side, rank, energy, rtol)
         self.dtype = widest(a.dtype for a in pool.adapters) if dtype is None else dtype
         for adapter in pool.adapters:
             _require_stored(adapter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from fastlora.expressions.functions import FUNCTIONS, Function, Options, Word
+from fastlora.expressions.functions import FUNCTIONS, Function, NumberOrWord, Options, Word
 from fastlora.expressions.grammar import Call, ExpressionError, Name, Node, Number, Product, Sum
 
 
@@ -129,6 +129,9 @@ def options(node: Call, function: Function, text: str) -> Options:
             if not isinstance(value, Name):
                 raise ExpressionError(f"{key} is a word, such as {key}={function.words[key]}", text, value.at)
             chosen[key] = value.name
+            continue
+        if wanted is NumberOrWord:
+            chosen[key] = value.name if isinstance(value, Name) else number(value, text)
             continue
         amount = number(value, text)
         if wanted is int and amount != int(amount):

@@ -33,6 +33,10 @@ class Word:
     """The type of an option that is a word."""
 
 
+class NumberOrWord:
+    """The type of an option that is a number, or a word for what is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Function:
     """One function.
@@ -51,8 +55,11 @@ class Function:
     needs_names: bool = False
 
 
-CUTS = {"threshold": float, "chain": Word, "side": Word, "rank": int, "energy": float, "rtol": float}
-CUT_WORDS = {"chain": "product", "side": "left"}
+CUTS = {
+    "threshold": NumberOrWord, "chain": Word, "side": Word, "rank": int, "energy": float, "rtol": float,
+    "weighting": Word, "rho": float,
+}  # fmt: skip
+CUT_WORDS = {"chain": "product", "side": "left", "weighting": "energy"}
 SEMANTICS = {"semantics": Word}
 
 
@@ -116,7 +123,7 @@ def _add(elements: Sequence[VectorSpace], numbers: Sequence[float], options: Opt
 FUNCTIONS: Mapping[str, Function] = {
     "unique": Function(
         "unique(x | a, b, …): what x does not share with a, then b, …; options threshold=0.85, chain, side, rank, "
-        "energy, rtol",
+        "energy, rtol, weighting, rho",
         _unique,
         (1, MANY),
         options=CUTS,
@@ -125,7 +132,7 @@ FUNCTIONS: Mapping[str, Function] = {
         needs_names=True,
     ),
     "shared": Function(
-        "shared(a, b, …): what all share; options threshold=0.85, chain, side, rank, energy, rtol",
+        "shared(a, b, …): what all share; options threshold=0.85, chain, side, rank, energy, rtol, weighting, rho",
         _shared,
         (2, MANY),
         options=CUTS,

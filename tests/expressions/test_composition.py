@@ -136,6 +136,12 @@ def test_functions_are_what_they_say(tmp_path: Path) -> None:
         "shared(p0, p1, p2)": fl.decompose(pool).shared,
         "shared(p0, p1, p2, threshold=0.3, chain=palindrome, rank=2)": fl.decompose(
             pool, 0.3, chain="palindrome", rank=2).shared,
+        "shared(p0, p1, p2, threshold=soft, chain=mean)": fl.decompose(pool, "soft", chain="mean").shared,
+        "unique(p0 | p1, threshold=soft, chain=palindrome, weighting=energy, rho=0.5)": fl.decompose(
+            fl.Pool([p0, p1]), "soft", mode="iterative", target="p0", chain="palindrome", weighting="energy",
+            rho=0.5).unique_of("p0"),
+        "shared(p0, p1, threshold=0.1, weighting=energy)": fl.decompose(
+            fl.Pool([p0, p1]), 0.1, weighting="energy").shared,
         "compress(p0 + p1, 3)": fl.compress(p0 + p1, 3),
         "compress(p0 + p1, rank=3)": fl.compress(p0 + p1, 3),
         "compress(p0 + p1, energy=0.9)": fl.compress(p0 + p1, energy=0.9),
@@ -298,6 +304,10 @@ MISTAKES = {
     "shared(a, b, a)": ("shared has a twice", 13),
     "shared(a, b, c, 2)": ("shared has 1 number here; write shared(", 16),
     "shared(a, b, threshold=2)": ("threshold=2.0: must be at least 0 and below 1 (the paper uses 0.85)", 0),
+    "shared(a, b, threshold=hard)": ("threshold='hard': give a number of at least 0 and below 1, or 'soft'", 0),
+    "shared(a, b, threshold=soft)": ("threshold='soft' needs a symmetric chain", 0),
+    "shared(a, b, weighting=2)": ("weighting is a word, such as weighting=energy", 23),
+    "shared(a, b, rho=0.1)": ("rho belongs to weighting='energy'", 0),
     "shared(a, b, chain=sum)": ("chain='sum' does not exist", 0),
     "shared(a, b, chain=2)": ("chain is a word, such as chain=product", 19),
     "shared(a, b, rank=1.5)": ("rank is a whole number", 18),

@@ -148,6 +148,9 @@ def test_refusals() -> None:
         fl.DecompositionPlan(pool).capture()
     with pytest.raises(fl.InputError, match=r"of adapter .* is computed from other matrices; save and load it"):
         fl.DecompositionPlan(fl.Pool([0.5 * pool["a0"] + pool["a1"], pool["a2"]]))
+    for given in ({"threshold": "soft"}, {"weighting": "energy"}):
+        with pytest.raises(fl.InputError, match=r"plan: .* needs decompositions on the CPU, .*; use fl\.decompose"):
+            fl.DecompositionPlan(pool, chain="mean", **given)  # type: ignore[arg-type]
     with pytest.raises(fl.InputError, match="a pool of one adapter"):
         fl.DecompositionPlan(pool.subset(["a0"]))
     plan = fl.DecompositionPlan(pool)
