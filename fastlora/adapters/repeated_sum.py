@@ -24,7 +24,7 @@ from fastlora.adapters.lora import Adapter, with_cuts
 from fastlora.core.factors import Factor, Term, concatenate
 from fastlora.core.updates import NO_NOISE, ROUNDING, Update, exact_rtol
 from fastlora.engine.balance import is_narrow
-from fastlora.engine.blocks import ChainBlocks, read_chain_blocks, require_finite_blocks
+from fastlora.engine.blocks import ChainBlocks, read_chain_blocks
 from fastlora.engine.repeated_write import RepeatedWrite
 from fastlora.engine.schedule import PART_BYTES, one_adapter, parts
 from fastlora.engine.spectrum import MATRICES, Cuts, cut, cuts_of
@@ -58,13 +58,11 @@ class RepeatedSum:
             ):
                 blocks = read_chain_blocks(part, "left", "chain", exact=True)
                 self._parts.append(_Part.of(blocks, part.group.rtol, places))
-        fixed = {m for part in self._parts for m in part.products.modules}
-        count = len(next(iter(places.values())).scalings)  # where the weight of what has none is: 1
-        terms = [
-            term
-            for m, place in places.items()
-            for term in ([(1.0, 1.0, count)] * len(plain[m].B.coefficients()) if m in fixed else place.terms)
-        ]
+        one = 1.0, 1.0, len(next(iter(places.values())).scalings)  # a term whose weight is in its coefficients
+        weighed = {m: place.terms for m, place in places.items()}
+        for products in (part.products for part in self._parts):
+            weighed |= {m: [one] * len(B) for m, (B, _) in zip(products.modules, products.sources, strict=True)}
+        terms = list(itertools.chain.from_iterable(weighed.values()))
         own, scalings, owners = zip(*terms, strict=True)
         self._own, self._scalings, self._owners = np.array(own), np.array(scalings), np.array(owners)
 
@@ -109,7 +107,7 @@ class RepeatedSum:
         which say shapes alone. ``None`` where it is made in another way: it has other ranks than the first, or a weight
         is so large or small that numbers may leave their range.
 
-        Raises :class:`NonFiniteError` as :meth:`Adapter.compress` does.
+        Raises :class:`InputError` for numbers that overflow.
         """
         if is_narrow(mix.dtype, self._scales(weights)):
             return None
@@ -305,7 +303,6 @@ class _Part:
         np.multiply(self.blocks.projected.numpy(), self.scaled, out=self.scaled)
         floor = ROUNDING * (self.origins * np.abs(weights)).max(axis=1, keepdims=True)
         blocks = replace(self.blocks, projected=torch.from_numpy(self.scaled), floor=torch.from_numpy(floor))
-        require_finite_blocks(blocks, "left")
         cuts = cuts_of(blocks, self.rtol, rank, None)
         if self.cuts is None:
             if not all(cuts.counts):
