@@ -11,6 +11,11 @@ namespace {
 
 bool has_type(const Matrix* m, DType type) { return m && m->dtype == int64_t(type); }
 
+template <class E>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<BF16> = true;
+
 template <int kParts>
 struct SumOf {
     using type = double;
@@ -34,7 +39,7 @@ struct Tiles {
 
     const DifferenceArgs& args;
     int64_t blocks, sides;     // tiles of m, of width
-    bool is_stored;            // both in bfloat16
+    DType type;                // in which rows are read: of both where that is half precision, else float32
     double* total;             // [blocks, 2, sides, 16 of width, 16 of m]
     Tile* right;               // [blocks, kParts, sides]
     Sum* part;                 // as total
@@ -45,7 +50,8 @@ struct Tiles {
 
     explicit Tiles(const DifferenceArgs& a)
         : args(a), blocks((a.m + kTileDepth - 1) / kTileDepth), sides((a.width + kTileSide - 1) / kTileSide) {
-        is_stored = has_type(a.old, DType::bf16) && has_type(a.current, DType::bf16);
+        const bool is_alike = (!a.old || a.old->dtype == a.current->dtype) && is_half(*a.current);
+        type = is_alike ? DType(a.current->dtype) : DType::f32;
     }
 
     size_t lay_out_shared(char* base) {
@@ -73,7 +79,7 @@ struct Tiles {
 
     // The column, within its block, of a value in a row of `rows`: words of two bfloat16 are taken apart into their
     // lower and upper halves.
-    int column_of(int place) const { return !is_stored ? place : place < 16 ? 2 * place : 2 * place - 31; }
+    int column_of(int place) const { return type != DType::bf16 ? place : place < 16 ? 2 * place : 2 * place - 31; }
 
     // Up to 16 values from and to float64, zeros behind them.
     static __m512 loaded(const double* p, int64_t count) {
@@ -121,6 +127,7 @@ struct Tiles {
 
     void start() {
         if (part) __builtin_memset(part, 0, sizeof(Sum) * size_t(sums()));
+        __builtin_memset(two, 0, sizeof(float) * 2 * kChunk);
     }
 
     // One row of 32 values of D as bfloat16: rounded, or as three that add up to them.
@@ -145,23 +152,23 @@ struct Tiles {
     }
 
     // Values of a row of two matrices: 32 columns as two vectors.
-    template <bool kStored>
+    template <class E>
     static void differences(const void* current, const void* old, int block, __m512& low, __m512& high) {
-        if constexpr (kStored) {
-            const __m512i a = _mm512_loadu_si512((const uint16_t*)current + 32 * block);
-            const __m512i b = _mm512_loadu_si512((const uint16_t*)old + 32 * block);
+        const auto* a = (const typename E::Stored*)current + kTileDepth * block;
+        const auto* b = (const typename E::Stored*)old + kTileDepth * block;
+        if constexpr (kIsBf16<E>) {
+            const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
             const __m512i mask = _mm512_set1_epi32(int(0xffff0000u));
-            low = (__m512)_mm512_maskz_slli_epi32(0xffff, a, 16) - (__m512)_mm512_maskz_slli_epi32(0xffff, b, 16);
-            high = (__m512)(a & mask) - (__m512)(b & mask);
+            low = (__m512)_mm512_maskz_slli_epi32(0xffff, x, 16) - (__m512)_mm512_maskz_slli_epi32(0xffff, y, 16);
+            high = (__m512)(x & mask) - (__m512)(y & mask);
         } else {
-            const float *a = (const float*)current + 32 * block, *b = (const float*)old + 32 * block;
-            low = _mm512_loadu_ps(a) - _mm512_loadu_ps(b);
-            high = _mm512_loadu_ps(a + 16) - _mm512_loadu_ps(b + 16);
+            low = (__m512)(E::template load_vector<float>(a) - E::template load_vector<float>(b));
+            high = (__m512)(E::template load_vector<float>(a + 16) - E::template load_vector<float>(b + 16));
         }
     }
 
     // Two rows of a chunk. What comes behind it in memory is asked for.
-    template <bool kStored, bool kSquares>
+    template <class E, bool kSquares>
     void form_two(const void* const* current, const void* const* old, int64_t first, int depth, int p, bool ahead,
                   double& square) {
         Vec<double> sum[2] = {};
@@ -169,9 +176,9 @@ struct Tiles {
             __m512i out[2][kFine];
             for (int i = 0; i < 2; ++i) {
                 __m512 low, high;
-                differences<kStored>(current[i], old[i], block, low, high);
+                differences<E>(current[i], old[i], block, low, high);
                 if (ahead) {
-                    constexpr int bytes = kStored ? 64 : 128;
+                    constexpr int bytes = kTileDepth * int(sizeof(typename E::Stored));
                     for (int line = 0; line < bytes; line += 64) {
                         __builtin_prefetch((const char*)current[i] + (depth + block) * bytes + line);
                         __builtin_prefetch((const char*)old[i] + (depth + block) * bytes + line);
@@ -202,9 +209,8 @@ struct Tiles {
         const int64_t column = first * kTileDepth;
         const int count = int(min_<int64_t>(depth * kTileDepth, args.m - column));
         const bool is_whole = count == depth * kTileDepth;
-        const bool is_direct =
-            is_whole && (is_stored || (has_type(args.old, DType::f32) && has_type(args.current, DType::f32)));
-        const int64_t size = is_stored ? 2 : 4;
+        const bool is_direct = is_whole && has_type(args.current, type) && (!args.old || has_type(args.old, type));
+        const int64_t size = type == DType::f32 ? 4 : 2;
         for (int p = 0; p < kPanel / 2; ++p) {
             const void *current[2], *old[2];
             for (int i = 0; i < 2; ++i) {
@@ -215,30 +221,30 @@ struct Tiles {
                     old[i] = current[i];
                 } else if (is_direct) {
                     current[i] = (const char*)args.current->data + (row * args.current->stride + column) * size;
-                    old[i] = (const char*)args.old->data + (row * args.old->stride + column) * size;
+                    if (args.old) old[i] = (const char*)args.old->data + (row * args.old->stride + column) * size;
                 } else {
-                    copy(args.current, row, column, count, one + i * kChunk);
-                    copy(args.old, row, column, count, two + i * kChunk);
+                    copy(*args.current, row, column, count, one + i * kChunk);
+                    if (args.old) copy(*args.old, row, column, count, two + i * kChunk);
                 }
             }
             const bool ahead = is_direct && 2 * p + 1 < panel.rows && column + 2 * kChunk <= args.m;
-            if (is_stored)
-                args.square ? form_two<true, true>(current, old, first, depth, p, ahead, square)
-                            : form_two<true, false>(current, old, first, depth, p, ahead, square);
-            else
-                args.square ? form_two<false, true>(current, old, first, depth, p, ahead, square)
-                            : form_two<false, false>(current, old, first, depth, p, ahead, square);
+            const auto form_as = [&](auto e) {
+                using E = decltype(e);
+                args.square ? form_two<E, true>(current, old, first, depth, p, ahead, square)
+                            : form_two<E, false>(current, old, first, depth, p, ahead, square);
+            };
+            type == DType::bf16 ? form_as(BF16{}) : type == DType::f16 ? form_as(F16{}) : form_as(Single{});
         }
     }
 
-    // Part of a row, zeros behind it: as it is stored, or in float32.
-    void copy(const Matrix* m, int64_t row, int64_t column, int count, float* out) const {
+    // Part of a row in that type, zeros behind it.
+    void copy(const Matrix& m, int64_t row, int64_t column, int count, float* out) const {
         __builtin_memset(out, 0, sizeof(float) * kChunk);
-        if (!m) return;
-        if (is_stored)
-            __builtin_memcpy(out, (const uint16_t*)m->data + row * m->stride + column, 2 * size_t(count));
+        const char* from = (const char*)m.data + (row * m.stride + column) * element_size(m);
+        if (has_type(&m, type))
+            __builtin_memcpy(out, from, size_t(count * element_size(m)));
         else
-            read_block<float>(*m, row, column, 1, count, out, kChunk);
+            read_block<float>(m, row, column, 1, count, out, kChunk);
     }
 
     // images += D right for the columns of a chunk, kSides x 16 columns of `right` from `side`.

@@ -162,8 +162,8 @@ class DifferenceMatrix:
 
     @property
     def precise(self) -> torch.dtype:
-        """float32 between half-precision numbers, else float64."""
-        return torch.float32 if max(self.old.dtype.itemsize, self.new.dtype.itemsize) <= 2 else torch.float64
+        """float64 where one of them is, else float32."""
+        return torch.float64 if torch.float64 in (self.old.dtype, self.new.dtype) else torch.float32
 
     def tile(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """See :class:`fastlora.engine.tile_source.TileSource`."""

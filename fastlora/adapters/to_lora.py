@@ -168,7 +168,7 @@ class RescaledWeight:
 
     def tile(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """See :class:`fastlora.engine.tile_source.TileSource`."""
-        wide = out if out.dtype == torch.float64 else torch.empty(out.shape, dtype=torch.float32)
+        wide = out if out.dtype.itemsize >= 4 else torch.empty(out.shape, dtype=torch.float32)
         by_rows = self.magnitude.axis == "out"
         stretch = self._stretch[rows] if by_rows else self._stretch[:, columns]
         wide.copy_(self.weight[rows, columns]).mul_((stretch - 1.0).to(wide.dtype))

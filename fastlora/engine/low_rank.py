@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora.core.updates import MIN_RTOL
-from fastlora.engine.range_finder import FIRST_BLOCK, OVERSAMPLING, POWER_ROUNDS, RangeFinder
+from fastlora.engine.range_finder import FIRST_BLOCK, OVERSAMPLING, POWER_ROUNDS, SMALL_REST, RangeFinder
 from fastlora.engine.tile_source import TileSource, column_tiles, row_tiles
 from fastlora.errors import NonFiniteError
 from fastlora.runtime.threads import one_thread
@@ -94,9 +94,10 @@ def _found(finder: RangeFinder, rank: int | None, energy: float | None) -> LowRa
         finder.grow(rank)
     else:
         assert energy is not None
-        finder.grow()
+        finely = 1 - energy < SMALL_REST
+        finder.grow(finely=finely)
         while not finder.is_complete and finder.captured < energy * finder.total:
-            finder.grow()
+            finder.grow(finely=finely)
     left, sigma, right = finder.singular_form()
     count = _count(sigma, finder.total, rank, energy)
     return _cut(left[:, :count], sigma[:count], right[:count], finder.total, is_exact=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora.engine.sweeps import sweep
+from fastlora.engine.tall import inner, turned
 from fastlora.engine.tile_source import TileSource
 from fastlora.errors import NonFiniteError
 from fastlora.ops.difference_products import DifferenceProducts, Precision
@@ -60,26 +61,26 @@ class RangeFinder:
         """Whether nothing is left to find."""
         return self._is_dry or self._left.shape[1] >= min(self.source.shape)
 
-    def grow(self, rank: int | None = None) -> None:
-        """Adds the next block: for ``rank`` directions, or as many as there are."""
+    def grow(self, rank: int | None = None, *, finely: bool = False) -> None:
+        """Adds the next block: for ``rank`` directions, or as many as there are. ``finely``: in float64 in any case."""
         wanted = rank if rank is not None else max(FIRST_BLOCK, self._left.shape[1])
         width = -(-(wanted + OVERSAMPLING) // WIDTHS) * WIDTHS
         width = min(width, min(self.source.shape) - self._left.shape[1])
         basis, lengths = self._power_rounds(self._sample(width))
-        precision: Precision = "float32" if self.source.precise == torch.float32 else "float64"
+        precision: Precision = "float32" if self.source.precise == torch.float32 and not finely else "float64"
         left, right = self._block(basis, lengths, precision)
         if rank is not None and self._rest(right) < SMALL_REST * self.total:
-            left, right = self._block(*_orthonormal(right)[:2], "float64")
+            left, right = self._block(*self._orthonormal(right)[:2], "float64")
         self._is_dry = left.shape[1] == 0
         self._left = torch.cat([self._left, left], 1)
         self._right = torch.cat([self._right, right], 1)
 
     def singular_form(self) -> tuple[Tensor, Tensor, Tensor]:
         """``U [n, L]``, the singular values, ``Vᵀ [L, m]`` of ``P Z``, largest first."""
-        squares, rotation = torch.linalg.eigh(self._right.mT @ self._right)
+        squares, rotation = torch.linalg.eigh(inner(self._right, self._right, self._threads))
         sigma, rotation = squares.flip(0).clamp(min=0.0).sqrt(), rotation.flip(1).contiguous()
-        right = self._right @ rotation / torch.where(sigma > 0, sigma, 1.0)
-        return self._left @ rotation, sigma, right.mT
+        right = turned(self._right, rotation / torch.where(sigma > 0, sigma, 1.0), self._threads)
+        return turned(self._left, rotation, self._threads), sigma, right.mT
 
     def _sample(self, width: int) -> Tensor:
         """``Ω [m, width]``: random numbers that depend on the key and the block alone."""
@@ -94,10 +95,10 @@ class RangeFinder:
         for done in range(self._rounds):
             if done == 0:  # columns of a random product are all along the strongest directions
                 images = self._images(basis, lengths, "coarse", back=False, square=self._blocks == 1)[0]
-                found = self._preimages(_orthonormal(images)[0])
+                found = self._preimages(self._orthonormal(images)[0])
             else:
                 found = self._images(basis, lengths, "coarse")[1]
-            basis, lengths, _ = _orthonormal(found)
+            basis, lengths, _ = self._orthonormal(found)
         return basis, lengths
 
     def _images(
@@ -145,25 +146,24 @@ class RangeFinder:
             raise NonFiniteError("NaN or Inf in a matrix")
         if self._left.shape[1]:  # rounding has left a little of the earlier blocks
             images = images - self._left @ (self._left.mT @ images)
-        columns, _, mixing = _orthonormal(images)
-        return columns, preimages @ mixing
+        columns, _, mixing = self._orthonormal(images)
+        return columns, turned(preimages, mixing, self._threads)
 
     def _rest(self, right: Tensor) -> float:
         return self.total - self.captured - float(right.square().sum())
 
-
-def _orthonormal(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``Q [n, k]`` with the range of a float64 ``matrix [n, l]``, its singular values, largest first, and
-    ``M [l, k]`` with ``Q = matrix · M``. Columns that are rounding are left out."""
-    gram = matrix.mT @ matrix
-    if not bool(gram.isfinite().all()):
-        raise NonFiniteError("NaN or Inf in a matrix")
-    squares, vectors = torch.linalg.eigh(gram)
-    kept = squares > LEAST**2 * squares[-1:].sum()
-    squares, vectors = squares[kept].flip(0), vectors[:, kept].flip(1)
-    mixing = vectors / squares.sqrt()
-    # The Gram matrix has squared the condition: once more, of columns that are nearly orthonormal.
-    nearly = matrix @ mixing
-    factor = torch.linalg.cholesky(nearly.mT @ nearly)
-    mixing = torch.linalg.solve_triangular(factor, mixing.mT, upper=False).mT
-    return matrix @ mixing, squares.sqrt(), mixing
+    def _orthonormal(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``Q [n, k]`` with the range of a float64 ``matrix [n, l]``, its singular values, largest first, and
+        ``M [l, k]`` with ``Q = matrix · M``. Columns that are rounding are left out."""
+        gram = inner(matrix, matrix, self._threads)
+        if not bool(gram.isfinite().all()):
+            raise NonFiniteError("NaN or Inf in a matrix")
+        squares, vectors = torch.linalg.eigh(gram)
+        kept = squares > LEAST**2 * squares[-1:].sum()
+        squares, vectors = squares[kept].flip(0), vectors[:, kept].flip(1)
+        mixing = vectors / squares.sqrt()
+        # The Gram matrix has squared the condition: once more, of columns that are nearly orthonormal.
+        nearly = turned(matrix, mixing, self._threads)
+        factor = torch.linalg.cholesky(inner(nearly, nearly, self._threads))
+        mixing = torch.linalg.solve_triangular(factor, mixing.mT, upper=False).mT
+        return turned(matrix, mixing, self._threads), squares.sqrt(), mixing

@@ -11,6 +11,8 @@ from fastlora.engine.tile_source import TileSource, row_tiles
 from fastlora.ops.difference_products import DifferenceProducts, Precision, difference_products
 from fastlora.runtime.threads import in_threads, one_thread
 
+COMPUTED_ELEMENTS = 1 << 21
+"""Of a tile that is computed: each one costs a call, for which the columns are arranged anew."""
 STRETCHES = 8
 """Into how many stretches of rows a computed matrix is cut. Fixed, so that sums have one order for any number of
 threads."""
@@ -44,13 +46,20 @@ def sweep(
         return torch.zeros(rows.stop - rows.start, right.shape[1], dtype=torch.float64) if left is None else -left[rows]
 
     def walk(stretch: slice) -> tuple[slice, DifferenceProducts]:
-        dtype = torch.float64 if precision == "float64" else torch.float32
-        tiles = (of_piece(rows, None, tile, 1) for rows, tile in row_tiles(source, dtype, stretch))
-        return stretch, _summed(tiles, stretch.start, images(stretch))
+        try:
+            buffer = free.pop()
+        except IndexError:
+            buffer = torch.empty(height, m, dtype=torch.float64 if precision == "float64" else torch.float32)
+        computed = row_tiles(source, buffer.dtype, stretch, buffer)
+        found = _summed((of_piece(rows, None, tile, 1) for rows, tile in computed), stretch.start, images(stretch))
+        free.append(buffer)
+        return stretch, found
 
     stored = source.stored()
     if stored is None:
         length = max(16, -(-n // STRETCHES // 16) * 16)
+        height = min(length, max(16, COMPUTED_ELEMENTS // max(m, 1)))
+        free: list[Tensor] = []  # new memory is slow at first
         stretches = [slice(first, min(first + length, n)) for first in range(0, n, length)]
         with one_thread():
             parts: Iterable[tuple[slice, DifferenceProducts]] = in_threads(walk, stretches, threads)

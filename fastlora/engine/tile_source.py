@@ -30,8 +30,8 @@ class Tiled(Protocol):
 
 
 class TileSource(Tiled, Protocol):
-    """Tiles, or what is stored. ``precise``: the dtype in which differences of what is stored are taken without loss
-    that counts: float32 for half precision, else float64."""
+    """Tiles, or what is stored. ``precise``: the dtype in which they are known: float64, or float32 where what is
+    stored is no wider."""
 
     @property
     def precise(self) -> torch.dtype: ...
@@ -48,12 +48,16 @@ class TileSource(Tiled, Protocol):
 ALL = slice(None)
 
 
-def row_tiles(source: Tiled, dtype: torch.dtype, within: slice = ALL) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows from the first to the last, of all or ``within`` some. A tile is overwritten by the next one."""
+def row_tiles(
+    source: Tiled, dtype: torch.dtype, within: slice = ALL, buffer: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows from the first to the last, of all or ``within`` some. A tile is overwritten by the next one.
+    ``buffer``: where they are made, as many rows at once as it has; by default its own."""
     n, m = source.shape
     start, stop, _ = within.indices(n)
-    height = tile_length(m)
-    buffer = torch.empty(min(stop - start, height), m, dtype=dtype)
+    if buffer is None:
+        buffer = torch.empty(min(stop - start, tile_length(m)), m, dtype=dtype)
+    height = max(1, len(buffer))
     for first in range(start, stop, height):
         rows = slice(first, min(first + height, stop))
         yield rows, source.tile(rows, ALL, buffer[: rows.stop - first])
@@ -87,8 +91,8 @@ class DenseMatrix:
 
     @property
     def precise(self) -> torch.dtype:
-        """float64, as the change is known in float32."""
-        return torch.float64
+        """float64, or float32 for what is no wider."""
+        return torch.float64 if self.matrix.dtype == torch.float64 else torch.float32
 
     def tile(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """See :class:`TileSource`."""

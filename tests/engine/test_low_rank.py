@@ -26,6 +26,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The range finder on small matrices, in several tiles."""
     monkeypatch.setattr(module, "EXACT_SIDE", 0)
     monkeypatch.setattr("fastlora.engine.tile_source.TILE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr("fastlora.engine.sweeps.COMPUTED_ELEMENTS", 1 << 13)
 
 
 def noisy(n: int, m: int, rank: int, noise: float) -> Tensor:
