@@ -159,6 +159,8 @@ class Renaming:
 
     def __call__(self, record: X) -> X:
         """The adapter under its new names."""
+        if not self.changes:
+            return record
         result = renamed(record, self.names(record))
         own = self.settled.intersection(signatures(result)) if isinstance(result, ModulesData) else None
         if not own or not isinstance(result, ModulesData):

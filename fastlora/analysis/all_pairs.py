@@ -58,9 +58,20 @@ def _parts(pool: PoolView) -> Iterator[GroupPart]:
 
 def _compared(module: str, members: tuple[int, ...], updates: list[Update], own: Frames) -> ModulePairs:
     """``own``: the frames of this module alone."""
-    k, ranks = len(members), own.ranks.tolist()
-    inner, shared = (torch.zeros(k, k, dtype=torch.float64) for _ in range(2))
+    ranks = own.ranks.tolist()
     blocks = blocks_of_adapters(ranks, sum(updates[0].shape))
+    if len(blocks) == 1:
+        inner, shared = (x.cpu() for x in similarity(*stacked(updates, own.T, own.C, ranks), own.kept))
+    else:
+        inner, shared = _by_blocks(updates, own, ranks, blocks)
+    inner *= own.sizes[:, None] * own.sizes
+    shared /= torch.minimum(own.kept[:, None], own.kept)
+    return ModulePairs(module, members, inner, shared, own.norms)
+
+
+def _by_blocks(updates: list[Update], own: Frames, ranks: list[int], blocks: list[range]) -> tuple[Tensor, Tensor]:
+    """The results of :func:`similarity` for all pairs, two blocks of adapters at a time."""
+    inner, shared = (torch.zeros(len(ranks), len(ranks), dtype=torch.float64) for _ in range(2))
 
     def stack(block: list[int]) -> Stacked:
         index = slice(block[0], block[-1] + 1)
@@ -76,9 +87,7 @@ def _compared(module: str, members: tuple[int, ...], updates: list[Update], own:
                 torch.cat([mine.starts, its.starts[1:] + mine.starts[-1]]),
             )  # fmt: skip
             _put(inner, shared, both, similarity(*joint, own.kept[both], split=len(block)), only=len(block))
-    inner *= own.sizes[:, None] * own.sizes
-    least = torch.minimum(own.kept[:, None], own.kept)
-    return ModulePairs(module, members, inner, shared / least, own.norms)
+    return inner, shared
 
 
 def _put(

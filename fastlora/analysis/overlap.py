@@ -72,14 +72,19 @@ def pool_overlap(pool: Pool, modules: bool = False) -> Overlap:
     kept: dict[str, tuple[Tensor, Tensor]] = {}
     for found in _compared(pool):
         index, own = torch.tensor(found.members), found.inner.diagonal()
-        # Places of all are no choice, which would be copied to and fro.
-        at = (index[:, None], index) if len(index) < k else (slice(None), slice(None))
-        norms[index] += found.norms.square()
-        products[at] += found.inner
-        squares[at] += own[:, None].expand_as(found.inner)
+        at = (index[:, None], index)
         known = found.subspace.isfinite()
-        shares[at] += torch.where(known, found.subspace, 0.0)
-        counts[at] += known
+        norms[index] += found.norms.square()
+        for total, own_part in (
+            (products, found.inner),
+            (squares, own[:, None]),
+            (shares, torch.where(known, found.subspace, 0.0)),
+            (counts, known),
+        ):
+            if len(index) < k:
+                total[at] += own_part
+            else:  # in place: places of all would be copied to and fro
+                total += own_part
         if modules and len(found.members) > 1:
             cosine, space = (torch.full((k, k), torch.nan, dtype=torch.float64) for _ in range(2))
             lengths = own.sqrt()

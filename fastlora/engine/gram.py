@@ -101,6 +101,16 @@ class GramPass:
         # Modules whose factors are made alike, by what their terms look like: there are few kinds.
         kinds: dict[object, tuple[Sequence[BlockPlace], Pieces, list[int]]] = {}
         for m, factors in enumerate(modules):
+            stored = [x for f in factors if (x := f.stored) is not None]
+            if len(stored) == len(factors):  # as those of adapters that were loaded
+                shapes = (None, *[x.shape for x in stored])
+                if shapes not in kinds:
+                    for factor, source in zip(factors, stored, strict=True):
+                        require_length(factor, source)
+                    require_one_length(factors)
+                    kinds[shapes] = block_places, (), []
+                self.jobs.append(GramJob(stored, block_places, axis == 0, out, r, m * size))
+                continue
             if any([f.joined is None for f in factors]):
                 job, coefficients = _source_gram(factors, axis == 0)
                 self.jobs.append(job)

@@ -3,25 +3,24 @@ large pool are compared by."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.core.factors import Side
-from fastlora.core.updates import MIN_RTOL, Update, default_rtol, factor, sources, unscaled
+from fastlora.core.factors import Side, device_of
+from fastlora.core.updates import MIN_RTOL, Update, default_rtol, factor, unscaled
 from fastlora.engine.checks import check_diagonal, raise_for_info
-from fastlora.engine.combine_jobs import WantedFactor, combine_job
 from fastlora.engine.gram import GramPass
 from fastlora.engine.schedule import GroupPart, split_to_fit
 from fastlora.ops.dispatch import run_pass
-from fastlora.ops.passes import CombineJob, CombineOutput
+from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm
 from fastlora.runtime.memory import batch_bytes
 
 STACK_BYTES = 256 * 2**20  # of the stacks of one module
-ADAPTERS_OF_JOB = 32  # whose columns are computed by one thread, one chunk after the other
+ADAPTERS_OF_JOB = 32  # that are computed side by side
 
 
 class Frames(NamedTuple):
@@ -83,42 +82,44 @@ def blocks_of_adapters(ranks: Sequence[int], length: int) -> list[range]:
     return [range(len(ranks))] if sum(each) <= whole else split_to_fit(each, STACK_BYTES // 2)
 
 
-Entry = tuple[Update, Tensor, Tensor, int, Tensor, Tensor]
-"""An update, its ``T`` and ``C``, its rank ``q``, and where its columns and rows go."""
-
-
 def stacked(updates: Sequence[Update], T: Tensor, C: Tensor, ranks: Sequence[int]) -> Stacked:
     """The stacks of some updates of one module: ``T``, ``C`` ``[k, r, r]`` of :class:`Frames`. Results are summed in
     float64 and rounded once."""
     starts = torch.tensor([0, *ranks]).cumsum(0)
-    width, where = int(starts[-1]), sources(updates)[0].device
+    places = starts.tolist()
+    width, where = places[-1], device_of([[u.B for u in updates], [u.A for u in updates]])
     n, m = updates[0].shape
     left, right = (torch.empty(shape, dtype=torch.float32, device=where) for shape in ((n, width), (width, m)))
-    places = torch.split_with_sizes(left, list(ranks), 1), torch.split_with_sizes(right, list(ranks), 0)
-    entries = [entry for entry in zip(updates, T.to(where), C.to(where), ranks, *places, strict=True) if entry[3]]
-    if entries:
-        run_pass("combine_pass", [*_jobs(entries, "B"), *_jobs(entries, "A")])
+    left_small, right_small = T.to(where), C.mT.contiguous().to(where)
+    jobs = []
+    for first in range(0, len(updates), ADAPTERS_OF_JOB):
+        some = slice(first, min(first + ADAPTERS_OF_JOB, len(updates)))
+        columns = slice(places[some.start], places[some.stop])
+        if columns.start == columns.stop:
+            continue
+        jobs.append(_job(updates[some], "B", left_small[some], ranks[some], left[:, columns]))
+        jobs.append(_job(updates[some], "A", right_small[some], ranks[some], right[columns]))
+    run_pass("combine_pass", jobs)
     return Stacked(left, right.mT.contiguous(), starts)
 
 
-def _jobs(entries: Sequence[Entry], side: Side) -> Iterator[CombineJob]:
-    """What computes ``B_i T_i`` or ``C_iᵀ A_i`` of some adapters; a job for some of them. A pool has tens of thousands
-    of factors, so that those that are one stored matrix go into a job without a record of their own."""
-    for first in range(0, len(entries), ADAPTERS_OF_JOB):
-        factors: list[Tensor] = []
-        outputs: list[CombineOutput] = []
-        sums: list[WantedFactor] = []
-        for update, T, C, q, left, right in entries[first : first + ADAPTERS_OF_JOB]:
-            small, place, own = (T, left, update.B) if side == "B" else (C, right, update.A)
-            small = small if small.shape == (own.rank, q) else small[: own.rank, :q]
-            stored = own.stored
-            if stored is None:
-                sums.append(WantedFactor(own.times(small), torch.float32, place))
-                continue
-            coefficient = small if side == "B" else small.mT.contiguous()
-            outputs.append(CombineOutput.into(place, [(len(factors), coefficient, 0, 1.0)]))
-            factors.append(stored)
-        if outputs:
-            yield CombineJob(factors, outputs, side == "A")
-        if sums:
-            yield combine_job(sums)
+def _job(updates: Sequence[Update], side: Side, small: Tensor, ranks: Sequence[int], out: Tensor) -> CombineJob:
+    """What computes ``B_i T_i`` or ``C_iᵀ A_i`` of some adapters side by side; ``small [k, r, q]`` or ``[k, q, r]``. A
+    pool has tens of thousands of factors, so all of them are terms of one result."""
+    factors: list[Tensor] = []
+    terms: list[CombineTerm] = []
+    at = 0
+    for update, own, q in zip(updates, small.unbind(), ranks, strict=True):
+        factor, r = (update.B, update.B.rank) if side == "B" else (update.A, update.A.rank)
+        if q:
+            used = own[:r, :q] if side == "B" else own[:q, :r]
+            stored = factor.stored
+            if stored is not None:
+                terms.append((len(factors), used, at, 1.0))
+                factors.append(stored)
+            else:
+                for term in factor.applied(used).terms:
+                    terms.append((len(factors), term.coefficient, at + term.at, term.scale))
+                    factors.append(term.source)
+        at += q
+    return CombineJob(factors, [CombineOutput.into(out, terms)], side == "A")

@@ -27,7 +27,7 @@ def find(path: str | Path) -> LocatedPath:
     if exists(text):
         local = Path(text).expanduser()
         # "." and ".." have a name only when written out; links keep the name they were given.
-        return LocatedPath(local, Path(os.path.abspath(local)).name)
+        return LocatedPath(local, os.path.basename(os.path.abspath(local)))
     _refuse_dangling(Path(text))
     candidates = hub.places(text)
     if candidates and ("@" in text or not candidates[0].folder or _is_hub_file(candidates[0])):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from fastlora.errors import InputError
 from fastlora.files.json_files import is_plain, parse_object, require_file, shown
+from fastlora.runtime import system
 
 SAFETENSORS = ".safetensors"
 """The suffix of such files."""
@@ -56,6 +59,8 @@ MOST_KNOWN, LARGEST_KNOWN = 8, 2**20
 UNREADABLE = (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, RuntimeError, MemoryError)
 """What damaged files raise."""
 LFS_POINTER = b"version https://git-lfs"
+AT_ONCE = 2**13
+"""Bytes of a file that are read first: the headers of small adapters are smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,10 @@ class Header:
 
 
 _known: OrderedDict[tuple[bytes, int], tuple[dict[str, _Place], dict[str, str]]] = OrderedDict()
-"""Headers that were checked last: those of adapters from one training recipe are the same to the byte."""
+"""Headers that were checked last, and the bytes behind them: adapters from one training recipe have the same, but for
+the metadata, which come first and are left out here."""
+METADATA = re.compile(rb'\{"__metadata__":(?=\{)')
+"""How a header begins that has metadata, as the library writes it."""
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -114,15 +122,20 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     eight adapters of a 7B model is loaded, decomposed and saved in 93 % of the processor time. Nothing is copied, so
     addresses can be odd: they are where the file put the tensors.
     """
-    tensor_places, header, _ = _checked(path)
+    file = _opened(path)
     try:
-        with path.open("rb") as raw:
-            mapping = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)
-        views = _Views(mapping, 8 + len(header))
+        tensor_places, start, _ = _checked(path, file)
+        mapping = _mapped(path, file)
+    finally:
+        os.close(file)
+    try:
+        views = _Views(mapping, start)
         tensors = {name: views.of(place) for name, place in tensor_places.items() if place.dtype is not None}
         if len(tensors) < len(tensor_places):
-            with safe_open(path, framework="pt", device="cpu") as file:
-                tensors = {name: tensors[name] if name in tensors else file.get_tensor(name) for name in tensor_places}
+            with safe_open(path, framework="pt", device="cpu") as opened:
+                tensors = {
+                    name: tensors[name] if name in tensors else opened.get_tensor(name) for name in tensor_places
+                }
     except UNREADABLE as error:
         raise _unreadable(path, error) from None
     return tensors
@@ -130,14 +143,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_header(path: Path) -> Header:
     """The names and shapes of the tensors in a safetensors file, and its metadata; no tensor is read."""
-    places, _, metadata = _checked(path)
+    places, _, metadata = _read(path)
     return Header({name: place.shape for name, place in places.items()}, metadata)
 
 
 def read_places(path: Path) -> dict[str, StoredTensor]:
     """Where the tensors of a safetensors file lie, in the order of the file; no tensor is read."""
-    places, header, _ = _checked(path)
-    start = 8 + len(header)
+    places, start, _ = _read(path)
     found = {
         name: StoredTensor(
             name,
@@ -153,22 +165,58 @@ def read_places(path: Path) -> dict[str, StoredTensor]:
     return dict(sorted(found.items(), key=lambda item: (item[1].offset, item[1].size)))
 
 
-def _checked(path: Path) -> tuple[dict[str, _Place], bytes, dict[str, str]]:
-    """Where the tensors are, the header's bytes, and the metadata, of a file whose header is sound."""
-    refuse_pointer(path)
-    header, size = _read_header(path)
-    known = _known.get((header, size))
+def _read(path: Path) -> tuple[dict[str, _Place], int, dict[str, str]]:
+    file = _opened(path)
+    try:
+        return _checked(path, file)
+    finally:
+        os.close(file)
+
+
+def _checked(path: Path, file: int) -> tuple[dict[str, _Place], int, dict[str, str]]:
+    """Where the tensors are, where the first of them may lie, and the metadata, of a file whose header is sound."""
+    header, size = _read_header(path, file)
+    start = 8 + len(header)
+    own, rest = _apart(header)
+    known = _known.get((rest, size - start))
     if known is None:
         try:
             known = _places(path, header, size)
         except UNREADABLE as error:
             raise _unreadable(path, error) from None
     if len(header) <= LARGEST_KNOWN:
-        _known[header, size] = known
-        _known.move_to_end((header, size))
+        _known[rest, size - start] = known
+        _known.move_to_end((rest, size - start))
         while len(_known) > MOST_KNOWN:
             _known.popitem(last=False)
-    return known[0], header, known[1]
+    return known[0], start, known[1] if own is None else own
+
+
+def _mapped(path: Path, file: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def _apart(header: bytes) -> tuple[dict[str, str] | None, bytes]:
+    """The metadata with which a header begins, and what follows them; ``None`` and all of it where it begins in another
+    way, or where the metadata are not such as are written."""
+    begins = METADATA.match(header)
+    if begins is None or len(header) > LARGEST_KNOWN:
+        return None, header
+    try:
+        text = header[begins.end() :].decode()
+        found, end = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError):  # told of the whole header
+        return None, header
+    values = dict(found)
+    if len(values) < len(found) or not all(type(v) is str for v in values.values()):
+        return None, header
+    return values, text[end:].encode()
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=list)
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
@@ -177,18 +225,35 @@ def _unreadable(path: Path, error: Exception) -> InputError:
     )
 
 
-def _read_header(path: Path) -> tuple[bytes, int]:
-    """The header, and the size of the file."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        size = os.fstat(file.fileno()).st_size
-        if len(start) < 8 or length > min(size - 8, LARGEST_HEADER):
+def _opened(path: Path) -> int:
+    """A descriptor of a file; refuses what is none and what cannot be read."""
+    require_file(path)
+    try:
+        return system.open_to_read(path)
+    except OSError as error:
+        raise _closed(path, error) from None
+
+
+def _read_header(path: Path, file: int) -> tuple[bytes, int]:
+    """The header, and the size of the file; refuses what stands for a file that was not fetched."""
+    try:
+        raw = os.read(file, AT_ONCE)
+        length, size = int.from_bytes(raw[:8], "little"), os.fstat(file).st_size
+        if raw.startswith(LFS_POINTER):
+            raise _pointer(path)
+        if len(raw) < 8 or length > min(size - 8, LARGEST_HEADER):
             raise InputError(
                 f"{path} is no readable safetensors file (its header should have {length} bytes of {size}); "
                 "it may be cut off: copy or download it again"
             )
-        return file.read(length), size
+        pieces = [raw]
+        missing = 8 + length - len(raw)
+        while missing > 0 and pieces[-1]:
+            pieces.append(os.read(file, missing))
+            missing -= len(pieces[-1])
+    except OSError as error:
+        raise _closed(path, error) from None
+    return b"".join(pieces)[8 : 8 + length], size
 
 
 def _places(path: Path, raw: bytes, size: int) -> tuple[dict[str, _Place], dict[str, str]]:
@@ -265,11 +330,20 @@ def first_line(error: Exception) -> str:
 
 def refuse_pointer(path: Path) -> None:
     """Refuses what is no file, cannot be read, or stands for a file that was not fetched."""
-    require_file(path)
+    file = _opened(path)
     try:
-        with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
+        start = os.read(file, len(LFS_POINTER))
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from None
+        raise _closed(path, error) from None
+    finally:
+        os.close(file)
     if start == LFS_POINTER:
-        raise InputError(f"{path} is a Git LFS pointer and not the file itself; run `git lfs pull` beside it")
+        raise _pointer(path)
+
+
+def _closed(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions")
+
+
+def _pointer(path: Path) -> InputError:
+    return InputError(f"{path} is a Git LFS pointer and not the file itself; run `git lfs pull` beside it")

@@ -79,6 +79,14 @@ class SingleFiles(Protocol):
         """What the file holds, under a ``name``."""
 
 
+@runtime_checkable
+class CertainFolders(Protocol):
+    """A format that knows most of its folders at once, so that the others need not be asked about each."""
+
+    def is_certain(self, path: Path) -> bool:
+        """Whether a path is one of this format, whatever others would say."""
+
+
 @functools.cache
 def all_formats() -> dict[str, Format]:
     """Every format by its name, that of its module."""
@@ -86,8 +94,16 @@ def all_formats() -> dict[str, Format]:
     return {name: cast(Format, importlib.import_module(f"{__name__}.{name}")) for name in names}
 
 
+@functools.cache
+def _certain_formats() -> list[CertainFolders]:
+    return [format for format in all_formats().values() if isinstance(format, CertainFolders)]
+
+
 def find_format(path: Path) -> Format | None:
     """The format of what lies at a path; ``None`` where no format takes it for an adapter."""
+    certain = next((format for format in _certain_formats() if format.is_certain(path)), None)
+    if certain is not None:
+        return cast(Format, certain)
     return next((format for format in all_formats().values() if format.detects(path)), None)
 
 
@@ -112,8 +128,8 @@ def read(
             f"{location.path} lies in {unfinished.name}, an output that was never finished; run that command again"
         )
     format = find_format(location.path)
-    if isinstance(format, SingleFiles):
-        return format.read(location.path, name, family=family, rank=rank)
+    if getattr(format, "SINGLE_FILES", False):
+        return cast(SingleFiles, format).read(location.path, name, family=family, rank=rank)
     if format is not None:
         return format.read(location.path, name)
     if location.path.is_file():

@@ -13,12 +13,17 @@ from torch import Tensor
 from fastlora.core.data import AdapterData, DoraData, Ia3Data, LoraData
 from fastlora.core.inert import note_on_zeros
 from fastlora.core.names import CONFIG_NAME
+from fastlora.dialects.looks import OF_MLX
 from fastlora.engine.contracts import Sink
+from fastlora.files.tensor_files import SAFETENSORS
 from fastlora.formats.peft import dora, ia3, reading
+from fastlora.formats.peft.alike import recipe_of
 from fastlora.formats.peft.beside import note_on_files
-from fastlora.formats.peft.config import read_fields
+from fastlora.formats.peft.config import fields_of, read_configuration
 from fastlora.formats.peft.missing import note_on_modules
+from fastlora.formats.peft.names import WEIGHTS_NAME
 from fastlora.formats.peft.ranks import with_readable_ranks
+from fastlora.formats.peft.weights import read_tensors
 from fastlora.formats.peft.writing import AdapterFile
 
 WRITES = (LoraData, DoraData, Ia3Data)
@@ -29,16 +34,27 @@ def detects(path: Path) -> bool:
     return path.is_dir() and os.path.lexists(path / CONFIG_NAME)  # a link to nowhere is told by the reader
 
 
+def is_certain(path: Path) -> bool:
+    """Whether a path is a folder with both files that PEFT writes, and without that of MLX."""
+    config, weights, other = (os.path.join(path, name) for name in (CONFIG_NAME, WEIGHTS_NAME, OF_MLX + SAFETENSORS))
+    return os.path.exists(config) and os.path.exists(weights) and not os.path.lexists(other)
+
+
 def read(path: Path, name: str) -> AdapterData:
     """The LoRA, DoRA or (IA)³ adapter in a directory; its tensors are views of the mapped file."""
-    fields = read_fields(path)
-    if fields.values.get("peft_type") == "IA3":
-        scalings = ia3.read(path, name, fields)
-        told = [*ia3.note_on_ones(scalings), *note_on_modules(scalings), *note_on_files(path, name)]
-        return replace(scalings, notes=(*scalings.notes, *told))
-    adapter = reading.read(path, name, fields)
+    raw = read_configuration(path / CONFIG_NAME)
+    recipe = recipe_of(raw)
+    adapter: LoraData | DoraData | None = None if recipe is None else recipe.adapter(name, read_tensors(path)[1])
+    if adapter is None:
+        fields = fields_of(path / CONFIG_NAME, raw)
+        if fields.values.get("peft_type") == "IA3":
+            scalings = ia3.read(path, name, fields)
+            told = [*ia3.note_on_ones(scalings), *note_on_modules(scalings), *note_on_files(path, name)]
+            return replace(scalings, notes=(*scalings.notes, *told))
+        adapter = reading.read(path, name, fields)
     zeros = note_on_zeros(name, adapter.updates.values(), with_extras=bool(adapter.extras))
-    return replace(adapter, notes=(*adapter.notes, *zeros, *note_on_modules(adapter), *note_on_files(path, name)))
+    told = [*zeros, *note_on_modules(adapter), *note_on_files(path, name)]
+    return replace(adapter, notes=(*adapter.notes, *told)) if told else adapter
 
 
 def ready(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:

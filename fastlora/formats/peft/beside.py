@@ -6,7 +6,9 @@ model, new embeddings. They are told and left alone: what they mean, only their 
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +66,7 @@ def note_on_twin(directory: Path, name: str) -> list[str]:
     """A sentence on an ``adapter_model.bin`` that holds something else than the ``.safetensors`` beside it: one of them
     is left from an earlier run. Names, shapes and some small tensors are compared."""
     file, twin = directory / WEIGHTS_NAME, directory / OLD_WEIGHTS_NAME
-    if not (file.is_file() and twin.is_file()):
+    if not (twin.is_file() and file.is_file()):
         return []
     try:
         tensors, others = read_safetensors(file), read_torch(twin)
@@ -85,29 +87,37 @@ def _files(directory: Path) -> Iterator[str]:
     for entry in _entries(directory):
         if _holds_tensors(entry):
             yield entry.name
-        elif entry.is_dir() and not USUAL_FOLDERS.fullmatch(entry.name.lower()) and not _stands_alone(entry):
-            yield from (f"{entry.name}/{file.name}" for file in _entries(entry) if _holds_tensors(file))
+        elif _is_folder(entry) and not USUAL_FOLDERS.fullmatch(entry.name.lower()) and not _stands_alone(entry):
+            inside = _entries(Path(entry.path))
+            yield from (f"{entry.name}/{file.name}" for file in inside if _holds_tensors(file))
 
 
-def _entries(directory: Path) -> list[Path]:
+def _entries(directory: Path) -> list[os.DirEntry[str]]:
     try:
-        return [entry for entry, _ in zip(directory.iterdir(), range(MOST_ENTRIES), strict=False)]
+        with os.scandir(directory) as entries:
+            return list(itertools.islice(entries, MOST_ENTRIES))
     except OSError:  # not ours to read
         return []
 
 
-def _holds_tensors(file: Path) -> bool:
+def _holds_tensors(file: os.DirEntry[str]) -> bool:
     name = file.name.lower()
-    is_candidate = file.suffix.lower() in TENSOR_SUFFIXES and not name.startswith(".") and not USUAL.fullmatch(name)
-    return is_candidate and file.is_file()
+    suffix = os.path.splitext(name)[1]
+    is_candidate = suffix in TENSOR_SUFFIXES and not name.startswith(".") and not USUAL.fullmatch(name)
+    # What is no link needs no question to the system. A link may lead nowhere, or in a circle.
+    return is_candidate and (file.is_file(follow_symlinks=False) or os.path.isfile(file.path))
 
 
-def _stands_alone(folder: Path) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+
+
+def _stands_alone(folder: os.DirEntry[str]) -> bool:
     """Whether a folder is another adapter, or a whole model, and not a part of this adapter."""
-    if (folder / CONFIG_NAME).exists():
+    if Path(folder.path, CONFIG_NAME).exists():
         return True
     try:
-        fields = json.loads((folder / "config.json").read_bytes()[: 1 << 20])
+        fields = json.loads(Path(folder.path, "config.json").read_bytes()[: 1 << 20])
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(fields, dict) and ("model_type" in fields or "architectures" in fields)

@@ -94,10 +94,24 @@ class PeftConfig:
         return value
 
 
-def read_fields(directory: Path) -> Fields:
-    """The fields of a PEFT directory's configuration, not yet judged."""
-    path = directory / CONFIG_NAME
-    return Fields(path, _read_json(path))
+def read_configuration(path: Path) -> bytes:
+    """A PEFT directory's configuration as it is stored; ``path``: of the file."""
+    if not path.exists():
+        refuse_dangling(path)
+        raise InputError(
+            f"{path.parent} has no {CONFIG_NAME}, so it is no PEFT adapter directory; "
+            "pass the directory that `model.save_pretrained(...)` of a PEFT model wrote"
+        )
+    require_file(path, LARGEST_CONFIG)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the permissions") from None
+
+
+def fields_of(path: Path, raw: bytes) -> Fields:
+    """The fields of such a configuration, not yet judged."""
+    return Fields(path, parse_object(raw, str(path)), raw)
 
 
 def read_config(reader: Fields, name: str) -> PeftConfig:
@@ -139,21 +153,6 @@ def read_config(reader: Fields, name: str) -> PeftConfig:
             if reader.values.get(key)
         ),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    refuse_dangling(path)
-    if not path.exists():
-        raise InputError(
-            f"{path.parent} has no {CONFIG_NAME}, so it is no PEFT adapter directory; "
-            "pass the directory that `model.save_pretrained(...)` of a PEFT model wrote"
-        )
-    require_file(path, LARGEST_CONFIG)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check the permissions") from None
-    return parse_object(raw, str(path))
 
 
 def _refuse_other_kinds(reader: Fields, name: str) -> None:
@@ -228,10 +227,12 @@ def _refuse_residual_base(reader: Fields, name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Typed access to the fields of one file; a failure names file, field, what was found and is needed."""
+    """Typed access to the fields of one file; a failure names file, field, what was found and is needed. ``raw``: the
+    file's bytes."""
 
     path: Path
     values: dict[str, Any]
+    raw: bytes = b""
 
     def fail(self, key: str, needed: str) -> NoReturn:
         """Raises :class:`InputError` for a field: what it is, and what is ``needed``."""

@@ -21,6 +21,7 @@ from fastlora.core.updates import EMBEDDING, LINEAR, Layout, Update
 from fastlora.errors import InputError, NonFiniteError, UnsupportedAdapter
 from fastlora.files.tensor_files import DTYPE_NAMES
 from fastlora.formats.peft import dora
+from fastlora.formats.peft.alike import remember
 from fastlora.formats.peft.config import Fields, PeftConfig, read_config
 from fastlora.formats.peft.experts import with_settled_order
 from fastlora.formats.peft.keys import Keys, read_keys, without_base
@@ -113,6 +114,7 @@ def read(directory: Path, name: str, fields: Fields) -> LoraData | DoraData:
         notes=(*config.notes, *keys.notes, *notes, *left_out, *told, *note_on_scalings(name, config.alpha_pattern)),
     )
     if not config.dora:
+        remember(fields.raw, adapter, tensors)
         return adapter
     names = {path: module.keys.get("A", "") for path, module in modules.items()}
     return dora.with_magnitudes(adapter, names, magnitudes, file)

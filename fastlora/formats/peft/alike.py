@@ -1,0 +1,72 @@
+"""Adapters of one training recipe, of which a pool has hundreds: their configurations are the same to the byte, and
+their files have tensors of the same names and shapes. What was understood of the last ones is remembered, so that the
+next of a kind takes as long as its tensors do."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlora.core.data import BaseInfo, LoraData
+from fastlora.core.factors import Factor
+from fastlora.core.updates import Layout, Update
+
+MOST_KNOWN = 8
+"""How many recipes are remembered."""
+
+Signature = tuple[tuple[str, torch.Size, torch.dtype], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the tensors of such adapters are, and what the adapters say of their base model.
+
+    ``places``: of every module its path, the names of its ``B`` and ``A``, its scaling and layout."""
+
+    signature: Signature
+    places: tuple[tuple[str, str, str, float, Layout], ...]
+    base: BaseInfo
+    dtype: torch.dtype
+
+    def adapter(self, name: str, tensors: Mapping[str, Tensor]) -> LoraData | None:
+        """The adapter that these tensors are; ``None`` where they are others."""
+        if signature_of(tensors) != self.signature:
+            return None
+        updates = {
+            path: Update(Factor.of("B", tensors[b]), Factor.of("A", tensors[a]), scaling, layout)
+            for path, b, a, scaling, layout in self.places
+        }
+        return LoraData(name, updates, base=self.base, dtype=self.dtype)
+
+
+_known: OrderedDict[bytes, Recipe] = OrderedDict()
+"""The recipes of the adapters that were read last, by their configurations."""
+
+
+def recipe_of(configuration: bytes) -> Recipe | None:
+    """The recipe of the adapter that was read last with this configuration."""
+    return _known.get(configuration)
+
+
+def remember(configuration: bytes, adapter: LoraData, tensors: Mapping[str, Tensor]) -> None:
+    """Remembers how an adapter was read, if all that it holds are the stored matrices of its updates, and there was
+    nothing to tell of it."""
+    names = {id(tensor): key for key, tensor in tensors.items()}
+    stored = [(path, u.B.stored, u.A.stored, u) for path, u in adapter.updates.items()]
+    found = [(path, names.get(id(b)), names.get(id(a)), u) for path, b, a, u in stored]
+    places = [(path, b, a, u.scaling, u.layout) for path, b, a, u in found if b is not None and a is not None]
+    if adapter.extras or adapter.notes or len(places) < len(found) or 2 * len(places) != len(tensors):
+        return
+    _known[configuration] = Recipe(signature_of(tensors), tuple(places), adapter.base, adapter.dtype)
+    _known.move_to_end(configuration)
+    while len(_known) > MOST_KNOWN:
+        _known.popitem(last=False)
+
+
+def signature_of(tensors: Mapping[str, Tensor]) -> Signature:
+    """What must be equal for two files to hold adapters of one recipe, beside their configurations."""
+    return tuple([(key, tensor.shape, tensor.dtype) for key, tensor in tensors.items()])
