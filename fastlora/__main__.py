@@ -1,6 +1,6 @@
 """``python -m fastlora``: the command line."""
 
-from fastlora.cli.app import main
+from fastlora.cli.app import entry
 
 if __name__ == "__main__":
-    main()
+    entry()

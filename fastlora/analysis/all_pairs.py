@@ -13,13 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.core.updates import Update, sources
+from fastlora.core.updates import Update
 from fastlora.engine.contracts import PoolView
 from fastlora.engine.schedule import GroupPart, parts
 from fastlora.engine.stacks import Frames, Stacked, blocks_of_adapters, frames, stacked
 from fastlora.engine.stream import current
 from fastlora.ops.similarity import similarity
-from fastlora.runtime.memory import release_files
 
 # Float64 [r, r] that one adapter takes in one module: Gram blocks, frames, and what the solvers take.
 MATRICES_OF_ADAPTER = 16
@@ -46,7 +45,6 @@ def all_pairs(pool: PoolView) -> Iterator[ModulePairs]:
         of_part = frames(part)
         for g, (module, updates) in enumerate(zip(part.modules, part.updates(), strict=True)):
             yield _compared(module, part.group.members, updates, Frames(*(x[g] for x in of_part)))
-            release_files(sources(updates))
 
 
 def _parts(pool: PoolView) -> Iterator[GroupPart]:

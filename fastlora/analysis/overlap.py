@@ -11,6 +11,7 @@ from fastlora import ops
 from fastlora.adapters.pool import Pool, on_device
 from fastlora.analysis.all_pairs import ModulePairs, all_pairs
 from fastlora.analysis.similar import Overlap
+from fastlora.core.updates import sources
 from fastlora.engine import shares as among_ranks
 from fastlora.engine.blocks import ChainBlocks, read_chain_blocks
 from fastlora.engine.checks import raise_for_info
@@ -21,11 +22,14 @@ from fastlora.engine.schedule import PART_BYTES, parts, rtol_or_default, split_t
 from fastlora.engine.stream import PoolPart, current
 from fastlora.ops.gram import blocks_of
 from fastlora.runtime import ranks
+from fastlora.runtime.memory import MappedFiles
 
 # A pool with more adapters is compared by tiles of stacked factors in float32: the Gram blocks of all pairs would be k
 # times larger than the factors.
 MOST_IN_PAIRS = 32
 RESULTS_BYTES = 6 * 2**20  # of modules that wait for others before them in the pool
+MAPPED_BYTES = 128 * 2**20  # of files that may come to be in memory before they are given back
+AROUND = 64 * 2**10  # what the system maps around a place that is touched
 
 
 def overlap(pool: Pool, *, modules: bool = False, device: str | torch.device | None = None) -> Overlap:
@@ -100,10 +104,12 @@ def pool_overlap(pool: Pool, modules: bool = False) -> Overlap:
 
 def _compared(pool: Pool) -> Iterator[ModulePairs]:
     """Every module, in the order of the pool; ranks that work together share some modules at a time, of which all get
-    the results."""
+    the results. What was mapped of the files is given back now and then."""
     k = len(pool)
     compare = _in_pairs if k <= MOST_IN_PAIRS or entered() else all_pairs
     most = RESULTS_BYTES if ranks.current() is None else PART_BYTES
+    files: MappedFiles | None = None
+    mapped = 0
     for some in split_to_fit([2 * 8 * k * k] * len(pool.modules), most):
         part = PoolPart(pool.names, list(pool.adapters), [pool.modules[i] for i in some])
 
@@ -112,6 +118,13 @@ def _compared(pool: Pool) -> Iterator[ModulePairs]:
 
         pairs = among_ranks.each("comparing", work, pool.adapters)
         yield from (pairs.pop(m) for m in part.modules)
+        touched = sources(a.updates[m] for m in part.modules for a in pool.adapters if m in a.updates)
+        mapped += sum(max(x.nbytes, AROUND) for x in touched)
+        if mapped > MAPPED_BYTES:
+            if files is None:
+                files = MappedFiles(sources(u for a in pool.adapters for u in a.updates.values()))
+            files.give_back()
+            mapped = 0
 
 
 def _in_pairs(pool: PoolView) -> Iterator[ModulePairs]:

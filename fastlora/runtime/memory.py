@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import re
-import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from fastlora.errors import InputError
@@ -44,12 +42,6 @@ def bounded(memory: int | None) -> Iterator[None]:
         _bound.reset(token)
 
 
-def giving_back() -> AbstractContextManager[None]:
-    """Inside the block files are given back after use, and memory has no other bound than before. For a process of its
-    own: what somebody has written into a mapped tensor would be lost."""
-    return contextlib.nullcontext() if is_bounded() else bounded(sys.maxsize)
-
-
 def is_bounded() -> bool:
     """Whether a bound on memory is in use."""
     return _bound.get() is not None
@@ -81,14 +73,18 @@ def release(tensors: Iterable[Tensor]) -> None:
             advise(tensor, system.DONT_NEED)
 
 
-def release_files(tensors: Iterable[Tensor]) -> None:
-    """As :func:`release`, all pages of the files that the tensors lie in, and what the allocator keeps for later. When
-    a small tensor is touched, the system maps what lies around it too: a pool of many small files would come to be in
-    memory as a whole."""
-    if is_bounded():
-        for start, end in {place for _, place in _mapped(tensors)}:
+class MappedFiles:
+    """The mapped files that some tensors lie in. When a small tensor is touched, the system maps what lies around it
+    too: a pool of many small files would come to be in memory as a whole."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._places = sorted({place for _, place in _mapped(tensors)})
+
+    def give_back(self) -> None:
+        """Gives back the pages of the files, which are read again when touched; without a bound on memory only those of
+        files into whose mapping nobody has written, as far as the system tells."""
+        for start, end in self._places if is_bounded() else system.unwritten(self._places):
             system.advise(start, end - start, system.DONT_NEED)
-        system.trim()
 
 
 def _mapped(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, tuple[int, int]]]:

@@ -17,6 +17,7 @@ import mmap
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ NO_ROOM_CALL = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # the file system
 NO_COPY_CALL = (*NO_ROOM_CALL, errno.EXDEV, errno.EBADF, errno.ETXTBSY)  # between such files, or at all
 COPY_BYTES = 4 * 2**20
 LARGEST_DESCRIPTOR = 2**31 - 1
+PAGES_AT_ONCE = 2**16
+NO_COPY = bytes(kind for kind in range(256) if not kind & 0xC0 or kind & 0x20)
+"""The highest byte of what Linux says of a page that is not in memory (or swapped), or is a file's own."""
 
 _seeking = threading.Lock()
 
@@ -62,11 +66,29 @@ def _of_library(name: str) -> Any:
         return None
 
 
-def trim() -> None:
-    """Gives memory back that was freed and that the allocator keeps; nothing where it cannot."""
-    trimming = _of_library("malloc_trim")
-    if trimming is not None:
-        trimming(0)
+def unwritten(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Of private mappings of files, by their starts and ends, those whose pages in memory are the files' own: a page
+    that was written into is a copy. None where the system does not tell."""
+    try:
+        table = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except (OSError, AttributeError):
+        return []
+    try:
+        return [(start, end) for start, end in places if not _has_copies(table, start // PAGE, -(-end // PAGE))]
+    except OSError:
+        return []
+    finally:
+        os.close(table)
+
+
+def _has_copies(table: int, first: int, end: int) -> bool:
+    """Whether some of the pages, by number, are copies, in the system's table: eight bytes for each."""
+    while first < end:
+        raw = os.pread(table, 8 * min(end - first, PAGES_AT_ONCE), 8 * first)
+        if len(raw) < 8 or raw[7::8].translate(None, NO_COPY):
+            return True
+        first += len(raw) // 8
+    return False
 
 
 def file_mappings(suffixes: tuple[str, ...]) -> tuple[list[int], list[int]]:

@@ -41,6 +41,7 @@ def test_a_small_command_imports_what_it_needs() -> None:
     assert ("torch",) in [chain[-1:] for chain in found], "the list of imports is read correctly"
     beyond = [chain[-1] for chain in found if "torch" not in chain]
     assert not [m for m in beyond if NOT_NEEDED.fullmatch(m)]
+    assert not [chain for chain in found if chain[-1].startswith(("torch._meta_registrations", "torch._refs"))]
     own = [m for m in beyond if m.startswith("fastlora")]
     assert "fastlora.adapters.loading" in own
 
@@ -121,3 +122,51 @@ def test_the_end_looks_for_no_garbage(triton: bool) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, "--version"], env=environment(), capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == str(not triton)
+
+
+def test_what_the_import_of_torch_leaves_out_is_there_for_who_asks() -> None:
+    """By name, while torch is imported as a backend of another package may, and afterwards."""
+    code = (
+        "import sys\n"
+        "from fastlora.runtime.lean import RULES, lean_torch\n"
+        "with lean_torch():\n"
+        "    if sys.argv[1] == 'meanwhile':\n"
+        "        import torch; from torch._meta_registrations import register_meta\n"
+        "        assert 'torch._refs' in sys.modules\n"
+        "    else:\n"
+        "        import torch\n"
+        "        assert 'torch._refs' not in sys.modules\n"
+        "assert (RULES in sys.modules) == hasattr(torch, '_meta_registrations') == (sys.argv[1] == 'meanwhile')\n"
+        "import torch._meta_registrations as rules\n"
+        "assert rules.__file__ and rules.register_meta and torch._meta_registrations is rules is sys.modules[RULES]\n"
+        "with torch._subclasses.fake_tensor.FakeTensorMode():\n"
+        "    assert torch.linalg.eigh(torch.ones(3, 2, 2)).eigenvalues.shape == (3, 2)\n"
+    )
+    for when in ("meanwhile", "afterwards"):
+        done = subprocess.run([sys.executable, "-c", code, when], env=environment(), capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("last", ["", "threading.Timer(0.01, print).start()", "sys.setprofile(lambda *_: None)"])
+def test_the_end_does_what_was_registered(last: str) -> None:
+    """All is printed, and objects are not taken apart, unless a thread is at work or somebody watches."""
+    code = f"""if True:
+        import atexit, os, sys, threading, fastlora.cli.app as app
+
+        class Left:
+            def __del__(self):
+                os.write(2, b"taken apart")
+
+        def main():
+            {last}
+            sys.stdout.write("last words ")
+            sys.exit(3)
+
+        left = Left()
+        atexit.register(lambda: print("registered"))
+        app.main = main
+        app.entry()
+    """
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 3 and "last words " in done.stdout and "registered" in done.stdout
+    assert ("taken apart" in done.stderr) == bool(last)

@@ -54,15 +54,13 @@ def overlap(
         check_picture(plot, run.replace)
     run.start()
     from fastlora.analysis.overlap import overlap as compare
-    from fastlora.runtime.memory import giving_back
     from fastlora.views.results import overlap_data, overlap_rows, show_overlap
     from fastlora.views.similar import findings, show_findings
 
     pool, _ = load_pool(run, specs, run.device)
     if len(pool) < 2:
         raise InputError("overlap: a pool of one adapter has nothing to compare; give two adapters or more")
-    with giving_back():
-        similarities = compare(pool, modules=modules)
+    similarities = compare(pool, modules=modules)
     found = findings(similarities, clusters=clusters, into=into, like=like, nearest=NEAREST)
     data = overlap_data(similarities) | found
     if csv is not None:
