@@ -147,7 +147,7 @@ def test_what_the_import_of_torch_leaves_out_is_there_for_who_asks() -> None:
         assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("last", ["", "threading.Timer(0.01, print).start()", "sys.setprofile(lambda *_: None)"])
+@pytest.mark.parametrize("last", ["", "threading.Timer(0.01, print).start()", "sys.setprofile(print)"])
 def test_the_end_does_what_was_registered(last: str) -> None:
     """All is printed, and objects are not taken apart, unless a thread is at work or somebody watches."""
     code = f"""if True:
