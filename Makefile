@@ -97,9 +97,9 @@ REHEARSAL ?= build/rehearsal
 REHEARSE_PY := $(REHEARSAL)/venv/bin/python
 REHEARSE := $(REHEARSE_PY) tests/on_gpu/rehearsal/run.py
 COMMIT ?= rehearsed
-REHEARSE_WINDOW = PATH=$(CURDIR)/tests/on_gpu/rehearsal/tools:$$PATH CMAKE_ARGS=-DFASTLORA_CUDA_RUNTIME=Shared \
-  FASTLORA_COMMIT=$(COMMIT) $(REHEARSE_PY) -m benches.gpu --tiny --slower 30 --python "$(REHEARSE)" \
-  --out build/results $(if $(RESUME),--resume)
+REHEARSE_WINDOW = PATH=$(CURDIR)/tests/on_gpu/rehearsal/tools:$$PATH FASTLORA_COMMIT=$(COMMIT) \
+  CMAKE_ARGS="-DFASTLORA_CUDA_RUNTIME=Shared -DFASTLORA_CPU=BASELINE" $(REHEARSE_PY) -m benches.gpu \
+  --tiny --slower 30 --python "$(REHEARSE)" --out build/results $(if $(RESUME),--resume)
 REHEARSE_TESTS := $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning
 
 # Of Python 3.12, if there is one, like most machines with a device: then also the kernels of gpu-prebuild are tried.

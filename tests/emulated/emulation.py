@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import importlib.machinery
 import importlib.util
 import os
 import shutil
@@ -42,9 +44,22 @@ def build() -> Any:
     return module
 
 
+def _digest() -> str:
+    """Of everything that the module is made of."""
+    found = hashlib.sha256(sys.version.encode())
+    for top in (ROOT / "CMakeLists.txt", ROOT / "csrc", Path(__file__).with_name("emulator")):
+        for path in sorted(p for p in top.rglob("*") if p.is_file()) if top.is_dir() else [top]:
+            found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 def _built(directory: Path) -> Path:
     import pybind11
 
+    library = directory / f"_emulated{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    made, digest = library.with_suffix(".txt"), _digest()
+    if library.exists() and made.exists() and made.read_text(encoding="utf-8") == digest:
+        return library  # without a second of CMake in every process
     configure = [
         _tool("cmake"), f"-S{ROOT}", f"-B{directory}", "-GNinja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
         "-DFASTLORA_EMULATOR=ON", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={directory}",
@@ -54,7 +69,7 @@ def _built(directory: Path) -> Path:
     for command in (configure, [_tool("cmake"), "--build", str(directory), "--parallel", jobs]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
-    (library,) = directory.glob(f"_emulated{importlib.machinery.EXTENSION_SUFFIXES[0]}")
+    made.write_text(digest, encoding="utf-8")
     return library
 
 

@@ -116,7 +116,7 @@ def merge(method: str, device: str) -> Found:
 
 def forms(tiny: bool) -> list[Form]:
     """Of the newer ops, then of what stands on them."""
-    shape = (33, 70) if tiny else (129, 200)  # no multiples of a tile
+    shape = (17, 40) if tiny else (129, 200)  # no multiples of a tile
     found = [
         Form(f"merge_tiles {m} {d}", partial(tiles, m, getattr(torch, d), shape))
         for m in RULES

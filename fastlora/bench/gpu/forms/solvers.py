@@ -16,6 +16,9 @@ from fastlora.reference import coefficients as coefficients_formula
 
 DTYPES = (torch.float32, torch.float64)
 BATCH, FEWEST = 5, 3  # matrices, the second of low rank and the third of NaN
+# A warp a matrix, divided there and in a block of two widths, whole in a block and in place; the smallest of each.
+EIGH = (5, 20, 33, 120, 150, 240)
+EIGH_TINY = {torch.float32: (5, 17, 33, 65, 129, 237), torch.float64: (5, 17, 33, 65, 129, 166)}
 IN_PLACE = {torch.float32: (4096, 16), torch.float64: (4096, 8)}  # beyond shared memory, of the fewest columns
 # Rotations of n columns: each rounds, and they are as many as sweeps times n; above that what a wrong one would do.
 ROUNDINGS = 100
@@ -117,7 +120,8 @@ def forms(tiny: bool) -> list[Form]:
     found = []
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        found += [Form(f"eigh {n} {name}", partial(eigh, n, dtype, batch)) for n in (5, 20, 33, 120, 150, 240)]
+        orders = EIGH_TINY[dtype] if tiny else EIGH
+        found += [Form(f"eigh {n} {name}", partial(eigh, n, dtype, batch)) for n in orders]
         in_place = IN_PLACE[dtype] if tiny else (240, 240)
         shapes = ((12, 12), (30, 30), (70, 70), (123, 64), (1520, 8), in_place, (8, 1524))
         found += [Form(f"svd {p}x{q} {name}", partial(svd, p, q, dtype, batch)) for p, q in shapes]
