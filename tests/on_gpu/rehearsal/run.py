@@ -70,18 +70,25 @@ def build() -> None:
         subprocess.run(command, check=True)
 
 
+def compiled_module() -> Path:
+    """Of the package. While it is built it is not there; what runs meanwhile needs no kernels."""
+    (top,) = importlib.util.find_spec("fastlora").submodule_search_locations
+    return Path(top) / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
 def static_shared() -> Path:
     """A table of the static shared memory of the package's CUDA kernels, as the compiler made them."""
-    (top,) = importlib.util.find_spec("fastlora").submodule_search_locations
-    library = Path(top) / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
-    tools = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
-    command = [str(tools / "cuobjdump"), "--dump-resource-usage", str(library)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"Function (\S+):\s+REG:.*?SHARED:(\d+)", said)
+    library, found = compiled_module(), []
+    if library.exists():
+        tools = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+        command = [str(tools / "cuobjdump"), "--dump-resource-usage", str(library)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.findall(r"Function (\S+):\s+REG:.*?SHARED:(\d+)", said)
     # With what the system keeps of a block that has any, and which no limit counts.
     sizes = {kernel: max(0, int(size) - RESERVED) for kernel, size in found}
-    table = BUILT / "static_shared.txt"
-    table.write_text("".join(f"{kernel} {size}\n" for kernel, size in sizes.items()), encoding="utf-8")
+    table, new = BUILT / "static_shared.txt", BUILT / f"static_shared.{os.getpid()}"
+    new.write_text("".join(f"{kernel} {size}\n" for kernel, size in sizes.items()), encoding="utf-8")
+    os.replace(new, table)  # several processes begin at once
     return table
 
 
@@ -102,12 +109,14 @@ def main() -> None:
     if str(BUILT) not in os.environ.get("LD_LIBRARY_PATH", ""):
         start()
     import aten
-    import kernels
     import streams
 
     aten.install()
     streams.install()
-    kernels.install()
+    if compiled_module().exists():
+        import kernels
+
+        kernels.install()
     del sys.argv[0]
     try:
         if sys.argv[0] == "-m":
