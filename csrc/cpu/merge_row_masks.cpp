@@ -42,7 +42,7 @@ Entry<T>* sorted(Entry<T>* a, Entry<T>* b, int64_t count) {
     return a;
 }
 
-constexpr int kBins = 2048;
+constexpr int kBins = 1024;
 constexpr int kRanked = 64;          // of a row that are ranked one by one
 constexpr double kLeastSpan = 1e-6;  // of probabilities, below which ranks from words are not sure
 
@@ -178,7 +178,10 @@ void mark_row(const MergeArgs& args, int64_t i, int64_t row, const T* x, RowWork
 template <class T>
 int run(const MergeArgs& args) {
     const int panel = int((args.m + kPanel - 1) / kPanel * kPanel);
-    const int64_t bands = args.m ? (args.n + kBand - 1) / kBand : 0;
+    // Groups of rows, as many for every thread, also where there are few.
+    const int64_t groups = (args.n + kGroup - 1) / kGroup, team = max_<int64_t>(args.threads, 1);
+    const int64_t band_rows = max_<int64_t>(min_<int64_t>(kBand, (groups + team - 1) / team * kGroup), kGroup);
+    const int64_t bands = args.m ? (args.n + band_rows - 1) / band_rows : 0;
     int status = kDone;
     Queue queue(bands);
     on_team(int(min_<int64_t>(args.threads, bands)), [&](int, int) {
@@ -193,8 +196,8 @@ int run(const MergeArgs& args) {
         work.carve(arena, args.m);
         elements.set_columns(0, int(args.m));
         queue.take([&](int64_t band) {
-            const int64_t row = band * kBand;
-            const int rows = int(min_<int64_t>(kBand, args.n - row));
+            const int64_t row = band * band_rows;
+            const int rows = int(min_<int64_t>(band_rows, args.n - row));
             elements.set_rows(row, rows);
             for (int g = 0; g < rows; g += kGroup)
                 for (int64_t i = 0; i < args.k; ++i) {
