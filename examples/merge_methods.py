@@ -1,4 +1,4 @@
-"""One adapter of many: merge methods at their own length, and at the best of seven lengths on labelled rows.
+"""One adapter of many: merge methods at their own length, and at the best of eight lengths on labelled rows.
 
     pip install scikit-learn peft
     python examples/merge_methods.py [--subjects digits,unbalanced,texts,left_out] [--seeds 5] [--out DIR] [--quick]
@@ -10,20 +10,29 @@ docs/experiments.md.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 
-from common import Results, arguments, console
+from common import Results, arguments, console, shown
 from subjects import SUBJECTS, Numbers, Subject, available, measured, subject_of
 
 import fastlora as fl
 
-LENGTHS = [0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0]  # times the mean length of the adapters
+LENGTHS = [0.125, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0]  # times the mean length of the adapters
 INPUTS = [16, 64, 256]
 SSR_INPUTS = 64
+PARTS = [(1.0, 64), (1.0, 256), (0.1, 256)]  # μ and inputs a task
+LEARNED = {  # of what has a coefficient, and whether from labels
+    "λ of tasks, learned with labels": ("task", True),
+    "λ of modules, learned with labels": ("layer", True),
+    "λ of modules, least entropy": ("layer", False),
+}
+RESCALED = {"mean": "sum", "matched norm": "sum"}  # the same but for its length
+SHORT = ["sum", "mean", "matched norm", "equal energy"]  # without data; they differ in length, or by weights alone
 WHOLE: dict[str, object] = {"energy": 1.0}  # nothing is cut from what has a high rank
 Build = Callable[[], fl.Adapter]
 
@@ -45,31 +54,59 @@ METHODS: dict[str, dict[str, object]] = {
     "KnOTS-TIES": {"method": "knots"},
     "Core-TIES": {"method": "core"},
 }
-HELD = ["sum", "mean", "matched norm", "TIES, PEFT's", "TSV-M, flat", "Iso-C", "Pico", "RegMean, 64 inputs a task"]
+HELD = [
+    *["sum", "mean", "matched norm", "TIES, PEFT's", "TSV-M, flat", "Iso-C", "Pico"],
+    *["RegMean, 64 inputs a task", "RegMean, 256 inputs a task", "sum of parts by 256 inputs a task, μ = 0.1"],
+    *["λ of tasks, learned with labels"],
+]
 LEFT_OUT = "left_out"
+OF_TEXTS = [*SHORT, "TIES, PEFT's", "TSV-M, flat", "RegMean, 64 inputs a task", "RegMean, 256 inputs a task"]  # time
 
 
-def builds(subject: Subject, pool: fl.Pool) -> dict[str, Build]:
-    """What merges a pool, which may be a part of that of the subject."""
+ALL = [
+    *METHODS,
+    *[f"RegMean, {n} inputs a task" for n in INPUTS],
+    *[f"sum of parts by {n} inputs a task, μ = {mu:g}" for mu, n in PARTS],
+    *[f"SSR, {SSR_INPUTS} inputs a task"],
+    *LEARNED,
+]
+
+
+def builds(subject: Subject, pool: fl.Pool, tasks: Sequence[str], wanted: Sequence[str] = ALL) -> dict[str, Build]:
+    """The ``wanted`` merges of a pool, which may be a part of that of the subject: with the rows that select for the
+    ``tasks``."""
     found: dict[str, Build] = {}
     for name, settings in METHODS.items():
         found[name] = lambda settings=settings: fl.merge(pool, **settings)
-    for count in INPUTS:
-        data = subject.inputs(count, False)
-        found[f"RegMean, {count} inputs a task"] = lambda data=data: fl.merge(pool, method="regmean", data=data)
-    seen = subject.inputs(SSR_INPUTS, True)
-    found[f"SSR, {SSR_INPUTS} inputs a task"] = lambda: fl.merge(pool, method="ssr", data=seen)
-    return found
+
+    @functools.cache
+    def data(count: int, with_adapters: bool = False) -> fl.Statistics:
+        every = subject.inputs(count, with_adapters)
+        return fl.Statistics({name: every.of[name] for name in pool.names})
+
+    for n in INPUTS:
+        if (name := f"RegMean, {n} inputs a task") in wanted:
+            found[name] = functools.partial(fl.merge, pool, method="regmean", data=data(n))
+    for mu, n in PARTS:
+        if (name := f"sum of parts by {n} inputs a task, μ = {mu:g}") in wanted:
+            found[name] = functools.partial(sum_of_parts, pool, data(n), mu)
+    if (name := f"SSR, {SSR_INPUTS} inputs a task") in wanted:
+        found[name] = functools.partial(fl.merge, pool, method="ssr", data=data(SSR_INPUTS, True))
+    for name, (per, labels) in LEARNED.items():
+        found[name] = lambda per=per, labels=labels: subject.learned(pool, tasks, per, labels)
+    return {name: build for name, build in found.items() if name in wanted}
+
+
+def sum_of_parts(pool: fl.Pool, data: fl.Statistics, mu: float) -> fl.Adapter:
+    """``Σ`` of what every adapter's own inputs need."""
+    parts = fl.decompose(pool, inputs=data, mu=mu)
+    total = fl.merge(fl.Pool([parts.unique_of(name) for name in pool.names]), method="cat")
+    assert isinstance(total, fl.Adapter)
+    return total
 
 
 def length(adapter: fl.Adapter) -> float:
     return math.sqrt(sum(float(adapter.delta(m).double().square().sum()) for m in adapter.modules))
-
-
-def scaled(adapter: fl.Adapter, factor: float) -> fl.Adapter:
-    found = fl.compose(f"{factor!r}*x", {"x": adapter})
-    assert isinstance(found, fl.Adapter)
-    return found
 
 
 def compared(
@@ -78,8 +115,8 @@ def compared(
     """By method: accuracy on the tested tasks as it comes (``own``) and at the length that was best on labelled rows of
     the merged ones (``swept``), that length, its own, and the seconds of the merge."""
 
-    def mean(adapter: fl.Adapter, tasks: Sequence[str], *, select: bool = False) -> float:
-        accuracies = subject.accuracies(adapter, select)
+    def mean(adapter: fl.Adapter, tasks: Sequence[str], *, strength: float = 1.0, select: bool = False) -> float:
+        accuracies = subject.accuracies(adapter, select, strength)
         return statistics.fmean(accuracies[task] for task in tasks)
 
     numbers: Numbers = {}
@@ -89,10 +126,12 @@ def compared(
         seconds = time.process_time() - start
         size = length(adapter)
         row = {"own": mean(adapter, tested), "own length": size / unit, "cpu seconds": seconds}
-        if size > 0:
-            tried = {g: mean(scaled(adapter, g * unit / size), merged, select=True) for g in LENGTHS}
+        if RESCALED.get(name, name) in numbers:
+            row |= {key: numbers[RESCALED[name]][key] for key in ("swept", "length")}
+        elif size > 0:
+            tried = {g: mean(adapter, merged, strength=g * unit / size, select=True) for g in LENGTHS}
             best = max(tried, key=lambda g: tried[g])
-            row |= {"swept": mean(scaled(adapter, best * unit / size), tested), "length": best}
+            row |= {"swept": mean(adapter, tested, strength=best * unit / size), "length": best}
         numbers[name] = row
     return numbers
 
@@ -106,15 +145,16 @@ def one_seed(name: str, seed: int, options: Namespace) -> Numbers:
         found: Numbers = {}
         for held in tasks:
             part = fl.Pool([a for a in pool.adapters if a.name != held])
-            some = {n: b for n, b in builds(subject, part).items() if n in HELD}
             rest = [t for t in tasks if t != held]
+            some = builds(subject, part, rest, HELD)
             found[held] = {"base model": base[held], **compared(subject, some, unit, rest, [held])}
         return found
     own = {a.name: subject.accuracies(a, False)[a.name] for a in pool.adapters if a.name in tasks}
+    some = builds(subject, pool, tasks, OF_TEXTS if name == "texts" else ALL)
     return {
         "base model": statistics.fmean(base.values()),
         "each adapter on its own task": statistics.fmean(own.values()),
-        "merged": compared(subject, builds(subject, pool), unit, tasks, tasks),
+        "merged": compared(subject, some, unit, tasks, tasks),
     }
 
 
@@ -142,14 +182,42 @@ def tables(data: Mapping[str, Numbers]) -> Results:
     return results
 
 
+def regrets(data: Mapping[str, Numbers]) -> dict[str, dict[str, list[float]]]:
+    """By rule without data and pool, how far it stays below the sum at its best length, one value a seed."""
+    pools = {subject: seeds for subject, seeds in data["results"].items() if subject != LEFT_OUT}
+    return {
+        name: {
+            subject: [of["merged"]["sum"]["swept"] - of["merged"][name]["own"] for of in seeds.values()]
+            for subject, seeds in pools.items()
+        }
+        for name in SHORT
+    }
+
+
+def regret_table(data: Mapping[str, Numbers]) -> str:
+    """:func:`regrets` in Markdown, with the worst pool and the mean over pools."""
+    found = regrets(data)
+    pools = list(next(iter(found.values())))
+    lines = ["### Regret: below the swept sum", "", f"| | {' | '.join(pools)} | worst | mean |"]
+    lines.append("|---" * (len(pools) + 3) + "|")
+    for name, of in found.items():
+        means = [statistics.fmean(values) for values in of.values()]
+        cells = [*map(shown, of.values()), f"{max(means):.3f}", f"{statistics.fmean(means):.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     options = arguments(__doc__, "merge_methods", {}, seeds=5, subjects=[*SUBJECTS, LEFT_OUT])
     subjects = available(options.subjects, options)
     settings = {"lengths": LENGTHS, "inputs": INPUTS, "ssr inputs": SSR_INPUTS, "methods": METHODS, "held": HELD}
+    settings |= {"parts": PARTS, "learned": LEARNED}
     data = measured("merge_methods", subjects, settings, options, one_seed)
     results = tables(data)
     results.show()
-    (options.out / "results.md").write_text(results.markdown() + "\n")
+    table = regret_table(data) if set(data["results"]) - {LEFT_OUT} else ""
+    console.print(table, markup=False)
+    (options.out / "results.md").write_text(f"{results.markdown()}\n{table}\n")
     console.print(f"written: {options.out}/results.json, results.md")
 
 

@@ -68,9 +68,7 @@ def curve_of(subject: Subject, part: fl.Adapter, target: str, strengths: list[fl
     """Accuracy on the target and the mean of the others over strengths; it ends where the target has lost enough."""
     curve = list(base)
     for strength in strengths:
-        negated = fl.compose(f"-{strength}*x", {"x": part})
-        assert isinstance(negated, fl.Adapter)
-        curve.append(point(subject.accuracies(negated, False), target))
+        curve.append(point(subject.accuracies(part, False, -strength), target))
         if curve[-1][0] < base[0][0] - max(DROPS):
             break
     return curve

@@ -14,7 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from common import console
@@ -32,22 +32,27 @@ SUBJECTS = {
 COPIES = 2  # more adapters of the first domain of the unbalanced pool
 TEXT_ROWS = {"movie": 500, "amazon": 500, "trec": 1000, "spam": 500}
 VALIDATION = slice(1000, 1060)
-TEST_STEP = 2  # every other test row: half of the time
+TEST_STEP, TEXT_STEP = 2, 3  # every other picture for a test, every third text: the time that it takes
 PLACES = 1024  # rows of inputs that a module keeps at most
-STEPS, RATE, START, LEARNED_ROWS = 40, 3e-2, 0.3, 20  # of learned coefficients; rows of a task and step
+STEPS, TEXT_STEPS, RATE, START = 40, 25, 3e-2, 0.3  # of learned coefficients
+LEARNED_ROWS, LEARNED_TEXTS = 20, 15  # of a task and step
+
+
+class Accuracies(Protocol):
+    def __call__(self, adapter: fl.Adapter | None, select: bool, strength: float = 1.0) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Adapters of one model: ``tasks`` has the task of each; ``accuracies(adapter, select)`` by task, on labelled rows
-    that select or on test rows; ``inputs(n, with_adapters)``: statistics of ``n`` unlabelled inputs a task, of the base
-    model or with each adapter in it; ``learned(pool, tasks, per, labels)``: the sum of a pool whose coefficients were
-    trained on the rows that select for the tasks, with their labels or on entropy; ``threshold``: of shared
-    directions."""
+    """Adapters of one model: ``tasks`` has the task of each; ``accuracies(adapter, select, strength)`` by task, on
+    labelled rows that select or on test rows; ``inputs(n, with_adapters)``: statistics of ``n`` unlabelled inputs a
+    task, of the base model or with each adapter in it; ``learned(pool, tasks, per, labels)``: the sum of a pool whose
+    coefficients were trained on the rows that select for the tasks, with their labels or on entropy; ``threshold``: of
+    shared directions."""
 
     pool: fl.Pool
     tasks: Mapping[str, str]
-    accuracies: Callable[[fl.Adapter | None, bool], dict[str, float]]
+    accuracies: Accuracies
     inputs: Callable[[int, bool], fl.Statistics]
     learned: Callable[[fl.Pool, Sequence[str], str, bool], fl.Adapter]
     threshold: float
@@ -87,8 +92,8 @@ def of_digits(found: Any, adapters: Mapping[str, fl.Adapter], tasks: Mapping[str
     together = {select: torch.cat([x for x, _ in of]) for select, of in rows.items()}
 
     @torch.no_grad()
-    def accuracies(adapter: fl.Adapter | None, select: bool) -> dict[str, float]:
-        state = found.base if adapter is None else found.state(deltas_of(adapter))
+    def accuracies(adapter: fl.Adapter | None, select: bool, strength: float = 1.0) -> dict[str, float]:
+        state = found.base if adapter is None else found.state(deltas_of(adapter), strength)
         classes = functional_call(found.model.eval(), state, (together[select],)).argmax(1)
         parts = classes.split([len(y) for _, y in rows[select]])
         pairs = zip(names, parts, rows[select], strict=True)
@@ -111,7 +116,7 @@ def of_digits(found: Any, adapters: Mapping[str, fl.Adapter], tasks: Mapping[str
             name: list(zip(*(t.split(LEARNED_ROWS) for t in found.validation[name]), strict=True)) for name in among
         }
         found.model.load_state_dict(found.base)
-        return learned(found.model, part, rows, lambda task, output, batch: output, per, labels)
+        return learned(found.model, part, rows, lambda task, output, batch: output, per, labels, STEPS)
 
     return Subject(pool, tasks, accuracies, inputs, learned_sum, 0.3)
 
@@ -125,10 +130,12 @@ def texts(seed: int, options: Namespace) -> Subject:
     pool = fl.Pool(adapters.values())
     few = 8 if options.quick else None
 
-    def accuracies(adapter: fl.Adapter | None, select: bool) -> dict[str, float]:
+    def accuracies(adapter: fl.Adapter | None, select: bool, strength: float = 1.0) -> dict[str, float]:
         rows = {
-            task: found.task(task)[0][VALIDATION] if select else found.task(task)[1][::TEST_STEP] for task in adapters
+            task: found.task(task)[0][VALIDATION] if select else found.task(task)[1][::TEXT_STEP] for task in adapters
         }
+        if adapter is not None and strength != 1.0:
+            adapter = scaled(adapter, strength)
         with torch.autocast("cpu", torch.bfloat16):  # a third of the time where the processor has instructions for it
             return {task: found.accuracy(adapter, task, own[:few]) for task, own in rows.items()}
 
@@ -145,15 +152,21 @@ def texts(seed: int, options: Namespace) -> Subject:
         batches = {}
         for task in among:
             rows = found.task(task)[0][VALIDATION]
-            parts = [rows[i : i + LEARNED_ROWS] for i in range(0, len(rows), LEARNED_ROWS)][: 1 if few else None]
+            parts = [rows[i : i + LEARNED_TEXTS] for i in range(0, len(rows), LEARNED_TEXTS)][: 1 if few else None]
             batches[task] = [(found.tokens([t for t, _ in p]), torch.tensor([y for _, y in p])) for p in parts]
 
         def logits(task: str, output: Any, batch: Any) -> torch.Tensor:
             return found.logits(output, batch, found.task(task)[2])
 
-        return learned(found.model, part, batches, logits, per, labels, steps=2 if few else STEPS)
+        return learned(found.model, part, batches, logits, per, labels, steps=2 if few else TEXT_STEPS)
 
     return Subject(pool, {name: name for name in adapters}, accuracies, inputs, learned_sum, 0.15)
+
+
+def scaled(adapter: fl.Adapter, factor: float) -> fl.Adapter:
+    found = fl.compose(f"{factor!r}*x", {"x": adapter})
+    assert isinstance(found, fl.Adapter)
+    return found
 
 
 def learned(
@@ -163,7 +176,7 @@ def learned(
     logits: Callable[[str, Any, Any], torch.Tensor],
     per: Any,
     labels: bool,
-    steps: int = STEPS,
+    steps: int,
 ) -> fl.Adapter:
     """``Σ λ_i ΔW_i`` with the ``λ`` in ``[0, 1]`` of least cross-entropy with the labels of the ``(batch, labels)`` of
     every task, or of least entropy."""

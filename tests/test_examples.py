@@ -246,18 +246,43 @@ def test_negation_by_inputs_runs(load: Any, subject: Any, monkeypatch: pytest.Mo
 def test_merge_methods_run(load: Any, subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     methods = load("merge_methods")
     monkeypatch.setattr(methods, "INPUTS", [8])
-    found = methods.builds(subject, subject.pool)
-    assert len(found) == len(methods.METHODS) + 2
+    monkeypatch.setattr(methods, "PARTS", [(1.0, 8)])
+    monkeypatch.setattr(load("subjects"), "STEPS", 1)
     names = subject.pool.names
-    some = {n: found[n] for n in ("sum", "mean", "RegMean, 8 inputs a task")}
+    few = ["sum", "mean", "RegMean, 8 inputs a task", "sum of parts by 8 inputs a task, μ = 1", *methods.LEARNED]
+    some = methods.builds(subject, subject.pool, names[:2], few)
+    assert list(some) == few
     unit = methods.length(subject.pool.adapters[0])
     rows = methods.compared(subject, some, unit, names[:2], names[2:])
     assert rows["sum"]["own length"] == pytest.approx(3 * rows["mean"]["own length"])
     assert rows["sum"]["swept"] == rows["mean"]["swept"] and rows["sum"]["length"] in methods.LENGTHS
-    size = rows["sum"]["own length"] * unit
-    total = found["sum"]()
-    assert methods.length(methods.scaled(total, 0.5 * unit / size)) == pytest.approx(0.5 * unit)
+    total, length = some["sum"](), rows["sum"]["length"]
     assert rows["sum"]["own"] == subject.accuracies(total, False)[names[2]]
+    size = rows["sum"]["own length"] * unit
+    resized = load("subjects").scaled(total, length * unit / size)
+    assert methods.length(resized) == pytest.approx(length * unit)
+    assert rows["sum"]["swept"] == subject.accuracies(resized, False)[names[2]]
+    found = methods.regrets({"results": {"x": {"0": {"merged": rows | dict.fromkeys(methods.SHORT, rows["sum"])}}}})
+    assert found["mean"] == {"x": [rows["sum"]["swept"] - rows["sum"]["own"]]}
+
+
+def test_learned_coefficients_of_digits_lessen_their_loss(load: Any, digits: Any, subject: Any) -> None:
+    names = subject.pool.names
+    batches = {n: [(digits.validation[n][0][:20], digits.validation[n][1][:20])] for n in names}
+
+    def loss(adapter: Any) -> float:
+        state = digits.state(load("digits").deltas_of(adapter))
+        logits = {n: torch.func.functional_call(digits.model, state, (x,)) for n, [(x, _)] in batches.items()}
+        return sum(float(torch.nn.functional.cross_entropy(logits[n], y)) for n, [(_, y)] in batches.items())
+
+    digits.model.load_state_dict(digits.base)
+    made = [
+        load("subjects").learned(
+            digits.model, subject.pool, batches, lambda task, output, batch: output, "task", True, n
+        )
+        for n in (1, 8)
+    ]
+    assert loss(made[1]) < loss(made[0])
 
 
 def test_what_was_measured_is_not_measured_again(load: Any, tmp_path: Path) -> None:

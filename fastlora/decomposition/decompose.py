@@ -24,6 +24,7 @@ from fastlora.engine.checks import require_finite_extras
 from fastlora.engine.schedule import GroupPart, parts, rtol_or_default
 from fastlora.errors import InputError
 from fastlora.merging.input_rows import Statistics
+from fastlora.merging.site_factors import RIDGE
 from fastlora.ops.chain import check_cuts
 from fastlora.runtime import devices
 from fastlora.runtime.cpython import paused_collector
@@ -33,9 +34,6 @@ DEFAULT_THRESHOLD = 0.85
 
 RHO = 0.01
 """ρ of a weighting by energy."""
-
-RIDGE = 1e-4
-"""ε of a decomposition by inputs, of the mean of the diagonal."""
 
 MODES = ("pool", "pairs", "iterative")
 

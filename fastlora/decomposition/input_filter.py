@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastlora.core.factors import Factor, Term, add
 from fastlora.core.updates import Update
-from fastlora.errors import InputError
+from fastlora.merging.site_factors import factored, inverse_root, mean_scales, over_rows, weighted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,23 +28,22 @@ class Site:
     """One input of the model: rows that the adapters saw. ``rows``: ``[N_i, m]`` of each, as they are stored.
     ``scales``: ``1/√N_i`` of each.
 
-    ``gram``: their products ``[N, N]`` where ``N ≤ m``, else ``None``. What was computed on the way: ``factors``, for
-    ``μ = 1`` and a ridge; ``covariance``, ``ΣC_i [m, m]`` where ``N > m``.
+    ``gram``: their products ``[N, N]`` where ``N ≤ m``, else ``None``. What was computed on the way: ``roots``, for
+    ``μ = 1`` and a ridge (:func:`inverse_root`); ``covariance``, ``ΣC_i [m, m]`` where ``N > m``.
     """
 
     rows: tuple[Tensor, ...]
     gram: Tensor | None
     scales: list[float]
-    factors: dict[float, tuple[Tensor | None, float]] = field(default_factory=dict)
+    roots: dict[float, tuple[Tensor | None, float]] = field(default_factory=dict)
     covariance: list[Tensor] = field(default_factory=list)
 
     @staticmethod
     def of(
-        rows: Sequence[Tensor], gram: Tensor | None, factors: dict[float, tuple[Tensor | None, float]] | None = None
+        rows: Sequence[Tensor], gram: Tensor | None, roots: dict[float, tuple[Tensor | None, float]] | None = None
     ) -> Site:
-        """A site; ``factors`` where they are kept for other times."""
-        scales = [1.0 / math.sqrt(max(len(x), 1)) for x in rows]
-        return Site(tuple(rows), gram, scales, {} if factors is None else factors)
+        """A site; ``roots`` where they are kept for other times."""
+        return Site(tuple(rows), gram, mean_scales(rows), {} if roots is None else roots)
 
     @property
     def width(self) -> int:
@@ -54,11 +53,6 @@ class Site:
     def weights(self, t: int, mu: float) -> list[float]:
         """What the rows of each are multiplied with in ``Y``: ``1/√N_t`` of the own ones, ``√(μ/N_j)`` of others."""
         return [s * (1.0 if i == t else math.sqrt(mu)) for i, s in enumerate(self.scales)]
-
-    def over_rows(self, numbers: Sequence[float]) -> Tensor:
-        """A number of each as one of every row: ``[N]``."""
-        counts = torch.tensor([len(x) for x in self.rows])
-        return torch.tensor(numbers, dtype=torch.float64).repeat_interleave(counts)
 
     def own_covariance(self, t: int) -> Tensor:
         """``C_t [m, m]``."""
@@ -77,30 +71,18 @@ class Site:
         """Of the matrix that is factored."""
         return self.width if self.gram is None else len(self.gram)
 
-    def factor(self, t: int, mu: float, ridge: float) -> tuple[Tensor | None, float]:
-        """The Cholesky factor of :meth:`operator` with ``ε`` on its diagonal, and ``ε``; ``None`` where all rows are
-        zero. For ``μ = 1`` it is kept."""
-        if mu == 1.0 and ridge in self.factors:
-            return self.factors[ridge]
-        matrix = self.operator(t, mu)
-        epsilon = ridge * float(matrix.diagonal().sum()) / self.width
-        factor = None
-        if epsilon > 0.0:
-            matrix.diagonal().add_(epsilon)
-            factor, info = torch.linalg.cholesky_ex(matrix)
-            if int(info):
-                raise InputError(
-                    f"ridge={ridge:g} is lost in the rounding of the inputs' products; give a larger one, such as 1e-8"
-                )
-        if mu == 1.0:
-            self.factors[ridge] = factor, epsilon
-        return factor, epsilon
+    def root(self, ridge: float) -> tuple[Tensor | None, float]:
+        """``L⁻¹`` of :meth:`operator` for ``μ = 1`` and a Gram matrix, and ``ε``; kept."""
+        assert self.gram is not None
+        if ridge not in self.roots:
+            weights = over_rows(self.weights(0, 1.0), self.rows)
+            self.roots[ridge] = inverse_root(self.gram, weights, ridge, self.width)
+        return self.roots[ridge]
 
     def operator(self, t: int, mu: float) -> Tensor:
         """``YYᵀ`` or ``YᵀY``, whichever is the smaller, with the weights of an adapter; a new matrix."""
         if self.gram is not None:
-            d = self.over_rows(self.weights(t, mu))
-            return (self.gram * d).mul_(d[:, None])
+            return weighted(self.gram, over_rows(self.weights(t, mu), self.rows))
         total = self.whole_covariance() * mu
         return total if mu == 1.0 else total.add_(self.own_covariance(t), alpha=1.0 - mu)
 
@@ -169,13 +151,15 @@ def solved(site: Site, products: Sequence[tuple[int, Tensor]], mu: float, ridge:
 
     Raises :class:`InputError` for a ridge that rounding hides.
     """
+    if mu == 1.0 and site.gram is not None:
+        return _by_root(site, products, ridge)
     groups: dict[int, list[int]] = {}
     for i, (t, _) in enumerate(products):
         groups.setdefault(0 if mu == 1.0 else t, []).append(i)
     places, scales = places_of(site.rows), site.scales
     found: dict[int, tuple[Tensor, float]] = {}
     for members in groups.values():
-        factor, epsilon = site.factor(products[members[0]][0], mu, ridge)
+        factor, epsilon = factored(site.operator(products[members[0]][0], mu), ridge, site.width)
         sizes = [len(products[i][1]) for i in members]
         right = torch.zeros(sum(sizes), site.size, dtype=torch.float64)
         if factor is not None:
@@ -188,3 +172,23 @@ def solved(site: Site, products: Sequence[tuple[int, Tensor]], mu: float, ridge:
             right = torch.cholesky_solve(right.mT, factor).mT  # rows are contiguous
         found |= {i: (row, epsilon) for i, row in zip(members, torch.split_with_sizes(right, sizes), strict=True)}
     return [found[i] for i in range(len(products))]
+
+
+def _by_root(site: Site, products: Sequence[tuple[int, Tensor]], ridge: float) -> list[tuple[Tensor, float]]:
+    """:func:`solved` for ``μ = 1``: ``([A Y_tᵀ, 0] L⁻ᵀ) L⁻¹``. The rows of ``t`` and those below are all that the first
+    product meets, since ``L⁻¹`` is triangular."""
+    root, epsilon = site.root(ridge)
+    members: dict[int, list[int]] = {}
+    for i, (t, _) in enumerate(products):
+        members.setdefault(t, []).append(i)
+    places = places_of(site.rows)
+    found: dict[int, Tensor] = {}
+    for t, mine in members.items():
+        own = torch.cat([products[i][1] for i in mine])
+        if root is None:
+            solution = torch.zeros(len(own), site.size, dtype=torch.float64)
+        else:
+            below = root[places[t].start :]
+            solution = (own * site.scales[t] @ below[:, places[t]].mT) @ below
+        found |= zip(mine, torch.split_with_sizes(solution, [len(products[i][1]) for i in mine]), strict=True)
+    return [(found[i], epsilon) for i in range(len(products))]

@@ -266,28 +266,24 @@ def _sites(pool: Pool, inputs: Statistics, label: str) -> Iterator[list[tuple[_G
     the statistics, unless memory is bounded."""
     groups = _groups(pool, inputs)
     counts = [sum(len(inputs.of[n].rows[s]) for n, s in group.places) for group in groups]
+    keep = not is_bounded()
     for some in track(split_to_fit([8 * n * n for n in counts], SITE_BYTES), label):
         chosen = [groups[i] for i in some]
         rows = [tuple(inputs.of[n].rows[s] for n, s in group.places) for group in chosen]
-        grams = iter(
-            inputs.grams([g.places for g, x in zip(chosen, rows, strict=True) if is_dual(x)], keep=not is_bounded())
-        )
+        dual = [g.places for g, x in zip(chosen, rows, strict=True) if is_dual(x)]
+        grams = iter(inputs.grams(dual, keep=keep))
         sites = []
         for group, own in zip(chosen, rows, strict=True):
             gram = next(grams) if is_dual(own) else None
-            sites.append(Site.of(own, gram, None if is_bounded() or gram is None else inputs.kept(group.places)))
+            sites.append(Site.of(own, gram, None if gram is None else inputs.kept(group.places, keep=keep)))
         yield list(zip(chosen, sites, strict=True))
         factors = sources(a.updates[m] for group in chosen for m in group.modules for a in _having(pool, m))
         release([*itertools.chain.from_iterable(rows), *factors])
 
 
 def _groups(pool: Pool, inputs: Statistics) -> list[_Group]:
-    groups: dict[Places, list[str]] = {}
-    for module in pool.modules:
-        if _has_inputs(pool, module):
-            sites = [(n, inputs.of[n].sites.get(module)) for n in pool.names]
-            groups.setdefault(tuple((n, s) for n, s in sites if s is not None), []).append(module)
-    return [_Group(modules, places) for places, modules in groups.items()]
+    wanted = [m for m in pool.modules if _has_inputs(pool, m)]
+    return [_Group(modules, places) for places, modules in inputs.places(wanted, pool.names).items()]
 
 
 def _own_products(

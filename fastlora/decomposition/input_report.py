@@ -12,6 +12,7 @@ from torch import Tensor
 from fastlora.core.updates import Update
 from fastlora.decomposition.input_filter import Filter, Site, places_of, solved
 from fastlora.engine.row_products import products_with_rows
+from fastlora.merging.site_factors import over_rows
 
 STEPS = (0.1, 1.0, 10.0)
 """Multiples of μ that a report compares."""
@@ -81,7 +82,7 @@ def measured(
     factors = [update.A for update, *_ in filters]
     products = products_with_rows([factors] * len(site.rows), site.rows)
     whole = [torch.cat(of_rows, 1) for of_rows in zip(*products, strict=True)]  # A Xᵀ of each, [r, N]
-    places, scales = places_of(site.rows), site.over_rows(site.scales)
+    places, scales = places_of(site.rows), over_rows(site.scales, site.rows)
     own = [(f.t, x[:, places[f.t]]) for (_, f, *_), x in zip(filters, whole, strict=True)]
     at: list[list[tuple[float, float, float]]] = [[] for _ in filters]
     for step in STEPS:
@@ -106,7 +107,7 @@ def _outputs(site: Site, t: int, found: Tensor, mu: float) -> tuple[Tensor, Tens
     """``A'Xᵀ [r, N]`` and ``A'A'ᵀ [r, r]`` of what was solved."""
     if site.gram is None:
         return torch.cat([found @ x.double().mT for x in site.rows], 1), found @ found.mT
-    on_rows = found * site.over_rows(site.weights(t, mu))
+    on_rows = found * over_rows(site.weights(t, mu), site.rows)
     outputs = on_rows @ site.gram
     return outputs, outputs @ on_rows.mT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,114 @@ def test_an_idle_module_and_nan_are_refused() -> None:
     with pytest.raises(NonFiniteError, match="inputs of module 'q' hold NaN"):
         fl.statistics(model, batches(1), ["q"])
     assert not model.q._forward_pre_hooks
+
+
+def wide(seed: int, out: int = 64) -> Any:
+    """A model with inputs of 64 numbers, of which 8 rows for each of two adapters are few, and batches for it."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, out))
+    return model, {n: [torch.randn(8, 64)] for n in "ab"}
+
+
+def pool_for(model: Any, names: str = "ab") -> fl.Pool:
+    pairs = {m: (torch.randn(len(model[int(m)].weight), 2), torch.randn(2, 64)) for m in "02"}
+    return fl.Pool([fl.Adapter.from_tensors(pairs, name=n) for n in names])
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+@pytest.mark.parametrize("memory", [None, 2**28])
+def test_products_are_collected_and_saved_with_their_rows(
+    names: str, memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastlora.merging import input_rows
+
+    model, given = wide(0)
+    pool = pool_for(model, names)
+    data = fl.statistics(model, given, pool.modules)
+    fresh = fl.decompose(pool, inputs=fl.Statistics(data.of))
+    loaded = fl.Statistics.load(data.save(tmp_path / "s.safetensors"))
+    second = fl.Statistics.load(loaded.save(tmp_path / "again.safetensors"))
+    monkeypatch.setattr(input_rows, "row_grams", lambda sites: [None for _ in sites] if sites else [])
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", None)
+    for statistics in (data, loaded, second):
+        found = fl.decompose(pool, inputs=statistics, memory=memory)
+        for name in names:
+            for module in pool.modules:
+                wanted = fresh.unique_of(name).delta(module)
+                assert torch.equal(found.unique_of(name).delta(module), wanted)
+
+
+def test_products_larger_than_their_rows_are_left_for_later(tmp_path: Path) -> None:
+    model, given = wide(1)
+    small = fl.statistics(model, given, ["0", "2"])
+    large = fl.statistics(model, {n: [*b, torch.randn(1, 64)] for n, b in given.items()}, ["0", "2"])
+    few, more = (s.save(tmp_path / f"{i}.safetensors") for i, s in enumerate((small, large)))
+    rows = 2 * 2 * 8 * 64 * 4
+    assert len(load_file(more)) == 4 and len(load_file(few)) == 4 + 2 * 2
+    assert sum(x.nbytes for x in load_file(few).values()) == 2 * rows, "they take no more than the rows"
+    fl.decompose(pool_for(model), inputs=large)
+    large.save(more, overwrite=True)
+    assert len(load_file(more)) == 4, "also when they are there"
+
+
+def test_products_of_one_adapter_stay_where_statistics_are_joined() -> None:
+    model, given = wide(2)
+    parts = [fl.statistics(model, {n: given[n]}, ["0", "2"]) for n in "ab"]
+    joined = parts[0] | parts[1]
+    one = joined.places(["0"], ["b"])
+    assert list(one) == [(("b", "0"),)] and torch.equal(*(s.grams(list(one))[0] for s in (joined, parts[1])))
+    assert joined.grams(list(one))[0] is parts[1].grams(list(one))[0]
+
+
+def test_zero_rows_have_products_and_no_root(tmp_path: Path) -> None:
+    model, given = wide(3)
+    data = fl.statistics(model, {n: [torch.zeros_like(x) for x in b] for n, b in given.items()}, ["0"])
+    again = fl.Statistics.load(data.save(tmp_path / "s.safetensors"))
+    (places,) = again.places(["0"], list("ab"))
+    assert float(again.grams([places])[0].norm()) == 0.0 and not again.kept(places)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, _: t.update({"/0/products": t["/0/products"][:-1].contiguous()}), "do not belong to its rows"),
+        (lambda t, _: t.update({"/0/root": t["/0/root"].float()}), "do not belong to its rows"),
+        (lambda t, _: t.pop("/0/root"), "do not belong to its rows"),
+        (lambda t, _: t["/0/products"].fill_(torch.nan), "products of its rows hold NaN"),
+        (lambda _, d: d["products"][0]["places"].append(["c", "0"]), "do not belong to its rows"),
+        (lambda _, d: d["products"][0].update(epsilon=-1.0), "do not belong to its rows"),
+        (lambda _, d: d["products"].insert(0, 3), "do not belong to its rows"),
+        (lambda _, d: d.update(products={}), "holds no statistics"),
+        (lambda _, d: d.pop("products"), "'/0/root' belongs to no adapter"),
+    ],
+    ids=["fewer", "float32", "no root", "nan", "unknown", "epsilon", "number", "table", "untold"],
+)
+def test_damaged_products_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    model, given = wide(4)
+    path = fl.statistics(model, given, ["0"]).save(tmp_path / "s.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors, told = dict(load_file(path)), json.loads(metadata["fastlora"])
+    change(tensors, told)
+    save_file(tensors, tmp_path / "t.safetensors", {**metadata, "fastlora": json.dumps(told)})
+    with pytest.raises((InputError, NonFiniteError), match=message):
+        fl.Statistics.load(tmp_path / "t.safetensors")
+
+
+def test_files_without_products_are_read(tmp_path: Path) -> None:
+    """As they were written before there were any."""
+    model, given = wide(5)
+    data = fl.statistics(model, given, ["0", "2"])
+    from safetensors import safe_open
+
+    with safe_open(data.save(tmp_path / "s.safetensors"), framework="pt") as file:
+        metadata = file.metadata()
+    told = json.loads(metadata["fastlora"])
+    del told["products"]
+    rows = {k: x for k, x in load_file(tmp_path / "s.safetensors").items() if not k.startswith("/")}
+    save_file(rows, tmp_path / "old.safetensors", {**metadata, "fastlora": json.dumps(told)})
+    pool = pool_for(model)
+    one, two = (fl.decompose(pool, inputs=s) for s in (data, fl.Statistics.load(tmp_path / "old.safetensors")))
+    assert torch.equal(one.unique_of("a").delta("0"), two.unique_of("a").delta("0"))
