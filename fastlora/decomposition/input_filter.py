@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastlora.core.factors import Factor, Term, add
 from fastlora.core.updates import Update
-from fastlora.merging.site_factors import factored, inverse_root, mean_scales, over_rows, weighted
+from fastlora.merging.site_factors import factored, inverse_of, mean_scales, over_rows, weighted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,22 +28,22 @@ class Site:
     """One input of the model: rows that the adapters saw. ``rows``: ``[N_i, m]`` of each, as they are stored.
     ``scales``: ``1/√N_i`` of each.
 
-    ``gram``: their products ``[N, N]`` where ``N ≤ m``, else ``None``. What was computed on the way: ``roots``, for
-    ``μ = 1`` and a ridge (:func:`inverse_root`); ``covariance``, ``ΣC_i [m, m]`` where ``N > m``.
+    ``gram``: their products ``[N, N]`` where ``N ≤ m``, else ``None``. What was computed on the way: ``inverses``, for
+    ``μ = 1`` and a ridge (:func:`inverse_of`); ``covariance``, ``ΣC_i [m, m]`` where ``N > m``.
     """
 
     rows: tuple[Tensor, ...]
     gram: Tensor | None
     scales: list[float]
-    roots: dict[float, tuple[Tensor | None, float]] = field(default_factory=dict)
+    inverses: dict[float, tuple[Tensor | None, float]] = field(default_factory=dict)
     covariance: list[Tensor] = field(default_factory=list)
 
     @staticmethod
     def of(
-        rows: Sequence[Tensor], gram: Tensor | None, roots: dict[float, tuple[Tensor | None, float]] | None = None
+        rows: Sequence[Tensor], gram: Tensor | None, inverses: dict[float, tuple[Tensor | None, float]] | None = None
     ) -> Site:
-        """A site; ``roots`` where they are kept for other times."""
-        return Site(tuple(rows), gram, mean_scales(rows), {} if roots is None else roots)
+        """A site; ``inverses`` where they are kept for other times."""
+        return Site(tuple(rows), gram, mean_scales(rows), {} if inverses is None else inverses)
 
     @property
     def width(self) -> int:
@@ -71,13 +71,13 @@ class Site:
         """Of the matrix that is factored."""
         return self.width if self.gram is None else len(self.gram)
 
-    def root(self, ridge: float) -> tuple[Tensor | None, float]:
-        """``L⁻¹`` of :meth:`operator` for ``μ = 1`` and a Gram matrix, and ``ε``; kept."""
+    def inverse(self, ridge: float) -> tuple[Tensor | None, float]:
+        """The inverse of :meth:`operator` for ``μ = 1``, with ``ε`` on its diagonal, and ``ε``; kept. With ``gram``."""
         assert self.gram is not None
-        if ridge not in self.roots:
+        if ridge not in self.inverses:
             weights = over_rows(self.weights(0, 1.0), self.rows)
-            self.roots[ridge] = inverse_root(self.gram, weights, ridge, self.width)
-        return self.roots[ridge]
+            self.inverses[ridge] = inverse_of(self.gram, weights, ridge, self.width)
+        return self.inverses[ridge]
 
     def operator(self, t: int, mu: float) -> Tensor:
         """``YYᵀ`` or ``YᵀY``, whichever is the smaller, with the weights of an adapter; a new matrix."""
@@ -152,7 +152,7 @@ def solved(site: Site, products: Sequence[tuple[int, Tensor]], mu: float, ridge:
     Raises :class:`InputError` for a ridge that rounding hides.
     """
     if mu == 1.0 and site.gram is not None:
-        return _by_root(site, products, ridge)
+        return _by_inverse(site, products, ridge)
     groups: dict[int, list[int]] = {}
     for i, (t, _) in enumerate(products):
         groups.setdefault(0 if mu == 1.0 else t, []).append(i)
@@ -174,10 +174,9 @@ def solved(site: Site, products: Sequence[tuple[int, Tensor]], mu: float, ridge:
     return [found[i] for i in range(len(products))]
 
 
-def _by_root(site: Site, products: Sequence[tuple[int, Tensor]], ridge: float) -> list[tuple[Tensor, float]]:
-    """:func:`solved` for ``μ = 1``: ``([A Y_tᵀ, 0] L⁻ᵀ) L⁻¹``. The rows of ``t`` and those below are all that the first
-    product meets, since ``L⁻¹`` is triangular."""
-    root, epsilon = site.root(ridge)
+def _by_inverse(site: Site, products: Sequence[tuple[int, Tensor]], ridge: float) -> list[tuple[Tensor, float]]:
+    """:func:`solved` for ``μ = 1``: ``A Y_tᵀ`` times the rows of ``t`` of the inverse."""
+    inverse, epsilon = site.inverse(ridge)
     members: dict[int, list[int]] = {}
     for i, (t, _) in enumerate(products):
         members.setdefault(t, []).append(i)
@@ -185,10 +184,9 @@ def _by_root(site: Site, products: Sequence[tuple[int, Tensor]], ridge: float) -
     found: dict[int, Tensor] = {}
     for t, mine in members.items():
         own = torch.cat([products[i][1] for i in mine])
-        if root is None:
+        if inverse is None:
             solution = torch.zeros(len(own), site.size, dtype=torch.float64)
         else:
-            below = root[places[t].start :]
-            solution = (own * site.scales[t] @ below[:, places[t]].mT) @ below
+            solution = own.mul_(site.scales[t]) @ inverse[places[t]]
         found |= zip(mine, torch.split_with_sizes(solution, [len(products[i][1]) for i in mine]), strict=True)
     return [(found[i], epsilon) for i in range(len(products))]

@@ -22,13 +22,13 @@ from fastlora.files.json_files import shown
 from fastlora.files.output import replacing
 from fastlora.files.tensor_files import SAFETENSORS, read_safetensors
 from fastlora.files.tensor_writing import TensorFile
-from fastlora.merging.site_factors import RIDGE, inverse_root, mean_scales, over_rows
+from fastlora.merging.site_factors import RIDGE, inverse_of, mean_scales, over_rows
 from fastlora.ops.finite import is_finite
 from fastlora.runtime.progress import track
 
 KIND = "statistics"
 PRODUCTS = "products"
-"""What names the products of rows in a file: `/I/products` and `/I/root` of the `I`-th site with any."""
+"""What names the products of rows in a file: `/I/products` and `/I/inverse` of the `I`-th site with any."""
 
 Places = tuple[tuple[str, str], ...]
 """Rows of some adapters: ``(adapter, site)`` of each."""
@@ -85,7 +85,7 @@ class Statistics:
         """Computes what a decomposition of all adapters with ``mu=1`` needs of rows alone, where that takes no more
         bytes than the rows; returns itself.
 
-        Cost: ``N²·m + 4N³/3`` operations in float64 an input of the model, for all ``N`` rows there.
+        Cost: ``N²·m + N³`` operations in float64 an input of the model, for all ``N`` rows there.
         """
         modules = dict.fromkeys(m for own in self.of.values() for m in own.sites)
         sites = [places for places in self.places(modules, list(self.of)) if self._is_small(places)]
@@ -95,11 +95,11 @@ class Statistics:
             if RIDGE not in kept:
                 rows = [self.of[name].rows[site] for name, site in places]
                 weights = over_rows(mean_scales(rows), rows)
-                kept[RIDGE] = inverse_root(gram, weights, RIDGE, rows[0].shape[1])
+                kept[RIDGE] = inverse_of(gram, weights, RIDGE, rows[0].shape[1])
         return self
 
     def _is_small(self, places: Places) -> bool:
-        """Whether products and root take no more room than the rows, and rows are no more than columns."""
+        """Whether products and inverse take no more room than the rows, and rows are no more than columns."""
         rows = [self.of[name].rows[site] for name, site in places]
         if len({x.shape[1] for x in rows}) > 1:
             return False
@@ -190,9 +190,9 @@ class Statistics:
         """What the file says of the products of a site, which go to the ``tensors``."""
         tensors[f"/{i}/products"] = self._grams[places]
         told: dict[str, object] = {"places": places}
-        root, epsilon = self._kept.get(places, {}).get(RIDGE, (None, 0.0))
-        if root is not None:
-            tensors[f"/{i}/root"] = root
+        inverse, epsilon = self._kept.get(places, {}).get(RIDGE, (None, 0.0))
+        if inverse is not None:
+            tensors[f"/{i}/inverse"] = inverse
             told["epsilon"] = epsilon
         return told
 
@@ -205,17 +205,17 @@ class Statistics:
             epsilon = told.get("epsilon")  # type: ignore[attr-defined]
         except (AttributeError, KeyError, TypeError, ValueError):
             raise wrong from None
-        names = [f"/{i}/products", f"/{i}/root"][: 1 if epsilon is None else 2]
+        names = [f"/{i}/products", f"/{i}/inverse"][: 1 if epsilon is None else 2]
         own = [tensors.get(name) for name in names]
         square = all(x is not None and x.shape == (N, N) and x.dtype == torch.float64 for x in own)
         if not square or not (epsilon is None or (isinstance(epsilon, float) and 0 < epsilon < math.inf)):
             raise wrong
-        gram, *root = [x for x in own if x is not None]
-        if not all(is_finite(x) for x in (gram, *root)):
+        gram, *inverse = [x for x in own if x is not None]
+        if not all(is_finite(x) for x in (gram, *inverse)):
             raise NonFiniteError(f"{file}: the products of its rows hold NaN or Inf; collect the statistics again")
         self._grams[places] = gram
-        if root and epsilon is not None:
-            self._kept[places] = {RIDGE: (root[0], epsilon)}
+        if inverse and epsilon is not None:
+            self._kept[places] = {RIDGE: (inverse[0], epsilon)}
         return set(names)
 
 

@@ -37,18 +37,14 @@ def factored(matrix: Tensor, ridge: float, width: int) -> tuple[Tensor | None, f
     return factor, epsilon
 
 
-def inverse_root(gram: Tensor, weights: Tensor, ridge: float, width: int) -> tuple[Tensor | None, float]:
-    """``L⁻¹ [N, N]`` of ``YYᵀ + εI = LLᵀ``, and ``ε``; ``None`` where all rows are zero.
+def inverse_of(gram: Tensor, weights: Tensor, ridge: float, width: int) -> tuple[Tensor | None, float]:
+    """``(YYᵀ + εI)⁻¹ [N, N]`` and ``ε``; ``None`` where all rows are zero.
 
-    Products with ``L⁻¹`` cost what triangular solves do, and take a quarter of the time for few right sides. Their
-    error is that of solves, the rounding times the condition of ``YYᵀ + εI``: what is divided is ``AYᵀ``, and
-    ``‖L⁻¹Y‖ ≤ 1``. Cost: ``4N³/3`` operations in float64.
+    What it is multiplied with is ``AYᵀ`` on one side and ``Y`` on the other, so that errors are those of solves: the
+    rounding times the condition of ``YYᵀ + εI``, at most ``m/ridge``. Cost: ``N³`` operations in float64.
     """
     factor, epsilon = factored(weighted(gram, weights), ridge, width)
-    if factor is None:
-        return None, epsilon
-    eye = torch.eye(len(factor), dtype=torch.float64)
-    return torch.linalg.solve_triangular(factor, eye, upper=False).contiguous(), epsilon
+    return None if factor is None else torch.cholesky_inverse(factor).contiguous(), epsilon
 
 
 def over_rows(numbers: Sequence[float], rows: Sequence[Tensor]) -> Tensor:

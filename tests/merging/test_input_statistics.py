@@ -251,7 +251,7 @@ def test_products_of_one_adapter_stay_where_statistics_are_joined() -> None:
     assert joined.grams(list(one))[0] is parts[1].grams(list(one))[0]
 
 
-def test_zero_rows_have_products_and_no_root(tmp_path: Path) -> None:
+def test_zero_rows_have_products_and_no_inverse(tmp_path: Path) -> None:
     model, given = wide(3)
     data = fl.statistics(model, {n: [torch.zeros_like(x) for x in b] for n, b in given.items()}, ["0"])
     again = fl.Statistics.load(data.save(tmp_path / "s.safetensors"))
@@ -263,16 +263,16 @@ def test_zero_rows_have_products_and_no_root(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda t, _: t.update({"/0/products": t["/0/products"][:-1].contiguous()}), "do not belong to its rows"),
-        (lambda t, _: t.update({"/0/root": t["/0/root"].float()}), "do not belong to its rows"),
-        (lambda t, _: t.pop("/0/root"), "do not belong to its rows"),
+        (lambda t, _: t.update({"/0/inverse": t["/0/inverse"].float()}), "do not belong to its rows"),
+        (lambda t, _: t.pop("/0/inverse"), "do not belong to its rows"),
         (lambda t, _: t["/0/products"].fill_(torch.nan), "products of its rows hold NaN"),
         (lambda _, d: d["products"][0]["places"].append(["c", "0"]), "do not belong to its rows"),
         (lambda _, d: d["products"][0].update(epsilon=-1.0), "do not belong to its rows"),
         (lambda _, d: d["products"].insert(0, 3), "do not belong to its rows"),
         (lambda _, d: d.update(products={}), "holds no statistics"),
-        (lambda _, d: d.pop("products"), "'/0/root' belongs to no adapter"),
+        (lambda _, d: d.pop("products"), "'/0/inverse' belongs to no adapter"),
     ],
-    ids=["fewer", "float32", "no root", "nan", "unknown", "epsilon", "number", "table", "untold"],
+    ids=["fewer", "float32", "no inverse", "nan", "unknown", "epsilon", "number", "table", "untold"],
 )
 def test_damaged_products_are_refused(change: Any, message: str, tmp_path: Path) -> None:
     model, given = wide(4)
