@@ -192,5 +192,5 @@ def test_an_error_of_one_rank_is_that_of_all() -> None:
     pool = pool_of(2, alike=True)
     huge = dict.fromkeys(pool.names, 1e160)
     for count in (1, 2):
-        with pytest.raises(InputError, match="change the weights"):
+        with pytest.raises(InputError, match="lower the weights"):
             on_ranks(count, lambda: fl.merge(pool, huge, method="tsv"))
