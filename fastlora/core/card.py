@@ -143,8 +143,11 @@ def recipe_data(provenance: object, depth: int = 0) -> object:
 
 def recipe_yaml(provenance: Mapping[str, object]) -> str:
     """:func:`recipe_data` as text, without paths of this machine; nothing for an adapter as it was read."""
-    data = recipe_data(provenance)
-    return "\n".join(_yaml(data)) if isinstance(data, dict) and data else ""
+    return "\n".join(_recipe_yaml_lines(recipe_data(provenance)))
+
+
+def _recipe_yaml_lines(data: object) -> list[str]:
+    return _yaml(data) if isinstance(data, dict) and data else []
 
 
 def _digest(text: bytes) -> str:
@@ -168,7 +171,8 @@ def _table(rows: Mapping[str, str]) -> Iterable[str]:
 
 
 def _recipe_lines(provenance: Mapping[str, object]) -> Iterable[str]:
-    data, lines = recipe_data(provenance), recipe_yaml(provenance).splitlines()
+    data = recipe_data(provenance)
+    lines = _recipe_yaml_lines(data)
     if not isinstance(data, dict) or not lines:
         return
     more = len(lines) - LONGEST_RECIPE

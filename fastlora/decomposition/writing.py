@@ -15,6 +15,7 @@ import torch
 from fastlora.adapters.lora import Adapter
 from fastlora.files.earlier import Overwrite
 from fastlora.files.output import OutputDirectory
+from fastlora.files.small_files import make_folder
 from fastlora.formats import suffix_of, write_adapters
 
 
@@ -85,7 +86,7 @@ def write_parts(
         for i, adapters in enumerate(parts):
             targets = {staging / f"{place}{suffix_of(a, format)}": a for place, a in adapters.items()}
             for target, adapter in targets.items():
-                (target.parent if suffix_of(adapter, format) else target).mkdir(parents=True, exist_ok=True)
+                make_folder(target.parent if suffix_of(adapter, format) else target)
             # Reports need no kernels, so they are made while results are written.
             meanwhile = functools.partial(write_reports, file) if i == 0 else lambda: None
             notes += write_adapters(targets, dtype, meanwhile, uniform_rank, format)

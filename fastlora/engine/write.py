@@ -101,18 +101,19 @@ def _write_modules(
 ) -> None:
     """Writes the modules of this rank, and on the first what belongs to none and the zeros of ``empty`` adapters."""
     shares = [list(files.items())[i : i + OPEN_FILES] for i in range(0, len(files), OPEN_FILES)]
+    on_host = all(a.device.type == "cpu" for a in adapters.values())
     batches = _module_batches(list(adapters.values()))
     if len(batches) == len(shares) == 1 and stream.current() is None and _bytes_written(adapters) <= SMALL_BYTES:
-        here = _on_host(adapters, targets, batches[0])
+        here = adapters if on_host else _on_host(adapters, targets, batches[0])
         prepare_batch(dict(shares[0]), here, batches[0], [d for d in files if d not in empty]).write()
         _finish(files, empty, meanwhile)
         return
     # Of results that go through a device, one batch is computed while another is copied.
     with ThreadPoolExecutor(1 if stream.current() is None else stream.THREADS) as worker:
         pending: deque[Future[None]] = deque()
-        for modules in track(batches, "writing"):
-            here = _on_host(adapters, targets, modules)
-            for share in shares:
+        for some, modules in track(_in_turn(shares, batches, adapters), "writing"):
+            here = adapters if on_host else _on_host(adapters, targets, modules)
+            for share in some:
                 prepared = prepare_batch(dict(share), here, modules, [d for d, _ in share if d not in empty])
                 # The backend and the bound on memory are context variables, which new threads do not see.
                 pending.append(worker.submit(contextvars.copy_context().run, prepared.write))
@@ -123,12 +124,26 @@ def _write_modules(
             last.result()
 
 
+Share = Sequence[tuple[Path, Sink]]
+"""Files that are open at once."""
+
+
+def _in_turn(
+    shares: Sequence[Share], batches: Sequence[Sequence[str]], adapters: Mapping[Path, LoraData]
+) -> list[tuple[Sequence[Share], Sequence[str]]]:
+    """Which files get which modules, in turn: all files some modules, so that what is read for these is at hand for
+    all; or where the files are small, some files all their modules, so that each is opened once."""
+    if len(shares) > 1 and ranks.current() is None:  # ranks would have to agree
+        by_share = [_module_batches([adapters[d] for d, _ in share]) for share in shares]
+        if all(len(own) <= 1 for own in by_share):
+            return [([share], own[0]) for share, own in zip(shares, by_share, strict=True) if own]
+    return [(shares, modules) for modules in batches]
+
+
 def _on_host(
     adapters: Mapping[Path, LoraData], targets: Mapping[Path, torch.dtype], modules: Sequence[str]
 ) -> Mapping[Path, LoraData]:
-    """The adapters, with these modules alone where they are of a device."""
-    if all(a.device.type == "cpu" for a in adapters.values()):
-        return adapters
+    """The adapters with these modules alone, in host memory."""
     some = {d: replace(a, updates={m: a.updates[m] for m in modules if m in a.updates}) for d, a in adapters.items()}
     return stream.on_host(some, targets)
 

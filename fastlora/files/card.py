@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastlora.core.names import CARD_NAME
-from fastlora.files.disk_errors import writing
+from fastlora.files.small_files import write_text
 
 
 def write_card(directory: Path, text: str) -> None:
     """Writes ``README.md`` into a directory that is being staged."""
-    with writing(directory / CARD_NAME):
-        (directory / CARD_NAME).write_text(text, encoding="utf-8")
+    write_text(directory / CARD_NAME, text)

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastlora.errors import OutputError
 from fastlora.files import spare
 from fastlora.files.disk_errors import finished, output_error, writing
+from fastlora.files.small_files import new_file, write_all
 from fastlora.files.tensor_files import DTYPE_NAMES
 from fastlora.ops.dispatch import resolve
 from fastlora.ops.passes import CombineJob, CombineOutput
@@ -67,13 +68,12 @@ def make_file(path: Path, start: bytes, size: int, *, with_room: bool = True) ->
 
     A full disk is found out before anything is computed, and writing where there is room is faster.
     """
-    with writing(path), path.open("xb") as file:
-        file.write(start)
-        file.flush()
+    with new_file(path) as file:
+        write_all(file, start)
         if with_room:
-            make_room(file.fileno(), size)
+            make_room(file, size)
         else:
-            file.truncate(size)
+            os.ftruncate(file, size)
 
 
 class TensorFile:

@@ -270,7 +270,7 @@ def write_adapters(
     adapters = {d / folder: part for d, a in adapters.items() for folder, part in in_format(a, format).items()}
     targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
     whole = {d: ready(a, uniform_rank) for d, a in adapters.items()}
-    notes = engine.write_adapters(whole, targets, open_sink, meanwhile)
+    notes = engine.write_adapters(whole, targets, _Sinks(), meanwhile)
     # Ranks that PEFT needs are told by who asks for them beforehand.
     told = [n for d, a in adapters.items() for n in (whole[d] if suffix_of(a) else a).notes if n not in known]
     notes += dict.fromkeys(told)
@@ -302,6 +302,36 @@ def open_sink(
 ) -> Sink:
     """The files of a low-rank adapter in its own format, to be filled by the engine."""
     return writer_of(adapter).sink(directory, adapter, outlines, dtype)
+
+
+@runtime_checkable
+class Repeated(Protocol):
+    """A sink that can be opened again, for another adapter of the same modules, ranks and base model."""
+
+    def again(self, directory: Path, adapter: LoraData) -> Sink:
+        """The files of the other adapter, with nothing in them."""
+
+
+class _Sinks:
+    """Opens sinks, those of adapters that are alike from one another: the parts of many pairs mostly are."""
+
+    def __init__(self) -> None:
+        self._opened: dict[object, Repeated] = {}
+
+    def __call__(
+        self, directory: Path, adapter: LoraData, outlines: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
+    ) -> Sink:
+        # Outlines and layouts are the same objects where they are equal; what was opened keeps them alive.
+        shapes = tuple([(m, id(b), id(a)) for m, (b, a) in outlines.items()])
+        modules = tuple([(m, id(u.layout)) for m, u in adapter.updates.items()])
+        key = writer_of(adapter), adapter.base, adapter.base.form, dtype, shapes, modules
+        alike = None if adapter.extras else self._opened.get(key)
+        if alike is not None:
+            return alike.again(directory, adapter)
+        sink = open_sink(directory, adapter, outlines, dtype)
+        if isinstance(sink, Repeated) and not adapter.extras:
+            self._opened[key] = sink
+        return sink
 
 
 def _refuse_file(path: Path) -> None:

@@ -25,7 +25,7 @@ from fastlora.core.names import CONFIG_NAME, EMBEDDINGS
 from fastlora.core.updates import Layout
 from fastlora.errors import OutputError
 from fastlora.files.card import write_card
-from fastlora.files.disk_errors import writing
+from fastlora.files.small_files import make_folder, write_text
 from fastlora.files.tensor_writing import InOneFile, TensorFile, cast_tensor
 from fastlora.formats.peft.experts import VERSIONS
 from fastlora.formats.peft.names import (
@@ -98,8 +98,8 @@ class AdapterFile(InOneFile):
                 f"{directory} was not written: adapter {adapter.name!r} has no factors, and PEFT needs one "
                 "module of rank 1 at least; write one module with zeros"
             )
-        self._config: str | None = None  # once it was written
-        directory.mkdir(parents=True, exist_ok=True)
+        self._texts: dict[str, str] = {}  # of the configuration, once it was written
+        make_folder(directory)
         self._file = TensorFile(directory / WEIGHTS_NAME, self._contents.tensors, self._metadata())
 
     def again(self, directory: Path, adapter: LoraData) -> AdapterFile:
@@ -107,7 +107,7 @@ class AdapterFile(InOneFile):
         takes a tenth of the time: what both files say alike is not made again."""
         other = copy.copy(self)
         other.directory, other.adapter = directory, adapter
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         other._file = self._file.again(directory / WEIGHTS_NAME, other._metadata())
         return other
 
@@ -144,14 +144,12 @@ class AdapterFile(InOneFile):
         this for an adapter."""
         self._file.close()
         kind, ranks = "DoRA" if self._magnitudes else "LoRA", list(self._contents.ranks.values())
-        write_card(
-            self.directory, adapter_card(self.adapter, kind=kind, library=LIBRARY, ranks=ranks, dtype=self.dtype)
-        )
-        if self._config is None:
+        card = adapter_card(self.adapter, kind=kind, library=LIBRARY, ranks=ranks, dtype=self.dtype)
+        write_card(self.directory, card)
+        if CONFIG_NAME not in self._texts:
             fields = _config(self._contents, self.adapter) | {"use_dora": bool(self._magnitudes)}
-            self._config = json.dumps(fields, indent=2) + "\n"
-        with writing(self.directory / CONFIG_NAME):
-            (self.directory / CONFIG_NAME).write_text(self._config, encoding="utf-8")
+            self._texts[CONFIG_NAME] = json.dumps(fields, indent=2) + "\n"
+        write_text(self.directory / CONFIG_NAME, self._texts[CONFIG_NAME])
 
     def _metadata(self) -> dict[str, str]:
         data = {"version": __version__, "provenance": self.adapter.provenance}
