@@ -41,6 +41,7 @@ def adapters() -> list[Adapter]:
         replace(alike[1], name="other base", base=BaseInfo(model="other/model")),
         replace(alike[2], name="chosen", base=chosen),
         replace(without[0], name="chosen without", base=chosen),
+        replace(fewer, name="chosen fewer", base=chosen),
         replace(alike[3], name="half", dtype=torch.float16),
         *(replace(alike[i], name=f"head {i}", extras={"score.weight": Extra("value", gaussian(2, 3, seed=i))})
           for i in range(2)),
