@@ -22,6 +22,7 @@ from fastlora.engine.schedule import PART_BYTES, parts, rtol_or_default, split_t
 from fastlora.engine.stream import PoolPart, current
 from fastlora.ops.gram import blocks_of
 from fastlora.runtime import ranks
+from fastlora.runtime.cpython import paused_collector
 from fastlora.runtime.memory import MappedFiles
 
 # A pool with more adapters is compared by tiles of stacked factors in float32: the Gram blocks of all pairs would be k
@@ -66,6 +67,7 @@ def overlap(pool: Pool, *, modules: bool = False, device: str | torch.device | N
     return pool_overlap(on_device(pool, device), modules)
 
 
+@paused_collector()
 def pool_overlap(pool: Pool, modules: bool = False) -> Overlap:
     """Both similarities of every pair, from one read of the factors, or of the blocks that the Gram cache in use
     has."""

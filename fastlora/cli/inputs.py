@@ -10,6 +10,7 @@ from fastlora.cli.arguments import AdapterSpec, parse
 from fastlora.cli.run import Run
 from fastlora.core.names import check_names_differ
 from fastlora.errors import InputError
+from fastlora.runtime.cpython import paused_collector
 
 if TYPE_CHECKING:
     from fastlora.adapters.loading import Element
@@ -65,6 +66,7 @@ def load_adapters(run: Run, specs: Sequence[AdapterSpec], command: str) -> list[
     return adapters
 
 
+@paused_collector()
 def load_pool(
     run: Run, specs: list[AdapterSpec], device: str = "cpu", *, drop_extras: bool = False
 ) -> tuple[Pool, Weights]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 
 from fastlora.core.updates import Update
 
 COLUMNS = 64
 """Of ``A`` that are looked at first: of a trained update one row of ``B`` times these is not zero."""
+
+NUMPY = {torch.float16, torch.float32, torch.float64}
+"""What NumPy has too."""
 
 NO_CHANGE = "the result changes nothing: every update is zero"
 PROBABLY = "so it was probably saved before it was trained, or its tensors were lost on the way"
@@ -41,7 +46,12 @@ def _zero_because(update: Update) -> str | None:
     B, A = update.B.stored, update.A.stored
     if B is None or A is None:
         return None
-    if bool((B[:1].double() @ A[:, :COLUMNS].double()).any()):  # NaN is something, too
+    row, columns = B[:1], A[:, :COLUMNS]
+    if B.is_cpu and not B.requires_grad and not A.requires_grad and {B.dtype, A.dtype} <= NUMPY:
+        product: Any = row.numpy().astype(np.float64) @ columns.numpy().astype(np.float64)  # in a third of the time
+    else:
+        product = row.double() @ columns.double()
+    if bool(product.any()):  # NaN is something, too
         return None
     if not bool(B.any()):
         return "all its lora_B are zero"

@@ -110,9 +110,10 @@ def _job(updates: Sequence[Update], side: Side, small: Tensor, ranks: Sequence[i
     terms: list[CombineTerm] = []
     at = 0
     for update, own, q in zip(updates, small.unbind(), ranks, strict=True):
-        factor, r = (update.B, update.B.rank) if side == "B" else (update.A, update.A.rank)
+        factor = update.B if side == "B" else update.A
         if q:
-            used = own[:r, :q] if side == "B" else own[:q, :r]
+            shape = (factor.rank, q) if side == "B" else (q, factor.rank)
+            used = own if own.shape == shape else own[: shape[0], : shape[1]]
             stored = factor.stored
             if stored is not None:
                 terms.append((len(factors), used, at, 1.0))

@@ -47,9 +47,10 @@ def writing(path: Path) -> Iterator[None]:
 
 def partial_of(path: Path) -> Path | None:
     """The unfinished output that ``path`` is or lies in, if any."""
-    absolute = Path(os.path.abspath(path))
-    if ".partial-" not in str(absolute) and UNFINISHED not in str(absolute):  # as almost always
+    text = os.path.abspath(path)
+    if ".partial-" not in text and UNFINISHED not in text:  # as almost always
         return None
+    absolute = Path(text)
     return next((p for p in (absolute, *absolute.parents) if _target_of(p.name) is not None), None)
 
 

@@ -25,7 +25,7 @@ def find(path: str | Path) -> LocatedPath:
     if not text:
         raise InputError("an adapter path is empty; pass a PEFT directory or a file")
     if exists(text):
-        local = Path(text).expanduser()
+        local = path if isinstance(path, Path) and text[0] != "~" else Path(text).expanduser()
         # "." and ".." have a name only when written out; links keep the name they were given.
         return LocatedPath(local, os.path.basename(os.path.abspath(local)))
     _refuse_dangling(Path(text))

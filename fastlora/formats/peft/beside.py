@@ -65,8 +65,10 @@ def note_on_files(directory: Path, name: str) -> list[str]:
 def note_on_twin(directory: Path, name: str) -> list[str]:
     """A sentence on an ``adapter_model.bin`` that holds something else than the ``.safetensors`` beside it: one of them
     is left from an earlier run. Names, shapes and some small tensors are compared."""
+    if not os.path.isfile(os.path.join(directory, OLD_WEIGHTS_NAME)):
+        return []
     file, twin = directory / WEIGHTS_NAME, directory / OLD_WEIGHTS_NAME
-    if not (twin.is_file() and file.is_file()):
+    if not file.is_file():
         return []
     try:
         tensors, others = read_safetensors(file), read_torch(twin)

@@ -13,7 +13,7 @@ from fastlora.core.data import BaseInfo
 from fastlora.core.names import CONFIG_NAME, WRAPPERS
 from fastlora.core.patterns import Patterns
 from fastlora.errors import InputError, UnsupportedAdapter
-from fastlora.files.json_files import is_plain, parse_object, refuse_dangling, require_file, shown
+from fastlora.files.json_files import is_plain, parse_object, require_file, shown
 from fastlora.formats.peft.experts import expert_order
 from fastlora.formats.peft.kinds import MERGE_FIRST, VARIANTS, way_out_of
 from fastlora.formats.peft.selection import read_selection
@@ -96,13 +96,15 @@ class PeftConfig:
 
 def read_configuration(path: Path) -> bytes:
     """A PEFT directory's configuration as it is stored; ``path``: of the file."""
-    if not path.exists():
-        refuse_dangling(path)
+    try:
+        require_file(path, LARGEST_CONFIG)
+    except InputError:
+        if path.exists() or path.is_symlink():
+            raise
         raise InputError(
             f"{path.parent} has no {CONFIG_NAME}, so it is no PEFT adapter directory; "
             "pass the directory that `model.save_pretrained(...)` of a PEFT model wrote"
-        )
-    require_file(path, LARGEST_CONFIG)
+        ) from None
     try:
         return path.read_bytes()
     except OSError as error:

@@ -25,8 +25,8 @@ LARGEST_INDEX = 64 << 20
 
 def read_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
     """The file of tensors in a PEFT directory, or the index of several, and what is stored."""
-    file, old = directory / WEIGHTS_NAME, directory / OLD_WEIGHTS_NAME
-    for path, read in ((file, read_safetensors), (old, _read_bin)):
+    for name, read in ((WEIGHTS_NAME, read_safetensors), (OLD_WEIGHTS_NAME, _read_bin)):
+        path = directory / name
         if os.path.lexists(path):
             return path, read(path)
         index = path.with_name(f"{path.name}.index.json")
