@@ -321,10 +321,10 @@ class _Sinks:
     def __call__(
         self, directory: Path, adapter: LoraData, outlines: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
     ) -> Sink:
-        # Outlines and layouts are the same objects where they are equal; what was opened keeps them alive.
+        # Outlines, layouts and forms are the same objects where they are equal; what was opened keeps them alive.
         shapes = tuple([(m, id(b), id(a)) for m, (b, a) in outlines.items()])
         modules = tuple([(m, id(u.layout)) for m, u in adapter.updates.items()])
-        key = writer_of(adapter), adapter.base, adapter.base.form, dtype, shapes, modules
+        key = writer_of(adapter), adapter.base, id(adapter.base.form), dtype, shapes, modules
         alike = None if adapter.extras else self._opened.get(key)
         if alike is not None:
             return alike.again(directory, adapter)
