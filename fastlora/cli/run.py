@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
-import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -51,13 +49,10 @@ class Run:
         from fastlora.runtime.cpython import paused_collector
         from fastlora.runtime.lean import lean_torch
 
-        first = "torch" not in sys.modules
         with paused_collector(), lean_torch():  # a tenth and a third of the import, which makes no garbage
             from fastlora.ops.dispatch import current_backend, use_backend
             from fastlora.runtime import devices, memory
             from fastlora.runtime.progress import show_progress
-        if first:
-            gc.freeze()  # it stays, and nobody looks through it for garbage
 
         self.changes  # noqa: B018  (wrong ones are told before any work)
         self.stack.enter_context(joined(end_all, self.device))

@@ -169,6 +169,11 @@ def _stands_out(report: Data) -> tuple[int, float]:
     return report["totals"]["shared_directions"], max(above, default=0.0)
 
 
+def overlap_arrays(result: Overlap) -> Data:
+    """What is shown of :func:`overlap_data`, as NumPy has it: lists of hundreds take a while."""
+    return {"names": result.names, "cosine": result.cosine.numpy(), "subspace": result.subspace.numpy()}
+
+
 def overlap_data(result: Overlap) -> Data:
     """Both matrices of a pool and of every module, in the order of the names."""
     modules = {m: {"cosine": c.tolist(), "subspace": s.tolist()} for m, (c, s) in result.modules.items()}

@@ -54,7 +54,7 @@ def overlap(
         check_picture(plot, run.replace)
     run.start()
     from fastlora.analysis.overlap import overlap as compare
-    from fastlora.views.results import overlap_data, overlap_rows, show_overlap
+    from fastlora.views.results import overlap_arrays, overlap_data, overlap_rows, show_overlap
     from fastlora.views.similar import findings, show_findings
 
     pool, _ = load_pool(run, specs, run.device)
@@ -62,9 +62,8 @@ def overlap(
         raise InputError("overlap: a pool of one adapter has nothing to compare; give two adapters or more")
     similarities = compare(pool, modules=modules)
     found = findings(similarities, clusters=clusters, into=into, like=like, nearest=NEAREST)
-    data = overlap_data(similarities) | found
     if csv is not None:
-        write_table(run, csv, overlap_rows(data))
+        write_table(run, csv, overlap_rows(overlap_data(similarities)))
     if npz is not None:
         write_arrays(run, npz, similarities.arrays())
     if plot is not None:
@@ -76,9 +75,9 @@ def overlap(
     if html is not None:
         write_page_of(run, html, f"{len(pool)} adapters", pool, similarities)
     if run.as_json:
-        print_json(data)
+        print_json(overlap_data(similarities) | found)
     elif not run.quiet:
         if not (clusters or into is not None or like):
-            show_overlap(data, every, csv)
+            show_overlap(overlap_arrays(similarities), every, csv)
         show_findings(found, every)
     run.tell_notes(similarities.notices)
