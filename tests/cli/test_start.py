@@ -147,6 +147,34 @@ def test_what_the_import_of_torch_leaves_out_is_there_for_who_asks() -> None:
         assert (done.returncode, done.stderr) == (0, "")
 
 
+RULES = "torch._meta_registrations"
+
+
+def test_overlap_leaves_out_what_it_never_asks_for(tmp_path: Path) -> None:
+    """With all that it can be asked to do."""
+    pool = [str(ADAPTERS / n) for n in ("spam", "movie_a", "movie_b")]
+    extras = ["--clusters", "--like", "spam", "--csv", str(tmp_path / "a.csv"), "--npz", str(tmp_path / "a.npz")]
+    pages = ["--html", str(tmp_path / "a.html"), "--plot", str(tmp_path / "a.png")]
+    found = [chain[-1] for chain in modules_of("-m", "fastlora", "overlap", *pool, *extras, *pages)]
+    assert "torch" in found and RULES not in found
+    assert {p.suffix for p in tmp_path.iterdir()} == {".csv", ".npz", ".html", ".png"}
+
+
+@pytest.mark.parametrize("asked", ["", "lean=True, device='cuda'", "lean=True, backend='triton'"])
+def test_other_commands_import_all_of_torch(asked: str) -> None:
+    """Packages that build on torch's compilers cannot be imported after a part of it."""
+    given = f"dict({asked})"
+    code = (
+        "import sys, contextlib; from fastlora.cli.run import Run\n"
+        f"given = {given}; lean = given.pop('lean', False)\n"
+        "with contextlib.suppress(Exception): Run(**given).start(lean)\n"  # there may be no such device
+        f"assert {RULES!r} in sys.modules\n"
+        "import torch._decomp\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("last", ["", "threading.Timer(0.01, print).start()", "sys.setprofile(print)"])
 def test_the_end_does_what_was_registered(last: str) -> None:
     """All is printed, and objects are not taken apart, unless a thread is at work or somebody watches."""

@@ -24,7 +24,7 @@ def inspect(run: Run, adapter: Described, every: Every = False, csv: Csv = None)
     """What an adapter holds: modules, ranks, scaling, norms, spectrum; the vectors of (IA)³."""
     spec = parse_one(adapter)
     check_table(run, csv)
-    run.start()
+    run.start(lean=True)
     run.require_backend()
     from fastlora.adapters.dora import DoRA
     from fastlora.adapters.folders import ANY, holds_adapters, load_folder

@@ -52,7 +52,7 @@ def overlap(
         from fastlora.files.pictures import check_picture
 
         check_picture(plot, run.replace)
-    run.start()
+    run.start(lean=True)
     from fastlora.analysis.overlap import overlap as compare
     from fastlora.views.results import overlap_arrays, overlap_data, overlap_rows, show_overlap
     from fastlora.views.similar import findings, show_findings
