@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from fastlora.core.data import AdapterData, LoraData
 from fastlora.core.names import CONFIG_NAME
 from fastlora.errors import FastloraError, InputError
 from fastlora.files.disk_errors import partial_of
-from fastlora.formats import find_format
+from fastlora.formats import find_format, is_certain
 from fastlora.runtime.progress import track
 
 LISTED = 8  # entries that one note names
@@ -22,12 +23,28 @@ ANY = tuple(KINDS)
 
 def holds_adapters(path: Path) -> bool:
     """Whether a path is a folder that is no adapter itself and has adapters of some format directly in it."""
-    if not path.is_dir() or find_format(path) is not None:
+    if not path.is_dir():
+        return False
+    if _holds_folders_alone(path):
+        return True
+    if find_format(path) is not None:
         return False
     try:
         return any(_detected(entry) for entry in path.iterdir())
     except OSError:
         return False
+
+
+def _holds_folders_alone(path: Path) -> bool:
+    """Whether there are no files in a folder, and a PEFT directory among its folders: then no format takes it for an
+    adapter."""
+    try:
+        with os.scandir(path) as entries:
+            found = list(entries)
+        folders = all(entry.is_dir(follow_symlinks=False) for entry in found)
+    except OSError:
+        return False
+    return folders and any(is_certain(Path(entry.path)) for entry in found)
 
 
 def load_folder(

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from fastlora.core.data import AdapterData, DeltaData, DoraData, Ia3Data, LoraDa
 from fastlora.core.dtypes import parse_dtype
 from fastlora.core.file_form import PEFT, FileForm, check_format
 from fastlora.core.names import CONFIG_NAME, check_name
-from fastlora.dialects.components import by_component
-from fastlora.dialects.dora_file import laid_dora
-from fastlora.dialects.looks import SUFFIXES, open_file
 from fastlora.engine import write as engine
 from fastlora.engine.checks import require_finite_extras
 from fastlora.engine.contracts import Sink
@@ -79,14 +76,6 @@ class SingleFiles(Protocol):
         """What the file holds, under a ``name``."""
 
 
-@runtime_checkable
-class CertainFolders(Protocol):
-    """A format that knows most of its folders at once, so that the others need not be asked about each."""
-
-    def is_certain(self, path: Path) -> bool:
-        """Whether a path is one of this format, whatever others would say."""
-
-
 @functools.cache
 def all_formats() -> dict[str, Format]:
     """Every format by its name, that of its module."""
@@ -94,16 +83,20 @@ def all_formats() -> dict[str, Format]:
     return {name: cast(Format, importlib.import_module(f"{__name__}.{name}")) for name in names}
 
 
+def is_certain(path: Path) -> bool:
+    """Whether a path is a PEFT directory whatever other formats would say, which need not be imported to find out."""
+    return bool(_peft().is_certain(path))
+
+
 @functools.cache
-def _certain_formats() -> list[CertainFolders]:
-    return [format for format in all_formats().values() if isinstance(format, CertainFolders)]
+def _peft() -> Any:
+    return importlib.import_module(f"{__name__}.{PEFT}")
 
 
 def find_format(path: Path) -> Format | None:
     """The format of what lies at a path; ``None`` where no format takes it for an adapter."""
-    certain = next((format for format in _certain_formats() if format.is_certain(path)), None)
-    if certain is not None:
-        return cast(Format, certain)
+    if is_certain(path):
+        return cast(Format, _peft())
     return next((format for format in all_formats().values() if format.detects(path)), None)
 
 
@@ -153,6 +146,8 @@ def save(
     :func:`write_adapters`.
     """
     if isinstance(record, DoraData):
+        from fastlora.dialects.dora_file import laid_dora
+
         if format is not None:
             check_format(format)
         form = record.base.form if format is None else FileForm(format) if format != PEFT else None
@@ -192,6 +187,8 @@ def in_format(adapter: Lora, format: str | None, family: str | None = None) -> d
         return {"": adapter}
     check_format(format)
     if format == PEFT:
+        from fastlora.dialects.components import by_component
+
         return by_component(adapter, family)
     form = adapter.base.form or FileForm(format)
     form = replace(form, format=format, family=family or form.family, style="")
@@ -335,6 +332,8 @@ class _Sinks:
 
 
 def _refuse_file(path: Path) -> None:
+    from fastlora.dialects.looks import SUFFIXES, open_file
+
     if (path.parent / CONFIG_NAME).exists():
         raise InputError(f"{path} is one file of an adapter; pass its directory {path.parent}")
     if path.suffix in SUFFIXES:

@@ -13,15 +13,13 @@ from torch import Tensor
 from fastlora.core.data import AdapterData, DoraData, Ia3Data, LoraData
 from fastlora.core.inert import note_on_zeros
 from fastlora.core.names import CONFIG_NAME
-from fastlora.dialects.looks import OF_MLX
 from fastlora.engine.contracts import Sink
-from fastlora.files.tensor_files import SAFETENSORS
 from fastlora.formats.peft import dora, ia3, reading
 from fastlora.formats.peft.alike import recipe_of
 from fastlora.formats.peft.beside import note_on_files
 from fastlora.formats.peft.config import fields_of, read_configuration
 from fastlora.formats.peft.missing import note_on_modules
-from fastlora.formats.peft.names import WEIGHTS_NAME
+from fastlora.formats.peft.names import MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from fastlora.formats.peft.ranks import with_readable_ranks
 from fastlora.formats.peft.weights import read_tensors
 from fastlora.formats.peft.writing import AdapterFile
@@ -36,7 +34,7 @@ def detects(path: Path) -> bool:
 
 def is_certain(path: Path) -> bool:
     """Whether a path is a folder with both files that PEFT writes, and without that of MLX."""
-    config, weights, other = (os.path.join(path, name) for name in (CONFIG_NAME, WEIGHTS_NAME, OF_MLX + SAFETENSORS))
+    config, weights, other = (os.path.join(path, name) for name in (CONFIG_NAME, WEIGHTS_NAME, MLX_WEIGHTS_NAME))
     return os.path.exists(config) and os.path.exists(weights) and not os.path.lexists(other)
 
 

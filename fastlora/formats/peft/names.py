@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OLD_WEIGHTS_NAME = "adapter_model.bin"
+MLX_WEIGHTS_NAME = "adapters.safetensors"
+"""Where it lies, the folder may be one of MLX."""
 PREFIX = "base_model.model."
 WRAPPED = ".base_layer"
 """What a wrapped module is called inside its wrapper."""
