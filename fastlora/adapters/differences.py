@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlora.engine.sweeps import sweep
 from fastlora.engine.tile_source import DenseMatrix, Piece, StackedMatrix, TileSource, ZeroMatrix, row_tiles
+from fastlora.ops.difference_products import DTYPES
 from fastlora.ops.finite import is_finite
 from fastlora.runtime import memory
 
@@ -162,8 +163,9 @@ class DifferenceMatrix:
 
     @property
     def precise(self) -> torch.dtype:
-        """float64 where one of them is, else float32."""
-        return torch.float64 if torch.float64 in (self.old.dtype, self.new.dtype) else torch.float32
+        """float32 between numbers of float32 or of 16 bits at most, else float64."""
+        dtypes = (self.old.dtype, self.new.dtype)
+        return torch.float32 if all(d == torch.float32 or d.itemsize <= 2 for d in dtypes) else torch.float64
 
     def tile(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """See :class:`fastlora.engine.tile_source.TileSource`."""
@@ -175,8 +177,10 @@ class DifferenceMatrix:
         out[common:].zero_()
         return out
 
-    def stored(self) -> Sequence[Piece]:
-        """See :class:`fastlora.engine.tile_source.TileSource`."""
+    def stored(self) -> Sequence[Piece] | None:
+        """See :class:`fastlora.engine.tile_source.TileSource`; ``None`` for dtypes that the op does not read."""
+        if not {self.old.dtype, self.new.dtype} <= set(DTYPES):
+            return None
         return [(slice(0, self.rows), self.old[: self.rows], self.new[: self.rows])]
 
     def release(self) -> None:

@@ -71,6 +71,17 @@ def test_differences_of_stored_weights(dtype: torch.dtype, noise: float) -> None
     assert not found.left[250:].any()
 
 
+def test_differences_of_rare_dtypes() -> None:
+    """What the op does not read is read by tiles."""
+    change = 100 * noisy(300, 200, 12, 0.3)
+    old = (0.02 * gaussian(300, 200, seed=4)).to(torch.float8_e5m2)
+    new = change.to(torch.float8_e5m2)
+    matrix = new.double() - old.double()
+    found = low_rank(DifferenceMatrix(old, new), 12, None, key="0:w")
+    assert error(found, matrix) <= LIMIT * float(torch.linalg.svdvals(matrix)[12:].norm())
+    assert found.error == pytest.approx(error(found, matrix), rel=SUMS32)
+
+
 @pytest.mark.parametrize("size", [1e-38, 1e-15, 1e15, 1e40])
 def test_any_size(size: float) -> None:
     """Up to where float32's own products overflow, and down to its subnormal numbers."""
