@@ -12,6 +12,7 @@ from tolerances import MODEL32, SUMS32
 
 import fastlora as fl
 from fastlora.bench.workloads import Workload, make_pool
+from fastlora.errors import BackendError
 from fastlora.ops import merge_tiles
 from fastlora.ops.add_products import ProductTask, Segment, add_products
 from fastlora.ops.merge_tiles import TileOutputs, TileRule, TileTask
@@ -198,7 +199,7 @@ def test_the_best_of_several_merges() -> None:
 def test_a_forced_backend_without_an_op_says_what_has_it(backend: str) -> None:
     left, right = (gaussian(1, 2, 3, n, seed=n, dtype=torch.float64).cuda() for n in (7, 6))
     U, V = (torch.eye(n, 2, dtype=torch.float64, device="cuda")[None] for n in (7, 6))
-    with fl.use_backend(backend), pytest.raises(fl.BackendError, match="has no kernel for tucker") as caught:
+    with fl.use_backend(backend), pytest.raises(BackendError, match="has no kernel for tucker") as caught:
         tucker(left, right, U, V, iterations=2, tolerance=0.0)
     assert "use_backend('auto') (`--backend auto`) takes torch here" in str(caught.value)
     found = tucker(left, right, U, V, iterations=2, tolerance=0.0)
