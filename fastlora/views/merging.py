@@ -53,8 +53,7 @@ def show_choice(data: Data, kept: Data) -> None:
         return
     print_paragraph(
         f"No weights were given: every adapter × {scales['matched_norm']:.3g}, at which the sum has their mean norm. "
-        f"That is a guess between the mean (× {scales['mean']:.3g}, --method mean), which harms least, and the sum "
-        "(× 1): only data or a score can tell. "
+        f"That is a guess between the mean (× {scales['mean']:.3g}) and the sum (× 1): only data or a score can tell. "
         "Weights that you give, A:0.5 B:0.5, are taken as they are."
     )
     if data["method"] == "ctm":

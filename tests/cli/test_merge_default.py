@@ -42,10 +42,7 @@ def test_without_weights_it_is_the_sum_at_the_mean_norm(tmp_path: Path) -> None:
     assert data["default"]["method"] == "cat" and data["retained_energy_by_adapter"] is None
     text = " ".join(found.out.split())
     assert f"every adapter × {scale:.3g}, at which the sum has their mean norm" in text
-    assert (
-        "between the mean (× 0.333, --method mean), which harms least, and the sum (× 1)" in text
-        and "cosines of ΔW" in text
-    )
+    assert "between the mean (× 0.333) and the sum (× 1)" in text and "cosines of ΔW" in text
     done("merge", "did.yaml", "-o", "replayed", cwd=tmp_path)
     assert distance(fl.load(tmp_path / "replayed"), [(scale, a) for a in adapters]) <= SUMS32
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fastlora as fl
 from fastlora.errors import InputError, NonFiniteError, OutputError
+from fastlora.merging.site_factors import RIDGE
 
 
 class Block(nn.Module):
@@ -249,6 +250,8 @@ def test_products_of_one_adapter_stay_where_statistics_are_joined() -> None:
     one = joined.places(["0"], ["b"])
     assert list(one) == [(("b", "0"),)] and torch.equal(*(s.grams(list(one))[0] for s in (joined, parts[1])))
     assert joined.grams(list(one))[0] is parts[1].grams(list(one))[0]
+    (inverse, _), (wanted, _) = (s.kept(*one)[RIDGE] for s in (joined, parts[1]))
+    assert inverse is wanted is not None
 
 
 def test_zero_rows_have_products_and_no_inverse(tmp_path: Path) -> None:
