@@ -198,3 +198,16 @@ def test_the_end_does_what_was_registered(last: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.returncode == 3 and "last words " in done.stdout and "registered" in done.stdout
     assert ("taken apart" in done.stderr) == bool(last)
+
+
+def test_what_is_imported_is_not_frozen() -> None:
+    """Who keeps frozen objects is left alone by :func:`paused_collector`: then every adapter that is read or written
+    ends with a search through all of them."""
+    code = (
+        "import gc, fastlora.cli.run as run\n"
+        "from fastlora.runtime.cpython import FROZEN_AT_START\n"
+        "run.Run().start()\n"
+        "assert gc.isenabled() and gc.get_freeze_count() <= FROZEN_AT_START\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -105,7 +105,7 @@ def test_results_are_copied_while_others_are_written(
     pool = pool_of(random_mix(3)[1])
     fl.decompose(pool, 0.5).save(tmp_path / "cpu")
     events: list[str] = []
-    fetch, write_batch = stream.on_host, write._WriteBatch.write
+    fetch, write_batch = stream.on_host, write.WriteBatch.write
 
     def fetched(adapters: Any, dtypes: Any) -> Any:
         events.append("fetched")
@@ -116,7 +116,7 @@ def test_results_are_copied_while_others_are_written(
         events.append("written")
 
     monkeypatch.setattr(stream, "on_host", fetched)
-    monkeypatch.setattr(write._WriteBatch, "write", written)
+    monkeypatch.setattr(write.WriteBatch, "write", written)
     monkeypatch.setattr(write, "WRITE_BYTES", 1)
     fl.decompose(pool.to("cuda"), 0.5).save(tmp_path / "device")
     same_files(tmp_path / "cpu", tmp_path / "device")
