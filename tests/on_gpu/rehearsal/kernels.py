@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import pkgutil
@@ -13,11 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import streams
 import triton
 import triton.language
 from aten import is_there, on_host
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 
 import tritonkernels
@@ -80,6 +82,16 @@ def _interpreted_copy() -> dict[str, InterpretedFunction]:
     return {k: v for m in copies for k, v in vars(m).items() if isinstance(v, InterpretedFunction)}
 
 
+def _fma(_: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """Rounded once, as on a device. The interpreter of Triton 3.6 also rounds the product."""
+    operands = np.broadcast_arrays(x.data, y.data, z.data)
+    dtype, shape = z.data.dtype, operands[0].shape
+    arrays = [*(np.ascontiguousarray(o, dtype) for o in operands), np.empty(shape, dtype)]
+    fused = getattr(ctypes.CDLL("libcuda.so.1"), f"rehearsal_fma_{dtype}")
+    fused(ctypes.c_long(arrays[-1].size), *(ctypes.c_void_p(a.ctypes.data) for a in arrays))
+    return TensorHandle(arrays[-1], z.dtype.scalar)
+
+
 class _Language:
     """Triton's language as the compiler needs it; the interpreter puts its own functions there."""
 
@@ -108,6 +120,7 @@ def install() -> None:
     for name in MODULES:
         importlib.import_module(f"tritonkernels.{name}")
     _installed.enter_context(cuda.use_module(_LaunchedAndEmulated()))
+    InterpreterBuilder.create_fma = _fma
     interpreted, language, lock = _interpreted_copy(), _Language(), threading.Lock()
     real = launch.Launch.run
 

@@ -6,10 +6,14 @@ import ctypes
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def test_work_is_done_when_somebody_waits() -> None:
@@ -121,6 +125,23 @@ def test_a_device_that_the_build_is_not_for(without: bool, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert ("cannot run on the device, sm_90 (CUDA error 209" in done.stdout) == without
     assert without or done.stdout == "None\n"
+
+
+@pytest.mark.parametrize("dtype", [tl.float32, tl.float64], ids=str)
+def test_a_fused_multiply_add_is_rounded_once(dtype: tl.dtype) -> None:
+    """No neighbour is nearer: where the product cancels, decides between two numbers, or is too small to be held."""
+    kind, draw = np.dtype(dtype.name.replace("fp", "float")), np.random.default_rng(1)
+    digits, tiny = np.finfo(kind).nmant + 1, np.finfo(kind).tiny
+    x, y = draw.standard_normal((64, 1)).astype(kind), draw.standard_normal(64).astype(kind)
+    p, q = (kind.type([1 + 2.0**-n]) for n in (digits // 2, digits - digits // 2))
+    for given in ((x, y, -x * y), (x * tiny, y, x * tiny), (p, q, p * 0 + tiny), (p, q, p * 0 - tiny)):
+        found = InterpreterBuilder().create_fma(*(TensorHandle(o, dtype) for o in given)).data
+        assert found.dtype == kind
+        for *numbers, value in zip(*(o.flat for o in np.broadcast_arrays(*given, found)), strict=True):
+            a, b, c = (Fraction(float(number)) for number in numbers)
+            beside = (np.nextafter(value, kind.type(end)) for end in (-np.inf, np.inf))
+            off, *others = (abs(Fraction(float(v)) - (a * b + c)) for v in (value, *beside))
+            assert off <= min(others), numbers
 
 
 class Dim3(ctypes.Structure):
