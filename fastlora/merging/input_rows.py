@@ -72,8 +72,8 @@ class Statistics:
     _kept: dict[Places, dict[float, tuple[Tensor | None, float]]] = field(default_factory=dict, init=False, repr=False)
 
     def places(self, modules: Iterable[str], names: Sequence[str]) -> dict[Places, list[str]]:
-        """The rows that some adapters have for each module, and the modules with the same ones. They are in the order
-        of the statistics, so that other orders of a pool are the same rows."""
+        """The rows that the adapters of some ``names`` have for each of the ``modules``, and the modules with the same
+        ones. They are in the order of the statistics, so that other orders of a pool are the same rows."""
         ordered = [n for n in self.of if n in set(names)]
         found: dict[Places, list[str]] = {}
         for module in modules:
