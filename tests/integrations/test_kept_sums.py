@@ -133,3 +133,19 @@ def test_what_fails_with_a_kept_sum_is_begun_anew(
         broken.setattr(kept_sums.KeptSum, "write", full)
         assert answers(ours, "0.2*legal + med") == [None] and not ours._sums._sums
     assert None not in answers(ours, "0.2*legal + med") and len(ours._sums._sums) == 1
+
+
+def test_a_sum_with_other_weights_than_were_read_is_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What later requests are computed from is the text, so it must say what was added up."""
+    make, calls = composer.KeptSum.of, list[Any]()
+
+    def noted(mix: Any, terms: Any, weights: Any, *others: Any, **options: Any) -> Any:
+        calls.append([make(mix, terms, w, *others, **options) for w in (weights, {k: 0.5 for k in weights})])
+        return None
+
+    monkeypatch.setattr(composer.KeptSum, "of", noted)
+    assert answers(Composer(Settings(folder, tmp_path / "one", max_rank=8)), SUM) != [None]
+    ((read, other),) = calls
+    assert read is not None and other is None
