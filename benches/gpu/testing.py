@@ -11,7 +11,10 @@ from benches.gpu.processes import ROOT, Clock, Command, Failed, Skipped, TookToo
 if TYPE_CHECKING:
     from benches.gpu.running import Visit
 
-OPS = ("eigh", "svd", "chain", "gram", "combine", "merge_tiles", "similarity", "add_products")
+OPS = (
+    "eigh", "svd", "chain", "gram", "combine", "merge_tiles", "similarity", "add_products", "tucker",
+    "difference_products",
+)  # fmt: skip
 FOLDERS = ("on_gpu", "emulated", "triton")
 SANITIZED = "tests/on_gpu/sanitized.py"
 HUNG = 60  # seconds after which a test says where it is

@@ -35,7 +35,7 @@ def test_every_form_is_right_on_the_cpu() -> None:
 
 
 def test_every_op_is_tried() -> None:
-    """Each that has a kernel of ours on a device."""
+    """Also those that are plain torch on a device."""
     tried: set[str] = set()
 
     class Spying(dict[str, Kernel]):
@@ -53,16 +53,16 @@ def test_every_op_is_tried() -> None:
         for form in quick():
             smoke.tried(form, "cpu")
     of_the_same_kernels = {"gram", "combine", "finite", "merge_count_varied"}
-    assert {*cuda.KERNELS, *triton.KERNELS} - tried <= of_the_same_kernels
+    assert {*dispatch.RULES, *cuda.KERNELS, *triton.KERNELS} - tried <= of_the_same_kernels
 
 
-def wrong(*outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(t * 1.001 if t.is_floating_point() or t.is_complex() else t for t in outputs)
+def wrong(*outputs: torch.Tensor | float) -> tuple[torch.Tensor | float, ...]:
+    return tuple(t * 1.001 if isinstance(t, float) or t.is_floating_point() or t.is_complex() else t for t in outputs)
 
 
 @pytest.mark.parametrize(("op", "form"), [
     ("eigh", "eigh 33 float32"), ("svd", "svd 30x30 float64"), ("chain", "chain product r=16"),
-    ("similarity", "similarity r=16"),
+    ("similarity", "similarity r=16"), ("tucker", "tucker"), ("difference_products", "difference_products fp32"),
 ])  # fmt: skip
 def test_a_wrong_kernel_is_found(op: str, form: str) -> None:
     table = dispatch.kernels("cpu")

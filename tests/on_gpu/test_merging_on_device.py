@@ -15,6 +15,7 @@ from fastlora.bench.workloads import Workload, make_pool
 from fastlora.errors import BackendError
 from fastlora.ops import merge_tiles
 from fastlora.ops.add_products import ProductTask, Segment, add_products
+from fastlora.ops.difference_products import difference_products
 from fastlora.ops.merge_tiles import TileOutputs, TileRule, TileTask
 from fastlora.ops.tucker import tucker
 
@@ -118,6 +119,28 @@ def test_products_onto_a_stored_matrix() -> None:
         assert add_products(ProductTask((97, 130), task, W.dtype, W.dtype), own, own) is None
         made.append(own.cpu())
     torch.testing.assert_close(made[1], made[0], rtol=SUMS32, atol=SUMS32)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_products_of_a_difference(precision: Any) -> None:
+    """More than a stretch of rows, which are summed in their order; the same bits on another stream."""
+    old, new = (gaussian(1100, 70, seed=i, dtype=torch.bfloat16) for i in range(2))
+    thin = [gaussian(n, 5, seed=n, dtype=torch.float64) for n in (70, 1100)]
+    wanted = difference_products(old, new, *thin, square=True, precision="float64")
+    there = [x.cuda() for x in (old, new, *thin)]
+    found = difference_products(*there, square=True, precision=precision)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        again = difference_products(*there, square=True, precision=precision)
+    stream.synchronize()
+    for one, two, expected in zip(found, again, wanted, strict=True):
+        if isinstance(one, torch.Tensor) and isinstance(expected, torch.Tensor):
+            assert one.device.type == "cuda" and torch.equal(one, two)
+            size = float(expected.abs().max())
+            torch.testing.assert_close(one.cpu(), expected, rtol=SUMS32, atol=SUMS32 * size)
+        else:
+            assert one == two == pytest.approx(expected, rel=SUMS32)
 
 
 @pytest.mark.parametrize("ranks", [[3, 1, 8, 5] * 9, [64, 64, 20], [70, 4, 70]], ids=["tiles", "one each", "wide"])
