@@ -97,8 +97,9 @@ REHEARSAL ?= build/rehearsal
 REHEARSE_PY := $(REHEARSAL)/venv/bin/python
 REHEARSE := $(REHEARSE_PY) tests/on_gpu/rehearsal/run.py
 COMMIT ?= rehearsed
+# With fused multiply-adds, as the kernels of any processor beside a device have them: bits are compared.
 REHEARSE_WINDOW = PATH=$(CURDIR)/tests/on_gpu/rehearsal/tools:$$PATH FASTLORA_COMMIT=$(COMMIT) \
-  CMAKE_ARGS="-DFASTLORA_CUDA_RUNTIME=Shared -DFASTLORA_CPU=BASELINE" $(REHEARSE_PY) -m benches.gpu \
+  CMAKE_ARGS="-DFASTLORA_CUDA_RUNTIME=Shared -DFASTLORA_CPU=BASELINE -DCMAKE_CXX_FLAGS=-mfma" $(REHEARSE_PY) -m benches.gpu \
   --tiny --slower 30 --python "$(REHEARSE)" --out build/results $(if $(RESUME),--resume)
 REHEARSE_TESTS := $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning
 

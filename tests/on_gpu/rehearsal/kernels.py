@@ -108,7 +108,8 @@ class _Language:
                 if vars(owner).get(name) is not value and name not in ("__dict__", "__weakref__"):
                     setattr(owner, name, value)
             for name in vars(owner).keys() - before.keys() - {"interpreter_semantic"}:  # rewritten functions need that
-                delattr(owner, name)
+                if not isinstance(vars(owner)[name], ModuleType):  # a part of it that somebody imported meanwhile
+                    delattr(owner, name)
 
 
 _installed = contextlib.ExitStack()  # for as long as the process runs

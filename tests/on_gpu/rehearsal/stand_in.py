@@ -8,6 +8,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -142,6 +143,20 @@ def test_a_fused_multiply_add_is_rounded_once(dtype: tl.dtype) -> None:
             beside = (np.nextafter(value, kind.type(end)) for end in (-np.inf, np.inf))
             off, *others = (abs(Fraction(float(v)) - (a * b + c)) for v in (value, *beside))
             assert off <= min(others), numbers
+
+
+def test_what_is_imported_between_two_kernels_stays() -> None:
+    """Compilers of torch import parts of Triton's language when they are first needed."""
+    import kernels
+
+    language = kernels._Language()
+    part, own = ModuleType("triton.language.extra.part"), tl.extra.__dict__
+    own["part"], own["function"] = part, len
+    try:
+        language.restore()
+        assert own["part"] is part and "function" not in own
+    finally:
+        own.pop("part")
 
 
 class Dim3(ctypes.Structure):
