@@ -98,9 +98,10 @@ REHEARSE_PY := $(REHEARSAL)/venv/bin/python
 REHEARSE := $(REHEARSE_PY) tests/on_gpu/rehearsal/run.py
 COMMIT ?= rehearsed
 # With fused multiply-adds, as the kernels of any processor beside a device have them: bits are compared.
-REHEARSE_WINDOW = PATH=$(CURDIR)/tests/on_gpu/rehearsal/tools:$$PATH FASTLORA_COMMIT=$(COMMIT) \
-  CMAKE_ARGS="-DFASTLORA_CUDA_RUNTIME=Shared -DFASTLORA_CPU=BASELINE -DCMAKE_CXX_FLAGS=-mfma" $(REHEARSE_PY) -m benches.gpu \
-  --tiny --slower 30 --python "$(REHEARSE)" --out build/results $(if $(RESUME),--resume)
+REHEARSED := CMAKE_ARGS="-DFASTLORA_CUDA_RUNTIME=Shared -DFASTLORA_CPU=BASELINE -DCMAKE_CXX_FLAGS=-mfma"
+REHEARSE_BUILD := $(REHEARSED) FASTLORA_CUDA=ON FASTLORA_CUDA_ARCHS=90-real $(REHEARSE_PY) setup.py -q build_ext --inplace
+REHEARSE_WINDOW = PATH=$(CURDIR)/tests/on_gpu/rehearsal/tools:$$PATH FASTLORA_COMMIT=$(COMMIT) $(REHEARSED) \
+  $(REHEARSE_PY) -m benches.gpu --tiny --slower 30 --python "$(REHEARSE)" --out build/results $(if $(RESUME),--resume)
 REHEARSE_TESTS := $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning
 
 # Of Python 3.12, if there is one, like most machines with a device: then also the kernels of gpu-prebuild are tried.
@@ -124,11 +125,15 @@ PART ?= rehearsed
 rehearsed:
 	for part in $(PARTS); do $(MAKE) $$part || exit 1; done
 
-# A window that finds nothing prepared for it, or what does not suit it, builds in place.
+# With a prepared module. That of gpu-prebuild has CUDA's own runtime inside, which needs a device.
 rehearsed-first:
+	$(REHEARSE_BUILD)
+	[ ! -d build/gpu ] || cp fastlora/_core*.so build/gpu
 	$(REHEARSE_WINDOW) first
 
+# Without one: it builds in place.
 rehearsed-record:
+	rm -f build/gpu/_core*.so
 	$(REHEARSE_WINDOW) record
 
 # With work of some streams done at once.

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 FIRST_IMPORT = 100.0  # seconds, from a cold disk
 CHECK = "benches.gpu.check_build"
-# Without torch, whose first import may take long.
-TRY = "from fastlora import _core; assert _core.has_cuda; count, why = _core.cuda_device_count(); assert count, why"
+TRY = "benches.gpu.try_module"
 
 
 def run(visit: Visit, limit: float) -> str:
@@ -47,7 +46,7 @@ def _core(visit: Visit, clock: Clock) -> str:
         target = ROOT / "fastlora" / prepared.name
         shutil.copyfile(prepared, target)
         try:
-            visit.shell.run(Command((sys.executable, "-c", TRY)), 30)
+            visit.shell.run(visit.shell.python_command("-m", TRY), max(30.0, 0.1 * clock.left))
             return "prepared beforehand"
         except Failed as failure:
             target.unlink()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from benches.gpu import building, measuring, prebuilt, profiling, testing  # noqa: E402
+from benches.gpu import building, measuring, prebuilt, profiling, testing, try_module  # noqa: E402
 from benches.gpu.processes import Command, Failed, Shell, Skipped, TookTooLong  # noqa: E402
 from benches.gpu.report import Report  # noqa: E402
 from benches.gpu.running import Visit  # noqa: E402
@@ -70,10 +71,20 @@ def test_a_prepared_module_that_does_not_work_is_built(tmp_path: Path, monkeypat
     assert "built here: the prepared one cannot be used (ImportError: GLIBC_2.38 not found)" in said
     assert visit.has_built and visit.report.facts["kernels prepared"] == 7
     assert places == [True, False, False]  # while it is tried, while another is built, when kernels are tried
-    assert [c.words[1] for c in visit.shell.said] == ["-c", "setup.py", "-m"]
+    assert [c.words[1] for c in visit.shell.said] == ["-m", "setup.py", "-m"]
     assert visit.shell.said[1].environment == {"FASTLORA_CUDA": "ON", "FASTLORA_CUDA_ARCHS": "90-real"}
     with pytest.raises(Skipped, match="had to be built"):
         measuring.sweeps(visit, 60)
+
+
+def test_a_module_without_kernels_or_a_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, said in (
+        (SimpleNamespace(has_cuda=False), "it has no CUDA kernels"),
+        (SimpleNamespace(has_cuda=True, cuda_device_count=lambda: (0, "no driver")), "no device: no driver"),
+        (SimpleNamespace(has_cuda=True, cuda_device_count=lambda: (1, "")), None),
+    ):
+        monkeypatch.setattr(try_module, "_core", module)
+        assert try_module.main() == said
 
 
 def test_a_prepared_module_whose_kernels_fail_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
