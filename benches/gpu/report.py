@@ -33,6 +33,7 @@ class Report:
 
     ``rows``: measurements, each with its ``key``; ``forms``: kernels that were tried, each with its ``form``;
     ``failures``: the output of what failed, run again alone; ``profile``: what a profiler counted, a kernel a row.
+    ``before``: reports that a window goes on from, the newest first, until it has ended: it may be cut off again.
     """
 
     window: str
@@ -43,6 +44,7 @@ class Report:
     forms: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
     profile: list[dict[str, Any]] = field(default_factory=list)
+    before: list[dict[str, Any]] = field(default_factory=list)
     _stem: str | None = None
 
     @property
@@ -85,8 +87,8 @@ class Report:
         return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def earlier(window: str, out: Path) -> dict[str, Any] | None:
-    """What the newest report of this window in the folder says, or ``None``."""
+def earlier(window: str, out: Path) -> list[dict[str, Any]]:
+    """The newest report of this window in the folder, and those that it went on from."""
     found = []
     for path in out.glob("gpu-*.json"):
         try:
@@ -95,7 +97,10 @@ def earlier(window: str, out: Path) -> dict[str, Any] | None:
             continue
         if isinstance(data, dict) and data.get("window") == window:
             found.append(data)
-    return max(found, key=lambda d: str(d["facts"].get("time", "")), default=None)
+    if not found:
+        return []
+    newest = max(found, key=lambda d: str(d["facts"].get("time", "")))
+    return [newest, *newest.pop("before", [])]
 
 
 def _replace(path: Path, text: str) -> None:

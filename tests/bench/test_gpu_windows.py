@@ -192,6 +192,29 @@ def test_a_window_is_taken_up_where_it_was_cut(tmp_path: Path, commit: str, agai
     assert visit.report.stages[1].result == ("done earlier" if commit == "abc" else "done")
 
 
+def test_a_window_that_is_cut_off_twice_keeps_what_the_first_found(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def note(visit: running.Visit, limit: float) -> str:
+        done.append(visit.stage)
+        visit.report.rows.append({"key": visit.stage, "stage": visit.stage})
+        if done in (["times", "tests"], ["times", "tests", "build"]):
+            raise KeyboardInterrupt
+        return ""
+
+    build = stage("build", lambda visit, limit: note(visit, limit) if "tests" in done else "", lasts=False)
+    facts = stage("facts", name_device, lasts=False)
+    window = Window("first", 100, (facts, build, stage("times", note), stage("tests", note)))
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            running.run(window, visit_in(tmp_path), resume=resume)
+    assert running.run(window, visit_in(tmp_path), resume=True) == 0
+    assert done == ["times", "tests", "build", "build", "tests"]
+    written = json.loads((tmp_path / "gpu-a-made-up-gpu-first.json").read_text(encoding="utf-8"))
+    assert [s["result"] for s in written["stages"]] == ["done", "done", "done earlier", "done"]
+    assert [row["key"] for row in written["rows"]] == ["build", "times", "tests"] and not written["before"]
+
+
 def test_the_files_get_the_name_that_torch_gives_the_device(tmp_path: Path) -> None:
     def rename(visit: running.Visit, limit: float) -> str:
         visit.report.facts["device"] = "Better (80 GB)"
