@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from builders import gaussian
+from merge_calls import OF_TWO, data_of
 from tolerances import MODEL32, SUMS32
 
 import fastlora as fl
@@ -37,8 +38,7 @@ def require_same(found: fl.Adapter, wanted: fl.Adapter, tolerance: float = MODEL
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    **{name: {} for name in ("cat", "karcher", "matched_norm", "multislerp", "equal_energy", "mean", "metagpt")},
-    **{name: {} for name in ("core", "ctm", "iso_cts", "knots", "pico", "star", "tsv", "wudi", "cart", "svc")},
+    **{name: {} for name in fl.methods()},
     "svd": {"rank": 4},
     "svd by energy": {"method": "svd", "energy": 0.9},
     "iso_c": {"rank": 4},
@@ -51,11 +51,14 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method(name: str) -> None:
     options = {"method": name} | METHODS[name]
-    wanted = fl.merge(pool(), WEIGHTS, **options)
-    found = fl.merge(pool().to("cuda"), WEIGHTS, **options)
+    own = pool(count=2 if name in OF_TWO else 3)
+    weights = {adapter: WEIGHTS[adapter] for adapter in own.names}
+    data = data_of(options["method"], own)
+    wanted = fl.merge(own, weights, data=data, **options)
+    found = fl.merge(own.to("cuda"), weights, data=data, **options)
     assert found.device.type == "cuda"
     require_same(found, wanted)
-    require_same(fl.merge(pool(), WEIGHTS, device="cuda", **options), wanted)
+    require_same(fl.merge(own, weights, data=data, device="cuda", **options), wanted)
 
 
 @pytest.mark.parametrize("method", ["svd", "cat", "iso_c", "ties"])
