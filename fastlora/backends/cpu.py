@@ -116,11 +116,14 @@ def _gram_pass(jobs: Sequence[GramJob]) -> None:
         same = list(run)
         count, stride = len(same[0].blocks), same[0].stride
         starts = []
+        out, start = None, 0
         for job in same:
             tasks += (len(alive), len(job.factors), first_block, count, job.rows)
             first_block += count
             _factors(job.factors, factors, alive)
-            starts.append(job.out.data_ptr() + 8 * job.start)
+            if job.out is not out:
+                out, start = job.out, job.out.data_ptr()
+            starts.append(start + 8 * job.start)
         if len(same) == 1:
             rows = [(i, j, starts[0] + 8 * offset, stride) for i, j, offset in same[0].blocks]
             blocks.append(np.array(rows, dtype=np.int64).reshape(-1, 4))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -62,6 +62,16 @@ class Factor:
     length: int
     rank: int
     terms: tuple[Term, ...]
+    stored: Tensor | None = field(init=False, repr=False)
+    """The stored matrix that this factor is, bit for bit, or ``None`` when it has to be computed."""
+
+    def __post_init__(self) -> None:
+        self.stored = None
+        if len(self.terms) == 1:
+            term = self.terms[0]
+            if term.coefficient is None and term.scale == 1.0:
+                if term.source.shape[1 if self.side == "B" else 0] == self.rank:
+                    self.stored = term.source
 
     @staticmethod
     def of(side: Side, stored: Tensor) -> Factor:
@@ -73,16 +83,6 @@ class Factor:
     def shape(self) -> tuple[int, int]:
         """``[length, rank]`` (B side) or ``[rank, length]`` (A side)."""
         return (self.length, self.rank) if self.side == "B" else (self.rank, self.length)
-
-    @property
-    def stored(self) -> Tensor | None:
-        """The stored matrix that this factor is, bit for bit, or ``None`` when it has to be computed."""
-        if len(self.terms) != 1:
-            return None
-        term = self.terms[0]
-        if term.coefficient is not None or term.scale != 1.0:
-            return None
-        return term.source if term.source.shape[1 if self.side == "B" else 0] == self.rank else None
 
     @property
     def joined(self) -> tuple[Term, ...] | None:

@@ -228,7 +228,8 @@ def decompose_pool(pool: Pool, settings: Settings) -> Components:
     def work() -> dict[str, ModuleResult]:
         results: dict[str, ModuleResult] = {}
         for part in _parts(pool, settings, "decomposing"):
-            for result in shared_directions(read_chain_blocks(part, settings.side, settings.blocks_kind), settings):
+            blocks = read_chain_blocks(part, settings.side, settings.blocks_kind, checked=not settings.is_plain)
+            for result in shared_directions(blocks, settings):
                 results[result.module] = result
         return results
 

@@ -17,7 +17,7 @@ from fastlora import ops
 from fastlora.analysis.chance import chance_edge
 from fastlora.core.updates import Noise, Update, joint_noise
 from fastlora.decomposition.weighted_chain import weighted_chain
-from fastlora.engine.blocks import ChainBlocks
+from fastlora.engine.blocks import ChainBlocks, require_finite_blocks
 from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.stream import current as streaming
 from fastlora.reference import coefficients
@@ -43,6 +43,11 @@ class Settings:
     def is_soft(self) -> bool:
         """Whether directions are taken by how far they are above chance."""
         return self.threshold == SOFT
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the op ``chain`` looks at the blocks as they are, and tells of those that are not finite."""
+        return not self.is_soft and not self.weighting
 
     @property
     def blocks_kind(self) -> str:
@@ -73,7 +78,7 @@ class Settings:
     def run(self, blocks: ChainBlocks) -> ops.Chain:
         """The chain of these settings on Gram blocks."""
         threshold, kind, rtol, rank, energy = self.cuts(blocks.group.rtol)
-        if self.is_soft or self.weighting:
+        if not self.is_plain:
             return weighted_chain(blocks, kind, threshold, self.rho or 0.0, (rank, energy))
         return ops.chain(
             blocks.projected,
@@ -185,8 +190,12 @@ class ModuleResult:
 def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleResult]:
     """Chain and threshold for every module of the blocks, then MATH (7)–(10) in coefficients."""
     chain = settings.run(blocks)
-    raise_for_info(blocks.modules, chain.info)
+    if any(chain.info.tolist()):
+        require_finite_blocks(blocks, settings.side)
+        raise_for_info(blocks.modules, chain.info)
     movers = settings.movers(len(blocks.group.members))
+    if settings.is_plain and not any(chain.shared.tolist()):  # as mostly in adapters of different tasks
+        return unshared_results(blocks, chain, movers)
     scaling = torch.from_numpy(_scalings(blocks)).to(blocks.projected.device)
     taken = settings.taken(blocks, chain)
     if taken is None:
@@ -201,6 +210,22 @@ def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleRes
     for result, fractions, left in zip(results, taken.tolist(), unique.sqrt().tolist(), strict=True):
         result.taken, result.unique_norms = tuple(fractions[: result.count]), tuple(left)
     return results
+
+
+def unshared_results(blocks: ChainBlocks, chain: ops.Chain, movers: int) -> list[ModuleResult]:
+    """:func:`module_results` where no module shares anything: nothing is left to compute but the norms."""
+    scalings = _scalings(blocks)
+    g, k = scalings.shape
+    if blocks.projected.is_cpu:  # small steps take NumPy a third of torch's time; the sums are torch's, to the last bit
+        with np.errstate(all="ignore"):
+            diagonal = blocks.projected.numpy().diagonal(axis1=1, axis2=2).transpose(0, 3, 1, 2)
+            squares = torch.from_numpy(diagonal * blocks.other.numpy()).sum((-1, -2)).numpy()
+            norms = torch.from_numpy(np.sqrt(np.maximum(squares, 0.0)) * np.abs(scalings))
+    else:
+        scaling = torch.from_numpy(scalings).to(blocks.projected.device)
+        norms = coefficients.whole_lengths(blocks.projected, blocks.other, scaling)
+    nothing = torch.from_numpy(np.zeros((g, k)))
+    return module_results(blocks, chain, movers, nothing[:, :, None, None], norms, nothing)
 
 
 def _scalings(blocks: ChainBlocks) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
@@ -218,32 +243,26 @@ def module_results(
         sigma = chain.sigma.cpu().numpy() * np.abs(_scalings(blocks))[..., None]
     check_size(blocks.names, blocks.modules, sigma)
     values = chain.values.cpu()
-    if not values.numpy().imag.any():
-        values = torch.from_numpy(values.numpy().real.copy())
+    numbers = values.numpy()
+    if not numbers.imag.any():
+        values = torch.from_numpy(numbers.real.copy())
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
     counts, kept, all_norms, shared_norms = (x.tolist() for x in (chain.shared, chain.kept, norms, shared))
     most = max(counts, default=0)
-    batch = ResultBatch(
-        sigma,
-        values,
-        _beside_factors(chain.basis[:, :movers, :, :most]),
-        _beside_factors(H[:, :, :most]),
-    )
+    if most:
+        basis, H = _beside_factors(chain.basis[:, :movers, :, :most]), _beside_factors(H[:, :, :most])
+    else:
+        g, k, r = sigma.shape
+        where = chain.basis.device if streaming() is None else torch.device("cpu")
+        basis, H = (chain.basis.new_empty(shape, device=where) for shape in ((g, movers, r, 0), (g, k, 0, r)))
+    batch = ResultBatch(sigma, values, basis, H)
+    ranks, rtol = blocks.group.ranks, blocks.group.rtol
+    each = zip(blocks.modules, blocks.updates, blocks.names, kept, counts, all_norms, shared_norms, strict=True)
     return [
         ModuleResult(
-            module=module,
-            shape=blocks.updates[g][0].shape,
-            names=blocks.names[g],
-            ranks=blocks.group.ranks,
-            kept=tuple(kept[g]),
-            count=counts[g],
-            norms=tuple(all_norms[g]),
-            shared_norms=tuple(shared_norms[g]),
-            rtol=blocks.group.rtol,
-            batch=batch,
-            row=g,
+            module, own[0].shape, names, ranks, tuple(dims), count, tuple(norms), tuple(lengths), rtol, batch, row
         )
-        for g, module in enumerate(blocks.modules)
+        for row, (module, own, names, dims, count, norms, lengths) in enumerate(each)
     ]
 
 

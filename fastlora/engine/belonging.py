@@ -34,6 +34,15 @@ def require_one_module(updates: Sequence[Update]) -> None:
 
 def require_one_device(updates: Sequence[Update]) -> None:
     """Refuses matrices that no kernel could read together."""
+    for u in updates:
+        for terms in (u.B.terms, u.A.terms):
+            for term in terms:
+                if not term.source.is_cpu:
+                    _require_one_device(updates)
+                    return
+
+
+def _require_one_device(updates: Sequence[Update]) -> None:
     devices = dict.fromkeys(t.source.device for u in updates for f in (u.B, u.A) for t in f.terms)
     if len(devices) > 1:
         raise InputError(

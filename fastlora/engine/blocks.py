@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlora.core.factors import SIDES, Side
-from fastlora.core.updates import Update, factor, sides, sources, unscaled
+from fastlora.core.updates import NO_NOISE, Update, factor, sides, sources, unscaled
 from fastlora.engine.checks import check_diagonal
 from fastlora.engine.contracts import PoolView
 from fastlora.engine.gram import GramPass, read_gram
@@ -124,21 +124,31 @@ def ask_chain_blocks(grams: GramPass, part: GroupPart, side: str, kind: str, *, 
     projected_side, other_side = sides(side)
     updates = part.updates()
     r, pairs = part.group.rank, blocks_of(kind, len(part.group.members))
-    projected = grams.blocks([[factor(u, projected_side) for u in row] for row in updates], r, pairs)
-    other = grams.diagonal([[factor(u, other_side) for u in row] for row in updates], r)
-    floors = [[unscaled(u.noise.rounding if exact else u.noise.floor, u) for u in row] for row in updates]
+    factors = {"B": [[u.B for u in row] for row in updates], "A": [[u.A for u in row] for row in updates]}
+    projected = grams.blocks(factors[projected_side], r, pairs)
+    other = grams.diagonal(factors[other_side], r)
+    floors = [
+        [
+            0.0 if u.noise is NO_NOISE and u.scaling else unscaled(u.noise.rounding if exact else u.noise.floor, u)
+            for u in row
+        ]
+        for row in updates
+    ]
     floor = torch.from_numpy(np.array(floors, dtype=np.float64))  # torch.tensor takes ten times as long
     names = [part.names] * len(part.modules)
     return ChainBlocks(part.modules, names, updates, projected, other, floor.to(projected.device), part.group)
 
 
-def read_chain_blocks(part: GroupPart, side: str, kind: str, *, exact: bool = False) -> ChainBlocks:
+def read_chain_blocks(
+    part: GroupPart, side: str, kind: str, *, exact: bool = False, checked: bool = True
+) -> ChainBlocks:
     """:func:`ask_chain_blocks`, read in one pass over both sides' factors or taken from the Gram cache in use, and
-    checked."""
+    checked by :func:`require_finite_blocks`, unless the caller does that where a chain finds something amiss."""
     grams = GramPass()
     blocks = ask_chain_blocks(grams, part, side, kind, exact=exact)
     grams.run()
-    require_finite_blocks(blocks, side)
+    if checked:
+        require_finite_blocks(blocks, side)
     release(sources(u for row in blocks.updates for u in row))
     return blocks
 

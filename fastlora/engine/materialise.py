@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -12,9 +11,10 @@ from fastlora.core.factors import Factor, device_of
 from fastlora.core.updates import Update
 from fastlora.engine.belonging import require_one_device, require_one_module
 from fastlora.engine.buffers import ResultRoom, padded
-from fastlora.engine.combine_jobs import WantedFactor, combine_job, stored_as
+from fastlora.engine.combine_jobs import WantedFactor, combine_job
 from fastlora.ops.dispatch import run_pass
 from fastlora.ops.passes import CombineJob
+from fastlora.runtime.cpython import paused_collector
 
 # Relative to the terms of a sum: what is left below it has no digit that is known, through Gram blocks in float64.
 ROUNDING = 1e-7
@@ -38,12 +38,13 @@ def materialise_groups(
 
     ``room``: where results go, until it is reserved again; memory of their own by default.
     """
-    for group in groups:
-        require_one_module(group)
-        require_one_device(group)
-    sides = [side for group in groups for side in ([u.B for u in group], [u.A for u in group])]
-    results = _materialise_sides(sides, dtype, room)
-    return [list(zip(*pair, strict=True)) for pair in zip(results[::2], results[1::2], strict=True)]
+    with paused_collector():
+        for group in groups:
+            require_one_module(group)
+            require_one_device(group)
+        sides = [side for group in groups for side in ([u.B for u in group], [u.A for u in group])]
+        results = _materialise_sides(sides, dtype, room)
+        return [list(zip(*pair, strict=True)) for pair in zip(results[::2], results[1::2], strict=True)]
 
 
 def materialise_factor(factor: Factor, dtype: torch.dtype) -> Tensor:
@@ -55,18 +56,27 @@ def _materialise_sides(
     sides: Sequence[Sequence[Factor]], dtype: torch.dtype, room: ResultRoom | None
 ) -> list[list[Tensor]]:
     """The tensors of the factors of one side of one module, for many of them in one launch."""
-    stored = [[stored_as(f, dtype) for f in side] for side in sides]
+    stored = [[x if (x := f.stored) is None or x.dtype == dtype else None for f in side] for side in sides]
+    counts: dict[tuple[int, int], int] = {}
+    for side, matrices in zip(sides, stored, strict=True):
+        for factor, matrix in zip(side, matrices, strict=True):
+            if matrix is None:
+                counts[factor.shape] = counts.get(factor.shape, 0) + 1
     room = room or ResultRoom(device_of(sides))
-    room.reserve(
-        sum(
-            padded(f.length * f.rank * dtype.itemsize)
-            for side, matrices in zip(sides, stored, strict=True)
-            for f, matrix in zip(side, matrices, strict=True)
-            if matrix is None
-        )
-    )
+    room.reserve(sum(count * padded(n * m * dtype.itemsize) for (n, m), count in counts.items()))
+    outs = {shape: iter(room.take(shape, dtype, count)) for shape, count in counts.items()}
     jobs: list[CombineJob] = []
-    results = [_materialise_side(jobs, *pair, dtype, room) for pair in zip(sides, stored, strict=True)]
+    results: list[list[Tensor]] = []
+    for side, matrices in zip(sides, stored, strict=True):
+        made = [next(outs[f.shape]) if x is None else x for f, x in zip(side, matrices, strict=True)]
+        wanted = [
+            WantedFactor(factor, dtype, out)
+            for factor, out, matrix in zip(side, made, matrices, strict=True)
+            if matrix is None and factor.rank
+        ]
+        if wanted:
+            jobs.append(combine_job(wanted))
+        results.append(made)
     run_pass("combine_pass", jobs)
     return results
 
@@ -81,27 +91,3 @@ def is_rounding(factor: Factor, computed: Tensor) -> bool:
         coefficient = 1.0 if term.coefficient is None else float(term.coefficient.norm())
         size += abs(term.scale) * coefficient * float(term.source.double().norm())
     return float(computed.norm()) <= ROUNDING * size
-
-
-def _materialise_side(
-    jobs: list[CombineJob],
-    factors: Sequence[Factor],
-    stored: Sequence[Tensor | None],
-    dtype: torch.dtype,
-    room: ResultRoom,
-) -> list[Tensor]:
-    """The tensors of some factors of one side; those that are not ``stored`` are put on the job list."""
-    there = [matrix for matrix in stored if matrix is not None]
-    if len(there) == len(stored):
-        return there
-    shapes = [factor.shape for factor, matrix in zip(factors, stored, strict=True) if matrix is None]
-    outs = iter([out for shape, same in groupby(shapes) for out in room.take(shape, dtype, len(list(same)))])
-    results = [next(outs) if matrix is None else matrix for matrix in stored]
-    wanted = [
-        WantedFactor(factor, dtype, out)
-        for factor, matrix, out in zip(factors, stored, results, strict=True)
-        if matrix is None and factor.rank
-    ]
-    if wanted:
-        jobs.append(combine_job(wanted))
-    return results

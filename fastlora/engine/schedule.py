@@ -69,7 +69,7 @@ class GroupPart:
 
 def rtol_or_default(rtol: float | None) -> RtolOf:
     """``rtol`` for every update; ``None``: the rounding of its stored dtype."""
-    return lambda update: default_rtol([update]) if rtol is None else rtol
+    return (lambda update: default_rtol((update,))) if rtol is None else (lambda _: rtol)
 
 
 def one_adapter(name: str, updates: Mapping[str, Update]) -> PoolView:
@@ -90,7 +90,7 @@ def whole_groups(pool: PoolView, *, rtol_of: RtolOf | None = None, least: int = 
             continue
         updates = [adapters[i][module] for i in members]
         rtols = () if rtol_of is None else tuple([rtol_of(u) for u in updates])
-        groups.setdefault((members, tuple([u.rank for u in updates]), rtols), []).append(module)
+        groups.setdefault((members, tuple([u.B.rank for u in updates]), rtols), []).append(module)
     return [GroupPart(Group(*kind), modules, pool) for kind, modules in groups.items()]
 
 

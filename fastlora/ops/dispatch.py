@@ -177,9 +177,11 @@ def device_of(*args: Any) -> str:
             return str(arg.device.type)
         if isinstance(arg, list | tuple):
             for job in arg:
-                for tensor in (*job.factors, *(o.out for o in getattr(job, "outputs", ()))):
-                    if tensor is not None:
-                        return str(tensor.device.type)
+                for tensor in job.factors:
+                    return "cpu" if tensor.is_cpu else str(tensor.device.type)
+                for output in getattr(job, "outputs", ()):
+                    if output.out is not None:
+                        return str(output.out.device.type)
     return "cpu"
 
 

@@ -32,9 +32,13 @@ def shares(
     for j in range(1, movers):
         row = [projected[:, i, j].mT if i < j else projected[:, j, i] for i in range(k)]
         H += basis[:, j, None].mT @ torch.stack(row, 1)
+    return H, whole_lengths(projected, other, scaling), lengths(H, other, scaling)
+
+
+def whole_lengths(projected: Tensor, other: Tensor, scaling: Tensor) -> Tensor:
+    """``‖ΔW_i‖ [g, k]``, from the blocks on the diagonal."""
     diagonal = projected.diagonal(dim1=1, dim2=2).movedim(-1, 1)
-    norms = (diagonal * other).sum((-1, -2)).clamp(min=0).sqrt() * scaling.abs()
-    return H, norms, lengths(H, other, scaling)
+    return (diagonal * other).sum((-1, -2)).clamp(min=0).sqrt() * scaling.abs()
 
 
 def lengths(H: Tensor, other: Tensor, scaling: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pools
 import pytest
 import torch
+from builders import gaussian
 from pools import MODULE, Part
 from tolerances import FLOAT64, GRAM64, WEAK64
 from torch import Tensor
@@ -18,8 +19,12 @@ from fastlora.core.updates import factor, sides
 from fastlora.decomposition.components import Components
 from fastlora.decomposition.devec import ModuleResult
 from fastlora.decomposition.result import Pair
+from fastlora.engine import schedule
+from fastlora.engine.blocks import read_chain_blocks
 from fastlora.engine.materialise import materialise
+from fastlora.engine.schedule import rtol_or_default
 from fastlora.errors import NonFiniteError
+from fastlora.reference.coefficients import shares
 from fastlora.reference.devec import Dense, devec
 
 CHAINS = ["product", "palindrome", "mean"]
@@ -302,15 +307,32 @@ def test_saved_factors_are_rounded_once(side: str, dtype: torch.dtype, tmp_path:
 @pytest.mark.parametrize("where", ["B", "A"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_inputs_are_named(bad: float, where: str, side: str, mode: str) -> None:
-    for culprit in (1, 2):
+    for culprit, chain in ((1, "product"), (2, "product"), (1, "palindrome"), (2, "mean")):
         parts = pools.cast(pools.planted(3), torch.float32)
         broken = [x.clone() for x in parts[culprit][:2]]
         broken["BA".index(where)][2, 3] = bad
         parts[culprit] = (broken[0], broken[1], 1.0)
         with pytest.raises(fl.InputError, match=rf"adapter 'a{culprit}': lora_{where} of {MODULE} holds NaN or Inf"):
             fl.decompose(
-                pools.make_pool(parts), 0.5, mode=mode, side=side, target="a0" if mode == "iterative" else None
-            )
+                pools.make_pool(parts), 0.5, chain=chain, mode=mode, side=side,
+                target="a0" if mode == "iterative" else None,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [(2, 2), (1, 3, 2)], ids=str)
+def test_norms_where_nothing_is_shared_have_the_same_bits(ranks: tuple[int, ...]) -> None:
+    def part_of(seed: int, rank: int) -> Part:
+        return gaussian(40, rank, seed=seed), gaussian(rank, 9, seed=seed + 50), 0.5 + seed
+
+    pool = fl.Pool([pools.make_adapter(f"a{i}", {MODULE: part_of(i, r)}) for i, r in enumerate(ranks)])
+    [part] = schedule.parts(pool, "", rtol_of=rtol_or_default(None), least=2)
+    blocks = read_chain_blocks(part, "left", "chain")
+    [result] = fl.decompose(pool).components.results.values()
+    assert result.count == 0 and result.H == () and result.weights == (0.0,) * len(ranks)
+    scaling = torch.tensor([[u.scaling for u in row] for row in part.updates()], dtype=torch.float64)
+    basis = torch.zeros(1, len(ranks), max(ranks), max(ranks), dtype=torch.float64)
+    _, norms, shared = shares(blocks.projected, blocks.other, basis, scaling, 1)
+    assert result.norms == tuple(norms[0].tolist()) and result.shared_norms == tuple(shared[0].tolist())
 
 
 def test_non_finite_input_is_not_laid_on_an_adapter_that_is_computed() -> None:
