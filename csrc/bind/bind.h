@@ -11,6 +11,7 @@ namespace fastlora {
 void bind_constants(pybind11::module_& m);
 void bind_cpu(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
+void bind_tensors(pybind11::module_& m);
 
 template <class T = void>
 T* at(uintptr_t address) {

@@ -27,7 +27,9 @@ except ImportError as error:
     _import_error = str(error)
 
 DTYPES: dict[torch.dtype, int] = {}
+_DESCRIBES = False  # whether torch tells compiled code of its tensors
 if _core is not None:
+    _DESCRIBES = hasattr(_core, "describes") and bool(_core.describes(Tensor))  # a core built before has it not
     DTYPES.update((getattr(torch, name), code) for name, code in _core.DTYPES.items())
 
 
@@ -83,16 +85,20 @@ def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
     return x.data_ptr(), rows, columns, columns if rows == 1 else stride, DTYPES[x.dtype]
 
 
-def _factors(tensors: Sequence[Tensor], table: list[int], alive: list[Tensor]) -> None:
-    """Rows of the Matrix table for what is only read: itself where its rows are contiguous, as loaded ones are, else a
-    copy. They are put into ``alive``, to be kept until the kernel is done."""
-    for x in tensors:
-        rows, columns = x.shape
-        stride, step = x.stride()
-        if columns > 1 and step != 1:
-            x, stride = x.contiguous(), columns
-        alive.append(x)
-        table += (x.data_ptr(), rows, columns, columns if rows == 1 else stride, DTYPES[x.dtype])
+def _matrices(tensors: list[Tensor]) -> tuple[np.ndarray[Any, np.dtype[np.int64]], list[Tensor]]:
+    """The Matrix table of what is only read, and the tensors behind its rows, to be kept until the kernel is done: as
+    given where rows are contiguous, as loaded ones are, else copies."""
+    if not _DESCRIBES:
+        tensors = [x if x.stride(1) == 1 or x.shape[1] < 2 else x.contiguous() for x in tensors]
+        return _table([number for x in tensors for number in _matrix(x)], 5), tensors
+    table = np.empty((len(tensors), 5), dtype=np.int64)
+    scattered = _core.fill_rows(Tensor, tensors, _address(table))
+    if scattered:
+        tensors = list(tensors)
+        for i in scattered:
+            tensors[i] = tensors[i].contiguous()
+            table[i] = _matrix(tensors[i])
+    return table, tensors
 
 
 def _table(numbers: Sequence[int], columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -106,10 +112,9 @@ def _address(table: np.ndarray[Any, Any]) -> int:
 
 
 def _gram_pass(jobs: Sequence[GramJob]) -> None:
-    factors: list[int] = []
+    factors: list[Tensor] = []
     tasks: list[int] = []
     blocks: list[np.ndarray[Any, Any]] = []
-    alive: list[Tensor] = []  # until the kernel is done
     first_block = 0
     # Neighbouring jobs mostly share their list of blocks.
     for _, run in itertools.groupby(jobs, key=lambda job: (id(job.blocks), job.stride)):
@@ -118,9 +123,9 @@ def _gram_pass(jobs: Sequence[GramJob]) -> None:
         starts = []
         out, start = None, 0
         for job in same:
-            tasks += (len(alive), len(job.factors), first_block, count, job.rows)
+            tasks += (len(factors), len(job.factors), first_block, count, job.rows)
             first_block += count
-            _factors(job.factors, factors, alive)
+            factors += job.factors
             if job.out is not out:
                 out, start = job.out, job.out.data_ptr()
             starts.append(start + 8 * job.start)
@@ -134,7 +139,8 @@ def _gram_pass(jobs: Sequence[GramJob]) -> None:
         table[:, :, 2] = np.array(starts, dtype=np.int64)[:, None] + 8 * asked_blocks[:, 2]
         table[:, :, 3] = stride
         blocks.append(table.reshape(-1, 4))
-    tables = _table(factors, 5), _table(tasks, 5), np.concatenate(blocks) if blocks else _table([], 4)
+    matrices, _alive = _matrices(factors)  # alive until the kernel is done
+    tables = matrices, _table(tasks, 5), np.concatenate(blocks) if blocks else _table([], 4)
     factor_table, task_table, block_table = map(_address, tables)
     _core.gram(factor_table, task_table, block_table, n_tasks=len(jobs), threads=torch.get_num_threads())
 
@@ -146,19 +152,15 @@ class PreparedCombine:
     def __init__(self, jobs: Sequence[CombineJob]) -> None:
         self._results = [output for job in jobs for output in job.outputs]
         self._scaled: list[tuple[CombineOutput, int]] = []  # whose term each row of the table is
-        factors: list[int] = []
         tasks: list[int] = []
         outputs: list[int] = []
-        matrices: list[int] = []
         terms: list[int] = []
         scales: list[float] = []
         given: list[Tensor] = []
-        self._alive: list[Tensor] = []
         output_index = 0  # of the next output
         for job in jobs:
             rows = job.rows
             tasks += (len(given), len(job.factors), output_index, len(job.outputs), rows)
-            _factors(job.factors, factors, self._alive)
             given += job.factors
             for output in job.outputs:
                 first = len(scales)
@@ -179,15 +181,11 @@ class PreparedCombine:
                     self._scaled.append((output, term))
                 outputs += (output_index, first, len(scales) - first, -1, output.offset, output.check)
                 output_index += 1
-                if output.out is None:
-                    height, width = output.shape
-                    matrices += (0, height, width, width, DTYPES[output.dtype])
-                else:
-                    matrices += _matrix(output.out)
+        factors, self._alive = _matrices(given)
         self._terms = _table(terms, 6)
         self._terms[:, 5] = np.array(scales, dtype=np.float64).view(np.int64)
         self._tasks, self._outputs = _table(tasks, 5), _table(outputs, 6)
-        self._tables = _table(factors, 5), self._tasks, self._outputs, _table(matrices, 5), self._terms
+        self._tables = factors, self._tasks, self._outputs, _results(self._results), self._terms
         self._copies = [(x, y) for x, y in zip(given, self._alive, strict=True) if x is not y]
 
     def renew(self) -> None:
@@ -211,6 +209,19 @@ class PreparedCombine:
             return None
         job = int(np.searchsorted(self._tasks[:, 2], output_index, side="right")) - 1
         return WriteProblem(job, output_index - int(self._tasks[job, 2]), errno if kind == _core.SYSTEM_ERROR else None)
+
+
+def _results(outputs: Sequence[CombineOutput]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The Matrix table of what is written, without addresses for what goes to files alone."""
+    memory = [output.out for output in outputs if output.out is not None]
+    table, targets = _matrices(memory)
+    if targets is not memory:
+        table = _table([number for x in memory for number in _matrix(x)], 5)  # refuses what would not be written to
+    if len(memory) == len(outputs):
+        return table
+    rows = iter(table.tolist())
+    whole = [(0, *o.shape, o.shape[1], DTYPES[o.dtype]) if o.out is None else next(rows) for o in outputs]
+    return _table([number for row in whole for number in row], 5)
 
 
 def _combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:
@@ -308,10 +319,7 @@ def _difference_products(
     given = right if right is not None else left
     width = 0 if given is None else given.shape[1]
     right, left = (None if x is None else aligned(x) for x in (right, left))
-    stored: list[int] = []
-    alive: list[Tensor] = []
-    _factors([new] if old is None else [new, old], stored, alive)
-    table = _table(stored, 5)
+    table, _alive = _matrices([new] if old is None else [new, old])  # alive until the kernel is done
     images = None if right is None else torch.empty(n, width, dtype=torch.float64)
     preimages = torch.empty(m, width, dtype=torch.float64) if back else None
     total = torch.zeros(1, dtype=torch.float64) if square else None

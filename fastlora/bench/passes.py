@@ -126,7 +126,8 @@ def unique_factors(pool: Pool, room: ResultRoom | None = None) -> list[list[Tens
     """
     parts = fl.decompose(pool, threshold=TAU)
     adapters = [*(parts.unique_of(n) for n in pool.names), parts.shared]
-    groups: list[list[Update]] = [[a.updates[m] for a in adapters if m in a] for m in pool.modules]
+    updates = [a.updates for a in adapters]
+    groups: list[list[Update]] = [[own[m] for own in updates if m in own] for m in pool.modules]
     return [[B for B, _ in pairs] for pairs in materialise_groups(groups, pool.adapters[0].dtype, room)]
 
 

@@ -159,8 +159,8 @@ def zero_factors(name: str, updates: Mapping[str, Update], dtype: torch.dtype) -
 
 def with_rank_zero(update: Update) -> Update:
     """An update of the same module that is zero."""
-    B, A = (Factor(f.side, f.length, 0, ()) for f in (update.B, update.A))
-    return Update(B, A, 1.0, update.layout, update.noise)
+    left, right = Factor("B", update.B.length, 0, ()), Factor("A", update.A.length, 0, ())
+    return Update(left, right, 1.0, update.layout, update.noise)
 
 
 def with_rank(update: Update, rank: int) -> Update:

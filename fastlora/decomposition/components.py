@@ -15,7 +15,7 @@ from fastlora.core.dtypes import widest
 from fastlora.core.sums import common_base
 from fastlora.core.updates import Update, with_rank_zero
 from fastlora.decomposition.devec import ModuleResult, Settings
-from fastlora.decomposition.part_updates import LazyUpdates, PartUpdates, first_update
+from fastlora.decomposition.part_updates import LazyUpdates, PartUpdates
 from fastlora.runtime.cpython import paused_collector
 
 
@@ -53,7 +53,10 @@ class Components:
     def shared(self) -> Adapter:
         """The one adapter that holds what all share, MATH (10); rank 0 in modules that share nothing."""
         shared = self._updates.shared(None)
-        updates = {m: shared.get(m) or with_rank_zero(first_update(self.pool, m)) for m in self.pool.modules}
+        updates: dict[str, Update] = {}
+        for adapter in reversed(self.pool.adapters):  # of the first adapter that has a module, in the order of the pool
+            updates.update(adapter.updates)
+        updates = {m: shared.get(m) or with_rank_zero(updates[m]) for m in self.pool.modules}
         base = common_base(self.pool.adapters)
         return self._adapter("shared", updates, replace(base, modules_to_save=(), bias="none"), self.pool.names)
 

@@ -22,6 +22,8 @@ from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.stream import current as streaming
 from fastlora.reference import coefficients
 
+Scalings = np.ndarray[tuple[int, int], np.dtype[np.float64]]
+
 SOFT = "soft"
 """The threshold that takes directions by how far they are above chance."""
 
@@ -196,11 +198,12 @@ def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleRes
     movers = settings.movers(len(blocks.group.members))
     if settings.is_plain and not any(chain.shared.tolist()):  # as mostly in adapters of different tasks
         return unshared_results(blocks, chain, movers)
-    scaling = torch.from_numpy(_scalings(blocks)).to(blocks.projected.device)
+    scalings = _scalings(blocks)
+    scaling = torch.from_numpy(scalings).to(blocks.projected.device)
     taken = settings.taken(blocks, chain)
     if taken is None:
         shares = coefficients.shares(blocks.projected, blocks.other, chain.basis, scaling, movers)
-        return module_results(blocks, chain, movers, *shares)
+        return module_results(blocks, chain, movers, *shares, scalings)
     chain = chain._replace(shared=(taken > 0.0).sum(1), basis=chain.basis * (taken > 0.0)[:, None, None])
     H, norms, inside = coefficients.shares(blocks.projected, blocks.other, chain.basis, scaling, movers)
     soft = taken[:, None, :, None] * H
@@ -225,22 +228,29 @@ def unshared_results(blocks: ChainBlocks, chain: ops.Chain, movers: int) -> list
         scaling = torch.from_numpy(scalings).to(blocks.projected.device)
         norms = coefficients.whole_lengths(blocks.projected, blocks.other, scaling)
     nothing = torch.from_numpy(np.zeros((g, k)))
-    return module_results(blocks, chain, movers, nothing[:, :, None, None], norms, nothing)
+    return module_results(blocks, chain, movers, nothing[:, :, None, None], norms, nothing, scalings)
 
 
-def _scalings(blocks: ChainBlocks) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _scalings(blocks: ChainBlocks) -> Scalings:
     """The ``s_i``: ``[g, k]``."""
     return np.array([[u.scaling for u in row] for row in blocks.updates], dtype=np.float64)
 
 
 def module_results(
-    blocks: ChainBlocks, chain: ops.Chain, movers: int, H: Tensor, norms: Tensor, shared: Tensor
+    blocks: ChainBlocks,
+    chain: ops.Chain,
+    movers: int,
+    H: Tensor,
+    norms: Tensor,
+    shared: Tensor,
+    scalings: Scalings | None = None,
 ) -> list[ModuleResult]:
     """The results of a chain, from ``H_i [g, k, w, r]`` and the norms of the updates and their shared parts
-    ``[g, k]``."""
+    ``[g, k]``. ``scalings``: the ``s_i``, where they are known."""
     # Small steps take NumPy a third of torch's time.
+    scalings = _scalings(blocks) if scalings is None else scalings
     with np.errstate(all="ignore"):
-        sigma = chain.sigma.cpu().numpy() * np.abs(_scalings(blocks))[..., None]
+        sigma = chain.sigma.cpu().numpy() * np.abs(scalings)[..., None]
     check_size(blocks.names, blocks.modules, sigma)
     values = chain.values.cpu()
     numbers = values.numpy()
@@ -253,8 +263,9 @@ def module_results(
         basis, H = _beside_factors(chain.basis[:, :movers, :, :most]), _beside_factors(H[:, :, :most])
     else:
         g, k, r = sigma.shape
-        where = chain.basis.device if streaming() is None else torch.device("cpu")
-        basis, H = (chain.basis.new_empty(shape, device=where) for shape in ((g, movers, r, 0), (g, k, 0, r)))
+        basis, H = (torch.from_numpy(np.empty(shape)) for shape in ((g, movers, r, 0), (g, k, 0, r)))
+        if not chain.basis.is_cpu and streaming() is None:
+            basis, H = basis.to(chain.basis.device), H.to(chain.basis.device)
     batch = ResultBatch(sigma, values, basis, H)
     ranks, rtol = blocks.group.ranks, blocks.group.rtol
     each = zip(blocks.modules, blocks.updates, blocks.names, kept, counts, all_norms, shared_norms, strict=True)

@@ -63,6 +63,7 @@ class LazyUpdates:
         self.is_left = settings.side == "left"
         self._projected_side, self._other_side = sides(settings.side)
         self._updates = {a.name: a.updates for a in pool.adapters}
+        self._shared_results = [result for result in results.values() if result.count]
 
     def shared(self, name: str | None) -> dict[str, Update]:
         """``Z · Σ_i w_i s_i H_i A_i``, with the weights of MATH (10), or with weight 1 of adapter ``name`` alone."""
@@ -119,7 +120,7 @@ class LazyUpdates:
     def _sharing(self, name: str | None) -> dict[ResultBatch, list[ModuleResult]]:
         """The modules in which adapter ``name``, or any, shares something, by the batch that they are rows of."""
         batches: dict[ResultBatch, list[ModuleResult]] = {}
-        for result in self.results.values():
-            if result.count and (name is None or name in result.names):
+        for result in self._shared_results:
+            if name is None or name in result.names:
                 batches.setdefault(result.batch, []).append(result)
         return batches

@@ -32,8 +32,9 @@ def require_one_module(updates: Sequence[Update]) -> None:
         raise InputError(f"these updates are of different modules: {found}. {WAY_OUT}")
 
 
-def require_one_device(updates: Sequence[Update]) -> None:
-    """Refuses matrices that no kernel could read together."""
+def require_together(updates: Sequence[Update]) -> None:
+    """Refuses updates that no kernel could read together: of different modules, or on different devices."""
+    require_one_module(updates)
     for u in updates:
         for terms in (u.B.terms, u.A.terms):
             for term in terms:

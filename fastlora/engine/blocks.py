@@ -21,7 +21,7 @@ from fastlora.engine.gram import GramPass, read_gram
 from fastlora.engine.schedule import PART_BYTES, Group, GroupPart, pair_parts, parts
 from fastlora.engine.stream import current
 from fastlora.ops.gram import blocks_of
-from fastlora.runtime.memory import release
+from fastlora.runtime.memory import is_bounded, release
 
 # Matrices r×r that are in memory for one pair of one module: its Gram blocks, what is made of them, and copies.
 MATRICES_OF_PAIR = 32
@@ -149,7 +149,8 @@ def read_chain_blocks(
     grams.run()
     if checked:
         require_finite_blocks(blocks, side)
-    release(sources(u for row in blocks.updates for u in row))
+    if is_bounded():
+        release(sources(u for row in blocks.updates for u in row))
     return blocks
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlora.core.factors import Factor, device_of
 from fastlora.core.updates import Update
-from fastlora.engine.belonging import require_one_device, require_one_module
+from fastlora.engine.belonging import require_together
 from fastlora.engine.buffers import ResultRoom, padded
 from fastlora.engine.combine_jobs import WantedFactor, combine_job
 from fastlora.ops.dispatch import run_pass
@@ -18,6 +18,9 @@ from fastlora.runtime.cpython import paused_collector
 
 # Relative to the terms of a sum: what is left below it has no digit that is known, through Gram blocks in float64.
 ROUNDING = 1e-7
+
+_NOTHING = torch.empty(0)
+"""Stands where a result is still to be computed."""
 
 
 def materialise(updates: Sequence[Update], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -40,8 +43,7 @@ def materialise_groups(
     """
     with paused_collector():
         for group in groups:
-            require_one_module(group)
-            require_one_device(group)
+            require_together(group)
         sides = [side for group in groups for side in ([u.B for u in group], [u.A for u in group])]
         results = _materialise_sides(sides, dtype, room)
         return [list(zip(*pair, strict=True)) for pair in zip(results[::2], results[1::2], strict=True)]
@@ -56,27 +58,36 @@ def _materialise_sides(
     sides: Sequence[Sequence[Factor]], dtype: torch.dtype, room: ResultRoom | None
 ) -> list[list[Tensor]]:
     """The tensors of the factors of one side of one module, for many of them in one launch."""
-    stored = [[x if (x := f.stored) is None or x.dtype == dtype else None for f in side] for side in sides]
+    results: list[list[Tensor]] = []
+    gaps: list[
+        tuple[list[Tensor], list[tuple[int, Factor]]]
+    ] = []  # of a side: what is to be computed, and where it goes
     counts: dict[tuple[int, int], int] = {}
-    for side, matrices in zip(sides, stored, strict=True):
-        for factor, matrix in zip(side, matrices, strict=True):
-            if matrix is None:
+    for side in sides:
+        made: list[Tensor] = []
+        missing: list[tuple[int, Factor]] = []
+        for place, factor in enumerate(side):
+            matrix = factor.stored
+            if matrix is None or matrix.dtype != dtype:
+                matrix = _NOTHING
+                missing.append((place, factor))
                 counts[factor.shape] = counts.get(factor.shape, 0) + 1
+            made.append(matrix)
+        results.append(made)
+        if missing:
+            gaps.append((made, missing))
     room = room or ResultRoom(device_of(sides))
     room.reserve(sum(count * padded(n * m * dtype.itemsize) for (n, m), count in counts.items()))
     outs = {shape: iter(room.take(shape, dtype, count)) for shape, count in counts.items()}
     jobs: list[CombineJob] = []
-    results: list[list[Tensor]] = []
-    for side, matrices in zip(sides, stored, strict=True):
-        made = [next(outs[f.shape]) if x is None else x for f, x in zip(side, matrices, strict=True)]
-        wanted = [
-            WantedFactor(factor, dtype, out)
-            for factor, out, matrix in zip(side, made, matrices, strict=True)
-            if matrix is None and factor.rank
-        ]
+    for made, missing in gaps:
+        wanted: list[WantedFactor] = []
+        for place, factor in missing:
+            out = made[place] = next(outs[factor.shape])
+            if factor.rank:
+                wanted.append(WantedFactor(factor, dtype, out))
         if wanted:
             jobs.append(combine_job(wanted))
-        results.append(made)
     run_pass("combine_pass", jobs)
     return results
 

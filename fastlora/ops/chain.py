@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastlora.errors import InputError
 from fastlora.ops.op import Op, require_dims
+
+_NUMPY_DTYPES = {
+    torch.float64: np.float64,
+    torch.complex128: np.complex128,
+    torch.int64: np.int64,
+    torch.int32: np.int32,
+}
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 CHAINS = ("product", "palindrome", "mean")
@@ -60,6 +69,11 @@ def _check(
     check_cuts(threshold, kind, rtol, rank, energy)
 
 
+def _host_memory(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+    """``torch.empty`` by way of NumPy, which takes half the time."""
+    return torch.from_numpy(np.empty(shape, _NUMPY_DTYPES[dtype]))
+
+
 def results(left: Tensor, kind: str) -> Chain:
     """Memory for what a kernel gives, which writes every element; zeros where there is nothing to compute from.
 
@@ -68,7 +82,9 @@ def results(left: Tensor, kind: str) -> Chain:
     """
     *batch, k, _, r, _ = left.shape
     w = width(kind, k, r)
-    new = left.new_empty if left.numel() else left.new_zeros
+    new: Any = left.new_empty if left.numel() else left.new_zeros
+    if left.is_cpu and left.numel():
+        new = _host_memory
     return Chain(
         basis=new((*batch, k, r, w)),
         values=new((*batch, w), dtype=torch.complex128),

@@ -15,6 +15,7 @@ from tolerances import SUMS32
 from torch import Tensor
 
 import fastlora as fl
+from fastlora.backends import cpu
 from fastlora.ops.dispatch import prepared, resolve
 from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm, WriteProblem
 
@@ -322,3 +323,23 @@ def test_random_results_of_random_sizes() -> None:
                 terms.append((i, None if whole else c.mT.contiguous() if rows else c, at, float(pick(-2, 3))))
             wanted.append((width, terms))
         check_results(x, wanted, rows)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="without compiled kernels there are no tables for them")
+@pytest.mark.parametrize("described", [True, False], ids=["dlpack", "python"])
+def test_tables_say_where_matrices_lie(described: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if described and not cpu._DESCRIBES:
+        pytest.skip("this torch does not tell compiled code of its tensors")
+    monkeypatch.setattr(cpu, "_DESCRIBES", described)
+    x = gaussian(40, 24, seed=1)
+    views = [x, x[:, :3], x[::2, 5:], x[3:4, 2:5], x[3:4], x[:, 2:3], x[:0], x[:, :0], torch.nn.Parameter(x)]
+    views += [x.to(dtype) for dtype in cpu.DTYPES] + [at_odd_address(x.half())]
+    given = [*views, x.mT, x[:, ::2]]
+    table, kept = cpu._matrices(given)
+    assert all(a is b for a, b in zip(views, kept, strict=False)) and given[-2] is not kept[-2]
+    for one, other, (address, rows, columns, stride, code) in zip(given, kept, table.tolist(), strict=True):
+        assert torch.equal(one, other) and code == cpu.DTYPES[one.dtype]
+        assert (address, rows, columns) == (other.data_ptr(), *other.shape)
+        assert stride == (columns if rows == 1 else other.stride(0))
+    with pytest.raises(ValueError, match="contiguous rows"):
+        run([CombineJob([x], [CombineOutput.into(x.clone().mT, [])], True)])

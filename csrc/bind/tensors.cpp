@@ -1,0 +1,82 @@
+// Tensors as rows of the Matrix table, through DLPack's C interface, which torch gives with its type: taking addresses,
+// shapes and strides out of a tensor in Python takes ten times as long. The structs are those of DLPack 1.
+#include "bind.h"
+#include "fastlora/kernels.h"
+
+namespace py = pybind11;
+
+namespace fastlora {
+namespace {
+
+struct DlTensor {
+    void* data;
+    int32_t device_type, device_id;
+    int32_t dimensions;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t* shape;
+    int64_t* strides;  // in elements
+    uint64_t byte_offset;
+};
+
+struct DlExchange {
+    uint32_t major, minor;
+    DlExchange* previous;
+    void *allocate, *from_object, *to_object;
+    int (*describe)(void* object, DlTensor* out);  // owns nothing, and may be missing
+    void* stream;
+};
+
+constexpr uint8_t kDlUnsigned = 1, kDlFloat = 2, kDlBfloat = 4;
+
+const DlExchange* exchange_of(const py::handle& type) {
+    const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+    if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+    auto* found = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    while (found != nullptr && found->major != 1) found = found->previous;
+    return found != nullptr && found->describe != nullptr ? found : nullptr;
+}
+
+int64_t dtype_of(const DlTensor& tensor) {
+    if (tensor.lanes == 1) {
+        if (tensor.code == kDlFloat && tensor.bits == 32) return int64_t(DType::f32);
+        if (tensor.code == kDlFloat && tensor.bits == 64) return int64_t(DType::f64);
+        if (tensor.code == kDlFloat && tensor.bits == 16) return int64_t(DType::f16);
+        if (tensor.code == kDlBfloat && tensor.bits == 16) return int64_t(DType::bf16);
+        if (tensor.code == kDlUnsigned && tensor.bits == 8) return int64_t(DType::bytes);
+    }
+    throw py::value_error("a matrix has a dtype that kernels do not read");
+}
+
+// The table's rows, and which tensors have no contiguous rows: those rows are to be replaced.
+py::list fill_rows(const py::type& type, const py::list& tensors, uintptr_t table) {
+    const DlExchange* exchange = exchange_of(type);
+    if (exchange == nullptr) throw py::value_error("this torch does not describe its tensors");
+    py::list scattered;
+    auto* row = at<Matrix>(table);
+    for (size_t i = 0; i < tensors.size(); ++i, ++row) {
+        const py::handle object = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i));
+        DlTensor tensor{};
+        if (!py::isinstance(object, type)) throw py::type_error("a matrix is no tensor");
+        if (exchange->describe(object.ptr(), &tensor) != 0) throw py::error_already_set();
+        if (tensor.dimensions != 2) throw py::value_error("a matrix has two dimensions");
+        const int64_t rows = tensor.shape[0], columns = tensor.shape[1];
+        if (columns > 1 && tensor.strides[1] != 1) scattered.append(i);
+        // torch gives a single row any stride; what is copied as it lies is rows times the stride.
+        *row = Matrix{int64_t(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset), rows, columns,
+                      rows == 1 ? columns : tensor.strides[0], dtype_of(tensor)};
+    }
+    return scattered;
+}
+
+}  // namespace
+
+void bind_tensors(py::module_& m) {
+    m.def(
+        "describes", [](const py::type& type) { return exchange_of(type) != nullptr; }, py::arg("type"),
+        "Whether fill_rows takes tensors of this type.");
+    m.def("fill_rows", &fill_rows, py::arg("type"), py::arg("tensors"), py::arg("table"),
+          "Rows of the Matrix table; returns the places of tensors whose rows are not contiguous.");
+}
+
+}  // namespace fastlora
