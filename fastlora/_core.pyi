@@ -1,3 +1,5 @@
+from torch import Tensor
+
 has_cuda: bool
 cuda_archs: str
 
@@ -30,6 +32,8 @@ ADD_PROBLEMS: dict[str, int]
 
 # Arguments are addresses, sizes, and rows as fastlora.backends.rows packs them.
 def isa() -> str: ...
+def describes(type: type[object]) -> bool: ...
+def fill_rows(type: type[object], tensors: list[Tensor], table: int) -> list[int]: ...
 def gram(factors: int, tasks: int, blocks: int, n_tasks: int, threads: int) -> None: ...
 def combine(
     factors: int,
