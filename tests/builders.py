@@ -65,7 +65,8 @@ def write(
     inside. ``extras``: what else to write; those of ``adapter`` by default."""
     whole = adapter if extras is None else replace(adapter, extras=extras)
     file = AdapterFile(directory, whole, factors, dtype)
-    file.finish(factors)
+    file.put(factors)
+    file.finish()
     file.close()
 
 

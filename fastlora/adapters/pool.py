@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -190,7 +191,18 @@ class Pool:
 
         Raises :class:`InputError` for a name that the pool does not have, and for no names. Nothing is copied.
         """
-        return Pool((self[name] for name in names), align=False)
+        names = list(names)
+        chosen = {name: self[name] for name in names}
+        if not chosen or len(chosen) < len(names):
+            return Pool([self[name] for name in names], align=False)  # which says what is wrong
+        # What adapters must have in common these have: a pool of many has thousands of pairs.
+        pool = copy.copy(self)
+        pool._adapters, pool._owners, pool.notices = chosen, {}, []
+        for i, adapter in enumerate(chosen.values()):
+            for module in adapter.updates:
+                pool._owners.setdefault(module, []).append(i)
+        pool._compare_bases()
+        return pool
 
     def __contains__(self, name: object) -> bool:
         return name in self._adapters

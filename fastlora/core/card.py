@@ -10,10 +10,10 @@ import functools
 import hashlib
 import html
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastlora._version import __version__
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CARD_HEADING = b"---\n# Card by fastlora, sha256 "
 """How a card begins. The sum of what follows its line tells whether somebody has edited it since."""
+CARD_START = CARD_HEADING.decode()
 
 LOCAL_PATH = re.compile(r"(?<![\w:/.~-])(~/|\.\.?/|/[A-Za-z_][\w.-]*/|[A-Za-z]:\\)[\w.-]+[^\s`'\")\]]*")
 """A path of this machine in a text: from the root, the home or the current folder."""
@@ -36,8 +37,14 @@ MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~$:@-])")
 LONGEST_RECIPE = 200
 """Lines of a recipe that a card shows."""
 
+LINE = 80
+"""Characters of a line of YAML that is not broken."""
+
 DEEPEST = 20
 """Operations on results of operations that a recipe shows."""
+
+PLAIN = frozenset({str, int, float, bool, type(None)})
+"""Types of what has nothing in it, as most of a provenance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +69,37 @@ class CardFacts:
 
 def card_text(facts: CardFacts) -> str:
     """The card in Markdown, with the fields that the Hub reads in front."""
-    tags = [*facts.tags, *(["merge"] if len(_leaves(facts.provenance)) > 1 else []), "fastlora"]
-    known = [m for m in facts.base_models if is_hub_id(m)]
-    front = [f"library_name: {facts.library}", "tags:", *(f"- {tag}" for tag in tags)]
-    if known:
-        quoted = [json.dumps(m) for m in known]
-        front += [f"base_model: {quoted[0]}"] if len(known) == 1 else ["base_model:", *(f"- {m}" for m in quoted)]
-        front += [f"base_model_relation: {facts.relation}"]
-    model = ", ".join(f"`{m}`" for m in known) or "a base model without a name on the Hub"
-    body = [
-        "---",
-        "",
+    tags = [*facts.tags, *(["merge"] if len(_add_leaves(facts.provenance, set())) > 1 else []), "fastlora"]
+    known = tuple([m for m in facts.base_models if is_hub_id(m)])
+    parts = [
+        _front(facts.library, tuple(tags), known, facts.relation),
         f"# {plain(facts.name)}",
         "",
-        f"{facts.kind} {'of' if facts.relation == 'merge' else 'for'} {model}, made by fastlora {__version__}.",
+        _made(facts.kind, known, facts.relation),
         "",
-        *_table(facts.figures),
+        *_table(tuple(facts.figures.items())),
         *_recipe_lines(facts.provenance),
         *_note_lines(facts.notes),
     ]
-    text = "\n".join([*front, *body]).rstrip() + "\n"
-    return f"{CARD_HEADING.decode()}{_digest(text.encode())}\n{text}"
+    text = "\n".join(parts).rstrip() + "\n"
+    return f"{CARD_START}{_digest(text.encode())}\n{text}"
+
+
+@functools.lru_cache(64)
+def _front(library: str, tags: Sequence[str], models: Sequence[str], relation: str) -> str:
+    """The fields in front of a card: those of the parts of a decomposition are alike."""
+    lines = [f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags)]
+    if models:
+        quoted = [json.dumps(m) for m in models]
+        lines += [f"base_model: {quoted[0]}"] if len(models) == 1 else ["base_model:", *(f"- {m}" for m in quoted)]
+        lines += [f"base_model_relation: {relation}"]
+    return "\n".join([*lines, "---", ""])
+
+
+@functools.lru_cache(64)
+def _made(kind: str, models: Sequence[str], relation: str) -> str:
+    model = ", ".join(f"`{m}`" for m in models) or "a base model without a name on the Hub"
+    return f"{kind} {'of' if relation == 'merge' else 'for'} {model}, made by fastlora {__version__}."
 
 
 def adapter_card(record: ModulesData, *, kind: str, library: str, ranks: Sequence[int], dtype: torch.dtype) -> str:
@@ -107,7 +124,7 @@ def is_card(content: bytes) -> bool:
 
 def is_hub_id(model: str) -> bool:
     """Whether a base model is named as on the Hub, and not by a place on this machine."""
-    return bool(HUB_ID.fullmatch(model)) and not Path(model).exists()
+    return bool(HUB_ID.fullmatch(model)) and not os.path.exists(model)
 
 
 @functools.lru_cache(4096)
@@ -122,6 +139,8 @@ def recipe_data(provenance: object, depth: int = 0) -> object:
     """A provenance as a recipe: a name, or ``{merge_method, models, parameters}``, or the operation as it was kept."""
     if depth > DEEPEST:
         return "…"
+    if type(provenance) in PLAIN:
+        return provenance
     if isinstance(provenance, list | tuple):
         return [recipe_data(p, depth + 1) for p in provenance]
     if not isinstance(provenance, Mapping):
@@ -154,50 +173,72 @@ def _digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-def _leaves(provenance: object, depth: int = 0) -> set[str]:
-    """The adapters that a result is made of."""
-    if isinstance(provenance, Mapping) and depth <= 2 * DEEPEST:
+def _add_leaves(provenance: object, found: set[str], depth: int = 0) -> set[str]:
+    """Adds the adapters that a result is made of."""
+    if type(provenance) in PLAIN or depth > 2 * DEEPEST:
+        return found
+    if isinstance(provenance, Mapping):
         if provenance.keys() == {"adapter"}:
-            return {str(provenance["adapter"])}
-        return {name for value in provenance.values() for name in _leaves(value, depth + 1)}
-    if isinstance(provenance, list | tuple) and depth <= 2 * DEEPEST:
-        return {name for value in provenance for name in _leaves(value, depth + 1)}
-    return set()
+            found.add(str(provenance["adapter"]))
+            return found
+        provenance = list(provenance.values())
+    if isinstance(provenance, list | tuple):
+        for value in provenance:
+            _add_leaves(value, found, depth + 1)
+    return found
 
 
-def _table(rows: Mapping[str, str]) -> Iterable[str]:
-    if rows:
-        yield from ("| what | how much |", "|---|---|", *(f"| {plain(k)} | {plain(v)} |" for k, v in rows.items()), "")
+@functools.lru_cache(64)
+def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    return ["| what | how much |", "|---|---|", *(f"| {plain(k)} | {plain(v)} |" for k, v in rows), ""] if rows else []
 
 
-def _recipe_lines(provenance: Mapping[str, object]) -> Iterable[str]:
+def _recipe_lines(provenance: Mapping[str, object]) -> list[str]:
     data = recipe_data(provenance)
     lines = _recipe_yaml_lines(data)
     if not isinstance(data, dict) or not lines:
-        return
+        return []
     more = len(lines) - LONGEST_RECIPE
     if more > 0:
         lines = [*lines[:LONGEST_RECIPE], f"# and {more} lines more, in the metadata of the tensors"]
-    fence = "`" * max(3, 1 + max((len(run) for line in lines for run in re.findall("`+", line)), default=0))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", "\n".join(lines))), default=0))
     again = "merge_method" in data and more <= 0
-    yield from ("## Recipe", "", *(["`fastlora merge THIS.yaml --out DIR` makes it again:", ""] if again else []))
-    yield from (f"{fence}yaml", *lines, fence, "")
+    told = ["`fastlora merge THIS.yaml --out DIR` makes it again:", ""] if again else []
+    return ["## Recipe", "", *told, f"{fence}yaml", *lines, fence, ""]
 
 
 def _yaml(data: object) -> list[str]:
-    shown = _without_paths(data)
-    if isinstance(shown, dict) and any(isinstance(value, dict | list) for value in shown.values()):
+    if isinstance(data, dict) and any(isinstance(value, dict | list) for value in data.values()):
         # Then one field stands below the other, and the parts of a decomposition have nearly all of them in common.
-        return [line for key, value in shown.items() for line in _field(json.dumps({key: value}, default=str))]
-    return _dumped(shown, None)
+        return [line for key, value in data.items() for line in _field(key, value)]
+    return _dumped(_without_paths(data), None)
+
+
+def _field(key: str, value: object) -> list[str]:
+    """The lines of one field."""
+    if type(value) in PLAIN:
+        return _plain_field(key, value, repr(value), False)
+    if type(value) is dict and all([type(v) in PLAIN for v in value.values()]):
+        # Of two adapters, a pair of very many that have their names in common.
+        items = [_plain_field(k, v, repr(v), True) for k, v in value.items()]
+        start = _plain_field(key, "x", "'x'", False)
+        line = f"{start[0][:-1]}{{{', '.join([item[0][1:-1] for item in items])}}}"
+        if len(line) <= LINE and all([len(lines) == 1 for lines in (start, *items)]):
+            return [line]
+    return _known_field(json.dumps({key: value}, default=str))
 
 
 @functools.lru_cache(4096)
-def _field(field: str) -> list[str]:
-    """The lines of one field, which is given as a JSON object."""
-    data = json.loads(field)
-    (value,) = data.values()
-    return _dumped(data, None if isinstance(value, dict | list) else False)
+def _plain_field(key: str, value: object, _: str, flow: bool) -> list[str]:
+    """Those of a field that holds one value, also given as it is spelled: 1, True and 1.0 are equal, and so are 0.0
+    and -0.0. ``flow``: in braces."""
+    return _dumped(_without_paths(json.loads(json.dumps({key: value}, default=str))), flow)
+
+
+@functools.lru_cache(4096)
+def _known_field(field: str) -> list[str]:
+    """Those of a field that is given as a JSON object and holds several values."""
+    return _dumped(_without_paths(json.loads(field)), None)
 
 
 def _dumped(data: object, flow: bool | None) -> list[str]:
@@ -217,9 +258,8 @@ def _without_paths(data: object) -> object:
     return [_without_paths(value) for value in data] if isinstance(data, list) else data
 
 
-def _note_lines(notes: Sequence[str]) -> Iterable[str]:
-    if notes:
-        yield from ("## To know", "", *(f"* {plain(note)}" for note in dict.fromkeys(notes)), "")
+def _note_lines(notes: Sequence[str]) -> list[str]:
+    return ["## To know", "", *(f"* {plain(note)}" for note in dict.fromkeys(notes)), ""] if notes else []
 
 
 def figures_of(provenance: Mapping[str, object]) -> dict[str, str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from fastlora.core.updates import Update
+from fastlora.core.data import LoraData
+from fastlora.core.updates import Update, with_rank
+from fastlora.errors import InputError
 
 COLUMNS = 64
 """Of ``A`` that are looked at first: of a trained update one row of ``B`` times these is not zero."""
@@ -18,6 +21,22 @@ NUMPY = {torch.float16, torch.float32, torch.float64}
 
 NO_CHANGE = "the result changes nothing: every update is zero"
 PROBABLY = "so it was probably saved before it was trained, or its tensors were lost on the way"
+
+
+Lora = TypeVar("Lora", bound=LoraData)
+
+
+def loadable(adapter: Lora) -> Lora:
+    """The adapter with zeros of rank 1 in its first module where it has no ranks, so that readers can load it.
+
+    Raises :class:`InputError` for an adapter without modules.
+    """
+    if any(u.rank for u in adapter.updates.values()):
+        return adapter
+    if not adapter.updates:
+        raise InputError(f"adapter {adapter.name!r} has no modules, so there is nothing to write")
+    first = next(iter(adapter.updates))
+    return replace(adapter, updates={**adapter.updates, first: with_rank(adapter.updates[first], 1)})
 
 
 def note_on_zeros(name: str, updates: Iterable[Update], *, with_extras: bool = False) -> list[str]:

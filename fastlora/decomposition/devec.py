@@ -158,9 +158,18 @@ class ModuleResult:
     @property
     def values(self) -> Tensor:
         """Eigenvalues, descending by real part."""
-        length = self.kept[0] if self.batch.basis.shape[1] == 1 else sum(self.kept)
-        values = self.batch.values[self.row, :length]
+        values = self.batch.values[self.row, : self._length]
         return values if values.is_complex() and bool(values.imag.any()) else values.real
+
+    @property
+    def real_values(self) -> list[float]:
+        """The real parts of :attr:`values`."""
+        numbers: list[float] = self.batch.values.numpy()[self.row, : self._length].real.tolist()
+        return numbers
+
+    @property
+    def _length(self) -> int:
+        return self.kept[0] if self.batch.basis.shape[1] == 1 else sum(self.kept)
 
     @property
     def basis(self) -> tuple[Tensor | None, ...]:

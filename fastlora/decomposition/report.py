@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastlora.analysis.chance import chance_edge, expected_by_chance, pair_edge
 from fastlora.decomposition.components import Components
-from fastlora.decomposition.devec import ModuleResult
+from fastlora.decomposition.devec import ModuleResult, Settings
 
 EIGENVALUES_LISTED = 8
 COMMON_INITIALISATION = 0.9  # right-side eigenvalues above this mean one initialisation of A
@@ -77,7 +77,8 @@ class Report:
 def build_report(components: Components, title: str, notices: Sequence[str] = ()) -> Report:
     """The report of one chain over one pool."""
     rows = [module_row(components, r) for r in components.results.values()]
-    settings = {**asdict(components.settings), "adapters": components.pool.names, "mode": components.label}
+    chosen = {name: getattr(components.settings, name) for name in Settings.__slots__}
+    settings = {**chosen, "adapters": components.pool.names, "mode": components.label}
     warnings = [w for w in _warnings(components, rows) if w]
     return Report(title, settings, rows, warnings, [*notices, *_notices(components, rows)])
 
@@ -86,13 +87,19 @@ def module_row(components: Components, result: ModuleResult) -> ModuleRow:
     """The row of one module: its chain's spectrum beside chance, and what of each adapter is shared."""
     settings = components.settings
     n = result.shape[0] if settings.side == "left" else result.shape[1]
-    real = sorted(result.values.real.tolist(), reverse=True)
+    real = sorted(result.real_values, reverse=True)
     listed = tuple(real[: max(EIGENVALUES_LISTED, result.count)])
     dimensions = result.kept
     edge = chance_edge(n, dimensions, settings.chain)
     threshold = edge if isinstance(settings.threshold, str) else settings.threshold
-    gap = 1.0 if settings.is_soft else min((abs(v - threshold) for v in real), default=1.0)
-    unique = {name: _unique_norm(result, i) for i, name in enumerate(result.names)}
+    gap = 1.0 if settings.is_soft else min([abs(v - threshold) for v in real], default=1.0)
+    is_cut = any([kept < rank for kept, rank in zip(dimensions, result.ranks, strict=True)])
+    energy = list(map(energy_kept, result.sigma, dimensions)) if is_cut else [1.0] * len(dimensions)
+    energy_shared = list(map(_share, result.shared_norms, result.norms))
+    if result.unique_norms is None:  # the two parts are orthogonal
+        norm_kept = [math.sqrt(max(0.0, 1.0 - share)) for share in energy_shared]
+    else:
+        norm_kept = [u / t if t > 0 else 1.0 for u, t in zip(result.unique_norms, result.norms, strict=True)]
     return ModuleRow(
         module=result.module,
         shape=result.shape,
@@ -104,13 +111,9 @@ def module_row(components: Components, result: ModuleResult) -> ModuleRow:
         chance_edge=edge,
         expected_by_chance=expected_by_chance(n, dimensions, settings.chain, threshold),
         gap=gap,
-        energy_shared={
-            m: _share(s, t) for m, s, t in zip(result.names, result.shared_norms, result.norms, strict=True)
-        },
-        energy_in_cut={
-            m: energy_kept(sigma, kept) for m, sigma, kept in zip(result.names, result.sigma, result.kept, strict=True)
-        },
-        norm_kept=unique,
+        energy_shared=dict(zip(result.names, energy_shared, strict=True)),
+        energy_in_cut=dict(zip(result.names, energy, strict=True)),
+        norm_kept=dict(zip(result.names, norm_kept, strict=True)),
         taken=result.taken if result.taken is not None else (1.0,) * result.count,
     )
 
@@ -126,13 +129,6 @@ def energy_kept(sigma: Sequence[float], kept: int) -> float:
     squares = [x * x for x in sigma]
     total = sum(squares)
     return sum(squares[:kept]) / total if total > 0 else 1.0
-
-
-def _unique_norm(result: ModuleResult, i: int) -> float:
-    """``‖unique‖/‖ΔW‖``: the two parts are orthogonal, but for a soft threshold."""
-    if result.unique_norms is not None:
-        return result.unique_norms[i] / result.norms[i] if result.norms[i] > 0 else 1.0
-    return math.sqrt(max(0.0, 1.0 - _share(result.shared_norms[i], result.norms[i])))
 
 
 def _warnings(components: Components, rows: list[ModuleRow]) -> list[str]:

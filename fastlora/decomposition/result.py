@@ -23,6 +23,8 @@ from fastlora.errors import InputError
 from fastlora.runtime.memory import bounded
 from fastlora.runtime.ranks import from_first
 
+AS_JSON = json.JSONEncoder(allow_nan=False).encode
+
 
 class Pair:
     """What two adapters share and what is left of each: one entry of :attr:`Decomposition.pairs`."""
@@ -223,7 +225,7 @@ class Decomposition(SavedParts):
         file.write(f'{{"mode": {json.dumps(self.mode)}, "reports": [')
         reports = self.reports if self._keeps_reports else self._report or self._built_reports()
         for i, report in enumerate(reports):
-            file.write(", " * (i > 0) + json.dumps(report.as_dict(), allow_nan=False))
+            file.write(", " * (i > 0) + AS_JSON(report.as_dict()))
         file.write("]")
 
     def _pool_mode(self, what: str) -> Components:

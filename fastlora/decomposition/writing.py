@@ -84,9 +84,12 @@ def write_parts(
     notes: list[str] = []
     with (staging / "report.json").open("w") as file:
         for i, adapters in enumerate(parts):
-            targets = {staging / f"{place}{suffix_of(a, format)}": a for place, a in adapters.items()}
-            for target, adapter in targets.items():
-                make_folder(target.parent if suffix_of(adapter, format) else target)
+            targets = {}
+            for place, adapter in adapters.items():
+                suffix = suffix_of(adapter, format)
+                target = staging / f"{place}{suffix}"
+                make_folder(target.parent if suffix else target)
+                targets[target] = adapter
             # Reports need no kernels, so they are made while results are written.
             meanwhile = functools.partial(write_reports, file) if i == 0 else lambda: None
             notes += write_adapters(targets, dtype, meanwhile, uniform_rank, format)

@@ -13,7 +13,8 @@ from torch import Tensor
 from fastlora.core.data import LoraData
 from fastlora.core.factors import Factor, Side
 from fastlora.core.file_form import FileForm
-from fastlora.core.updates import Update, chosen_rank, with_rank
+from fastlora.core.inert import loadable
+from fastlora.core.updates import Update, chosen_rank
 from fastlora.dialects.cutting import is_even, widened
 from fastlora.dialects.detect import identify
 from fastlora.dialects.expected import expected_zeros
@@ -59,7 +60,7 @@ def laid_out(adapter: LoraData, uniform_rank: int | bool | None) -> LoraData:
         return adapter
     form = adapter.base.form
     assert form is not None
-    adapter = _not_empty(adapter)
+    adapter = loadable(adapter)
     adapter, own, style, family = _in_dialect(adapter, form)
     ranks = with_ranks(own, chosen_rank(adapter.updates.values(), uniform_rank))
     zeros = {} if form.style else expected_zeros(own, style, family)  # a file in its own names is as it was
@@ -156,16 +157,6 @@ def families_of(adapter: LoraData, form: FileForm) -> list[Family]:
         if family is not None and all(s in named and named[s].module == m for s, m in stems.items()):
             result.append(family)
     return result
-
-
-def _not_empty(adapter: LoraData) -> LoraData:
-    """The adapter with zeros of rank 1 in its first module where it is zero, so that readers can load it."""
-    if any(u.rank for u in adapter.updates.values()):
-        return adapter
-    if not adapter.updates:
-        raise InputError(f"adapter {adapter.name!r} has no modules, so there is nothing to write")
-    first = next(iter(adapter.updates))
-    return replace(adapter, updates={**adapter.updates, first: with_rank(adapter.updates[first], 1)})
 
 
 def _is_stored(update: Update) -> bool:
@@ -288,9 +279,8 @@ class SingleFile(InOneFile):
         """Nothing comes this way: no module is packed, and an adapter that is zero has a module of rank 1."""
         assert not factors
 
-    def finish(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def finish(self) -> None:
         """Writes what belongs to no factor: scales, biases, norms."""
-        self.put(factors)
         self._file.written(
             s + end for s in self.adapter.zeros for end in (self.adapter.style.up, self.adapter.style.down)
         )
@@ -302,7 +292,7 @@ class SingleFile(InOneFile):
         self._file.close()
         metadata = self.adapter.metadata
         if metadata.keys() >= HASHES.keys():
-            found = hashes(self.path, self._file.start, self._file.entries, metadata)
+            found = hashes(self.path, self._file.start, self._file.tensors.entries, metadata)
             self._file.restate({**metadata, **found})
 
 

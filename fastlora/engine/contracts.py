@@ -73,8 +73,8 @@ class Sink(Protocol):
     def error(self, name: str, errno: int | None) -> OutputError:
         """The error of a factor that could not be written: it holds NaN or Inf, or the system's ``errno``."""
 
-    def finish(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Writes some last modules and what belongs to no module."""
+    def finish(self) -> None:
+        """Writes what belongs to no module."""
 
     def close(self) -> None:
         """Checks that everything was written; only then may a reader take the files for an adapter."""

@@ -24,7 +24,7 @@ class RepeatedWrite:
 
     def __init__(self, sink: Sink, adapter: LoraData) -> None:
         self._modules = list(adapter.updates)
-        self._batch = prepare_batch({PLACE: sink}, {PLACE: adapter}, self._modules, [PLACE])
+        self._batch = prepare_batch({PLACE: sink}, {PLACE: adapter}, self._modules)
         self._outputs = [write.output for side in self._batch.sides for write in side.factors]
         lefts = [side.factors[0].output for side in self._batch.sides if not side.job.rows]
         self._lefts: list[tuple[CombineOutput, list[CombineTerm]]] = [(output, list(output.terms)) for output in lefts]
@@ -44,8 +44,9 @@ class RepeatedWrite:
             output.terms = [(i, C, at, next(own)) for i, C, at, _ in terms]
         cast(RenewableLaunches, self._batch.launch).renew()
         self._batch.sinks = {PLACE: sink}
-        self._batch.write()
-        sink.finish({})
+        with self._batch.opened():
+            self._batch.write()
+        sink.finish()
 
     def _starts(self, sink: Sink) -> int:
         """Where the first module is in a file: others are as far from it in every file."""

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastlora.core.data import LoraData
 from fastlora.core.factors import SIDES, Side
-from fastlora.core.updates import Update, sources, zero_factors
+from fastlora.core.inert import loadable
+from fastlora.core.updates import Update, sources
 from fastlora.engine import stream
 from fastlora.engine.balance import balanced
 from fastlora.engine.belonging import require_one_module
@@ -36,7 +37,7 @@ WRITE_BYTES = 128 * 2**20
 SMALL_BYTES = 2**20  # a thread that writes beside this one would take longer to start than they take to write
 PREPARED = 2  # batches of modules that are ready while one is written
 # Files that are written at once: a decomposition of many pairs has more of them than a process may hold open.
-OPEN_FILES = 128
+OPEN_FILES = 64
 
 
 @paused_collector()
@@ -58,21 +59,26 @@ def write_adapters(
     Ranks that work together write one set of files: each its modules, and the first what belongs to none; ``meanwhile``
     is the first's alone.
     """
-    adapters, losses = balanced(adapters, targets)
-    empty = {
-        d: zero_factors(a.name, a.updates, targets[d])
-        for d, a in adapters.items()
-        if not any(u.rank for u in a.updates.values())
-    }
+    fitting, losses = balanced(adapters, targets)
+    adapters = {d: loadable(a) for d, a in fitting.items()}
     files: dict[Path, Sink] = {}
 
     def open_files() -> None:
         for directory, adapter in adapters.items():
             outlines = {m: outline(u, targets[directory]) for m, u in adapter.updates.items() if u.rank}
-            files[directory] = open_sink(directory, adapter, outlines or empty[directory], targets[directory])
+            files[directory] = open_sink(directory, adapter, outlines, targets[directory])
+
+    def ended(directories: Iterable[Path]) -> None:
+        if ranks.current() is None:  # nobody else writes into these files
+            for directory in directories:
+                file = files.pop(directory)
+                file.finish()
+                file.close()
 
     def written() -> list[set[str]]:
-        _write_modules(files, adapters, targets, empty, meanwhile if ranks.is_first() else lambda: None)
+        _write_modules(files, adapters, targets, meanwhile if ranks.is_first() else lambda: None, ended)
+        for file in files.values() if ranks.is_first() else ():
+            file.finish()
         return [file.missing() for file in files.values()]
 
     # The first rank makes the files that all write into; nobody writes before they are there.
@@ -96,48 +102,85 @@ def _write_modules(
     files: Mapping[Path, Sink],
     adapters: Mapping[Path, LoraData],
     targets: Mapping[Path, torch.dtype],
-    empty: Mapping[Path, Mapping[str, tuple[Tensor, Tensor]]],
     meanwhile: Callable[[], object],
+    ended: Callable[[Iterable[Path]], None],
 ) -> None:
-    """Writes the modules of this rank, and on the first what belongs to none and the zeros of ``empty`` adapters."""
-    shares = [list(files.items())[i : i + OPEN_FILES] for i in range(0, len(files), OPEN_FILES)]
+    """Writes the modules of this rank; ``ended`` is told of directories that have all of theirs."""
+    shares = [dict(list(files.items())[i : i + OPEN_FILES]) for i in range(0, len(files), OPEN_FILES)]
     on_host = all(a.device.type == "cpu" for a in adapters.values())
-    batches = _module_batches(list(adapters.values()))
-    if len(batches) == len(shares) == 1 and stream.current() is None and _bytes_written(adapters) <= SMALL_BYTES:
-        here = adapters if on_host else _on_host(adapters, targets, batches[0])
-        prepare_batch(dict(shares[0]), here, batches[0], [d for d in files if d not in empty]).write()
-        _finish(files, empty, meanwhile)
+    turns = _in_turn(shares, adapters)
+    if len(turns) == len(shares) == 1 and stream.current() is None and _bytes_written(adapters) <= SMALL_BYTES:
+        modules = turns[0].modules
+        batch = prepare_batch(shares[0], adapters if on_host else _on_host(adapters, targets, modules), modules)
+        with batch.opened():
+            batch.write()
+        meanwhile()
+        ended(list(files))
         return
-    # Of results that go through a device, one batch is computed while another is copied.
-    with ThreadPoolExecutor(1 if stream.current() is None else stream.THREADS) as worker:
-        pending: deque[Future[None]] = deque()
-        for some, modules in track(_in_turn(shares, batches, adapters), "writing"):
-            here = adapters if on_host else _on_host(adapters, targets, modules)
-            for share in some:
-                prepared = prepare_batch(dict(share), here, modules, [d for d, _ in share if d not in empty])
+    pending: deque[_Pending] = deque()
+
+    def await_first() -> None:
+        first = pending[0]
+        first.written.result()
+        pending.popleft()
+        first.opened.close()
+        ended(first.ended)
+
+    def close_all() -> None:
+        with contextlib.ExitStack() as all_files:
+            for batch in pending:
+                all_files.enter_context(batch.opened)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(close_all)
+        # Of results that go through a device, one batch is computed while another is copied.
+        worker = stack.enter_context(ThreadPoolExecutor(1 if stream.current() is None else stream.THREADS))
+        for turn in track(turns, "writing"):
+            here = adapters if on_host else _on_host(adapters, targets, turn.modules)
+            for share in turn.shares:
+                batch = prepare_batch(share, here, turn.modules)
+                # Not by the worker: at every call of the system it would wait for its turn in the interpreter.
+                opened = contextlib.ExitStack()
+                opened.enter_context(batch.opened())
                 # The backend and the bound on memory are context variables, which new threads do not see.
-                pending.append(worker.submit(contextvars.copy_context().run, prepared.write))
+                written = worker.submit(contextvars.copy_context().run, batch.write)
+                pending.append(_Pending(opened, written, list(share) if turn.is_last else []))
                 if len(pending) > PREPARED:
-                    pending.popleft().result()
-        _finish(files, empty, meanwhile)
-        for last in pending:
-            last.result()
+                    await_first()
+        meanwhile()
+        while pending:
+            await_first()
 
 
-Share = Sequence[tuple[Path, Sink]]
+Share = Mapping[Path, Sink]
 """Files that are open at once."""
 
 
-def _in_turn(
-    shares: Sequence[Share], batches: Sequence[Sequence[str]], adapters: Mapping[Path, LoraData]
-) -> list[tuple[Sequence[Share], Sequence[str]]]:
+class _Pending(NamedTuple):
+    """A batch that is being written into files that are ``opened``, and the directories that ``ended`` with it."""
+
+    opened: contextlib.ExitStack
+    written: Future[None]
+    ended: Sequence[Path]
+
+
+class _Turn(NamedTuple):
+    """Which files get which modules; ``is_last``: no other turn has modules for these files."""
+
+    shares: Sequence[Share]
+    modules: Sequence[str]
+    is_last: bool
+
+
+def _in_turn(shares: Sequence[Share], adapters: Mapping[Path, LoraData]) -> list[_Turn]:
     """Which files get which modules, in turn: all files some modules, so that what is read for these is at hand for
     all; or where the files are small, some files all their modules, so that each is opened once."""
     if len(shares) > 1 and ranks.current() is None:  # ranks would have to agree
-        by_share = [_module_batches([adapters[d] for d, _ in share]) for share in shares]
+        by_share = [_module_batches([adapters[d] for d in share]) for share in shares]
         if all(len(own) <= 1 for own in by_share):
-            return [([share], own[0]) for share, own in zip(shares, by_share, strict=True) if own]
-    return [(shares, modules) for modules in batches]
+            return [_Turn([share], own[0], True) for share, own in zip(shares, by_share, strict=True) if own]
+    batches = _module_batches(list(adapters.values()))
+    return [_Turn(shares, modules, i == len(batches) - 1) for i, modules in enumerate(batches)]
 
 
 def _on_host(
@@ -146,18 +189,6 @@ def _on_host(
     """The adapters with these modules alone, in host memory."""
     some = {d: replace(a, updates={m: a.updates[m] for m in modules if m in a.updates}) for d, a in adapters.items()}
     return stream.on_host(some, targets)
-
-
-def _finish(
-    files: Mapping[Path, Sink],
-    empty: Mapping[Path, Mapping[str, tuple[Tensor, Tensor]]],
-    meanwhile: Callable[[], object],
-) -> None:
-    """``meanwhile``, and on the first rank what belongs to no module."""
-    meanwhile()
-    if ranks.is_first():
-        for directory, file in files.items():
-            file.finish(empty.get(directory, {}))
 
 
 def _bytes_written(adapters: Mapping[Path, LoraData]) -> int:
@@ -220,25 +251,32 @@ class WriteBatch:
     device.
     """
 
-    sinks: dict[Path, Sink]
+    sinks: Mapping[Path, Sink]
     sides: list[_SideWrites]
     packed: dict[str, list[tuple[Path, Update]]]
     launch: dispatch.Launches | None
 
-    def write(self) -> None:
-        writes = [write for side in self.sides for write in side.factors]
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Inside the block, the files are open."""
         with contextlib.ExitStack() as stack:
             descriptors = {d: stack.enter_context(sink.open()) for d, sink in self.sinks.items()}
-            for write in writes:
-                write.output.file = descriptors[write.directory]
-            jobs = [side.job for side in self.sides]
-            problem = stream.combine(jobs) if self.launch is None else self.launch.run()
+            for side in self.sides:
+                for write in side.factors:
+                    write.output.file = descriptors[write.directory]
+            yield
+
+    def write(self) -> None:
+        """Computes and writes, into files that are :meth:`opened`."""
+        jobs = [side.job for side in self.sides]
+        problem = stream.combine(jobs) if self.launch is None else self.launch.run()
         if problem is not None:
             failed = self.sides[problem.job].factors[problem.output]
             raise self.sinks[failed.directory].error(failed.tensor, problem.errno)
         written: dict[Path, list[str]] = {directory: [] for directory in self.sinks}
-        for write in writes:
-            written[write.directory].append(write.tensor)
+        for side in self.sides:
+            for write in side.factors:
+                written[write.directory].append(write.tensor)
         for directory, tensors in written.items():
             self.sinks[directory].written(tensors)
         self._write_packed()
@@ -263,14 +301,13 @@ class WriteBatch:
         yield from sources(u for updates in self.packed.values() for _, u in updates)
 
 
-def prepare_batch(
-    sinks: dict[Path, Sink], adapters: Mapping[Path, LoraData], modules: Sequence[str], directories: Sequence[Path]
-) -> WriteBatch:
+def prepare_batch(sinks: Mapping[Path, Sink], adapters: Mapping[Path, LoraData], modules: Sequence[str]) -> WriteBatch:
+    """What some modules of ``adapters`` need to get into the ``sinks`` of their directories."""
     sides: list[_SideWrites] = []
     packed: dict[str, list[tuple[Path, Update]]] = {}
     for module in modules:
         updates: list[tuple[Path, Update]] = []
-        for directory in directories:
+        for directory in sinks:
             update = adapters[directory].updates.get(module)
             if update is None or not update.rank:
                 continue

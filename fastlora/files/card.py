@@ -10,4 +10,4 @@ from fastlora.files.small_files import write_text
 
 def write_card(directory: Path, text: str) -> None:
     """Writes ``README.md`` into a directory that is being staged."""
-    write_text(directory / CARD_NAME, text)
+    write_text(directory, CARD_NAME, text)

@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastlora.files.disk_errors import writing
+from fastlora.files.disk_errors import output_error, writing
 
-FLAGS = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+NEW, ANEW = (os.O_WRONLY | os.O_CREAT | how for how in (os.O_EXCL, os.O_TRUNC))
 
 
 @contextmanager
-def new_file(path: Path, flags: int = os.O_EXCL) -> Iterator[int]:
-    """The descriptor of a file that is made, or with ``O_TRUNC`` made anew; raises :class:`OutputError`, also for what
-    goes wrong inside the block."""
+def open_file(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
+    """The descriptor of a file: of one that is there, or that is made with :data:`NEW` or :data:`ANEW`. Raises
+    :class:`OutputError`, also for what goes wrong inside the block."""
     with writing(path):
         file = os.open(path, FLAGS | flags, 0o666)
         try:
@@ -32,13 +33,25 @@ def write_all(file: int, data: bytes) -> None:
         left = left[os.write(file, left) :]
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(directory: Path, name: str, text: str) -> None:
     """Writes a file of UTF-8; raises :class:`OutputError`."""
-    with new_file(path, os.O_TRUNC) as file:
-        write_all(file, text.encode())
+    path = f"{directory}{os.sep}{name}"
+    try:
+        file = os.open(path, FLAGS | ANEW, 0o666)
+        try:
+            write_all(file, text.encode())
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise output_error(error, Path(path)) from error
 
 
 def make_folder(path: Path) -> None:
     """Makes a folder and those above it, unless it is there; raises :class:`OSError`."""
-    if not os.path.isdir(path):
+    try:
+        os.mkdir(path)
+    except FileNotFoundError:
         os.makedirs(path, exist_ok=True)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -15,14 +14,15 @@ from torch import Tensor
 
 from fastlora.errors import OutputError
 from fastlora.files import spare
-from fastlora.files.disk_errors import finished, output_error, writing
-from fastlora.files.small_files import new_file, write_all
+from fastlora.files.disk_errors import finished, output_error
+from fastlora.files.small_files import NEW, open_file, write_all
 from fastlora.files.tensor_files import DTYPE_NAMES
 from fastlora.ops.dispatch import resolve
 from fastlora.ops.passes import CombineJob, CombineOutput
 from fastlora.runtime import joint_outputs, ranks
 from fastlora.runtime.system import make_room, write_all_at
 
+SMALL_BYTES = 2**20  # room for fewer takes longer to make than to write, and a full disk is found out as soon
 ALIGNMENT = 4096  # of the first tensor: whole pages are written faster, and tensors mostly are whole pages
 
 
@@ -46,6 +46,9 @@ def cast_tensor(tensor: Tensor, dtype: torch.dtype, module: str) -> Tensor:
     return result
 
 
+_as_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def header_of(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
     """How a file of these tensors begins, to the first of them: whole pages. ``entries``: what is said of each."""
     return _header(_as_json(entries), metadata)
@@ -59,16 +62,12 @@ def _header(entries: str, metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _as_json(content: Mapping[str, object]) -> str:
-    return json.dumps(content, separators=(",", ":"))
-
-
 def make_file(path: Path, start: bytes, size: int, *, with_room: bool = True) -> None:
     """Makes a file of its full size, with the room that it takes on the disk, and writes how it begins.
 
     A full disk is found out before anything is computed, and writing where there is room is faster.
     """
-    with new_file(path) as file:
+    with open_file(path, NEW) as file:
         write_all(file, start)
         if with_room:
             make_room(file, size)
@@ -76,57 +75,61 @@ def make_file(path: Path, start: bytes, size: int, *, with_room: bool = True) ->
             os.ftruncate(file, size)
 
 
+class TensorPlaces:
+    """Where tensors lie in a file, by their shapes.
+
+    ``places``: the first byte of each and the one behind it, from the start of the first tensor; ``size``: of all.
+    ``entries``: what the header says of each, and ``text``, as JSON.
+    """
+
+    def __init__(self, outlines: Mapping[str, Tensor]) -> None:
+        self.places: dict[str, tuple[int, int]] = {}
+        self.entries: dict[str, object] = {}
+        self.size = 0
+        for name in sorted(sorted(outlines), key=lambda n: -outlines[n].dtype.itemsize):
+            tensor = outlines[name]
+            place = self.size, self.size + tensor.nbytes
+            self.entries[name] = {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": list(place),
+            }
+            self.places[name] = place
+            self.size = place[1]
+        self.text = _as_json(self.entries)
+
+
 class TensorFile:
     """A safetensors file whose tensors are written one by one, in any order, each at its place.
 
     The safetensors library writes a file from tensors that are all in memory; this one is given their shapes first
-    (``outlines``: tensors, on the meta device or not) and keeps nothing. ``start``: where the first tensor begins;
-    ``entries``: what the header says of each.
+    (``outlines``: tensors, on the meta device or not; or the ``tensors`` of a file that has the same) and keeps
+    nothing. ``start``: where the first tensor begins.
 
     Inside :func:`fastlora.files.spare.offered` it may be a file that was made before, and is written to as memory.
     Inside :func:`fastlora.runtime.ranks.one_file` all ranks write one file: the first makes it, and the others open it
     where it is.
     """
 
-    def __init__(self, path: Path, outlines: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        self._places: dict[str, tuple[int, int]] = {}
-        self.entries: dict[str, object] = {}
-        offset = 0
-        for name in sorted(sorted(outlines), key=lambda n: -outlines[n].dtype.itemsize):
-            tensor = outlines[name]
-            end = offset + tensor.nbytes
-            self.entries[name] = {
-                "dtype": DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, end],
-            }
-            self._places[name] = offset, end
-            offset = end
-        self._size, self._entries_text = offset, _as_json(self.entries)
-        self._make(path, metadata)
-
-    def again(self, path: Path, metadata: Mapping[str, str]) -> TensorFile:
-        """Another file of the same tensors, with nothing in it."""
-        other = copy.copy(self)
-        other._make(path, metadata)
-        return other
-
-    def _make(self, path: Path, metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, outlines: Mapping[str, Tensor] | TensorPlaces, metadata: Mapping[str, str]) -> None:
         shared = ranks.is_one_file()
+        self.tensors = tensors = outlines if isinstance(outlines, TensorPlaces) else TensorPlaces(outlines)
         self.path = path = joint_outputs.place(path) if shared else path
-        text = _header(self._entries_text, metadata)
+        text = _header(tensors.text, metadata)
         self.start = len(text)
-        self._missing = set(self._places)
-        self._mapped = None if shared else _from_spare(path, text, self.start + self._size)
+        self._places = tensors.places
+        self._missing = set(tensors.places)
+        self._mapped = None if shared else _from_spare(path, text, self.start + tensors.size)
         if self._mapped is not None:
             return
         if not shared or joint_outputs.is_made_here():
+            size = self.start + tensors.size
             is_part = shared and joint_outputs.is_apart()  # a part of this file is all that will be in it
-            make_file(path, text, self.start + self._size, with_room=not is_part)
+            make_file(path, text, size, with_room=size >= SMALL_BYTES and not is_part)
 
     def restate(self, metadata: Mapping[str, str]) -> None:
         """Writes the header again, with other metadata of the same length."""
-        text = header_of(self.entries, metadata)
+        text = _header(self.tensors.text, metadata)
         if len(text) != self.start:
             raise ValueError(f"{self.path}: a header of {len(text)} bytes where {self.start} were announced")
         with self.open() as file:
@@ -161,8 +164,8 @@ class TensorFile:
         if self._mapped is not None:
             yield self._mapped
             return
-        with writing(self.path), self.path.open("r+b", buffering=0) as file:
-            yield file.fileno()
+        with open_file(self.path) as file:
+            yield file
 
     def written(self, names: Iterable[str]) -> None:
         """Notes that tensors were written to their places through :meth:`open`."""

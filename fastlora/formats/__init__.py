@@ -264,14 +264,18 @@ def write_adapters(
     """
     require_finite_extras(adapters.values())
     known = {note for adapter in adapters.values() for note in adapter.notes}
-    adapters = {d / folder: part for d, a in adapters.items() for folder, part in in_format(a, format).items()}
+    if format is not None:
+        adapters = {d / folder: part for d, a in adapters.items() for folder, part in in_format(a, format).items()}
     targets = {d: parse_dtype(dtype, a.dtype) for d, a in adapters.items()}
     whole = {d: ready(a, uniform_rank) for d, a in adapters.items()}
     notes = engine.write_adapters(whole, targets, _Sinks(), meanwhile)
     # Ranks that PEFT needs are told by who asks for them beforehand.
-    told = [n for d, a in adapters.items() for n in (whole[d] if suffix_of(a) else a).notes if n not in known]
+    changed = [(whole[d], a) for d, a in adapters.items() if whole[d] is not a or a.notes]
+    told = [n for after, before in changed for n in (after if suffix_of(before) else before).notes if n not in known]
     notes += dict.fromkeys(told)
     for directory, adapter in whole.items():
+        if not adapter.extras:
+            continue
         shifts = {path: extra.tensor for path, extra in adapter.extras.items() if extra.kind == "delta"}
         notes += digits_lost(adapter.name, shifts, targets[directory])
     return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from builders import MODULES, gaussian, make_adapter, make_config, write_peft
 from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.pool import Pool
+from fastlora.core.data import BaseInfo
 from fastlora.core.factors import Factor
 from fastlora.core.updates import Update
 from fastlora.errors import InputError
@@ -189,6 +191,21 @@ def test_subset_keeps_module_names() -> None:
     pool = Pool([make_named("a", ["x", "y"]), make_named("b", ["x"]), make_named("c", ["y"])])
     pair = pool.subset(["b", "c"])
     assert pair.modules == ["x", "y"] and pair.notices == []
+
+
+def test_a_subset_is_the_pool_of_its_adapters(tmp_path: Path) -> None:
+    adapters = [make_named("a", ["x", "y"]), make_named("b", ["y", "z"]), make_named("c", ["z", "x"])]
+    adapters = [replace(a, base=BaseInfo(model=f"org/{a.name}")) for a in adapters]
+    whole = Pool(adapters, align=False)
+    for names in ("ab", "ca", "bca", "b"):
+        found, expected = whole.subset(names), Pool([whole[n] for n in names], align=False)
+        assert (found.names, found.modules, found.notices) == (expected.names, expected.modules, expected.notices)
+        assert [found.present(m) for m in "xyz"] == [expected.present(m) for m in "xyz"]
+        assert all(found[n] is whole[n] for n in names)
+    assert len(whole.notices) == 1 and whole.names == ["a", "b", "c"]
+    for wrong, message in (("", "a pool needs adapters"), ("aba", "two adapters are called 'a'"), ("ad", "no adapter")):
+        with pytest.raises(InputError, match=message):
+            whole.subset(wrong)
 
 
 def make_named(name: str, modules: list[str]) -> Adapter:

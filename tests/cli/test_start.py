@@ -160,6 +160,18 @@ def test_overlap_leaves_out_what_it_never_asks_for(tmp_path: Path) -> None:
     assert {p.suffix for p in tmp_path.iterdir()} == {".csv", ".npz", ".html", ".png"}
 
 
+def test_decompose_leaves_out_what_it_never_asks_for(tmp_path: Path) -> None:
+    """Nor does it import what builds on torch's compilers, which would fail: in any mode, with pages and pictures."""
+    pool, out = [str(ADAPTERS / n) for n in ("spam", "movie_a", "movie_b")], tmp_path / "out"
+    extras = ["--plots", "--csv", str(tmp_path / "a.csv"), "--html", str(tmp_path / "a.html"), "--dtype", "float16"]
+    modes = [["--mode", "pairs", *extras], ["--chain", "mean", "--threshold", "soft", "--uniform-rank"]]
+    for arguments in modes:
+        found = {chain[-1] for chain in modules_of("-m", "fastlora", "decompose", *pool, "--out", str(out), *arguments)}
+        assert "torch" in found and RULES not in found and (out / "report.json").exists()
+        assert not found & {"peft", "transformers", "accelerate", "diffusers", "torch._dynamo", "torch._decomp"}
+        out = tmp_path / "other"
+
+
 @pytest.mark.parametrize("asked", ["", "lean=True, device='cuda'", "lean=True, backend='triton'"])
 def test_other_commands_import_all_of_torch(asked: str) -> None:
     """Packages that build on torch's compilers cannot be imported after a part of it."""

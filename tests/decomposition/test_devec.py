@@ -154,6 +154,13 @@ def test_coefficients_have_the_ranks_of_their_factors(chain: str) -> None:
     for owner, term in terms:
         assert term.coefficient is not None
         assert tuple(term.coefficient.shape) == (term.source.shape[1], owner.rank)
+    assert all(r.real_values == r.values.real.tolist() for r in parts.components.results.values())
+
+
+def test_real_parts_of_complex_eigenvalues() -> None:
+    parts: list[Part] = [(gaussian(8, 4, seed=i), gaussian(4, 8, seed=9 + i), 1.0) for i in range(3)]
+    (result,) = fl.decompose(pools.make_pool(parts), 0.05).components.results.values()
+    assert result.values.is_complex() and result.real_values == result.values.real.tolist()
 
 
 def test_a_scaling_beyond_all_weights_is_refused_by_name() -> None:

@@ -8,17 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from builders import MODULES, gaussian, make_factors
 
 from fastlora import formats
+from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
 from fastlora.core.data import BaseInfo, Extra, Selection
 from fastlora.core.updates import with_rank_zero
 from fastlora.engine import write
+from fastlora.errors import InputError, OutputError
 from fastlora.files.tensor_writing import TensorFile
+from fastlora.formats.peft.writing import AdapterFile
 
 FIRST, SECOND = list(MODULES)[:2]
 
@@ -80,3 +84,54 @@ def test_bytes(most: int, each: int, alone: dict[str, bytes], tmp_path: Path, mo
     formats.write_adapters({tmp_path / record.name: record for record in adapters()})
     assert contents(tmp_path) == alone
     assert opened["a0"] == each
+
+
+def test_files_are_closed_when_others_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files are whole, and closed, before the last are opened; a failure leaves none open."""
+    monkeypatch.setattr(write, "OPEN_FILES", 1)
+    records = [adapter(f"a{i}", i) for i in range(8)]
+    is_open, whole = set[str](), list[int]()
+    plain = TensorFile.open
+
+    @contextmanager
+    def noted(self: TensorFile) -> Iterator[int]:
+        whole.append(len(list(tmp_path.rglob("adapter_config.json"))))
+        with plain(self) as file:
+            is_open.add(self.path.parent.name)
+            assert len(is_open) <= write.PREPARED + 1
+            yield file
+        is_open.remove(self.path.parent.name)
+
+    monkeypatch.setattr(TensorFile, "open", noted)
+    formats.write_adapters({tmp_path / "all" / record.name: record for record in records})
+    assert whole == [0, 0, 0, 1, 2, 3, 4, 5] and not is_open
+
+    def failing(self: write.WriteBatch) -> None:
+        raise OutputError("no")
+
+    monkeypatch.setattr(write.WriteBatch, "write", failing)
+    with pytest.raises(OutputError, match="no"):
+        formats.write_adapters({tmp_path / "failed" / record.name: record for record in records})
+    assert not is_open and not list((tmp_path / "failed").rglob("adapter_config.json"))
+
+
+def test_what_is_zero_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has zeros of rank 1 in its first module, computed beside the others; all such are made from one another."""
+    made = Counter[str]()
+    plain = AdapterFile.__init__
+
+    def counted(self: AdapterFile, directory: Path, *others: Any) -> None:
+        made[directory.name] += 1
+        plain(self, directory, *others)
+
+    monkeypatch.setattr(AdapterFile, "__init__", counted)
+    whole = [adapter(f"a{i}", i) for i in range(3)]
+    zero = [replace(a, name=f"z{i}", updates={m: with_rank_zero(u) for m, u in a.updates.items()})
+            for i, a in enumerate(whole)]  # fmt: skip
+    formats.write_adapters({tmp_path / record.name: record for record in [*whole, *zero]})
+    assert made == {"a0": 1, "z0": 1}
+    for record in zero:
+        read = load(tmp_path / record.name)
+        assert [(m, u.rank, float(u.B.stored.abs().max())) for m, u in read.updates.items()] == [(FIRST, 1, 0.0)]
+    with pytest.raises(InputError, match="no modules, so there is nothing to write"):
+        formats.write_adapters({tmp_path / "none": replace(whole[0], updates={})})

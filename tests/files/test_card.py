@@ -163,6 +163,10 @@ DATA = {
     "values": {"a": 1, "b": None, "c": True, "d": 1e-7, "e": "yes", "f": "- x", "g": "a\nb", "h": "ünï '"},
     "lists": {"a": [1, 2], "b": [], "c": {}, "d": "long " * 40},
     "merge": {"merge_method": "svd", "models": [{"model": "x", "parameters": {"w": 0.5}}], "parameters": {"r": 8}},
+    "pairs": {"devec": "unique_of(a)", "τ": 0.85, "pool": {"a0": "a0", "b: c": "x, {y}"}, "c": {"a": None, "1": 1.0}},
+    "equal": {"a": [1], "b": {"x": 1, "y": True, "z": 1.0, "v": "1"}, "c": {"x": True, "z": 1}, "d": {"x": 1.0}},
+    "signs": {"a": [], "b": 0.0, "c": -0.0, "d": {"x": 0.0}, "e": {"x": -0.0}, "f": True, "g": 1, "h": "true"},
+    "wide": {"pool": {"a" * 20: "b" * 30, "c" * 20: "d" * 30}, "odd": {"a\nb": "c\nd", "e": ""}, "k" * 130: {"a": "b"}},
     "deep": {"a": {"b": {"c": [1, {"d": 2}]}}, "e": [[1], [2, [3]]]},
 }  # fmt: skip
 

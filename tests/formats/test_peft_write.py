@@ -26,6 +26,7 @@ from fastlora.core.factors import Factor
 from fastlora.core.patterns import Patterns
 from fastlora.core.updates import Layout, Update
 from fastlora.errors import OutputError
+from fastlora.files import tensor_writing
 from fastlora.files.tensor_writing import TensorFile
 from fastlora.formats.peft.names import exact_pattern
 from fastlora.formats.peft.selection import exclude_pattern
@@ -239,6 +240,7 @@ def test_a_file_system_that_gives_no_room_ahead(tmp_path: Path, monkeypatch: pyt
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr(tensor_writing, "SMALL_BYTES", 0)
     factors = make_factors()
     if code == errno.ENOSPC:
         with pytest.raises(OutputError, match="the disk is full"):

@@ -78,7 +78,7 @@ def decompose(
         from fastlora.files.pictures import require_matplotlib
 
         require_matplotlib()
-    run.start()
+    run.start(lean=True)
     from fastlora.core.dtypes import parse_dtype
     from fastlora.decomposition.decompose import decompose as decompose_pool
     from fastlora.decomposition.result import Decomposition

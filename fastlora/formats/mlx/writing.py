@@ -114,9 +114,8 @@ class MlxFolder(InOneFile):
             tensors[f"{module}.lora_b"] = B.to("cpu", self.dtype).mT.contiguous()
         self._file.write(tensors, check=True)
 
-    def finish(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Writes the last modules."""
-        self.put(factors)
+    def finish(self) -> None:
+        """Nothing: all of a folder belongs to modules."""
 
     def close(self) -> None:
         """Checks that everything was written, and writes the configuration, by which readers know the folder."""

@@ -109,5 +109,5 @@ def write(directory: Path, record: DoraData, dtype: torch.dtype | str | None) ->
     }
     file = AdapterFile(directory, adapter, factors, target, shaped)
     file.put(factors)
-    file.finish({})
+    file.finish()
     file.close()
