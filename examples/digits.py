@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -116,13 +116,15 @@ class Digits:
         for name, part in parts.items():
             self.lora[name] = self._lora(name, *part[1], LORA_STEPS // shorter, generator)
 
-    def drawn_lora(self, name: str, domain: str) -> fl.Adapter:
-        """The adapter of a domain that is kept under a name, by which its start and its batches are drawn."""
+    def drawn_lora(self, name: str, domain: str, classes: Sequence[int] = range(10)) -> fl.Adapter:
+        """The adapter of a domain that is kept under a name, by which its start and its batches are drawn; of some
+        classes, which are no part of the name."""
         if not (self.folder / name / "adapter_model.safetensors").exists():
             number = zlib.crc32(f"{self.seed} {name}".encode())
             torch.manual_seed(number)
             generator = torch.Generator().manual_seed(number)
-            return self._lora(name, *self.tune[domain], LORA_STEPS // self.shorter, generator)
+            x, y = of_classes(*self.tune[domain], classes)
+            return self._lora(name, x, y, LORA_STEPS // self.shorter, generator)
         return self._loaded(name)
 
     def _lora(self, name: str, x: Tensor, y: Tensor, steps: int, generator: torch.Generator) -> fl.Adapter:
@@ -162,6 +164,12 @@ class Digits:
 
     def mean_accuracy(self, state: State, domains: Iterable[str], *, test: bool = True) -> float:
         return statistics.fmean(self.accuracy(state, domain, test=test) for domain in domains)
+
+
+def of_classes(x: Tensor, y: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The rows of some classes."""
+    rows = torch.isin(y, torch.tensor(classes))
+    return x[rows], y[rows]
 
 
 def _fit(model: nn.Module, x: Tensor, y: Tensor, steps: int, rate: float, generator: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""One adapter of many: merge methods at their own length, and at the best of eight lengths on labelled rows.
+"""One adapter of many: merge methods at their own length, and at the best of some lengths on labelled rows.
 
     pip install scikit-learn peft
     python examples/merge_methods.py [--subjects digits,unbalanced,texts,left_out] [--seeds 5] [--out DIR] [--quick]
@@ -22,7 +22,11 @@ from subjects import SUBJECTS, Numbers, Subject, available, measured, subject_of
 
 import fastlora as fl
 
-LENGTHS = [0.125, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0]  # times the mean length of the adapters
+LENGTHS = {  # times the mean length of the adapters
+    "digits": [0.125, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0],
+    "texts": [0.5, 1.0, 1.4, 2.0, 2.8],
+}
+FURTHER, LIMITS = 1.4, (0.05, 12.0)  # the lengths go on by this factor while the best is at an end
 INPUTS = [16, 64, 256]
 SSR_INPUTS = 64
 PARTS = [(1.0, 64), (1.0, 256), (0.1, 256)]  # μ and inputs a task
@@ -56,11 +60,13 @@ METHODS: dict[str, dict[str, object]] = {
 }
 HELD = [
     *["sum", "mean", "matched norm", "TIES, PEFT's", "TSV-M, flat", "Iso-C", "Pico"],
-    *["RegMean, 64 inputs a task", "RegMean, 256 inputs a task", "sum of parts by 256 inputs a task, μ = 0.1"],
-    *["λ of tasks, learned with labels"],
+    *["RegMean, 64 inputs a task", "RegMean, 256 inputs a task", "sum of parts by 256 inputs a task, μ = 1"],
 ]
 LEFT_OUT = "left_out"
-OF_TEXTS = [*SHORT, "TIES, PEFT's", "TSV-M, flat", "RegMean, 64 inputs a task", "RegMean, 256 inputs a task"]  # time
+OF_TEXTS = [  # those that differ on digits, for the time that they take
+    *[*SHORT, "TIES, PEFT's", "DARE, density 0.5", "TSV-M, flat", "Iso-C", "Pico", "KnOTS-TIES"],
+    *["RegMean, 64 inputs a task", "RegMean, 256 inputs a task", "sum of parts by 256 inputs a task, μ = 1"],
+]
 
 
 ALL = [
@@ -109,8 +115,24 @@ def length(adapter: fl.Adapter) -> float:
     return math.sqrt(sum(float(adapter.delta(m).double().square().sum()) for m in adapter.modules))
 
 
+def best_length(score: Callable[[float], float], lengths: Sequence[float]) -> float:
+    """Of the lengths, and of those beyond an end while the best is there."""
+    tried = {length: score(length) for length in lengths}
+    while True:
+        best = max(tried, key=lambda length: tried[length])
+        further = {min(tried): best / FURTHER, max(tried): best * FURTHER}.get(best)
+        if further is None or not LIMITS[0] <= further <= LIMITS[1]:
+            return best
+        tried[further] = score(further)
+
+
 def compared(
-    subject: Subject, found: Mapping[str, Build], unit: float, merged: Sequence[str], tested: Sequence[str]
+    subject: Subject,
+    found: Mapping[str, Build],
+    unit: float,
+    merged: Sequence[str],
+    tested: Sequence[str],
+    lengths: Sequence[float],
 ) -> Numbers:
     """By method: accuracy on the tested tasks as it comes (``own``) and at the length that was best on labelled rows of
     the merged ones (``swept``), that length, its own, and the seconds of the merge."""
@@ -129,8 +151,11 @@ def compared(
         if RESCALED.get(name, name) in numbers:
             row |= {key: numbers[RESCALED[name]][key] for key in ("swept", "length")}
         elif size > 0:
-            tried = {g: mean(adapter, merged, strength=g * unit / size, select=True) for g in LENGTHS}
-            best = max(tried, key=lambda g: tried[g])
+
+            def score(times: float, adapter: fl.Adapter = adapter, size: float = size) -> float:
+                return mean(adapter, merged, strength=times * unit / size, select=True)
+
+            best = best_length(score, lengths)
             row |= {"swept": mean(adapter, tested, strength=best * unit / size), "length": best}
         numbers[name] = row
     return numbers
@@ -147,14 +172,15 @@ def one_seed(name: str, seed: int, options: Namespace) -> Numbers:
             part = fl.Pool([a for a in pool.adapters if a.name != held])
             rest = [t for t in tasks if t != held]
             some = builds(subject, part, rest, HELD)
-            found[held] = {"base model": base[held], **compared(subject, some, unit, rest, [held])}
+            numbers = compared(subject, some, unit, rest, [held], LENGTHS["digits"])
+            found[held] = {"base model": base[held], **numbers}
         return found
     own = {a.name: subject.accuracies(a, False)[a.name] for a in pool.adapters if a.name in tasks}
     some = builds(subject, pool, tasks, OF_TEXTS if name == "texts" else ALL)
     return {
         "base model": statistics.fmean(base.values()),
         "each adapter on its own task": statistics.fmean(own.values()),
-        "merged": compared(subject, some, unit, tasks, tasks),
+        "merged": compared(subject, some, unit, tasks, tasks, LENGTHS["texts" if name == "texts" else "digits"]),
     }
 
 
@@ -210,7 +236,15 @@ def regret_table(data: Mapping[str, Numbers]) -> str:
 def main() -> None:
     options = arguments(__doc__, "merge_methods", {}, seeds=5, subjects=[*SUBJECTS, LEFT_OUT])
     subjects = available(options.subjects, options)
-    settings = {"lengths": LENGTHS, "inputs": INPUTS, "ssr inputs": SSR_INPUTS, "methods": METHODS, "held": HELD}
+    settings = {
+        "lengths": LENGTHS,
+        "further": [FURTHER, *LIMITS],
+        "of texts": OF_TEXTS,
+        "inputs": INPUTS,
+        "ssr inputs": SSR_INPUTS,
+        "methods": METHODS,
+        "held": HELD,
+    }
     settings |= {"parts": PARTS, "learned": LEARNED}
     data = measured("merge_methods", subjects, settings, options, one_seed)
     results = tables(data)

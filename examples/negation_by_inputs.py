@@ -40,22 +40,23 @@ def without_columns_of_others(pool: fl.Pool, target: str) -> fl.Adapter:
     return fl.Adapter.from_tensors(factors, name="others_columns")
 
 
-def parts_of(subject: Subject, seed: int) -> dict[str, dict[str, fl.Adapter]]:
-    """``{kind: {adapter: what is negated}}``."""
+def parts_of(subject: Subject, seed: int, few: bool = False) -> dict[str, dict[str, fl.Adapter]]:
+    """``{kind: {adapter: what is negated}}``; ``few`` without the fewest inputs and another μ."""
     pool = subject.pool
     found: dict[str, dict[str, fl.Adapter]] = {"whole": {n: pool[n] for n in pool.names}}
     found["unique (columns)"] = {
         n: fl.decompose(pool, subject.threshold, mode="iterative", target=n).unique_of(n) for n in pool.names
     }
     found["without all columns of others"] = {n: without_columns_of_others(pool, n) for n in pool.names}
-    for count in INPUTS:
+    for count in INPUTS[1:] if few else INPUTS:
         parts = fl.decompose(pool, inputs=subject.inputs(count, False), mu=1.0)
         found[f"by inputs, {count} a task"] = {n: parts.unique_of(n) for n in pool.names}
         if count == CONTROLLED:
             for kind in ("permuted_inputs", "shuffled_tasks"):
                 found[f"control: {kind.replace('_', ' ')}, {count}"] = fl.control(parts, kind, seed=seed)
-            more = fl.decompose(pool, inputs=parts.inputs, mu=10.0)
-            found[f"by inputs, {count} a task, μ = 10"] = {n: more.unique_of(n) for n in pool.names}
+            if not few:
+                more = fl.decompose(pool, inputs=parts.inputs, mu=10.0)
+                found[f"by inputs, {count} a task, μ = 10"] = {n: more.unique_of(n) for n in pool.names}
     return found
 
 
@@ -82,7 +83,7 @@ def one_seed(name: str, seed: int, options: Namespace) -> Numbers:
     targets = {task: adapter for adapter, task in reversed(subject.tasks.items())}
     base = subject.accuracies(None, False)
     found: Numbers = {}
-    for kind, parts in parts_of(subject, seed).items():
+    for kind, parts in parts_of(subject, seed, few=name != "digits").items():
         for target, adapter in targets.items():
             curve = curve_of(subject, parts[adapter], target, strengths, [point(base, target)])
             found.setdefault(kind, {})[target] = curve

@@ -253,9 +253,9 @@ def test_merge_methods_run(load: Any, subject: Any, monkeypatch: pytest.MonkeyPa
     some = methods.builds(subject, subject.pool, names[:2], few)
     assert list(some) == few
     unit = methods.length(subject.pool.adapters[0])
-    rows = methods.compared(subject, some, unit, names[:2], names[2:])
+    rows = methods.compared(subject, some, unit, names[:2], names[2:], [0.5, 1.0])
     assert rows["sum"]["own length"] == pytest.approx(3 * rows["mean"]["own length"])
-    assert rows["sum"]["swept"] == rows["mean"]["swept"] and rows["sum"]["length"] in methods.LENGTHS
+    assert rows["sum"]["swept"] == rows["mean"]["swept"] and rows["sum"]["length"] > 0
     total, length = some["sum"](), rows["sum"]["length"]
     assert rows["sum"]["own"] == subject.accuracies(total, False)[names[2]]
     size = rows["sum"]["own length"] * unit
@@ -264,6 +264,55 @@ def test_merge_methods_run(load: Any, subject: Any, monkeypatch: pytest.MonkeyPa
     assert rows["sum"]["swept"] == subject.accuracies(resized, False)[names[2]]
     found = methods.regrets({"results": {"x": {"0": {"merged": rows | dict.fromkeys(methods.SHORT, rows["sum"])}}}})
     assert found["mean"] == {"x": [rows["sum"]["swept"] - rows["sum"]["own"]]}
+
+
+@pytest.mark.parametrize(
+    "score, expected",
+    [(lambda x: -((x - 3.5) ** 2), 3.92), (lambda x: -abs(x - 0.4), 1 / 1.4**3), (lambda x: 0.0, 1.0)],
+)
+def test_lengths_go_on_where_the_best_is_at_an_end(load: Any, score: Any, expected: float) -> None:
+    methods = load("merge_methods")
+    assert methods.best_length(score, [1.0, 2.0]) == pytest.approx(expected)
+    assert methods.LIMITS[1] / methods.FURTHER < methods.best_length(lambda x: x, [1.0, 2.0]) <= methods.LIMITS[1]
+
+
+def test_analogy_by_inputs_runs(load: Any, digits: Any) -> None:
+    analogy = load("analogy_by_inputs")
+    halves = analogy.Halves(digits)
+    x, y = load("digits").of_classes(*digits.tune["noisy"], analogy.OTHER)
+    assert set(y.tolist()) == set(analogy.OTHER) and len(x) == len(y) < len(digits.tune["noisy"][1])
+    inputs = {n: halves.inputs(n) for n in (4, 32)}
+    found = dict(analogy.pairs_of(halves, "noisy", "inverted", inputs, 0))
+    target, source = found["whole"]
+    assert (target.name, source.name) == ("noisy_0-4", "inverted_0-4") and len(found) == 6
+    assert found["whole, the wrong way"] == (source, target)
+    parts = found["by inputs, 32 a domain"]
+    for kind in ("control: permuted inputs, 32", "control: shuffled tasks, 32"):
+        for one, other in zip(found[kind], parts, strict=True):
+            assert load("merge_methods").length(one) == pytest.approx(load("merge_methods").length(other), rel=SUMS32)
+            assert any(not torch.allclose(one.delta(m), other.delta(m)) for m in one.modules)
+    module, of = parts[0].modules[0], inputs[32]["noisy"].of["noisy_0-4"]
+    x = of.rows[of.sites[module]].double()  # of the target's inputs, the target's part keeps more than the source's
+    kept = [
+        float((x @ part.delta(module).double().mT).norm() / (x @ whole.delta(module).double().mT).norm())
+        for part, whole in zip(parts, (target, source), strict=True)
+    ]
+    assert kept[0] > 1.05 * kept[1]
+    task, domain = halves.task["inverted"], "noisy"
+    moved = digits.state({m: task.delta(m) + 0.5 * (target.delta(m) - source.delta(m)) for m in task.modules})
+    x, y = (t[torch.tensor([c >= 5 for c in digits.test[domain][1]])] for t in digits.test[domain])
+    scores = torch.func.functional_call(digits.model, moved, (x,))[:, 5:].argmax(1) + 5
+    by_hand = float((scores == y).double().mean())
+    combined = digits.state(load("digits").deltas_of(fl.analogy(task, target, source, 1.0, 0.5)))
+    assert halves.accuracy(combined, domain, select=False) == by_hand
+
+
+def test_analogies_choose_a_strength_on_rows_that_select(load: Any) -> None:
+    analogy = load("analogy_by_inputs")
+    one = {"the source's adapter": [[0.5, 0.6]], "whole": [[0.5, 0.9], [0.7, 0.65], [0.7, 0.8], [0.1, 0.2]]}
+    rows = analogy.tables({"results": {"digits": {"0": one}}}).tables[analogy.TABLE]
+    assert rows["whole"]["accuracy"] == [0.65] and rows["whole"]["gain over the source's"] == [pytest.approx(0.05)]
+    assert rows["whole"]["gain, c = 0.25"] == [pytest.approx(0.3)] and rows["whole"]["− whole"] == [0.0]
 
 
 def test_learned_coefficients_of_digits_lessen_their_loss(load: Any, digits: Any, subject: Any) -> None:
