@@ -18,14 +18,14 @@ from itertools import permutations
 import torch
 from common import Results, arguments, console
 from digits import DOMAINS, NEEDED, Digits, State, deltas_of, of_classes
-from subjects import PLACES, Numbers, measured
+from subjects import PLACES, TEST_STEP, Numbers, measured
 from torch.func import functional_call
 
 import fastlora as fl
 
 TASK, OTHER = range(5, 10), range(5)
 STRENGTHS = [0.25, 0.5, 1.0, 1.5]  # c
-INPUTS = [16, 64, 256]  # of the other task, unlabelled; the controls have the most
+INPUTS = [64, 256]  # of the other task, unlabelled; the controls have the most
 MU = 1.0
 TABLE = "Analogy, ordered pairs of four domains of digits"
 Pair = tuple[fl.Adapter, fl.Adapter]
@@ -53,8 +53,8 @@ class Halves:
     @torch.no_grad()
     def accuracy(self, state: State, domain: str, *, select: bool) -> float:
         """Of the task among its classes, on rows that select or on test rows."""
-        rows = self.digits.validation if select else self.digits.test
-        x, y = of_classes(*rows[domain], TASK)
+        x, y = self.digits.validation[domain] if select else (t[::TEST_STEP] for t in self.digits.test[domain])
+        x, y = of_classes(x, y, TASK)
         scores = functional_call(self.digits.model.eval(), state, (x,))[:, list(TASK)]
         return float((scores.argmax(1) + TASK[0] == y).double().mean())
 

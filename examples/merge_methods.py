@@ -138,8 +138,7 @@ def compared(
     the merged ones (``swept``), that length, its own, and the seconds of the merge."""
 
     def mean(adapter: fl.Adapter, tasks: Sequence[str], *, strength: float = 1.0, select: bool = False) -> float:
-        accuracies = subject.accuracies(adapter, select, strength)
-        return statistics.fmean(accuracies[task] for task in tasks)
+        return statistics.fmean(subject.accuracies(adapter, select, strength, tasks).values())
 
     numbers: Numbers = {}
     for name, build in found.items():
@@ -175,7 +174,7 @@ def one_seed(name: str, seed: int, options: Namespace) -> Numbers:
             numbers = compared(subject, some, unit, rest, [held], LENGTHS["digits"])
             found[held] = {"base model": base[held], **numbers}
         return found
-    own = {a.name: subject.accuracies(a, False)[a.name] for a in pool.adapters if a.name in tasks}
+    own = {a.name: subject.accuracies(a, False, tasks=[a.name])[a.name] for a in pool.adapters if a.name in tasks}
     some = builds(subject, pool, tasks, OF_TEXTS if name == "texts" else ALL)
     return {
         "base model": statistics.fmean(base.values()),
@@ -236,15 +235,8 @@ def regret_table(data: Mapping[str, Numbers]) -> str:
 def main() -> None:
     options = arguments(__doc__, "merge_methods", {}, seeds=5, subjects=[*SUBJECTS, LEFT_OUT])
     subjects = available(options.subjects, options)
-    settings = {
-        "lengths": LENGTHS,
-        "further": [FURTHER, *LIMITS],
-        "of texts": OF_TEXTS,
-        "inputs": INPUTS,
-        "ssr inputs": SSR_INPUTS,
-        "methods": METHODS,
-        "held": HELD,
-    }
+    settings = {"lengths": LENGTHS, "further": [FURTHER, *LIMITS], "of texts": OF_TEXTS, "held": HELD}
+    settings |= {"inputs": INPUTS, "ssr inputs": SSR_INPUTS, "methods": METHODS}
     settings |= {"parts": PARTS, "learned": LEARNED}
     data = measured("merge_methods", subjects, settings, options, one_seed)
     results = tables(data)

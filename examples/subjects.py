@@ -39,16 +39,18 @@ LEARNED_ROWS, LEARNED_TEXTS = 20, 15  # of a task and step
 
 
 class Accuracies(Protocol):
-    def __call__(self, adapter: fl.Adapter | None, select: bool, strength: float = 1.0) -> dict[str, float]: ...
+    def __call__(
+        self, adapter: fl.Adapter | None, select: bool, strength: float = 1.0, tasks: Sequence[str] | None = None
+    ) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Adapters of one model: ``tasks`` has the task of each; ``accuracies(adapter, select, strength)`` by task, on
-    labelled rows that select or on test rows; ``inputs(n, with_adapters)``: statistics of ``n`` unlabelled inputs a
-    task, of the base model or with each adapter in it; ``learned(pool, tasks, per, labels)``: the sum of a pool whose
-    coefficients were trained on the rows that select for the tasks, with their labels or on entropy; ``threshold``: of
-    shared directions."""
+    """Adapters of one model: ``tasks`` has the task of each; ``accuracies(adapter, select, strength, tasks)`` by task,
+    of all or of some, on labelled rows that select or on test rows; ``inputs(n, with_adapters)``: statistics of ``n``
+    unlabelled inputs a task, of the base model or with each adapter in it; ``learned(pool, tasks, per, labels)``: the
+    sum of a pool whose coefficients were trained on the rows that select for the tasks, with their labels or on
+    entropy; ``threshold``: of shared directions."""
 
     pool: fl.Pool
     tasks: Mapping[str, str]
@@ -89,15 +91,16 @@ def of_digits(found: Any, adapters: Mapping[str, fl.Adapter], tasks: Mapping[str
         select: [tuple(t[::step] for t in (found.validation if select else found.test)[name]) for name in names]
         for select, step in ((True, 1), (False, TEST_STEP))
     }
-    together = {select: torch.cat([x for x, _ in of]) for select, of in rows.items()}
 
     @torch.no_grad()
-    def accuracies(adapter: fl.Adapter | None, select: bool, strength: float = 1.0) -> dict[str, float]:
+    def accuracies(
+        adapter: fl.Adapter | None, select: bool, strength: float = 1.0, tasks: Sequence[str] | None = None
+    ) -> dict[str, float]:
         state = found.base if adapter is None else found.state(deltas_of(adapter), strength)
-        classes = functional_call(found.model.eval(), state, (together[select],)).argmax(1)
-        parts = classes.split([len(y) for _, y in rows[select]])
-        pairs = zip(names, parts, rows[select], strict=True)
-        return {name: float((part == y).double().mean()) for name, part, (_, y) in pairs}
+        own = {name: of for name, of in zip(names, rows[select], strict=True) if tasks is None or name in tasks}
+        classes = functional_call(found.model.eval(), state, (torch.cat([x for x, _ in own.values()]),)).argmax(1)
+        parts = classes.split([len(y) for _, y in own.values()])
+        return {n: float((part == y).double().mean()) for (n, (_, y)), part in zip(own.items(), parts, strict=True)}
 
     pool = fl.Pool(adapters.values())
 
@@ -130,9 +133,12 @@ def texts(seed: int, options: Namespace) -> Subject:
     pool = fl.Pool(adapters.values())
     few = 8 if options.quick else None
 
-    def accuracies(adapter: fl.Adapter | None, select: bool, strength: float = 1.0) -> dict[str, float]:
+    def accuracies(
+        adapter: fl.Adapter | None, select: bool, strength: float = 1.0, tasks: Sequence[str] | None = None
+    ) -> dict[str, float]:
         rows = {
-            task: found.task(task)[0][VALIDATION] if select else found.task(task)[1][::TEXT_STEP] for task in adapters
+            task: found.task(task)[0][VALIDATION] if select else found.task(task)[1][::TEXT_STEP]
+            for task in (adapters if tasks is None else tasks)
         }
         if adapter is not None and strength != 1.0:
             adapter = scaled(adapter, strength)
