@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +25,13 @@ import torch
 def seeded() -> None:
     """Random numbers of a test are its own, whatever ran before it in the same process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a module of ``examples/`` by its name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    return importlib.import_module
 
 
 @pytest.fixture
