@@ -17,7 +17,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,12 @@ def lock(file: int) -> bool:
         finally:
             os.lseek(file, 0, os.SEEK_SET)
     return True
+
+
+def after_fork(call: Callable[[], None]) -> None:
+    """Has every child process begin with a call; where processes are not copied, there is none that would need it."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=call)
 
 
 def is_running(pid: int) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+
+from fastlora.runtime.system import after_fork
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,4 +42,4 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "fastlora")
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)  # the child has none of them
+after_fork(_threads.cache_clear)  # the child has none of them
