@@ -196,14 +196,7 @@ def default_rtol(updates: Sequence[Update]) -> float:
     Rounding a factor with relative error ε moves singular values by at most about ε·σ_max, whatever its size, so what
     lies below is not known from the file: float32 1e-6, float16 9.8e-4, bfloat16 7.8e-3.
     """
-    largest = MIN_RTOL
-    for update in updates:
-        for terms in (update.B.terms, update.A.terms):
-            for term in terms:
-                epsilon = EPSILON[term.source.dtype]
-                if epsilon > largest:
-                    largest = epsilon
-    return largest
+    return max([MIN_RTOL, *[EPSILON[t.source.dtype] for u in updates for f in (u.B, u.A) for t in f.terms]])
 
 
 # The same for half-precision factors on a GPU, whose tensor cores sum inner products to 2⁻²⁹ of ‖x‖‖y‖ at the worst:

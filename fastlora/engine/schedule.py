@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastlora.core.data import LoraData
-from fastlora.core.updates import Update, default_rtol, sources
+from fastlora.core.updates import EPSILON, MIN_RTOL, Update, default_rtol, sources
 from fastlora.engine.contracts import PoolView
 from fastlora.engine.stream import PoolPart, Stream
 from fastlora.engine.stream import parts as moved_ahead
@@ -69,7 +69,17 @@ class GroupPart:
 
 def rtol_or_default(rtol: float | None) -> RtolOf:
     """``rtol`` for every update; ``None``: the rounding of its stored dtype."""
-    return (lambda update: default_rtol((update,))) if rtol is None else (lambda _: rtol)
+    return _default_rtol if rtol is None else (lambda _: rtol)
+
+
+def _default_rtol(update: Update) -> float:
+    """:func:`fastlora.core.updates.default_rtol` of one, at once where both factors are stored."""
+    B, A = update.B.stored, update.A.stored
+    if B is None or A is None:
+        return default_rtol([update])
+    left, right = EPSILON[B.dtype], EPSILON[A.dtype]
+    largest = left if left > right else right
+    return largest if largest > MIN_RTOL else MIN_RTOL
 
 
 def one_adapter(name: str, updates: Mapping[str, Update]) -> PoolView:
