@@ -26,6 +26,8 @@ KINDS: dict[type[AdapterData], type[Element]] = {
 }
 """What a record that a format read becomes: the same fields, with verbs."""
 
+FIELDS = {kind: tuple(field.name for field in dataclasses.fields(kind)) for kind in KINDS}
+
 
 @paused_collector()
 def load(
@@ -64,12 +66,11 @@ def load(
     memory-mapped, until a result needs them. A task vector is read once, to refuse NaN and Inf.
     """
     renaming = Renaming(rename)
-    element = renaming(element_of(formats.read(Path(path), name, family=family, rank=rank)))
+    element = renaming(element_of(formats.read(path, name, family=family, rank=rank)))
     renaming.require_used()
     return element
 
 
 def element_of(record: AdapterData) -> Element:
     """What a record becomes: the same fields, with verbs."""
-    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    return KINDS[type(record)](**fields)
+    return KINDS[type(record)](**{name: getattr(record, name) for name in FIELDS[type(record)]})

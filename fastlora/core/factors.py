@@ -11,6 +11,8 @@ from torch import Tensor
 
 Side = Literal["B", "A"]
 
+_new = object.__new__
+
 
 @dataclass(slots=True, eq=False)
 class Term:
@@ -76,8 +78,13 @@ class Factor:
     @staticmethod
     def of(side: Side, stored: Tensor) -> Factor:
         """The factor that is exactly one stored matrix."""
-        n, r = stored.shape if side == "B" else (stored.shape[1], stored.shape[0])
-        return Factor(side, n, r, (Term(stored),))
+        factor = _new(Factor)  # a pool of hundreds has thousands, and nothing is left to find out
+        factor.side, factor.terms, factor.stored = side, (Term(stored),), stored
+        if side == "B":
+            factor.length, factor.rank = stored.shape
+        else:
+            factor.rank, factor.length = stored.shape
+        return factor
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -65,11 +65,11 @@ def _zero_because(update: Update) -> str | None:
     B, A = update.B.stored, update.A.stored
     if B is None or A is None:
         return None
-    row, columns = B[:1], A[:, :COLUMNS]
-    if B.is_cpu and not B.requires_grad and not A.requires_grad and {B.dtype, A.dtype} <= NUMPY:
-        product: Any = row.numpy().astype(np.float64) @ columns.numpy().astype(np.float64)  # in a third of the time
+    if B.is_cpu and not B.requires_grad and not A.requires_grad and B.dtype in NUMPY and A.dtype in NUMPY:
+        row, columns = B.numpy()[:1], A.numpy()[:, :COLUMNS]
+        product: Any = row.astype(np.float64) @ columns.astype(np.float64)  # in a third of the time
     else:
-        product = row.double() @ columns.double()
+        product = B[:1].double() @ A[:, :COLUMNS].double()
     if bool(product.any()):  # NaN is something, too
         return None
     if not bool(B.any()):

@@ -45,7 +45,7 @@ def writing(path: Path) -> Iterator[None]:
         raise output_error(error, path) from error
 
 
-def partial_of(path: Path) -> Path | None:
+def partial_of(path: Path | str) -> Path | None:
     """The unfinished output that ``path`` is or lies in, if any."""
     text = os.path.abspath(path)
     if ".partial-" not in text and UNFINISHED not in text:  # as almost always

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastlora.errors import InputError
 from fastlora.files.json_files import is_plain, parse_object, require_file, shown
+from fastlora.files.mapped_tensors import MappedFile, Place, Views
 from fastlora.runtime import system
 
 SAFETENSORS = ".safetensors"
@@ -64,19 +65,6 @@ AT_ONCE = 2**13
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a tensor lies behind the header. ``dtype`` is ``None`` where a view is not simple to make: of an unusual
-    dtype, or of no bytes."""
-
-    dtype: torch.dtype | None
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    first: int
-    last: int
-    code: str
-
-
-@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """Where a tensor lies: ``size`` bytes from ``offset`` on in ``file``, its rows one after another (C order).
 
@@ -108,7 +96,7 @@ class Header:
     metadata: dict[str, str]
 
 
-_known: OrderedDict[tuple[bytes, int], tuple[dict[str, _Place], dict[str, str]]] = OrderedDict()
+_known: OrderedDict[tuple[bytes, int], tuple[dict[str, Place], dict[str, str]]] = OrderedDict()
 """Headers that were checked last, and the bytes behind them: adapters from one training recipe have the same, but for
 the metadata, which come first and are left out here."""
 METADATA = re.compile(rb'\{"__metadata__":(?=\{)')
@@ -122,14 +110,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     eight adapters of a 7B model is loaded, decomposed and saved in 93 % of the processor time. Nothing is copied, so
     addresses can be odd: they are where the file put the tensors.
     """
-    file = _opened(path)
+    mapped = map_safetensors(path)
+    tensor_places = mapped.places
     try:
-        tensor_places, start, _ = _checked(path, file)
-        mapping = _mapped(path, file)
-    finally:
-        os.close(file)
-    try:
-        views = _Views(mapping, start)
+        views = Views(mapped.mapping, mapped.start)
         tensors = {name: views.of(place) for name, place in tensor_places.items() if place.dtype is not None}
         if len(tensors) < len(tensor_places):
             with safe_open(path, framework="pt", device="cpu") as opened:
@@ -139,6 +123,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except UNREADABLE as error:
         raise _unreadable(path, error) from None
     return tensors
+
+
+def map_safetensors(path: Path | str, *, is_file: bool = False) -> MappedFile:
+    """Checks a safetensors file and maps it. ``is_file``: the caller knows it for a regular file."""
+    file = _opened(path, is_file)
+    try:
+        places, start, _ = _checked(path, file)
+        return MappedFile(places, start, _mapped(path, file))
+    finally:
+        os.close(file)
 
 
 def read_header(path: Path) -> Header:
@@ -165,7 +159,7 @@ def read_places(path: Path) -> dict[str, StoredTensor]:
     return dict(sorted(found.items(), key=lambda item: (item[1].offset, item[1].size)))
 
 
-def _read(path: Path) -> tuple[dict[str, _Place], int, dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, Place], int, dict[str, str]]:
     file = _opened(path)
     try:
         return _checked(path, file)
@@ -173,7 +167,7 @@ def _read(path: Path) -> tuple[dict[str, _Place], int, dict[str, str]]:
         os.close(file)
 
 
-def _checked(path: Path, file: int) -> tuple[dict[str, _Place], int, dict[str, str]]:
+def _checked(path: Path | str, file: int) -> tuple[dict[str, Place], int, dict[str, str]]:
     """Where the tensors are, where the first of them may lie, and the metadata, of a file whose header is sound."""
     header, size = _read_header(path, file)
     start = 8 + len(header)
@@ -192,7 +186,7 @@ def _checked(path: Path, file: int) -> tuple[dict[str, _Place], int, dict[str, s
     return known[0], start, known[1] if own is None else own
 
 
-def _mapped(path: Path, file: int) -> mmap.mmap:
+def _mapped(path: Path | str, file: int) -> mmap.mmap:
     try:
         return mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
     except UNREADABLE as error:
@@ -219,22 +213,23 @@ def _apart(header: bytes) -> tuple[dict[str, str] | None, bytes]:
 _DECODER = json.JSONDecoder(object_pairs_hook=list)
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
+def _unreadable(path: Path | str, error: Exception) -> InputError:
     return InputError(
         f"{path} is no readable safetensors file ({first_line(error)}); it may be cut off: copy or download it again"
     )
 
 
-def _opened(path: Path) -> int:
+def _opened(path: Path | str, is_file: bool = False) -> int:
     """A descriptor of a file; refuses what is none and what cannot be read."""
-    require_file(path)
+    if not is_file:
+        require_file(Path(path))
     try:
         return system.open_to_read(path)
     except OSError as error:
         raise _closed(path, error) from None
 
 
-def _read_header(path: Path, file: int) -> tuple[bytes, int]:
+def _read_header(path: Path | str, file: int) -> tuple[bytes, int]:
     """The header, and the size of the file; refuses what stands for a file that was not fetched."""
     try:
         raw = os.read(file, AT_ONCE)
@@ -256,7 +251,7 @@ def _read_header(path: Path, file: int) -> tuple[bytes, int]:
     return b"".join(pieces)[8 : 8 + length], size
 
 
-def _places(path: Path, raw: bytes, size: int) -> tuple[dict[str, _Place], dict[str, str]]:
+def _places(path: Path | str, raw: bytes, size: int) -> tuple[dict[str, Place], dict[str, str]]:
     """Where the tensors are, by name, in the order of the library, which checks offsets and sizes; and the metadata.
     Refuses what it accepts or has no name for: tensors named twice, names and shapes that nothing can use."""
     header = parse_object(raw, f"{path} is no readable safetensors file: its header")
@@ -285,14 +280,14 @@ def _places(path: Path, raw: bytes, size: int) -> tuple[dict[str, _Place], dict[
         return {name: _place(header[name]) for name in file.keys()}, dict(file.metadata() or {})
 
 
-def _place(entry: Mapping[str, Any]) -> _Place:
+def _place(entry: Mapping[str, Any]) -> Place:
     first, last = entry["data_offsets"]
     shape = tuple(entry["shape"])
     strides = [1] * len(shape)
     for i in range(len(shape) - 1, 0, -1):
         strides[i - 1] = strides[i] * shape[i]
     dtype = NAMED_DTYPES.get(entry["dtype"]) if first < last else None
-    return _Place(dtype, shape, tuple(strides), first, last, entry["dtype"])
+    return Place(dtype, shape, tuple(strides), first, last, entry["dtype"])
 
 
 def _is_shape(shape: object) -> bool:
@@ -302,25 +297,6 @@ def _is_shape(shape: object) -> bool:
         if type(n) is not int or not 0 <= n < 1 << 48:
             return False
     return True
-
-
-class _Views:
-    """Tensors in a mapped file, as views of one tensor for each dtype and remainder of the offset."""
-
-    def __init__(self, mapping: mmap.mmap, start: int) -> None:
-        self._mapping = mapping
-        self._start = start
-        self._whole: dict[tuple[torch.dtype, int], Tensor] = {}
-
-    def of(self, place: _Place) -> Tensor:
-        dtype = cast(torch.dtype, place.dtype)
-        index, remainder = divmod(self._start + place.first, dtype.itemsize)
-        whole = self._whole.get((dtype, remainder))
-        if whole is None:
-            count = (len(self._mapping) - remainder) // dtype.itemsize
-            whole = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=remainder)
-            self._whole[dtype, remainder] = whole
-        return whole.as_strided(place.shape, place.strides, index)
 
 
 def first_line(error: Exception) -> str:
@@ -341,9 +317,9 @@ def refuse_pointer(path: Path) -> None:
         raise _pointer(path)
 
 
-def _closed(path: Path, error: OSError) -> InputError:
+def _closed(path: Path | str, error: OSError) -> InputError:
     return InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions")
 
 
-def _pointer(path: Path) -> InputError:
+def _pointer(path: Path | str) -> InputError:
     return InputError(f"{path} is a Git LFS pointer and not the file itself; run `git lfs pull` beside it")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import pkgutil
 import re
 import warnings
@@ -112,6 +113,12 @@ def read(
     Raises :class:`InputError` where nothing can be read and :class:`UnsupportedAdapter` for adapters whose
     numbers would come out wrong.
     """
+    text = os.fspath(path)
+    if text and text[0] != "~":  # adapters of pools of hundreds are mostly like one that was read before
+        own = os.path.basename(os.path.abspath(text)) if name is None else name
+        known = None if partial_of(text) is not None else _peft().read_alike(text, own)
+        if known is not None:
+            return cast(AdapterData, known)
     location = find(path)
     name = location.name if name is None else name
     check_name(name)

@@ -105,7 +105,7 @@ def file_mappings(suffixes: tuple[str, ...]) -> tuple[list[int], list[int]]:
     return starts, ends
 
 
-def open_to_read(path: Path) -> int:
+def open_to_read(path: Path | str) -> int:
     """A descriptor of the bytes of a file, which child processes do not get."""
     return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
 

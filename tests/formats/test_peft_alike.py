@@ -103,6 +103,39 @@ def test_other_tensors_under_the_same_configuration(tmp_path: Path) -> None:
         load(tmp_path / "narrow")
 
 
+def test_what_lies_beside_is_told_of_each(tmp_path: Path) -> None:
+    load(written(tmp_path / "a", 1))
+    torch.save({"x": torch.ones(2)}, written(tmp_path / "b", 2) / "value_head.pt")
+    assert "value_head.pt beside it" in load(tmp_path / "b").notes[0]
+    written(tmp_path / "old", 3)
+    torch.save(peft_tensors(make_factors(seed=4)), tmp_path / "old" / "adapter_model.bin")
+    assert "holds other tensors" in load(tmp_path / "old").notes[0]
+
+
+@pytest.mark.parametrize(("name", "message"), [("a/b", "has a path separator"), ("", "is empty")])
+def test_names_are_refused_as_ever(name: str, message: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        load(written(tmp_path / "a", 1))
+        with pytest.raises(InputError, match=message):
+            load(tmp_path / "a", name)
+
+
+def test_links_and_unfinished_outputs(tmp_path: Path) -> None:
+    first = written(tmp_path / "a", 1)
+    load(first)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "adapter_config.json").symlink_to(first / "adapter_config.json")
+    (linked / "adapter_model.safetensors").symlink_to(first / "adapter_model.safetensors")
+    assert described(load(linked, "a")) == described(load(str(first)))
+    (linked / "adapter_model.safetensors").unlink()
+    (linked / "adapter_model.safetensors").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="does not exist"):
+        load(linked)
+    with pytest.raises(InputError, match="never finished"):
+        load(written(tmp_path / ".out.partial-1" / "b", 2))
+
+
 def test_zeros_are_told_of_each(tmp_path: Path) -> None:
     load(written(tmp_path / "a", 1))
     zeros = {m: (torch.zeros_like(B), A) for m, (B, A) in make_factors().items()}

@@ -14,14 +14,15 @@ from torch import Tensor
 from fastlora.core.data import BaseInfo, LoraData
 from fastlora.core.factors import Factor
 from fastlora.core.updates import Layout, Update
+from fastlora.files.mapped_tensors import MappedFile, Place, Runs
 
-MOST_KNOWN = 8
-"""How many recipes are remembered."""
+MOST_KNOWN, LARGEST_KNOWN = 8, 2**16
+"""How many recipes are remembered, and of configurations of how many bytes."""
 
-Signature = tuple[tuple[str, torch.Size, torch.dtype], ...]
+Signature = tuple[tuple[str, tuple[int, ...], torch.dtype | None], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Recipe:
     """What the tensors of such adapters are, and what the adapters say of their base model.
 
@@ -31,14 +32,22 @@ class Recipe:
     places: tuple[tuple[str, str, str, float, Layout], ...]
     base: BaseInfo
     dtype: torch.dtype
+    layout: Mapping[str, Place] | None = None
+    """Where the tensors lie in the files that were read last, and their order there."""
+    runs: Runs | None = None
 
-    def adapter(self, name: str, tensors: Mapping[str, Tensor]) -> LoraData | None:
-        """The adapter that these tensors are; ``None`` where they are others."""
-        if signature_of(tensors) != self.signature:
-            return None
+    def adapter(self, name: str, file: MappedFile) -> LoraData | None:
+        """The adapter that a file holds; ``None`` where that has other tensors."""
+        if file.places is not self.layout or self.runs is None:
+            found = [(key, place.shape, place.dtype) for key, place in file.places.items()]
+            if tuple(found) != self.signature:
+                return None
+            self.layout = file.places
+            self.runs = Runs([file.places[key] for _, b, a, _, _ in self.places for key in (b, a)])
+        tensors, factor = self.runs.tensors(file), Factor.of
         updates = {
-            path: Update(Factor.of("B", tensors[b]), Factor.of("A", tensors[a]), scaling, layout)
-            for path, b, a, scaling, layout in self.places
+            path: Update(factor("B", b), factor("A", a), scaling, layout)
+            for (path, _, _, scaling, layout), b, a in zip(self.places, tensors[::2], tensors[1::2], strict=True)
         }
         return LoraData(name, updates, base=self.base, dtype=self.dtype)
 
@@ -59,6 +68,8 @@ def remember(configuration: bytes, adapter: LoraData, tensors: Mapping[str, Tens
     stored = [(path, u.B.stored, u.A.stored, u) for path, u in adapter.updates.items()]
     found = [(path, names.get(id(b)), names.get(id(a)), u) for path, b, a, u in stored]
     places = [(path, b, a, u.scaling, u.layout) for path, b, a, u in found if b is not None and a is not None]
+    if len(configuration) >= LARGEST_KNOWN:
+        return
     if adapter.extras or adapter.notes or len(places) < len(found) or 2 * len(places) != len(tensors):
         return
     _known[configuration] = Recipe(signature_of(tensors), tuple(places), adapter.base, adapter.dtype)
@@ -69,4 +80,4 @@ def remember(configuration: bytes, adapter: LoraData, tensors: Mapping[str, Tens
 
 def signature_of(tensors: Mapping[str, Tensor]) -> Signature:
     """What must be equal for two files to hold adapters of one recipe, beside their configurations."""
-    return tuple([(key, tensor.shape, tensor.dtype) for key, tensor in tensors.items()])
+    return tuple([(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()])
