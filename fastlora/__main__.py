@@ -1,6 +1,6 @@
 """``python -m fastlora``: the command line."""
 
-from fastlora.cli.app import entry
+from fastlora.cli.start import entry
 
 if __name__ == "__main__":
     entry()

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from command import ADAPTERS, COMMAND, ROOT, environment
 
+from fastlora.cli import app, start
+
 SPAM = str(ADAPTERS / "spam")
 INSPECT = ["inspect", SPAM]
 
@@ -170,6 +172,37 @@ def test_decompose_leaves_out_what_it_never_asks_for(tmp_path: Path) -> None:
         assert "torch" in found and RULES not in found and (out / "report.json").exists()
         assert not found & {"peft", "transformers", "accelerate", "diffusers", "torch._dynamo", "torch._decomp"}
         out = tmp_path / "other"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libraries are loaded ahead on Linux alone")
+def test_kernels_of_torch_are_loaded_before_its_import() -> None:
+    code = (
+        "import sys; from fastlora.runtime.ahead import load_ahead\n"
+        "load_ahead().join()\n"
+        "assert 'torch' not in sys.modules and 'libtorch_cpu' in open('/proc/self/maps').read()\n"
+        "import torch\n"
+        "assert load_ahead() is None and torch.linalg.eigvalsh(torch.eye(3)).sum() == 3\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ahead"),
+    [("overlap a", True), ("inspect a", True), ("overlap a -h", False), ("merge a", False), ("", False)],
+)
+def test_which_commands_load_ahead(arguments: str, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(sys, "argv", ["fastlora", *arguments.split()])
+    monkeypatch.setattr(start, "load_ahead", lambda: called.append("ahead"))
+    monkeypatch.setattr(app, "entry", lambda: called.append("command"))
+    start.entry()
+    assert called == ["ahead", "command"][not ahead :]
+
+
+def test_commands_that_load_ahead_are_lean() -> None:
+    commands = (ROOT / "fastlora" / "cli" / "commands").glob("*.py")
+    assert set(start.LEAN) == {path.stem for path in commands if "lean=True" in path.read_text()}
 
 
 @pytest.mark.parametrize("asked", ["", "lean=True, device='cuda'", "lean=True, backend='triton'"])

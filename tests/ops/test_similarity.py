@@ -89,6 +89,28 @@ def test_long_sums_are_blocked() -> None:
     assert float(inner) == pytest.approx(float((x.double().mT @ x.double()) ** 2), abs=FLOAT32)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_all_digits_count(backend: str) -> None:
+    """Columns of equal values: what is lost of one is lost of all, and no sign makes up for it. Few, for sums of many
+    lose more in float32."""
+    x = torch.full((8, 3), (1 + 2**-7 - 2**-23) / 3)
+    x[:, 1:] *= torch.tensor([1 - 2**-9, 2**-30])
+    wanted = (x.double().mT @ x.double()) ** 2
+    with use_backend(backend):
+        inner, shared = similarity(x, x, torch.arange(4), torch.ones(3, dtype=torch.int64))
+    for found in (inner, shared):
+        assert float(((found - wanted) / wanted).abs().max()) < FLOAT32
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_what_would_round_to_infinity(backend: str) -> None:
+    """The largest numbers have more digits than half of them can hold, and are not rounded up."""
+    left = torch.tensor([[torch.finfo(torch.float32).max, 1e-30]])
+    with use_backend(backend):
+        inner, _ = similarity(left, torch.ones(1, 2), torch.arange(3), torch.ones(2, dtype=torch.int64))
+    assert float(inner[0, 1]) == pytest.approx(float(left[0, 0]) * 1e-30, rel=FLOAT32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
