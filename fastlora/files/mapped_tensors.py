@@ -69,16 +69,16 @@ class Runs:
             alike.setdefault((cast(torch.dtype, place.dtype), place.shape), []).append(i)
         for (dtype, shape), members in alike.items():
             members.sort(key=lambda i: places[i].first)
-            while members:
-                firsts = [places[i].first for i in members]
-                step = firsts[1] - firsts[0] if len(firsts) > 1 else dtype.itemsize
-                count = 1
-                if step % dtype.itemsize == 0:
-                    while count < len(firsts) and firsts[count] == firsts[0] + count * step:
-                        count += 1
-                run, members = members[:count], members[count:]
-                strides = (step // dtype.itemsize, *places[run[0]].strides)
-                self._runs.append((dtype, firsts[0], (count, *shape), strides, run))
+            firsts, at = [places[i].first for i in members], 0
+            while at < len(members):
+                step, end = dtype.itemsize, at + 1
+                if end < len(members) and (firsts[end] - firsts[at]) % dtype.itemsize == 0:
+                    step = firsts[end] - firsts[at]
+                    while end < len(members) and firsts[end] == firsts[end - 1] + step:
+                        end += 1
+                strides = (step // dtype.itemsize, *places[members[at]].strides)
+                self._runs.append((dtype, firsts[at], (end - at, *shape), strides, members[at:end]))
+                at = end
         self._count = len(places)
 
     def tensors(self, file: MappedFile) -> list[Tensor]:
