@@ -36,8 +36,9 @@ from fastlora.runtime.progress import track
 WRITE_BYTES = 128 * 2**20
 SMALL_BYTES = 2**20  # a thread that writes beside this one would take longer to start than they take to write
 PREPARED = 2  # batches of modules that are ready while one is written
-# Files that are written at once: a decomposition of many pairs has more of them than a process may hold open.
-OPEN_FILES = 64
+# Files that are written at once, so that no more than 128 are open with those of the batches that are ready: a
+# decomposition of many pairs has more of them than a process may hold open.
+OPEN_FILES = 128 // (PREPARED + 1)
 
 
 @paused_collector()
