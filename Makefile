@@ -9,6 +9,7 @@
 # make rehearsal  what make gpu runs, on a machine without a GPU: torch for CUDA on stand-ins for its libraries; 6 GB
 # make triton every test of the ops in Triton's interpreter, and all specialisations ahead of time: an hour and more
 # make fuzz   100,000 damaged directories, 20,000 single files, 10,000 in several forms, 10,000 names: tests/fuzz/*.json
+# make wheel  dist/: a wheel for every Linux with glibc 2.28 or later, tried in an environment without compilers
 # make sanitize  the kernels' and the writer's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -24,7 +25,7 @@ BEST_ISA = $(PY) -c "from fastlora.backends import cpu; print(cpu.isa())"
 HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
 .PHONY: demo test lint types unit isas package picture cases bench gpu gpu-prebuild gpu-first gpu-record rehearsal rehearsed \
-  rehearsed-first rehearsed-record rehearsed-tests rehearsed-stand-in triton fuzz sanitize clean
+  rehearsed-first rehearsed-record rehearsed-tests rehearsed-stand-in triton fuzz wheel sanitize clean
 
 $(VENV)/ready: $(SOURCES) tests/owners.txt
 	python3 -m venv $(VENV)
@@ -160,6 +161,10 @@ fuzz: $(VENV)/ready
 	$(PY) tests/fuzz/single_files.py --count 20000 --seed 1 --json tests/fuzz/single_files.json
 	$(PY) tests/fuzz/forms.py --count 10000 --seed 1 --json tests/fuzz/forms.json
 	$(PY) tests/fuzz/names.py --count 10000 --seed 1 --json tests/fuzz/names.json
+
+wheel: $(VENV)/ready
+	wheel=$$($(PY) platforms/manylinux.py build/wheel dist) && \
+	FASTLORA_WHEEL=$$wheel $(PYTEST) -m package -k "installed or the_wheel_holds"
 
 SANITIZED := build/sanitize/lib
 SANITIZERS = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)

@@ -96,7 +96,11 @@ def build_wheel(sdist: Path, directory: Path, cuda: str) -> Built:
 
 
 @pytest.fixture(scope="module")
-def plain(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Made here, or the wheel that ``make wheel`` made."""
+    if given := os.environ.get("FASTLORA_WHEEL"):
+        return Built(Path(given), tmp_path_factory.mktemp("given"))
+    sdist: Path = request.getfixturevalue("sdist")
     return build_wheel(sdist, tmp_path_factory.mktemp("plain"), "OFF")
 
 
@@ -187,11 +191,14 @@ def test_the_installed_wheel_is_what_is_imported(installed: Path, tmp_path: Path
     assert Path(file).is_relative_to(installed.parents[1]) and has_cuda == "False"
 
 
+def command(python: Path, *words: str, cwd: Path) -> str:
+    """What the installed command prints, with nothing on PATH but the environment: no compiler above all."""
+    env = {"PATH": str(python.parent), "CUDA_VISIBLE_DEVICES": ""}
+    return execute(python.parent / "fastlora", *words, cwd=cwd, env=env).stdout
+
+
 def information(python: Path, cwd: Path) -> dict[str, str]:
-    script = python.parent / "fastlora"
-    data: dict[str, str] = json.loads(
-        execute(script, "info", "--json", cwd=cwd, env={"CUDA_VISIBLE_DEVICES": ""}).stdout
-    )
+    data: dict[str, str] = json.loads(command(python, "info", "--json", cwd=cwd))
     return data
 
 
@@ -204,9 +211,8 @@ def test_the_installed_command_tells_what_it_has(installed: Path, tmp_path: Path
 def test_the_installed_command_decomposes(installed: Path, tmp_path: Path) -> None:
     for name in ("trec_r16", "trec_rslora"):
         shutil.copytree(ROOT / "examples" / "adapters" / name, tmp_path / name)
-    script = installed.parent / "fastlora"
-    command = "decompose trec_r16 trec_rslora --threshold 0.3 --out out --backend cpu --json"
-    (report,) = json.loads(execute(script, *command.split(), cwd=tmp_path).stdout)["reports"]
+    words = "decompose trec_r16 trec_rslora --threshold 0.3 --out out --backend cpu --json".split()
+    (report,) = json.loads(command(installed, *words, cwd=tmp_path))["reports"]
     assert report["totals"]["shared_directions"] > 0
     made = {str(p.parent.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("adapter_config.json")}
     assert made == {"shared", "unique/trec_r16", "unique/trec_rslora"}
@@ -214,7 +220,7 @@ def test_the_installed_command_decomposes(installed: Path, tmp_path: Path) -> No
 
 def test_the_installed_command_writes_a_page(installed: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples" / "adapters", tmp_path / "adapters")
-    execute(installed.parent / "fastlora", "report", "adapters", "--out", "page.html", cwd=tmp_path)
+    command(installed, "report", "adapters", "--out", "page.html", cwd=tmp_path)
     assert "<h1>5 adapters</h1>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
