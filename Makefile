@@ -27,11 +27,15 @@ HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 .PHONY: demo test lint types unit isas package picture cases bench gpu gpu-prebuild gpu-first gpu-record rehearsal rehearsed \
   rehearsed-first rehearsed-record rehearsed-tests rehearsed-stand-in triton fuzz wheel sanitize clean
 
+# Of 18,000 modules most are never imported: those that are get their bytecode then, which tests leave to the next ones.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL = $(PY) -m pip install -q --disable-pip-version-check --no-compile
+
 $(VENV)/ready: $(SOURCES) tests/owners.txt
 	python3 -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps -r tests/owners.txt
+	$(INSTALL) -c constraints.txt torch
+	$(INSTALL) -c constraints.txt -e ".[dev]"
+	$(INSTALL) --no-deps -r tests/owners.txt
 	touch $@
 
 demo: $(VENV)/ready
@@ -53,7 +57,8 @@ unit: $(VENV)/ready
 	$(PYTEST) $(PARALLEL) -m "not package" -k "not every_instruction_set"
 
 # Every kernel under every other instruction set that this processor has, at every size; `unit` does so for the best
-# one. What is the same for all is left out: the reference, and what ops do before they reach a kernel.
+# one. What is the same for all is left out: plain torch and the reference (tests/ops/factors.py), and what ops do before
+# they reach a kernel.
 isas: $(VENV)/ready
 	best=$$($(BEST_ISA)) || exit 1; \
 	for isa in $(ISAS); do \

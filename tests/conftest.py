@@ -21,6 +21,11 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 import torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that take longest, of Triton's kernels, come first: nobody waits for the last of them at the end."""
+    items.sort(key=lambda item: "triton" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Random numbers of a test are its own, whatever ran before it in the same process."""

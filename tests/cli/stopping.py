@@ -32,9 +32,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Settings:
-    """How many runs get the signal ``number``, each in a part of its own of what an undisturbed run does: ``before``
-    there is an output, while it is ``unfinished``, and ``after`` it is in place; ``edges``, where it appears and where
-    it is put in place, call by call; ``timed``, at times of the clock.
+    """How many runs get one of the signals ``numbers``, which take turns, each in a part of its own of what an
+    undisturbed run does: ``before`` there is an output, while it is ``unfinished``, and ``after`` it is in place;
+    ``edges``, where it appears and where it is put in place, call by call; ``timed``, at times of the clock.
 
     ``file_limits``, ``disk_sizes``: bytes that a file, or the file system mounted at ``disk``, may have in further
     runs. The working directory of a run is one of its own below ``root``, or ``disk``, which is emptied after it.
@@ -42,7 +42,7 @@ class Settings:
 
     root: str
     arguments: list[str]
-    number: int = 0
+    numbers: list[int] = field(default_factory=list)
     before: int = 0
     unfinished: int = 0
     after: int = 0
@@ -57,13 +57,14 @@ class Settings:
 @dataclass(frozen=True)
 class Stopped:
     """``code``: exit code, or minus the signal that ended the run. ``left``: what the run left in ``directory``.
-    ``part``: that of :class:`Settings`, in which it was stopped."""
+    ``part``: that of :class:`Settings`, in which it was stopped, by the signal ``number``."""
 
     code: int
     err: str
     directory: str
     left: list[str]
     part: str
+    number: int
 
 
 class Events:
@@ -130,6 +131,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_DFL)
     found = []
     draw = random.Random(settings.seed)
+    numbers = settings.numbers
     if settings.before:
         counted = [_counted(cli, _made(root / f"whole-{i}")) for i in range(3)]
         started, placed, over = (int(statistics.median(column)) for column in zip(*counted, strict=True))
@@ -137,14 +139,15 @@ def main() -> None:
             count = getattr(settings, part)
             for i in range(count):
                 at = start + int((i + draw.random()) / count * (end - start))
-                found.append(_stopped(cli, _made(root / f"{part}-{i}"), part, events=Events(settings.number, at)))
+                found.append(_stopped(cli, _made(root / f"{part}-{i}"), part, numbers[i % len(numbers)], at=at))
         for i in range(settings.edges):
             at = (started, placed)[i % 2] + (i - settings.edges // 2) // 2
-            found.append(_stopped(cli, _made(root / f"edges-{i}"), "edges", events=Events(settings.number, at)))
+            number = numbers[i // 2 % len(numbers)]
+            found.append(_stopped(cli, _made(root / f"edges-{i}"), "edges", number, at=at))
     seconds = [_timed(cli, _made(root / f"timed-whole-{i}")) for i in range(3 if settings.timed else 0)]
     for i in range(settings.timed):
         wait = (i + draw.random()) / settings.timed * statistics.median(seconds)
-        found.append(_stopped(cli, _made(root / f"timed-{i}"), "timed", settings.number, wait))
+        found.append(_stopped(cli, _made(root / f"timed-{i}"), "timed", numbers[i % len(numbers)], wait=wait))
     for i, limit in enumerate(settings.file_limits):
         found.append(_stopped(cli, _made(root / f"limit-{i}"), "limit", limit=limit))
     for size in settings.disk_sizes:
@@ -184,19 +187,20 @@ def _stopped(
     directory: Path,
     part: str,
     number: int = 0,
+    at: int | None = None,
     wait: float = 0.0,
     limit: int = 0,
-    events: Events | None = None,
 ) -> Stopped:
-    process, errors = _start(cli, directory, limit, events)
-    if number:
+    """The signal comes at an event, or after so many seconds."""
+    process, errors = _start(cli, directory, limit, None if at is None else Events(number, at))
+    if number and at is None:
         time.sleep(wait)
         os.kill(process, number)  # a run that is over is not waited for yet, so this can only reach it
     with os.fdopen(errors) as pipe:
         err = pipe.read()
     _, status = os.waitpid(process, 0)
     left = sorted(entry.name for entry in directory.iterdir())
-    return Stopped(os.waitstatus_to_exitcode(status), err, str(directory), left, part)
+    return Stopped(os.waitstatus_to_exitcode(status), err, str(directory), left, part, number)
 
 
 def _start(cli: Any, directory: Path, limit: int = 0, events: Events | None = None) -> tuple[int, int]:

@@ -41,22 +41,20 @@ def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[
     return tree(root / "out")
 
 
-def stopped_at_moments(number: signal.Signals, command: list[str], root: Path) -> list[Stopped]:
-    found = run_settings(Settings(str(root), command, number, BEFORE, UNFINISHED, AFTER, EDGES, TIMED, number))
+def stopped_at_moments(numbers: list[int], command: list[str], root: Path) -> list[Stopped]:
+    found = run_settings(Settings(str(root), command, numbers, BEFORE, UNFINISHED, AFTER, EDGES, TIMED, sum(numbers)))
     assert len(found) == BEFORE + UNFINISHED + AFTER + EDGES + TIMED
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_at_any_moment(
-    number: signal.Signals, command: list[str], whole: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_signal_at_any_moment(command: list[str], whole: dict[str, str], tmp_path: Path) -> None:
+    """Both take turns: one function stops the command for either."""
     interrupted: Counter[str] = Counter()
-    for run in stopped_at_moments(number, command, tmp_path):
+    for run in stopped_at_moments([signal.SIGINT, signal.SIGTERM], command, tmp_path):
         if run.code == 0:
             assert tree(Path(run.directory) / "out") == whole
             continue
-        assert run.code == 128 + number, run.err
+        assert run.code == 128 + run.number, run.err
         assert run.err.startswith("interrupted: no output is left half-written; ")
         assert run.err.count("\n") == 1 and run.err.endswith("\n")
         if run.left:  # it came after the output was in place
@@ -93,7 +91,7 @@ def test_a_kill_at_any_moment(command: list[str], whole: dict[str, str], tmp_pat
     """Nothing can be said or cleaned up: what is left is hidden, refused by name, and whole where another reader
     would take it for an adapter."""
     unfinished: Counter[str] = Counter()
-    for run in stopped_at_moments(signal.SIGKILL, command, tmp_path):
+    for run in stopped_at_moments([signal.SIGKILL], command, tmp_path):
         assert run.code in (0, -signal.SIGKILL) and (run.code == 0 or not run.err)
         root = Path(run.directory)
         for entry in root.iterdir():

@@ -14,6 +14,8 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["cpu", "torch", "reference"]
 if os.environ.get("FASTLORA_TEST_DEVICE"):
     BACKENDS = ["cpu", "reference"]  # "cpu" stands for what `auto` takes there (conftest.py)
+elif os.environ.get("FASTLORA_ISA"):
+    BACKENDS = ["cpu"]  # what a named instruction set changes
 
 SHAPES = [(2, 1, 1, 1), (1, 1, 300, 1), (3, 2, 129, 5), (1, 3, 64, 8), (2, 4, 515, 17), (1, 2, 7, 33), (2, 5, 31, 3)]
 """``(batch, k, n, r)``: around the sizes of tiles and vectors, ``r > n``, one of everything."""
