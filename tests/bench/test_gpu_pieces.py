@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -53,6 +54,26 @@ def test_works_side_by_side_and_the_end_of_all() -> None:
     found = {e.name: e.reason for e in apart.run([("hangs", hangs), ("late", hangs)], limit=60, whole=0.5)}
     assert found["hangs"] is not None and found["hangs"].startswith("stopped after")
     assert found["late"] == "not begun: the time was up"
+
+
+def test_works_end_with_who_started_them() -> None:
+    """Also where that is killed, as a stage is at its limit."""
+    ends, begins = os.pipe()
+
+    def tells() -> None:
+        os.write(begins, b"begun")
+        hangs()
+
+    starter = os.fork()
+    if not starter:
+        list(apart.run([("hangs", tells)], limit=600))
+        os._exit(0)
+    os.close(begins)
+    assert os.read(ends, 5) == b"begun"
+    os.kill(starter, signal.SIGKILL)
+    os.waitpid(starter, 0)
+    assert select.select([ends], [], [], 60)[0] and os.read(ends, 5) == b""  # nobody has the other end any more
+    os.close(ends)
 
 
 def test_clocks_in_a_sentence() -> None:

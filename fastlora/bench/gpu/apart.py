@@ -4,6 +4,7 @@ that never ends, costs that work alone, and torch is imported once."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
 import signal
@@ -12,6 +13,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+
+PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process is sent when its parent ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +71,14 @@ def run(
 def _fork(work: Callable[[], None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    parent = os.getpid()
     process = os.fork()
     if process:
         return process
     status = 1
     try:
         os.setpgid(0, 0)
+        _end_with(parent)
         work()
         status = 0
     except BaseException:
@@ -82,6 +87,14 @@ def _fork(work: Callable[[], None]) -> int:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(status)  # nothing of the parent's is cleaned up twice
+
+
+def _end_with(parent: int) -> None:
+    """Kills this process when its parent ends, however that does: a kernel that never ends would keep the device."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _ended(child: _Child, ends: float) -> Ended | None:
