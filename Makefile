@@ -108,7 +108,7 @@ REHEARSED := CMAKE_ARGS="-DFASTLORA_CUDA_RUNTIME=Shared -DFASTLORA_CPU=BASELINE 
 REHEARSE_BUILD := $(REHEARSED) FASTLORA_CUDA=ON FASTLORA_CUDA_ARCHS=90-real $(REHEARSE_PY) setup.py -q build_ext --inplace
 REHEARSE_WINDOW = PATH=$(CURDIR)/tests/on_gpu/rehearsal/tools:$$PATH FASTLORA_COMMIT=$(COMMIT) $(REHEARSED) \
   $(REHEARSE_PY) -m benches.gpu --tiny --slower 30 --python "$(REHEARSE)" --out build/results $(if $(RESUME),--resume)
-REHEARSE_TESTS := $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning
+REHEARSE_TESTS := PYTHONPATH=$(CURDIR) $(REHEARSE) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning
 
 # Of Python 3.12, if there is one, like most machines with a device: then also the kernels of gpu-prebuild are tried.
 $(REHEARSAL)/ready: tests/on_gpu/rehearsal/requirements.txt
