@@ -10,6 +10,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CUDA_CHOICES = ("AUTO", "ON", "OFF")
+EDITABLE = Path(__file__).resolve().parent / "build" / "editable"
 
 
 class CMakeExtension(Extension):
@@ -33,7 +34,8 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"fastlora: FASTLORA_CUDA={cuda}: use one of {', '.join(CUDA_CHOICES)}")
         import pybind11
 
-        build = Path(self.build_temp).resolve() / ext.name
+        # An editable install brings a folder that is gone afterwards: one that stays saves the next one the compiler.
+        build = (EDITABLE if self.editable_mode else Path(self.build_temp).resolve()) / ext.name
         build.mkdir(parents=True, exist_ok=True)
         arguments = [
             f"-S{Path(__file__).resolve().parent}",
