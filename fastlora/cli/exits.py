@@ -15,6 +15,7 @@ import typer
 
 from fastlora.cli.ranks import leave, remove_unfinished
 from fastlora.errors import FastloraError
+from fastlora.runtime import signals
 from fastlora.runtime.launch import LAUNCHED, launched_rank
 from fastlora.views.text import escaped, print_aside
 
@@ -73,9 +74,8 @@ def listen() -> None:
     """Makes the signals that ask a process to end stop the command, which then cleans up."""
     global _listening
     _listening = True
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = signal.Signals.__members__.get(name)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+    for number in signals.ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
 
 
@@ -98,6 +98,7 @@ def guarded(run: Callable[[], object]) -> int:
     """Runs a command; its exit code. Errors that are no user's are raised."""
     global _listening
     try:
+        signals.release()
         code = run()
         sys.stdout.flush()
         leave(failed=False)

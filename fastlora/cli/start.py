@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import sys
 
+from fastlora.runtime import signals
 from fastlora.runtime.ahead import load_ahead
 
 LEAN = ("overlap", "inspect", "decompose")
@@ -22,7 +23,8 @@ COMPILED = (
 
 def entry() -> None:
     """:func:`fastlora.cli.app.entry`, which takes a tenth of a second to import. Meanwhile torch's kernels are loaded,
-    if they will be needed."""
+    if they will be needed, and signals wait until the command can say that it was interrupted."""
+    signals.hold()
     arguments = sys.argv[1:]
     if arguments and arguments[0] in LEAN and not {"-h", "--help"} & set(arguments):
         for name in COMPILED:
