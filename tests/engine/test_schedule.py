@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastlora as fl
+from fastlora.core.updates import default_rtol
 from fastlora.engine import schedule
 from fastlora.engine.schedule import Group, parts, rtol_or_default, split_to_fit, whole_groups
 from fastlora.runtime import memory
@@ -40,6 +41,16 @@ def test_groups_hold_modules_of_one_kind() -> None:
     assert apart["half",].rtol == torch.finfo(torch.bfloat16).eps and apart["m0", "m1"].rtol == 1e-6
     together = whole_groups(pool, rtol_of=rtol_or_default(1e-3), least=2)
     assert ["m0", "m1", "half"] in [part.modules for part in together]
+
+
+@pytest.mark.parametrize("coarse", ["B", "A"])
+def test_the_rounding_of_an_update_is_that_of_its_coarser_factor(coarse: str) -> None:
+    half, single = torch.bfloat16, torch.float32
+    B = torch.ones(5, 2, dtype=half if coarse == "B" else single)
+    A = torch.ones(2, 4, dtype=half if coarse == "A" else single)
+    update = pools.update(B, A, 1.0)
+    assert rtol_or_default(None)(update) == default_rtol([update]) == torch.finfo(torch.bfloat16).eps
+    assert rtol_or_default(0.5)(update) == 0.5
 
 
 def test_a_group_without_rank_is_padded_to_one() -> None:

@@ -166,6 +166,7 @@ DATA = {
     "pairs": {"devec": "unique_of(a)", "τ": 0.85, "pool": {"a0": "a0", "b: c": "x, {y}"}, "c": {"a": None, "1": 1.0}},
     "equal": {"a": [1], "b": {"x": 1, "y": True, "z": 1.0, "v": "1"}, "c": {"x": True, "z": 1}, "d": {"x": 1.0}},
     "signs": {"a": [], "b": 0.0, "c": -0.0, "d": {"x": 0.0}, "e": {"x": -0.0}, "f": True, "g": 1, "h": "true"},
+    "wider": {"pool": {"a" * 20: "b" * 30, "c" * 20: "d" * 30, "e" * 20: "f" * 30}},
     "wide": {"pool": {"a" * 20: "b" * 30, "c" * 20: "d" * 30}, "odd": {"a\nb": "c\nd", "e": ""}, "k" * 130: {"a": "b"}},
     "deep": {"a": {"b": {"c": [1, {"d": 2}]}}, "e": [[1], [2, [3]]]},
 }  # fmt: skip
@@ -177,3 +178,8 @@ def test_fields_are_written_as_the_whole_would_be(data: dict[str, object]) -> No
     assert yaml.safe_load(text) == data
     whole = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None)
     assert text.splitlines() == whole.splitlines()
+
+
+def test_values_that_are_equal_are_not_taken_for_one_another() -> None:
+    for value in (1, True, 1.0, 0.0, -0.0):
+        test_fields_are_written_as_the_whole_would_be({"list": [], "value": value, "pool": {"value": value}})
