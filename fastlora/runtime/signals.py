@@ -10,7 +10,9 @@ _before: set[int | signal.Signals] | None = None
 
 
 def hold() -> None:
-    """Has them wait until :func:`release`. Nothing is held where the system cannot, as on Windows."""
+    """Has them wait until :func:`release`, in this thread and in those that it starts from now on.
+
+    Threads that run already still take them. Nothing is held where the system cannot, as on Windows."""
     global _before
     if _before is None and hasattr(signal, "pthread_sigmask"):
         _before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)

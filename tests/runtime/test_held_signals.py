@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import threading
 from types import FrameType
 
 import pytest
@@ -14,6 +14,7 @@ from fastlora.runtime import signals
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="the system cannot hold signals back")
 def test_signals_wait() -> None:
     heard: list[int] = []
+    me = threading.get_ident()  # other threads of the test process hold nothing, and would take a signal sent to it
 
     def hear(number: int, _: FrameType | None) -> None:
         heard.append(number)
@@ -23,11 +24,11 @@ def test_signals_wait() -> None:
     try:
         signals.hold()
         signals.hold()  # the first one counts
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pthread_kill(me, signal.SIGTERM)
         waited = not heard
         signals.release()
         assert waited and heard == [signal.SIGTERM]
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pthread_kill(me, signal.SIGTERM)
         assert heard == [signal.SIGTERM] * 2
         signals.release()
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
