@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastlora.core.deferred import Deferred
 from fastlora.core.file_form import FileForm
 from fastlora.core.model_facts import ModelFacts
 from fastlora.core.updates import Update
@@ -132,9 +133,16 @@ class ModulesData(AdapterData):
 
 @dataclass(frozen=True, eq=False)
 class LoraData(ModulesData):
-    """A low-rank adapter: ``updates {module: Update}``, named by the modules' paths in the base model."""
+    """A low-rank adapter: ``updates {module: Update}``, named by the modules' paths in the base model.
+
+    The updates of an adapter that was read may be made when they are first looked at: a pool of hundreds has thousands
+    of tensors, and many who load it want some of them.
+    """
 
     updates: Mapping[str, Update]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"updates": self.updates, **self.__dict__}  # for copies and pickles: all that may still be to make
 
     @property
     def modules(self) -> list[str]:
@@ -159,6 +167,10 @@ class LoraData(ModulesData):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.updates)
+
+
+# Behind the back of the dataclass, which would take it for a default.
+LoraData.updates = Deferred("updates")  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, eq=False)

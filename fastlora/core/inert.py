@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastlora.core.data import LoraData
 from fastlora.core.updates import Update, with_rank
 from fastlora.errors import InputError
 
-COLUMNS = 64
-"""Of ``A`` that are looked at first: of a trained update one row of ``B`` times these is not zero."""
+FIRST_ROW, FIRST_COLUMNS = np.s_[:1, :], np.s_[:, :64]
+"""Of ``B`` and ``A``, what is looked at first: of a trained update the product is not zero."""
 
 NUMPY = {torch.float16, torch.float32, torch.float64}
 """What NumPy has too."""
@@ -58,6 +59,14 @@ def note_on_zeros(name: str, updates: Iterable[Update], *, with_extras: bool = F
     return [f"adapter {name!r} {what}: {why}, {PROBABLY}"]
 
 
+def changes_something(B: npt.NDArray[np.floating], A: npt.NDArray[np.floating]) -> bool:
+    """Whether a product of the first rows of ``B`` with the first columns of ``A`` is not zero. Where it is, the rest
+    may not be."""
+    with np.errstate(all="ignore"):
+        product = B.astype(np.float64) @ A.astype(np.float64)
+    return bool(product.any())  # NaN is something, too
+
+
 def _zero_because(update: Update) -> str | None:
     """Why an update is zero; ``None`` where it is not, or where that cannot be told from stored matrices."""
     if update.scaling == 0.0:
@@ -66,11 +75,10 @@ def _zero_because(update: Update) -> str | None:
     if B is None or A is None:
         return None
     if B.is_cpu and not B.requires_grad and not A.requires_grad and B.dtype in NUMPY and A.dtype in NUMPY:
-        row, columns = B.numpy()[:1], A.numpy()[:, :COLUMNS]
-        product: Any = row.astype(np.float64) @ columns.astype(np.float64)  # in a third of the time
+        is_something = changes_something(B.numpy()[FIRST_ROW], A.numpy()[FIRST_COLUMNS])  # in a third of the time
     else:
-        product = B[:1].double() @ A[:, :COLUMNS].double()
-    if bool(product.any()):  # NaN is something, too
+        is_something = bool((B[FIRST_ROW].double() @ A[FIRST_COLUMNS].double()).any())
+    if is_something:
         return None
     if not bool(B.any()):
         return "all its lora_B are zero"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
-from collections.abc import Iterator
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from safetensors.torch import save_file
 
 from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
+from fastlora.core.updates import Update
 from fastlora.errors import InputError
 from fastlora.files import tensor_files
 from fastlora.formats.peft import alike
@@ -89,6 +95,61 @@ def test_what_holds_more_is_not_remembered(kind: str, tmp_path: Path) -> None:
     write_peft(tmp_path / "a", tensors, make_config(**fields))
     load(tmp_path / "a")
     assert not alike._known
+
+
+class Unmade:
+    """What is made of files meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made = 0
+        original = alike._updates
+
+        def counted(*arguments: Any) -> dict[str, Update]:
+            self.made += 1
+            time.sleep(0.05)  # so that threads meet
+            return original(*arguments)
+
+        monkeypatch.setattr(alike, "_updates", counted)
+
+
+def test_updates_are_made_when_they_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(written(tmp_path / "a", 1))
+    count = Unmade(monkeypatch)
+    adapter = load(written(tmp_path / "b", 2))
+    assert isinstance(adapter, Adapter) and adapter.name == "b" and adapter.notes == () and count.made == 0
+    (tmp_path / "b" / "adapter_model.safetensors").unlink()  # it was mapped, whatever becomes of its name
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: adapter.updates, range(4)))
+    assert all(f is adapter.updates for f in found) and type(adapter.updates) is dict
+    made = count.made
+    assert repr(adapter) == "Adapter('b', 4 modules, rank 4, float32)" and count.made == made
+    assert torch.equal(adapter.updates[FIRST].B.stored, make_factors(seed=2)[FIRST][0])  # type: ignore[arg-type]
+
+
+LOOKS: dict[str, Callable[[Adapter], Adapter]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda a: pickle.loads(pickle.dumps(a)),
+    "replace": lambda a: dataclasses.replace(a, notes=("x",)),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_copies_of_what_nobody_has_looked_at(look: str, tmp_path: Path) -> None:
+    load(written(tmp_path / "a", 1))
+    adapter = load(written(tmp_path / "b", 2))
+    assert isinstance(adapter, Adapter) and "updates" not in vars(adapter)
+    other = LOOKS[look](adapter)
+    assert list(other.updates) == sorted(MODULES)
+    for module, (B, A) in make_factors(seed=2).items():
+        assert torch.equal(other.updates[module].B.stored, B) and torch.equal(other.updates[module].A.stored, A)  # type: ignore[arg-type]
+    assert vars(other).keys() == vars(adapter).keys() == {f.name for f in dataclasses.fields(Adapter)}
+
+
+def test_a_class_has_no_updates() -> None:
+    with pytest.raises(AttributeError, match="'Adapter' has no 'updates'"):
+        Adapter.updates  # noqa: B018
+    assert "updates" in dir(Adapter("x", {}))
 
 
 def test_other_tensors_under_the_same_configuration(tmp_path: Path) -> None:

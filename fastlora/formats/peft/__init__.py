@@ -81,7 +81,7 @@ def read_alike(path: str, name: str) -> LoraData | None:
     adapter = recipe.adapter(name, map_safetensors(os.path.join(path, WEIGHTS_NAME), is_file=True))
     if adapter is None:
         return None
-    told = [*note_on_zeros(name, adapter.updates.values()), *note_on_modules(adapter)]
+    told = note_on_modules(adapter)
     return replace(adapter, notes=tuple(told)) if told else adapter
 
 

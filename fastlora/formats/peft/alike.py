@@ -4,6 +4,7 @@ next of a kind takes as long as its tensors do."""
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +13,17 @@ import torch
 from torch import Tensor
 
 from fastlora.core.data import BaseInfo, LoraData
+from fastlora.core.deferred import deferred
 from fastlora.core.factors import Factor
+from fastlora.core.inert import FIRST_COLUMNS, FIRST_ROW, changes_something
 from fastlora.core.updates import Layout, Update
-from fastlora.files.mapped_tensors import MappedFile, Place, Runs
+from fastlora.files.mapped_tensors import MappedFile, Place, Runs, array_at
 
 MOST_KNOWN, LARGEST_KNOWN = 8, 2**16
 """How many recipes are remembered, and of configurations of how many bytes."""
 
 Signature = tuple[tuple[str, tuple[int, ...], torch.dtype | None], ...]
+Places = tuple[tuple[str, str, str, float, Layout], ...]
 
 
 @dataclass(slots=True)
@@ -29,27 +33,42 @@ class Recipe:
     ``places``: of every module its path, the names of its ``B`` and ``A``, its scaling and layout."""
 
     signature: Signature
-    places: tuple[tuple[str, str, str, float, Layout], ...]
+    places: Places
     base: BaseInfo
     dtype: torch.dtype
     layout: Mapping[str, Place] | None = None
     """Where the tensors lie in the files that were read last, and their order there."""
     runs: Runs | None = None
+    sample: tuple[Place, Place] | None = None
+    """Where ``B`` and ``A`` of the first module lie that is not scaled to nothing."""
 
     def adapter(self, name: str, file: MappedFile) -> LoraData | None:
-        """The adapter that a file holds; ``None`` where that has other tensors."""
+        """The adapter that a file holds, whose updates are made when they are looked at; ``None`` where it holds other
+        tensors, or where one look does not show that the adapter changes something."""
         if file.places is not self.layout or self.runs is None:
             found = [(key, place.shape, place.dtype) for key, place in file.places.items()]
             if tuple(found) != self.signature:
                 return None
             self.layout = file.places
             self.runs = Runs([file.places[key] for _, b, a, _, _ in self.places for key in (b, a)])
-        tensors, factor = self.runs.tensors(file), Factor.of
-        updates = {
-            path: Update(factor("B", b), factor("A", a), scaling, layout)
-            for (path, _, _, scaling, layout), b, a in zip(self.places, tensors[::2], tensors[1::2], strict=True)
-        }
-        return LoraData(name, updates, base=self.base, dtype=self.dtype)
+            pairs = [(file.places[b], file.places[a]) for _, b, a, scaling, _ in self.places if scaling]
+            self.sample = pairs[0] if pairs else None
+        if self.sample is None:
+            return None
+        B, A = self.sample
+        if not changes_something(array_at(file, B, FIRST_ROW), array_at(file, A, FIRST_COLUMNS)):
+            return None
+        adapter = LoraData(name, {}, base=self.base, dtype=self.dtype)
+        deferred(adapter, "updates", functools.partial(_updates, self.places, self.runs, file))
+        return adapter
+
+
+def _updates(places: Places, runs: Runs, file: MappedFile) -> dict[str, Update]:
+    tensors, factor = runs.tensors(file), Factor.of
+    return {
+        path: Update(factor("B", b), factor("A", a), scaling, layout)
+        for (path, _, _, scaling, layout), b, a in zip(places, tensors[::2], tensors[1::2], strict=True)
+    }
 
 
 _known: OrderedDict[bytes, Recipe] = OrderedDict()
