@@ -16,9 +16,10 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from common import Results, arguments, console, shown
-from subjects import SUBJECTS, Numbers, Subject, available, measured, subject_of
+from subjects import SUBJECTS, Kept, Numbers, Subject, available, measured, subject_of
 
 import fastlora as fl
 
@@ -37,10 +38,10 @@ LEARNED = {  # of what has a coefficient, and whether from labels
 }
 RESCALED = {"mean": "sum", "matched norm": "sum"}  # the same but for its length
 SHORT = ["sum", "mean", "matched norm", "equal energy"]  # without data; they differ in length, or by weights alone
-WHOLE: dict[str, object] = {"energy": 1.0}  # nothing is cut from what has a high rank
+WHOLE: dict[str, Any] = {"energy": 1.0}  # nothing is cut from what has a high rank
 Build = Callable[[], fl.Adapter]
 
-METHODS: dict[str, dict[str, object]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "sum": {"method": "cat"},
     "mean": {"method": "mean"},
     "matched norm": {"method": "matched_norm"},
@@ -58,17 +59,7 @@ METHODS: dict[str, dict[str, object]] = {
     "KnOTS-TIES": {"method": "knots"},
     "Core-TIES": {"method": "core"},
 }
-HELD = [
-    *["sum", "mean", "matched norm", "TIES, PEFT's", "TSV-M, flat", "Iso-C", "Pico"],
-    *["RegMean, 64 inputs a task", "RegMean, 256 inputs a task", "sum of parts by 256 inputs a task, μ = 1"],
-]
 LEFT_OUT = "left_out"
-OF_TEXTS = [  # those that differ on digits, for the time that they take
-    *[*SHORT, "TIES, PEFT's", "DARE, density 0.5", "TSV-M, flat", "Iso-C", "Pico", "KnOTS-TIES"],
-    *["RegMean, 64 inputs a task", "RegMean, 256 inputs a task", "sum of parts by 256 inputs a task, μ = 1"],
-]
-
-
 ALL = [
     *METHODS,
     *[f"RegMean, {n} inputs a task" for n in INPUTS],
@@ -78,29 +69,30 @@ ALL = [
 ]
 
 
-def builds(subject: Subject, pool: fl.Pool, tasks: Sequence[str], wanted: Sequence[str] = ALL) -> dict[str, Build]:
-    """The ``wanted`` merges of a pool, which may be a part of that of the subject: with the rows that select for the
-    ``tasks``."""
-    found: dict[str, Build] = {}
-    for name, settings in METHODS.items():
-        found[name] = lambda settings=settings: fl.merge(pool, **settings)
+def builds(subject: Subject, pool: fl.Pool, tasks: Sequence[str]) -> dict[str, Callable[[], Build]]:
+    """The merges of a pool, which may be a part of that of the subject: what gathers the inputs that one needs, and
+    returns it. With the rows that select for the ``tasks``."""
 
     @functools.cache
     def data(count: int, with_adapters: bool = False) -> fl.Statistics:
         every = subject.inputs(count, with_adapters)
         return fl.Statistics({name: every.of[name] for name in pool.names})
 
-    for n in INPUTS:
-        if (name := f"RegMean, {n} inputs a task") in wanted:
-            found[name] = functools.partial(fl.merge, pool, method="regmean", data=data(n))
+    def merge(**settings: Any) -> Callable[[], Build]:
+        return lambda: functools.partial(fl.merge, pool, **settings)
+
+    def by_inputs(method: str, count: int, with_adapters: bool = False) -> Callable[[], Build]:
+        return lambda: functools.partial(fl.merge, pool, method=method, data=data(count, with_adapters))
+
+    found = {name: merge(**settings) for name, settings in METHODS.items()}
+    found |= {f"RegMean, {n} inputs a task": by_inputs("regmean", n) for n in INPUTS}
     for mu, n in PARTS:
-        if (name := f"sum of parts by {n} inputs a task, μ = {mu:g}") in wanted:
-            found[name] = functools.partial(sum_of_parts, pool, data(n), mu)
-    if (name := f"SSR, {SSR_INPUTS} inputs a task") in wanted:
-        found[name] = functools.partial(fl.merge, pool, method="ssr", data=data(SSR_INPUTS, True))
+        name = f"sum of parts by {n} inputs a task, μ = {mu:g}"
+        found[name] = lambda mu=mu, n=n: functools.partial(sum_of_parts, pool, data(n), mu)
+    found[f"SSR, {SSR_INPUTS} inputs a task"] = by_inputs("ssr", SSR_INPUTS, True)
     for name, (per, labels) in LEARNED.items():
-        found[name] = lambda per=per, labels=labels: subject.learned(pool, tasks, per, labels)
-    return {name: build for name, build in found.items() if name in wanted}
+        found[name] = lambda per=per, labels=labels: functools.partial(subject.learned, pool, tasks, per, labels)
+    return found
 
 
 def sum_of_parts(pool: fl.Pool, data: fl.Statistics, mu: float) -> fl.Adapter:
@@ -127,60 +119,74 @@ def best_length(score: Callable[[float], float], lengths: Sequence[float]) -> fl
 
 
 def compared(
+    prepare: Callable[[], Build],
     subject: Subject,
-    found: Mapping[str, Build],
-    unit: float,
     merged: Sequence[str],
     tested: Sequence[str],
     lengths: Sequence[float],
+    resized: Numbers | None = None,
 ) -> Numbers:
-    """By method: accuracy on the tested tasks as it comes (``own``) and at the length that was best on labelled rows of
-    the merged ones (``swept``), that length, its own, and the seconds of the merge."""
+    """Of a method: accuracy on the tested tasks as it comes (``own``) and at the length that was best on labelled rows
+    of the merged ones (``swept``), that length, its own, and the seconds of the merge. resized: the row of the method
+    that differs by its length alone, if there is one."""
 
     def mean(adapter: fl.Adapter, tasks: Sequence[str], *, strength: float = 1.0, select: bool = False) -> float:
         return statistics.fmean(subject.accuracies(adapter, select, strength, tasks).values())
 
-    numbers: Numbers = {}
-    for name, build in found.items():
-        start = time.process_time()
-        adapter = build()
-        seconds = time.process_time() - start
-        size = length(adapter)
-        row = {"own": mean(adapter, tested), "own length": size / unit, "cpu seconds": seconds}
-        if RESCALED.get(name, name) in numbers:
-            row |= {key: numbers[RESCALED[name]][key] for key in ("swept", "length")}
-        elif size > 0:
-
-            def score(times: float, adapter: fl.Adapter = adapter, size: float = size) -> float:
-                return mean(adapter, merged, strength=times * unit / size, select=True)
-
-            best = best_length(score, lengths)
-            row |= {"swept": mean(adapter, tested, strength=best * unit / size), "length": best}
-        numbers[name] = row
-    return numbers
+    unit = statistics.fmean(length(a) for a in subject.pool.adapters)
+    build = prepare()
+    start = time.process_time()
+    adapter = build()
+    seconds = time.process_time() - start
+    size = length(adapter)
+    row = {"own": mean(adapter, tested), "own length": size / unit, "cpu seconds": seconds}
+    if resized is not None:
+        return row | {key: resized[key] for key in ("swept", "length")}
+    if size == 0:
+        return row
+    best = best_length(lambda times: mean(adapter, merged, strength=times * unit / size, select=True), lengths)
+    return row | {"swept": mean(adapter, tested, strength=best * unit / size), "length": best}
 
 
-def one_seed(name: str, seed: int, options: Namespace) -> Numbers:
-    subject = subject_of("digits" if name == LEFT_OUT else name, seed, options)
-    pool, tasks = subject.pool, subject.names
-    unit = statistics.fmean(length(a) for a in pool.adapters)
-    base = subject.accuracies(None, False)
+def one_seed(name: str, seed: int, options: Namespace, kept: Kept) -> Numbers:
+    lengths = LENGTHS["texts" if name == "texts" else "digits"]
+
+    @functools.cache
+    def subject() -> Subject:
+        return subject_of("digits" if name == LEFT_OUT else name, seed, options)
+
+    base = kept("base model", None, lambda: subject().accuracies(None, False))
+
+    def merged(held: str | None) -> Numbers:
+        """By method; a task that is held out is tested, or else all."""
+        tasks = [task for task in base if task != held]
+
+        @functools.cache
+        def found() -> dict[str, Callable[[], Build]]:
+            adapters = [a for a in subject().pool.adapters if subject().tasks[a.name] != held]
+            return builds(subject(), fl.Pool(adapters), tasks)
+
+        rows: Numbers = {}
+        for method in ALL:
+
+            def row(method: str = method) -> Numbers:
+                resized = rows.get(RESCALED.get(method, ""))
+                tested = tasks if held is None else [held]
+                return compared(found()[method], subject(), tasks, tested, lengths, resized)
+
+            settings = METHODS.get(method) or LEARNED.get(method)
+            rows[method] = kept(method if held is None else f"{method}, without {held}", settings, row)
+        return rows
+
     if name == LEFT_OUT:
-        found: Numbers = {}
-        for held in tasks:
-            part = fl.Pool([a for a in pool.adapters if a.name != held])
-            rest = [t for t in tasks if t != held]
-            some = builds(subject, part, rest, HELD)
-            numbers = compared(subject, some, unit, rest, [held], LENGTHS["digits"])
-            found[held] = {"base model": base[held], **numbers}
-        return found
-    own = {a.name: subject.accuracies(a, False, tasks=[a.name])[a.name] for a in pool.adapters if a.name in tasks}
-    some = builds(subject, pool, tasks, OF_TEXTS if name == "texts" else ALL)
-    return {
-        "base model": statistics.fmean(base.values()),
-        "each adapter on its own task": statistics.fmean(own.values()),
-        "merged": compared(subject, some, unit, tasks, tasks, LENGTHS["texts" if name == "texts" else "digits"]),
-    }
+        return {held: {"base model": base[held], **merged(held)} for held in base}
+
+    def alone() -> float:
+        pool = subject().pool
+        return statistics.fmean(subject().accuracies(pool[t], False, tasks=[t])[t] for t in base)
+
+    own = kept("each adapter on its own task", None, alone)
+    return {"base model": statistics.fmean(base.values()), "each adapter on its own task": own, "merged": merged(None)}
 
 
 def tables(data: Mapping[str, Numbers]) -> Results:
@@ -189,7 +195,7 @@ def tables(data: Mapping[str, Numbers]) -> Results:
         for found in seeds.values():
             if subject == LEFT_OUT:
                 base = statistics.fmean(of["base model"] for of in found.values())
-                for name in HELD:
+                for name in ALL:
                     own, at_best = (statistics.fmean(of[name][k] for of in found.values()) for k in ("own", "swept"))
                     values = {"as it comes − base model": own - base, "swept − base model": at_best - base}
                     results.add("Leave-one-out, four domains of digits", name, values)
@@ -235,10 +241,9 @@ def regret_table(data: Mapping[str, Numbers]) -> str:
 def main() -> None:
     options = arguments(__doc__, "merge_methods", {}, seeds=5, subjects=[*SUBJECTS, LEFT_OUT])
     subjects = available(options.subjects, options)
-    settings = {"lengths": LENGTHS, "further": [FURTHER, *LIMITS], "of texts": OF_TEXTS, "held": HELD}
-    settings |= {"inputs": INPUTS, "ssr inputs": SSR_INPUTS, "methods": METHODS}
-    settings |= {"parts": PARTS, "learned": LEARNED}
-    data = measured("merge_methods", subjects, settings, options, one_seed)
+    settings = {"lengths": LENGTHS, "further": [FURTHER, *LIMITS]}
+    rows = {"inputs": INPUTS, "ssr inputs": SSR_INPUTS, "methods": METHODS, "parts": PARTS, "learned": LEARNED}
+    data = measured("merge_methods", subjects, settings, options, one_seed, rows)
     results = tables(data)
     results.show()
     table = regret_table(data) if set(data["results"]) - {LEFT_OUT} else ""

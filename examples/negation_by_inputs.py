@@ -9,21 +9,24 @@ lost as much. Texts need more packages. Results: docs/experiments.md.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from common import Results, arguments, console
 from curves import Curve, control_at
-from subjects import SUBJECTS, Numbers, Subject, available, measured, subject_of
+from subjects import SUBJECTS, Kept, Numbers, Subject, available, measured, subject_of
 
 import fastlora as fl
 
 STRENGTHS = {"digits": [0.3, 0.6, 1, 1.5, 2.5, 4, 7, 12], "texts": [0.3, 0.6, 1, 1.8, 3, 6]}
 DROPS = [0.05, 0.10, 0.20]
 INPUTS = [16, 64, 256]
-CONTROLLED = 64  # inputs of the controls and of other μ
+CONTROLLED = 64  # inputs of the controls and of the other μ
+MU, OTHER_MU = 1.0, 10.0
 
 
 def without_columns_of_others(pool: fl.Pool, target: str) -> fl.Adapter:
@@ -40,23 +43,32 @@ def without_columns_of_others(pool: fl.Pool, target: str) -> fl.Adapter:
     return fl.Adapter.from_tensors(factors, name="others_columns")
 
 
-def parts_of(subject: Subject, seed: int, few: bool = False) -> dict[str, dict[str, fl.Adapter]]:
-    """``{kind: {adapter: what is negated}}``; ``few`` without the fewest inputs and another μ."""
-    pool = subject.pool
-    found: dict[str, dict[str, fl.Adapter]] = {"whole": {n: pool[n] for n in pool.names}}
-    found["unique (columns)"] = {
-        n: fl.decompose(pool, subject.threshold, mode="iterative", target=n).unique_of(n) for n in pool.names
-    }
-    found["without all columns of others"] = {n: without_columns_of_others(pool, n) for n in pool.names}
-    for count in INPUTS[1:] if few else INPUTS:
-        parts = fl.decompose(pool, inputs=subject.inputs(count, False), mu=1.0)
-        found[f"by inputs, {count} a task"] = {n: parts.unique_of(n) for n in pool.names}
-        if count == CONTROLLED:
-            for kind in ("permuted_inputs", "shuffled_tasks"):
-                found[f"control: {kind.replace('_', ' ')}, {count}"] = fl.control(parts, kind, seed=seed)
-            if not few:
-                more = fl.decompose(pool, inputs=parts.inputs, mu=10.0)
-                found[f"by inputs, {count} a task, μ = 10"] = {n: more.unique_of(n) for n in pool.names}
+Parts = dict[str, fl.Adapter]  # what is negated, by adapter
+
+
+def kinds_of(subject: Callable[[], Subject], seed: int) -> dict[str, Callable[[], Parts]]:
+    @functools.cache
+    def by_inputs(count: int, mu: float = MU) -> fl.InputDecomposition:
+        data = subject().inputs(count, False) if mu == MU else by_inputs(count).inputs
+        return fl.decompose(subject().pool, inputs=data, mu=mu)
+
+    def each(part: Callable[[fl.Pool, str], fl.Adapter]) -> Callable[[], Parts]:
+        return lambda: {name: part(subject().pool, name) for name in subject().pool.names}
+
+    def without_shared(pool: fl.Pool, name: str) -> fl.Adapter:
+        return fl.decompose(pool, subject().threshold, mode="iterative", target=name).unique_of(name)
+
+    def unique(*which: Any) -> Callable[[], Parts]:
+        return each(lambda pool, name: by_inputs(*which).unique_of(name))
+
+    found = {"whole": each(lambda pool, name: pool[name]), "unique (columns)": each(without_shared)}
+    found["without all columns of others"] = each(without_columns_of_others)
+    for count in INPUTS:
+        found[f"by inputs, {count} a task"] = unique(count)
+    for kind in ("permuted_inputs", "shuffled_tasks"):
+        name = f"control: {kind.replace('_', ' ')}, {CONTROLLED}"
+        found[name] = lambda kind=kind: fl.control(by_inputs(CONTROLLED), kind, seed=seed)
+    found[f"by inputs, {CONTROLLED} a task, μ = {OTHER_MU:g}"] = unique(CONTROLLED, OTHER_MU)
     return found
 
 
@@ -75,19 +87,23 @@ def curve_of(subject: Subject, part: fl.Adapter, target: str, strengths: list[fl
     return curve
 
 
-def one_seed(name: str, seed: int, options: Namespace) -> Numbers:
+def one_seed(name: str, seed: int, options: Namespace, kept: Kept) -> Numbers:
     """``{kind: {target: curve}}``."""
-    subject = subject_of(name, seed, options)
     strengths = STRENGTHS["texts" if name == "texts" else "digits"]
     strengths = strengths[::4] if options.quick else strengths
-    targets = {task: adapter for adapter, task in reversed(subject.tasks.items())}
-    base = subject.accuracies(None, False)
-    found: Numbers = {}
-    for kind, parts in parts_of(subject, seed, few=name != "digits").items():
-        for target, adapter in targets.items():
-            curve = curve_of(subject, parts[adapter], target, strengths, [point(base, target)])
-            found.setdefault(kind, {})[target] = curve
-    return found
+
+    @functools.cache
+    def subject() -> Subject:
+        return subject_of(name, seed, options)
+
+    base = kept("base model", None, lambda: subject().accuracies(None, False))
+
+    def curves(parts: Callable[[], Parts]) -> dict[str, Curve]:
+        targets = {task: adapter for adapter, task in reversed(subject().tasks.items())}
+        of = parts()
+        return {t: curve_of(subject(), of[a], t, strengths, [point(base, t)]) for t, a in targets.items()}
+
+    return {kind: kept(kind, None, functools.partial(curves, parts)) for kind, parts in kinds_of(subject, seed).items()}
 
 
 def at_drops(found: Mapping[str, Mapping[str, Curve]]) -> dict[str, dict[float, dict[str, float | None]]]:
@@ -131,8 +147,9 @@ def tables(data: Mapping[str, Numbers]) -> Results:
 def main() -> None:
     options = arguments(__doc__, "negation_by_inputs", {}, seeds=5, subjects=list(SUBJECTS))
     subjects = available(options.subjects, options)
-    settings = {"strengths": STRENGTHS, "drops": DROPS, "inputs": INPUTS, "μ": 1.0}
-    data = measured("negation_by_inputs", subjects, settings, options, one_seed)
+    settings = {"strengths": STRENGTHS, "drops": DROPS, "μ": MU}
+    rows = {"inputs": INPUTS, "controlled": CONTROLLED, "other μ": OTHER_MU}
+    data = measured("negation_by_inputs", subjects, settings, options, one_seed, rows)
     results = tables(data)
     results.show()
     (options.out / "results.md").write_text(results.markdown() + "\n")

@@ -1,7 +1,8 @@
 """Pools of trained adapters with what is needed to measure them: digits in four domains, an unbalanced pool of them,
 four text tasks.
 
-What a seed gives is kept in ``--cache``, so that an experiment that was stopped goes on where it was.
+What a seed gives is kept in ``--cache`` row by row, so that an experiment that was stopped goes on where it was, and
+one that has more methods than before adds theirs.
 """
 
 from __future__ import annotations
@@ -231,45 +232,49 @@ def versions(subject: str) -> dict[str, str]:
 Numbers = dict[str, Any]
 
 
+class Kept:
+    """What a subject and seed gave so far, row by row in a file: what is there with the same settings is not computed
+    again."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.rows: Numbers = json.loads(file.read_text()) if file.exists() else {}
+
+    def __call__(self, row: str, settings: Any, compute: Callable[[], Any]) -> Any:
+        key = json.dumps([row, settings], ensure_ascii=False, sort_keys=True)
+        if key not in self.rows:
+            self.rows[key] = json.loads(json.dumps(compute()))
+            part = self.file.with_suffix(".part")
+            part.write_text(json.dumps(self.rows, ensure_ascii=False))
+            part.rename(self.file)
+        return self.rows[key]
+
+
 def measured(
     name: str,
     subjects: Sequence[str],
     settings: Mapping[str, Any],
     options: Namespace,
-    run: Callable[[str, int, Namespace], Numbers],
+    run: Callable[[str, int, Namespace, Kept], Numbers],
+    rows: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """``run(subject, seed, options)`` for every subject and seed that is not kept yet, and all of it as
-    ``--out/results.json``, with versions, settings and seeds."""
-    kept = options.cache / name
-    kept.mkdir(parents=True, exist_ok=True)
+    """``run(subject, seed, options, kept)`` for every subject and seed, which computes what is not kept yet, and all of
+    it as ``--out/results.json``, with versions, settings and seeds. settings: of all rows; rows: of some."""
+    folder = options.cache / name
+    folder.mkdir(parents=True, exist_ok=True)
     told = {**settings, "quick": options.quick, "test_rows": options.test_rows, "steps": options.steps}
-    runs = {}
+    results: dict[str, Any] = {"experiment": name, "settings": told, **({} if rows is None else {"rows": rows})}
+    results |= {"versions": {k: v for subject in subjects for k, v in versions(subject).items()}, "results": {}}
     for seed in range(options.seeds):
         for subject in subjects:
+            console.print(f"{subject}, seed {seed}")
             text = json.dumps([told, versions(subject)], sort_keys=True)
             mark = hashlib.sha256(text.encode()).hexdigest()[:12]
-            runs[subject, seed] = kept / f"{subject}-seed{seed}-{mark}.json"
-    results: dict[str, Any] = {"experiment": name, "settings": told}
-    results["versions"] = {k: v for subject in subjects for k, v in versions(subject).items()}
-    for (subject, seed), file in runs.items():
-        if not file.exists():
-            console.print(f"{subject}, seed {seed}")
-            text = json.dumps(run(subject, seed, options))
-            part = file.with_suffix(".part")
-            part.write_text(text)
-            part.rename(file)
-        results["results"] = _of_all(runs)
-        (options.out / "results.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
+            found = json.dumps(run(subject, seed, options, Kept(folder / f"{subject}-seed{seed}-{mark}.json")))
+            shorter = json.loads(found, parse_float=lambda text: round(float(text), 5))
+            results["results"].setdefault(subject, {})[str(seed)] = shorter
+            (options.out / "results.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
     return results
-
-
-def _of_all(runs: Mapping[tuple[str, int], Path]) -> dict[str, dict[str, Numbers]]:
-    """By subject and seed, what is kept so far."""
-    found: dict[str, dict[str, Numbers]] = {subject: {} for subject, _ in runs}
-    for (subject, seed), file in runs.items():
-        if file.exists():
-            found[subject][str(seed)] = json.loads(file.read_text(), parse_float=lambda text: round(float(text), 5))
-    return {subject: seeds for subject, seeds in found.items() if seeds}
 
 
 def available(subjects: Sequence[str], options: Namespace) -> list[str]:

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -222,7 +223,8 @@ def test_accuracies_of_all_domains_at_once(load: Any, digits: Any, subject: Any)
 def test_negation_by_inputs_runs(load: Any, subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     negation = load("negation_by_inputs")
     monkeypatch.setattr(negation, "INPUTS", [64])
-    parts, target = negation.parts_of(subject, 0), subject.pool.names[0]
+    kinds, target = negation.kinds_of(lambda: subject, 0), subject.pool.names[0]
+    parts = {kind: of() for kind, of in kinds.items()}
     assert len(parts) == 7 and all(set(of) == set(subject.pool.names) for of in parts.values())
     left = parts["without all columns of others"][target]
     for module in left.modules:
@@ -244,14 +246,18 @@ def test_merge_methods_run(load: Any, subject: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(methods, "PARTS", [(1.0, 8)])
     monkeypatch.setattr(load("subjects"), "STEPS", 1)
     names = subject.pool.names
-    few = ["sum", "mean", "RegMean, 8 inputs a task", "sum of parts by 8 inputs a task, μ = 1", *methods.LEARNED]
-    some = methods.builds(subject, subject.pool, names[:2], few)
-    assert list(some) == few
-    unit = methods.length(subject.pool.adapters[0])
-    rows = methods.compared(subject, some, unit, names[:2], names[2:], [0.5, 1.0])
+    few = ["sum", "mean", "RegMean, 8 inputs a task", "sum of parts by 8 inputs a task, μ = 1"]
+    few += ["SSR, 64 inputs a task", *methods.LEARNED]
+    some = methods.builds(subject, subject.pool, names[:2])
+    assert list(some) == [*methods.METHODS, *few[2:]]
+    unit = statistics.fmean(map(methods.length, subject.pool.adapters))
+    rows: dict[str, Any] = {}
+    for name in few:
+        resized = rows.get(methods.RESCALED.get(name))
+        rows[name] = methods.compared(some[name], subject, names[:2], names[2:], [0.5, 1.0], resized)
     assert rows["sum"]["own length"] == pytest.approx(3 * rows["mean"]["own length"])
     assert rows["sum"]["swept"] == rows["mean"]["swept"] and rows["sum"]["length"] > 0
-    total, length = some["sum"](), rows["sum"]["length"]
+    total, length = some["sum"]()(), rows["sum"]["length"]
     assert rows["sum"]["own"] == subject.accuracies(total, False)[names[2]]
     size = rows["sum"]["own length"] * unit
     resized = load("subjects").scaled(total, length * unit / size)
@@ -273,7 +279,7 @@ def test_lengths_go_on_where_the_best_is_at_an_end(load: Any, score: Any, expect
 
 def test_analogy_by_inputs_runs(load: Any, digits: Any) -> None:
     analogy = load("analogy_by_inputs")
-    halves = analogy.Halves(digits)
+    halves = analogy.of_digits(digits)
     x, y = load("digits").of_classes(*digits.tune["noisy"], analogy.OTHER)
     assert set(y.tolist()) == set(analogy.OTHER) and len(x) == len(y) < len(digits.tune["noisy"][1])
     inputs = {n: halves.inputs(n) for n in (4, 32)}
@@ -299,14 +305,14 @@ def test_analogy_by_inputs_runs(load: Any, digits: Any) -> None:
     x, y = (t[rows] for t in digits.test[domain])
     scores = torch.func.functional_call(digits.model, moved, (x,))[:, 5:].argmax(1) + 5
     by_hand = float((scores == y).double().mean())
-    combined = digits.state(load("digits").deltas_of(fl.analogy(task, target, source, 1.0, 0.5)))
+    combined = fl.analogy(task, target, source, 1.0, 0.5)
     assert halves.accuracy(combined, domain, select=False) == by_hand
 
 
 def test_analogies_choose_a_strength_on_rows_that_select(load: Any) -> None:
     analogy = load("analogy_by_inputs")
     one = {"the source's adapter": [[0.5, 0.6]], "whole": [[0.5, 0.9], [0.7, 0.65], [0.7, 0.8], [0.1, 0.2]]}
-    rows = analogy.tables({"results": {"digits": {"0": one}}}).tables[analogy.TABLE]
+    rows = analogy.tables({"results": {"digits": {"0": one}}}).tables[analogy.TABLES["digits"]]
     assert rows["whole"]["accuracy"] == [0.65] and rows["whole"]["gain over the source's"] == [pytest.approx(0.05)]
     assert rows["whole"]["gain, c = 0.25"] == [pytest.approx(0.3)] and rows["whole"]["− whole"] == [0.0]
 
@@ -331,27 +337,43 @@ def test_learned_coefficients_of_digits_lessen_their_loss(load: Any, digits: Any
 
 
 def test_what_was_measured_is_not_measured_again(load: Any, tmp_path: Path) -> None:
-    calls: list[tuple[str, int]] = []
+    calls: list[tuple[str, int, str]] = []
+    rows: dict[str, Any] = {"sum": None, "ties": {"density": 0.2}}
 
-    def run(subject: str, seed: int, options: Any) -> dict[str, int]:
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append((subject, seed))
-        return {"found": len(calls)}
+    def run(subject: str, seed: int, options: Any, kept: Any) -> dict[str, Any]:
+        def row(name: str) -> dict[str, Any]:
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            calls.append((subject, seed, name))
+            return {"found": len(calls), "of": rows[name]}
+
+        return {name: kept(name, of, lambda name=name: row(name)) for name, of in rows.items()}
 
     options = argparse.Namespace(cache=tmp_path, out=tmp_path, seeds=2, quick=True, test_rows=1, steps=1)
     measured = load("subjects").measured
+
+    def again(subjects: list[str], settings: dict[str, int]) -> dict[str, Any]:
+        calls.clear()
+        found = measured("x", subjects, settings, options, run, rows)
+        assert found == json.loads((tmp_path / "results.json").read_text()) and found["rows"] == rows
+        return dict(found["results"])
+
     with pytest.raises(KeyboardInterrupt):
-        measured("x", ["a", "b"], {"one": 1}, options, run)
+        again(["a", "b"], {"one": 1})
+    assert calls == [("a", 0, "sum"), ("a", 0, "ties"), ("b", 0, "sum")]
     so_far = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert so_far == {"a": {"0": {"found": 1}, "1": {"found": 3}}, "b": {"0": {"found": 2}}}, "as far as it went"
-    calls.pop(0)
-    found = measured("x", ["a", "b"], {"one": 1}, options, run)
-    assert found["results"] == {
-        "a": {"0": {"found": 1}, "1": {"found": 3}},
-        "b": {"0": {"found": 2}, "1": {"found": 3}},
-    }
-    assert calls == [("b", 0), ("a", 1), ("b", 1)] and found == json.loads((tmp_path / "results.json").read_text())
-    calls.clear()
-    measured("x", ["a"], {"one": 2}, options, run)
-    assert calls == [("a", 0), ("a", 1)], "other settings"
+    assert so_far == {"a": {"0": {"sum": {"found": 1, "of": None}, "ties": {"found": 2, "of": {"density": 0.2}}}}}
+    assert again(["b"], {"one": 1})["b"]["0"]["sum"] == {"found": 3, "of": None}, "half of a seed is kept"
+    assert calls == [("b", 0, "ties"), ("b", 1, "sum"), ("b", 1, "ties")]
+    before = again(["b"], {"one": 1})
+    assert not calls
+    rows["mean"] = None
+    assert again(["b"], {"one": 1})["b"]["1"].items() > before["b"]["1"].items()
+    assert calls == [("b", 0, "mean"), ("b", 1, "mean")], "a method more"
+    rows["ties"] = {"density": 0.5}
+    assert again(["b"], {"one": 1})["b"]["1"]["ties"] == {"found": 2, "of": {"density": 0.5}}
+    assert calls == [("b", 0, "ties"), ("b", 1, "ties")], "other settings of a method"
+    del rows["mean"], rows["ties"]
+    assert list(again(["b"], {"one": 1})["b"]["0"]) == ["sum"] and not calls
+    again(["b"], {"one": 2})
+    assert calls == [("b", 0, "sum"), ("b", 1, "sum")], "other settings of all"
