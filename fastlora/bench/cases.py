@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastlora.bench import dense, extraction, files, merging, models, passes, solvers
+from fastlora.bench import dense, extraction, files, merging, models, passes, small_files, solvers
 from fastlora.bench.contest import Contest
 from fastlora.bench.workloads import NAMES, REAL
 from fastlora.errors import InputError
@@ -46,6 +46,7 @@ CASES: dict[str, Case] = {
         (MAIN, f"{MAIN}-fp32", "flux-4x32", "vit-b32-8x16", REAL),
     ),
     "files": Case("whole decompositions, files to files, against copying", files.files, (MAIN,)),
+    "small-files": Case("hundreds of small adapters, loaded and saved, against safetensors", small_files.small),
     "memory": Case("the same within memory=1GiB against without a bound", files.memory, (MAIN,)),
     "memory-70b": Case("the same on the shapes of a 70B model", files.memory, ("llama3-70b-8x16",), slow=True),
     "containers": Case(

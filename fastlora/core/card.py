@@ -69,11 +69,19 @@ class CardFacts:
 
 def card_text(facts: CardFacts) -> str:
     """The card in Markdown, with the fields that the Hub reads in front."""
+    return _titled(facts.name, *_around_title(facts))
+
+
+def _titled(name: str, front: str, rest: str) -> str:
+    text = f"{front}\n# {plain(name)}\n{rest}"
+    return f"{CARD_START}{_digest(text.encode())}\n{text}"
+
+
+def _around_title(facts: CardFacts) -> tuple[str, str]:
+    """What stands before the title of a card, and behind it."""
     tags = [*facts.tags, *(["merge"] if len(_add_leaves(facts.provenance, set())) > 1 else []), "fastlora"]
     known = tuple([m for m in facts.base_models if is_hub_id(m)])
     parts = [
-        _front(facts.library, tuple(tags), known, facts.relation),
-        f"# {plain(facts.name)}",
         "",
         _made(facts.kind, known, facts.relation),
         "",
@@ -81,8 +89,7 @@ def card_text(facts: CardFacts) -> str:
         *_recipe_lines(facts.provenance),
         *_note_lines(facts.notes),
     ]
-    text = "\n".join(parts).rstrip() + "\n"
-    return f"{CARD_START}{_digest(text.encode())}\n{text}"
+    return _front(facts.library, tuple(tags), known, facts.relation), "\n".join(parts).rstrip() + "\n"
 
 
 @functools.lru_cache(64)
@@ -104,14 +111,39 @@ def _made(kind: str, models: Sequence[str], relation: str) -> str:
 
 def adapter_card(record: ModulesData, *, kind: str, library: str, ranks: Sequence[int], dtype: torch.dtype) -> str:
     """The card of an adapter that is written with these ranks, one a module, in ``dtype``."""
+    provenance, model = record.provenance, record.base.model
+    if provenance == {"adapter": record.name} and not record.notes:  # of many such, all else is alike
+        on_hub = model is not None and is_hub_id(model)
+        return _titled(record.name, *_around_plain(kind, library, tuple(ranks), dtype, model, on_hub))
+    return card_text(_facts(record.name, kind, library, ranks, dtype, model, provenance, record.notes))
+
+
+@functools.lru_cache(64)
+def _around_plain(
+    kind: str, library: str, ranks: Sequence[int], dtype: torch.dtype, model: str | None, on_hub: bool
+) -> tuple[str, str]:
+    """What stands around the title of an adapter that was made of nothing else. ``on_hub``: see :func:`is_hub_id`,
+    whose answer may change."""
+    return _around_title(_facts("", kind, library, ranks, dtype, model, {"adapter": ""}, ()))
+
+
+def _facts(
+    name: str,
+    kind: str,
+    library: str,
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    model: str | None,
+    provenance: Mapping[str, object],
+    notes: Sequence[str],
+) -> CardFacts:
     figures = {"modules": str(len(ranks))}
     if any(ranks):
         figures["rank"] = str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
-    figures |= {"dtype": str(dtype).removeprefix("torch."), **figures_of(record.provenance)}
+    figures |= {"dtype": str(dtype).removeprefix("torch."), **figures_of(provenance)}
     tags = {"LoRA": ["lora"], "DoRA": ["lora", "dora"], "(IA)³": ["ia3"]}[kind]
-    base = [] if record.base.model is None else [record.base.model]
-    facts = CardFacts(record.name, kind, library, tags, base, "adapter", record.provenance, figures, record.notes)
-    return card_text(facts)
+    base = [] if model is None else [model]
+    return CardFacts(name, kind, library, tags, base, "adapter", provenance, figures, notes)
 
 
 def is_card(content: bytes) -> bool:

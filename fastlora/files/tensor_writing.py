@@ -51,10 +51,10 @@ _as_json = json.JSONEncoder(separators=(",", ":")).encode
 
 def header_of(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
     """How a file of these tensors begins, to the first of them: whole pages. ``entries``: what is said of each."""
-    return _header(_as_json(entries), metadata)
+    return header_around(_as_json(entries), metadata)
 
 
-def _header(entries: str, metadata: Mapping[str, str]) -> bytes:
+def header_around(entries: str, metadata: Mapping[str, str]) -> bytes:
     """As :func:`header_of`, of ``entries`` as JSON."""
     told = _as_json({"__metadata__": dict(metadata)})
     text = (told if entries == "{}" else f"{told[:-1]},{entries[1:]}").encode()
@@ -115,7 +115,7 @@ class TensorFile:
         shared = ranks.is_one_file()
         self.tensors = tensors = outlines if isinstance(outlines, TensorPlaces) else TensorPlaces(outlines)
         self.path = path = joint_outputs.place(path) if shared else path
-        text = _header(tensors.text, metadata)
+        text = header_around(tensors.text, metadata)
         self.start = len(text)
         self._places = tensors.places
         self._missing = set(tensors.places)
@@ -129,7 +129,7 @@ class TensorFile:
 
     def restate(self, metadata: Mapping[str, str]) -> None:
         """Writes the header again, with other metadata of the same length."""
-        text = _header(self.tensors.text, metadata)
+        text = header_around(self.tensors.text, metadata)
         if len(text) != self.start:
             raise ValueError(f"{self.path}: a header of {len(text)} bytes where {self.start} were announced")
         with self.open() as file:

@@ -36,6 +36,7 @@ from fastlora.files.earlier import Overwrite
 from fastlora.files.locate import find
 from fastlora.files.output import OutputDirectory, replacing
 from fastlora.files.tensor_files import SAFETENSORS
+from fastlora.files.whole_output import placed
 
 LISTED = 8
 """Folders that a message names."""
@@ -162,6 +163,10 @@ def save(
             if format is not None and record.base.form is not None:
                 form = replace(record.base.form, format=format, style="")
             record, format = laid_dora(replace(record, base=replace(record.base, form=form))), None
+    if isinstance(record, LoraData) and format is None and not uniform_rank and path.suffix != SAFETENSORS:
+        files = _peft().whole_files(record, dtype)
+        if files is not None and placed(os.fspath(path), files):
+            return path
     suffix = require_place(record, path, format)
     output = replacing(path, overwrite=overwrite) if suffix else OutputDirectory(path, overwrite=overwrite)
     with output as staging:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import fastlora as fl
-from fastlora.bench import cases, files, models, passes, table, timing, workloads
+from fastlora.bench import cases, files, models, passes, small_files, table, timing, workloads
 from fastlora.bench.contest import OURS, Contest, ContestRow, Task, Unavailable, measure, require, rows
 from fastlora.bench.timing import Contender, Machine, Seconds, alternate, thread_counts
 from fastlora.bench.workloads import WORKLOADS, Workload, make_pool, vit, write_pool
@@ -144,6 +145,23 @@ def test_a_wrong_answer_is_not_timed() -> None:
         require("x", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]), 1e-3)
     with pytest.raises(AssertionError, match="not timed"):
         require("x", torch.tensor([torch.nan]), torch.tensor([1.0]), 1e-3)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_small_files(memory: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both sides have done the same; a wrong answer is not timed, and nothing is left."""
+    monkeypatch.setattr(small_files, "COUNT", 3)
+    monkeypatch.setattr(small_files, "MEMORY", tmp_path / ("." if memory else "nothing"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 0.0)
+    for contest in cases.CASES["small-files"].contests():
+        task, times = measure(contest)
+        assert f"files in {tmp_path}" in task.note and all(min(own) > 0 for own in times.values())
+    assert not list(tmp_path.iterdir())
+    wrong = partial(small_files._prepare_loading, lambda paths: [fl.load(paths[0]) for _ in paths])
+    with pytest.raises(AssertionError, match="a wrong answer is not timed"):
+        measure(Contest("load", (small_files.LOAD,), wrong))
 
 
 @pytest.mark.parametrize("case", ["gram", "combine", "decompose", "files"])

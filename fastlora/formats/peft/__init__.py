@@ -22,6 +22,7 @@ from fastlora.formats.peft.config import fields_of, read_configuration
 from fastlora.formats.peft.missing import note_on_modules
 from fastlora.formats.peft.names import MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from fastlora.formats.peft.ranks import with_readable_ranks
+from fastlora.formats.peft.whole import whole_files as whole_files
 from fastlora.formats.peft.writing import AdapterFile
 from fastlora.runtime.system import open_to_read
 

@@ -90,7 +90,7 @@ class AdapterFile(InOneFile):
             m: (b if b.is_meta else b.to("meta"), a if a.is_meta else a.to("meta")) for m, (b, a) in every
         }
         self._contents = FileContents()
-        _add_factors(self._contents, adapter, self._outlines, dtype)
+        add_factors(self._contents, adapter, self._outlines, dtype)
         _add_shifts(self._contents, self._shifts, adapter, self._outlines, dtype)
         place_values(self._contents, self._values, adapter.base)
         self._contents.tensors |= self._magnitudes
@@ -101,7 +101,7 @@ class AdapterFile(InOneFile):
             )
         self._texts: dict[str, str] = {}  # of the configuration, once it was written
         make_folder(directory)
-        self._file = TensorFile(directory / WEIGHTS_NAME, self._contents.tensors, self._metadata())
+        self._file = TensorFile(directory / WEIGHTS_NAME, self._contents.tensors, metadata_of(adapter))
 
     def again(self, directory: Path, adapter: LoraData) -> AdapterFile:
         """Another directory for an adapter of the same modules, ranks, extras and base model, with nothing in it. It
@@ -110,7 +110,7 @@ class AdapterFile(InOneFile):
         other.__dict__.update(self.__dict__)  # copy.copy asks more, and takes five times as long
         other.directory, other.adapter = directory, adapter
         make_folder(directory)
-        other._file = TensorFile(directory / WEIGHTS_NAME, self._file.tensors, other._metadata())
+        other._file = TensorFile(directory / WEIGHTS_NAME, self._file.tensors, metadata_of(adapter))
         return other
 
     def is_packed(self, module: str) -> bool:
@@ -130,7 +130,7 @@ class AdapterFile(InOneFile):
     def put(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Writes some modules: ``{module: (B [out, r], A [r, in])}`` with the scaling inside."""
         contents = FileContents()
-        _add_factors(contents, self.adapter, factors, self.dtype)
+        add_factors(contents, self.adapter, factors, self.dtype)
         self._file.write(contents.tensors, check=True)
 
     def finish(self) -> None:
@@ -151,13 +151,14 @@ class AdapterFile(InOneFile):
         card = adapter_card(self.adapter, kind=kind, library=LIBRARY, ranks=ranks, dtype=self.dtype)
         write_card(self.directory, card)
         if CONFIG_NAME not in self._texts:
-            fields = _config(self._contents, self.adapter) | {"use_dora": bool(self._magnitudes)}
-            self._texts[CONFIG_NAME] = json.dumps(fields, indent=2) + "\n"
+            self._texts[CONFIG_NAME] = config_text(self._contents, self.adapter, with_magnitudes=bool(self._magnitudes))
         write_text(self.directory, CONFIG_NAME, self._texts[CONFIG_NAME])
 
-    def _metadata(self) -> dict[str, str]:
-        data = {"version": __version__, "provenance": self.adapter.provenance}
-        return {"format": "pt", "fastlora": AS_JSON(data)}
+
+def metadata_of(adapter: LoraData) -> dict[str, str]:
+    """What the file of tensors says of itself."""
+    data = {"version": __version__, "provenance": adapter.provenance}
+    return {"format": "pt", "fastlora": AS_JSON(data)}
 
 
 def _zeros_for(modules: Iterable[str], adapter: LoraData, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
@@ -174,9 +175,10 @@ def _zeros_for(modules: Iterable[str], adapter: LoraData, dtype: torch.dtype) ->
     return zeros
 
 
-def _add_factors(
+def add_factors(
     contents: FileContents, adapter: LoraData, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> None:
+    """Puts factors, ``{module: (B, A)}``, into ``contents`` as PEFT lays them; of each module ``A`` comes first."""
     containers: dict[str, dict[str, Layout]] = {}
     for module, (left, right) in factors.items():
         layout = adapter.updates[module].layout if module in adapter else Layout()
@@ -283,6 +285,11 @@ def place_values(contents: FileContents, values: Mapping[str, Tensor], base: Bas
         contents.bias = "all"
     elif adapted_biases:
         contents.bias = base.bias if base.bias != "none" else "lora_only"
+
+
+def config_text(contents: FileContents, adapter: LoraData, *, with_magnitudes: bool = False) -> str:
+    """The configuration as it is written; ``with_magnitudes``: of a DoRA."""
+    return json.dumps(_config(contents, adapter) | {"use_dora": with_magnitudes}, indent=2) + "\n"
 
 
 def _config(contents: FileContents, adapter: LoraData) -> dict[str, Any]:
