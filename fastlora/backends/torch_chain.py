@@ -70,10 +70,14 @@ def _overlap(g: Tensor, t: Tensor, i: int, j: int) -> Tensor:
 def _product(g: Tensor, t: Tensor, kept: Tensor, threshold: float, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     count, k, r, _ = t.shape
     used = torch.arange(r, device=t.device) < kept[:, :1]
+    basis = t.new_zeros(count, k, r, r)
+    if k == 1:  # the whitening alone
+        basis[:, 0] = t[:, 0]  # zero beyond those that are kept
+        return basis, used.to(torch.complex128), kept[:, 0]
     c = torch.diag_embed(used.to(t.dtype))
     for i in range(k - 1):
         c = c @ _overlap(g, t, i, i + 1)
-    m = c @ c.mT if kind == "palindrome" or k == 1 else c @ _overlap(g, t, k - 1, 0)
+    m = c @ c.mT if kind == "palindrome" else c @ _overlap(g, t, k - 1, 0)
     values, vectors = torch.linalg.eig(m + torch.diag_embed(torch.where(used, 0.0, PADDING)))
     order = values.real.argsort(descending=True, stable=True)
     values = torch.where(used, values.gather(1, order), 0.0)
@@ -82,7 +86,6 @@ def _product(g: Tensor, t: Tensor, kept: Tensor, threshold: float, kind: str) ->
     taken = (torch.arange(r, device=t.device) < shared[:, None])[:, None]
     vectors = torch.where(taken, vectors, 0.0)
     directions = torch.linalg.svd(torch.cat([vectors.real, vectors.imag], 2), full_matrices=False)[0]
-    basis = t.new_zeros(count, k, r, r)
     basis[:, 0] = torch.where(taken, t[:, 0] @ directions, 0.0)
     return basis, values, shared
 

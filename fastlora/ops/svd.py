@@ -56,7 +56,8 @@ def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         graded matrices are accurate relative to themselves within limits (one-sided Jacobi): down to 7e-15 of the
         largest in float32. In float64 there is no limit for matrices of up to 31, nor where rows are graded or columns
         ascend; of larger ones whose columns descend, or lie in mixed order, those below 1e-12 of the largest lose it
-        (1e-10 at a ratio of 1e-15, all digits at 1e-30). Same bits alone and in any batch.
+        (1e-10 at a ratio of 1e-15, all digits at 1e-30). Same bits alone and in any batch. Of plain torch neither holds
+        in float64: there the error of every value is that of the largest.
 
     Raises:
         ValueError: matrices that hold NaN or Inf, or did not converge, by index (not inside ``torch.compile``).

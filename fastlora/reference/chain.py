@@ -120,11 +120,14 @@ def one_module(
         rows = torch.split(y[:, :q] / (k * lam[:q]).sqrt(), [x.shape[1] for x in t])
         for i in range(k):
             basis[i, :, :q] = t[i] @ rows[i]
+    elif k == 1:
+        q = t[0].shape[1]
+        values[:q], basis[0, :, :q] = 1.0, t[0]
     else:
         c = torch.eye(t[0].shape[1], dtype=g.dtype)
         for i in range(k - 1):
             c = c @ overlap(i, i + 1)
-        m = c @ c.mT if kind == "palindrome" or k == 1 else c @ overlap(k - 1, 0)
+        m = c @ c.mT if kind == "palindrome" else c @ overlap(k - 1, 0)
         lam_c, z = torch.linalg.eig(m)
         order = torch.argsort(lam_c.real, descending=True, stable=True)
         lam_c, z = lam_c[order], z[:, order]

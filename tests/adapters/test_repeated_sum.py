@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from builders import MODULES, make_adapter, shared_pool
+from compiled import ON_HOST
 from safetensors.torch import load_file
 
 import fastlora as fl
@@ -50,7 +51,7 @@ def contents(folder: Path) -> list[bytes]:
     return [(folder / file).read_bytes() for file in FILES]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("backend", ON_HOST)
 @pytest.mark.parametrize(
     ("ranks", "dtype", "most_rank", "uniform_rank"),
     [

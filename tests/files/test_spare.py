@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled import ON_HOST
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference", "torch"])
+@pytest.mark.parametrize("backend", ON_HOST)
 @pytest.mark.parametrize("what", ["sum", "stored"])
 def test_an_adapter_in_a_spare_is_the_same_file(folder: Path, adapter: fl.Adapter, backend: str, what: str) -> None:
     result = 0.3 * adapter + 0.5 * fl.Adapter.from_tensors(adapter.tensors(), name="b") if what == "sum" else adapter

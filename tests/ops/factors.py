@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 from builders import gaussian
+from compiled import ON_HOST
 from torch import Tensor
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # In Triton's interpreter, where a process can run nothing else, the same tests are of the Triton kernels.
-BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["cpu", "torch", "reference"]
+BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ON_HOST
 if os.environ.get("FASTLORA_TEST_DEVICE"):
     BACKENDS = ["cpu", "reference"]  # "cpu" stands for what `auto` takes there (conftest.py)
 elif os.environ.get("FASTLORA_ISA"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import gaussian
+from compiled import needs_same_bits
 from factors import BACKENDS, DTYPES
 from torch import Tensor
 
@@ -92,12 +93,13 @@ def test_files_of_any_dtype(source: torch.dtype, target: torch.dtype, backend: s
     )
 
 
+@needs_same_bits
 def test_bits_depend_on_nothing_but_the_task() -> None:
     """On none of: threads, rows beside it, columns beside it."""
     n, m = 700, 600
     W, (L, R) = gaussian(n, m, seed=3, dtype=torch.bfloat16), pair(n, m, 40, torch.bfloat16, 5)
     found = []
-    with use_backend("cpu"):
+    with use_backend("auto"):
         for threads in (1, 2, 5):
             out = torch.empty_like(W)
             task = ProductTask((n, m), [Segment(0, m, [(L, R)], [0.3])], W.dtype, W.dtype, threads=threads)

@@ -8,6 +8,7 @@ import pools
 import pytest
 import torch
 from builders import gaussian
+from compiled import needs_same_bits
 from factors import BACKENDS, same_bits, strided
 from tolerances import FLOAT64, GRAM64, ROOT64, SUBSPACE64, WEAK64
 from torch import Tensor
@@ -28,7 +29,7 @@ def stack(parts: Sequence[pools.Part]) -> tuple[Tensor, Tensor]:
 
 
 def blocks_of(B: Tensor, A: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    with fl.use_backend("cpu"):
+    with fl.use_backend("auto"):
         left = fl.ops.gram(B, blocks="pairs" if kind == "mean" else "chain")
         right = fl.ops.gram(A, blocks="diagonal", rows=True).diagonal(dim1=-4, dim2=-3).movedim(-1, -3)
     return left, right.contiguous()
@@ -186,6 +187,23 @@ def test_mean_at_threshold_zero_takes_directions_and_no_rounding(backend: str) -
     torch.testing.assert_close(z.mT @ z, torch.eye(6, dtype=torch.float64), rtol=0, atol=GRAM64)
 
 
+@pytest.mark.parametrize("kind", ["product", "palindrome"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_adapter_gives_its_own_directions_in_their_order(backend: str, kind: str) -> None:
+    """``basis`` is the whitening: ``B T`` are the left singular vectors, largest value first."""
+    b, a, _ = pools.planted(1, seed=3)[0]
+    with fl.use_backend(backend):
+        found = fl.ops.chain(*blocks_of(b[None], a[None], kind), kind=kind, threshold=0.5)
+    exact = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
+    count = int(found.kept)
+    assert count == int(found.shared) == int((exact.S > 1e-6 * exact.S[0]).sum()) > 2
+    assert bool((found.values[:count] == 1).all()) and not bool(found.values[count:].any())
+    z = b.double() @ found.basis[0]
+    along = (z[:, :count] * exact.U[:, :count]).sum(0).abs()
+    torch.testing.assert_close(along, torch.ones_like(along), rtol=0, atol=SUBSPACE64)
+
+
+@needs_same_bits
 @pytest.mark.parametrize("kind", CHAINS)
 def test_same_bits(kind: str) -> None:
     pairs = [stack(pools.planted(4, seed=s) if s % 2 else [(b[:, :6], a[:6], s) for b, a, s in pools.crowded(4)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from builders import gaussian, generator
+from compiled import needs_same_bits
 from factors import BACKENDS, DTYPES, SHAPES, columns, fill_padding, ragged_ranks, same_bits, special, strided, tall
 from torch import Tensor
 
@@ -96,6 +97,7 @@ def test_layout_in_memory(dtype: torch.dtype, rows: bool) -> None:
 
 @pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_same_bits
 def test_same_bits(dtype: torch.dtype, rows: bool) -> None:
     x, c = tall(3, 2, 1100, 9, dtype=dtype, rows=rows), small(3, 2, 9, 5, rows=rows)
     same_bits(lambda x, c: fl.ops.combine(x, c, rows=rows), x, c)

@@ -117,7 +117,7 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, precision: Prec
     right, left = gaussian(300, 20, seed=1).double(), gaussian(700, 20, seed=2).double()
 
     def run(threads: int) -> DifferenceProducts:
-        with use_backend("cpu"):
+        with use_backend("auto"):
             return difference_products(old, new, right, left, square=True, precision=precision, threads=threads)
 
     one = run(1)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders import gaussian
+from compiled import ON_HOST, needs_kernels
 from tolerances import FLOAT32, SUMS32
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -70,7 +71,7 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NODES)
-@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("backend", ON_HOST)
 def test_results_look_as_announced(name: str, backend: str) -> None:
     """Shape, dtype and strides of the fake kernel, which compiled code relies on, on every backend."""
     node = getattr(torch.ops.fastlora, name).default
@@ -100,7 +101,7 @@ def test_gradients_are_refused(call: Call, x: Tensor) -> None:
 
 
 @every_op
-@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("backend", ON_HOST)
 def test_every_element_is_written(call: Call, x: Tensor, backend: str, poisoned_empty: None) -> None:
     with fl.use_backend(backend):
         result = call(x)
@@ -143,7 +144,7 @@ def test_wrong_shapes(call: Callable[[], Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [[[5, 2], [0, 3], [1, 4]], [[4, 2], [0, -1], [1, 4]]], ids=["beyond", "negative"])
-@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("backend", ON_HOST)
 def test_ranks_outside_the_factors_read_nothing_else(ranks: list[list[int]], backend: str) -> None:
     clamped = torch.tensor(ranks).clamp(0, 4)
     with fl.use_backend(backend):
@@ -174,6 +175,7 @@ def test_a_forced_backend_never_falls_back(call: Call, x: Tensor) -> None:
     assert "cpu:" not in str(error.value)
 
 
+@needs_kernels
 def test_a_forced_backend_that_cannot_names_the_one_that_can() -> None:
     """Each backend of a GPU has half of the kernels."""
     on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
@@ -199,6 +201,7 @@ def test_a_missing_kernel_is_listed_and_not_replaced() -> None:
             fl.ops.gram(TALL)
 
 
+@needs_kernels
 def test_kernels_can_be_given_for_a_block() -> None:
     """Nested, in every thread, and no longer than the block."""
     own = dispatch.kernels("cpu")
@@ -246,6 +249,7 @@ def test_which_backend_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+@needs_kernels
 def test_another_device_is_refused() -> None:
     with fl.use_backend("cpu"), pytest.raises(RuntimeError, match="a tensor is on meta, this backend needs the CPU"):
         dispatch.resolve("gram", TALL.to("meta"))

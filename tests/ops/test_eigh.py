@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import spectra
 import torch
+from compiled import needs_kernels, needs_same_bits
 from isa_check import check_every_isa
 
 import fastlora as fl
@@ -23,6 +24,7 @@ def test_ratios(n: int, dtype: torch.dtype, batch: int = 9) -> None:
 
 @pytest.mark.parametrize("dtype", spectra.DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 2, 5, 8, 17, 33, 64, 83, 101, 128])
+@needs_same_bits
 def test_same_bits_in_any_batch(n: int, dtype: torch.dtype) -> None:
     a = torch.cat([a for _, a in spectra.symmetric(n, dtype, batch=2)])
     whole = fl.ops.eigh(a)
@@ -103,5 +105,6 @@ def test_agrees_with_the_reference(dtype: torch.dtype) -> None:
     torch.testing.assert_close(projectors, expected, rtol=0, atol=10 * tolerance)
 
 
+@needs_kernels
 def test_every_instruction_set() -> None:
     check_every_isa("eigh")

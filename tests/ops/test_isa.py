@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compiled import needs_kernels
 from isa_check import ISAS
 
 SELECTED = "(definition or special or every_finite or writes_ragged or test_dense) and not reference"
@@ -15,6 +16,7 @@ TESTS = Path(__file__).parent
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@needs_kernels
 def test_every_instruction_set(isa: str) -> None:
     environment = os.environ | {"FASTLORA_ISA": isa, "FASTLORA_BACKEND": "cpu"}
     which = [sys.executable, "-c", "from fastlora.backends import cpu; print(cpu.isa())"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from builders import gaussian
+from compiled import needs_same_bits
 from test_merge_tiles import KERNELS, SAME_BITS, Pair, dense, elements, whole
 
 from fastlora.ops import merge_tiles as op
@@ -46,6 +47,7 @@ def test_random_masks_have_their_density_and_are_independent(backend: str) -> No
 SPANS = [(0.15, 0.3), (0.0, 1.0), (0.5, 0.0), (0.3, 1e-9), (0.9, 0.1), (0.4, 1e-5)]
 
 
+@needs_same_bits
 @pytest.mark.parametrize("backend", SAME_BITS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(3, 1), (5, 64), (9, 1031), (2, 5000)], ids=str)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders import gaussian, generator
+from compiled import needs_same_bits
 from factors import BACKENDS, at_odd_address
 from tolerances import FLOAT64, SUMS32
 from torch import Tensor
@@ -282,6 +283,7 @@ def test_a_base_takes_the_merge_rounded_once(dtype: torch.dtype, backend: str) -
     )
 
 
+@needs_same_bits
 @pytest.mark.parametrize("backend", SAME_BITS)
 @pytest.mark.parametrize("name", NAMES)
 def test_bits_do_not_depend_on_threads(name: str, backend: str, threads: Any) -> None:
@@ -300,6 +302,7 @@ def test_bits_do_not_depend_on_threads(name: str, backend: str, threads: Any) ->
         assert told.square == found[0][2].square and torch.equal(told.sums, found[0][2].sums)  # type: ignore[arg-type]
 
 
+@needs_same_bits
 @pytest.mark.parametrize("backend", SAME_BITS)
 def test_elements_do_not_depend_on_tiles(backend: str) -> None:
     """Any part of a module has the bits that it has in the whole."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import gaussian, generator
+from compiled import needs_kernels, needs_same_bits
 from factors import BACKENDS, at_odd_address
 from tolerances import SUMS32
 from torch import Tensor
@@ -120,6 +121,7 @@ def check_files(
 
 @pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_same_bits
 def test_same_bits(dtype: torch.dtype, rows: bool) -> None:
     """Results depend on neither threads nor the other results and factors of a job."""
     n, ranks = 1300, (16, 16, 9)
@@ -193,6 +195,7 @@ def test_problems_name_the_output(backend: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_same_bits
 def test_results_that_no_cache_holds_have_the_same_bits(dtype: torch.dtype, rows: bool) -> None:
     """Large results go past the caches where their rows allow it: here some at even and some at odd addresses."""
     n, ranks = 3000, (16, 16, 9)
@@ -325,7 +328,7 @@ def test_random_results_of_random_sizes() -> None:
         check_results(x, wanted, rows)
 
 
-@pytest.mark.skipif(cpu.unavailable() is not None, reason="without compiled kernels there are no tables for them")
+@needs_kernels
 @pytest.mark.parametrize("described", [True, False], ids=["dlpack", "python"])
 def test_tables_say_where_matrices_lie(described: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if described and not cpu._DESCRIBES:

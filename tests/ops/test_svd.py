@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import spectra
 import torch
+from compiled import COMPILED, needs_kernels, needs_same_bits
 from isa_check import check_every_isa
 
 import fastlora as fl
@@ -25,6 +26,7 @@ def test_ratios(p: int, q: int, dtype: torch.dtype, batch: int = 9) -> None:
         assert max(ratios.values()) <= spectra.RATIO_LIMIT, f"{p}x{q} {dtype} {name}: {ratios}"
 
 
+@needs_same_bits
 @pytest.mark.parametrize("dtype", spectra.DTYPES, ids=str)
 @pytest.mark.parametrize(("p", "q"), [(1, 1), (3, 5), (8, 8), (17, 12), (20, 33), (48, 48), (70, 52), (49, 90)])
 def test_same_bits_in_any_batch(p: int, q: int, dtype: torch.dtype) -> None:
@@ -46,6 +48,8 @@ def test_signs(p: int, q: int) -> None:
 @pytest.mark.parametrize("n", [12, 60])
 @pytest.mark.parametrize("dtype", spectra.DTYPES, ids=str)
 def test_small_values_of_graded_columns_are_relatively_accurate(dtype: torch.dtype, n: int) -> None:
+    if dtype == torch.float64 and not COMPILED:
+        pytest.skip("needs compiled kernels: torch's float64 decomposition has the largest value's error in all")
     x = torch.randn(8, n + 8, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     grade = 10 ** (-10 * torch.linspace(0, 1, n, dtype=torch.float64))
     a = (x * grade).to(dtype)
@@ -109,5 +113,6 @@ def test_agrees_with_the_reference(p: int, q: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(pairs[:, :-1], expected[:, :-1], rtol=0, atol=10 * tolerance)
 
 
+@needs_kernels
 def test_every_instruction_set() -> None:
     check_every_isa("svd")

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from builders import gaussian
+from compiled import needs_kernels
 
 from fastlora import ops
+
+pytestmark = needs_kernels
 
 X = gaussian(300, 24, seed=1, dtype=torch.float64).reshape(25, 12, 24)
 GRAM = X @ X.mT

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from compiled import needs_same_bits
 from factors import BACKENDS
 from tolerances import FLOAT64, ROOT64, ROUNDOFF64
 from torch import Tensor
@@ -111,9 +112,10 @@ def test_when_it_stops(backend: str) -> None:
     assert bool((errors[1] <= errors[0]).all())
 
 
+@needs_same_bits
 def test_same_bits_alone_and_together(threads: Callable[[int], None]) -> None:
     given = problem("odd")
-    with use_backend("cpu"):
+    with use_backend("auto"):
         together = tucker(*given, iterations=50, tolerance=1e-9)
         threads(1)
         for i in range(5):

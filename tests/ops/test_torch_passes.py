@@ -1,0 +1,83 @@
+"""The passes of plain torch: jobs of several kinds on several threads, each with memory that it uses again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import gaussian
+from tolerances import FLOAT64, SUMS32
+from torch import Tensor
+
+from fastlora.backends import torch_passes
+from fastlora.ops.gram import blocks_of
+from fastlora.ops.passes import CombineJob, CombineOutput, GramJob, WriteProblem
+
+KINDS = [(40, (5, 5, 5, 5)), (3000, (16, 16, 16, 16)), (700, (3, 9, 1, 4)), (40, (5, 5, 5, 5)), (5000, (16, 16, 2))]
+"""``(n, ranks)``: several in a slab, several slabs, both with a remainder, ragged ranks."""
+
+
+def factors_of(rows: bool, dtype: torch.dtype) -> list[list[Tensor]]:
+    made = [[gaussian(n, r, seed=i + 7 * r, dtype=dtype) for i, r in enumerate(ranks)] for n, ranks in KINDS]
+    return [[x.mT.contiguous() if rows else x for x in own] for own in made for _ in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def several_threads(monkeypatch: pytest.MonkeyPatch, threads: object) -> None:
+    monkeypatch.setattr(torch_passes, "WORTH", 1)
+    threads(3)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("kind", ["chain", "pairs", "diagonal"])
+def test_gram_jobs(kind: str, rows: bool) -> None:
+    jobs = []
+    for x in factors_of(rows, torch.bfloat16):
+        k, r = len(x), max(f.shape[0 if rows else 1] for f in x)
+        out = torch.zeros(k, k, r, r, dtype=torch.float64)
+        jobs.append(GramJob(x, [(i, j, (i * k + j) * r * r) for i, j in blocks_of(kind, k)], rows, out, r))
+    torch_passes.gram_pass(jobs)
+    for job in jobs:
+        x = [(f if rows else f.mT).double() for f in job.factors]
+        for block in job.blocks:
+            i, j, _ = block
+            bound = FLOAT64 * float(x[i].norm() * x[j].norm())
+            assert float((job.block(block) - x[i] @ x[j].mT).abs().max()) <= bound
+            assert i != j or torch.equal(job.block(block), job.block(block).mT)
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_combine_jobs(dtype: torch.dtype, rows: bool) -> None:
+    """Also of parameters of a model, with a result that is zero and one in another dtype."""
+    jobs = []
+    for x in factors_of(rows, dtype):
+        first, last = (f.shape[0 if rows else 1] for f in (x[0], x[-1]))
+        c = gaussian(first, last, seed=1, dtype=torch.float64)
+        n = x[0].shape[1 if rows else 0]
+        shape = (last, n) if rows else (n, last)
+        given = torch.nn.Parameter(x[0])
+        terms = [(len(x) - 1, None, 0, 1.0), (0, c.mT.contiguous() if rows else c, 0, -0.5)]
+        outs = [torch.full(shape, torch.nan, dtype=d) for d in (dtype, torch.float64, dtype)]
+        made = [CombineOutput.into(o, t) for o, t in zip(outs, (terms, terms, []), strict=True)]
+        jobs.append(CombineJob([given, *x[1:]], made, rows))
+    assert torch_passes.combine_pass(jobs) is None
+    for job in jobs:
+        first, last = (f.detach().double() for f in (job.factors[0], job.factors[-1]))
+        c = gaussian(first.shape[0 if rows else 1], last.shape[0 if rows else 1], seed=1, dtype=torch.float64)
+        wanted = last - 0.5 * (c.mT @ first if rows else first @ c)
+        rounded, exact, zero = (output.out for output in job.outputs)
+        assert rounded is not None and exact is not None and zero is not None
+        assert float((exact - wanted).abs().max()) <= FLOAT64 * float(wanted.norm())
+        assert float((rounded.double() - wanted).abs().max()) <= max(SUMS32, torch.finfo(dtype).eps) * 20
+        assert not bool(zero.any()) and not rounded.requires_grad
+
+
+def test_the_first_of_several_problems_is_told(tmp_path: Path) -> None:
+    bad = gaussian(600, 4, seed=1)
+    bad[5, 1] = torch.nan
+    with (tmp_path / "f").open("w+b") as file:
+        to = [CombineOutput((600, 4), torch.float32, [(0, None, 0, 1.0)], None, file.fileno(), 0, True)]
+        jobs = [CombineJob([x], to, False) for x in (gaussian(600, 4, seed=2), bad, bad, bad)]
+        assert torch_passes.combine_pass(jobs) == WriteProblem(1, 0, None)
