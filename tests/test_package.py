@@ -234,6 +234,26 @@ def test_the_installed_command_writes_a_page(installed: Path, tmp_path: Path) ->
     assert "<h1>5 adapters</h1>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+def test_without_a_compiler_plain_torch_computes(sdist: Path, tmp_path: Path) -> None:
+    """The pure-Python wheel, in an environment of its own, passes the tests that are marked as portable."""
+    source = unpacked(sdist, tmp_path / "source")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", source / "dist"]
+    execute(*build, cwd=source, env={"FASTLORA_CORE": "OFF"})
+    (wheel,) = (source / "dist").iterdir()
+    built = Built(wheel, source)
+    assert wheel.name.endswith("-py3-none-any.whl") and not [n for n in built.names() if n.endswith(".so")]
+    python = install(built, tmp_path)
+    says = "import fastlora; from fastlora.backends import cpu; print(fastlora.__file__, cpu.unavailable())"
+    told = execute(python, "-c", says, cwd=tmp_path).stdout
+    assert told.startswith(str(tmp_path / "venv")) and "built without it" in told
+    marked = [
+        p for p in (ROOT / "tests").rglob("test_*.py") if "\npytestmark = pytest.mark.portable\n" in p.read_text()
+    ]
+    options = ["-q", "-n", "2", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
+    done = execute(python, "-m", "pytest", *options, "-m", "portable", *sorted(marked), cwd=tmp_path)
+    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 500
+
+
 def test_the_editable_module_links_to_no_more(editable: Path, tmp_path: Path) -> None:
     file, has_cuda = imported(Path(sys.executable), tmp_path)
     assert file.parent == ROOT / "fastlora"

@@ -38,8 +38,9 @@ def unavailable() -> str | None:
     if _core is not None:
         return None
     return (
-        f"the compiled module fastlora._core cannot be imported ({_import_error}). A source folder on the path "
-        "hides an installed package: run from another folder, or `pip install -e .` here"
+        f"the compiled module fastlora._core cannot be imported ({_import_error}). Either the package was "
+        "built without it (FASTLORA_CORE=OFF), or a source folder on the path hides an installed package: run from "
+        "another folder, or `pip install -e .` here"
     )
 
 

@@ -20,6 +20,8 @@ from fastlora.core.factors import Factor, Term
 from fastlora.core.sums import combine_extras
 from fastlora.core.updates import Layout
 
+pytestmark = pytest.mark.portable
+
 PARTS: list[Part] = [
     (gaussian(20, 3, seed=1), gaussian(3, 14, seed=2), 2.0),
     (gaussian(20, 5, seed=3).bfloat16(), gaussian(5, 14, seed=4).bfloat16(), -0.5),

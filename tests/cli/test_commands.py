@@ -14,6 +14,7 @@ import pytest
 import torch
 from builders import gaussian, make_adapter
 from command import ADAPTERS, done, places, refused, run, run_process, tree
+from compiled import COMPILED
 from safetensors.torch import save_file
 from tolerances import FLOAT32, SUMS32
 
@@ -124,9 +125,14 @@ def test_overlap_compares_and_draws(tmp_path: Path) -> None:
 def test_info_lists_every_backend_with_its_state(tmp_path: Path) -> None:
     data = done("info", "--json", cwd=tmp_path).json()
     assert data["fastlora"] == fl.__version__
-    assert data["backends"]["cpu"] == data["backends"]["reference"] == "usable"
-    usable = "usable" if torch.cuda.is_available() else "no CUDA device"
-    assert ("no CUDA kernels" if data["CUDA build"].startswith("no (") else usable) in data["backends"]["cuda"]
+    assert data["backends"]["torch"] == data["backends"]["reference"] == "usable"
+    if COMPILED:
+        assert data["backends"]["cpu"] == "usable"
+        usable = "usable" if torch.cuda.is_available() else "no CUDA device"
+        assert ("no CUDA kernels" if data["CUDA build"].startswith("no (") else usable) in data["backends"]["cuda"]
+    else:
+        assert "built without it (FASTLORA_CORE=OFF)" in data["backends"]["cpu"]
+        assert "the cpu backend says why" in data["backends"]["cuda"] and "CUDA build" not in data
     assert f"fastlora {fl.__version__}\n" == done("--version", cwd=tmp_path).out
 
 
@@ -182,7 +188,7 @@ def test_the_environment_chooses_the_backend(tmp_path: Path) -> None:
     assert data["backend"] == "reference"
     found = run("inspect", SPAM, cwd=tmp_path, env={"FASTLORA_BACKEND": "triton"})
     assert found.code == 2, "the variable must hold where --backend is not given"
-    assert run("inspect", SPAM, "--backend", "cpu", cwd=tmp_path, env={"FASTLORA_BACKEND": "triton"}).code == 0
+    assert run("inspect", SPAM, "--backend", "torch", cwd=tmp_path, env={"FASTLORA_BACKEND": "triton"}).code == 0
 
 
 @pytest.fixture(scope="module")

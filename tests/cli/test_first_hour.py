@@ -14,6 +14,9 @@ import pytest
 import torch
 from builders import MODULES, make_adapter, make_factors, peft_tensors, write_peft
 from command import ADAPTERS, COMMAND, DATA, environment, refused, run
+from compiled import needs_kernels
+
+pytestmark = pytest.mark.portable
 
 SPAM, MOVIE = ADAPTERS / "spam", ADAPTERS / "movie_a"
 SHIFTED = {module: (n + 2, m) for module, (n, m) in MODULES.items()}
@@ -143,7 +146,7 @@ def test_wrong_use_is_refused(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "word"),
     [
-        ("FASTLORA_ISA", "sse9", "no such instruction set"),
+        pytest.param("FASTLORA_ISA", "sse9", "no such instruction set", marks=needs_kernels),
         ("FASTLORA_BACKEND", "gpu", "does not exist"),
         ("FASTLORA_BACKEND", "triton", "cannot be used"),
     ],
@@ -153,6 +156,7 @@ def test_a_wrong_environment_variable_is_refused(variable: str, value: str, word
     assert value in message and word in message
 
 
+@needs_kernels
 def test_info_explains_a_wrong_instruction_set(tmp_path: Path) -> None:
     found = run("info", cwd=tmp_path, env={"FASTLORA_ISA": "sse9"})
     assert found.code == 0 and "FASTLORA_ISA=sse9: no such instruction set" in found.out

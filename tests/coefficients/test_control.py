@@ -17,6 +17,8 @@ from fastlora.adapters.lora import Adapter
 from fastlora.coefficients import control as module
 from fastlora.engine.materialise import materialise
 
+pytestmark = pytest.mark.portable
+
 
 def ragged(k: int = 3) -> list[Part]:
     parts = pools.cast(pools.planted(k, noise=0.02), torch.float32)

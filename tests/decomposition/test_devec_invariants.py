@@ -22,6 +22,8 @@ from fastlora.decomposition.components import Components
 from fastlora.reference.devec import devec
 from fastlora.runtime import memory
 
+pytestmark = pytest.mark.portable
+
 SIDES = ["left", "right"]
 THRESHOLD = {"product": 0.7, "palindrome": 0.7, "mean": 0.87}
 """Between the planted directions and the rest of :func:`near`, for up to three adapters."""

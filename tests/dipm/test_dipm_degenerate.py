@@ -16,6 +16,8 @@ from torch import Tensor
 import fastlora as fl
 from fastlora.reference import dipm as dense
 
+pytestmark = pytest.mark.portable
+
 
 @pytest.mark.parametrize("seed", range(4))  # the rounding is positive for some of them
 def test_columns_in_the_kernel_of_b_are_zero(seed: int) -> None:

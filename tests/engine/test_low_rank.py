@@ -17,6 +17,8 @@ from fastlora.engine.low_rank import LowRank, low_rank
 from fastlora.engine.tile_source import DenseMatrix, StackedMatrix, ZeroMatrix
 from fastlora.errors import NonFiniteError
 
+pytestmark = pytest.mark.portable
+
 LIMIT = 1.01
 """The error of a cut at two power rounds, of the least possible."""
 

@@ -11,6 +11,8 @@ from fastlora.expressions.grammar import DEEPEST, Call, ExpressionError, Name, N
 from fastlora.expressions.sums import shape as spoken
 from fastlora.expressions.sums import term_weights
 
+pytestmark = pytest.mark.portable
+
 
 def shape(node: Node) -> object:
     """A tree without places, as nested lists."""

@@ -32,6 +32,8 @@ from fastlora.formats.peft.names import exact_pattern
 from fastlora.formats.peft.selection import exclude_pattern
 from fastlora.ops.dispatch import use_backend
 
+pytestmark = pytest.mark.portable
+
 Q = "model.layers.0.self_attn.q_proj"
 
 

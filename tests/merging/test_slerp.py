@@ -14,6 +14,8 @@ from torch import Tensor
 
 import fastlora as fl
 
+pytestmark = pytest.mark.portable
+
 FIRST: Part = (gaussian(20, 3, seed=1, dtype=torch.float64), gaussian(3, 14, seed=2, dtype=torch.float64), 2.0)
 SECOND: Part = (gaussian(20, 5, seed=3, dtype=torch.float64), gaussian(5, 14, seed=4, dtype=torch.float64), -0.5)
 

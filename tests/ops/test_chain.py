@@ -17,6 +17,8 @@ import fastlora as fl
 from fastlora.ops.chain import CHAINS
 from fastlora.reference.devec import Dense, devec
 
+pytestmark = pytest.mark.portable
+
 CUTS: dict[str, dict[str, float]] = {"none": {}, "rank": {"rank": 3}, "energy": {"energy": 0.9}}
 
 

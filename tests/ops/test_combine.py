@@ -14,6 +14,8 @@ from fastlora.core.factors import Factor, Term
 from fastlora.core.updates import Update
 from fastlora.engine import materialise
 
+pytestmark = pytest.mark.portable
+
 
 def small(batch: int, k: int, r: int, q: int, *, rows: bool, dtype: torch.dtype = torch.float64) -> Tensor:
     """Coefficients ``[batch, k, r, q]``, or ``[batch, k, q, r]`` with ``rows``."""

@@ -14,6 +14,8 @@ from fastlora.backends import torch_passes
 from fastlora.ops.gram import blocks_of
 from fastlora.ops.passes import CombineJob, CombineOutput, GramJob, WriteProblem
 
+pytestmark = pytest.mark.portable
+
 KINDS = [(40, (5, 5, 5, 5)), (3000, (16, 16, 16, 16)), (700, (3, 9, 1, 4)), (40, (5, 5, 5, 5)), (5000, (16, 16, 2))]
 """``(n, ranks)``: several in a slab, several slabs, both with a remainder, ragged ranks."""
 

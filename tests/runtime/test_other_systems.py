@@ -14,6 +14,8 @@ from builders import make_adapter
 import fastlora as fl
 from fastlora.runtime import system
 
+pytestmark = pytest.mark.portable
+
 CALLS = "pread", "preadv", "pwrite", "posix_fallocate", "copy_file_range", "register_at_fork", "O_CLOEXEC"
 
 
