@@ -1,10 +1,10 @@
 """Forgetting one task and keeping the others: adapters are negated whole, or parts of them by columns or by inputs.
 
     pip install scikit-learn peft
-    python examples/negation_by_inputs.py [--subjects digits,unbalanced,texts] [--seeds 5] [--out DIR] [--quick]
+    python examples/negation_by_inputs.py [--subjects digits,texts,…] [--seeds 5] [--out DIR] [--quick]
 
 Every task is forgotten once; the others are the control. Compared is the accuracy on the others where the target has
-lost as much. Texts need more packages. Results: docs/experiments.md.
+lost as much. Texts and antibodies need more packages. Results: docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def curve_of(subject: Subject, part: fl.Adapter, target: str, strengths: list[fl
 
 def one_seed(name: str, seed: int, options: Namespace, kept: Kept) -> Numbers:
     """``{kind: {target: curve}}``."""
-    strengths = STRENGTHS["texts" if name == "texts" else "digits"]
+    strengths = STRENGTHS["texts" if name in ("texts", "antibodies") else "digits"]
     strengths = strengths[::4] if options.quick else strengths
 
     @functools.cache

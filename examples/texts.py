@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,11 @@ class Texts:
     seed: of the split into training and test rows, and of everything that is drawn in training.
     """
 
-    def __init__(self, cache: Path, test_rows: int, seed: int) -> None:
+    def __init__(self, cache: Path, test_rows: int, seed: int, recipes: Any = None) -> None:
         import transformers
-        from adapters import train as recipes
 
+        if recipes is None:
+            from adapters import train as recipes
         transformers.utils.logging.disable_progress_bar()
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         warnings.filterwarnings("ignore", message="Could not find a config file", module="peft")
@@ -74,12 +75,19 @@ class Texts:
     def task(self, name: str) -> tuple[Any, Any, torch.Tensor]:
         """Training rows, test rows (by length, so that batches are short), and the head ``[classes, d]``."""
         if name not in self.tasks:
-            rows, labels = self.recipes.TASKS[name]()
-            training, test = self.recipes.split(rows, len(labels), self.test_rows, self.seed)
-            with torch.no_grad():
-                head = self.recipes.embed(self.model.eval(), self.tokenizer, labels)
+            training, test, head = self._task(name)
             self.tasks[name] = training, sorted(test, key=lambda row: len(row[0])), head
         return self.tasks[name]
+
+    def _task(self, name: str) -> tuple[Any, Any, torch.Tensor]:
+        rows, labels = self.recipes.TASKS[name]()
+        training, test = self.recipes.split(rows, len(labels), self.test_rows, self.seed)
+        with torch.no_grad():
+            return training, test, self.recipes.embed(self.model.eval(), self.tokenizer, labels)
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """In which training is done; entered for every step, since it may keep what it made of the weights."""
+        return nullcontext()
 
     def path(self, recipe: Recipe) -> Path:
         """Where the trained adapter is kept; the name tells which rows it has seen, and which test rows it has not."""
@@ -120,11 +128,12 @@ class Texts:
         for _ in range(recipe.steps):
             batch = [rows[int(i)] for i in torch.randperm(len(rows), generator=generator)[: self.recipes.BATCH]]
             texts = [text for text, _ in batch]
-            states = self.recipes.embed(model, tokenizer, texts)
-            if recipe.objective == "labels":
-                scores, wanted = states @ head.T, torch.tensor([label for _, label in batch])
-            else:
-                scores, wanted = states @ self.recipes.embed(model, tokenizer, texts).T, torch.arange(len(batch))
+            with self.arithmetic():
+                states = self.recipes.embed(model, tokenizer, texts)
+                if recipe.objective == "labels":
+                    scores, wanted = states @ head.T, torch.tensor([label for _, label in batch])
+                else:
+                    scores, wanted = states @ self.recipes.embed(model, tokenizer, texts).T, torch.arange(len(batch))
             torch.nn.functional.cross_entropy(self.recipes.TEMPERATURE * scores, wanted).backward()
             optimiser.step()
             schedule.step()

@@ -131,9 +131,9 @@ def base_model(folder: Path) -> tuple[Any, Any]:
     return AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
+def embed(model: Any, tokenizer: Any, texts: list[str], tokens: int = TOKENS) -> Tensor:
     """Unit vectors: mean of the token states."""
-    batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=TOKENS)
+    batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=tokens)
     return pooled(model(**batch).last_hidden_state, batch["attention_mask"])
 
 
@@ -149,12 +149,12 @@ def batches(rows: Rows, steps: int) -> Iterator[Rows]:
 
 
 @torch.no_grad()
-def accuracy(model: Any, tokenizer: Any, head: Tensor, rows: Rows) -> float:
+def accuracy(model: Any, tokenizer: Any, head: Tensor, rows: Rows, tokens: int = TOKENS) -> float:
     model.eval()
     hits = 0
     for start in range(0, len(rows), 64):
         part = rows[start : start + 64]
-        scores = embed(model, tokenizer, [t for t, _ in part]) @ head.T
+        scores = embed(model, tokenizer, [t for t, _ in part], tokens) @ head.T
         hits += int((scores.argmax(1) == torch.tensor([y for _, y in part])).sum())
     return hits / len(rows)
 
