@@ -1,5 +1,8 @@
-// Tensors as rows of the Matrix table, through DLPack's C interface, which torch gives with its type: taking addresses,
-// shapes and strides out of a tensor in Python takes ten times as long. The structs are those of DLPack 1.
+// Tensors as rows of the Matrix table, or in one piece, through DLPack's C interface, which torch gives with its type:
+// taking addresses, shapes and strides out of a tensor in Python takes ten times as long. The structs are those of
+// DLPack 1.
+#include <vector>
+
 #include "bind.h"
 #include "fastlora/kernels.h"
 
@@ -28,6 +31,8 @@ struct DlExchange {
 };
 
 constexpr uint8_t kDlUnsigned = 1, kDlFloat = 2, kDlBfloat = 4;
+constexpr int32_t kDlCpu = 1;
+constexpr int64_t kNoDtype = -1;  // that kernels read
 
 const DlExchange* exchange_of(const py::handle& type) {
     const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
@@ -45,7 +50,7 @@ int64_t dtype_of(const DlTensor& tensor) {
         if (tensor.code == kDlBfloat && tensor.bits == 16) return int64_t(DType::bf16);
         if (tensor.code == kDlUnsigned && tensor.bits == 8) return int64_t(DType::bytes);
     }
-    throw py::value_error("a matrix has a dtype that kernels do not read");
+    return kNoDtype;
 }
 
 // The table's rows, and which tensors have no contiguous rows: those rows are to be replaced.
@@ -60,13 +65,65 @@ py::list fill_rows(const py::type& type, const py::list& tensors, uintptr_t tabl
         if (!py::isinstance(object, type)) throw py::type_error("a matrix is no tensor");
         if (exchange->describe(object.ptr(), &tensor) != 0) throw py::error_already_set();
         if (tensor.dimensions != 2) throw py::value_error("a matrix has two dimensions");
+        const int64_t dtype = dtype_of(tensor);
+        if (dtype == kNoDtype) throw py::value_error("a matrix has a dtype that kernels do not read");
         const int64_t rows = tensor.shape[0], columns = tensor.shape[1];
         if (columns > 1 && tensor.strides[1] != 1) scattered.append(i);
         // torch gives a single row any stride; what is copied as it lies is rows times the stride.
         *row = Matrix{int64_t(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset), rows, columns,
-                      rows == 1 ? columns : tensor.strides[0], dtype_of(tensor)};
+                      rows == 1 ? columns : tensor.strides[0], dtype};
     }
     return scattered;
+}
+
+// How many elements a tensor on the host has that lie one after another; -1 for any other tensor.
+int64_t count_in_place(const DlTensor& tensor) {
+    if (tensor.device_type != kDlCpu) return -1;
+    int64_t count = 1;
+    for (int32_t i = tensor.dimensions - 1; i >= 0; --i) {
+        if (tensor.shape[i] != 1 && tensor.strides[i] != count) return -1;
+        count *= tensor.shape[i];
+    }
+    return count;
+}
+
+// A bytearray of what some tensors hold, one after another, or None where one of them cannot be described, has another
+// dtype, is on another device or does not lie as it is read, or where there is NaN or infinity.
+py::object joined(const py::type& type, const py::list& tensors, int64_t dtype) {
+    const DlExchange* exchange = exchange_of(type);
+    if (exchange == nullptr) return py::none();
+    struct Piece {
+        const char* data;
+        size_t bytes;
+    };
+    std::vector<Piece> pieces;
+    pieces.reserve(tensors.size());
+    int64_t count = 0;
+    size_t bytes = 0;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        const py::handle object = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i));
+        DlTensor tensor{};
+        if (!py::isinstance(object, type)) throw py::type_error("a matrix is no tensor");
+        if (exchange->describe(object.ptr(), &tensor) != 0) {
+            PyErr_Clear();
+            return py::none();
+        }
+        const int64_t own = count_in_place(tensor);
+        if (own < 0 || dtype_of(tensor) != dtype) return py::none();
+        pieces.push_back({static_cast<const char*>(tensor.data) + tensor.byte_offset, size_t(own) * tensor.bits / 8});
+        count += own;
+        bytes += pieces.back().bytes;
+    }
+    auto memory = py::reinterpret_steal<py::object>(PyByteArray_FromStringAndSize(nullptr, Py_ssize_t(bytes)));
+    if (!memory) throw py::error_already_set();
+    char* const start = PyByteArray_AS_STRING(memory.ptr());
+    char* end = start;
+    for (const Piece& piece : pieces) {
+        if (piece.bytes != 0) std::memcpy(end, piece.data, piece.bytes);
+        end += piece.bytes;
+    }
+    const bool is_finite = kernels().finite({int64_t(reinterpret_cast<uintptr_t>(start)), 1, count, count, dtype});
+    return is_finite ? memory : py::none();
 }
 
 }  // namespace
@@ -77,6 +134,8 @@ void bind_tensors(py::module_& m) {
         "Whether fill_rows takes tensors of this type.");
     m.def("fill_rows", &fill_rows, py::arg("type"), py::arg("tensors"), py::arg("table"),
           "Rows of the Matrix table; returns the places of tensors whose rows are not contiguous.");
+    m.def("joined", &joined, py::arg("type"), py::arg("tensors"), py::arg("dtype"),
+          "The finite numbers of tensors of one dtype, one tensor after another; None for others.");
 }
 
 }  // namespace fastlora

@@ -28,8 +28,10 @@ except ImportError as error:
 
 DTYPES: dict[torch.dtype, int] = {}
 _DESCRIBES = False  # whether torch tells compiled code of its tensors
+_JOINS = False
 if _core is not None:
     _DESCRIBES = hasattr(_core, "describes") and bool(_core.describes(Tensor))  # a core built before has it not
+    _JOINS = _DESCRIBES and hasattr(_core, "joined")
     DTYPES.update((getattr(torch, name), code) for name, code in _core.DTYPES.items())
 
 
@@ -55,6 +57,15 @@ def cuda_build() -> str:
         return "no (built without nvcc, or with FASTLORA_CUDA=OFF)"
     count, reason = _core.cuda_device_count()
     return f"{_core.cuda_archs}; {count} devices" + (f" ({reason})" if reason else "")
+
+
+def joined(tensors: list[Tensor], dtype: torch.dtype) -> bytearray | None:
+    """The numbers of tensors, one tensor after another. ``None`` where one has another dtype, is on a device, or does
+    not lie in the order of its numbers; where a number is NaN or Inf; and without the compiled module.
+
+    It is no op: nothing is computed. It takes a fifth of the time of torch's calls.
+    """
+    return _core.joined(Tensor, tensors, DTYPES[dtype]) if _JOINS else None
 
 
 def _on_cpu(*tensors: object) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from fastlora.files.small_files import FLAGS, NEW, write_all
 
-Pieces = Sequence[bytes | memoryview]
+Pieces = Sequence[bytes | bytearray | memoryview]
 """What a file holds, piece after piece."""
 
 

@@ -17,6 +17,7 @@ from builders import gaussian, make_factors
 
 from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
+from fastlora.backends import cpu
 from fastlora.engine import stream
 from fastlora.errors import FastloraError, OutputError
 from fastlora.files import spare, whole_output
@@ -94,8 +95,10 @@ PIECES: dict[str, Callable[[], Adapter]] = {
 }
 
 
+@pytest.mark.parametrize("core", [True, False], ids=["core", "torch"])
 @pytest.mark.parametrize("kind", [*WHOLE, *PIECES])
-def test_same_files(kind: str, tmp_path: Path) -> None:
+def test_same_files(kind: str, core: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_JOINS", core and cpu._JOINS)
     adapter = {**WHOLE, **PIECES}[kind]()
     expected = contents(in_pieces(adapter, tmp_path / "pieces"))
     for i in range(2):  # the second time what they say alike is known

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
 from fastlora.core.card import adapter_card
 from fastlora.core.data import LoraData
@@ -20,6 +19,7 @@ from fastlora.engine import stream
 from fastlora.engine.balance import is_narrow
 from fastlora.engine.write import outline
 from fastlora.files import spare
+from fastlora.files.one_piece import in_one_piece
 from fastlora.files.tensor_writing import SMALL_BYTES, TensorPlaces, header_around
 from fastlora.files.whole_output import Pieces
 from fastlora.formats.peft.names import WEIGHTS_NAME
@@ -75,18 +75,13 @@ def whole_files(adapter: LoraData, dtype: torch.dtype | str | None = None) -> di
     shape = _shape_of(tuple(modules), adapter)
     if shape is None:
         return None
-    tensors = [stored[i] for i in shape.order]
-    if any([x.dtype is not adapter.dtype for x in tensors]) or not tensors[0].is_cpu:
-        return None
-    numbers = _flatten_dense_tensors(tensors).detach()  # type: ignore[no-untyped-call]
-    if shape.scales is not None:
-        numbers = numbers * shape.scales
-    if not math.isfinite(numbers.sum(dtype=torch.float32)):  # NaN and Inf stay what they are in a sum
+    numbers = in_one_piece([stored[i] for i in shape.order], adapter.dtype, shape.scales)
+    if numbers is None:
         return None
     card = adapter_card(adapter, kind="LoRA", library=LIBRARY, ranks=shape.ranks, dtype=adapter.dtype)
     header = header_around(shape.places.text, metadata_of(adapter))
     return {
-        WEIGHTS_NAME: (header, numbers.view(torch.uint8).numpy().data),
+        WEIGHTS_NAME: (header, numbers),
         CARD_NAME: (card.encode(),),
         CONFIG_NAME: (shape.config,),
     }
