@@ -1,8 +1,9 @@
 """Every op in batched PyTorch: for machines without compiled kernels, and for devices that none were written for.
 
 Sums are float64 where the device has it. Where it has not, Gram blocks are sums of exact float32 products
-(:mod:`fastlora.backends.torch_products`) and small matrices are solved on the host. Accuracy is that of the other
-backends; bits may depend on the batch and on the number of threads, as those of torch's products do.
+(:mod:`fastlora.backends.torch_products`), and what needs float64 is computed on the host
+(:mod:`fastlora.backends.torch_host`). Accuracy is that of the other backends; bits may depend on the batch and on the
+number of threads, as those of torch's products do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import tiles_of_files, torch_chain, torch_differences, torch_passes, torch_tiles
-from fastlora.backends.torch_passes import wide
+from fastlora.backends.torch_host import float64_of_host
 from fastlora.backends.torch_products import has_float64, inner
 from fastlora.ops.coefficients import fill
 from fastlora.ops.dispatch import Kernel, always
@@ -59,7 +60,7 @@ def _small(device: torch.device) -> torch.device:
 
 def _combine(factors: Tensor, coefficients: Tensor, ranks: Tensor | None, rows: bool) -> Tensor:
     dtype = torch.float64 if factors.dtype == torch.float64 else torch.float32
-    x = mask_columns(factors.mT if rows else factors, ranks).to(wide(factors.device))  # [..., k, n, r]
+    x = mask_columns(factors.mT if rows else factors, ranks).double()  # [..., k, n, r]
     c = (coefficients.mT if rows else coefficients).to(x.dtype)  # [..., k, r, q]
     *batch, k, n, r = x.shape
     q = c.shape[-1]
@@ -149,22 +150,24 @@ def _blocked(x: Tensor, y: Tensor, device: torch.device) -> Tensor:
     return total
 
 
+_add_products = functools.partial(tiles_of_files.add_products, formula=tiles_of_files.plain)
+
 KERNELS: Mapping[str, Kernel] = {
     "gram": Kernel(_gram, always),
     "eigh": Kernel(_eigh, always),
     "svd": Kernel(_svd, always),
-    "chain": Kernel(torch_chain.chain, always),
-    "combine": Kernel(_combine, always),
-    "coefficients": Kernel(fill, always),
+    "chain": Kernel(float64_of_host(torch_chain.chain), always),
+    "combine": Kernel(float64_of_host(_combine), always),
+    "coefficients": Kernel(float64_of_host(fill), always),
     "finite": Kernel(_finite, always),
     "gram_pass": Kernel(torch_passes.gram_pass, always),
     "combine_pass": Kernel(torch_passes.combine_pass, always),
-    "merge_select": Kernel(torch_tiles.select, always),
-    "merge_count_varied": Kernel(torch_tiles.count_varied, always),
-    "merge_row_masks": Kernel(torch_tiles.row_masks, always),
-    "merge_tiles": Kernel(torch_tiles.merge, always),
+    "merge_select": Kernel(float64_of_host(torch_tiles.select), always),
+    "merge_count_varied": Kernel(float64_of_host(torch_tiles.count_varied), always),
+    "merge_row_masks": Kernel(float64_of_host(torch_tiles.row_masks), always),
+    "merge_tiles": Kernel(float64_of_host(torch_tiles.merge), always),
     "similarity": Kernel(_similarity, always),
-    "tucker": Kernel(tucker, always),
-    "difference_products": Kernel(torch_differences.products, always),
-    "add_products": Kernel(functools.partial(tiles_of_files.add_products, formula=tiles_of_files.plain), always),
+    "tucker": Kernel(float64_of_host(tucker), always),
+    "difference_products": Kernel(float64_of_host(torch_differences.products), always),
+    "add_products": Kernel(float64_of_host(_add_products), always),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlora.backends.torch_products import has_float64
 from fastlora.ops.difference_products import DifferenceProducts
 from fastlora.runtime.threads import in_threads, one_thread
 
@@ -28,15 +27,14 @@ def products(
     """See :func:`fastlora.ops.difference_products.difference_products`; ``"coarse"`` is ``"float32"``."""
     device = new.device
     n, m = new.shape
-    widest = torch.float64 if has_float64(device) else torch.float32
-    dtype = widest if precision == "float64" else torch.float32
+    dtype = torch.float64 if precision == "float64" else torch.float32
     right, left = (None if x is None else x.to(dtype) for x in (right, left))
     given = right if right is not None else left
     width = 0 if given is None else given.shape[1]
     images = None if right is None else torch.empty(n, width, dtype=dtype, device=device)
 
     def walk(first: int) -> tuple[Tensor | None, float]:
-        found = torch.zeros(m, width, dtype=widest, device=device) if back else None
+        found = torch.zeros(m, width, dtype=torch.float64, device=device) if back else None
         total = 0.0
         for start in range(first, min(first + length, n), ROWS):
             rows = slice(start, min(start + ROWS, first + length, n))
@@ -44,7 +42,7 @@ def products(
             if old is not None:
                 tile = tile - old[rows].to(dtype)
             if square:
-                total += float(tile.to(widest).square().sum())
+                total += float(tile.double().square().sum())
             image = None if left is None else left[rows]
             if right is not None:
                 assert images is not None
@@ -53,7 +51,7 @@ def products(
                 images[rows] = image
             if found is not None:
                 assert image is not None
-                found += (tile.mT @ image).to(widest)
+                found += (tile.mT @ image).double()
         return found, total
 
     length = -(-n // (STRETCHES * ROWS)) * ROWS
@@ -61,9 +59,9 @@ def products(
         found = in_threads(walk, range(0, n, length), threads if device.type == "cpu" else 1)
     preimages: Tensor | None = None
     if back:
-        preimages = torch.zeros(m, width, dtype=widest, device=device)
+        preimages = torch.zeros(m, width, dtype=torch.float64, device=device)
         for part, _ in found:
             assert part is not None
             preimages += part
     total = sum(total for _, total in found) if square else None
-    return DifferenceProducts(None if images is None else images.to(widest), preimages, total)
+    return DifferenceProducts(None if images is None else images.double(), preimages, total)

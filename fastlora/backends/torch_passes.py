@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -29,11 +30,6 @@ WORTH = 2**19  # elements of factors, below which a second thread costs more tha
 
 Work = TypeVar("Work")
 Found = TypeVar("Found")
-
-
-def wide(device: torch.device) -> torch.dtype:
-    """The dtype of sums on a device."""
-    return torch.float64 if has_float64(device) else torch.float32
 
 
 class _Memory:
@@ -260,7 +256,7 @@ def _gram_stack(jobs: list[GramJob]) -> None:
 def _stacked(factors: list[Tensor]) -> Tensor:
     """``[jobs, …]`` as the factors lie, converted once."""
     stack = factors[0][None] if len(factors) == 1 else torch.stack(factors)
-    return stack.to(wide(stack.device))
+    return stack.double() if has_float64(stack.device) else stack.float()
 
 
 # Results
@@ -342,7 +338,14 @@ def _fill(job: CombineJob, outputs: list[CombineOutput], made: list[Tensor], mem
     n, into = made[0].shape[long], _places([x.shape[rank] for x in made])
     plan = _Plan(outputs, into, [x.shape[rank] for x in job.factors], rows)
     device = job.factors[0].device if job.factors else made[0].device
-    dtype = torch.float32 if device.type == "cpu" and _float32_is_enough(job, made, plan) else wide(device)
+    ask = device.type == "cpu" or not has_float64(device)  # on other devices asking takes longer
+    dtype = torch.float32 if ask and _float32_is_enough(job, made, plan) else torch.float64
+    if dtype == torch.float64 and not has_float64(device):
+        copies = [torch.empty(x.shape, dtype=x.dtype) for x in made]
+        _fill(replace(job, factors=[x.to("cpu") for x in job.factors]), outputs, copies, memory)
+        for x, copy in zip(made, copies, strict=True):
+            x.copy_(copy)
+        return
     length = _length(n, into[-1].stop) if device.type == "cpu" else n
     ranks = [job.factors[i].shape[rank] for i in plan.used]
     at = dict(zip(plan.used, _places(ranks), strict=True))
@@ -354,7 +357,7 @@ def _fill(job: CombineJob, outputs: list[CombineOutput], made: list[Tensor], mem
         for i, which in enumerate(sources)
     ]
     outs = [torch.split(x, length, long) for x in made]
-    added = [(place, at[f], None if c is None else c.to(stack), scale) for place, f, c, scale in plan.added]
+    added = [(place, at[f], None if c is None else c.to(dtype).to(device), scale) for place, f, c, scale in plan.added]
     for i, start in enumerate(range(0, n, length)):
         if start == 0 or n - start < length:
             stack, total = stack[:, : n - start], total[:, : n - start]

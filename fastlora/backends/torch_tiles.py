@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastlora.backends.reference_tiles import empty_product, packed_row_mask, unpacked
-from fastlora.backends.torch_products import has_float64
 from fastlora.ops.merge_tiles import NOTHING, Cut, TileOutputs, TileResult, TileRule, TileTask
 from fastlora.reference import merge_tiles as formula
 
@@ -23,7 +22,7 @@ DIGIT = 16  # bits of a magnitude that one pass decides
 def _bands(task: TileTask, only: Sequence[int] | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Rows and their elements ``[k, rows, m]`` in the dtype of the task; ``only``: of these updates."""
     n, m = task.shape
-    dtype = task.dtype if has_float64(task.device) else torch.float32
+    dtype = task.dtype
     height = max(1, BAND_BYTES // (8 * max(m, 1) * len(task.pairs)))
     chosen = range(len(task.pairs)) if only is None else only
     factors = []
@@ -41,9 +40,9 @@ def _bands(task: TileTask, only: Sequence[int] | None = None) -> Iterator[tuple[
 
 
 def _variance(x: Tensor) -> Tensor:
-    """Of places, in float64 where the device has it; exactly 0 where all are equal, whatever their mean rounds to."""
+    """Of places, in float64; exactly 0 where all are equal, whatever their mean rounds to."""
     equal = (x == x[:1]).all(0)
-    return torch.where(equal, 0.0, formula.variance(x.double() if has_float64(x.device) else x))
+    return torch.where(equal, 0.0, formula.variance(x.double()))
 
 
 def _sizes(task: TileTask, adapters: Sequence[int], quantity: str) -> Iterator[tuple[int, list[Tensor]]]:
@@ -76,7 +75,6 @@ def select(task: TileTask, ranks: Sequence[tuple[int, int]], quantity: str) -> l
     if not active:
         return [NOTHING] * len(ranks)
     kind = task.dtype if quantity == "magnitude" else torch.float64
-    kind = kind if has_float64(task.device) else torch.float32
     whole = torch.int64 if kind == torch.float64 else torch.int32
     for shift in range(8 * kind.itemsize - DIGIT, -1, -DIGIT):
         counts = torch.zeros(len(active), 2**DIGIT, dtype=torch.int64)
@@ -159,27 +157,26 @@ def _kept(x: Tensor, rule: TileRule, rows: slice) -> Tensor:
 def merge(task: TileTask, rule: TileRule, outputs: TileOutputs) -> TileResult:
     """A rule over all bands."""
     square, undecided, majority, finite = 0.0, 0, 0, True
-    wide = torch.float64 if has_float64(task.device) else torch.float32
     sums = torch.zeros(len(task.pairs), 3, dtype=torch.float64)
     product = empty_product(task, outputs)
     for rows, x in _bands(task):
         v = x if rule.trim == "none" else torch.where(_kept(x, rule, rows), x, 0.0)
         M, S = formula.merged(
             v, elect=rule.elect, votes=rule.votes, gains=rule.gains, shares=rule.shares, least=rule.least,
-            instead=rule.instead, scale=rule.scale, zero=rule.zero, dtype=wide,
+            instead=rule.instead, scale=rule.scale, zero=rule.zero, dtype=torch.float64,
         )  # fmt: skip
         M = M.to(x.dtype)
-        square += float(M.to(wide).square().sum())
+        square += float(M.double().square().sum())
         finite = finite and bool(M.isfinite().all())
         if rule.elect != "none":
             undecided += int(((S == 0) & (v != 0).any(0)).sum())
             majority += int(S.sign().sum())
         if outputs.sums:
-            found = [t.to(wide).sum((1, 2)).cpu().double() for t in (x.abs(), v.abs(), v.to(wide).square())]
+            found = [t.double().sum((1, 2)).cpu().double() for t in (x.abs(), v.abs(), v.double().square())]
             sums += torch.stack(found, 1)
         if outputs.dense is not None:
             part = outputs.dense[rows]
-            part.copy_(part.to(wide) + M if outputs.add else M)
+            part.copy_(part.double() + M if outputs.add else M)
         if product is not None and outputs.right is not None:
             product[rows] = M.to(product) @ outputs.right
         if product is not None and outputs.left is not None:

@@ -10,7 +10,7 @@ import fastlora as fl
 from fastlora.backends import torch_products
 from fastlora.backends.torch_products import CHUNK, sliced
 
-LEFT_OUT = 2.0**-38  # of n·max|x|·max|y|: what is beyond five slices of eight bits
+LEFT_OUT = 2.0**-52  # of n·max|x|·max|y|: what is beyond seven slices of eight bits, and rounding in float64
 
 
 @pytest.mark.parametrize("size", [1.0, 1e12, 1e-12])

@@ -90,7 +90,25 @@ class OnDevice(Tensor):
         for given in flat:  # in place: the same object
             if isinstance(given, OnDevice) and given.held is result:
                 return given
-        return tree_map(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, result)
+        return tree_map(lambda x: cls(x) if isinstance(x, Tensor) else x, result)
+
+
+class WithoutFloat64(OnDevice):
+    """A tensor of a device that has no float64, as those of Apple are."""
+
+    device = torch.device("mps", 0)
+    is_cuda = False
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> WithoutFloat64:
+        if held.dtype in (torch.float64, torch.complex128):
+            raise TypeError(f"a tensor {tuple(held.shape)} in {held.dtype} is made on a device that has no float64")
+        made: WithoutFloat64 = OnDevice.__new__(cls, held)  # type: ignore[assignment]
+        return made
+
+
+def _put(x: Tensor, device: object) -> OnDevice:
+    return (WithoutFloat64 if str(device).startswith("mps") else OnDevice)(x)
 
 
 class _Making(TorchFunctionMode):
@@ -99,24 +117,24 @@ class _Making(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in MAKERS and _is_device(kwargs.get("device")):
-            kwargs["device"] = "cpu"
-            return OnDevice(func(*args, **kwargs))
+            device, kwargs["device"] = kwargs["device"], "cpu"
+            return _put(func(*args, **kwargs), device)
         if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):  # as another tensor
             args = args[0], args[1].device, args[1].dtype, *args[2:]
-        if func is Tensor.to and any(_is_device(x) for x in (*args[1:], kwargs.get("device"))):
+        if func is Tensor.to and (to := [x for x in (*args[1:], kwargs.get("device")) if _is_device(x)]):
             rest = [x for x in args[1:] if not _is_device(x)]
             kwargs.pop("device", None)
             x = args[0]
             if isinstance(x, OnDevice):
                 return x.to(*rest) if rest else x
-            return OnDevice((x.to(*rest) if rest else x).clone())
+            return _put((x.to(*rest) if rest else x).clone(), to[0])
         if func is Tensor.to and isinstance(args[0], OnDevice) and "cpu" in map(str, (*args[1:], kwargs.get("device"))):
             return args[0].cpu()
         return func(*args, **kwargs)
 
 
 def _is_device(x: object) -> bool:
-    return isinstance(x, str | torch.device) and str(x).startswith("cuda")
+    return isinstance(x, str | torch.device) and str(x).startswith(("cuda", "mps"))
 
 
 def _held(x: Any) -> Any:
