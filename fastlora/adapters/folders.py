@@ -23,7 +23,7 @@ ANY = tuple(KINDS)
 
 def holds_adapters(path: Path) -> bool:
     """Whether a path is a folder that is no adapter itself and has adapters of some format directly in it."""
-    if not path.is_dir():
+    if is_certain(path) or not path.is_dir():
         return False
     if _holds_folders_alone(path):
         return True

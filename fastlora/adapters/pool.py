@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +15,12 @@ from fastlora.adapters.folders import holds_adapters, load_folder
 from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
 from fastlora.adapters.one_form import in_one_form
-from fastlora.adapters.renaming import Renaming
+from fastlora.adapters.renaming import Renaming, named_alike
+from fastlora.core.deferred import outline_of
 from fastlora.core.names import check_name, check_names_differ
 from fastlora.core.updates import Layout
 from fastlora.core.vector_space import VectorSpace
-from fastlora.errors import InputError, UnsupportedAdapter
+from fastlora.errors import FastloraError, InputError, UnsupportedAdapter
 from fastlora.files.locate import LocatedPath, exists, find
 from fastlora.runtime import devices
 from fastlora.runtime.cpython import paused_collector
@@ -72,13 +74,12 @@ class Pool:
             raise InputError("a pool needs adapters, none was given")
         for adapter in given:
             check_name(adapter.name)
-        check_names_differ((a.name, repr(a)) for a in given)
+        check_names_differ((a.name, a) for a in given)
         self.notices: list[str]
         self._adapters: dict[str, Adapter] = {}
         self._owners: dict[str, list[int]] = {}
         given, self.notices = _named(given, align, Renaming(rename))
-        for adapter in given:
-            self._add(adapter)
+        self._add(given)
         self._compare_bases()
 
     @classmethod
@@ -119,7 +120,7 @@ class Pool:
         if isinstance(sources, Mapping):
             named = [load(os.fspath(p), name, family=family, rank=rank) for name, p in sources.items()]
             return cls(named, rename=rename)
-        found = (s if isinstance(s, VectorSpace) else find(os.fspath(s)) for s in sources)
+        found = (s if isinstance(s, VectorSpace) else find(s if isinstance(s, Path) else os.fspath(s)) for s in sources)
         elements, notices = _loaded(found, family, rank)
         pool = cls(elements, rename=rename)
         pool.notices[:0] = notices
@@ -222,14 +223,17 @@ class Pool:
         pool.notices = list(self.notices)
         return pool
 
-    def _add(self, adapter: Adapter) -> None:
-        earlier = self.adapters
-        for module in adapter.updates:
-            owners = self._owners.setdefault(module, [])
-            if owners:
-                self._check_module(module, earlier[owners[0]], adapter)
-            owners.append(len(earlier))
-        self._adapters[adapter.name] = adapter
+    def _add(self, given: Sequence[Adapter]) -> None:
+        checked: dict[int, Adapter] = {}  # by the identity of outlines
+        outlines = [outline_of(adapter) for adapter in given]
+        for place, (adapter, outline) in enumerate(zip(given, outlines, strict=True)):
+            first = adapter if outline is None else checked.setdefault(id(outline), adapter)
+            for module in first.updates:
+                owners = self._owners.setdefault(module, [])
+                if owners and first is adapter:
+                    self._check_module(module, given[owners[0]], adapter)
+                owners.append(place)
+            self._adapters[adapter.name] = adapter
 
     def _check_module(self, module: str, first: Adapter, second: Adapter) -> None:
         one, two = first.updates[module], second.updates[module]
@@ -269,7 +273,25 @@ def _named(adapters: list[Adapter], align: bool, renaming: Renaming) -> tuple[li
     """The adapters under the names that they have in a pool, and notices."""
     adapters = [renaming(adapter) for adapter in adapters]
     renaming.require_used()
+    some = _different(adapters)
+    if len(some) < len(adapters) and named_alike(some):
+        with contextlib.suppress(FastloraError):  # told of all
+            if in_one_form(some, align=align, strict=True) == (some, []):  # each is itself, and nothing is to tell
+                return adapters, []
     return in_one_form(adapters, align=align, strict=True)
+
+
+def _different(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Of adapters that differ in numbers alone the first, and the first two of all: what these have in common with the
+    others, the rest has. Nobody need look at the updates of the rest."""
+    outlines = [outline_of(adapter) for adapter in adapters]
+    seen = set[int]()
+    some = []
+    for i, (adapter, outline) in enumerate(zip(adapters, outlines, strict=True)):
+        if i < 2 or outline is None or id(outline) not in seen:
+            some.append(adapter)
+        seen.add(id(outline))
+    return some
 
 
 def _loaded(
@@ -279,18 +301,18 @@ def _loaded(
     given = list(sources)
     paths = [s for s in given if isinstance(s, LocatedPath)]
     folders = {s.path for s in paths if holds_adapters(s.path)}
-    check_names_differ((s.name, str(s.path)) for s in paths if s.path not in folders)  # before anything is loaded
-    loaded: list[tuple[VectorSpace, str]] = []
+    check_names_differ((s.name, s.path) for s in paths if s.path not in folders)  # before anything is loaded
+    loaded: list[tuple[VectorSpace, object]] = []
     notices: list[str] = []
     for source in given:
         if isinstance(source, VectorSpace):
-            loaded.append((source, repr(source)))
+            loaded.append((source, source))
         elif source.path in folders:
             elements, notes = load_folder(source.path, family=family, rank=rank)
-            loaded += [(e, str(source.path / e.name)) for e in elements]
+            loaded += [(e, source.path / e.name) for e in elements]
             notices += notes
         else:
-            loaded.append((load(source.path, source.name, family=family, rank=rank), str(source.path)))
+            loaded.append((load(source.path, source.name, family=family, rank=rank), source.path))
     check_names_differ((element.name, where) for element, where in loaded)
     return [element for element, _ in loaded], notices
 

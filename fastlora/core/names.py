@@ -48,10 +48,10 @@ def check_name(name: str) -> None:
         )
 
 
-def check_names_differ(named: Iterable[tuple[str, str]]) -> None:
-    """Refuses two adapters of one name, given ``(name, where it comes from)``; case does not tell names
-    apart."""
-    seen: dict[str, str] = {}
+def check_names_differ(named: Iterable[tuple[str, object]]) -> None:
+    """Refuses two adapters of one name, given ``(name, where it comes from)``: a text, or what becomes one. Case does
+    not tell names apart."""
+    seen: dict[str, object] = {}
     for name, where in named:
         other = seen.get(name.casefold())
         if other is not None:

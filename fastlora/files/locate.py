@@ -66,7 +66,9 @@ def _refuse_dangling(path: Path) -> None:
 def exists(path: str | Path) -> bool:
     """Whether there is such a path; ``False`` for what cannot be a path."""
     try:
-        return path != "" and Path(path).expanduser().exists()
+        if (text := os.fspath(path))[:1] != "~":
+            return text != "" and os.path.exists(text)
+        return Path(path).expanduser().exists()
     except (OSError, ValueError, RuntimeError):
         # Too long, with a null character, or of an unknown user: no such path.
         return False

@@ -204,6 +204,14 @@ def test_zeros_are_told_of_each(tmp_path: Path) -> None:
     assert "all its lora_B are zero" in load(tmp_path / "zeros").notes[0]
 
 
+def test_zeros_beside_a_module_that_is_scaled_to_nothing(tmp_path: Path) -> None:
+    fields = {"alpha_pattern": {FIRST: 0}}
+    load(written(tmp_path / "a", 1, **fields))
+    zeros = {m: (B if m == FIRST else torch.zeros_like(B), A) for m, (B, A) in make_factors().items()}
+    write_peft(tmp_path / "zeros", peft_tensors(zeros), make_config(**fields))
+    assert load(tmp_path / "a").notes == () and "changes nothing" in load(tmp_path / "zeros").notes[0]
+
+
 def test_metadata_are_those_of_the_file(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         file = written(tmp_path / f"a{seed}", seed) / "adapter_model.safetensors"

@@ -18,8 +18,10 @@ from builders import gaussian, make_factors
 from fastlora.adapters.loading import load
 from fastlora.adapters.lora import Adapter
 from fastlora.backends import cpu
+from fastlora.core.data import Extra
+from fastlora.core.file_form import FileForm
 from fastlora.engine import stream
-from fastlora.errors import FastloraError, OutputError
+from fastlora.errors import FastloraError, InputError, OutputError
 from fastlora.files import spare, whole_output
 from fastlora.formats import peft
 from fastlora.formats.peft import whole
@@ -72,6 +74,10 @@ def mixed() -> Adapter:
     return Adapter.from_tensors({first: (B.bfloat16(), A.bfloat16()), **dict(others)})
 
 
+def ragged(name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {name.format(i): (gaussian(8, i + 1, seed=i), gaussian(i + 1, 6, seed=i)) for i in range(2)}
+
+
 WHOLE: dict[str, Callable[[], Adapter]] = {
     **{f"{dtype}"[6:]: lambda dtype=dtype: made(dtype) for dtype in DTYPES},
     "scaled": lambda: made(scaling=-4.0),
@@ -80,6 +86,7 @@ WHOLE: dict[str, Callable[[], Adapter]] = {
     "provenance": lambda: made(provenance={"merge": "sum", "of": [{"weight": 0.5, "of": {"adapter": "a"}}]}),
     "sum": summed,
     "embedding": embedded,
+    "ranks": lambda: Adapter.from_tensors(ragged("model.layers.{}.q_proj")),
     "strided": lambda: Adapter.from_tensors({"q": (gaussian(6, 48, seed=1).T[:, ::2], gaussian(16, 3, seed=2).T)}),
     "trained": lambda: Adapter.from_tensors({"q": (gaussian(8, 3, seed=1).requires_grad_(), gaussian(3, 8, seed=2))}),
 }
@@ -92,6 +99,11 @@ PIECES: dict[str, Callable[[], Adapter]] = {
     "sum of two": lambda: made() + made(),
     "narrower": lambda: replace(made(), dtype=torch.bfloat16),
     "rank 0": lambda: made() - made(),
+    "experts": lambda: Adapter.from_tensors(ragged("model.layers.0.block_sparse_moe.experts.{}.w1")),
+    "large": lambda: Adapter.from_tensors(
+        {f"m{i}": (gaussian(512, 64, seed=i), gaussian(64, 512, seed=i)) for i in range(9)}
+    ),
+    "extras": lambda: made(extras={"q.bias": Extra("value", gaussian(4, seed=1))}),
 }
 
 
@@ -113,8 +125,36 @@ def test_adapters_of_one_shape_are_their_own(tmp_path: Path) -> None:
     adapters = [made(), made(scaling=2.0), replace(made(), name="other"), embedded()]
     adapters.append(Adapter.from_tensors({m: (u.B.stored, u.A.stored) for m, u in embedded().updates.items()}))  # type: ignore[misc]
     adapters.append(replace(made(), base=replace(made().base, model="org/other")))
+    adapters += [made(dtype) for dtype in DTYPES]
+    adapters += [Adapter.from_tensors({"q": (gaussian(8, 2, seed=1), gaussian(2, n, seed=2))}) for n in (7, 8, 9)]
     for i, adapter in enumerate([*adapters, *adapters]):
         assert contents(adapter.save(tmp_path / f"{i}")) == contents(in_pieces(adapter, tmp_path / f"{i} in pieces"))
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"dtype": "bfloat16"}, {"dtype": torch.float16}, {"dtype": torch.float32}, {"uniform_rank": True},
+    {"uniform_rank": 7}, {"format": "mlx"}, {"format": "peft"}, {"overwrite": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "_".join(f"{k}_{v}" for k, v in o.items()))
+def test_options(options: dict[str, Any], tmp_path: Path) -> None:
+    adapter = Adapter.from_tensors(ragged("model.layers.{}.q_proj"))
+    assert contents(adapter.save(tmp_path / "a", **options)) == contents(in_pieces(adapter, tmp_path / "b", **options))
+
+
+def test_single_files_are_written_as_such(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has the name of a file"):
+        made().save(tmp_path / "a.safetensors")
+    form = replace(made(), base=replace(made().base, form=FileForm("kohya")))
+    assert whole.whole_files(made()) is not None and whole.whole_files(form) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_notes_are_in_the_card(tmp_path: Path) -> None:
+    told = made(notes=("Told.",)).save(tmp_path / "told")
+    plain = made().save(tmp_path / "plain")
+    assert ["Told" in (folder / "README.md").read_text() for folder in (told, plain)] == [True, False]
 
 
 OTHERS: dict[str, Callable[[], AbstractContextManager[None]]] = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlora.core.data import BaseInfo, LoraData
-from fastlora.core.deferred import deferred
+from fastlora.core.deferred import Later, deferred
 from fastlora.core.factors import Factor
 from fastlora.core.inert import FIRST_COLUMNS, FIRST_ROW, changes_something
 from fastlora.core.updates import Layout, Update
@@ -59,7 +59,8 @@ class Recipe:
         if not changes_something(array_at(file, B, FIRST_ROW), array_at(file, A, FIRST_COLUMNS)):
             return None
         adapter = LoraData(name, {}, base=self.base, dtype=self.dtype)
-        deferred(adapter, "updates", functools.partial(_updates, self.places, self.runs, file))
+        # Of one recipe are the same modules, shapes, dtypes, scalings and layouts.
+        deferred(adapter, "updates", Later(functools.partial(_updates, self.places, self.runs, file), self))
         return adapter
 
 
