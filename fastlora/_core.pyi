@@ -1,4 +1,9 @@
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
+
+from fastlora.ops.passes import CombineJob, GramJob, SumOfTerms
 
 has_cuda: bool
 cuda_archs: str
@@ -30,22 +35,25 @@ PRECISIONS: dict[str, int]
 ADD_FIELDS: tuple[tuple[str, str], ...]
 ADD_PROBLEMS: dict[str, int]
 
+# The jobs of a pass as tables of addresses. What they were made of stays alive with them; `tensor` is torch's class.
+class GramJobs:
+    def __init__(self, jobs: Sequence[GramJob], tensor: type[Tensor]) -> None: ...
+    def run(self, threads: int) -> None: ...
+
+class CombineJobs:
+    def __init__(self, jobs: Sequence[CombineJob], tensor: type[Tensor], dtypes: dict[torch.dtype, int]) -> None: ...
+    def renew(self) -> None: ...
+    def run(self, threads: int) -> tuple[int, int, int, int]: ...  # problem, job, output of the job, errno
+
+class FactorJobs:
+    def __init__(
+        self, sides: Sequence[tuple[Sequence[SumOfTerms], Sequence[Tensor]]], tensor: type[Tensor]
+    ) -> None: ...
+    def run(self, threads: int) -> int: ...  # the first side that was refused, or -1
+
 # Arguments are addresses, sizes, and rows as fastlora.backends.rows packs them.
 def isa() -> str: ...
-def describes(type: type[object]) -> bool: ...
-def fill_rows(type: type[object], tensors: list[Tensor], table: int) -> list[int]: ...
 def joined(type: type[object], tensors: list[Tensor], dtype: int) -> bytearray | None: ...
-def gram(factors: int, tasks: int, blocks: int, n_tasks: int, threads: int) -> None: ...
-def combine(
-    factors: int,
-    tasks: int,
-    outputs: int,
-    matrices: int,
-    terms: int,
-    n_tasks: int,
-    to_files: bool,
-    threads: int,
-) -> tuple[int, int, int]: ...
 def finite(data: int, rows: int, cols: int, stride: int, dtype: int) -> bool: ...
 def chain(row: bytes) -> None: ...
 def merge_select(row: bytes) -> None: ...

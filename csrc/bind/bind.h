@@ -11,6 +11,8 @@ namespace fastlora {
 void bind_constants(pybind11::module_& m);
 void bind_cpu(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
+void bind_factor_jobs(pybind11::module_& m);
+void bind_jobs(pybind11::module_& m);
 void bind_tensors(pybind11::module_& m);
 
 template <class T = void>

@@ -27,43 +27,12 @@ void prefer_huge_pages([[maybe_unused]] uintptr_t data, [[maybe_unused]] int64_t
 #endif
 }
 
-static_assert(sizeof(Matrix) == 5 * 8 && sizeof(GramBlock) == 4 * 8 && sizeof(GramTask) == 5 * 8);
-static_assert(sizeof(Term) == 6 * 8 && sizeof(CombineOutput) == 6 * 8 && sizeof(CombineTask) == 5 * 8);
-static_assert(sizeof(CutQuery) == 4 * 8 && sizeof(AddSegment) == 4 * 8);
+static_assert(sizeof(Matrix) == 5 * 8 && sizeof(CutQuery) == 4 * 8 && sizeof(AddSegment) == 4 * 8);
 
 }  // namespace
 
 void bind_cpu(py::module_& m) {
     m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
-    m.def(
-        "gram",
-        [](uintptr_t factors, uintptr_t tasks, uintptr_t blocks, int64_t n_tasks, int threads) {
-            py::gil_scoped_release release;
-            check(kernels().gram(at<const Matrix>(factors), at<const GramTask>(tasks), at<const GramBlock>(blocks),
-                                 n_tasks, threads));
-        },
-        py::arg("factors"), py::arg("tasks"), py::arg("blocks"), py::arg("n_tasks"), py::arg("threads"));
-    m.def(
-        "combine",
-        [](uintptr_t factors, uintptr_t tasks, uintptr_t outputs, uintptr_t matrices, uintptr_t terms, int64_t n_tasks,
-           bool to_files, int threads) {
-            const CombineTables tables{at<const Matrix>(factors),
-                                       at<const CombineTask>(tasks),
-                                       at<const CombineOutput>(outputs),
-                                       at<const Matrix>(matrices),
-                                       at<const Term>(terms),
-                                       n_tasks,
-                                       to_files};
-            CombineProblem problem;
-            {
-                py::gil_scoped_release release;
-                problem = kernels().combine(tables, threads);
-            }
-            if (problem.kind == kNoMemory) throw std::bad_alloc();
-            return py::make_tuple(int(problem.kind), problem.output, problem.error);
-        },
-        py::arg("factors"), py::arg("tasks"), py::arg("outputs"), py::arg("matrices"), py::arg("terms"),
-        py::arg("n_tasks"), py::arg("to_files"), py::arg("threads"), "(kind, output, errno) of CombineProblem");
     m.def(
         "finite",
         [](uintptr_t data, int64_t rows, int64_t cols, int64_t stride, int64_t dtype) {

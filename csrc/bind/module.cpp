@@ -5,5 +5,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     fastlora::bind_constants(m);
     fastlora::bind_cpu(m);
     fastlora::bind_cuda(m);
+    fastlora::bind_jobs(m);
+    fastlora::bind_factor_jobs(m);
     fastlora::bind_tensors(m);
 }

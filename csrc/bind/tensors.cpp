@@ -1,10 +1,9 @@
-// Tensors as rows of the Matrix table, or in one piece, through DLPack's C interface, which torch gives with its type:
-// taking addresses, shapes and strides out of a tensor in Python takes ten times as long. The structs are those of
-// DLPack 1.
-#include <vector>
+// The structs are those of DLPack 1.
+#include "tensors.h"
 
-#include "bind.h"
-#include "fastlora/kernels.h"
+#include <cstring>
+#include <string>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -22,25 +21,10 @@ struct DlTensor {
     uint64_t byte_offset;
 };
 
-struct DlExchange {
-    uint32_t major, minor;
-    DlExchange* previous;
-    void *allocate, *from_object, *to_object;
-    int (*describe)(void* object, DlTensor* out);  // owns nothing, and may be missing
-    void* stream;
-};
-
 constexpr uint8_t kDlUnsigned = 1, kDlFloat = 2, kDlBfloat = 4;
 constexpr int32_t kDlCpu = 1;
-constexpr int64_t kNoDtype = -1;  // that kernels read
 
-const DlExchange* exchange_of(const py::handle& type) {
-    const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
-    if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
-    auto* found = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    while (found != nullptr && found->major != 1) found = found->previous;
-    return found != nullptr && found->describe != nullptr ? found : nullptr;
-}
+constexpr int64_t kNoDtype = -1;  // that kernels read
 
 int64_t dtype_of(const DlTensor& tensor) {
     if (tensor.lanes == 1) {
@@ -53,28 +37,83 @@ int64_t dtype_of(const DlTensor& tensor) {
     return kNoDtype;
 }
 
-// The table's rows, and which tensors have no contiguous rows: those rows are to be replaced.
-py::list fill_rows(const py::type& type, const py::list& tensors, uintptr_t table) {
-    const DlExchange* exchange = exchange_of(type);
-    if (exchange == nullptr) throw py::value_error("this torch does not describe its tensors");
-    py::list scattered;
-    auto* row = at<Matrix>(table);
-    for (size_t i = 0; i < tensors.size(); ++i, ++row) {
-        const py::handle object = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i));
-        DlTensor tensor{};
-        if (!py::isinstance(object, type)) throw py::type_error("a matrix is no tensor");
-        if (exchange->describe(object.ptr(), &tensor) != 0) throw py::error_already_set();
-        if (tensor.dimensions != 2) throw py::value_error("a matrix has two dimensions");
-        const int64_t dtype = dtype_of(tensor);
-        if (dtype == kNoDtype) throw py::value_error("a matrix has a dtype that kernels do not read");
-        const int64_t rows = tensor.shape[0], columns = tensor.shape[1];
-        if (columns > 1 && tensor.strides[1] != 1) scattered.append(i);
-        // torch gives a single row any stride; what is copied as it lies is rows times the stride.
-        *row = Matrix{int64_t(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset), rows, columns,
-                      rows == 1 ? columns : tensor.strides[0], dtype};
-    }
-    return scattered;
+int64_t dtype_of(const std::string& name) {
+    if (name == "torch.float32") return int64_t(DType::f32);
+    if (name == "torch.float64") return int64_t(DType::f64);
+    if (name == "torch.float16") return int64_t(DType::f16);
+    if (name == "torch.bfloat16") return int64_t(DType::bf16);
+    if (name == "torch.uint8") return int64_t(DType::bytes);
+    return kNoDtype;
 }
+
+int64_t read_dtype(int64_t dtype) {
+    if (dtype == kNoDtype) throw py::value_error("a matrix has a dtype that kernels do not read");
+    return dtype;
+}
+
+// torch gives a single row any stride; what is copied as it lies is rows times the stride.
+void set_shape(Described& found, const int64_t* shape, const int64_t* strides) {
+    Matrix& m = found.matrix;
+    m.rows = shape[0];
+    m.cols = shape[1];
+    m.stride = m.rows == 1 ? m.cols : strides[0];
+    found.has_rows = m.cols < 2 || strides[1] == 1;
+}
+
+Described by_attributes(py::handle tensor) {
+    Described found{};
+    found.matrix.data = tensor.attr("data_ptr")().cast<int64_t>();
+    found.matrix.dtype = read_dtype(dtype_of(py::str(tensor.attr("dtype")).cast<std::string>()));
+    found.on_cpu = tensor.attr("is_cpu").cast<bool>();
+    const py::tuple shape = tensor.attr("shape"), strides = tensor.attr("stride")();
+    found.dimensions = int64_t(shape.size());
+    if (found.dimensions == 2) {
+        const int64_t sizes[2] = {shape[0].cast<int64_t>(), shape[1].cast<int64_t>()};
+        const int64_t steps[2] = {strides[0].cast<int64_t>(), strides[1].cast<int64_t>()};
+        set_shape(found, sizes, steps);
+    }
+    return found;
+}
+
+}  // namespace
+
+struct DlExchange {
+    uint32_t major, minor;
+    DlExchange* previous;
+    void *allocate, *from_object, *to_object;
+    int (*describe)(void* object, DlTensor* out);  // owns nothing, and may be missing
+    void* stream;
+};
+
+namespace {
+
+const DlExchange* exchange_of(py::handle type) {
+    const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+    if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+    auto* found = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    while (found != nullptr && found->major != 1) found = found->previous;
+    return found != nullptr && found->describe != nullptr ? found : nullptr;
+}
+
+}  // namespace
+
+Describer::Describer(const py::type& type) : type_(type), exchange_(exchange_of(type)) {}
+
+Described Describer::operator()(py::handle object) const {
+    if (!py::isinstance(object, type_)) throw py::type_error("a matrix is no tensor");
+    if (exchange_ == nullptr) return by_attributes(object);
+    DlTensor tensor{};
+    if (exchange_->describe(object.ptr(), &tensor) != 0) throw py::error_already_set();
+    Described found{};
+    found.matrix.data = int64_t(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset);
+    found.matrix.dtype = read_dtype(dtype_of(tensor));
+    found.on_cpu = tensor.device_type == kDlCpu;
+    found.dimensions = tensor.dimensions;
+    if (tensor.dimensions == 2) set_shape(found, tensor.shape, tensor.strides);
+    return found;
+}
+
+namespace {
 
 // How many elements a tensor on the host has that lie one after another; -1 for any other tensor.
 int64_t count_in_place(const DlTensor& tensor) {
@@ -129,11 +168,6 @@ py::object joined(const py::type& type, const py::list& tensors, int64_t dtype) 
 }  // namespace
 
 void bind_tensors(py::module_& m) {
-    m.def(
-        "describes", [](const py::type& type) { return exchange_of(type) != nullptr; }, py::arg("type"),
-        "Whether fill_rows takes tensors of this type.");
-    m.def("fill_rows", &fill_rows, py::arg("type"), py::arg("tensors"), py::arg("table"),
-          "Rows of the Matrix table; returns the places of tensors whose rows are not contiguous.");
     m.def("joined", &joined, py::arg("type"), py::arg("tensors"), py::arg("dtype"),
           "The finite numbers of tensors of one dtype, one tensor after another; None for others.");
 }

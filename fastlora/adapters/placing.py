@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
 from fastlora.adapters.lora import Adapter
-from fastlora.engine.stream import Stream, needed, streamed
-from fastlora.runtime.memory import bounded
+from fastlora.engine.stream import Stream, current, needed, streamed
+from fastlora.runtime.memory import bounded, is_bounded
 from fastlora.runtime.memory import parse as parse_memory
 
 HOST = torch.device("cpu")
+NOTHING = contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,14 @@ class Place:
     memory: int | None
     stream: Stream | None
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> AbstractContextManager[None]:
         """Inside the block, the bound on memory and the stream are in effect."""
+        if self.memory is None and self.stream is None and not is_bounded() and current() is None:
+            return NOTHING
+        return self._entered()
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
         with bounded(self.memory), streamed(self.stream):
             yield
 

@@ -178,10 +178,10 @@ class Pool:
 
         Cost: one buffer and one copy an adapter. Factors that came from the host are not copied back.
         """
-        adapters = [a.to(device) for a in self.adapters]
-        if all(a is b for a, b in zip(adapters, self.adapters, strict=True)):
+        target = devices.parse(device)
+        if target is None or all([a.place in (None, target) for a in self._adapters.values()]):
             return self
-        return self._with(adapters)
+        return self._with(a.to(target) for a in self.adapters)
 
     def without_extras(self) -> Pool:
         """The pool of the low-rank updates alone, without biases and replaced modules. Nothing is read or copied."""

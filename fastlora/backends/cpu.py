@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ from fastlora.backends.rows import ChainRow, packed, packed_numbers
 from fastlora.ops.chain import results
 from fastlora.ops.coefficients import fill
 from fastlora.ops.difference_products import DifferenceProducts
-from fastlora.ops.dispatch import Kernel
-from fastlora.ops.passes import CombineJob, CombineOutput, GramJob, WriteProblem
+from fastlora.ops.dispatch import Kernel, always
+from fastlora.ops.passes import CombineJob, FactorSide, GramJob, WriteProblem
 
 try:
     from fastlora import _core
@@ -27,11 +26,8 @@ except ImportError as error:
     _import_error = str(error)
 
 DTYPES: dict[torch.dtype, int] = {}
-_DESCRIBES = False  # whether torch tells compiled code of its tensors
-_JOINS = False
+_JOINS = _core is not None
 if _core is not None:
-    _DESCRIBES = hasattr(_core, "describes") and bool(_core.describes(Tensor))  # a core built before has it not
-    _JOINS = _DESCRIBES and hasattr(_core, "joined")
     DTYPES.update((getattr(torch, name), code) for name, code in _core.DTYPES.items())
 
 
@@ -80,11 +76,9 @@ def _supports(*args: object) -> str | None:
 
 
 def _supports_jobs(jobs: Sequence[GramJob | CombineJob]) -> str | None:
-    for job in jobs:
-        for x in job.factors:
-            if not x.is_cpu:
-                return _on_cpu(x)
-    return None
+    if all([x.is_cpu for job in jobs for x in job.factors]):
+        return None
+    return _on_cpu(*[x for job in jobs for x in job.factors])
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
@@ -97,64 +91,13 @@ def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
     return x.data_ptr(), rows, columns, columns if rows == 1 else stride, DTYPES[x.dtype]
 
 
-def _matrices(tensors: list[Tensor]) -> tuple[np.ndarray[Any, np.dtype[np.int64]], list[Tensor]]:
-    """The Matrix table of what is only read, and the tensors behind its rows, to be kept until the kernel is done: as
-    given where rows are contiguous, as loaded ones are, else copies."""
-    if not _DESCRIBES:
-        tensors = [x if x.stride(1) == 1 or x.shape[1] < 2 else x.contiguous() for x in tensors]
-        return _table([number for x in tensors for number in _matrix(x)], 5), tensors
-    table = np.empty((len(tensors), 5), dtype=np.int64)
-    scattered = _core.fill_rows(Tensor, tensors, _address(table))
-    if scattered:
-        tensors = list(tensors)
-        for i in scattered:
-            tensors[i] = tensors[i].contiguous()
-            table[i] = _matrix(tensors[i])
-    return table, tensors
-
-
-def _table(numbers: Sequence[int], columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Rows of a table, one after the other: a list of tuples would take twice the time."""
-    return np.array(numbers, dtype=np.int64).reshape(-1, columns)
-
-
 def _address(table: np.ndarray[Any, Any]) -> int:
     address: int = table.__array_interface__["data"][0]  # table.ctypes.data takes five times as long
     return address
 
 
 def _gram_pass(jobs: Sequence[GramJob]) -> None:
-    factors: list[Tensor] = []
-    tasks: list[int] = []
-    blocks: list[np.ndarray[Any, Any]] = []
-    first_block = 0
-    # Neighbouring jobs mostly share their list of blocks.
-    for _, run in itertools.groupby(jobs, key=lambda job: (id(job.blocks), job.stride)):
-        same = list(run)
-        count, stride = len(same[0].blocks), same[0].stride
-        starts = []
-        out, start = None, 0
-        for job in same:
-            tasks += (len(factors), len(job.factors), first_block, count, job.rows)
-            first_block += count
-            factors += job.factors
-            if job.out is not out:
-                out, start = job.out, job.out.data_ptr()
-            starts.append(start + 8 * job.start)
-        if len(same) == 1:
-            rows = [(i, j, starts[0] + 8 * offset, stride) for i, j, offset in same[0].blocks]
-            blocks.append(np.array(rows, dtype=np.int64).reshape(-1, 4))
-            continue
-        asked_blocks = np.array(same[0].blocks, dtype=np.int64).reshape(-1, 3)
-        table = np.empty((len(same), count, 4), dtype=np.int64)
-        table[:, :, :2] = asked_blocks[:, :2]
-        table[:, :, 2] = np.array(starts, dtype=np.int64)[:, None] + 8 * asked_blocks[:, 2]
-        table[:, :, 3] = stride
-        blocks.append(table.reshape(-1, 4))
-    matrices, _alive = _matrices(factors)  # alive until the kernel is done
-    tables = matrices, _table(tasks, 5), np.concatenate(blocks) if blocks else _table([], 4)
-    factor_table, task_table, block_table = map(_address, tables)
-    _core.gram(factor_table, task_table, block_table, n_tasks=len(jobs), threads=torch.get_num_threads())
+    _core.GramJobs(jobs, Tensor).run(torch.get_num_threads())
 
 
 class PreparedCombine:
@@ -162,82 +105,24 @@ class PreparedCombine:
     the outputs name by then; :meth:`renew` before it looks at their places in files and the scales of their terms."""
 
     def __init__(self, jobs: Sequence[CombineJob]) -> None:
-        self._results = [output for job in jobs for output in job.outputs]
-        self._scaled: list[tuple[CombineOutput, int]] = []  # whose term each row of the table is
-        tasks: list[int] = []
-        outputs: list[int] = []
-        terms: list[int] = []
-        scales: list[float] = []
-        given: list[Tensor] = []
-        output_index = 0  # of the next output
-        for job in jobs:
-            rows = job.rows
-            tasks += (len(given), len(job.factors), output_index, len(job.outputs), rows)
-            given += job.factors
-            for output in job.outputs:
-                first = len(scales)
-                for term, (factor, c, at, scale) in enumerate(output.terms):
-                    if c is None:
-                        terms += (factor, 0, 0, 0, at, 0)
-                    else:
-                        r, q = c.shape
-                        if not r or not q:  # an empty coefficient has no address, which in the table is the identity
-                            continue
-                        stride, step = c.stride()
-                        if c.dtype != torch.float64 or (q > 1 and step != 1):
-                            raise ValueError(
-                                f"a coefficient must be float64 with contiguous rows: {c.dtype} {c.stride()}"
-                            )
-                        terms += (factor, c.data_ptr(), stride, r if rows else q, at, 0)
-                    scales.append(scale)
-                    self._scaled.append((output, term))
-                outputs += (output_index, first, len(scales) - first, -1, output.offset, output.check)
-                output_index += 1
-        factors, self._alive = _matrices(given)
-        self._terms = _table(terms, 6)
-        self._terms[:, 5] = np.array(scales, dtype=np.float64).view(np.int64)
-        self._tasks, self._outputs = _table(tasks, 5), _table(outputs, 6)
-        self._tables = factors, self._tasks, self._outputs, _results(self._results), self._terms
-        self._copies = [(x, y) for x, y in zip(given, self._alive, strict=True) if x is not y]
+        self._tables = _core.CombineJobs(jobs, Tensor, DTYPES)
 
     def renew(self) -> None:
         """Takes the scales of terms and the places in files anew from the jobs."""
-        self._outputs[:, 4] = [output.offset for output in self._results]
-        scales = [output.terms[term][3] for output, term in self._scaled]
-        self._terms[:, 5] = np.array(scales, dtype=np.float64).view(np.int64)
+        self._tables.renew()
 
     def run(self) -> WriteProblem | None:
         """Computes all outputs and writes those that have a file; returns what stopped it, or ``None``."""
-        for given, copy in self._copies:
-            copy.copy_(given)
-        files = [output.file for output in self._results]
-        self._outputs[:, 3] = files
-        to_files, threads = max(files, default=-1) >= 0, torch.get_num_threads()
-        factors, tasks, outputs, matrices, terms = map(_address, self._tables)
-        kind, output_index, errno = _core.combine(
-            factors, tasks, outputs, matrices, terms, n_tasks=len(self._tasks), to_files=to_files, threads=threads
-        )
-        if not kind:
-            return None
-        job = int(np.searchsorted(self._tasks[:, 2], output_index, side="right")) - 1
-        return WriteProblem(job, output_index - int(self._tasks[job, 2]), errno if kind == _core.SYSTEM_ERROR else None)
-
-
-def _results(outputs: Sequence[CombineOutput]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The Matrix table of what is written, without addresses for what goes to files alone."""
-    memory = [output.out for output in outputs if output.out is not None]
-    table, targets = _matrices(memory)
-    if targets is not memory:
-        table = _table([number for x in memory for number in _matrix(x)], 5)  # refuses what would not be written to
-    if len(memory) == len(outputs):
-        return table
-    rows = iter(table.tolist())
-    whole = [(0, *o.shape, o.shape[1], DTYPES[o.dtype]) if o.out is None else next(rows) for o in outputs]
-    return _table([number for row in whole for number in row], 5)
+        kind, job, output, errno = self._tables.run(torch.get_num_threads())
+        return WriteProblem(job, output, errno if kind == _core.SYSTEM_ERROR else None) if kind else None
 
 
 def _combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:
     return PreparedCombine(jobs).run()
+
+
+def _factor_pass(sides: Sequence[FactorSide]) -> int:
+    return _core.FactorJobs(sides, Tensor).run(torch.get_num_threads())
 
 
 def _finite(x: Tensor) -> bool:
@@ -331,7 +216,8 @@ def _difference_products(
     given = right if right is not None else left
     width = 0 if given is None else given.shape[1]
     right, left = (None if x is None else aligned(x) for x in (right, left))
-    table, _alive = _matrices([new] if old is None else [new, old])  # alive until the kernel is done
+    given_rows = [x if x.stride(1) == 1 or x.shape[1] < 2 else x.contiguous() for x in (new, old) if x is not None]
+    table = np.array([_matrix(x) for x in given_rows], dtype=np.int64)
     images = None if right is None else torch.empty(n, width, dtype=torch.float64)
     preimages = torch.empty(m, width, dtype=torch.float64) if back else None
     total = torch.zeros(1, dtype=torch.float64) if square else None
@@ -359,6 +245,7 @@ KERNELS: Mapping[str, Kernel] = {
     "finite": Kernel(_finite, _supports),
     "gram_pass": Kernel(_gram_pass, _supports_jobs),
     "combine_pass": Kernel(_combine_pass, _supports_jobs, PreparedCombine),
+    "factor_pass": Kernel(_factor_pass, always),
     "merge_select": Kernel(cpu_tiles.select, cpu_tiles.supports),
     "merge_count_varied": Kernel(cpu_tiles.count_varied, cpu_tiles.supports),
     "merge_row_masks": Kernel(cpu_tiles.row_masks, cpu_tiles.supports),

@@ -93,18 +93,21 @@ class CoefficientsRow(NamedTuple):
 
 def packed(row: ChainRow | CoefficientsRow, fields: Sequence[tuple[str, str]]) -> bytes:
     """``fields``: ``(name, struct code)`` as the module has them."""
+    names, layout = _layout(tuple(fields))
+    if row._fields == names:
+        return layout.pack(*row)
     return packed_numbers(type(row).__name__, row._asdict(), fields)
 
 
 def packed_numbers(name: str, numbers: Mapping[str, int | float], fields: Sequence[tuple[str, str]]) -> bytes:
     """:func:`packed` of numbers by their names; ``name`` is that of the row."""
     names, layout = _layout(tuple(fields))
-    if numbers.keys() != names.keys():
+    if numbers.keys() != set(names):
         raise ValueError(f"{name} has the fields {', '.join(numbers)}, the kernel {fields}")
     return layout.pack(*[numbers[field] for field in names])
 
 
 @functools.cache
-def _layout(fields: tuple[tuple[str, str], ...]) -> tuple[dict[str, None], struct.Struct]:
+def _layout(fields: tuple[tuple[str, str], ...]) -> tuple[tuple[str, ...], struct.Struct]:
     """The names of the fields of a row, in order, and how it is packed."""
-    return dict.fromkeys(name for name, _ in fields), struct.Struct("=" + "".join(code for _, code in fields))
+    return tuple(name for name, _ in fields), struct.Struct("=" + "".join(code for _, code in fields))

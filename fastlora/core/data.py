@@ -153,9 +153,11 @@ class LoraData(ModulesData):
     def place(self) -> torch.device | None:
         """Where the matrices are: those of an adapter are together. ``None`` without any, as in what is shared by
         adapters that share nothing: it can be computed with anywhere."""
-        terms = (t for u in self.updates.values() for t in (*u.B.terms, *u.A.terms))
-        first = next(terms, None)
-        return None if first is None else first.source.device
+        for update in self.updates.values():
+            for terms in (update.B.terms, update.A.terms):
+                if terms:
+                    return terms[0].source.device
+        return None
 
     @property
     def device(self) -> torch.device:

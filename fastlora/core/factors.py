@@ -130,6 +130,13 @@ class Factor:
 
     def applied(self, C: Tensor) -> Factor:
         """``B C`` or ``C A``: a float64 coefficient as terms have them, ``[rank, q]`` (B side) or ``[q, rank]``."""
+        return Factor(self.side, self.length, C.shape[1 if self.side == "B" else 0], self.terms_on(C))
+
+    def terms_on(self, C: Tensor) -> tuple[Term, ...]:
+        """Those of :meth:`applied`."""
+        stored = self.stored
+        if stored is not None and stored.is_cpu and C.is_cpu:
+            return (Term(stored, _with_contiguous_rows(C)),)
         axis = 0 if self.side == "B" else 1  # of the rank
         joined = self.joined
         if self.terms:
@@ -144,7 +151,7 @@ class Factor:
         else:
             pieces = torch.split_with_sizes(C, [t.source.shape[1 - axis] for t in joined], axis)
             terms = [Term(t.source, piece, 0, t.scale) for t, piece in zip(joined, pieces, strict=True)]
-        return Factor(self.side, self.length, C.shape[1 - axis], tuple(terms))
+        return tuple(terms)
 
 
 def _on(source: Tensor, small: Tensor) -> Tensor:

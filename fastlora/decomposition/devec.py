@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +16,16 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.analysis.chance import chance_edge
-from fastlora.core.updates import Noise, Update, joint_noise
+from fastlora.core.updates import NO_NOISE, Noise, Update, joint_noise
 from fastlora.decomposition.weighted_chain import weighted_chain
 from fastlora.engine.blocks import ChainBlocks, require_finite_blocks
 from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.stream import current as streaming
+from fastlora.ops import dispatch
 from fastlora.reference import coefficients
 
-Scalings = np.ndarray[tuple[int, int], np.dtype[np.float64]]
+Table = np.ndarray[tuple[int, int], np.dtype[np.float64]]
+"""Float64 ``[g, k]``: a number of every update."""
 
 SOFT = "soft"
 """The threshold that takes directions by how far they are above chance."""
@@ -79,19 +82,12 @@ class Settings:
 
     def run(self, blocks: ChainBlocks) -> ops.Chain:
         """The chain of these settings on Gram blocks."""
-        threshold, kind, rtol, rank, energy = self.cuts(blocks.group.rtol)
+        cuts = self.cuts(blocks.group.rtol)
         if not self.is_plain:
+            threshold, kind, _, rank, energy = cuts
             return weighted_chain(blocks, kind, threshold, self.rho or 0.0, (rank, energy))
-        return ops.chain(
-            blocks.projected,
-            blocks.other,
-            threshold=threshold,
-            kind=kind,
-            rtol=rtol,
-            rank=rank,
-            energy=energy,
-            floor=blocks.floor,
-        )
+        # Past the checks of the op: the blocks are as the engine makes them, and the cuts were checked.
+        return ops.Chain(*dispatch.run("chain", blocks.projected, blocks.other, blocks.floor, *cuts))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,23 +104,28 @@ class ResultBatch:
     basis: Tensor
     H: Tensor
 
-    def removals(self, rows: Sequence[int], i: int, ranks: Sequence[int]) -> list[list[Tensor]]:
-        """``-basis_j H_i [r_j, r_i]`` for some rows and every mover ``j``: what the unique part of ``i`` adds on
-        ``X_j``."""
-        all_rows = list(rows) == list(range(len(self.H)))
-        basis, H = (self.basis, self.H[:, i]) if all_rows else (self.basis[rows], self.H[rows, i])
-        products = -basis @ H[:, None]
-        movers = products.shape[1]
-        each = list(products.flatten(0, 1).unbind())
-        if any(rank < H.shape[-1] for rank in ranks):
-            each = [c[: ranks[j % movers], : ranks[i]] for j, c in enumerate(each)]
-        return [each[row : row + movers] for row in range(0, len(each), movers)]
+    def bases(self, rows: Sequence[int]) -> Sequence[Tensor]:
+        """``basis_j [r, c]`` for some rows and every mover ``j``, one row after the other."""
+        return self._chosen(self.basis, rows).flatten(0, 1).unbind()
 
-    def weighted(self, rows: Sequence[int], members: Sequence[int], weights: Sequence[Sequence[float]]) -> list[Tensor]:
-        """``w_i H_i [members, c, r]`` for some rows, with weights ``[rows][members]``."""
-        H = self.H[rows] if len(members) == self.H.shape[1] else self.H[rows][:, members]
-        factors = torch.tensor(weights, dtype=torch.float64).to(H.device)
-        return list((H * factors[:, :, None, None]).unbind())
+    def removals(self, rows: Sequence[int], i: int) -> Sequence[Tensor]:
+        """``-basis_j H_i [r, r]`` for some rows and every mover ``j``, one row after the other: what the unique part of
+        ``i`` adds on ``X_j``."""
+        products = -self._chosen(self.basis, rows) @ self._chosen(self.H[:, i], rows)[:, None]
+        return products.flatten(0, 1).unbind()
+
+    def weighted(
+        self, rows: Sequence[int], members: Sequence[int], weights: Sequence[Sequence[float]]
+    ) -> Sequence[Tensor]:
+        """``w_i H_i [c, r]`` for some rows, with weights ``[rows][members]``, one row after the other."""
+        H = self._chosen(self.H, rows)
+        H = H if len(members) == H.shape[1] else H[:, members]
+        factors = torch.from_numpy(np.array(weights, dtype=np.float64)).to(H.device)
+        return (H * factors[:, :, None, None]).flatten(0, 1).unbind()
+
+    def _chosen(self, values: Tensor, rows: Sequence[int]) -> Tensor:
+        """Some rows; nothing is copied where all are wanted, as when every module shares something."""
+        return values if list(rows) == list(range(len(values))) else values[rows]
 
 
 @dataclass(slots=True, eq=False)
@@ -187,15 +188,18 @@ class ModuleResult:
     def weights(self) -> tuple[float, ...]:
         """ω_i of MATH (10); zeros where nothing is shared."""
         total = sum(self.shared_norms)
-        return tuple(s / total if total > 0 else 0.0 for s in self.shared_norms)
+        return tuple([s / total if total > 0 else 0.0 for s in self.shared_norms])
 
     def unique_noise(self, i: int, update: Update) -> Noise:
-        """That of the unique part of adapter ``i``, from its ``update``: what was taken from it is known to the
-        rounding of the whole."""
-        if not self.count:
-            return update.noise
-        largest = float(self.batch.sigma[self.row, i, 0])
-        return joint_noise([update.noise, Noise(self.rtol * largest, largest)])
+        """That of the unique part of adapter ``i``, from its ``update``."""
+        return unique_noise(update, self.rtol, float(self.batch.sigma[self.row, i, 0])) if self.count else update.noise
+
+
+def unique_noise(update: Update, rtol: float, largest: float) -> Noise:
+    """That of the unique part of an update whose largest singular value is ``largest``: what was taken from it is known
+    to the rounding of the whole."""
+    own = Noise(rtol * largest, largest)
+    return own if update.noise is NO_NOISE else joint_noise([update.noise, own])
 
 
 def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleResult]:
@@ -205,15 +209,12 @@ def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleRes
         require_finite_blocks(blocks, settings.side)
         raise_for_info(blocks.modules, chain.info)
     movers = settings.movers(len(blocks.group.members))
-    if settings.is_plain and not any(chain.shared.tolist()):  # as mostly in adapters of different tasks
-        return unshared_results(blocks, chain, movers)
-    scalings = _scalings(blocks)
-    scaling = torch.from_numpy(scalings).to(blocks.projected.device)
     taken = settings.taken(blocks, chain)
     if taken is None:
-        shares = coefficients.shares(blocks.projected, blocks.other, chain.basis, scaling, movers)
-        return module_results(blocks, chain, movers, *shares, scalings)
+        H, norms, shared = _shares(blocks, chain, movers)
+        return module_results(blocks, chain, movers, H, norms, shared)
     chain = chain._replace(shared=(taken > 0.0).sum(1), basis=chain.basis * (taken > 0.0)[:, None, None])
+    scaling = torch.from_numpy(_scalings(blocks)).to(blocks.projected.device)
     H, norms, inside = coefficients.shares(blocks.projected, blocks.other, chain.basis, scaling, movers)
     soft = taken[:, None, :, None] * H
     shared, rest = (coefficients.lengths(x, blocks.other, scaling) for x in (soft, H - soft))
@@ -224,23 +225,35 @@ def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleRes
     return results
 
 
-def unshared_results(blocks: ChainBlocks, chain: ops.Chain, movers: int) -> list[ModuleResult]:
-    """:func:`module_results` where no module shares anything: nothing is left to compute but the norms."""
-    scalings = _scalings(blocks)
-    g, k = scalings.shape
-    if blocks.projected.is_cpu:  # small steps take NumPy a third of torch's time; the sums are torch's, to the last bit
-        with np.errstate(all="ignore"):
-            diagonal = blocks.projected.numpy().diagonal(axis1=1, axis2=2).transpose(0, 3, 1, 2)
-            squares = torch.from_numpy(diagonal * blocks.other.numpy()).sum((-1, -2)).numpy()
-            norms = torch.from_numpy(np.sqrt(np.maximum(squares, 0.0)) * np.abs(scalings))
-    else:
-        scaling = torch.from_numpy(scalings).to(blocks.projected.device)
-        norms = coefficients.whole_lengths(blocks.projected, blocks.other, scaling)
-    nothing = torch.from_numpy(np.zeros((g, k)))
-    return module_results(blocks, chain, movers, nothing[:, :, None, None], norms, nothing, scalings)
+def _shares(blocks: ChainBlocks, chain: ops.Chain, movers: int) -> tuple[Tensor | None, Tensor | Table, Tensor | Table]:
+    """:func:`coefficients.shares`; without ``H`` where nothing is shared, as mostly in adapters of different tasks.
+
+    On the host in NumPy, where small steps take a third of torch's time. What is summed is torch's, to the last bit.
+    """
+    projected, other = blocks.projected, blocks.other
+    H = coefficients.directions(projected, chain.basis, movers) if any(chain.shared.tolist()) else None
+    if not projected.is_cpu:
+        scaling = torch.from_numpy(_scalings(blocks)).to(projected.device)
+        norms = coefficients.whole_lengths(projected, other, scaling)
+        return H, norms, torch.zeros_like(norms) if H is None else coefficients.lengths(H, other, scaling)
+    g, k, _, r, _ = projected.shape
+    diagonal, others = projected.numpy().reshape(g, k * k, r, r)[:, :: k + 1], other.numpy()
+    with np.errstate(all="ignore"):
+        sizes = np.abs(_scalings(blocks))
+        squares = _sums(diagonal * others)
+        if H is None:
+            return H, np.sqrt(squares.numpy()) * sizes, np.zeros((g, k))
+        # Torch's roots, whose last bit may be another than NumPy's: coefficients are made of the second ones.
+        inside = _sums((H.mT @ H).numpy() * others)
+        return H, squares.sqrt_().numpy() * sizes, inside.sqrt_().numpy() * sizes
 
 
-def _scalings(blocks: ChainBlocks) -> Scalings:
+def _sums(products: np.ndarray[Any, np.dtype[np.float64]]) -> Tensor:
+    """Of every two Gram blocks ``[g, k, r, r]`` the sum of their products, at least 0."""
+    return torch.from_numpy(products).sum((-1, -2)).clamp_(min=0)
+
+
+def _scalings(blocks: ChainBlocks) -> Table:
     """The ``s_i``: ``[g, k]``."""
     return np.array([[u.scaling for u in row] for row in blocks.updates], dtype=np.float64)
 
@@ -249,17 +262,14 @@ def module_results(
     blocks: ChainBlocks,
     chain: ops.Chain,
     movers: int,
-    H: Tensor,
-    norms: Tensor,
-    shared: Tensor,
-    scalings: Scalings | None = None,
+    H: Tensor | None,
+    norms: Tensor | Table,
+    shared: Tensor | Table,
 ) -> list[ModuleResult]:
-    """The results of a chain, from ``H_i [g, k, w, r]`` and the norms of the updates and their shared parts
-    ``[g, k]``. ``scalings``: the ``s_i``, where they are known."""
-    # Small steps take NumPy a third of torch's time.
-    scalings = _scalings(blocks) if scalings is None else scalings
+    """The results of a chain, from ``H_i [g, k, w, r]`` (``None`` where nothing is shared) and the norms of the updates
+    and their shared parts ``[g, k]``."""
     with np.errstate(all="ignore"):
-        sigma = chain.sigma.cpu().numpy() * np.abs(scalings)[..., None]
+        sigma = chain.sigma.cpu().numpy() * np.abs(_scalings(blocks))[..., None]
     check_size(blocks.names, blocks.modules, sigma)
     values = chain.values.cpu()
     numbers = values.numpy()
@@ -268,7 +278,7 @@ def module_results(
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
     counts, kept, all_norms, shared_norms = (x.tolist() for x in (chain.shared, chain.kept, norms, shared))
     most = max(counts, default=0)
-    if most:
+    if most and H is not None:
         basis, H = _beside_factors(chain.basis[:, :movers, :, :most]), _beside_factors(H[:, :, :most])
     else:
         g, k, r = sigma.shape
@@ -288,4 +298,6 @@ def module_results(
 
 def _beside_factors(small: Tensor) -> Tensor:
     """A copy of a coefficient where the factors are that it belongs to: those that are streamed are on the host."""
+    if small.is_cpu:
+        return torch.from_numpy(small.numpy().copy())
     return small.clone() if streaming() is None else small.cpu().clone()

@@ -5,14 +5,15 @@ coefficients of a chain. Results that are looked at or saved and those of a plan
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Protocol
 
 from torch import Tensor
 
 from fastlora.adapters.pool import Pool
-from fastlora.core.factors import Factor, add
-from fastlora.core.updates import NO_NOISE, Noise, Update, factor, sides
-from fastlora.decomposition.devec import ModuleResult, ResultBatch, Settings
+from fastlora.core.factors import Factor, Term
+from fastlora.core.updates import NO_NOISE, Noise, Update, sides
+from fastlora.decomposition.devec import ModuleResult, ResultBatch, Settings, unique_noise
 
 
 class PartUpdates(Protocol):
@@ -25,12 +26,16 @@ class PartUpdates(Protocol):
         """The unique part of adapter ``name``, MATH (8), in modules where it is not the adapter itself."""
 
 
-def combination(factors: Iterable[Factor], coefficients: Iterable[Tensor]) -> Factor:
+def combination(factors: Sequence[Factor], coefficients: Sequence[Tensor]) -> Factor:
     """``Σ_j X_j C_j`` on the B side, ``Σ_j C_j X_j`` on the A side: float64 ``C_j [r_j, q]`` or ``[q, r_j]``.
 
     Coefficients with contiguous rows are used where they lie: the sum follows what they hold.
     """
-    return add([x.applied(C) for x, C in zip(factors, coefficients, strict=True)])
+    terms: list[Term] = []
+    for x, C in zip(factors, coefficients, strict=True):
+        terms += x.terms_on(C)
+    first = factors[0]
+    return Factor(first.side, first.length, coefficients[0].shape[1 if first.side == "B" else 0], tuple(terms))
 
 
 def unique_factor(start: Factor, movers: Iterable[Factor], removals: Iterable[Tensor]) -> Factor:
@@ -38,8 +43,13 @@ def unique_factor(start: Factor, movers: Iterable[Factor], removals: Iterable[Te
     ``−basis_j H_i``."""
     terms = list(start.terms)
     for x, C in zip(movers, removals, strict=True):
-        terms += x.applied(C).terms
+        terms += x.terms_on(C)
     return Factor(start.side, start.length, start.rank, tuple(terms))
+
+
+def _cut(small: Tensor, rows: int, columns: int) -> Tensor:
+    """A coefficient without its padding."""
+    return small if small.shape == (rows, columns) else small[:rows, :columns]
 
 
 def assembled(like: Update, side: str, projected: Factor, other: Factor, scaling: float, noise: Noise) -> Update:
@@ -61,7 +71,7 @@ class LazyUpdates:
         self.results = results
         self.side = settings.side
         self.is_left = settings.side == "left"
-        self._projected_side, self._other_side = sides(settings.side)
+        self._projected_of, self._other_of = map(attrgetter, sides(settings.side))
         self._updates = {a.name: a.updates for a in pool.adapters}
         self._shared_results = [result for result in results.values() if result.count]
 
@@ -69,53 +79,57 @@ class LazyUpdates:
         """``Z · Σ_i w_i s_i H_i A_i``, with the weights of MATH (10), or with weight 1 of adapter ``name`` alone."""
         updates: dict[str, Update] = {}
         for batch, results in self._sharing(name).items():
-            names, ranks = results[0].names, results[0].ranks
+            names, ranks, rows = results[0].names, results[0].ranks, [r.row for r in results]
             members = list(range(len(names))) if name is None else [names.index(name)]
             weights = [self.mixing_weights(result, members, name) for result in results]
-            weighted = batch.weighted([r.row for r in results], members, weights)
-            padded_rank = batch.H.shape[-1]
-            for result, row, small in zip(results, weights, weighted, strict=True):
+            small = iter(batch.weighted(rows, members, weights))
+            bases = iter(batch.bases(rows))
+            movers = [self._updates[n] for n in names[: batch.basis.shape[1]]]
+            own = [(self._updates[names[i]], ranks[i]) for i in members]
+            projected_of, other_of = self._projected_of, self._other_of
+            for result, row in zip(results, weights, strict=True):
+                module, count = result.module, result.count
+                projected = [projected_of(u[module]) for u in movers]
+                basis = self._laid([_cut(next(bases), x.rank, count) for x in projected])
                 others, coefficients = [], []
-                for i, weight, H in zip(members, row, small[:, : result.count].unbind(), strict=True):
-                    other = factor(self._updates[names[i]][result.module], self._other_side)
+                for (mine, rank), weight in zip(own, row, strict=True):
+                    H, other = next(small), other_of(mine[module])
                     if weight != 0.0 and other.terms:
-                        C = H if ranks[i] == padded_rank else H[:, : ranks[i]]
                         others.append(other)
-                        coefficients.append(C if self.is_left else C.mT)
+                        coefficients.append(_cut(H, count, rank))
                 if others:
-                    like, mixed = first_update(self.pool, result.module), combination(others, coefficients)
-                    updates[result.module] = assembled(like, self.side, self._basis(result), mixed, 1.0, NO_NOISE)
+                    Z, mixed = combination(projected, basis), combination(others, self._laid(coefficients))
+                    updates[module] = assembled(movers[0][module], self.side, Z, mixed, 1.0, NO_NOISE)
         return updates
 
     def unique(self, name: str) -> dict[str, Update]:
         """``X_i + Σ_j X_j C_j`` on the projected side; the other side stays as it is."""
         updates: dict[str, Update] = {}
         for batch, results in self._sharing(name).items():
-            i, rows = results[0].names.index(name), [r.row for r in results]
-            for result, removals in zip(results, batch.removals(rows, i, results[0].ranks), strict=True):
-                update = self._updates[name][result.module]
-                start, other = factor(update, self._projected_side), factor(update, self._other_side)
-                coefficients = removals if self.is_left else [C.mT for C in removals]
-                projected = unique_factor(start, self._movers(result), coefficients)
-                noise = result.unique_noise(i, update)
-                updates[result.module] = assembled(update, self.side, projected, other, update.scaling, noise)
+            names, ranks = results[0].names, results[0].ranks
+            i, rows = names.index(name), [r.row for r in results]
+            movers, own = [self._updates[n] for n in names[: batch.basis.shape[1]]], self._updates[name]
+            small = iter(batch.removals(rows, i))
+            projected_of, other_of = self._projected_of, self._other_of
+            for result, largest in zip(results, batch.sigma[rows, i, 0].tolist(), strict=True):
+                module = result.module
+                update = own[module]
+                start, other = projected_of(update), other_of(update)
+                projected = [projected_of(u[module]) for u in movers]
+                removals = self._laid([_cut(next(small), x.rank, ranks[i]) for x in projected])
+                unique = unique_factor(start, projected, removals)
+                noise = unique_noise(update, result.rtol, largest)
+                updates[module] = assembled(update, self.side, unique, other, update.scaling, noise)
         return updates
 
     def mixing_weights(self, result: ModuleResult, members: Sequence[int], name: str | None) -> list[float]:
         """``w_i s_i`` of some members, MATH (10); ``w_i = 1`` of adapter ``name`` alone."""
-        weights = result.weights if name is None else (1.0,)
-        scalings = [self._updates[result.names[i]][result.module].scaling for i in members]
-        return [w * s for w, s in zip(weights, scalings, strict=True)]
+        weights, names, module = result.weights if name is None else (1.0,), result.names, result.module
+        return [w * self._updates[names[i]][module].scaling for w, i in zip(weights, members, strict=True)]
 
-    def _movers(self, result: ModuleResult) -> list[Factor]:
-        """The projected factors that the shared directions of a module are made of."""
-        names = result.names[: result.batch.basis.shape[1]]
-        return [factor(self._updates[name][result.module], self._projected_side) for name in names]
-
-    def _basis(self, result: ModuleResult) -> Factor:
-        """``Z`` as a factor: orthonormal, ``count`` columns (rows on the A side)."""
-        coefficients = [C for C in result.basis if C is not None]
-        return combination(self._movers(result), coefficients if self.is_left else [C.mT for C in coefficients])
+    def _laid(self, small: list[Tensor]) -> list[Tensor]:
+        """Coefficients of the projected side as the terms of a sum on the left, or of the other side on the right."""
+        return small if self.is_left else [C.mT for C in small]
 
     def _sharing(self, name: str | None) -> dict[ResultBatch, list[ModuleResult]]:
         """The modules in which adapter ``name``, or any, shares something, by the batch that they are rows of."""

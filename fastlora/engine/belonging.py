@@ -35,12 +35,8 @@ def require_one_module(updates: Sequence[Update]) -> None:
 def require_together(updates: Sequence[Update]) -> None:
     """Refuses updates that no kernel could read together: of different modules, or on different devices."""
     require_one_module(updates)
-    for u in updates:
-        for terms in (u.B.terms, u.A.terms):
-            for term in terms:
-                if not term.source.is_cpu:
-                    _require_one_device(updates)
-                    return
+    if not all([t.source.is_cpu for u in updates for f in (u.B, u.A) for t in f.terms]):
+        _require_one_device(updates)
 
 
 def _require_one_device(updates: Sequence[Update]) -> None:

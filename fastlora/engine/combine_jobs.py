@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.core.factors import Factor, source_key
+from fastlora.core.factors import Factor, Side, source_key
 from fastlora.engine.belonging import require_length, require_one_length, require_room
 from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm
 
@@ -34,7 +34,8 @@ def combine_job(wanted: Sequence[WantedFactor]) -> CombineJob:
     A factor that is already stored in the dtype of its file goes there as it is. The file itself is named later
     (``output.file``). Raises :class:`InputError` for factors, or terms of them, that are not of one module.
     """
-    matrices, length = _StoredMatrices(), wanted[0].factor.length
+    side, length = wanted[0].factor.side, wanted[0].factor.length
+    matrices = _StoredMatrices(side)
     outputs = []
     for factor, dtype, out, offset, present in wanted:
         if factor.length != length:
@@ -45,7 +46,7 @@ def combine_job(wanted: Sequence[WantedFactor]) -> CombineJob:
         else:
             terms = matrices.terms(factor)
             outputs.append(CombineOutput(factor.shape, dtype, terms, out, -1, offset, out is None, present))
-    return CombineJob(matrices.tensors, outputs, wanted[0].factor.side == "A")
+    return CombineJob(matrices.tensors, outputs, side == "A")
 
 
 def stored_as(factor: Factor, dtype: torch.dtype) -> Tensor | None:
@@ -57,21 +58,30 @@ def stored_as(factor: Factor, dtype: torch.dtype) -> Tensor | None:
 class _StoredMatrices:
     """The distinct stored matrices of a job, in order of first use."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: Side) -> None:
         self.tensors: list[Tensor] = []
+        self._inner = 1 if side == "B" else 0  # the short dimension
+        self._widths: list[int] = []
         self._index: dict[int, int] = {}  # by object
         self._at_address: dict[int, list[int]] = {}
 
     def terms(self, factor: Factor) -> list[CombineTerm]:
         """The terms of a factor on these matrices."""
-        terms = []
+        terms: list[CombineTerm] = []
+        inner, rank = self._inner, factor.rank
         for term in factor.terms:
-            index = self._index.get(id(term.source))
+            source, coefficient, at = term.source, term.coefficient, term.at
+            index = self._index.get(id(source))
             if index is None:
-                require_length(factor, term.source)
-                index = self._index[id(term.source)] = self._index_of(term.source)
-            require_room(factor, term)
-            terms.append((index, term.coefficient, term.at, term.scale))
+                require_length(factor, source)
+                index = self._index[id(source)] = self._index_of(source)
+            width, fits = self._widths[index], True
+            if coefficient is not None:
+                shape = coefficient.shape
+                width, fits = shape[inner], shape[1 - inner] == width
+            if not fits or not 0 <= at <= rank - width:
+                require_room(factor, term)
+            terms.append((index, coefficient, at, term.scale))
         return terms
 
     def _index_of(self, source: Tensor) -> int:
@@ -82,4 +92,5 @@ class _StoredMatrices:
                 return index
         here.append(len(self.tensors))
         self.tensors.append(source)
+        self._widths.append(source.shape[self._inner])
         return here[-1]

@@ -12,8 +12,7 @@ from fastlora.core.updates import Update
 from fastlora.engine.belonging import require_together
 from fastlora.engine.buffers import ResultRoom, padded
 from fastlora.engine.combine_jobs import WantedFactor, combine_job
-from fastlora.ops.dispatch import run_pass
-from fastlora.ops.passes import CombineJob
+from fastlora.ops.dispatch import run_pass, shortcut
 from fastlora.runtime.cpython import paused_collector
 
 # Relative to the terms of a sum: what is left below it has no digit that is known, through Gram blocks in float64.
@@ -59,37 +58,56 @@ def _materialise_sides(
 ) -> list[list[Tensor]]:
     """The tensors of the factors of one side of one module, for many of them in one launch."""
     results: list[list[Tensor]] = []
-    gaps: list[
-        tuple[list[Tensor], list[tuple[int, Factor]]]
-    ] = []  # of a side: what is to be computed, and where it goes
+    gaps: list[tuple[list[Tensor], list[int], Sequence[Factor]]] = []  # of a side: the places of what is computed
     counts: dict[tuple[int, int], int] = {}
     for side in sides:
         made: list[Tensor] = []
-        missing: list[tuple[int, Factor]] = []
+        missing: list[int] = []
         for place, factor in enumerate(side):
             matrix = factor.stored
             if matrix is None or matrix.dtype != dtype:
                 matrix = _NOTHING
-                missing.append((place, factor))
-                counts[factor.shape] = counts.get(factor.shape, 0) + 1
+                missing.append(place)
+                shape = factor.shape
+                counts[shape] = counts.get(shape, 0) + 1
             made.append(matrix)
         results.append(made)
         if missing:
-            gaps.append((made, missing))
-    room = room or ResultRoom(device_of(sides))
+            gaps.append((made, missing, side))
+    if not gaps:
+        return results
+    device = device_of(sides)
+    room = room or ResultRoom(device)
     room.reserve(sum(count * padded(n * m * dtype.itemsize) for (n, m), count in counts.items()))
     outs = {shape: iter(room.take(shape, dtype, count)) for shape, count in counts.items()}
-    jobs: list[CombineJob] = []
-    for made, missing in gaps:
-        wanted: list[WantedFactor] = []
-        for place, factor in missing:
+    wanted: list[tuple[list[Factor], list[Tensor]]] = []
+    for made, missing, side in gaps:
+        factors: list[Factor] = []
+        targets: list[Tensor] = []
+        for place in missing:
+            factor = side[place]
             out = made[place] = next(outs[factor.shape])
             if factor.rank:
-                wanted.append(WantedFactor(factor, dtype, out))
-        if wanted:
-            jobs.append(combine_job(wanted))
-    run_pass("combine_pass", jobs)
+                factors.append(factor)
+                targets.append(out)
+        if factors:
+            wanted.append((factors, targets))
+    _compute(wanted, device)
     return results
+
+
+def _compute(wanted: Sequence[tuple[list[Factor], list[Tensor]]], device: torch.device) -> None:
+    """The factors of every side into their results."""
+    kernel = shortcut("factor_pass", device.type) if wanted else None
+    if kernel is not None:
+        misfit: int = kernel.launch(wanted)
+        if misfit < 0:
+            return  # else nothing was computed, and combine_job says why, in words
+    jobs = [
+        combine_job([WantedFactor(factor, out.dtype, out) for factor, out in zip(factors, targets, strict=True)])
+        for factors, targets in wanted
+    ]
+    run_pass("combine_pass", jobs)
 
 
 def is_rounding(factor: Factor, computed: Tensor) -> bool:

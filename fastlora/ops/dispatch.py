@@ -51,6 +51,9 @@ RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
     "difference_products": STREAMING,
 }
 
+# Ops that a backend need not have, with the op that does the same in more steps.
+SHORTCUTS = {"factor_pass": "combine_pass"}
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
@@ -202,6 +205,17 @@ def resolve(op: str, *args: Any) -> Kernel:
         reasons.append(f"  {name}: {reason}")
     head = f"fastlora.{op}: no usable backend (requested {chosen!r})"
     raise BackendError("\n".join([head, *reasons, _way_out(op, device, chosen, args)]))
+
+
+def shortcut(op: str, device: str) -> Kernel | None:
+    """One of the :data:`SHORTCUTS`, of the backend that takes its longer form on this kind of device; ``None`` where it
+    has none."""
+    chosen = current_backend()
+    for name in candidates(SHORTCUTS[op], device) if chosen == "auto" else (chosen,):
+        table = kernels(name)
+        if not isinstance(table, str):
+            return table.get(op)
+    return None
 
 
 def _way_out(op: str, device: str, chosen: str, args: Sequence[Any]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -89,6 +90,26 @@ class CombineJob:
     factors: Sequence[Tensor]
     outputs: Sequence[CombineOutput]
     rows: bool
+
+
+class SumOfTerms(Protocol):
+    """What ``factor_pass`` reads of a :class:`fastlora.core.factors.Factor`."""
+
+    @property
+    def side(self) -> str: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def terms(self) -> Sequence[object]: ...
+
+
+FactorSide = tuple[Sequence[SumOfTerms], Sequence[Tensor]]
+"""``(factors, results)`` of one side of one module: what ``factor_pass`` computes in memory, as a ``combine_pass`` does
+from the jobs that :func:`fastlora.engine.combine_jobs.combine_job` makes. It returns the first side whose factors do
+not belong together, or -1. A backend need not have it: it saves making jobs, which for small matrices takes longer than
+computing them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,12 +27,18 @@ def shares(
 
     ``projected [g, k, k, r, r]`` (``i <= j``), ``other [g, k, r, r]``: Gram blocks. ``basis [g, k, r, w]``, of which
     the first ``movers`` count. ``scaling [g, k]``: the ``s_i``."""
+    H = directions(projected, basis, movers)
+    return H, whole_lengths(projected, other, scaling), lengths(H, other, scaling)
+
+
+def directions(projected: Tensor, basis: Tensor, movers: int) -> Tensor:
+    """``H_i = ZᵀX_i [g, k, w, r]``, with arguments as of :func:`shares`."""
     k = projected.shape[1]
-    H = basis[:, 0, None].mT @ projected[:, 0]
+    H = basis[:, :1].mT @ projected.select(1, 0)
     for j in range(1, movers):
         row = [projected[:, i, j].mT if i < j else projected[:, j, i] for i in range(k)]
         H += basis[:, j, None].mT @ torch.stack(row, 1)
-    return H, whole_lengths(projected, other, scaling), lengths(H, other, scaling)
+    return H
 
 
 def whole_lengths(projected: Tensor, other: Tensor, scaling: Tensor) -> Tensor:

@@ -10,11 +10,13 @@ import pools
 import pytest
 import torch
 from builders import gaussian
+from compiled import needs_kernels
 
 import fastlora as fl
 from fastlora import formats
-from fastlora.core.factors import Factor, Term, add
+from fastlora.core.factors import Factor, Term, add, concatenate
 from fastlora.core.updates import Layout, Update
+from fastlora.engine import materialise as materialising
 from fastlora.engine.combine_jobs import WantedFactor, combine_job
 from fastlora.engine.gram import GramPass, read_gram
 from fastlora.engine.materialise import materialise, materialise_factor, materialise_groups
@@ -99,6 +101,72 @@ def test_updates_on_different_devices_are_refused() -> None:
 def test_factors_of_unequal_ranks_are_no_update() -> None:
     with pytest.raises(fl.InputError, match=r"do not fit: B is \[9, 2\] and A \[3, 14\]"):
         Update(Factor.of("B", B[:, :2]), Factor.of("A", gaussian(3, 14, seed=1)))
+
+
+@needs_kernels
+def test_factors_are_computed_as_their_jobs_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the core reads of factors itself gives the bits of the jobs that other backends take."""
+    wide = gaussian(9, 8, seed=7)
+    views = (
+        Factor.of("B", B.view(9, 3)).times(SMALL),
+        Factor.of("B", wide[:, ::2]).times(gaussian(4, 2, seed=8).double()),
+    )
+    stacked = concatenate([Factor.of("B", B).scaled(0.5), Factor.of("B", wide)])
+    empty = Factor("B", 9, 2, (Term(B, torch.empty(3, 0, dtype=torch.float64)), Term(B, SMALL)))
+    left = [
+        Factor.of("B", B), Factor.of("B", B.bfloat16()), Factor.of("B", B).times(SMALL), add(views), stacked, empty,
+        Factor("B", 9, 2, ()), Factor("B", 9, 0, ()), Factor("B", 9, 5, (Term(B, None, 1, -2.0), Term(B, SMALL, 3))),
+    ]  # fmt: skip
+    groups = [[Update(f, Factor.of("A", gaussian(f.rank, 14, seed=3)).scaled(2.0)) for f in left]]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        found = []
+        for shortcut in (materialising.shortcut, lambda *_: None):
+            monkeypatch.setattr(materialising, "shortcut", shortcut)
+            found.append(materialise_groups(groups, dtype))
+            monkeypatch.undo()
+        for one, other in zip(*([x for pair in f[0] for x in pair] for f in found), strict=True):
+            assert torch.equal(one, other) and one.dtype == dtype
+
+
+def test_nothing_is_computed_where_one_factor_is_refused() -> None:
+    good, bad = Factor.of("B", B).times(SMALL), Factor("B", 9, 2, (Term(B, SMALL, 1),))
+    outs = [torch.zeros(9, 2) for _ in range(2)]
+    with pytest.raises(fl.InputError, match="a term at 1 of width 2 does not fit"):
+        materialising._compute([([good], outs[:1]), ([bad], outs[1:])], torch.device("cpu"))
+    assert not any(out.any() for out in outs)
+
+
+def test_a_pool_is_decomposed_as_it_is_by_then() -> None:
+    """Nothing of an earlier call is kept: matrices that are changed in place, of other memory, dtypes and ranks, and
+    modules that are replaced."""
+
+    def made(seed: int, rank: int = 3, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        common = gaussian(20, rank, seed=1)
+        return (common + 0.02 * gaussian(20, rank, seed=seed)).to(dtype), gaussian(rank, 12, seed=seed).to(dtype)
+
+    def parts(pool: fl.Pool) -> list[torch.Tensor]:
+        found = fl.decompose(pool, threshold=0.5)
+        return [x for a in found.adapters().values() for pair in a.tensors().values() for x in pair]
+
+    def check(**tensors: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        adapters = [{m: factors[i] for m, factors in tensors.items()} for i in range(2)]
+        fresh = fl.Pool([fl.Adapter.from_tensors(t, name=f"a{i}") for i, t in enumerate(adapters)])
+        assert all(torch.equal(x, y) for x, y in zip(parts(pool), parts(fresh), strict=True))
+
+    q, v = [made(2), made(3)], [made(4), made(5)]
+    pool = fl.Pool([fl.Adapter.from_tensors({"q": q[i], "v": v[i]}, name=f"a{i}") for i in range(2)])
+    check(q=q, v=v)
+    q[0][0].mul_(torch.linspace(0.5, 2.0, 20)[:, None])
+    check(q=q, v=v)
+    v[1], updates = made(6), pool["a1"].updates
+    for x, y in zip((updates["v"].B.stored, updates["v"].A.stored), v[1], strict=True):
+        assert x is not None
+        x.set_(y.clone())  # type: ignore[call-overload]
+    check(q=q, v=v)
+    q[1] = made(7, rank=5, dtype=torch.bfloat16)
+    assert isinstance(updates, dict)
+    updates["q"] = Update(Factor.of("B", q[1][0]), Factor.of("A", q[1][1]))
+    check(q=q, v=v)
 
 
 LONG = gaussian(12, 3, seed=5)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders import gaussian
-from compiled import ON_HOST, needs_kernels
+from compiled import COMPILED, ON_HOST, needs_kernels
 from tolerances import FLOAT32, SUMS32
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -265,7 +265,16 @@ def test_rules_name_backends_that_have_the_op() -> None:
             assert "reference" not in names or device == "cpu", "the slow formulas run on a GPU when they are forced"
             assert "torch" in names, "plain torch takes what no compiled backend does"
     every = {op for name in dispatch.ORDER for op in importlib.import_module(f"fastlora.backends.{name}").KERNELS}
-    assert every == set(dispatch.RULES)
+    assert every == set(dispatch.RULES) | (every & set(dispatch.SHORTCUTS))
+    assert set(dispatch.SHORTCUTS.values()) <= set(dispatch.RULES)
+
+
+def test_a_shortcut_is_that_of_the_backend_that_takes_the_call() -> None:
+    for backend in ("torch", "reference"):
+        with fl.use_backend(backend):
+            assert dispatch.shortcut("factor_pass", "cpu") is None
+    assert dispatch.shortcut("factor_pass", "cuda") is dispatch.shortcut("factor_pass", "meta") is None
+    assert (dispatch.shortcut("factor_pass", "cpu") is not None) == COMPILED
 
 
 def test_auto_goes_by_the_device() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 import fastlora as fl
 from fastlora.backends import cpu
 from fastlora.ops.dispatch import prepared, resolve
-from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm, WriteProblem
+from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm, GramJob, WriteProblem
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, (1,)), (33, (5, 16)), (700, (16, 17, 40)), (1100, (16,) * 4), (515, (3, 70))]
@@ -329,20 +329,68 @@ def test_random_results_of_random_sizes() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("described", [True, False], ids=["dlpack", "python"])
-def test_tables_say_where_matrices_lie(described: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if described and not cpu._DESCRIBES:
-        pytest.skip("this torch does not tell compiled code of its tensors")
-    monkeypatch.setattr(cpu, "_DESCRIBES", described)
+@pytest.mark.parametrize("tensor", [Tensor, object], ids=["dlpack", "attributes"])
+def test_tables_say_where_matrices_lie(tensor: type) -> None:
+    """Also where torch does not tell compiled code of its tensors, and these are asked for their attributes."""
     x = gaussian(40, 24, seed=1)
     views = [x, x[:, :3], x[::2, 5:], x[3:4, 2:5], x[3:4], x[:, 2:3], x[:0], x[:, :0], torch.nn.Parameter(x)]
-    views += [x.to(dtype) for dtype in cpu.DTYPES] + [at_odd_address(x.half())]
-    given = [*views, x.mT, x[:, ::2]]
-    table, kept = cpu._matrices(given)
-    assert all(a is b for a, b in zip(views, kept, strict=False)) and given[-2] is not kept[-2]
-    for one, other, (address, rows, columns, stride, code) in zip(given, kept, table.tolist(), strict=True):
-        assert torch.equal(one, other) and code == cpu.DTYPES[one.dtype]
-        assert (address, rows, columns) == (other.data_ptr(), *other.shape)
-        assert stride == (columns if rows == 1 else other.stride(0))
-    with pytest.raises(ValueError, match="contiguous rows"):
-        run([CombineJob([x], [CombineOutput.into(x.clone().mT, [])], True)])
+    views += [x.to(dtype) for dtype in cpu.DTYPES if dtype.is_floating_point] + [at_odd_address(x.half())]
+    views += [x.mT, x[:, ::2]]  # whose rows are scattered: they are copied
+    for rows in (False, True):
+        ranks = [f.shape[0 if rows else 1] for f in views]
+        outs = [torch.full((r, r), torch.nan, dtype=torch.float64) for r in ranks]
+        places = [(0, 0, 0)]
+        jobs = [GramJob([f], places, rows, out, r) for f, out, r in zip(views, outs, ranks, strict=True)]
+        cpu._core.GramJobs(jobs, tensor).run(1)
+        for view, out in zip(views, outs, strict=True):
+            wide = view.detach().double()
+            assert torch.allclose(out, wide @ wide.mT if rows else wide.mT @ wide, rtol=1e-12, atol=1e-12)
+        # A result, a coefficient: x itself, and twice its rows turned over.
+        turned = torch.eye(ranks[0], dtype=torch.float64).flip(0) * 2.0
+        made = [torch.empty_like(x) for _ in range(2)]
+        terms: list[list[CombineTerm]] = [[(0, None, 0, 1.0)], [(0, turned, 0, 1.0)]]
+        outputs = [CombineOutput.into(out, t) for out, t in zip(made, terms, strict=True)]
+        assert cpu._core.CombineJobs([CombineJob([x], outputs, rows)], tensor, cpu.DTYPES).run(1) == (0, 0, 0, 0)
+        assert torch.equal(made[0], x) and torch.equal(made[1], 2 * x.flip(0 if rows else 1))
+
+
+@needs_kernels
+def test_tables_refuse_what_kernels_cannot_read() -> None:
+    x, c = gaussian(40, 24, seed=1), torch.eye(24, dtype=torch.float64)
+
+    def combined(factor: object, coefficient: object, out: object) -> None:
+        output = CombineOutput((40, 24), torch.float32, [(0, coefficient, 0, 1.0)], out)  # type: ignore[arg-type, list-item]
+        run([CombineJob([factor], [output], False)])  # type: ignore[list-item]
+
+    scattered = torch.empty(24, 40).mT
+    with pytest.raises(ValueError, match=r"must have contiguous rows, got strides \(1, 40\) for shape \(40, 24\)"):
+        combined(x, c, scattered)
+    for wrong in (c.float(), c.mT.flip(0).mT[:, ::2]):
+        with pytest.raises(ValueError, match="a coefficient must be float64 with contiguous rows"):
+            combined(x, wrong, torch.empty(40, 24))
+    with pytest.raises(ValueError, match="dtype that kernels do not read"):
+        combined(x.to(torch.int32), c, torch.empty(40, 24))
+    with pytest.raises(ValueError, match="two dimensions"):
+        combined(x[None], c, torch.empty(40, 24))
+    for job in (GramJob([x], [(0, 0)], False, c, 24), GramJob([x], [(0, 0, 0)], False, c.float(), 24)):  # type: ignore[list-item]
+        with pytest.raises(ValueError, match=r"a block is|blocks are float64"):
+            cpu._core.GramJobs([job], Tensor)
+    with pytest.raises(TypeError, match="no tensor"):
+        cpu._core.GramJobs([GramJob([None], [(0, 0, 0)], False, c, 24)], Tensor)  # type: ignore[list-item]
+
+
+@needs_kernels
+def test_tables_hold_what_they_point_to() -> None:
+    """A prepared pass runs after its jobs and their tensors are gone elsewhere, and follows what they hold."""
+    x, c, out = gaussian(300, 8, seed=1), gaussian(8, 5, seed=2, dtype=torch.float64), torch.empty(300, 5)
+    wide = torch.empty(300, 16)[:, ::2]  # scattered: a copy of it is read, made anew every time
+    job = CombineJob([x, wide], [CombineOutput.into(out, [(0, c, 0, 1.0), (1, c, 0, 1.0)])], False)
+    tables = prepared("combine_pass", [job])
+    keep = [x, wide]
+    del job, c
+    for i in range(3):
+        keep[0].copy_(gaussian(300, 8, seed=10 + i))
+        keep[1].copy_(gaussian(300, 8, seed=20 + i))
+        assert tables.run() is None
+        expected = (keep[0].double() + keep[1].double()) @ gaussian(8, 5, seed=2, dtype=torch.float64)
+        assert torch.allclose(out.double(), expected, atol=1e-5)
