@@ -1,16 +1,17 @@
 // combine: factors that are linear combinations of stored ones (MATH section 1, "apply").
 //   B side: out[:, at:at+q] += scale * X [n, r] * C [r, q]
 //   A side: out[at:at+q, :] += scale * C [q, r] * X [r, n]
-// All outputs of a task share the tiles of its factors, so a factor is read once however many results it goes into.
-// The coefficients of one factor are gathered into a strip, one product with all results it goes into; strips that go
-// into the same results are one deeper product. Identity terms are added without one, as the result is rounded.
-// Half-precision outputs of half-precision factors are summed in float32 where no coefficient is extreme, everything
-// else in float64; a result is rounded once more, to the output's dtype. A result's row (B) or column (A) is computed
-// by one thread from its own inputs, so bits do not depend on threads or chunking.
-// Outputs with a file are computed in memory of the thread's own, one task after the other, and written from there
-// while they are in cache: what is saved needs no memory and is not read back. Large results in memory go past the
-// caches (combine_results.h).
-// Floor: reads each factor once and writes each output once; 2 * n * r * q operations a term.
+// All outputs of a task share the tiles of its factors, so a factor is read once however many results it goes into. On
+// the A side a tile of the results is wide, stays in L2, and takes the factors one after the other: each is read as
+// rows of a page or so, not as pieces of all rows of all factors in turn. The coefficients of one factor are gathered
+// into a strip, one product with all results it goes into; strips that go into the same results are one deeper product.
+// Identity terms are added without one, as the result is rounded. Half-precision outputs of half-precision factors are
+// summed in float32 where no coefficient is extreme, everything else in float64; a result is rounded once more, to the
+// output's dtype. A result's row (B) or column (A) is computed by one thread from its own inputs, so bits do not depend
+// on threads or chunking. Outputs with a file are computed in memory of the thread's own, one task after the other, and
+// written from there while they are in cache: what is saved needs no memory and is not read back. Large results in
+// memory go past the caches (combine_results.h). Floor: reads each factor once and writes each output once; 2 * n * r *
+// q operations a term.
 #include "ahead.h"
 #include "combine_amx.h"
 #include "combine_files.h"
@@ -23,10 +24,13 @@
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-constexpr int64_t kChunk = 512;         // positions along the long dimension
-constexpr int64_t kChunksAtOnce = 4;    // that are given to one thread
-constexpr int64_t kStreamed = 4 << 20;  // bytes of results in memory that no cache of a core holds
-constexpr int kGroup = 8;               // rows of results that one product computes
+constexpr int64_t kChunk = 2048;          // positions along the long dimension that are given to one thread, at least
+constexpr int64_t kMostChunks = 8;        // at most that many together
+constexpr int64_t kTurns = 32;            // times that a thread asks for some, about, where there are many
+constexpr int64_t kStreamed = 4 << 20;    // bytes of results in memory that no cache of a core holds
+constexpr int64_t kResultsA = 256 << 10;  // bytes of results of a tile on the A side that L2 holds beside factors
+constexpr int kGroup = 8;                 // rows of results that one product computes
+constexpr int kGroupA = kVectorBytes == 64 ? 8 : 4;  // and on the A side
 template <class T>
 constexpr int kSpan = 6 * kLanes<T>;                  // and, on the A side, columns
 constexpr int64_t kDeepest = 32;                      // of products of several strips at once
@@ -50,8 +54,9 @@ struct Work {
     Strips<T> strips;
     Output<T>* outputs;
     T* factor_tile;  // B side [kTileB<T>, factor_stride]; A side [factor_stride, kStrideA]
-    T* result_tile;  // B side [kTileB<T>, out_stride]; A side [outs + kTileSide, kStrideA]
+    T* result_tile;  // B side [kTileB<T>, out_stride]; A side [outs + kTileSide, out_stride]
     int64_t outs, out_stride, factor_stride;
+    int64_t step;     // rows (B) or columns (A) of the results that are computed together
     bool is_covered;  // the first strip reaches every column (B) or row (A) of the results that is read
     CombineTiles tiles;
     bool on_tiles;
@@ -69,11 +74,17 @@ size_t lay_out(char* base, const CombineJob& job, Work<T>& w) {
         if (base) w.outputs[o].first = w.outs;
         w.outs += job.width(o);
     }
-    w.out_stride = padded<T>(w.outs) + 3 * kLanes<T>;  // vectors of the last strip may reach past the last column
+    if (rows) {
+        const int64_t room = kResultsA / int64_t(sizeof(T)) / max_<int64_t>(w.outs, 1) / kTileA<T> * kTileA<T>;
+        w.step = min_<int64_t>(kWideA<T>, max_<int64_t>(kTileA<T>, room));
+        w.out_stride = w.step + kLanes<T>;
+    } else {
+        w.step = kTileB<T>;
+        w.out_stride = padded<T>(w.outs) + 3 * kLanes<T>;  // vectors of the last strip may reach past the last column
+    }
     lay_out_strips<T>(arena, base != nullptr, job, w.strips);
     w.factor_tile = arena.take<T>(size_t(w.factor_stride) * (rows ? kStrideA<T> : kTileB<T>));
-    w.result_tile =
-        arena.take<T>(rows ? size_t(w.outs + kResultMargin) * kStrideA<T> : size_t(w.out_stride) * kTileB<T>);
+    w.result_tile = arena.take<T>(size_t(rows ? w.outs + kResultMargin : kTileB<T>) * w.out_stride);
     w.on_tiles = false;
     if constexpr (sizeof(T) == 4) w.on_tiles = CombineTiles::takes(job) && w.tiles.lay_out(arena, base, job, w.strips);
     if (!base) return arena.used();
@@ -129,12 +140,12 @@ template <class T>
 void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, int64_t first, int count,
                    bool streams) {
     const bool rows = job.task->rows;
-    const int64_t stride = rows ? kStrideA<T> : w.out_stride;
+    const int64_t stride = w.out_stride, step = rows ? stride : 1;
     for (int64_t o = 0; o < job.task->outputs; ++o) {
         if (job.is_stored(o)) continue;
         Output<T>& output = w.outputs[o];
         const Matrix& out = outs[o];
-        T* sums = w.result_tile + output.first * (rows ? kStrideA<T> : 1);
+        T* sums = w.result_tile + output.first * step;
         const int64_t row = rows ? 0 : first, column = rows ? first : 0;
         const int height = rows ? int(out.rows) : count, width = rows ? count : int(out.cols);
         if (output.rest == Rest::factor) {
@@ -148,7 +159,7 @@ void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, 
                 const Term& term = job.terms[job.outputs[o].first_term + t];
                 if (term.coefficient) continue;
                 const Matrix& x = job.factors[term.factor];
-                T* to = sums + term.at * (rows ? kStrideA<T> : 1);
+                T* to = sums + term.at * step;
                 with_type(x, [&](auto e) {
                     add_as<decltype(e), T>(x, row, column, rows ? int(x.rows) : count, rows ? count : int(x.cols),
                                            T(term.scale), to, stride);
@@ -189,28 +200,33 @@ int read_factors(const CombineJob& job, const Work<T>& w, const Strip<T>* strips
     return depth;
 }
 
-// kFresh: they are the first to go into the results.
-template <class T, bool kFresh>
+// kFresh: they are the first to go into the results. On the A side their factors are gone through in tiles of columns.
+template <class T, bool kFresh, class Ahead>
 void add_strips(const CombineJob& job, const Work<T>& w, const Strip<T>* strips, int64_t n, int64_t first, int count,
                 Ahead& ahead) {
     const Strip<T>& strip = *strips;
-    const int depth = read_factors<T>(job, w, strips, n, first, count), width = int(strip.width);
+    const int width = int(strip.width);
     if (!job.task->rows) {
+        const int depth = read_factors<T>(job, w, strips, n, first, count);
         for (int i = 0; i < count; i += kGroup, ahead.step())
             product<T, kFresh>(min_(kGroup, count - i), width, depth, w.factor_tile + i * w.factor_stride, 1,
                                w.factor_stride, strip.values, strip.stride,
                                w.result_tile + i * w.out_stride + strip.out, w.out_stride);
         return;
     }
-    for (int at = 0; at < kTileA<T>; at += kSpan<T>)
-        for (int i = 0; i < width; i += kGroup, ahead.step())
-            product<T, kFresh>(min_(kGroup, width - i), min_(kSpan<T>, kTileA<T> - at), depth, strip.values + i,
-                               strip.stride, 1, w.factor_tile + at, kStrideA<T>,
-                               w.result_tile + (strip.out + i) * kStrideA<T> + at, kStrideA<T>);
+    for (int from = 0; from < count; from += kTileA<T>) {
+        const int depth = read_factors<T>(job, w, strips, n, first + from, min_(kTileA<T>, count - from));
+        T* const results = w.result_tile + strip.out * w.out_stride + from;
+        for (int at = 0; at < kTileA<T>; at += kSpan<T>)
+            for (int i = 0; i < width; i += kGroupA, ahead.step())
+                product<T, kFresh>(min_(kGroupA, width - i), min_(kSpan<T>, kTileA<T> - at), depth, strip.values + i,
+                                   strip.stride, 1, w.factor_tile + at, kStrideA<T>, results + i * w.out_stride + at,
+                                   w.out_stride);
+    }
 }
 
 // What the strips give to one tile of the results.
-template <class T>
+template <class T, class Ahead>
 void add_products(const CombineJob& job, const Work<T>& w, int64_t first, int count, Ahead& ahead) {
     for (int64_t s = 0, n = 0; s < w.strips.count; s += n) {
         n = strips_at_once(w.strips, s);
@@ -225,33 +241,33 @@ void add_products(const CombineJob& job, const Work<T>& w, int64_t first, int co
 template <class T>
 int64_t products(const CombineJob& job, const Work<T>& w) {
     const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+    const int64_t a_tiles = w.step / kTileA<T> * parts(kTileA<T>, kSpan<T>);
     int64_t sum = 0;
     for (int64_t s = 0; s < w.strips.count; s += strips_at_once(w.strips, s))
-        sum += job.task->rows ? parts(w.strips.strip[s].width, kGroup) * parts(kTileA<T>, kSpan<T>)
-                              : parts(kTileB<T>, kGroup);
+        sum += job.task->rows ? parts(w.strips.strip[s].width, kGroupA) * a_tiles : parts(kTileB<T>, kGroup);
     return sum;
 }
 
 template <class T>
 void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t begin, int64_t end, bool streams) {
     const bool rows = job.task->rows;
-    const int64_t step = rows ? kTileA<T> : kTileB<T>, n = job.length(), steps = products(job, w);
+    const int64_t n = job.length(), steps = products(job, w);
     for (int64_t o = 0; o < job.task->outputs; ++o) w.outputs[o].peak = {};
     const TileUnit unit(w.on_tiles);
-    for (int64_t first = begin; first < end; first += step) {
-        const int count = int(min_(step, end - first));
-        if (!w.is_covered)
-            __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs * kStrideA<T> : w.out_stride * kTileB<T>));
+    const bool asks = rows && !w.on_tiles && w.strips.count;
+    const int64_t lead = asks ? w.strips.strip[strips_at_once(w.strips, 0) - 1].factor + 1 : 0;
+    AheadByRows by_rows(job.factors, asks ? job.task->factors : 0, lead, begin, end, w.step, steps);
+    for (int64_t first = begin; first < end; first += w.step) {
+        const int count = int(min_(w.step, end - first));
+        if (!w.is_covered) __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs : kTileB<T>)*w.out_stride);
         if constexpr (sizeof(T) == 4) {
-            if (w.on_tiles)
-                w.tiles.add_strips(job, w.strips, first, count, w.result_tile, rows ? kStrideA<float> : w.out_stride,
-                                   w.is_covered);
+            if (w.on_tiles) w.tiles.add_strips(job, w.strips, first, count, w.result_tile, w.out_stride, w.is_covered);
         }
-        if (!w.on_tiles) {
-            // What only goes into results on the B side is asked for as they are written.
-            const bool reads_all = rows || w.strips.count == job.task->factors;
-            Ahead ahead(job.factors, reads_all ? job.task->factors : 0, rows, first + step,
-                        min_(step, n - first - step), steps);
+        if (!w.on_tiles && rows) add_products<T>(job, w, first, count, by_rows);
+        if (!w.on_tiles && !rows) {
+            // What only goes into results is asked for as they are written.
+            Ahead ahead(job.factors, w.strips.count == job.task->factors ? job.task->factors : 0, false, first + w.step,
+                        min_(w.step, n - first - w.step), steps);
             add_products<T>(job, w, first, count, ahead);
         }
         write_outputs<T>(job, w, outs, first, count, streams);
@@ -349,9 +365,13 @@ CombineProblem combine(const CombineTables& tables, int threads) {
     if (!starts_memory.reserve(sizeof(int64_t) * (n_tasks + 1))) return {kNoMemory, 0, 0};
     int64_t* starts = reinterpret_cast<int64_t*>(starts_memory.data());
     starts[0] = 0;
-    for (int64_t t = 0; t < n_tasks; ++t) starts[t + 1] = starts[t] + (job_of(t).length() + kChunk - 1) / kChunk;
+    int64_t positions = 0;
+    for (int64_t t = 0; t < n_tasks; ++t) positions += job_of(t).length();
+    const int64_t chunks = positions / (kChunk * kTurns * max_(threads, 1));
+    const int64_t size = kChunk * max_<int64_t>(1, min_(chunks, kMostChunks));
+    for (int64_t t = 0; t < n_tasks; ++t) starts[t + 1] = starts[t] + (job_of(t).length() + size - 1) / size;
     const bool streams = result_bytes(tables) >= kStreamed;
-    Queue queue(starts[n_tasks], kChunksAtOnce);
+    Queue queue(starts[n_tasks]);
     on_team(int(min_<int64_t>(threads, starts[n_tasks])), [&](int, int) {
         Prepared own;
         Workspace places;
@@ -366,7 +386,7 @@ CombineProblem combine(const CombineTables& tables, int threads) {
                 return problem.note({kNoMemory, 0, 0});
             Matrix* outs = reinterpret_cast<Matrix*>(places.data());
             place_outputs(job, nullptr, 0, 0, outs);
-            const int64_t begin = (chunk - starts[low]) * kChunk, end = min_(begin + kChunk, job.length());
+            const int64_t begin = (chunk - starts[low]) * size, end = min_(begin + size, job.length());
             own.run(job, outs, begin, end, streams);
         });
         Streamed::finish();

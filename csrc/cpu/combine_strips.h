@@ -11,6 +11,8 @@ template <class T>
 constexpr int kTileA = 1024 / int(sizeof(T));  // columns of a tile on the A side: a factor's rows of it stay in L1
 template <class T>
 constexpr int kStrideA = kTileA<T> + kLanes<T>;  // a power of two would put all its rows into a few cache sets
+template <class T>
+constexpr int kWideA = 8192 / int(sizeof(T));  // columns of results that are computed together: a page of each row
 
 // One task with the tables that it indexes.
 struct CombineJob {

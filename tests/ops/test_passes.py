@@ -21,7 +21,7 @@ from fastlora.ops.dispatch import prepared, resolve
 from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm, GramJob, WriteProblem
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-SHAPES = [(1, (1,)), (33, (5, 16)), (700, (16, 17, 40)), (1100, (16,) * 4), (515, (3, 70))]
+SHAPES = [(1, (1,)), (33, (5, 16)), (700, (16, 17, 40)), (1100, (16,) * 4), (515, (3, 70)), (2309, (16, 3, 9))]
 """``(n, ranks)``: around the sizes of tiles."""
 
 
@@ -124,7 +124,7 @@ def check_files(
 @needs_same_bits
 def test_same_bits(dtype: torch.dtype, rows: bool) -> None:
     """Results depend on neither threads nor the other results and factors of a job."""
-    n, ranks = 1300, (16, 16, 9)
+    n, ranks = 2309, (16, 16, 9)
     x, wanted = factors_of(n, ranks, dtype, rows), terms_of(ranks, rows, 1.0)
     found: list[list[Tensor]] = []
     before = torch.get_num_threads()
