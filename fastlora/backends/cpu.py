@@ -66,7 +66,7 @@ def joined(tensors: list[Tensor], dtype: torch.dtype) -> bytearray | None:
 
 def _on_cpu(*tensors: object) -> str | None:
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
+        if isinstance(tensor, Tensor) and not tensor.is_cpu:
             return f"a tensor is on {tensor.device}, this backend needs the CPU"
     return None
 

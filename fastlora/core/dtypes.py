@@ -22,6 +22,8 @@ DTYPE_NAMES = {
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The widest of the dtypes; float16 with bfloat16 needs float32, which holds both."""
     given = set(dtypes) or {torch.float32}
+    if len(given) == 1:
+        return given.pop()
     if {torch.float16, torch.bfloat16} <= given:
         given.add(torch.float32)
     return max(given, key=WIDTHS.index)

@@ -94,8 +94,9 @@ class Components:
             **({"weighting": self.settings.weighting, "rho": self.settings.rho} if self.settings.weighting else {}),
             "rank": self.settings.rank,
             "energy": self.settings.energy,
-            "pool": {n: self.pool[n].provenance for n in self.pool.names},
+            "pool": {a.name: a.provenance for a in self.pool.adapters},
         }
-        dtype = widest(self.pool[n].dtype for n in names) if self.dtype is None else self.dtype
-        notes = tuple(dict.fromkeys(note for n in names for note in self.pool[n].notes))
+        own = [self.pool[n] for n in names]
+        dtype = widest([a.dtype for a in own]) if self.dtype is None else self.dtype
+        notes = tuple(dict.fromkeys([note for a in own for note in a.notes]))
         return Adapter(part, updates, base=base, dtype=dtype, provenance=provenance, extras=extras or {}, notes=notes)

@@ -23,6 +23,8 @@ from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.stream import current as streaming
 from fastlora.ops import dispatch
 from fastlora.reference import coefficients
+from fastlora.runtime import ranks
+from fastlora.runtime.memory import is_bounded
 
 Table = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 """Float64 ``[g, k]``: a number of every update."""
@@ -90,6 +92,28 @@ class Settings:
         return ops.Chain(*dispatch.run("chain", blocks.projected, blocks.other, blocks.floor, *cuts))
 
 
+LATER_BYTES = 2 * 2**20
+"""Of Gram blocks that a batch of results may hold."""
+
+
+class LaterNorms:
+    """``‖ΔW_i‖`` of a batch of modules that share nothing, from its Gram blocks when somebody asks, as reports do."""
+
+    __slots__ = ("_blocks", "_values")
+
+    def __init__(self, projected: Tensor, other: Tensor, scalings: Table) -> None:
+        self._blocks: tuple[Tensor, Tensor, Table] | None = (projected, other, scalings)
+        self._values: list[list[float]] = []
+
+    def values(self) -> list[list[float]]:
+        """``[modules][adapters]``; the blocks are given up when they are known."""
+        blocks = self._blocks
+        if blocks is not None:
+            self._values = _norms_alone(*blocks).tolist()
+            self._blocks = None
+        return self._values
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ResultBatch:
     """Results of many modules in few tensors: all pairs of a large pool have hundreds of thousands.
@@ -103,6 +127,7 @@ class ResultBatch:
     values: Tensor
     basis: Tensor
     H: Tensor
+    norms: list[list[float]] | LaterNorms
 
     def bases(self, rows: Sequence[int]) -> Sequence[Tensor]:
         """``basis_j [r, c]`` for some rows and every mover ``j``, one row after the other."""
@@ -142,13 +167,18 @@ class ModuleResult:
     ranks: tuple[int, ...]
     kept: tuple[int, ...]
     count: int  # directions shared
-    norms: tuple[float, ...]  # ‖ΔW_i‖
     shared_norms: tuple[float, ...]  # ‖ΔW_i^shared‖, MATH (9)
     rtol: float
     batch: ResultBatch
     row: int  # of the batch
     taken: tuple[float, ...] | None = None  # of every shared direction, where not all of it
     unique_norms: tuple[float, ...] | None = None  # ‖ΔW_i^unique‖, where the parts are not orthogonal
+
+    @property
+    def norms(self) -> tuple[float, ...]:
+        """``‖ΔW_i‖``."""
+        norms = self.batch.norms
+        return tuple((norms if isinstance(norms, list) else norms.values())[self.row])
 
     @property
     def sigma(self) -> tuple[tuple[float, ...], ...]:
@@ -211,8 +241,9 @@ def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleRes
     movers = settings.movers(len(blocks.group.members))
     taken = settings.taken(blocks, chain)
     if taken is None:
-        H, norms, shared = _shares(blocks, chain, movers)
-        return module_results(blocks, chain, movers, H, norms, shared)
+        scalings = _scalings(blocks)
+        H, norms, shared = _shares(blocks, chain, movers, scalings)
+        return module_results(blocks, chain, movers, H, norms, shared, scalings)
     chain = chain._replace(shared=(taken > 0.0).sum(1), basis=chain.basis * (taken > 0.0)[:, None, None])
     scaling = torch.from_numpy(_scalings(blocks)).to(blocks.projected.device)
     H, norms, inside = coefficients.shares(blocks.projected, blocks.other, chain.basis, scaling, movers)
@@ -225,7 +256,9 @@ def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleRes
     return results
 
 
-def _shares(blocks: ChainBlocks, chain: ops.Chain, movers: int) -> tuple[Tensor | None, Tensor | Table, Tensor | Table]:
+def _shares(
+    blocks: ChainBlocks, chain: ops.Chain, movers: int, scalings: Table
+) -> tuple[Tensor | None, Tensor | Table | LaterNorms, Tensor | Table]:
     """:func:`coefficients.shares`; without ``H`` where nothing is shared, as mostly in adapters of different tasks.
 
     On the host in NumPy, where small steps take a third of torch's time. What is summed is torch's, to the last bit.
@@ -233,19 +266,32 @@ def _shares(blocks: ChainBlocks, chain: ops.Chain, movers: int) -> tuple[Tensor 
     projected, other = blocks.projected, blocks.other
     H = coefficients.directions(projected, chain.basis, movers) if any(chain.shared.tolist()) else None
     if not projected.is_cpu:
-        scaling = torch.from_numpy(_scalings(blocks)).to(projected.device)
+        scaling = torch.from_numpy(scalings).to(projected.device)
         norms = coefficients.whole_lengths(projected, other, scaling)
         return H, norms, torch.zeros_like(norms) if H is None else coefficients.lengths(H, other, scaling)
-    g, k, _, r, _ = projected.shape
-    diagonal, others = projected.numpy().reshape(g, k * k, r, r)[:, :: k + 1], other.numpy()
+    if H is None:
+        alone = ranks.current() is None and not is_bounded()
+        later = alone and projected.nbytes + other.nbytes <= LATER_BYTES
+        make = LaterNorms if later else _norms_alone
+        return H, make(projected, other, scalings), np.zeros(scalings.shape)
     with np.errstate(all="ignore"):
-        sizes = np.abs(_scalings(blocks))
-        squares = _sums(diagonal * others)
-        if H is None:
-            return H, np.sqrt(squares.numpy()) * sizes, np.zeros((g, k))
+        sizes, squares = np.abs(scalings), _sums(_diagonal(projected) * other.numpy())
         # Torch's roots, whose last bit may be another than NumPy's: coefficients are made of the second ones.
-        inside = _sums((H.mT @ H).numpy() * others)
+        inside = _sums((H.mT @ H).numpy() * other.numpy())
         return H, squares.sqrt_().numpy() * sizes, inside.sqrt_().numpy() * sizes
+
+
+def _norms_alone(projected: Tensor, other: Tensor, scalings: Table) -> Table:
+    """``‖ΔW_i‖`` on the host where nothing is shared: no coefficient is made of them."""
+    with np.errstate(all="ignore"):
+        norms: Table = np.sqrt(_sums(_diagonal(projected) * other.numpy()).numpy()) * np.abs(scalings)
+    return norms
+
+
+def _diagonal(projected: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The blocks of every factor with itself: a view ``[g, k, r, r]``."""
+    g, k, _, r, _ = projected.shape
+    return projected.numpy().reshape(g, k * k, r, r)[:, :: k + 1]
 
 
 def _sums(products: np.ndarray[Any, np.dtype[np.float64]]) -> Tensor:
@@ -263,20 +309,22 @@ def module_results(
     chain: ops.Chain,
     movers: int,
     H: Tensor | None,
-    norms: Tensor | Table,
+    norms: Tensor | Table | LaterNorms,
     shared: Tensor | Table,
+    scalings: Table | None = None,
 ) -> list[ModuleResult]:
     """The results of a chain, from ``H_i [g, k, w, r]`` (``None`` where nothing is shared) and the norms of the updates
-    and their shared parts ``[g, k]``."""
+    and their shared parts ``[g, k]``. ``scalings``: the ``s_i``, where they are known."""
+    scalings = _scalings(blocks) if scalings is None else scalings
     with np.errstate(all="ignore"):
-        sigma = chain.sigma.cpu().numpy() * np.abs(_scalings(blocks))[..., None]
+        sigma = chain.sigma.cpu().numpy() * np.abs(scalings)[..., None]
     check_size(blocks.names, blocks.modules, sigma)
     values = chain.values.cpu()
     numbers = values.numpy()
     if not numbers.imag.any():
         values = torch.from_numpy(numbers.real.copy())
     # Plain numbers in bulk: taking them out of tensors one by one would cost more than all of the above.
-    counts, kept, all_norms, shared_norms = (x.tolist() for x in (chain.shared, chain.kept, norms, shared))
+    counts, kept, shared_norms = (x.tolist() for x in (chain.shared, chain.kept, shared))
     most = max(counts, default=0)
     if most and H is not None:
         basis, H = _beside_factors(chain.basis[:, :movers, :, :most]), _beside_factors(H[:, :, :most])
@@ -285,14 +333,12 @@ def module_results(
         basis, H = (torch.from_numpy(np.empty(shape)) for shape in ((g, movers, r, 0), (g, k, 0, r)))
         if not chain.basis.is_cpu and streaming() is None:
             basis, H = basis.to(chain.basis.device), H.to(chain.basis.device)
-    batch = ResultBatch(sigma, values, basis, H)
-    ranks, rtol = blocks.group.ranks, blocks.group.rtol
-    each = zip(blocks.modules, blocks.updates, blocks.names, kept, counts, all_norms, shared_norms, strict=True)
+    batch = ResultBatch(sigma, values, basis, H, norms if isinstance(norms, LaterNorms) else norms.tolist())
+    widths, rtol = blocks.group.ranks, blocks.group.rtol
+    each = zip(blocks.modules, blocks.updates, blocks.names, kept, counts, shared_norms, strict=True)
     return [
-        ModuleResult(
-            module, own[0].shape, names, ranks, tuple(dims), count, tuple(norms), tuple(lengths), rtol, batch, row
-        )
-        for row, (module, own, names, dims, count, norms, lengths) in enumerate(each)
+        ModuleResult(module, own[0].shape, names, widths, tuple(dims), count, tuple(lengths), rtol, batch, row)
+        for row, (module, own, names, dims, count, lengths) in enumerate(each)
     ]
 
 

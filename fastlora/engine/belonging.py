@@ -35,8 +35,10 @@ def require_one_module(updates: Sequence[Update]) -> None:
 def require_together(updates: Sequence[Update]) -> None:
     """Refuses updates that no kernel could read together: of different modules, or on different devices."""
     require_one_module(updates)
-    if not all([t.source.is_cpu for u in updates for f in (u.B, u.A) for t in f.terms]):
-        _require_one_device(updates)
+    for u in updates:
+        for term in u.B.terms + u.A.terms:
+            if not term.source.is_cpu:
+                return _require_one_device(updates)
 
 
 def _require_one_device(updates: Sequence[Update]) -> None:

@@ -113,7 +113,8 @@ def checked_name(name: str) -> str:
 
 def current_backend() -> str:
     """The forced backend, or ``"auto"``."""
-    return _chosen.get() or checked_name(os.environ.get("FASTLORA_BACKEND") or "auto")
+    chosen = _chosen.get() or os.environ.get("FASTLORA_BACKEND")
+    return checked_name(chosen) if chosen else "auto"
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pools
@@ -17,6 +18,7 @@ import fastlora as fl
 from fastlora.adapters.lora import Adapter
 from fastlora.core.data import Extra
 from fastlora.decomposition import result
+from fastlora.decomposition.devec import LaterNorms
 from fastlora.decomposition.report import Report
 from fastlora.reference.devec import devec
 
@@ -197,3 +199,23 @@ def test_reports_that_are_kept_are_made_once(keep: bool, tmp_path: Path, monkeyp
     written = json.loads((tmp_path / "report.json").read_text())["reports"]
     assert [json.loads(json.dumps(r.as_dict())) for r in parts.reports] == written
     assert len(made) == (3 if keep else 6)
+
+
+def test_norms_of_what_shares_nothing_come_when_they_are_asked_for() -> None:
+    """From blocks that are held until then, or at once where they are too large or memory is bounded: the same bits,
+    also when several threads ask."""
+    names, n, m, r = ("a", "b", "c"), 40, 30, 4
+    tensors = {x: {"q": (gaussian(n, r, seed=i), gaussian(r, m, seed=9 + i), 0.5 - i)} for i, x in enumerate(names)}
+    pool = fl.Pool([fl.Adapter.from_tensors(t, name=x) for x, t in tensors.items()])
+    later, at_once = fl.decompose(pool), fl.decompose(pool, memory="1GiB")
+    (one,), (other,) = (d.components.results.values() for d in (later, at_once))
+    assert not one.count and isinstance(one.batch.norms, LaterNorms) and isinstance(other.batch.norms, list)
+    tensors["a"]["q"][0].zero_()  # what was found does not follow
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: one.norms, range(8)))
+    assert set(found) == {other.norms} and one.batch.norms._blocks is None
+    assert other.norms[2] == pytest.approx(float(pool["c"].delta("q").double().norm()), rel=1e-6)
+    wide = {x: (gaussian(900, 256, seed=i), gaussian(256, 400, seed=9 + i)) for i, x in enumerate(names)}
+    large = fl.Pool([fl.Adapter.from_tensors({"q": factors}, name=x) for x, factors in wide.items()])
+    (one,) = fl.decompose(large).components.results.values()
+    assert isinstance(one.batch.norms, list)
