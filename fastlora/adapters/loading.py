@@ -26,7 +26,6 @@ KINDS: dict[type[AdapterData], type[Element]] = {
 """What a record that a format read becomes: the same fields, with verbs."""
 
 
-@paused_collector()
 def load(
     path: str | Path,
     name: str | None = None,
@@ -62,10 +61,13 @@ def load(
     Cost: one read of the configuration and of the file's header. Tensors of ``.safetensors`` files stay in the file,
     memory-mapped, until a result needs them. A task vector is read once, to refuse NaN and Inf.
     """
-    renaming = Renaming(rename)
-    element = renaming(element_of(formats.read(path, name, family=family, rank=rank)))
-    renaming.require_used()
-    return element
+    if rename is None and (known := formats.read_alike(path, name)) is not None:
+        return element_of(known)  # of a few objects, until somebody looks at it
+    with paused_collector():
+        renaming = Renaming(rename)
+        element = renaming(element_of(formats.read(path, name, family=family, rank=rank)))
+        renaming.require_used()
+        return element
 
 
 def element_of(record: AdapterData) -> Element:

@@ -76,14 +76,15 @@ class Factor:
                     self.stored = term.source
 
     @staticmethod
-    def of(side: Side, stored: Tensor) -> Factor:
-        """The factor that is exactly one stored matrix."""
+    def of(side: Side, stored: Tensor, shape: Sequence[int] | None = None) -> Factor:
+        """The factor that is exactly one stored matrix; ``shape``: of that, where it is known."""
         factor = _new(Factor)  # a pool of hundreds has thousands, and nothing is left to find out
         factor.side, factor.terms, factor.stored = side, (Term(stored),), stored
+        shape = stored.shape if shape is None else shape
         if side == "B":
-            factor.length, factor.rank = stored.shape
+            factor.length, factor.rank = shape
         else:
-            factor.rank, factor.length = stored.shape
+            factor.rank, factor.length = shape
         return factor
 
     @property

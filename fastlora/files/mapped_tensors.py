@@ -38,17 +38,20 @@ class Place:
 
 class MappedFile(NamedTuple):
     """A safetensors file that is sound: what lies where (the same object for files whose headers are alike, as long as
-    that is remembered), where the first tensor may lie, and the mapped bytes."""
+    that is remembered), where the first tensor may lie, the mapped bytes, and the first of them as they were read."""
 
     places: dict[str, Place]
     start: int
     mapping: mmap.mmap
+    head: bytes
 
 
 def array_at(file: MappedFile, place: Place, part: tuple[slice, ...]) -> npt.NDArray[np.floating]:
     """Part of a floating-point tensor at a place as an array, which is made in a third of a tensor's time."""
     dtype = cast(torch.dtype, place.dtype)
-    stored = np.ndarray(place.shape, NUMPY[dtype], file.mapping, file.start + place.first)[part]
+    # No page is touched of a file that is read far enough.
+    memory = file.head if file.start + place.last <= len(file.head) else file.mapping
+    stored = np.ndarray(place.shape, NUMPY[dtype], memory, file.start + place.first)[part]
     return (stored.astype(np.uint32) << 16).view(np.float32) if dtype is torch.bfloat16 else stored
 
 
@@ -98,10 +101,10 @@ class Runs:
                 at = end
         self._count = len(places)
 
-    def tensors(self, file: MappedFile) -> list[Tensor]:
-        """Views of a file whose places these are."""
+    def tensors(self, mapping: mmap.mmap, start: int) -> list[Tensor]:
+        """Views of a mapped file whose places these are, behind a header that ends at ``start``."""
         found: list[Tensor] = [_NOTHING] * self._count
-        views = Views(file.mapping, file.start)
+        views = Views(mapping, start)
         for dtype, first, shape, strides, members in self._runs:
             for i, tensor in zip(members, views.at(dtype, first, shape, strides).unbind(), strict=True):
                 found[i] = tensor

@@ -129,21 +129,21 @@ def map_safetensors(path: Path | str, *, is_file: bool = False) -> MappedFile:
     """Checks a safetensors file and maps it. ``is_file``: the caller knows it for a regular file."""
     file = _opened(path, is_file)
     try:
-        places, start, _ = _checked(path, file)
-        return MappedFile(places, start, _mapped(path, file))
+        places, start, _, head = _checked(path, file)
+        return MappedFile(places, start, _mapped(path, file), head)
     finally:
         os.close(file)
 
 
 def read_header(path: Path) -> Header:
     """The names and shapes of the tensors in a safetensors file, and its metadata; no tensor is read."""
-    places, _, metadata = _read(path)
+    places, _, metadata, _ = _read(path)
     return Header({name: place.shape for name, place in places.items()}, metadata)
 
 
 def read_places(path: Path) -> dict[str, StoredTensor]:
     """Where the tensors of a safetensors file lie, in the order of the file; no tensor is read."""
-    places, start, _ = _read(path)
+    places, start, _, _ = _read(path)
     found = {
         name: StoredTensor(
             name,
@@ -159,7 +159,10 @@ def read_places(path: Path) -> dict[str, StoredTensor]:
     return dict(sorted(found.items(), key=lambda item: (item[1].offset, item[1].size)))
 
 
-def _read(path: Path) -> tuple[dict[str, Place], int, dict[str, str]]:
+Checked = tuple[dict[str, Place], int, dict[str, str], bytes]
+
+
+def _read(path: Path) -> Checked:
     file = _opened(path)
     try:
         return _checked(path, file)
@@ -167,10 +170,11 @@ def _read(path: Path) -> tuple[dict[str, Place], int, dict[str, str]]:
         os.close(file)
 
 
-def _checked(path: Path | str, file: int) -> tuple[dict[str, Place], int, dict[str, str]]:
-    """Where the tensors are, where the first of them may lie, and the metadata, of a file whose header is sound."""
-    header, size = _read_header(path, file)
-    start = 8 + len(header)
+def _checked(path: Path | str, file: int) -> Checked:
+    """Where the tensors are, where the first of them may lie, the metadata, and the bytes that were read of them, of a
+    file whose header is sound."""
+    head, start, size = _read_header(path, file)
+    header = head[8:start]
     own, rest = _apart(header)
     known = _known.get((rest, size - start))
     if known is None:
@@ -183,7 +187,7 @@ def _checked(path: Path | str, file: int) -> tuple[dict[str, Place], int, dict[s
         _known.move_to_end((rest, size - start))
         while len(_known) > MOST_KNOWN:
             _known.popitem(last=False)
-    return known[0], start, known[1] if own is None else own
+    return known[0], start, known[1] if own is None else own, head
 
 
 def _mapped(path: Path | str, file: int) -> mmap.mmap:
@@ -229,8 +233,9 @@ def _opened(path: Path | str, is_file: bool = False) -> int:
         raise _closed(path, error) from None
 
 
-def _read_header(path: Path | str, file: int) -> tuple[bytes, int]:
-    """The header, and the size of the file; refuses what stands for a file that was not fetched."""
+def _read_header(path: Path | str, file: int) -> tuple[bytes, int, int]:
+    """What a file begins with, where its header ends in that, and the size of the file; refuses what stands for a file
+    that was not fetched."""
     try:
         raw = os.read(file, AT_ONCE)
         length, size = int.from_bytes(raw[:8], "little"), os.fstat(file).st_size
@@ -248,7 +253,8 @@ def _read_header(path: Path | str, file: int) -> tuple[bytes, int]:
             missing -= len(pieces[-1])
     except OSError as error:
         raise _closed(path, error) from None
-    return b"".join(pieces)[8 : 8 + length], size
+    head = raw if len(pieces) == 1 else b"".join(pieces)
+    return head, min(8 + length, len(head)), size
 
 
 def _places(path: Path | str, raw: bytes, size: int) -> tuple[dict[str, Place], dict[str, str]]:

@@ -114,12 +114,8 @@ def read(
     Raises :class:`InputError` where nothing can be read and :class:`UnsupportedAdapter` for adapters whose
     numbers would come out wrong.
     """
-    text = os.fspath(path)
-    if text and text[0] != "~":  # adapters of pools of hundreds are mostly like one that was read before
-        own = os.path.basename(os.path.abspath(text)) if name is None else name
-        known = None if partial_of(text) is not None else _peft().read_alike(text, own)
-        if known is not None:
-            return cast(AdapterData, known)
+    if (known := read_alike(path, name)) is not None:
+        return known
     location = find(path)
     name = location.name if name is None else name
     check_name(name)
@@ -137,6 +133,15 @@ def read(
         _refuse_file(location.path)
     _refuse_directory(location.path)
     raise AssertionError("unreachable")
+
+
+def read_alike(path: str | Path, name: str | None) -> AdapterData | None:
+    """As :func:`read`, of an adapter like one that was read before, as hundreds mostly are; ``None`` for others."""
+    text = os.fspath(path)
+    if not text or text[0] == "~" or partial_of(text) is not None:
+        return None
+    own = os.path.basename(os.path.abspath(text)) if name is None else name
+    return cast(AdapterData | None, _peft().read_alike(text, own))
 
 
 def save(

@@ -26,7 +26,7 @@ def test_runs_are_single_views(seed: int, tmp_path: Path) -> None:
     mapped = map_safetensors(file)
     order = [*reversed(tensors), *list(tensors)[:2]]
     for wanted in (order[: len(tensors)], list(tensors)[::2], [order[-1]], []):
-        found = Runs([mapped.places[name] for name in wanted]).tensors(mapped)
+        found = Runs([mapped.places[name] for name in wanted]).tensors(mapped.mapping, mapped.start)
         for name, tensor, single in zip(wanted, found, map(read_safetensors(file).get, wanted), strict=True):
             assert single is not None and tensor.dtype == single.dtype and tensor.stride() == single.stride()
             assert torch.equal(tensor, single) and torch.equal(tensor, tensors[name])

@@ -5,6 +5,7 @@ next of a kind takes as long as its tensors do."""
 from __future__ import annotations
 
 import functools
+import mmap
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from fastlora.core.factors import Factor
 from fastlora.core.inert import FIRST_COLUMNS, FIRST_ROW, changes_something
 from fastlora.core.updates import Layout, Update
 from fastlora.files.mapped_tensors import MappedFile, Place, Runs, array_at
+from fastlora.runtime.cpython import paused_collector
 
 MOST_KNOWN, LARGEST_KNOWN = 8, 2**16
 """How many recipes are remembered, and of configurations of how many bytes."""
@@ -60,15 +62,19 @@ class Recipe:
             return None
         adapter = LoraData(name, {}, base=self.base, dtype=self.dtype)
         # Of one recipe are the same modules, shapes, dtypes, scalings and layouts.
-        deferred(adapter, "updates", Later(functools.partial(_updates, self.places, self.runs, file), self))
+        make = functools.partial(_updates, self.places, self.layout, self.runs, file.mapping, file.start)
+        deferred(adapter, "updates", Later(make, self))
         return adapter
 
 
-def _updates(places: Places, runs: Runs, file: MappedFile) -> dict[str, Update]:
-    tensors, factor = runs.tensors(file), Factor.of
+@paused_collector()
+def _updates(
+    places: Places, layout: Mapping[str, Place], runs: Runs, mapping: mmap.mmap, start: int
+) -> dict[str, Update]:
+    tensors, factor = runs.tensors(mapping, start), Factor.of
     return {
-        path: Update(factor("B", b), factor("A", a), scaling, layout)
-        for (path, _, _, scaling, layout), b, a in zip(places, tensors[::2], tensors[1::2], strict=True)
+        path: Update(factor("B", b, layout[key].shape), factor("A", a, layout[other].shape), scaling, kind)
+        for (path, key, other, scaling, kind), b, a in zip(places, tensors[::2], tensors[1::2], strict=True)
     }
 
 

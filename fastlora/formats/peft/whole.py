@@ -7,6 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -88,16 +89,22 @@ def whole_files(adapter: LoraData, dtype: torch.dtype | str | None = None) -> di
 
 
 def _shape_of(key: tuple[object, ...], adapter: LoraData) -> Shape | None:
-    if key in _known:
-        return _known[key]
+    found = _known.get(key, _UNKNOWN)
+    if found is not _UNKNOWN:
+        return cast(Shape | None, found)
     shape = _known[key] = _shape(adapter)
     while len(_known) > MOST_KNOWN:
         _known.popitem(last=False)
     return shape
 
 
+_UNKNOWN = object()
+
+
 def _shape(adapter: LoraData) -> Shape | None:
     dtype, updates = adapter.dtype, adapter.updates
+    if sum(u.rank * sum(u.shape) for u in updates.values()) * dtype.itemsize > SMALL_BYTES:
+        return None
     for u in updates.values():
         is_exact = u.scaling == 1.0 or (math.frexp(abs(u.scaling))[0] == 0.5 and not is_narrow(dtype, [u.scaling]))
         if not (u.rank and is_exact and u.layout in (LINEAR, EMBEDDING)):
@@ -107,8 +114,6 @@ def _shape(adapter: LoraData) -> Shape | None:
     contents = FileContents()
     add_factors(contents, adapter, {m: outline(u, dtype) for m, u in updates.items()}, dtype)
     places = TensorPlaces(contents.tensors)
-    if places.size > SMALL_BYTES:
-        return None
     position = {name: i for i, name in enumerate(contents.tensors)}
     order = [position[name] for name in places.places]
     own = [s for u in updates.values() for s in (1.0, u.scaling)]
