@@ -13,6 +13,7 @@ from fastlora import formats
 from fastlora.adapters.tensors import tensors_of, updates_of
 from fastlora.core.data import BaseInfo, LoraData
 from fastlora.core.dtypes import parse_dtype, widest
+from fastlora.core.float64 import of_float64
 from fastlora.core.inert import NO_CHANGE, note_on_zeros
 from fastlora.core.names import check_name
 from fastlora.core.sums import combine_extras, combine_updates, common_base, require_one_device
@@ -160,7 +161,8 @@ class Adapter(LoraData, VectorSpace):
         Raises :class:`InputError` for a module that is not adapted. Costs ``2·n·m·r`` operations in float64.
         """
         left, right = self.factors(module)
-        return (left.double() @ right.double()).float()
+        device = of_float64(left.device)
+        return (left.to(device).double() @ right.to(device).double()).float().to(left.device)
 
     def compress(self, rank: int | None = None, *, energy: float | None = None) -> Adapter:
         """The best approximation of every ``ΔW`` of at most ``rank``, or with the share ``energy`` of its ``Σσ²``.

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastlora.backends import tiles_of_files, torch_chain, torch_differences, torch_passes, torch_tiles
 from fastlora.backends.torch_host import float64_of_host
-from fastlora.backends.torch_products import has_float64, inner
+from fastlora.backends.torch_products import inner
+from fastlora.core.float64 import has_float64
 from fastlora.ops.coefficients import fill
 from fastlora.ops.dispatch import Kernel, always
 from fastlora.ops.gram import blocks_of

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends.torch_products import has_float64
+from fastlora.core.float64 import has_float64
 from fastlora.ops.dispatch import device_of
 
 NARROW = (torch.float64, torch.complex128)  # what stays on the host

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastlora.backends.torch_products import has_float64, inner
+from fastlora.backends.torch_products import inner
+from fastlora.core.float64 import has_float64
 from fastlora.ops.passes import BlockPlace, CombineJob, CombineOutput, GramJob, WriteProblem
 from fastlora.reference.gram import symmetric
 from fastlora.runtime.system import write_all_at

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-WITHOUT_FLOAT64 = ("mps",)
+from fastlora.core.float64 import has_float64
+
 SLICE_BITS, SLICES = 8, 7
 CHUNK = 128  # products of two slices are at most 2¹⁶ in units of their own: 128 of them sum exactly in float32
-
-
-@functools.cache
-def has_float64(device: torch.device) -> bool:
-    """Whether a device adds in float64; some of one kind do, so the device is asked."""
-    if device.type in WITHOUT_FLOAT64:
-        return False
-    try:
-        one = torch.ones((), dtype=torch.float64, device=device)
-        return float(one + 2.0**-40) > 1.0
-    except (RuntimeError, TypeError, NotImplementedError):
-        return False
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastlora.core.float64 import of_float64
+
 Side = Literal["B", "A"]
 
 _new = object.__new__
@@ -39,7 +41,7 @@ class Term:
         own = lengths[self.at : self.at + self.width(side)]
         if not len(own) or bool((own == own[0]).all()):
             return replace(self, scale=self.scale * float(own[0]) if len(own) else self.scale)
-        own = own.to(self.source.device)
+        own = own.to(of_float64(self.source.device))
         if self.coefficient is None:
             return replace(self, coefficient=torch.diag(own))
         return replace(self, coefficient=self.coefficient * (own if side == "B" else own[:, None]))
@@ -47,7 +49,7 @@ class Term:
     def matrix(self, side: Side, rank: int) -> Tensor:
         """The term's share of the coefficient of its source, scale included: float64 ``[r, rank]`` on both sides."""
         r = self.source.shape[1 if side == "B" else 0]
-        where = self.source.device
+        where = of_float64(self.source.device)
         full = torch.zeros(r, rank, dtype=torch.float64, device=where)
         block = torch.eye(r, dtype=torch.float64, device=where) if self.coefficient is None else self.coefficient
         if side == "A" and self.coefficient is not None:
@@ -156,7 +158,9 @@ class Factor:
 
 
 def _on(source: Tensor, small: Tensor) -> Tensor:
-    return small if small.device == source.device else small.to(source.device)
+    """Float64 beside a stored matrix."""
+    device = of_float64(source.device)
+    return small if small.device == device else small.to(device)
 
 
 def _with_contiguous_rows(small: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastlora.core.data import LoraData
+from fastlora.core.float64 import of_float64
 from fastlora.core.updates import tensors
 from fastlora.runtime.memory import advise
 from fastlora.runtime.system import HUGE_PAGES
@@ -54,8 +55,14 @@ def staging(size: int) -> Tensor:
 def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """The tensors on another device, in one buffer, by one copy between the host and the device.
 
-    Copies to a device do not wait: they are ordered on its current stream. Copies from a device wait.
+    Copies to a device do not wait: they are ordered on its current stream. Copies from a device wait. What is float64
+    stays on the host where the device has none.
     """
+    stay = [t.dtype == torch.float64 and t.device == of_float64(device) for t in tensors]
+    if any(stay):
+        others = [t for t, stays in zip(tensors, stay, strict=True) if not stays]
+        rest = iter(moved(others, device) if others else ())
+        return [t if stays else next(rest) for t, stays in zip(tensors, stay, strict=True)]
     layout = [(tuple(t.shape), t.dtype) for t in tensors]
     starts, size = offsets(layout)
     if device.type == "cpu":
@@ -91,8 +98,9 @@ def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 def moved_once(tensors: Mapping[object, Tensor], device: torch.device) -> dict[object, Tensor]:
     """Tensors by their identity on another device, in one buffer, by one copy. What came from the host is not copied
-    back: its original is taken."""
+    back: its original is taken. Coefficients in float64 stay on the host where the device has none."""
     home = {key: origin(t) for key, t in tensors.items()} if device.type == "cpu" else {}
+    home |= {key: t for key, t in tensors.items() if t.dtype == torch.float64 and t.device == of_float64(device)}
     wanted = [key for key in tensors if home.get(key) is None]
     there = dict(zip(wanted, moved([tensors[k] for k in wanted], device), strict=True)) if wanted else {}
     if device.type != "cpu":

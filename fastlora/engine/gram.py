@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlora.core.factors import Factor, device_of, source_key
+from fastlora.core.float64 import of_float64
 from fastlora.engine.belonging import require_length, require_one_length, require_room
 from fastlora.engine.gram_cache import run_through_cache
 from fastlora.ops.dispatch import Launches, prepared, run_pass
@@ -140,7 +141,9 @@ class GramPass:
 
 
 def _zeros(*shape: int, device: torch.device) -> Tensor:
-    """Float64 zeros. On the CPU as the system hands memory out, so that blocks that nobody asks for cost nothing."""
+    """Float64 zeros for factors on a device. On the CPU as the system hands memory out, so that blocks that nobody
+    asks for cost nothing."""
+    device = of_float64(device)
     if device.type == "cpu":
         return torch.from_numpy(np.zeros(shape))
     return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -255,7 +258,7 @@ def _source_gram(factors: Sequence[Factor], rows: bool) -> tuple[GramJob, list[_
                 first_rows[source_key(term.source)] = total
                 sources.append(term.source)
                 total += term.source.shape[0 if rows else 1]
-    device = sources[0].device if sources else torch.device("cpu")
+    device = of_float64(sources[0].device) if sources else torch.device("cpu")
     coefficients = [_Coefficients.of(factor, first_rows, device) for factor in factors]
     starts = [first_rows[source_key(s)] for s in sources]
     blocks = [(i, j, starts[i] * total + starts[j]) for i in range(len(sources)) for j in range(i, len(sources))]

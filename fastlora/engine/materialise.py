@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlora.core.factors import Factor, device_of
+from fastlora.core.float64 import of_float64
 from fastlora.core.updates import Update
 from fastlora.engine.belonging import require_together
 from fastlora.engine.buffers import ResultRoom, padded
@@ -118,5 +119,5 @@ def is_rounding(factor: Factor, computed: Tensor) -> bool:
     size = 0.0
     for term in factor.terms:
         coefficient = 1.0 if term.coefficient is None else float(term.coefficient.norm())
-        size += abs(term.scale) * coefficient * float(term.source.double().norm())
+        size += abs(term.scale) * coefficient * float(term.source.to(of_float64(term.source.device)).double().norm())
     return float(computed.norm()) <= ROUNDING * size

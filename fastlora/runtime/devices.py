@@ -22,13 +22,24 @@ def parse(device: str | torch.device | None) -> torch.device | None:
     except RuntimeError:
         parsed = torch.device("meta")
     if parsed.type not in ("cpu", "cuda"):
-        raise InputError(f"device {str(device)!r} does not exist: use auto, cpu, cuda or cuda:N")
+        other = None if parsed.type == "meta" else _other(parsed)
+        if other is None:
+            raise InputError(f"device {str(device)!r} does not exist: use auto, cpu, cuda or cuda:N")
+        return other
     if parsed.type == "cuda":
         reason = unavailable(parsed.index)
         if reason is not None:
             raise InputError(f"device {str(device)!r} cannot be used: {reason}. Use cpu (`--device cpu`)")
         parsed = torch.device("cuda", torch.cuda.current_device() if parsed.index is None else parsed.index)
     return parsed
+
+
+def _other(device: torch.device) -> torch.device | None:
+    """A device of another kind that torch computes on here, such as Apple's or Intel's, with its number."""
+    if not torch.accelerator.is_available() or torch.accelerator.current_accelerator() != torch.device(device.type):
+        return None
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    return torch.device(device.type, index) if index < torch.accelerator.device_count() else None
 
 
 def unavailable(index: int | None = None) -> str | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import test_plain_torch_on_device as calls
 import torch
 from builders import gaussian
+from pools import MODULE
 from simulated import WithoutFloat64
+from test_plan import ragged_pool
+from tolerances import FLOAT32, FLOAT64
 from torch import Tensor
 
 import fastlora as fl
@@ -70,3 +74,53 @@ def test_passes(dtype: torch.dtype, rows: bool, device: None) -> None:
         error = ((found.mT if rows else found) - wanted).abs()
         slack = (2.0**-50 if dtype == torch.float32 else 2.0**-22) * size + torch.finfo(dtype).smallest_normal * 2**-11
         assert (error <= torch.finfo(dtype).eps / 2 * (1 + 2**-12) * wanted.abs() + slack).all()
+
+
+def ties(pool: fl.Pool) -> fl.Adapter:
+    return fl.merge(pool, method="ties", density=0.3, rank=3, min_energy=0.0)
+
+
+WHOLE: dict[str, Any] = {
+    "decompose": lambda pool: list(fl.decompose(pool, 0.5).adapters().values()),
+    "decompose, pairs": lambda pool: list(fl.decompose(pool, 0.5, mode="pairs").adapters().values()),
+    "decompose, mean": lambda pool: list(fl.decompose(pool, 0.3, chain="mean").adapters().values()),
+    "sum": lambda pool: [pool["a0"] - 0.5 * pool["a1"]],
+    "compress": lambda pool: [(pool["a0"] + pool["a1"]).compress(2)],
+    "ties": lambda pool: [ties(pool)],
+    **{
+        method: lambda pool, m=method: [fl.merge(pool, method=m)] for method in ("svd", "tsv", "iso_c", "knots", "wudi")
+    },
+}
+
+
+@pytest.mark.parametrize("call", WHOLE.values(), ids=WHOLE)
+def test_whole_calls(call: Any, device: None) -> None:
+    """Factors on the device: what it has no float64 for is on the host, and results are where the factors are."""
+    pool = ragged_pool()
+    there = pool.to("mps")
+    assert isinstance(there["a0"].updates[MODULE].B.stored, WithoutFloat64)
+    for wanted, found in zip(call(pool), call(there), strict=True):
+        for module in wanted.modules:
+            expected, delta = wanted.delta(module), found.delta(module)
+            on_host = call is WHOLE["ties"] or not bool(expected.any())  # made there, or of nothing
+            assert isinstance(delta, WithoutFloat64) is not on_host
+            assert float((delta.cpu() - expected).norm()) <= FLOAT32 * float(expected.norm())
+
+
+def test_overlap(device: None) -> None:
+    pool = ragged_pool()
+    found, wanted = fl.overlap(pool.to("mps")), fl.overlap(pool)
+    torch.testing.assert_close(torch.as_tensor(found.cosine), torch.as_tensor(wanted.cosine), rtol=0, atol=FLOAT64)
+
+
+@pytest.mark.parametrize("memory", [None, "1MiB"])
+def test_files(memory: str | None, device: None, tmp_path: Path) -> None:
+    pool = ragged_pool()
+    for name, where in (("host", "cpu"), ("there", "mps")):
+        fl.decompose(pool, 0.5, device=where, memory=memory).save(tmp_path / name)
+        fl.merge(pool, rank=3, device=where, memory=memory).save(tmp_path / name / "merged")
+    for place in ("unique/a0", "shared", "merged"):
+        one, two = (fl.load(tmp_path / name / place) for name in ("host", "there"))
+        for module in one.modules:
+            expected = one.delta(module)
+            assert float((two.delta(module) - expected).norm()) <= FLOAT32 * float(expected.norm())

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlora.core.float64 import of_float64
 from fastlora.merging.forms.frames import Cut
 from fastlora.ops import merge_tiles
 from fastlora.ops.merge_tiles import TileOutputs, TileRule, TileTask
@@ -75,13 +76,13 @@ def of_tiles(task: TileTask, rule: TileRule, cut: Cut) -> LowRank:
         if not found.finite or cut.energy is None or reached:
             return found
         width *= 2
-    M = torch.empty(n, m, dtype=torch.float64, device=task.device)
+    M = torch.empty(n, m, dtype=torch.float64, device=of_float64(task.device))
     merge_tiles.merge(task, rule, TileOutputs(dense=M))
     return of_dense(M)
 
 
 def _sketched(task: TileTask, rule: TileRule, width: int) -> LowRank:
-    thin = _test_matrix(task.shape[1], width).to(task.device)
+    thin = _test_matrix(task.shape[1], width).to(of_float64(task.device))
     for step in range(POWER_STEPS + 1):
         told = merge_tiles.merge(task, rule, TileOutputs(right=thin))
         assert told.product is not None
