@@ -126,8 +126,8 @@ int64_t count_in_place(const DlTensor& tensor) {
     return count;
 }
 
-// A bytearray of what some tensors hold, one after another, or None where one of them cannot be described, has another
-// dtype, is on another device or does not lie as it is read, or where there is NaN or infinity.
+// A bytearray of what some tensors hold, one after another, or None where one of them is of another class, cannot be
+// described, has another dtype, is on another device or does not lie as it is read, or where there is NaN or infinity.
 py::object joined(const py::type& type, const py::list& tensors, int64_t dtype) {
     const DlExchange* exchange = exchange_of(type);
     if (exchange == nullptr) return py::none();
@@ -142,13 +142,14 @@ py::object joined(const py::type& type, const py::list& tensors, int64_t dtype) 
     for (size_t i = 0; i < tensors.size(); ++i) {
         const py::handle object = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i));
         DlTensor tensor{};
-        if (!py::isinstance(object, type)) throw py::type_error("a matrix is no tensor");
+        // Of another class it may have its numbers elsewhere, whatever it says.
+        if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != type.ptr()) return py::none();
         if (exchange->describe(object.ptr(), &tensor) != 0) {
             PyErr_Clear();
             return py::none();
         }
         const int64_t own = count_in_place(tensor);
-        if (own < 0 || dtype_of(tensor) != dtype) return py::none();
+        if (own < 0 || dtype_of(tensor) != dtype || (own > 0 && tensor.data == nullptr)) return py::none();
         pieces.push_back({static_cast<const char*>(tensor.data) + tensor.byte_offset, size_t(own) * tensor.bits / 8});
         count += own;
         bytes += pieces.back().bytes;

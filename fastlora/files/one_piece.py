@@ -10,20 +10,24 @@ from torch._utils import _flatten_dense_tensors
 
 from fastlora.backends import cpu
 
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Classes whose numbers are in memory; others may have them elsewhere."""
+
 
 def in_one_piece(
     tensors: list[Tensor], dtype: torch.dtype, scales: Tensor | None = None
 ) -> bytearray | memoryview | None:
     """The numbers of tensors, one tensor after another, each times its scale in ``scales``, of ``dtype``, too.
 
-    ``None`` where a tensor has another dtype or is on a device, or a number is NaN or Inf, or becomes it.
+    ``None`` where a tensor is of another class, has another dtype or is on a device, or a number is NaN or Inf, or
+    becomes it.
     """
     joined = cpu.joined(tensors, dtype)
     if joined is not None and scales is None:
         return joined
     if joined is not None:
         numbers = torch.frombuffer(joined, dtype=dtype)
-    elif any([x.dtype is not dtype or not x.is_cpu for x in tensors]):
+    elif any([type(x) not in PLAIN or x.dtype is not dtype or not x.is_cpu for x in tensors]):
         return None
     else:  # without the compiled module, or of tensors whose numbers do not lie one after another
         numbers = _flatten_dense_tensors(tensors).detach()  # type: ignore[no-untyped-call]

@@ -27,9 +27,27 @@ TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
     "empty": lambda x: x[:0],
     "4-d": lambda x: x.reshape(2, 3, 2, 1),
 }
+
+
+class Elsewhere(Tensor):
+    """A tensor without memory that says it is on the CPU."""
+
+    @staticmethod
+    def __new__(cls, shape: torch.Size) -> Elsewhere:
+        made: Elsewhere = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)  # type: ignore[attr-defined]
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: object, *_: object) -> None:
+        raise AssertionError(f"{func} was called")
+
+
 NONE: dict[str, Callable[[Tensor], Tensor]] = {
     "double": lambda x: x.double(),
     "integers": lambda x: x.to(torch.int32),
+    "elsewhere": lambda x: Elsewhere(x.shape),
     "meta": lambda x: x.to("meta"),
     "NaN": lambda x: x.index_fill(1, torch.tensor([1]), torch.nan),
     "Inf": lambda x: x.index_fill(1, torch.tensor([0]), -torch.inf),
