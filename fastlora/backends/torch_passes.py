@@ -27,7 +27,7 @@ STACK_BYTES = 64 * 2**20  # of float64 factors that are multiplied in one call o
 SLAB_BYTES = 2**19  # of what is converted at once on a CPU
 HALVES = (torch.float16, torch.bfloat16)
 SMALLEST, LARGEST = 1e-20, 1e20  # coefficients that float32 sums are trusted with
-WORTH = 2**19  # elements of factors, below which a second thread costs more than it does
+WORTH = 2**23  # elements of factors for every thread: with fewer, waiting for each other costs more than it brings
 
 Work = TypeVar("Work")
 Found = TypeVar("Found")
