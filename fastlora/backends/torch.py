@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastlora.backends import tiles_of_files, torch_chain, torch_differences, torch_passes, torch_tiles
+from fastlora.backends import tiles_of_files, torch_chain, torch_combine, torch_differences, torch_gram, torch_tiles
 from fastlora.backends.torch_host import float64_of_host
 from fastlora.backends.torch_products import inner
 from fastlora.core.float64 import has_float64
@@ -161,8 +161,8 @@ KERNELS: Mapping[str, Kernel] = {
     "combine": Kernel(float64_of_host(_combine), always),
     "coefficients": Kernel(float64_of_host(fill), always),
     "finite": Kernel(_finite, always),
-    "gram_pass": Kernel(torch_passes.gram_pass, always),
-    "combine_pass": Kernel(torch_passes.combine_pass, always),
+    "gram_pass": Kernel(torch_gram.gram_pass, always),
+    "combine_pass": Kernel(torch_combine.combine_pass, always),
     "merge_select": Kernel(float64_of_host(torch_tiles.select), always),
     "merge_count_varied": Kernel(float64_of_host(torch_tiles.count_varied), always),
     "merge_row_masks": Kernel(float64_of_host(torch_tiles.row_masks), always),

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlora.core.float64 import has_float64
 from fastlora.ops.dispatch import device_of
 
-NARROW = (torch.float64, torch.complex128)  # what stays on the host
+OF_HOST = (torch.float64, torch.complex128)  # results that stay there
 
 
 def float64_of_host(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,7 +29,7 @@ def float64_of_host(kernel: Callable[..., Any]) -> Callable[..., Any]:
         for given, copy in pairs:
             if copy._version:  # it was written
                 given.copy_(copy)
-        return _mapped(result, lambda x: x if x.dtype in NARROW else x.to(device))
+        return _mapped(result, lambda x: x if x.dtype in OF_HOST else x.to(device))
 
     return launch
 

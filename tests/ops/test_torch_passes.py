@@ -10,7 +10,7 @@ from builders import gaussian
 from tolerances import FLOAT64, SUMS32
 from torch import Tensor
 
-from fastlora.backends import torch_passes
+from fastlora.backends import torch_combine, torch_gram, torch_slabs
 from fastlora.ops.gram import blocks_of
 from fastlora.ops.passes import CombineJob, CombineOutput, GramJob, WriteProblem
 
@@ -27,7 +27,7 @@ def factors_of(rows: bool, dtype: torch.dtype) -> list[list[Tensor]]:
 
 @pytest.fixture(autouse=True)
 def several_threads(monkeypatch: pytest.MonkeyPatch, threads: object) -> None:
-    monkeypatch.setattr(torch_passes, "WORTH", 1)
+    monkeypatch.setattr(torch_slabs, "WORTH", 1)
     threads(3)  # type: ignore[operator]
 
 
@@ -39,7 +39,7 @@ def test_gram_jobs(kind: str, rows: bool) -> None:
         k, r = len(x), max(f.shape[0 if rows else 1] for f in x)
         out = torch.zeros(k, k, r, r, dtype=torch.float64)
         jobs.append(GramJob(x, [(i, j, (i * k + j) * r * r) for i, j in blocks_of(kind, k)], rows, out, r))
-    torch_passes.gram_pass(jobs)
+    torch_gram.gram_pass(jobs)
     for job in jobs:
         x = [(f if rows else f.mT).double() for f in job.factors]
         for block in job.blocks:
@@ -64,7 +64,7 @@ def test_combine_jobs(dtype: torch.dtype, rows: bool) -> None:
         outs = [torch.full(shape, torch.nan, dtype=d) for d in (dtype, torch.float64, dtype)]
         made = [CombineOutput.into(o, t) for o, t in zip(outs, (terms, terms, []), strict=True)]
         jobs.append(CombineJob([given, *x[1:]], made, rows))
-    assert torch_passes.combine_pass(jobs) is None
+    assert torch_combine.combine_pass(jobs) is None
     for job in jobs:
         first, last = (f.detach().double() for f in (job.factors[0], job.factors[-1]))
         c = gaussian(first.shape[0 if rows else 1], last.shape[0 if rows else 1], seed=1, dtype=torch.float64)
@@ -76,10 +76,21 @@ def test_combine_jobs(dtype: torch.dtype, rows: bool) -> None:
         assert not bool(zero.any()) and not rounded.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_factors_of_rank_zero(dtype: torch.dtype) -> None:
+    x, none = gaussian(50, 3, seed=1, dtype=dtype), torch.empty(50, 0, dtype=dtype)
+    out, gram = torch.full((50, 3), torch.nan, dtype=dtype), torch.full((9,), torch.nan, dtype=torch.float64)
+    terms = [(0, None, 0, 1.0), (1, torch.empty(0, 3, dtype=torch.float64), 0, 1.0)]
+    assert torch_combine.combine_pass([CombineJob([x, none], [CombineOutput.into(out, terms)], False)]) is None
+    assert torch.equal(out, x)
+    torch_gram.gram_pass([GramJob([x, none], [(0, 0, 0), (0, 1, 9), (1, 1, 9)], False, gram, 3)])
+    torch.testing.assert_close(gram.view(3, 3), x.double().mT @ x.double(), rtol=0, atol=FLOAT64 * 50)
+
+
 def test_the_first_of_several_problems_is_told(tmp_path: Path) -> None:
     bad = gaussian(600, 4, seed=1)
     bad[5, 1] = torch.nan
     with (tmp_path / "f").open("w+b") as file:
         to = [CombineOutput((600, 4), torch.float32, [(0, None, 0, 1.0)], None, file.fileno(), 0, True)]
         jobs = [CombineJob([x], to, False) for x in (gaussian(600, 4, seed=2), bad, bad, bad)]
-        assert torch_passes.combine_pass(jobs) == WriteProblem(1, 0, None)
+        assert torch_combine.combine_pass(jobs) == WriteProblem(1, 0, None)

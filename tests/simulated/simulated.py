@@ -197,9 +197,7 @@ def simulated_device() -> Iterator[None]:
     ):
         patch.setattr(devices, "unavailable", lambda index=None: None)
         patch.setattr(torch.cuda, "current_device", lambda: DEVICE.index)
-        patch.setattr(
-            cpu, "_JOINS", False
-        )  # compiled code is told that these tensors are on the CPU, and they have no memory
+        # compiled code is told that these tensors are on the CPU, and they have no memory
         patch.setattr(devices, "_other", lambda device: WithoutFloat64.device if device.type == "mps" else None)
         patch.setattr(ThreadPoolExecutor, "submit", _submit_making)
         yield
