@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlora.ops.passes import CombineJob, GramJob, SumOfTerms
+from fastlora.ops.passes import CombineJob, GramAsked, GramJob, SumOfTerms
 
 has_cuda: bool
 cuda_archs: str
@@ -45,11 +45,15 @@ class CombineJobs:
     def renew(self) -> None: ...
     def run(self, threads: int) -> tuple[int, int, int, int]: ...  # problem, job, output of the job, errno
 
+class GramFactors:
+    def __init__(self, asked: Sequence[GramAsked], tensor: type[Tensor]) -> None: ...
+    def run(self, threads: int) -> bool: ...  # False where nothing was computed
+
 class FactorJobs:
     def __init__(
         self, sides: Sequence[tuple[Sequence[SumOfTerms], Sequence[Tensor]]], tensor: type[Tensor]
     ) -> None: ...
-    def run(self, threads: int) -> int: ...  # the first side that was refused, or -1
+    def run(self, threads: int) -> bool: ...  # False where nothing was computed
 
 # Arguments are addresses, sizes, and rows as fastlora.backends.rows packs them.
 def isa() -> str: ...

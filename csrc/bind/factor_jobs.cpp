@@ -4,6 +4,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "fastlora/threads.h"
 #include "jobs.h"
 
 namespace py = pybind11;
@@ -11,21 +12,107 @@ namespace py = pybind11;
 namespace fastlora {
 namespace {
 
+bool is_a(py::handle side) { return PyUnicode_CompareWithASCIIString(side.ptr(), "A") == 0; }
+
+// Gram blocks of factors that are stored matrices, as the jobs that fastlora/engine/gram.py makes of them.
+class GramFactors {
+  public:
+    // asked: (modules, out, r, blocks); a module is a list of factors, and out, whose memory holds nothing yet, has a
+    // part for each.
+    GramFactors(const py::sequence& asked, const py::type& type) : describe_(type) {
+        const Elements all(asked);
+        for (int64_t i = 0; i < all.size() && fits_; ++i) fits_ = add(Elements(all[i]));
+    }
+
+    // Whether the blocks were computed; if not, some factors are no stored matrices or do not belong together.
+    bool run(int threads) {
+        if (!fits_) return false;
+        py::gil_scoped_release release;
+        run_team(
+            threads, [](void* self, int thread, int of) { static_cast<GramFactors*>(self)->clear(thread, of); }, this);
+        if (kernels().gram(factors_.table.data(), tasks_.data(), blocks_.data(), int64_t(tasks_.size()), threads) !=
+            kDone)
+            throw std::bad_alloc();
+        return true;
+    }
+
+  private:
+    bool add(const Elements& asked) {
+        const Elements modules(asked[0]);
+        const Described out = describe_(asked[1]);
+        if (!out.on_cpu || out.matrix.dtype != int64_t(DType::f64)) return false;
+        alive_.push_back(py::reinterpret_borrow<py::object>(asked[1]));
+        const int64_t r = number(asked[2]), k = modules.size() ? Elements(modules[0]).size() : 0;
+        const int64_t size = number(names().numel.of(asked[1])()) / (modules.size() ? modules.size() : 1);
+        const std::vector<GramBlock> places = read_blocks(asked[3]);
+        for (const GramBlock& place : places)
+            if (place.left < 0 || place.left >= k || place.right < 0 || place.right >= k || place.out < 0 ||
+                place.out > size - r * r)
+                return false;
+        for (int64_t m = 0; m < modules.size(); ++m) {
+            const Elements factors(modules[m]);
+            const int64_t start = out.matrix.data + 8 * m * size;
+            tasks_.push_back({int64_t(factors_.table.size()), k, int64_t(blocks_.size()), int64_t(places.size()), 0});
+            if (factors.size() != k || !add(factors, r, tasks_.back())) return false;
+            for (const GramBlock& place : places)
+                blocks_.push_back({place.left, place.right, start + 8 * place.out, r});
+        }
+        rooms_.emplace_back(out.matrix.data, 8 * size * modules.size());
+        return true;
+    }
+
+    bool add(const Elements& factors, int64_t r, GramTask& task) {
+        int64_t length = -1;
+        for (int64_t f = 0; f < factors.size(); ++f) {
+            const py::object stored = names().stored.of(factors[f]);
+            if (stored.is_none()) return false;
+            const bool rows = is_a(names().side.of(factors[f]));
+            const int64_t own = number(names().length.of(factors[f]));
+            factors_.add(describe_, stored);
+            const Matrix& x = factors_.table.back();
+            if (f == 0) {
+                task.rows = rows;
+                length = own;
+            }
+            if (own != length || rows != bool(task.rows) || (rows ? x.cols : x.rows) != length ||
+                (rows ? x.rows : x.cols) > r)
+                return false;
+        }
+        return true;
+    }
+
+    // A thread's share of the memory.
+    void clear(int thread, int of) {
+        for (const auto& [data, bytes] : rooms_) {
+            const int64_t first = bytes / 8 * thread / of * 8, last = bytes / 8 * (thread + 1) / of * 8;
+            std::memset(at<void>(uintptr_t(data + first)), 0, size_t(last - first));
+        }
+    }
+
+    Describer describe_;
+    Factors factors_;
+    std::vector<GramTask> tasks_;
+    std::vector<GramBlock> blocks_;
+    std::vector<std::pair<int64_t, int64_t>> rooms_;  // address and bytes
+    std::vector<py::object> alive_;
+    bool fits_ = true;
+};
+
 // Factors (fastlora/core/factors.py) that are computed in memory, as the job that combine_jobs.py makes of each list.
 class FactorJobs {
   public:
     // sides: (factors, results); the factors of a side are of one module.
     FactorJobs(const py::sequence& sides, const py::type& type) : describe_(type) {
         const Elements all(sides);
-        for (int64_t i = 0; i < all.size() && misfit_ < 0; ++i) {
+        for (int64_t i = 0; i < all.size() && fits_; ++i) {
             const Elements side(all[i]);
-            if (!add(Elements(side[0]), Elements(side[1]))) misfit_ = i;
+            fits_ = add(Elements(side[0]), Elements(side[1]));
         }
     }
 
-    // The first side whose factors are not of one module, or -1; without one all were computed.
-    int64_t run(int threads) const {
-        if (misfit_ >= 0) return misfit_;
+    // Whether all were computed; if not, factors of some side are not of one module.
+    bool run(int threads) const {
+        if (!fits_) return false;
         const CombineTables tables{
             factors_.table.data(),  tasks_.data(), outputs_.data(), matrices_.data(), terms_.data(),
             int64_t(tasks_.size()), false};
@@ -35,7 +122,7 @@ class FactorJobs {
             problem = kernels().combine(tables, threads);
         }
         if (problem.kind == kNoMemory) throw std::bad_alloc();
-        return -1;
+        return true;
     }
 
   private:
@@ -111,8 +198,6 @@ class FactorJobs {
         return place->second = int64_t(last) - first;
     }
 
-    static bool is_a(py::handle side) { return PyUnicode_CompareWithASCIIString(side.ptr(), "A") == 0; }
-
     Describer describe_;
     Factors factors_;
     std::vector<CombineTask> tasks_;
@@ -121,12 +206,15 @@ class FactorJobs {
     std::vector<Term> terms_;
     std::unordered_map<PyObject*, int64_t> index_;  // of the stored matrices of a side
     std::vector<py::object> alive_;
-    int64_t misfit_ = -1;
+    bool fits_ = true;
 };
 
 }  // namespace
 
 void bind_factor_jobs(py::module_& m) {
+    py::class_<GramFactors>(m, "GramFactors")
+        .def(py::init<const py::sequence&, const py::type&>(), py::arg("asked"), py::arg("tensor"))
+        .def("run", &GramFactors::run, py::arg("threads"));
     py::class_<FactorJobs>(m, "FactorJobs")
         .def(py::init<const py::sequence&, const py::type&>(), py::arg("sides"), py::arg("tensor"))
         .def("run", &FactorJobs::run, py::arg("threads"));

@@ -31,7 +31,7 @@ class GramJobs {
             for (int64_t f = 0; f < factors.size(); ++f) factors_.add(describe, factors[f]);
             py::object blocks = name.blocks.of(job);
             if (!blocks.is(asked)) {
-                places = read(blocks);
+                places = read_blocks(blocks);
                 asked = std::move(blocks);
             }
             py::object target = name.out.of(job);
@@ -61,19 +61,6 @@ class GramJobs {
     }
 
   private:
-    // (i, j, offset): left, right, and in `out` the offset.
-    static std::vector<GramBlock> read(py::handle blocks) {
-        const Elements all(blocks);
-        std::vector<GramBlock> places;
-        places.reserve(size_t(all.size()));
-        for (int64_t i = 0; i < all.size(); ++i) {
-            const Elements place(all[i]);
-            if (place.size() != 3) throw py::value_error("a block is (i, j, offset)");
-            places.push_back({number(place[0]), number(place[1]), number(place[2]), 0});
-        }
-        return places;
-    }
-
     Factors factors_;
     std::vector<GramTask> tasks_;
     std::vector<GramBlock> blocks_;

@@ -52,8 +52,8 @@ class Elements {
 
 struct Names {
     Name factors{"factors"}, blocks{"blocks"}, rows{"rows"}, out{"out"}, stride{"stride"}, start{"start"};
-    Name side{"side"}, length{"length"}, rank{"rank"}, source{"source"}, coefficient{"coefficient"}, at{"at"},
-        scale{"scale"};
+    Name numel{"numel"}, stored{"stored"}, side{"side"}, length{"length"}, rank{"rank"}, source{"source"},
+        coefficient{"coefficient"}, at{"at"}, scale{"scale"};
     Name outputs{"outputs"}, terms{"terms"}, shape{"shape"}, dtype{"dtype"}, file{"file"}, offset{"offset"},
         check{"check"};
 };
@@ -85,6 +85,19 @@ struct Factors {
         table.push_back(found.matrix);
     }
 };
+
+// (i, j, offset): left, right, and in `out` the offset.
+inline std::vector<GramBlock> read_blocks(py::handle blocks) {
+    const Elements all(blocks);
+    std::vector<GramBlock> places;
+    places.reserve(size_t(all.size()));
+    for (int64_t i = 0; i < all.size(); ++i) {
+        const Elements place(all[i]);
+        if (place.size() != 3) throw py::value_error("a block is (i, j, offset)");
+        places.push_back({number(place[0]), number(place[1]), number(place[2]), 0});
+    }
+    return places;
+}
 
 // A term with a coefficient that is not empty.
 inline Term coefficient_row(Term row, const Described& found, py::handle coefficient, bool rows) {

@@ -60,6 +60,12 @@ void set_shape(Described& found, const int64_t* shape, const int64_t* strides) {
     found.has_rows = m.cols < 2 || strides[1] == 1;
 }
 
+bool is_empty(const DlTensor& tensor) {
+    for (int32_t i = 0; i < tensor.dimensions; ++i)
+        if (tensor.shape[i] == 0) return true;
+    return false;
+}
+
 Described by_attributes(py::handle tensor) {
     Described found{};
     found.matrix.data = tensor.attr("data_ptr")().cast<int64_t>();
@@ -107,8 +113,9 @@ Described Describer::operator()(py::handle object) const {
     Described found{};
     found.matrix.data = int64_t(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset);
     found.matrix.dtype = read_dtype(dtype_of(tensor));
-    found.on_cpu = tensor.device_type == kDlCpu;
     found.dimensions = tensor.dimensions;
+    // Of a class of its own it may have its numbers elsewhere, whatever it says.
+    found.on_cpu = tensor.device_type == kDlCpu && (tensor.data != nullptr || is_empty(tensor));
     if (tensor.dimensions == 2) set_shape(found, tensor.shape, tensor.strides);
     return found;
 }

@@ -296,16 +296,26 @@ int whiten_all(const ChainArgs& a, const Buffers& b) {
     return kDone;
 }
 
+// Whether none is NaN or infinite: what is finite is zero times zero.
+bool all_finite(const double* values, int64_t n) {
+    constexpr int lanes = kLanes<double>;
+    Vec<double> sum{};
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) sum += load<double>(values + i) * Vec<double>{};
+    for (; i < n; ++i)
+        if (!finite_(values[i])) return false;
+    for (int lane = 0; lane < lanes; ++lane)
+        if (sum[lane] != 0.0) return false;
+    return true;
+}
+
 // A module with a bad block reports it and shares nothing.
 bool report(const ChainArgs& a, const Buffers& b, int64_t group) {
     int32_t worst = b.info_chain[group];
     for (int64_t i = 0; i < a.k; ++i) {
         worst = max_(worst, max_(b.info_a[group * a.k + i], b.info_b[group * a.k + i]));
-        for (int64_t j = i + 1; j < a.k; ++j) {
-            const double* g = block(a, group, i, j);
-            for (int64_t p = 0; p < a.r * a.r; ++p)
-                if (!finite_(g[p])) worst = max_(worst, int32_t(kNonFinite));
-        }
+        for (int64_t j = i + 1; j < a.k; ++j)
+            if (!all_finite(block(a, group, i, j), a.r * a.r)) worst = max_(worst, int32_t(kNonFinite));
     }
     a.info[group] = worst;
     return worst == kOk;

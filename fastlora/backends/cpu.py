@@ -17,7 +17,7 @@ from fastlora.ops.chain import results
 from fastlora.ops.coefficients import fill
 from fastlora.ops.difference_products import DifferenceProducts
 from fastlora.ops.dispatch import Kernel, always
-from fastlora.ops.passes import CombineJob, FactorSide, GramJob, WriteProblem
+from fastlora.ops.passes import CombineJob, FactorSide, GramAsked, GramJob, WriteProblem
 
 try:
     from fastlora import _core
@@ -122,7 +122,11 @@ def _combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:
     return PreparedCombine(jobs).run()
 
 
-def _factor_pass(sides: Sequence[FactorSide]) -> int:
+def _gram_factors(asked: Sequence[GramAsked]) -> bool:
+    return _core.GramFactors(asked, Tensor).run(torch.get_num_threads())
+
+
+def _factor_pass(sides: Sequence[FactorSide]) -> bool:
     return _core.FactorJobs(sides, Tensor).run(torch.get_num_threads())
 
 
@@ -247,6 +251,7 @@ KERNELS: Mapping[str, Kernel] = {
     "gram_pass": Kernel(_gram_pass, _supports_jobs),
     "combine_pass": Kernel(_combine_pass, _supports_jobs, PreparedCombine),
     "factor_pass": Kernel(_factor_pass, always),
+    "gram_factors": Kernel(_gram_factors, always),
     "merge_select": Kernel(cpu_tiles.select, cpu_tiles.supports),
     "merge_count_varied": Kernel(cpu_tiles.count_varied, cpu_tiles.supports),
     "merge_row_masks": Kernel(cpu_tiles.row_masks, cpu_tiles.supports),

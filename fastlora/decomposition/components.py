@@ -69,11 +69,13 @@ class Components:
         base = replace(adapter.base, modules_to_save=(), bias="none")
         return self._adapter(f"shared_of({name})", updates, base, [name])
 
-    @paused_collector()
     def unique_of(self, name: str) -> Adapter:
         """Adapter ``name`` without the shared directions, MATH (8); with it stay its biases and replaced modules."""
         adapter = self.pool[name]
-        updates = {**adapter.updates, **self._updates.unique(name)}
+        updates = dict(adapter.updates)
+        if any([result.count for result in self.results.values()]):
+            with paused_collector():
+                updates |= self._updates.unique(name)
         return self._adapter(f"unique_of({name})", updates, adapter.base, [name], adapter.extras)
 
     def _adapter(

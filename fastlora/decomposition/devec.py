@@ -242,7 +242,8 @@ def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleRes
     taken = settings.taken(blocks, chain)
     if taken is None:
         scalings = _scalings(blocks)
-        H, norms, shared = _shares(blocks, chain, movers, scalings)
+        nothing = settings.is_plain and not any(chain.shared.tolist())  # as mostly in adapters of different tasks
+        H, norms, shared = _shares(blocks, chain, 0 if nothing else movers, scalings)
         return module_results(blocks, chain, movers, H, norms, shared, scalings)
     chain = chain._replace(shared=(taken > 0.0).sum(1), basis=chain.basis * (taken > 0.0)[:, None, None])
     scaling = torch.from_numpy(_scalings(blocks)).to(blocks.projected.device)
@@ -259,12 +260,12 @@ def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleRes
 def _shares(
     blocks: ChainBlocks, chain: ops.Chain, movers: int, scalings: Table
 ) -> tuple[Tensor | None, Tensor | Table | LaterNorms, Tensor | Table]:
-    """:func:`coefficients.shares`; without ``H`` where nothing is shared, as mostly in adapters of different tasks.
+    """:func:`coefficients.shares`; without ``H`` where there are no movers, since nothing is shared.
 
     On the host in NumPy, where small steps take a third of torch's time. What is summed is torch's, to the last bit.
     """
     projected, other = blocks.projected, blocks.other
-    H = coefficients.directions(projected, chain.basis, movers) if any(chain.shared.tolist()) else None
+    H = coefficients.directions(projected, chain.basis, movers) if movers else None
     if not projected.is_cpu:
         scaling = torch.from_numpy(scalings).to(projected.device)
         norms = coefficients.whole_lengths(projected, other, scaling)

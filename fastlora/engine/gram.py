@@ -17,8 +17,8 @@ from torch import Tensor
 from fastlora.core.factors import Factor, device_of, source_key
 from fastlora.core.float64 import of_float64
 from fastlora.engine.belonging import require_length, require_one_length, require_room
-from fastlora.engine.gram_cache import run_through_cache
-from fastlora.ops.dispatch import Launches, prepared, run_pass
+from fastlora.engine.gram_cache import entered, run_through_cache
+from fastlora.ops.dispatch import Launches, prepared, run_pass, shortcut
 from fastlora.ops.passes import BlockPlace, GramJob
 
 Pairs = Sequence[tuple[int, int]]
@@ -47,8 +47,19 @@ class GramPass:
     """
 
     def __init__(self) -> None:
-        self.jobs: list[GramJob] = []
+        self._asked: list[tuple[Sequence[Sequence[Factor]], Tensor, int, Sequence[BlockPlace]]] = []
+        self._jobs: list[GramJob] = []
         self._finish: list[Callable[[], None]] = []
+
+    @property
+    def jobs(self) -> list[GramJob]:
+        """Of all that was asked for; their memory is cleared."""
+        asked, self._asked = self._asked, []
+        for modules, out, r, block_places in asked:
+            if out.is_cpu:
+                out.zero_()
+            self._ask(modules, out, r, block_places)
+        return self._jobs
 
     def blocks(self, modules: Sequence[Sequence[Factor]], r: int, pairs: Pairs) -> Tensor:
         """Gram blocks of the ``k`` factors of each module, all of one side.
@@ -56,15 +67,15 @@ class GramPass:
         Returns float64 ``[len(modules), k, k, r, r]``, zero-padded to ``r``, with the blocks of ``pairs`` filled.
         """
         k = len(modules[0])
-        out = _zeros(len(modules), k, k, r, r, device=device_of(modules))
-        self._ask(modules, out, r, [(i, j, (i * k + j) * r * r) for i, j in pairs])
+        out = _room(len(modules), k, k, r, r, device=device_of(modules))
+        self._asked.append((modules, out, r, [(i, j, (i * k + j) * r * r) for i, j in pairs]))
         return out
 
     def diagonal(self, modules: Sequence[Sequence[Factor]], r: int) -> Tensor:
         """The diagonal blocks of :meth:`blocks` alone: ``[len(modules), k, r, r]``."""
         k = len(modules[0])
-        out = _zeros(len(modules), k, r, r, device=device_of(modules))
-        self._ask(modules, out, r, [(i, i, i * r * r) for i in range(k)])
+        out = _room(len(modules), k, r, r, device=device_of(modules))
+        self._asked.append((modules, out, r, [(i, i, i * r * r) for i in range(k)]))
         return out
 
     def products(self, modules: Sequence[Sequence[Factor]], others: Sequence[Sequence[Factor]], r: int) -> Tensor:
@@ -73,13 +84,19 @@ class GramPass:
         Returns float64 ``[len(modules), n, p, r, r]``, zero-padded to ``r``.
         """
         n, p = len(modules[0]), len(others[0])
-        out = _zeros(len(modules), n, p, r, r, device=device_of(modules))
+        out = _room(len(modules), n, p, r, r, device=device_of(modules))
         places = [(i, n + j, (i * p + j) * r * r) for i in range(n) for j in range(p)]
-        self._ask([[*own, *more] for own, more in zip(modules, others, strict=True)], out, r, places)
+        self._asked.append(([[*own, *more] for own, more in zip(modules, others, strict=True)], out, r, places))
         return out
 
     def run(self) -> None:
-        """Reads the factors, except for blocks that the Gram cache in use has."""
+        """Reads the factors, except for blocks that the Gram cache in use has.
+
+        Raises :class:`InputError` for factors that do not belong together.
+        """
+        if self._asked and not self._jobs and not entered():
+            if shortcut("gram_factors", device_of(self._asked[0][0]).type, self._asked):
+                return
         run_through_cache(self.jobs, functools.partial(run_pass, "gram_pass"))
         for finish in self._finish:
             finish()
@@ -89,9 +106,10 @@ class GramPass:
 
         For factors that are stored matrices as they are: what others need afterwards is not prepared.
         """
+        jobs = self.jobs
         if self._finish:
             raise ValueError("a Gram pass over sums of matrices cannot be prepared")
-        return prepared("gram_pass", self.jobs)
+        return prepared("gram_pass", jobs)
 
     def _ask(
         self, modules: Sequence[Sequence[Factor]], out: Tensor, r: int, block_places: Sequence[BlockPlace]
@@ -110,11 +128,11 @@ class GramPass:
                         require_length(factor, source)
                     require_one_length(factors)
                     kinds[shapes] = block_places, (), []
-                self.jobs.append(GramJob(stored, block_places, axis == 0, out, r, m * size))
+                self._jobs.append(GramJob(stored, block_places, axis == 0, out, r, m * size))
                 continue
             if any([f.joined is None for f in factors]):
                 job, coefficients = _source_gram(factors, axis == 0)
-                self.jobs.append(job)
+                self._jobs.append(job)
                 self._finish.append(functools.partial(_put_products, job.out, coefficients, out[m], r, block_places))
                 continue
             terms = [t for f in factors for t in f.terms]
@@ -132,7 +150,7 @@ class GramPass:
                 plain = all(len(f.terms) == 1 for f in factors)
                 blocks = block_places if plain else _pieces_of(pieces, r, block_places)
                 kind = kinds[looks] = blocks, pieces, []
-            self.jobs.append(GramJob(sources, kind[0], axis == 0, out, r, m * size))
+            self._jobs.append(GramJob(sources, kind[0], axis == 0, out, r, m * size))
             kind[2].append(m)
         for blocks, pieces, owners in kinds.values():
             if blocks is not block_places or any(scale != 1.0 for factor in pieces for _, scale in factor):
@@ -140,12 +158,11 @@ class GramPass:
                 self._finish.append(functools.partial(_finish_joined, pieces, owners, whole, r, block_places))
 
 
-def _zeros(*shape: int, device: torch.device) -> Tensor:
-    """Float64 zeros for factors on a device. On the CPU as the system hands memory out, so that blocks that nobody
-    asks for cost nothing."""
+def _room(*shape: int, device: torch.device) -> Tensor:
+    """Float64 zeros for factors on a device; on the CPU memory that the threads clear which compute there."""
     device = of_float64(device)
     if device.type == "cpu":
-        return torch.from_numpy(np.zeros(shape))
+        return torch.from_numpy(np.empty(shape))
     return torch.zeros(shape, dtype=torch.float64, device=device)
 
 

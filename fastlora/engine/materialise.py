@@ -99,11 +99,9 @@ def _materialise_sides(
 
 def _compute(wanted: Sequence[tuple[list[Factor], list[Tensor]]], device: torch.device) -> None:
     """The factors of every side into their results."""
-    kernel = shortcut("factor_pass", device.type) if wanted else None
-    if kernel is not None:
-        misfit: int = kernel.launch(wanted)
-        if misfit < 0:
-            return  # else nothing was computed, and combine_job says why, in words
+    if not wanted or shortcut("factor_pass", device.type, wanted):
+        return
+    # Where factors do not belong together nothing was computed, and combine_job says why, in words.
     jobs = [
         combine_job([WantedFactor(factor, out.dtype, out) for factor, out in zip(factors, targets, strict=True)])
         for factors, targets in wanted

@@ -52,7 +52,7 @@ RULES: dict[str, Mapping[str, tuple[str, ...]]] = {
 }
 
 # Ops that a backend need not have, with the op that does the same in more steps.
-SHORTCUTS = {"factor_pass": "combine_pass"}
+SHORTCUTS = {"factor_pass": "combine_pass", "gram_factors": "gram_pass"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,14 +208,14 @@ def resolve(op: str, *args: Any) -> Kernel:
     raise BackendError("\n".join([head, *reasons, _way_out(op, device, chosen, args)]))
 
 
-def shortcut(op: str, device: str) -> Kernel | None:
-    """One of the :data:`SHORTCUTS`, of the backend that takes its longer form on this kind of device; ``None`` where it
-    has none."""
+def shortcut(op: str, device: str, argument: Any) -> Any:
+    """What one of the :data:`SHORTCUTS` returns, of the backend that takes its longer form on this kind of device;
+    ``None`` where it has none."""
     chosen = current_backend()
     for name in candidates(SHORTCUTS[op], device) if chosen == "auto" else (chosen,):
         table = kernels(name)
         if not isinstance(table, str):
-            return table.get(op)
+            return _launched(SHORTCUTS[op], table[op], argument) if op in table else None
     return None
 
 
@@ -241,7 +241,10 @@ def _takes(backend: str, op: str, args: Sequence[Any]) -> bool:
 
 def run(op: str, *args: Any) -> Any:
     """The result of an op on the backend that takes the call; memory that runs out on a device is told by name."""
-    kernel = resolve(op, *args)
+    return _launched(op, resolve(op, *args), *args)
+
+
+def _launched(op: str, kernel: Kernel, *args: Any) -> Any:
     try:
         return kernel.launch(*args)
     except RuntimeError as error:

@@ -93,7 +93,7 @@ class CombineJob:
 
 
 class SumOfTerms(Protocol):
-    """What ``factor_pass`` reads of a :class:`fastlora.core.factors.Factor`."""
+    """What ``factor_pass`` and ``gram_factors`` read of a :class:`fastlora.core.factors.Factor`."""
 
     @property
     def side(self) -> str: ...
@@ -103,13 +103,21 @@ class SumOfTerms(Protocol):
     def rank(self) -> int: ...
     @property
     def terms(self) -> Sequence[object]: ...
+    @property
+    def stored(self) -> Tensor | None: ...
 
+
+GramAsked = tuple[Sequence[Sequence[SumOfTerms]], Tensor, int, Sequence[BlockPlace]]
+"""``(modules, out, r, blocks)`` for ``gram_factors``: blocks of the factors of every module, in rows of ``r``, in its
+part of ``out``, whose memory holds nothing yet. It returns whether it computed them, which it does where all factors
+are stored matrices that belong together; else a ``gram_pass`` does it, by the jobs that
+:class:`fastlora.engine.gram.GramPass` makes."""
 
 FactorSide = tuple[Sequence[SumOfTerms], Sequence[Tensor]]
 """``(factors, results)`` of one side of one module: what ``factor_pass`` computes in memory, as a ``combine_pass`` does
-from the jobs that :func:`fastlora.engine.combine_jobs.combine_job` makes. It returns the first side whose factors do
-not belong together, or -1. A backend need not have it: it saves making jobs, which for small matrices takes longer than
-computing them."""
+from the jobs that :func:`fastlora.engine.combine_jobs.combine_job` makes. It returns whether it did, which it does
+where the factors of a side belong together. A backend need not have it: it saves making jobs, which for small matrices
+takes longer than computing them."""
 
 
 @dataclass(frozen=True, slots=True)

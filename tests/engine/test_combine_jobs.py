@@ -14,8 +14,10 @@ from compiled import needs_kernels
 
 import fastlora as fl
 from fastlora import formats
+from fastlora.backends import cpu
 from fastlora.core.factors import Factor, Term, add, concatenate
 from fastlora.core.updates import Layout, Update
+from fastlora.engine import gram
 from fastlora.engine import materialise as materialising
 from fastlora.engine.combine_jobs import WantedFactor, combine_job
 from fastlora.engine.gram import GramPass, read_gram
@@ -126,6 +128,65 @@ def test_factors_are_computed_as_their_jobs_are(monkeypatch: pytest.MonkeyPatch)
             monkeypatch.undo()
         for one, other in zip(*([x for pair in f[0] for x in pair] for f in found), strict=True):
             assert torch.equal(one, other) and one.dtype == dtype
+
+
+@needs_kernels
+def test_blocks_of_stored_factors_are_those_of_their_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the core reads of factors itself gives the bits of the jobs, and zeros where nothing was asked for; other
+    factors go by jobs, whatever the memory held."""
+    wide = gaussian(9, 8, seed=7)
+    stored = [Factor.of("B", x) for x in (B, wide[:, ::2], wide[:, :1], B.bfloat16(), wide[:, :0])]
+    others = [Factor.of("A", x) for x in (B.mT, gaussian(2, 9, seed=1), gaussian(5, 9, seed=3, dtype=torch.float64))]
+    summed = [stored[0], stored[1].scaled(2.0), concatenate([stored[0], stored[2]])]
+    core = cpu._core.GramFactors
+    for factors in (stored, others, summed):
+        k, taken = len(factors), []
+        asked = [(i, j) for i in range(k) for j in range(i, k) if (i, j) != (0, 1)]
+
+        def noted(*arguments: Any, taken: list[bool] = taken) -> bool:
+            taken.append(core(*arguments).run(2))
+            return taken[-1]
+
+        found = []
+        for shortcut in (lambda *given: noted(given[-1], torch.Tensor), lambda *_: None):
+            with monkeypatch.context() as patch:
+                patch.setattr(gram, "shortcut", shortcut)
+                patch.setattr(gram, "_room", lambda *shape, device: torch.full(shape, torch.nan, dtype=torch.float64))
+                grams = GramPass()
+                answers = [
+                    grams.blocks([factors, factors[::-1]], 8, asked),
+                    grams.diagonal([factors], 8),
+                    grams.products([factors], [factors[:1]], 8),
+                ]
+                grams.run()
+                found.append(answers)
+        assert taken == [factors is not summed]
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+        left = [(f.stored if f.stored is not None else materialise_factor(f, torch.float64)).double() for f in factors]
+        x, y = (x if factors[0].side == "B" else x.mT for x in (left[0], left[2]))
+        block = found[0][0][0, 0, 2]
+        expected = torch.zeros(8, 8, dtype=torch.float64)
+        expected[: x.shape[1], : y.shape[1]] = x.mT @ y
+        assert torch.allclose(block, expected, atol=1e-12) and not found[0][0][0, 0, 1].any()
+
+
+@needs_kernels
+def test_blocks_that_would_not_fit_are_not_written() -> None:
+    one, long = Factor.of("B", B), Factor.of("B", gaussian(12, 3, seed=5))
+    crooked, out = Factor("B", 12, 3, (Term(B),)), torch.zeros(1, 2, 2, 3, 3, dtype=torch.float64)
+    a_side = Factor.of("A", gaussian(3, 9, seed=1))
+    for modules, memory, r, places in (
+        ([[one, long]], out, 3, [(0, 1, 0)]),
+        ([[one, a_side]], out, 3, [(0, 1, 0)]),
+        ([[crooked, crooked]], out, 3, [(0, 0, 0)]),
+        ([[one, one]], out, 2, [(0, 0, 0)]),
+        ([[one, one]], out, 3, [(0, 2, 0)]),
+        ([[one, one]], out, 3, [(0, 1, 28)]),
+        ([[one, one], [one]], out, 3, [(0, 0, 0)]),
+        ([[one, one]], out.float(), 3, [(0, 0, 0)]),
+    ):
+        assert not cpu._core.GramFactors([(modules, memory, r, places)], torch.Tensor).run(1)
 
 
 def test_nothing_is_computed_where_one_factor_is_refused() -> None:
