@@ -72,7 +72,8 @@ FEW = {  # where not all are measured, for the time that they take
     "antibodies": [
         *[*SHORT, "TIES, PEFT's", "TIES, the paper's", "DARE, density 0.5", "TSV-M (in the core too)", "Iso-C"],
         *["CtM, TIES", "Pico", "KnOTS-TIES", "RegMean, 64 inputs a task", "RegMean, 256 inputs a task"],
-        *["sum of parts by 256 inputs a task, μ = 1", "SSR, 64 inputs a task", "λ of tasks, learned with labels"],
+        *["sum of parts by 256 inputs a task, μ = 1", "sum of parts by 256 inputs a task, μ = 0.1"],
+        *["SSR, 64 inputs a task", "λ of tasks, learned with labels"],
     ],
 }
 
