@@ -139,7 +139,7 @@ class Factor:
         """Those of :meth:`applied`."""
         stored = self.stored
         if stored is not None and stored.is_cpu and C.is_cpu:
-            return (Term(stored, _with_contiguous_rows(C)),)
+            return (Term(stored, C if C.stride(1) == 1 else C.contiguous()),)
         axis = 0 if self.side == "B" else 1  # of the rank
         joined = self.joined
         if self.terms:

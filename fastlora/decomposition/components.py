@@ -42,6 +42,16 @@ class Components:
         self.label = label
         self.dtype = dtype
         self._updates = LazyUpdates(pool, self.results, settings) if updates is None else updates
+        self._shares_some = any([result.count for result in self.results.values()])
+        self._origin = {
+            "mode": label,
+            "threshold": settings.threshold,
+            "chain": settings.chain,
+            "side": settings.side,
+            **({"weighting": settings.weighting, "rho": settings.rho} if settings.weighting else {}),
+            "rank": settings.rank,
+            "energy": settings.energy,
+        }
 
     @property
     def spectrum(self) -> dict[str, Tensor]:
@@ -73,7 +83,7 @@ class Components:
         """Adapter ``name`` without the shared directions, MATH (8); with it stay its biases and replaced modules."""
         adapter = self.pool[name]
         updates = dict(adapter.updates)
-        if any([result.count for result in self.results.values()]):
+        if self._shares_some:
             with paused_collector():
                 updates |= self._updates.unique(name)
         return self._adapter(f"unique_of({name})", updates, adapter.base, [name], adapter.extras)
@@ -87,17 +97,8 @@ class Components:
         extras: Mapping[str, Extra] | None = None,
     ) -> Adapter:
         """A part that is made of the adapters ``names``."""
-        provenance = {
-            "devec": part,
-            "mode": self.label,
-            "threshold": self.settings.threshold,
-            "chain": self.settings.chain,
-            "side": self.settings.side,
-            **({"weighting": self.settings.weighting, "rho": self.settings.rho} if self.settings.weighting else {}),
-            "rank": self.settings.rank,
-            "energy": self.settings.energy,
-            "pool": {a.name: a.provenance for a in self.pool.adapters},
-        }
+        pool = {a.name: a.provenance for a in self.pool.adapters}
+        provenance = {"devec": part, **self._origin, "pool": pool}
         own = [self.pool[n] for n in names]
         dtype = widest([a.dtype for a in own]) if self.dtype is None else self.dtype
         notes = tuple(dict.fromkeys([note for a in own for note in a.notes]))

@@ -164,8 +164,10 @@ def decompose(
     rho = RHO if weighting is not None and rho is None else rho
     chosen = threshold if isinstance(threshold, str) else cut
     settings = devec.Settings(chosen, chain, side, rank, energy, rtol, weighting, rho)
-    placed = place(pool.adapters, devices.parse(device) or pool.device, memory)
-    pool = pool.to(placed.device)
+    given = devices.parse(device)
+    placed = place(pool.adapters, given or pool.device, memory)
+    if given is not None or placed.stream is not None:  # else it is there
+        pool = pool.to(placed.device)
     if mode == "iterative":
         if target is None:
             raise InputError("mode='iterative' needs target=NAME (`--target NAME`), the adapter to clean")

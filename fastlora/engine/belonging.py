@@ -34,11 +34,16 @@ def require_one_module(updates: Sequence[Update]) -> None:
 
 def require_together(updates: Sequence[Update]) -> None:
     """Refuses updates that no kernel could read together: of different modules, or on different devices."""
-    require_one_module(updates)
+    n, m, first = (updates[0].B.length, updates[0].A.length, updates[0].layout) if updates else (0, 0, None)
+    on_host = True
     for u in updates:
-        for term in u.B.terms + u.A.terms:
-            if not term.source.is_cpu:
-                return _require_one_device(updates)
+        B, A = u.B, u.A
+        if B.length != n or A.length != m or u.layout is not first:
+            require_one_module(updates)
+        for term in B.terms + A.terms:
+            on_host &= term.source.is_cpu
+    if not on_host:
+        _require_one_device(updates)
 
 
 def _require_one_device(updates: Sequence[Update]) -> None:

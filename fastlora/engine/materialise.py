@@ -61,45 +61,44 @@ def _materialise_sides(
     results: list[list[Tensor]] = []
     gaps: list[tuple[list[Tensor], list[int], Sequence[Factor]]] = []  # of a side: the places of what is computed
     counts: dict[tuple[int, int], int] = {}
+    empty: dict[tuple[int, int], Tensor] = {}
+    device = device_of(sides)
     for side in sides:
-        made: list[Tensor] = []
+        made = [_NOTHING if (x := factor.stored) is None or x.dtype != dtype else x for factor in side]
+        results.append(made)
         missing: list[int] = []
         for place, factor in enumerate(side):
-            matrix = factor.stored
-            if matrix is None or matrix.dtype != dtype:
-                matrix = _NOTHING
+            if made[place] is not _NOTHING:
+                continue
+            shape = factor.shape
+            if factor.rank and factor.length:
                 missing.append(place)
-                shape = factor.shape
                 counts[shape] = counts.get(shape, 0) + 1
-            made.append(matrix)
-        results.append(made)
+            elif shape in empty:
+                made[place] = empty[shape]
+            else:
+                made[place] = empty[shape] = torch.empty(shape, dtype=dtype, device=device)
         if missing:
             gaps.append((made, missing, side))
     if not gaps:
         return results
-    device = device_of(sides)
     room = room or ResultRoom(device)
     room.reserve(sum(count * padded(n * m * dtype.itemsize) for (n, m), count in counts.items()))
     outs = {shape: iter(room.take(shape, dtype, count)) for shape, count in counts.items()}
     wanted: list[tuple[list[Factor], list[Tensor]]] = []
     for made, missing, side in gaps:
-        factors: list[Factor] = []
-        targets: list[Tensor] = []
-        for place in missing:
-            factor = side[place]
-            out = made[place] = next(outs[factor.shape])
-            if factor.rank:
-                factors.append(factor)
-                targets.append(out)
-        if factors:
-            wanted.append((factors, targets))
+        factors = [side[place] for place in missing]
+        targets = [next(outs[factor.shape]) for factor in factors]
+        for place, out in zip(missing, targets, strict=True):
+            made[place] = out
+        wanted.append((factors, targets))
     _compute(wanted, device)
     return results
 
 
 def _compute(wanted: Sequence[tuple[list[Factor], list[Tensor]]], device: torch.device) -> None:
     """The factors of every side into their results."""
-    if not wanted or shortcut("factor_pass", device.type, wanted):
+    if shortcut("factor_pass", device.type, wanted):
         return
     # Where factors do not belong together nothing was computed, and combine_job says why, in words.
     jobs = [
