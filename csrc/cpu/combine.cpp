@@ -30,10 +30,9 @@ constexpr int64_t kTurns = 32;            // times that a thread asks for some, 
 constexpr int64_t kStreamed = 4 << 20;    // bytes of results in memory that no cache of a core holds
 constexpr int64_t kResultsA = 256 << 10;  // bytes of results of a tile on the A side that L2 holds beside factors
 constexpr int kGroup = 8;                 // rows of results that one product computes
-constexpr int kGroupA = kVectorBytes == 64 ? 8 : 4;  // and on the A side
 template <class T>
 constexpr int kSpan = 6 * kLanes<T>;                  // and, on the A side, columns
-constexpr int64_t kDeepest = 32;                      // of products of several strips at once
+constexpr int64_t kDepthOfTile = 16;                  // of all factors, for each tile of columns that results are wide
 constexpr double kSmallest = 1e-20, kLargest = 1e20;  // coefficients that float32 sums are trusted with
 
 // What is written of an output besides its strips: nothing, one whole factor, or terms that have to be added first.
@@ -69,14 +68,20 @@ size_t lay_out(char* base, const CombineJob& job, Work<T>& w) {
     w.outputs = arena.take<Output<T>>(job.task->outputs);
     w.outs = 0;
     w.factor_stride = kDeepest;
-    for (int64_t f = 0; f < job.task->factors; ++f) w.factor_stride = max_(w.factor_stride, job.rank(f));
+    int64_t depth = 0;
+    for (int64_t f = 0; f < job.task->factors; ++f) {
+        w.factor_stride = max_(w.factor_stride, job.rank(f));
+        depth += job.rank(f);
+    }
     for (int64_t o = 0; o < job.task->outputs; ++o) {
         if (base) w.outputs[o].first = w.outs;
         w.outs += job.width(o);
     }
     if (rows) {
-        const int64_t room = kResultsA / int64_t(sizeof(T)) / max_<int64_t>(w.outs, 1) / kTileA<T> * kTileA<T>;
-        w.step = min_<int64_t>(kWideA<T>, max_<int64_t>(kTileA<T>, room));
+        // With few factors there is little to do while more is asked for.
+        const int64_t room = kResultsA / int64_t(sizeof(T)) / max_<int64_t>(w.outs, 1) / kTileA<T>;
+        w.step = min_<int64_t>(kWideA<T>,
+                               kTileA<T> * max_<int64_t>(1, min_(room, depth > kDeepest ? depth / kDepthOfTile : 1)));
         w.out_stride = w.step + kLanes<T>;
     } else {
         w.step = kTileB<T>;
@@ -169,20 +174,6 @@ void write_outputs(const CombineJob& job, const Work<T>& w, const Matrix* outs, 
     }
 }
 
-// How many strips from s on are one product: they go into the same results, and their values follow one another.
-template <class T>
-int64_t strips_at_once(const Strips<T>& strips, int64_t s) {
-    const Strip<T>& first = strips.strip[s];
-    int64_t depth = first.depth, end = s + 1;
-    for (; end < strips.count; ++end) {
-        const Strip<T>& strip = strips.strip[end];
-        const bool follows = strip.values == first.values + depth * first.stride;
-        depth += strip.depth;
-        if (strip.out != first.out || strip.width != first.width || !follows || depth > kDeepest) break;
-    }
-    return end - s;
-}
-
 // Of the factors of some strips, side by side.
 template <class T>
 int read_factors(const CombineJob& job, const Work<T>& w, const Strip<T>* strips, int64_t n, int64_t first, int count) {
@@ -218,8 +209,8 @@ void add_strips(const CombineJob& job, const Work<T>& w, const Strip<T>* strips,
         const int depth = read_factors<T>(job, w, strips, n, first + from, min_(kTileA<T>, count - from));
         T* const results = w.result_tile + strip.out * w.out_stride + from;
         for (int at = 0; at < kTileA<T>; at += kSpan<T>)
-            for (int i = 0; i < width; i += kGroupA, ahead.step())
-                product<T, kFresh>(min_(kGroupA, width - i), min_(kSpan<T>, kTileA<T> - at), depth, strip.values + i,
+            for (int i = 0; i < width; i += kGroup, ahead.step())
+                product<T, kFresh>(min_(kGroup, width - i), min_(kSpan<T>, kTileA<T> - at), depth, strip.values + i,
                                    strip.stride, 1, w.factor_tile + at, kStrideA<T>, results + i * w.out_stride + at,
                                    w.out_stride);
     }
@@ -244,7 +235,7 @@ int64_t products(const CombineJob& job, const Work<T>& w) {
     const int64_t a_tiles = w.step / kTileA<T> * parts(kTileA<T>, kSpan<T>);
     int64_t sum = 0;
     for (int64_t s = 0; s < w.strips.count; s += strips_at_once(w.strips, s))
-        sum += job.task->rows ? parts(w.strips.strip[s].width, kGroupA) * a_tiles : parts(kTileB<T>, kGroup);
+        sum += job.task->rows ? parts(w.strips.strip[s].width, kGroup) * a_tiles : parts(kTileB<T>, kGroup);
     return sum;
 }
 
@@ -254,19 +245,21 @@ void run_chunk(const CombineJob& job, Work<T>& w, const Matrix* outs, int64_t be
     const int64_t n = job.length(), steps = products(job, w);
     for (int64_t o = 0; o < job.task->outputs; ++o) w.outputs[o].peak = {};
     const TileUnit unit(w.on_tiles);
-    const bool asks = rows && !w.on_tiles && w.strips.count;
-    const int64_t lead = asks ? w.strips.strip[strips_at_once(w.strips, 0) - 1].factor + 1 : 0;
-    AheadByRows by_rows(job.factors, asks ? job.task->factors : 0, lead, begin, end, w.step, steps);
+    const bool by_rows = rows && !w.on_tiles && w.step > kTileA<T> && w.strips.count;
+    const int64_t lead = by_rows ? w.strips.strip[strips_at_once(w.strips, 0) - 1].factor + 1 : 0;
+    AheadByRows ahead_by_rows(job.factors, by_rows ? job.task->factors : 0, lead, begin, end, w.step, steps);
     for (int64_t first = begin; first < end; first += w.step) {
         const int count = int(min_(w.step, end - first));
         if (!w.is_covered) __builtin_memset(w.result_tile, 0, sizeof(T) * (rows ? w.outs : kTileB<T>)*w.out_stride);
         if constexpr (sizeof(T) == 4) {
             if (w.on_tiles) w.tiles.add_strips(job, w.strips, first, count, w.result_tile, w.out_stride, w.is_covered);
         }
-        if (!w.on_tiles && rows) add_products<T>(job, w, first, count, by_rows);
-        if (!w.on_tiles && !rows) {
-            // What only goes into results is asked for as they are written.
-            Ahead ahead(job.factors, w.strips.count == job.task->factors ? job.task->factors : 0, false, first + w.step,
+        if (by_rows) {
+            add_products<T>(job, w, first, count, ahead_by_rows);
+        } else if (!w.on_tiles) {
+            // What only goes into results on the B side is asked for as they are written.
+            const bool reads_all = rows || w.strips.count == job.task->factors;
+            Ahead ahead(job.factors, reads_all ? job.task->factors : 0, rows, first + w.step,
                         min_(w.step, n - first - w.step), steps);
             add_products<T>(job, w, first, count, ahead);
         }

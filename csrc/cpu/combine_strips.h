@@ -13,6 +13,7 @@ template <class T>
 constexpr int kStrideA = kTileA<T> + kLanes<T>;  // a power of two would put all its rows into a few cache sets
 template <class T>
 constexpr int kWideA = 8192 / int(sizeof(T));  // columns of results that are computed together: a page of each row
+constexpr int64_t kDeepest = 32;               // of products of several strips at once
 
 // One task with the tables that it indexes.
 struct CombineJob {
@@ -110,6 +111,20 @@ void lay_out_strips(Arena& arena, bool fill, const CombineJob& job, Strips<T>& s
         });
         strips.strip[strips.count - 1] = strip;
     }
+}
+
+// How many strips from s on are one product: they go into the same results, and their values follow one another.
+template <class T>
+inline int64_t strips_at_once(const Strips<T>& strips, int64_t s) {
+    const Strip<T>& first = strips.strip[s];
+    int64_t depth = first.depth, end = s + 1;
+    for (; end < strips.count; ++end) {
+        const Strip<T>& strip = strips.strip[end];
+        const bool follows = strip.values == first.values + depth * first.stride;
+        depth += strip.depth;
+        if (strip.out != first.out || strip.width != first.width || !follows || depth > kDeepest) break;
+    }
+    return end - s;
 }
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -137,8 +137,8 @@ def cuts_of(blocks: ChainBlocks, rtol: float, rank: int | None, energy: float | 
     raise_for_info(modules, chain.info)
     counts = chain.kept[:, 0].tolist()
     most = max(counts)
-    T = chain.basis[:, 0, :, :most].contiguous()  # [g, r, most]
-    D = torch.bmm(T.mT, blocks.projected[:, 0, 0])  # [g, most, r]
+    T = chain.basis[:, 0, :, :most]  # [g, r, most]
+    D = _products(T.mT, blocks.projected[:, 0, 0])  # [g, most, r]
     # Small numbers of the host from here on, in NumPy, whose calls take a third of the time of torch's.
     scalings = np.array([abs(update.scaling) for (update,) in blocks.updates])
     sigma = chain.sigma.cpu().numpy()[:, 0] * scalings[:, None]
@@ -150,6 +150,13 @@ def cuts_of(blocks: ChainBlocks, rtol: float, rank: int | None, energy: float | 
     kept_energies = energies[np.arange(len(modules)), counts].tolist()
     retained = [kept / whole if whole > 0 else 1.0 for kept, whole in zip(kept_energies, wholes, strict=True)]
     return Cuts(torch.from_numpy(sigma), T, D, counts, [math.sqrt(total) for total in totals], retained)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of small matrices; on the host in NumPy, which asks no second thread for them."""
+    if left.is_cpu:
+        return torch.from_numpy(np.matmul(left.numpy(), right.numpy()))
+    return torch.bmm(left, right)
 
 
 def _unknown(blocks: ChainBlocks, sigma: Numbers, energies: Numbers, scalings: Numbers) -> Numbers:
