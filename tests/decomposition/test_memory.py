@@ -21,7 +21,7 @@ from fastlora.core.factors import Factor
 from fastlora.core.updates import Update
 from fastlora.errors import InputError
 from fastlora.ops.dispatch import Kernel
-from fastlora.ops.passes import GramJob
+from fastlora.ops.passes import GramAsked, GramJob
 from fastlora.runtime.memory import parse
 
 MODULES, WIDTH, RANK, ADAPTERS = 60, 4096, 16, 4  # 31 MB an adapter in each direction: 126 MB in, 150 MB out
@@ -123,6 +123,16 @@ def test_all_pairs_of_64_adapters_from_one_read(monkeypatch: pytest.MonkeyPatch,
         kernel.launch(jobs)
 
     monkeypatch.setitem(backend.KERNELS, "gram_pass", Kernel(counting, kernel.supports))
+    if "gram_factors" in backend.KERNELS:
+        whole = backend.KERNELS["gram_factors"]
+
+        def counting_factors(asked: list[GramAsked]) -> bool:
+            computed: bool = whole.launch(asked)
+            stored = [f.stored for modules, *_ in asked for factors in modules for f in factors]
+            reads.update(x.data_ptr() for x in stored if computed and x is not None)
+            return computed
+
+        monkeypatch.setitem(backend.KERNELS, "gram_factors", Kernel(counting_factors, whole.supports))
     pool = fl.Pool.load(small_pool(tmp_path, 64, 2, 96))
     parts = fl.decompose(pool, threshold=0.5, mode="pairs", memory="1MiB")
     assert len(parts.pairs) == 2016
