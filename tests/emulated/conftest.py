@@ -12,6 +12,14 @@ import pytest
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ops")]
 
 import emulation
+from compiled import needs_kernels
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The emulated module is called through tables that the compiled one describes."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(needs_kernels)
 
 
 @pytest.fixture(scope="session")

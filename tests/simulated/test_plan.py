@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pools
 import pytest
 import torch
+from compiled import needs_kernels
 from simulated import DEVICE
 from tolerances import FLOAT32, FLOAT64, HALF, SUMS32
 
@@ -109,6 +110,7 @@ def test_runs_make_the_same_bits() -> None:
         assert all(torch.equal(d, before[place][m]) for m, d in deltas(adapter).items())
 
 
+@needs_kernels
 def test_on_a_device(device: None) -> None:
     pool = ragged_pool()
     plan = fl.DecompositionPlan(pool.to("cuda"), THRESHOLD)
@@ -120,6 +122,7 @@ def test_on_a_device(device: None) -> None:
             torch.testing.assert_close(got.delta(module), delta, rtol=SUMS32, atol=FLOAT32)
 
 
+@needs_kernels
 def test_a_graph_keeps_the_memory_that_it_works_in(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Graph:
         pass
