@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from common import Results, arguments, console
-from subjects import PLACES, TEST_STEP, TEXT_ROWS, VALIDATION, Kept, Numbers, available, measured
+from subjects import PLACES, TEST_STEP, TEXT_ROWS, TEXT_STEP, VALIDATION, Kept, Numbers, available, measured
 from torch.func import functional_call
 
 import fastlora as fl
@@ -106,7 +106,7 @@ def of_texts(found: Any, steps: int, few: int | None) -> Halves:
     def accuracy(adapter: fl.Adapter | None, domain: str, *, select: bool) -> float:
         training, test, _ = found.task(domain)
         with torch.autocast("cpu", torch.bfloat16), found.with_adapter(adapter):
-            return float(found.accuracy(None, domain, (training[VALIDATION] if select else test)[:few]))
+            return float(found.accuracy(None, domain, (training[VALIDATION] if select else test[::TEXT_STEP])[:few]))
 
     return Halves(task, other, inputs, accuracy)
 
