@@ -14,6 +14,7 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.engine.blocks import ChainBlocks
 from fastlora.reference.chain import LEAST_MEAN
+from fastlora.runtime.threads import one_thread
 
 
 def weighted_chain(blocks: ChainBlocks, kind: str, threshold: float, rho: float, cuts: tuple[int, float]) -> ops.Chain:
@@ -40,6 +41,17 @@ def weighted_chain(blocks: ChainBlocks, kind: str, threshold: float, rho: float,
     squares = sigma.square() / sigma[..., :1].square().clamp(min=torch.finfo(torch.float64).tiny)
     F = torch.where(there_are, squares / (squares + rho), 0.0) if rho > 0.0 else there_are.double()
 
+    with one_thread():
+        basis, values, count = _solved(projected, T, F, kind, threshold)
+    found = basis, values.to(torch.complex128), count, kept, sigma
+    info = whitened.info.reshape(g, k).amax(-1)
+    return ops.Chain(*(x.to(there) for x in (*found, info)))
+
+
+def _solved(projected: Tensor, T: Tensor, F: Tensor, kind: str, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Basis, eigenvalues, and how many are above the threshold."""
+    g, k, _, r, _ = projected.shape
+
     def overlap(i: int, j: int) -> Tensor:  # U_iᵀU_j [g, r, r]
         G = projected[:, i, j] if i <= j else projected[:, j, i].mT
         return T[:, i].mT @ G @ T[:, j]
@@ -61,10 +73,7 @@ def weighted_chain(blocks: ChainBlocks, kind: str, threshold: float, rho: float,
         taken = values.real > threshold
         basis = torch.zeros(g, k, r, r, dtype=torch.float64)
         basis[:, 0] = T[:, 0] @ vectors
-    basis = basis * taken[:, None, None]
-    found = basis, values.to(torch.complex128), taken.sum(-1), kept, sigma
-    info = whitened.info.reshape(g, k).amax(-1)
-    return ops.Chain(*(x.to(there) for x in (*found, info)))
+    return basis * taken[:, None, None], values, taken.sum(-1)
 
 
 def _eigenvectors(C: Tensor, closing: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pools
 import pytest
 import torch
+from builders import gaussian
 from pools import MODULE
 from tolerances import FLOAT32
 from torch import Tensor
@@ -113,3 +115,18 @@ def test_a_weak_direction_has_no_equal_vote() -> None:
 def test_what_has_no_meaning_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         fl.decompose(pools.make_pool(pools.planted(2)), **given)
+
+
+@pytest.mark.parametrize("options", [{"threshold": "soft"}, {"weighting": "energy"}], ids=["soft", "energy"])
+def test_no_number_of_threads_changes_bits(options: dict[str, Any], threads: Callable[[int], None]) -> None:
+    """Of matrices that are large enough for LAPACK to share the work."""
+    common, pairs = gaussian(300, 33, seed=1), range(8)
+    tensors = [(common + 0.02 * gaussian(300, 33, seed=2 + i), gaussian(33, 300, seed=20 + i)) for i in pairs]
+    pool = fl.Pool([fl.Adapter.from_tensors({"q": tensors[i]}, name=f"a{i}") for i in pairs])
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        parts = fl.decompose(pool, chain="mean", **{"threshold": 0.5, **options})
+        found.append((parts.spectrum["q"], *parts.shared.tensors()["q"]))
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
