@@ -10,6 +10,7 @@
 # make triton every test of the ops in Triton's interpreter, and all specialisations ahead of time: an hour and more
 # make fuzz   100,000 damaged directories, 20,000 single files, 10,000 in several forms, 10,000 names: tests/fuzz/*.json
 # make wheel  dist/: a wheel for every Linux with glibc 2.28 or later, tried in an environment without compilers
+# make aarch64  the kernels for that processor by a cross compiler, and the tests of the ops in an emulator: half an hour
 # make sanitize  the kernels' and the writer's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -25,7 +26,7 @@ BEST_ISA = $(PY) -c "from fastlora.backends import cpu; print(cpu.isa())"
 HAS_ISA = $(PY) -c "from fastlora.backends import cpu; cpu.isa()" 2>/dev/null
 
 .PHONY: demo test lint types unit isas package picture cases bench gpu gpu-prebuild gpu-first gpu-record rehearsal rehearsed \
-  rehearsed-first rehearsed-record rehearsed-tests rehearsed-stand-in triton fuzz wheel sanitize clean
+  rehearsed-first rehearsed-record rehearsed-tests rehearsed-stand-in triton fuzz wheel aarch64 sanitize clean
 
 # Of 18,000 modules most are never imported: those that are get their bytecode then, which tests leave to the next ones.
 unexport PYTHONDONTWRITEBYTECODE
@@ -170,6 +171,10 @@ fuzz: $(VENV)/ready
 wheel: $(VENV)/ready
 	wheel=$$($(PY) platforms/manylinux.py build/wheel dist) && \
 	FASTLORA_WHEEL=$$wheel $(PYTEST) -m package -k "installed or the_wheel_holds"
+
+# Needs Debian's g++-aarch64-linux-gnu and qemu-user-static.
+aarch64: $(VENV)/ready
+	$(PY) platforms/aarch64.py build/aarch64
 
 SANITIZED := build/sanitize/lib
 SANITIZERS = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)

@@ -8,6 +8,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef FASTLORA_ISA
@@ -97,6 +99,8 @@ inline Vec<float> sqrt(Vec<float> x) {
     return (Vec<float>)_mm256_sqrt_ps((__m256)x);
 #elif defined(__SSE2__)
     return (Vec<float>)_mm_sqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+    return (Vec<float>)vsqrtq_f32((float32x4_t)x);
 #else
     for (int i = 0; i < kLanes<float>; ++i) x[i] = sqrt_(x[i]);
     return x;
@@ -109,6 +113,8 @@ inline Vec<double> sqrt(Vec<double> x) {
     return (Vec<double>)_mm256_sqrt_pd((__m256d)x);
 #elif defined(__SSE2__)
     return (Vec<double>)_mm_sqrt_pd((__m128d)x);
+#elif defined(__aarch64__)
+    return (Vec<double>)vsqrtq_f64((float64x2_t)x);
 #else
     for (int i = 0; i < kLanes<double>; ++i) x[i] = sqrt_(x[i]);
     return x;
@@ -194,6 +200,8 @@ inline bool any_mask(M m) {
     return _mm256_testz_si256((__m256i)m, (__m256i)m) == 0;
 #elif defined(__SSE2__)
     return _mm_movemask_epi8((__m128i)m) != 0;
+#elif defined(__aarch64__)
+    return vmaxvq_u32((uint32x4_t)m) != 0;
 #else
     int r = 0;
     for (size_t i = 0; i < sizeof(m) / sizeof(m[0]); ++i) r |= m[i] != 0;

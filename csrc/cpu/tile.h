@@ -139,6 +139,24 @@ inline auto to_halves(Float x) {
     if constexpr (sizeof(Float) == 32) return _mm256_cvtps_ph((__m256)x, nearest);
     if constexpr (sizeof(Float) == 16) return _mm_cvtps_ph((__m128)x, nearest);
 }
+#elif defined(__aarch64__)
+// float16 to float32 and back, to the nearest, even: 4 or 2 at once.
+template <class Float, class Half>
+inline Float from_halves(Half bits) {
+    uint16x4_t four = vdup_n_u16(0);
+    __builtin_memcpy(&four, &bits, sizeof bits);
+    const float32x4_t floats = vcvt_f32_f16(vreinterpret_f16_u16(four));
+    Float x;
+    __builtin_memcpy(&x, &floats, sizeof x);
+    return x;
+}
+
+template <class Float>
+inline uint16x4_t to_halves(Float x) {
+    float32x4_t four = vdupq_n_f32(0);
+    __builtin_memcpy(&four, &x, sizeof x);
+    return vreinterpret_u16_f16(vcvt_f16_f32(four));
+}
 #endif
 
 template <class T>
@@ -201,7 +219,7 @@ struct F16 : Element<U16, from_f16, to_f16> {
         using Float = typename Bits<T>::Float;
         typename Bits<T>::Half half;
         __builtin_memcpy(&half, p, sizeof half);
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__aarch64__)
         return from_float<T>(from_halves<Float>(half));
 #else
         using Word = typename Bits<T>::Word;
@@ -213,7 +231,7 @@ struct F16 : Element<U16, from_f16, to_f16> {
     }
     template <class T>
     static void store_vector(U16* p, Vec<T> x) {
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__aarch64__)
         const auto halves = to_halves(to_float<T>(x));
         __builtin_memcpy(p, &halves, sizeof(U16) * kLanes<T>);
 #else

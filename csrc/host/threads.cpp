@@ -25,6 +25,8 @@ constexpr int kMost = 1024;
 void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
 #endif
 }
 

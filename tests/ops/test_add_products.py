@@ -87,10 +87,11 @@ def test_files_of_any_dtype(source: torch.dtype, target: torch.dtype, backend: s
     found = torch.frombuffer(bytearray(content[5:]), dtype=target).view(n, m)
     assert torch.equal(found.view(torch.uint8), out.view(torch.uint8))
     check(found, wanted(W, parts), sums)
-    left = parts[1].left
-    assert torch.equal(
-        found[:, :left].contiguous().view(torch.uint8), W[:, :left].to(target).contiguous().view(torch.uint8)
-    )
+    copied = W[:, : parts[1].left]
+    if target.itemsize < 4:  # of float64 torch itself rounds to float16 twice on x86, once on aarch64
+        copied = copied.float()
+    copied = copied.to(target).contiguous()
+    assert torch.equal(found[:, : parts[1].left].contiguous().view(torch.uint8), copied.view(torch.uint8))
 
 
 @needs_same_bits
