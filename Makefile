@@ -10,7 +10,7 @@
 # make triton every test of the ops in Triton's interpreter, and all specialisations ahead of time: an hour and more
 # make fuzz   100,000 damaged directories, 20,000 single files, 10,000 in several forms, 10,000 names: tests/fuzz/*.json
 # make wheel  dist/: a wheel for every Linux with glibc 2.28 or later, tried in an environment without compilers
-# make aarch64  the kernels for that processor by a cross compiler, and the tests of the ops in an emulator: half an hour
+# make aarch64  the kernels for that processor by a cross compiler, and the tests of the ops in an emulator: hours
 # make sanitize  the kernels' and the writer's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 VENV ?= .venv
 PY := $(VENV)/bin/python
