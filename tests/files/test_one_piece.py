@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from builders import gaussian
+from compiled import needs_kernels
 from torch import Tensor
 
 from fastlora.backends import cpu
@@ -86,7 +87,7 @@ def test_what_overflows_when_it_is_scaled(by: str) -> None:
     assert in_one_piece(tensors, torch.float32, torch.full((12,), 2.0)) is None
 
 
-@pytest.mark.skipif(not cpu._JOINS, reason="the compiled module is missing, or was built before it could do this")
+@needs_kernels
 def test_the_core_puts_tensors_together() -> None:
     assert cpu.joined([gaussian(4, 3, seed=1)], torch.float32) is not None
     assert cpu.joined([gaussian(4, 3, seed=1).T], torch.float32) is None
