@@ -93,7 +93,8 @@ def joint(own: Path) -> Path | None:
 
 
 def ended(own: Path) -> None:
-    """Forgets a place that :func:`begun` gave, and removes it where it is this rank's own."""
+    """Forgets a place that :func:`begun` gave, and removes it where it is this rank's own. One that the first rank made
+    is remembered where that may be gone: :func:`remove_all` has to find it."""
     members = current()
     if members is None:
         return
@@ -102,7 +103,8 @@ def ended(own: Path) -> None:
         _remove(own.parent)
     elif members.is_first:
         _remove_beside(own)  # of a rank that is gone
-    for path in (own, staging):  # forgotten when it is done: until then, another thread may have to do it
+    is_left = members.is_broken and not members.is_first
+    for path in (own, None if is_left else staging):  # when it is done: until then, another thread may have to do it
         if path is not None:
             members.places.pop(path, None)
 

@@ -74,6 +74,8 @@ class Ranks:
     much: tuple[Any, torch.device] | None = field(default=None, repr=False)
     told: BaseException | None = None
     """The error that all ranks know of."""
+    is_broken: bool = False
+    """Whether the connection to another rank broke: what that one would have done, it may not do any more."""
 
     @property
     def is_first(self) -> bool:
@@ -153,6 +155,7 @@ class Ranks:
         self.exchange(what, pickle.dumps(Failure.of(error, alone)), failed=True)
 
     def _lost(self, error: RuntimeError) -> RankError:
+        self.is_broken = True
         self.told = RankError(
             f"the connection of rank {self.rank} to another rank broke: that process ended, or its machine or the "
             f"network did ({str(error).partition(chr(10))[0][:200]}). Run the same command again"

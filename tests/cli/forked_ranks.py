@@ -49,12 +49,19 @@ class ForkedRanks:
         )
 
     def run(
-        self, *arguments: str | Path, cwd: list[Path], kill: tuple[int, int] | None = None, apart: bool = False
+        self,
+        *arguments: str | Path,
+        cwd: list[Path],
+        kill: tuple[int, int] | None = None,
+        late: float = 0.0,
+        apart: bool = False,
     ) -> Ended:
         """One command on ``len(cwd)`` ranks, each in its folder. ``kill``: a rank, and the exchange with the others
-        before which it is killed. ``apart``: as on machines of their own, others do not see what rank 0 writes."""
+        before which it is killed, which their watch notices only ``late`` seconds after. ``apart``: as on machines of
+        their own, others do not see what rank 0 writes."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        case = {"arguments": list(map(str, arguments)), "cwd": list(map(str, cwd)), "kill": kill, "apart": apart}
+        case = {"arguments": list(map(str, arguments)), "cwd": list(map(str, cwd)), "kill": kill, "late": late}
+        case["apart"] = apart
         self._process.stdin.write(json.dumps(case) + "\n")
         self._process.stdin.flush()
         return Ended(**json.loads(self._process.stdout.readline()))
@@ -81,7 +88,7 @@ def _rank(case: dict[str, Any], rank: int, port: int, folder: str) -> None:
     os.chdir(case["cwd"][rank])
     for number, name in ((1, "printed"), (2, "said")):
         os.dup2(os.open(f"{folder}/{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    from fastlora.cli import app, exits
+    from fastlora.cli import app, exits, run
     from fastlora.runtime import joint_outputs, ranks
 
     if case["apart"] and rank:
@@ -89,6 +96,7 @@ def _rank(case: dict[str, Any], rank: int, port: int, folder: str) -> None:
 
     victim, at = case["kill"] or (-1, 0)
     exchange, leave, count = ranks.Ranks.exchange, exits.leave, 0
+    run.end_all = lambda lost: (time.sleep(case["late"]), exits.end_all(lost))[1]
 
     def die() -> None:
         Path(folder, "killed").write_text(repr(time.monotonic()))
