@@ -1,15 +1,17 @@
-"""Combine passes over ragged lists of factors in torch: on a CPU by slabs, as Gram passes."""
+"""Combine passes over ragged lists of factors in torch: on a CPU slab after slab, as Gram passes."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlora.backends.torch_slabs import Memory, places_of, shared, slab_length
+from fastlora.backends.torch_combine_stacked import fill
+from fastlora.backends.torch_slabs import Memory, Uses, shared, slab_length, slabs
 from fastlora.core.float64 import has_float64
 from fastlora.ops.passes import CombineJob, CombineOutput, WriteProblem
 from fastlora.runtime.system import write_all_at
@@ -18,11 +20,12 @@ HALVES = (torch.float16, torch.bfloat16)
 SMALLEST, LARGEST = 1e-20, 1e20  # coefficients that float32 sums are trusted with
 
 
-def combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:
-    """All outputs of all jobs, each factor of a job converted and multiplied once."""
+def combine_pass(jobs: Sequence[CombineJob], sums: torch.dtype = torch.float64) -> WriteProblem | None:
+    """All outputs of all jobs, each factor of a job converted once. ``sums``: what terms of less than float64 are
+    summed in on a CPU; those of half precision are summed in float32 where no coefficient is extreme."""
 
     def write(j: int, memory: Memory) -> WriteProblem | None:
-        for o, (output, result) in enumerate(zip(jobs[j].outputs, _combined(jobs[j], memory), strict=True)):
+        for o, (output, result) in enumerate(zip(jobs[j].outputs, _combined(jobs[j], sums, memory), strict=True)):
             if output.file < 0:
                 continue
             if output.check and not bool(result.isfinite().all()):
@@ -31,66 +34,12 @@ def combine_pass(jobs: Sequence[CombineJob]) -> WriteProblem | None:
                 return WriteProblem(j, o, errno)
         return None
 
-    sizes = [sum(x.numel() for x in job.factors if x.is_cpu) for job in jobs]
+    sizes = [[x.numel() for x in job.factors if x.is_cpu] for job in jobs]
     problems = shared(write, range(len(jobs)), sizes)
     return next((problem for problem in problems if problem is not None), None)
 
 
-class _Plan:
-    """How the results of a job, side by side as rows, are made of its factors: what is laid there as it is stored,
-    what is zero at first, and ``(rows, factor, product, scale)`` that are added."""
-
-    def __init__(
-        self, outputs: Sequence[CombineOutput], into: Sequence[slice], ranks: Sequence[int], rows: bool
-    ) -> None:
-        self.laid: list[tuple[slice, list[int]]] = []
-        products: dict[int, list[tuple[slice, Tensor]]] = {}
-        scaled: list[tuple[slice, int, Tensor | None, float]] = []
-        for output, place in zip(outputs, into, strict=True):
-            free = place.start
-            for factor, coefficient, offset, scale in sorted(output.terms, key=lambda term: term[2]):
-                start = place.start + offset
-                if coefficient is not None:
-                    c = coefficient if rows else coefficient.mT
-                    products.setdefault(factor, []).append(
-                        (slice(start, start + len(c)), c if scale == 1 else scale * c)
-                    )
-                    continue
-                covered = slice(start, start + ranks[factor])
-                if scale == 1 and start >= free:
-                    self._lay(covered, factor)
-                    free = covered.stop
-                else:
-                    scaled.append((covered, factor, None, scale))
-        self.added = [(*part, 1.0) for factor, parts in products.items() for part in _joined(factor, parts)] + scaled
-        self.used = sorted({factor for _, factor, _, _ in self.added})
-        edges = [0, *(edge for covered, _ in self.laid for edge in (covered.start, covered.stop)), into[-1].stop]
-        self.zero = [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
-
-    def _lay(self, covered: slice, factor: int) -> None:
-        if self.laid and self.laid[-1][0].stop == covered.start:
-            before, factors = self.laid.pop()
-            self.laid.append((slice(before.start, covered.stop), [*factors, factor]))
-        else:
-            self.laid.append((covered, [factor]))
-
-
-def _joined(factor: int, parts: list[tuple[slice, Tensor]]) -> list[tuple[slice, int, Tensor]]:
-    """Coefficients of a factor whose results stand side by side are one."""
-    found: list[tuple[slice, int, Tensor]] = []
-    parts = sorted(parts, key=lambda part: part[0].start)
-    first = 0
-    for i, (place, _) in enumerate(parts, 1):
-        if i == len(parts) or parts[i][0].start != place.stop:
-            same = [c for _, c in parts[first:i]]
-            found.append(
-                (slice(parts[first][0].start, place.stop), factor, same[0] if len(same) == 1 else torch.cat(same))
-            )
-            first = i
-    return found
-
-
-def _combined(job: CombineJob, memory: Memory) -> list[Tensor]:
+def _combined(job: CombineJob, sums: torch.dtype, memory: Memory) -> list[Tensor]:
     """What every output holds: stored matrices as they are, sums rounded once."""
     results: list[Tensor] = []
     summed: list[int] = []
@@ -100,68 +49,137 @@ def _combined(job: CombineJob, memory: Memory) -> list[Tensor]:
             results.append(torch.empty(output.shape, dtype=output.dtype, device=device))
         else:
             results.append(output.out)
-        if output.out is None or output.file < 0:
+        if (output.out is None or output.file < 0) and results[o].numel():
             summed.append(o)
-    if any(results[o].numel() for o in summed):
-        _fill(job, [job.outputs[o] for o in summed], [results[o] for o in summed], memory)
+    if summed:
+        _fill(job, [job.outputs[o] for o in summed], [results[o] for o in summed], sums, memory)
     return results
 
 
-def _fill(job: CombineJob, outputs: list[CombineOutput], made: list[Tensor], memory: Memory) -> None:
-    rows, (rank, long) = job.rows, (0, 1) if job.rows else (1, 0)
-    n, into = made[0].shape[long], places_of([x.shape[rank] for x in made])
-    plan = _Plan(outputs, into, [x.shape[rank] for x in job.factors], rows)
-    device = job.factors[0].device if job.factors else made[0].device
-    ask = device.type == "cpu" or not has_float64(device)  # on other devices asking takes longer
-    dtype = torch.float32 if ask and _float32_is_enough(job, made, plan) else torch.float64
-    if dtype == torch.float64 and not has_float64(device):
+def _fill(job: CombineJob, outputs: list[CombineOutput], made: list[Tensor], sums: torch.dtype, memory: Memory) -> None:
+    device = made[0].device
+    if device.type == "cpu":
+        _fill_on_host(job, outputs, made, _dtype_of(job, outputs, made, sums), memory)
+    elif has_float64(device):  # asking whether float32 is enough would take longer
+        fill(job, outputs, made, torch.float64)
+    elif _dtype_of(job, outputs, made, torch.float64) == torch.float32:
+        fill(job, outputs, made, torch.float32)
+    else:
         copies = [torch.empty(x.shape, dtype=x.dtype) for x in made]
-        _fill(replace(job, factors=[x.to("cpu") for x in job.factors]), outputs, copies, memory)
+        host = replace(job, factors=[x.to("cpu") for x in job.factors])
+        _fill_on_host(host, outputs, copies, torch.float64, memory)
         for x, copy in zip(made, copies, strict=True):
             x.copy_(copy)
-        return
-    length = slab_length(n, into[-1].stop) if device.type == "cpu" else n
-    ranks = [job.factors[i].shape[rank] for i in plan.used]
-    at = dict(zip(plan.used, places_of(ranks), strict=True))
-    stack = memory.rows("stack", sum(ranks), length, rows, dtype, device)
-    total = memory.rows("total", into[-1].stop, length, rows, dtype, device)
-    sources = [which for _, which in plan.laid] + [plan.used] * bool(plan.used)
-    stored = [
-        torch.split(memory.side_by_side(f"stored {i}", [job.factors[f] for f in which], rows), length, 1)
-        for i, which in enumerate(sources)
-    ]
-    outs = [torch.split(x, length, long) for x in made]
-    added = [(place, at[f], None if c is None else c.to(dtype).to(device), scale) for place, f, c, scale in plan.added]
-    for i, start in enumerate(range(0, n, length)):
-        if start == 0 or n - start < length:
-            stack, total = stack[:, : n - start], total[:, : n - start]
-            places = [total[place] for place, _ in plan.laid] + [stack] * bool(plan.used)
-            sums = [total[place] if rows else total[place].mT for place in into]
-            terms = [(total[place], stack[factor], c, scale) for place, factor, c, scale in added]
-            zero = [total[place] for place in plan.zero]
-        for x, pieces in zip(places, stored, strict=True):
-            x.copy_(pieces[i])
-        for x in zero:
-            x.zero_()
-        for result, x, c, scale in terms:
-            if c is None:
-                result.add_(x, alpha=scale)
+
+
+def _fill_on_host(
+    job: CombineJob, outputs: list[CombineOutput], made: list[Tensor], dtype: torch.dtype, memory: Memory
+) -> None:
+    short, long = (0, 1) if job.rows else (1, 0)
+    widths = [x.shape[short] for x in job.factors]
+    plans = [_Plan(output, widths, job.rows, dtype) for output in outputs]
+    uses = Uses([[step.factor] if step.multiplied else [] for plan in plans for step in plan.steps], widths)
+    length = slab_length(made[0].shape[long], uses.columns + max(x.shape[short] for x in made), dtype)
+    pieces = [slabs(x, length, long) for x in job.factors]
+    results = [slabs(x, length, long) for x in made]
+    for p in range(len(results[0])):
+        x, use = dict[int, Tensor](), 0
+        for plan, own in zip(plans, results, strict=True):
+            result = own[p]
+            total = result if result.dtype == dtype else memory.take(result.shape, dtype)
+            if plan.zero:
+                total.zero_()
+            for step in plan.steps:
+                i = step.factor
+                stored = pieces[i][p]
+                if step.multiplied and i not in x:
+                    x[i] = memory.converted(stored, dtype)
+                place = total if plan.whole else total[step.place] if job.rows else total[:, step.place]
+                step.run(place, x.get(i, stored), job.rows)
+                if uses.last.get(i) == use and (done := x.pop(i)) is not stored:
+                    memory.give(done)
+                use += 1
+            if total is not result:
+                result.copy_(total)
+                memory.give(total)
+
+
+class _Step(NamedTuple):
+    """A term that is put into its place, or added to what is there."""
+
+    factor: int
+    coefficient: Tensor | None
+    scale: float
+    place: slice
+    put: bool
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether it computes with the factor; else it copies it."""
+        return self.coefficient is not None or self.scale != 1 or not self.put
+
+    def run(self, place: Tensor, x: Tensor, rows: bool) -> None:
+        """``x`` is the factor, in the dtype of the sum if it is multiplied."""
+        if self.coefficient is None:
+            if not self.put:
+                place.add_(x, alpha=self.scale)
+            elif self.scale == 1:
+                place.copy_(x)
             else:
-                result.addmm_(c, x)
-        torch._foreach_copy_([out[i] for out in outs], sums)
+                torch.mul(x, self.scale, out=place)
+            return
+        pair = (self.coefficient, x) if rows else (x, self.coefficient)
+        if self.put:
+            torch.mm(*pair, out=place)
+        else:
+            place.addmm_(*pair)
 
 
-def _float32_is_enough(job: CombineJob, made: list[Tensor], plan: _Plan) -> bool:
-    """Whether all is in half precision and no coefficient extreme."""
-    if not all(x.dtype in HALVES for x in itertools.chain(job.factors, made)):
-        return False
-    for _, _, coefficient, scale in plan.added:
-        if coefficient is not None and not coefficient.numel():
-            continue
-        largest = torch.tensor([abs(scale)]) if coefficient is None else coefficient.abs().amax(1)
-        if not bool(((largest == 0) | ((largest >= SMALLEST) & (largest <= LARGEST))).all()):
-            return False
-    return True
+class _Plan:
+    """The terms of an output in the order of their places. Places that overlap, or leave some of it out, are ``zero``
+    at first; else the first term of each is put there. ``whole``: all have the same place, which is all of it."""
+
+    def __init__(self, output: CombineOutput, widths: Sequence[int], rows: bool, dtype: torch.dtype) -> None:
+        terms = []
+        for factor, c, start, scale in sorted(output.terms, key=lambda term: (term[2], term[1] is not None)):
+            width = widths[factor]
+            if c is not None:
+                width = c.shape[0 if rows else 1]
+                c = (c if scale == 1 else scale * c).to(dtype)
+            terms.append((factor, c, scale, (start, start + width)))
+        edges = sorted({edges for *_, edges in terms})
+        apart = all(one[1] <= two[0] for one, two in itertools.pairwise(edges))
+        self.zero = not apart or sum(b - a for a, b in edges) != output.shape[0 if rows else 1]
+        self.whole = len(edges) == 1 and not self.zero
+        self.steps: list[_Step] = []
+        covered = set(edges if self.zero else [])
+        for factor, c, scale, place in terms:
+            self.steps.append(_Step(factor, c, scale, slice(*place), place not in covered))
+            covered.add(place)
+
+
+def _dtype_of(
+    job: CombineJob, outputs: Sequence[CombineOutput], made: Sequence[Tensor], sums: torch.dtype
+) -> torch.dtype:
+    """What sums are made in."""
+    dtypes = {x.dtype for x in itertools.chain(job.factors, made)}
+    if torch.float64 in dtypes:
+        return torch.float64
+    return torch.float32 if dtypes.issubset(HALVES) and _float32_is_enough(outputs, job.rows) else sums
+
+
+def _float32_is_enough(outputs: Sequence[CombineOutput], rows: bool) -> bool:
+    """Whether no coefficient is extreme."""
+    by_width: dict[int, list[Tensor]] = {}
+    for output in outputs:
+        for _, c, _, scale in output.terms:
+            if c is None:
+                by_width.setdefault(1, []).append(torch.tensor([[scale]], dtype=torch.float64))
+            elif c.numel():
+                c = (c if rows else c.mT) if scale == 1 else scale * (c if rows else c.mT)
+                by_width.setdefault(c.shape[1], []).append(c.cpu())
+    largest = torch.cat([torch.cat(same).abs().amax(1) for same in by_width.values()] or [torch.zeros(1)])
+    return bool(((largest == 0) | ((largest >= SMALLEST) & (largest <= LARGEST))).all())
 
 
 def _write(file: int, tensor: Tensor, offset: int) -> int | None:

@@ -1,10 +1,10 @@
-"""Slabs of factors in memory that stays in cache, and the threads that share passes."""
+"""Slabs of factors, converted into memory that stays in cache, and the threads that share passes."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastlora.runtime.threads import in_threads, one_thread
 
-SLAB_BYTES = 2**19  # of what is converted at once on a CPU
+SLAB_BYTES = 2**20  # of factors that are worked on at once on a CPU
 WORTH = 2**23  # elements of factors for every thread: with fewer, waiting for each other costs more than it brings
+LONG = 2**15  # elements of a factor: with fewer, threads wait for Python
 
 Work = TypeVar("Work")
 Found = TypeVar("Found")
@@ -23,34 +24,31 @@ class Memory:
     """Memory of one thread, used again: new memory costs more than what is done with it."""
 
     def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
+        self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
 
-    def rows(self, name: str, count: int, length: int, rows: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """``[count, length]`` that lies as the factors of a side do."""
-        held = self._held.get(name)
-        if held is None or held.numel() < count * length or held.dtype != dtype or held.device != device:
-            held = self._held[name] = torch.empty(count * length, dtype=dtype, device=device)
-        x = held[: count * length]
-        return x.view(count, length) if rows else x.view(length, count).mT
+    def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A matrix whose elements are whatever they are."""
+        free = self._free.get((shape, dtype))
+        return free.pop() if free else torch.empty(shape, dtype=dtype)
 
-    def side_by_side(self, name: str, factors: Sequence[Tensor], rows: bool) -> Tensor:
-        """``[Σ r, n]``, as they are stored."""
-        first = factors[0]
-        if len(factors) == 1:
-            return first if rows else first.mT
-        if any(x.dtype != first.dtype for x in factors):
-            x = torch.cat(tuple(factors), 0 if rows else 1)
-            return x if rows else x.mT
-        count = sum(x.shape[0 if rows else 1] for x in factors)
-        x = self.rows(name, count, first.shape[1 if rows else 0], rows, first.dtype, first.device)
-        torch.cat(tuple(factors), 0 if rows else 1, out=x if rows else x.mT)
-        return x
+    def converted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x``, or a copy of it in another dtype."""
+        return x if x.dtype == dtype else self.take(x.shape, dtype).copy_(x)
+
+    def give(self, *taken: Tensor) -> None:
+        """What was taken is not needed any more."""
+        for x in taken:
+            self._free.setdefault((x.shape, x.dtype), []).append(x)
 
 
-def shared(work: Callable[[Work, Memory], Found], items: Sequence[Work], sizes: Sequence[int]) -> list[Found]:
-    """The work of all items, neighbours on one of as many threads as are worth it; each has one thread of torch."""
-    ends = list(itertools.accumulate(sizes, initial=0))
-    threads = min(torch.get_num_threads(), max(1, ends[-1] // WORTH))
+def shared(work: Callable[[Work, Memory], Found], items: Sequence[Work], sizes: Sequence[Sequence[int]]) -> list[Found]:
+    """The work of all items, neighbours on one of as many threads as are worth it; each has one thread of torch.
+
+    ``sizes``: elements of the factors of each item.
+    """
+    ends = list(itertools.accumulate(map(sum, sizes), initial=0))
+    long = ends[-1] >= LONG * sum(map(len, sizes))
+    threads = min(torch.get_num_threads(), max(1, ends[-1] // WORTH)) if long else 1
     cuts = [bisect.bisect_left(ends, ends[-1] * t / threads) for t in range(threads)] + [len(items)]
 
     def run(part: range) -> list[Found]:
@@ -63,12 +61,25 @@ def shared(work: Callable[[Work, Memory], Found], items: Sequence[Work], sizes: 
     return [found for part in parts for found in part]
 
 
-def places_of(widths: Sequence[int]) -> list[slice]:
-    """Of things side by side."""
-    ends = itertools.accumulate(widths)
-    return [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
+class Uses:
+    """Factors in the order in which they are used, by their numbers: ``last`` is the last use of each, ``columns`` the
+    most that there are at once, if each is there from its first use to its last."""
+
+    def __init__(self, uses: Sequence[Collection[int]], widths: Sequence[int]) -> None:
+        self.last = {i: u for u, used in enumerate(uses) for i in used}
+        self.columns, now, seen = 0, 0, set[int]()
+        for u, used in enumerate(uses):
+            now += sum(widths[i] for i in used if i not in seen)
+            seen.update(used)
+            self.columns = max(self.columns, now)
+            now -= sum(widths[i] for i in used if self.last[i] == u)
 
 
-def slab_length(n: int, width: int) -> int:
-    """How many of the ``n`` numbers of each of ``width`` columns are a slab."""
-    return max(1, min(n, max(256, SLAB_BYTES // max(1, 8 * width))))
+def slabs(x: Tensor, length: int, axis: int) -> Sequence[Tensor]:
+    """``x`` itself where it is one."""
+    return [x] if x.shape[axis] <= length else torch.split(x, length, axis)
+
+
+def slab_length(n: int, width: int, dtype: torch.dtype) -> int:
+    """How many of the ``n`` numbers of each of ``width`` columns there are at once."""
+    return max(1, min(n, max(256, SLAB_BYTES // max(1, dtype.itemsize * width))))

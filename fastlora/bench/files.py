@@ -16,8 +16,8 @@ import torch
 
 import fastlora as fl
 from fastlora.adapters.pool import Pool
+from fastlora.bench import answers
 from fastlora.bench.contest import OURS, Contest, Task, require
-from fastlora.bench.opponents import plain_decompose
 from fastlora.bench.passes import CHECKED, TAU
 from fastlora.bench.timing import ROUNDS, Contender, Seconds, thread_counts
 from fastlora.bench.workloads import REAL, find, real_adapters, write_pool
@@ -85,15 +85,15 @@ def _prepare_files(workload: str) -> Task:
 
 
 def _require_outputs(inputs: Sequence[Path], out: Path) -> None:
-    """The unique parts that were written, in the first modules, against plain torch."""
+    """The unique parts that were written, in the first modules."""
     pool = Pool.load(inputs)
     pool = Pool((_head(a) for a in pool.adapters), align=False)
     tolerance = 1e-4 if pool.adapters[0].dtype == torch.float32 else 2e-2
-    expected = plain_decompose(pool, TAU)
+    expected = answers.unique_parts(pool, TAU)
     for i, name in enumerate(pool.names):
         written = fl.load(out / "unique" / name)
         assert isinstance(written, fl.Adapter)
-        for module, (unique, _) in zip(pool.modules, expected, strict=True):
+        for module, unique in zip(pool.modules, expected, strict=True):
             ((got, _),) = materialise([written.updates[module].baked()], torch.float32)
             require("unique B", got, pool[name].updates[module].scaling * unique[i].float(), tolerance)
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 import fastlora as fl
 from fastlora.adapters.pool import Pool
+from fastlora.bench.answers import best_sum
 from fastlora.bench.contest import OURS, Contest, Task, Unavailable, require
 from fastlora.bench.dense import ADAPTERS, RANK, squares
-from fastlora.bench.opponents import merge_by_dense_svd, merge_by_peft, merge_by_qr, peft_model
+from fastlora.bench.opponents import PLAIN, in_plain_torch, merge_by_dense_svd, merge_by_peft, peft_model
 from fastlora.bench.timing import Contender, thread_counts
 from fastlora.bench.workloads import Workload, find, make_pool, pool_of
 from fastlora.engine.materialise import materialise_groups
 
-QR = "torch QR and small SVD"
 DENSE = "torch dense SVD"
 PEFT = 'peft, combination_type="svd", run once'
 PEFT_TIES = 'peft, combination_type="ties_svd", run once'
@@ -35,10 +35,12 @@ def _what(modules: str) -> str:
 
 
 def merge() -> list[Contest]:
-    """The contests of a merge to a rank: many modules against QR of the factors, one against dense SVD."""
+    """The contests of a merge to a rank: many modules against plain torch, one against dense SVD."""
     many, one = squares(4096, 16, 2), squares(1024, 1, 2)
     return [
-        Contest(_what("sixteen 4096×4096 modules"), (QR,), partial(_prepare, many, QR, merge_by_qr)),
+        Contest(
+            _what("sixteen 4096×4096 modules"), (PLAIN,), partial(_prepare, many, PLAIN, in_plain_torch(by_fastlora))
+        ),
         Contest(_what("one 1024×1024 module"), (DENSE,), partial(_prepare, one, DENSE, merge_by_dense_svd)),
     ]
 
@@ -106,7 +108,9 @@ def _pairs(merged: fl.Adapter) -> list[tuple[Tensor, Tensor]]:
 
 def _prepare(workload: Workload, name: str, theirs: Merge) -> Task:
     pool = make_pool(workload)
-    _require_same(by_fastlora(pool), theirs(pool))
+    right = best_sum(pool)
+    for contender in (by_fastlora, theirs):
+        _require_same(contender(pool), right)
     contenders = {
         OURS: Contender(partial(by_fastlora, pool), thread_counts()),
         name: Contender(partial(theirs, pool), thread_counts()),
@@ -120,7 +124,7 @@ def _prepare_peft() -> Task:
     workload = squares(4096, 1, 2)
     pool = make_pool(workload)
     ours = by_fastlora(pool)
-    _require_same(ours, merge_by_qr(pool))
+    _require_same(ours, best_sum(pool))
     model = peft_model(pool)
 
     def theirs() -> None:

@@ -1,44 +1,35 @@
-"""The opponents: what a careful user would write in plain torch, and what the papers and tools do on dense matrices.
-
-Plain torch here sums in float32. The backend ``torch`` sums in float64 and takes longer, so it is no opponent: docs/
-internals.md has both times.
-"""
+"""The opponents: plain torch, which is the backend ``torch``, and what papers and tools do on dense matrices."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastlora.adapters.pool import Pool
+from fastlora.backends import torch as backend
+from fastlora.ops.dispatch import Kernel, use_backend, use_kernels
+
+PLAIN = "plain torch in factor space"
+KERNELS: Mapping[str, Kernel] = backend.kernels(torch.float32)
+"""Plain torch at its fastest: its passes sum in float32."""
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 
-def shared_directions(B: list[Tensor], A: list[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
-    """``Z [n, q]`` and the eigenvalues of the chain for one module; float32 Gram blocks, float64 coefficients."""
-    B, A = [b.float() for b in B], [a.float() for a in A]
-    whitening = []
-    for b, a in zip(B, A, strict=True):
-        values, vectors = torch.linalg.eigh((a @ a.mT).double())
-        root = vectors * values.clamp(min=0).sqrt()
-        sigma2, v = torch.linalg.eigh(root.mT @ (b.mT @ b).double() @ root)
-        keep = sigma2 > 1e-12 * sigma2[-1]
-        whitening.append(root @ v[:, keep] / sigma2[keep].sqrt())
-    M = torch.eye(whitening[0].shape[1], dtype=torch.float64)
-    k = len(B)
-    for i in range(k):
-        j = (i + 1) % k
-        M = M @ (whitening[i].mT @ (B[i].mT @ B[j]).double() @ whitening[j])
-    values, vectors = torch.linalg.eig(M)
-    span = vectors[:, values.real > threshold]
-    q = span.shape[1]
-    Y = torch.linalg.svd(torch.cat([span.real, span.imag], 1), full_matrices=False)[0][:, :q]
-    return B[0] @ (whitening[0] @ Y).float(), values
+def in_plain_torch(run: Callable[Given, Found]) -> Callable[Given, Found]:
+    """The same, computed by :data:`KERNELS`."""
 
+    @functools.wraps(run)
+    def plain(*args: Given.args, **kwargs: Given.kwargs) -> Found:
+        with use_kernels("torch", KERNELS), use_backend("torch"):
+            return run(*args, **kwargs)
 
-def unique_parts(B: list[Tensor], Z: Tensor) -> list[Tensor]:
-    """``B_i − Z (Zᵀ B_i)``, in the dtype of ``B_i``."""
-    return [(b.float() - Z @ (Z.mT @ b.float())).to(b.dtype) for b in B]
+    return plain
 
 
 def dense_projection(delta: Tensor, rtol: float = 1e-5) -> Tensor:
@@ -66,19 +57,7 @@ def dense_unique(deltas: list[Tensor], threshold: float) -> list[Tensor]:
     return [delta - Z @ (Z.mT @ delta) for delta in deltas]
 
 
-def plain_decompose(pool: Pool, threshold: float) -> list[tuple[list[Tensor], Tensor]]:
-    """Unique ``B`` factors and ``Z`` of every module of a pool."""
-    results = []
-    for module in pool.modules:
-        updates = [a.updates[module] for a in pool.adapters if module in a]
-        B = [x for u in updates if (x := u.B.stored) is not None]
-        A = [x for u in updates if (x := u.A.stored) is not None]
-        Z, _ = shared_directions(B, A, threshold)
-        results.append((unique_parts(B, Z), Z))
-    return results
-
-
-def _stacked(pool: Pool, module: str) -> tuple[Tensor, Tensor]:
+def stacked(pool: Pool, module: str) -> tuple[Tensor, Tensor]:
     """``[s₁B₁ | s₂B₂ | …]`` and ``[A₁; A₂; …]``."""
     pairs = []
     for adapter in pool.adapters:
@@ -89,23 +68,11 @@ def _stacked(pool: Pool, module: str) -> tuple[Tensor, Tensor]:
     return torch.cat([B for B, _ in pairs], 1), torch.cat([A for _, A in pairs])
 
 
-def merge_by_qr(pool: Pool, rank: int = 16) -> list[tuple[Tensor, Tensor]]:
-    """Best rank-``rank`` approximation of the sum: QR of the stacked factors, SVD of the small core."""
-    results = []
-    for module in pool.modules:
-        B, A = _stacked(pool, module)
-        qb, rb = torch.linalg.qr(B)
-        qa, ra = torch.linalg.qr(A.mT)
-        u, s, vh = torch.linalg.svd(rb @ ra.mT)
-        results.append((qb @ (u[:, :rank] * s[:rank]), vh[:rank] @ qa.mT))
-    return results
-
-
 def merge_by_dense_svd(pool: Pool, rank: int = 16) -> list[tuple[Tensor, Tensor]]:
     """The same by SVD of the dense sum, as adapter tools do."""
     results = []
     for module in pool.modules:
-        B, A = _stacked(pool, module)
+        B, A = stacked(pool, module)
         u, s, vh = torch.linalg.svd(B @ A, full_matrices=False)
         results.append((u[:, :rank] * s[:rank], vh[:rank]))
     return results

@@ -9,8 +9,9 @@ from torch import Tensor
 
 import fastlora as fl
 from fastlora.adapters.pool import Pool
+from fastlora.bench import answers
 from fastlora.bench.contest import OURS, Contest, Task, require
-from fastlora.bench.opponents import plain_decompose
+from fastlora.bench.opponents import KERNELS, PLAIN, in_plain_torch
 from fastlora.bench.timing import Contender, thread_counts
 from fastlora.bench.workloads import pool_of
 from fastlora.core.updates import Update
@@ -21,9 +22,8 @@ from fastlora.ops.gram import blocks_of
 from fastlora.ops.passes import BlockPlace, CombineJob, CombineOutput, CombineTerm, GramJob
 
 TAU = 0.85
-BLOCKS = "torch float32 blocks"
+BLOCKS = "plain torch"
 COPY = "a copy of as many bytes"
-PLAIN = "plain torch in factor space"
 CHECKED = 7  # modules whose answer is compared
 
 
@@ -34,7 +34,7 @@ def stored(pool: Pool, side: str) -> list[list[Tensor]]:
 
 
 def gram(workload: str) -> list[Contest]:
-    """The contest of a workload's gram pass against one product a block."""
+    """The contest of a workload's gram pass against plain torch, which sums in float32."""
     return [Contest(f"gram pass, {workload}", (BLOCKS,), partial(_prepare_gram, workload))]
 
 
@@ -55,20 +55,16 @@ def _prepare_gram(workload: str) -> Task:
             moved += sum(x.nbytes for x in factors)
             operations += 2 * factors[0].shape[1 if rows else 0] * sum(ranks[i] * ranks[j] for i, j in pairs)
 
-    def plain() -> None:
-        for job in jobs:
-            single = [(x if job.rows else x.mT).float() for x in job.factors]
-            for i, j, _ in job.blocks:
-                single[i] @ single[j].mT
-
-    run = partial(resolve("gram_pass", jobs).launch, jobs)
-    run()
-    for job in (jobs[0], jobs[-1]):
-        x = [(f if job.rows else f.mT).double() for f in job.factors]
-        for block in job.blocks:
-            i, j, _ = block
-            scale = float(x[i].norm(dim=1).max() * x[j].norm(dim=1).max())
-            require("gram", job.block(block), x[i] @ x[j].mT, 1e-5, scale)
+    run, plain = (partial(kernel.launch, jobs) for kernel in (resolve("gram_pass", jobs), KERNELS["gram_pass"]))
+    for launch in (plain, run):
+        launch()
+        for job in (jobs[0], jobs[-1]):
+            x = [(f if job.rows else f.mT).double() for f in job.factors]
+            for block in job.blocks:
+                i, j, _ = block
+                scale = float(x[i].norm(dim=1).max() * x[j].norm(dim=1).max())
+                require("gram", job.block(block), x[i] @ x[j].mT, 1e-5, scale)
+            job.out.zero_()
     contenders = {OURS: Contender(run, thread_counts()), BLOCKS: Contender(plain, thread_counts())}
     return Task(contenders, moved, operations, torch.float64)  # whatever is stored
 
@@ -139,12 +135,14 @@ def decompose(workload: str) -> list[Contest]:
 def _prepare_decompose(workload: str) -> Task:
     pool = pool_of(workload, CHECKED)
     tolerance = 1e-4 if pool.adapters[0].dtype == torch.float32 else 2e-2
-    for ours, (theirs, _) in zip(unique_factors(pool), plain_decompose(pool, TAU), strict=True):
-        for a, b in zip(ours, theirs, strict=False):
-            require("unique B", a, b, tolerance)
+    right = answers.unique_parts(pool, TAU)
+    for contender in (unique_factors, in_plain_torch(unique_factors)):
+        for found, expected in zip(contender(pool), right, strict=True):
+            for a, b in zip(found, expected, strict=False):
+                require("unique B", a, b, tolerance)
     pool = pool_of(workload)
     contenders = {
         OURS: Contender(partial(unique_factors, pool, ResultRoom()), thread_counts()),
-        PLAIN: Contender(partial(plain_decompose, pool, TAU), thread_counts()),
+        PLAIN: Contender(partial(in_plain_torch(unique_factors), pool, ResultRoom()), thread_counts()),
     }
     return Task(contenders, 2 * sum(x.nbytes for side in "BA" for own in stored(pool, side) for x in own))

@@ -12,13 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import gaussian
+from tolerances import FLOAT64, SUMS32
 
 import fastlora as fl
-from fastlora.bench import cases, files, models, passes, small_files, table, timing, workloads
+from fastlora.backends import torch as torch_backend
+from fastlora.bench import cases, files, models, opponents, passes, small_files, table, timing, workloads
 from fastlora.bench.contest import OURS, Contest, ContestRow, Task, Unavailable, measure, require, rows
 from fastlora.bench.timing import Contender, Machine, Seconds, alternate, thread_counts
 from fastlora.bench.workloads import WORKLOADS, Workload, make_pool, vit, write_pool
 from fastlora.errors import InputError
+from fastlora.ops import dispatch
+from fastlora.ops.passes import GramJob
 
 TINY = Workload(vit(layers=2, hidden=64, mlp=96), 3, 8, torch.float32)
 MACHINE = Machine({1: 2.0, 2: 4.0}, {1: 1.0, 2: 8.0}, {1: 1.0, 2: 2.0})
@@ -187,6 +192,20 @@ def test_a_wrong_decomposition_is_not_timed(tiny: str, monkeypatch: pytest.Monke
     (contest,) = passes.decompose(tiny)
     with pytest.raises(AssertionError, match="not timed"):
         contest.prepare()
+
+
+def test_plain_torch_is_the_backend() -> None:
+    """Inside alone; its passes are those of the backend, summed in float32."""
+    assert opponents.in_plain_torch(dispatch.current_backend)() == "torch"
+    assert opponents.in_plain_torch(dispatch.kernels)("torch") is opponents.KERNELS
+    assert dispatch.current_backend() == "auto" and dispatch.kernels("torch") is torch_backend.KERNELS
+    assert set(opponents.KERNELS) == set(torch_backend.KERNELS)
+    x = gaussian(4000, 16, seed=1)
+    out = torch.zeros(2, 16, 16, dtype=torch.float64)
+    for own, kernels in zip(out, (torch_backend.KERNELS, opponents.KERNELS), strict=True):
+        kernels["gram_pass"].launch([GramJob([x], [(0, 0, 0)], False, own, 16)])
+    errors = ((out - x.double().mT @ x.double()).abs().amax((1, 2)) / 4000).tolist()
+    assert errors[0] <= FLOAT64 < errors[1] <= SUMS32
 
 
 def test_the_bound_on_memory_is_checked(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
