@@ -1,47 +1,31 @@
 """This checkout beside another revision of it: built, tested and timed in turn.
 
-The other revision lies in a worktree that is thrown away at the end. Each run is a process of its own, and runs of both
-alternate, so that what else the machine does meets both alike.
+Each run is a process of its own, and runs of both alternate, so that what else the machine does meets both alike.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlora.bench import worktrees
+from fastlora.bench.children import last_words
+from fastlora.bench.worktrees import Revision
 from fastlora.errors import InputError
+from fastlora.runtime.progress import share_bar
 
 TESTS = ("tests/ops",)
 """What must pass in both before anything is timed: the kernels."""
 
-LAST_LINES = 5
+Times = Mapping[str, Mapping[int, float]]
+"""``{what: {threads: seconds of fastlora}}`` of one run."""
 
-Rows = Mapping[tuple[str, str], Mapping[int, float]]
-"""``{(what, opponent): {threads: seconds of fastlora}}`` of one run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Revision:
-    """One side: what it is called, and the tree that it is run from."""
-
-    name: str
-    tree: Path
-
-    def python(self, *arguments: str, more: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        """Runs this Python on the tree, whatever is installed."""
-        environment = {**os.environ, "PYTHONPATH": str(self.tree), "OMP_WAIT_POLICY": "passive", **(more or {})}
-        return subprocess.run(
-            [sys.executable, *arguments], cwd=self.tree, env=environment, capture_output=True, text=True, check=False
-        )
+Tell = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,106 +42,124 @@ class Comparison:
     largest: float
 
 
-def checkout(start: Path) -> Path:
-    """The root of the checkout that a file of this package lies in. Raises :class:`InputError` for an installed one."""
-    root = start.resolve().parents[1]
-    if not (root / ".git").exists() or not (root / "setup.py").is_file():
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a comparison found. ``options``: how both were built; ``kernels``: the instruction set of both, if known."""
+
+    base: str
+    here: str
+    options: str
+    kernels: str | None
+    lines: list[Comparison]
+    notes: list[str]
+
+
+def compare(root: Path, revision: str, names: Sequence[str], rounds: int, tests: Sequence[str], tell: Tell) -> Compared:
+    """A checkout beside another revision of it. Raises :class:`InputError` where that would not be fair: tests that
+    fail on either side, other kernels, a checkout that was changed meanwhile."""
+    if importlib.util.find_spec("pytest") is None:
+        raise InputError("--base runs the tests of both sides by pytest, which is not installed: pip install pytest")
+    worktrees.commit_of(root, revision)  # a wrong one is told at once
+    now = worktrees.here(root)
+    computing, began = now.kernels(), worktrees.state(root)
+    with worktrees.worktree(root, revision) as base:
+        sides = (base, now)
+        for side in sides:
+            require_tests(side, tests)
+        require_names(base, names)
+        options = worktrees.described(worktrees.build_options(root))
+        tell(f"building {base.name} {options}")
+        with share_bar("building") as steps:
+            worktrees.build(root, base, steps)
+        require_same(base, base.kernels(), computing)
+        for side in sides:
+            require_green(side, tests, tell)
+        lines, notes = alternated(base, now, names, rounds, tell)
+    if worktrees.state(root) != began:
+        raise InputError(f"{root} was changed while it was timed, so that the times are of no one state; run it again")
+    return Compared(base.name, now.name, options, computing, lines, notes)
+
+
+def require_tests(side: Revision, tests: Sequence[str]) -> None:
+    """Raises :class:`InputError` where a side lacks some tests."""
+    missing = [t for t in tests if not (side.tree / t.partition("::")[0]).exists()]
+    if missing:
+        raise InputError(f"{side.name} has no {missing[0]}; name tests that both have (--tests), as seen from the root")
+
+
+def require_names(base: Revision, names: Sequence[str]) -> None:
+    """Raises :class:`InputError` where the other revision has no such case or workload; nothing where it does not say
+    which it has."""
+    ended = base.python("-m", "fastlora", "bench", "--list", "--json")
+    if ended.returncode == 0:
+        data: dict[str, Any] = json.loads(ended.stdout)
+        if lacking := [n for n in names if n not in data["cases"] and n not in data["workloads"]]:
+            raise InputError(f"bench of {base.name} has no case or workload {', '.join(lacking)}")
+
+
+def require_same(base: Revision, theirs: str | None, ours: str | None) -> None:
+    """Raises :class:`InputError` where the two are known to compute by different kernels."""
+    if None not in (theirs, ours) and theirs != ours:
         raise InputError(
-            f"--base compares revisions of a checkout, and this fastlora is installed in {root}; run "
-            "`python -m fastlora bench --base REV` in a clone of the repository"
+            f"{base.name} computes with {theirs} and this checkout with {ours}, and nothing was timed: FASTLORA_ISA "
+            "names one that both have, and CMAKE_ARGS how kernels are built"
         )
-    return root
 
 
-def commit_of(root: Path, revision: str) -> str:
-    """The commit that a revision names."""
-    found = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-    if found.returncode != 0:
-        raise InputError(f"--base {revision!r} is no revision of {root}; `git log --oneline` lists some")
-    return found.stdout.strip()
-
-
-def here(root: Path) -> Revision:
-    """The checkout as it is. Raises :class:`InputError` where its kernels are older than their source."""
-    sources = [p.stat().st_mtime for p in (root / "csrc").rglob("*") if p.is_file()]
-    built = [p.stat().st_mtime for p in (root / "fastlora").glob("_core*.so")]
-    if sources and built and max(sources) > max(built):
-        raise InputError("csrc/ was changed after the kernels were built; build them first: pip install -e .")
-    changed = " with changes" if _git(root, "status", "--porcelain").stdout.strip() else ""
-    return Revision(f"{_git(root, 'rev-parse', '--short', 'HEAD').stdout.strip()}{changed}", root)
-
-
-@contextlib.contextmanager
-def built(root: Path, revision: str, tell: Callable[[str], object]) -> Iterator[Revision]:
-    """The other revision in a worktree of its own, with its kernels; it is gone afterwards."""
-    commit = commit_of(root, revision)
-    with tempfile.TemporaryDirectory(prefix="fastlora-base-") as folder:
-        tree = Path(folder) / "tree"
-        added = _git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
-        try:
-            if added.returncode != 0:
-                raise InputError(f"git could not make a worktree of {revision}: {_last(added)}")
-            other = Revision(f"{revision} ({commit[:7]})", tree)
-            tell(f"building {other.name}")
-            made = other.python("setup.py", "-q", "build_ext", "--inplace", more={"FASTLORA_CUDA": "OFF"})
-            if made.returncode != 0:
-                raise InputError(f"{other.name} could not be built, and nothing was timed: {_last(made)}")
-            yield other
-        finally:
-            _git(root, "worktree", "remove", "--force", str(tree))
-            _git(root, "worktree", "prune")
-
-
-def require_green(sides: Sequence[Revision], tests: Sequence[str], tell: Callable[[str], object]) -> None:
-    """Raises :class:`InputError` where tests fail, on either side: times of wrong answers mean nothing."""
-    for side in sides:
-        missing = [t for t in tests if not (side.tree / t.partition("::")[0]).exists()]
-        if missing:
-            raise InputError(f"{side.name} has no {missing[0]}; name tests that both have (--tests)")
-        tell(f"testing {side.name}")
-        ended = side.python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
-        if ended.returncode != 0:
-            raise InputError(f"tests fail on {side.name}, and nothing was timed: {_last(ended)}")
-
-
-def measured(side: Revision, names: Sequence[str]) -> Rows:
-    """One run of ``fastlora bench`` on one side."""
-    ended = side.python("-m", "fastlora", "bench", "--json", "-q", *names)
+def require_green(side: Revision, tests: Sequence[str], tell: Tell) -> None:
+    """Raises :class:`InputError` where tests fail: times of wrong answers mean nothing."""
+    tell(f"testing {side.name}")
+    with share_bar("testing") as steps:
+        ended = side.python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, steps=steps)
     if ended.returncode != 0:
-        raise InputError(f"fastlora bench failed on {side.name}: {_last(ended)}")
+        raise InputError(f"tests fail on {side.name}, and nothing was timed: {last_words(ended)}")
+
+
+def measured(side: Revision, names: Sequence[str]) -> tuple[Times, list[str]]:
+    """One run of ``fastlora bench`` on one side, and the notes that it told."""
+    ended = side.python("-m", "fastlora", "bench", "--json", *names)
+    if ended.returncode != 0:
+        raise InputError(f"fastlora bench failed on {side.name}: {last_words(ended)}")
     rows: list[dict[str, Any]] = json.loads(ended.stdout)["rows"]
+    notes = [line.removeprefix("note: ") for line in ended.stderr.splitlines() if line.startswith("note: ")]
     # One opponent or more a contest: ours is the same number in all of them.
-    return {(row["what"], ""): {int(t): float(s) for t, s in row["ours"].items()} for row in rows}
+    return {row["what"]: {int(t): float(s) for t, s in row["ours"].items()} for row in rows}, notes
 
 
 def alternated(
-    base: Revision, now: Revision, names: Sequence[str], rounds: int, tell: Callable[[str], object]
+    base: Revision, now: Revision, names: Sequence[str], rounds: int, tell: Tell
 ) -> tuple[list[Comparison], list[str]]:
-    """The lines that both have, and notes on those that one lacks. Rounds begin with either side in turn."""
-    runs: dict[Revision, list[Rows]] = {base: [], now: []}
+    """The lines that both have, and notes. Rounds begin with either side in turn."""
+    runs: dict[Revision, list[Times]] = {base: [], now: []}
+    told: dict[str, None] = {}
     for i in range(rounds):
         for side in (base, now) if i % 2 == 0 else (now, base):
             tell(f"round {i + 1} of {rounds}: timing {side.name}")
-            runs[side].append(measured(side, names))
-    return compared(runs[base], runs[now])
+            times, notes = measured(side, names)
+            runs[side].append(times)
+            told.update(dict.fromkeys(notes))
+    lines, notes = compared(runs[base], runs[now])
+    return lines, [*told, *notes]
 
 
-def compared(base: Sequence[Rows], now: Sequence[Rows]) -> tuple[list[Comparison], list[str]]:
-    """Runs of both, pair by pair."""
+def compared(base: Sequence[Times], now: Sequence[Times]) -> tuple[list[Comparison], list[str]]:
+    """Runs of both, pair by pair, and what they do not have in common."""
     lines, notes = [], []
-    for key in dict.fromkeys(k for rows in (*now, *base) for k in rows):
-        if not all(key in rows for rows in (*base, *now)):
-            which = "base" if any(key in rows for rows in base) else "this checkout"
-            notes.append(f"{key[0]} is timed by {which} alone")
+    for what in dict.fromkeys(w for times in (*now, *base) for w in times):
+        if not all(what in times for times in (*base, *now)):
+            which = "base" if any(what in times for times in base) else "this checkout"
+            notes.append(f"{what} is timed by {which} alone")
             continue
-        for threads in now[0][key]:
-            if not all(threads in rows[key] for rows in (*base, *now)):
-                continue
-            theirs, ours = ([rows[key][threads] for rows in runs] for runs in (base, now))
+        counts = sorted({c for times in (*base, *now) for c in times[what]})
+        both = [c for c in counts if all(c in times[what] for times in (*base, *now))]
+        if lacking := [str(c) for c in counts if c not in both]:
+            notes.append(f"{what} is not timed on {', '.join(lacking)} threads by both")
+        for threads in both:
+            theirs, ours = ([times[what][threads] for times in runs] for runs in (base, now))
             ratios = [b / h for b, h in zip(theirs, ours, strict=True)]
             lines.append(
                 Comparison(
-                    key[0],
+                    what,
                     threads,
                     statistics.median(theirs),
                     statistics.median(ours),
@@ -169,14 +171,14 @@ def compared(base: Sequence[Rows], now: Sequence[Rows]) -> tuple[list[Comparison
     return lines, notes
 
 
-def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise InputError("--base needs git, which is not installed") from None
-
-
-def _last(ended: subprocess.CompletedProcess[str]) -> str:
-    """The end of what a process said."""
-    lines = [line.strip() for line in (ended.stdout + "\n" + ended.stderr).splitlines() if line.strip()]
-    return " | ".join(lines[-LAST_LINES:])[-600:] or f"exit code {ended.returncode}"
+def tests_of(root: Path, tests: Sequence[str]) -> list[str]:
+    """Tests as seen from the root of both trees, of paths as seen from the root or from where the command runs. Raises
+    :class:`InputError` for what lies elsewhere: it would be the same file on both sides."""
+    found = []
+    for test in tests:
+        path, colons, rest = test.partition("::")
+        lies = root / path if (root / path).exists() or not Path(path).exists() else Path(path)
+        if not lies.resolve().is_relative_to(root):
+            raise InputError(f"--tests {test!r} lies outside of {root}; name tests that both revisions have")
+        found.append(f"{lies.resolve().relative_to(root)}{colons}{rest}")
+    return found

@@ -83,6 +83,26 @@ def bytes_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
         bar.stop()
 
 
+@contextlib.contextmanager
+def share_bar(label: str) -> Iterator[Callable[[float], None]]:
+    """A bar over work that others do; the block calls what it gets with the share of it that is done."""
+    bars = _bars.get()
+    if bars is None or not sys.stderr.isatty():
+        yield lambda share: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(file=sys.stderr), transient=True)
+    bar.start()
+    bars.append(bar)
+    task = bar.add_task(label, total=1.0)
+    try:
+        yield lambda share: bar.update(task, completed=share)
+    finally:
+        bar.stop()
+
+
 def _start_bar() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

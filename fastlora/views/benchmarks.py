@@ -72,7 +72,10 @@ def show_comparison(data: Data) -> None:
         spread = f"{row['least']:.2f} to {row['largest']:.2f}"
         times = milliseconds(row["base"]), milliseconds(row["here"])
         table.add(row["what"], str(row["threads"]), *times, f"{row['ratio']:.2f}", spread)
-    print_paragraph(f"{data['machine']}. Base: {data['base']}; here: {data['here']}; {data['rounds']} runs of each.")
+    print_paragraph(
+        f"{data['machine']}. Base: {data['base']}; here: {data['here']}; {data['rounds']} runs of each. The base was "
+        f"built {data['options']}. Tests passed on both: {', '.join(data['tests'])}."
+    )
     table.print()
 
 

@@ -14,7 +14,7 @@ from fastlora.cli.options import Csv, command
 from fastlora.cli.outputs import check_table, write_table
 from fastlora.cli.run import Run, print_json
 from fastlora.errors import InputError
-from fastlora.views.text import print_aside
+from fastlora.views.text import escaped, print_aside
 
 
 @command("as_json", "quiet", "overwrite", "force")
@@ -92,31 +92,29 @@ def _against(
 ) -> None:
     """Times this checkout beside another revision."""
     import fastlora
-    from fastlora.bench import revisions
+    from fastlora.bench import revisions, worktrees
     from fastlora.bench.cases import select
     from fastlora.bench.timing import describe, waiting
     from fastlora.views.benchmarks import comparison_rows, show_comparison
 
     select(names)
-    root = revisions.checkout(Path(str(fastlora.__file__)))
-    now = revisions.here(root)
+    root = worktrees.checkout(Path(str(fastlora.__file__)))
+    chosen = revisions.tests_of(root, tests or revisions.TESTS)
+    run.tell_notes([w] if (w := waiting()) else [])
 
     def tell(line: str) -> None:
         if not run.quiet:
-            print_aside(line)
+            print_aside(escaped(line))
 
-    with revisions.built(root, revision, tell) as other:
-        revisions.require_green([other, now], tests or revisions.TESTS, tell)
-        run.tell_notes([w] if (w := waiting()) else [])
-        lines, notes = revisions.alternated(other, now, names, rounds, tell)
-    if not lines:
-        raise InputError("; ".join(notes) or "nothing was timed")
-    data = {"machine": describe(), "base": other.name, "here": now.name, "rounds": rounds}
-    data["rows"] = [asdict(line) for line in lines]
+    found = revisions.compare(root, revision, names, rounds, chosen, tell)
+    if not found.lines:
+        raise InputError("; ".join(found.notes) or "nothing was timed")
+    data = {"machine": describe(), "rounds": rounds, "tests": chosen, **asdict(found)}
+    data["rows"], data["notices"] = data.pop("lines"), data.pop("notes")
     if csv is not None:
         write_table(run, csv, comparison_rows(data))
     if run.as_json:
-        print_json({**data, "notices": notes})
+        print_json(data)
     elif not run.quiet:
         show_comparison(data)
-    run.tell_notes(notes)
+    run.tell_notes(found.notes)
