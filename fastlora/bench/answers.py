@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters.pool import Pool
-from fastlora.bench.opponents import shared_part, stacked
+from fastlora.bench.opponents import shared_part
 
 
 def unique_parts(pool: Pool, threshold: float) -> list[list[Tensor]]:
@@ -24,16 +24,4 @@ def unique_parts(pool: Pool, threshold: float) -> list[list[Tensor]]:
             product = product @ (one.mT @ next_one)
         Z = Q[0] @ shared_part(product, threshold)
         results.append([b - Z @ (Z.mT @ b) for b in B])
-    return results
-
-
-def best_sum(pool: Pool, rank: int = 16) -> list[tuple[Tensor, Tensor]]:
-    """Best rank-``rank`` approximation of the sum: QR of the stacked factors, SVD of the small core."""
-    results = []
-    for module in pool.modules:
-        B, A = stacked(pool, module)
-        qb, rb = torch.linalg.qr(B)
-        qa, ra = torch.linalg.qr(A.mT)
-        u, s, vh = torch.linalg.svd(rb @ ra.mT)
-        results.append((qb @ (u[:, :rank] * s[:rank]), vh[:rank] @ qa.mT))
     return results

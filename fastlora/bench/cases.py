@@ -37,7 +37,7 @@ CASES: dict[str, Case] = {
     "eigh": Case("batched eigendecomposition against torch.linalg", solvers.eigh),
     "svd": Case("batched singular value decomposition against torch.linalg", solvers.svd),
     "dense": Case("one 1024×1024 module against the paper's dense algorithm", dense.dense),
-    "merge": Case("svd merge against plain torch and dense SVD", merging.merge),
+    "merge": Case("svd merge against plain torch, torch QR and dense SVD", merging.merge),
     "gram": Case("the pass that reads", passes.gram, (MAIN,)),
     "combine": Case("the pass that writes", passes.combine, (MAIN,)),
     "decompose": Case(

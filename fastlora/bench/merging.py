@@ -3,7 +3,7 @@ need Gram blocks alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,14 +12,21 @@ from torch import Tensor
 
 import fastlora as fl
 from fastlora.adapters.pool import Pool
-from fastlora.bench.answers import best_sum
 from fastlora.bench.contest import OURS, Contest, Task, Unavailable, require
 from fastlora.bench.dense import ADAPTERS, RANK, squares
-from fastlora.bench.opponents import PLAIN, in_plain_torch, merge_by_dense_svd, merge_by_peft, peft_model
+from fastlora.bench.opponents import (
+    PLAIN,
+    in_plain_torch,
+    merge_by_dense_svd,
+    merge_by_peft,
+    merge_by_qr,
+    peft_model,
+)
 from fastlora.bench.timing import Contender, thread_counts
 from fastlora.bench.workloads import Workload, find, make_pool, pool_of
 from fastlora.engine.materialise import materialise_groups
 
+QR = "torch QR and small SVD"
 DENSE = "torch dense SVD"
 PEFT = 'peft, combination_type="svd", run once'
 PEFT_TIES = 'peft, combination_type="ties_svd", run once'
@@ -35,13 +42,12 @@ def _what(modules: str) -> str:
 
 
 def merge() -> list[Contest]:
-    """The contests of a merge to a rank: many modules against plain torch, one against dense SVD."""
+    """The contests of a merge to a rank: many modules in factor space, one against dense SVD."""
     many, one = squares(4096, 16, 2), squares(1024, 1, 2)
+    factors: dict[str, Merge] = {PLAIN: in_plain_torch(by_fastlora), QR: merge_by_qr}
     return [
-        Contest(
-            _what("sixteen 4096×4096 modules"), (PLAIN,), partial(_prepare, many, PLAIN, in_plain_torch(by_fastlora))
-        ),
-        Contest(_what("one 1024×1024 module"), (DENSE,), partial(_prepare, one, DENSE, merge_by_dense_svd)),
+        Contest(_what("sixteen 4096×4096 modules"), tuple(factors), partial(_prepare, many, factors)),
+        Contest(_what("one 1024×1024 module"), (DENSE,), partial(_prepare, one, {DENSE: merge_by_dense_svd})),
     ]
 
 
@@ -106,15 +112,13 @@ def _pairs(merged: fl.Adapter) -> list[tuple[Tensor, Tensor]]:
     return [pair for (pair,) in materialise_groups([[u.baked()] for u in merged.updates.values()], torch.float32)]
 
 
-def _prepare(workload: Workload, name: str, theirs: Merge) -> Task:
+def _prepare(workload: Workload, opponents: Mapping[str, Merge]) -> Task:
     pool = make_pool(workload)
-    right = best_sum(pool)
-    for contender in (by_fastlora, theirs):
-        _require_same(contender(pool), right)
-    contenders = {
-        OURS: Contender(partial(by_fastlora, pool), thread_counts()),
-        name: Contender(partial(theirs, pool), thread_counts()),
-    }
+    right = merge_by_qr(pool)
+    merges: dict[str, Merge] = {OURS: by_fastlora, **opponents}
+    for merge in merges.values():
+        _require_same(merge(pool), right)
+    contenders = {name: Contender(partial(merge, pool), thread_counts()) for name, merge in merges.items()}
     return Task(contenders, workload.bytes + workload.bytes // 2)
 
 
@@ -124,7 +128,7 @@ def _prepare_peft() -> Task:
     workload = squares(4096, 1, 2)
     pool = make_pool(workload)
     ours = by_fastlora(pool)
-    _require_same(ours, best_sum(pool))
+    _require_same(ours, merge_by_qr(pool))
     model = peft_model(pool)
 
     def theirs() -> None:

@@ -1,4 +1,4 @@
-"""The opponents: plain torch, which is the backend ``torch``, and what papers and tools do on dense matrices."""
+"""The opponents: plain torch, which is the backend ``torch``, and what papers and tools do."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def dense_unique(deltas: list[Tensor], threshold: float) -> list[Tensor]:
     return [delta - Z @ (Z.mT @ delta) for delta in deltas]
 
 
-def stacked(pool: Pool, module: str) -> tuple[Tensor, Tensor]:
+def _stacked(pool: Pool, module: str) -> tuple[Tensor, Tensor]:
     """``[s₁B₁ | s₂B₂ | …]`` and ``[A₁; A₂; …]``."""
     pairs = []
     for adapter in pool.adapters:
@@ -68,11 +68,23 @@ def stacked(pool: Pool, module: str) -> tuple[Tensor, Tensor]:
     return torch.cat([B for B, _ in pairs], 1), torch.cat([A for _, A in pairs])
 
 
+def merge_by_qr(pool: Pool, rank: int = 16) -> list[tuple[Tensor, Tensor]]:
+    """Best rank-``rank`` approximation of the sum: QR of the stacked factors, SVD of the small core."""
+    results = []
+    for module in pool.modules:
+        B, A = _stacked(pool, module)
+        qb, rb = torch.linalg.qr(B)
+        qa, ra = torch.linalg.qr(A.mT)
+        u, s, vh = torch.linalg.svd(rb @ ra.mT)
+        results.append((qb @ (u[:, :rank] * s[:rank]), vh[:rank] @ qa.mT))
+    return results
+
+
 def merge_by_dense_svd(pool: Pool, rank: int = 16) -> list[tuple[Tensor, Tensor]]:
     """The same by SVD of the dense sum, as adapter tools do."""
     results = []
     for module in pool.modules:
-        B, A = stacked(pool, module)
+        B, A = _stacked(pool, module)
         u, s, vh = torch.linalg.svd(B @ A, full_matrices=False)
         results.append((u[:, :rank] * s[:rank], vh[:rank]))
     return results

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import ON_HOST
 
 from fastlora.backends import cuda, triton
 from fastlora.bench.gpu import smoke
@@ -47,9 +48,9 @@ def test_every_op_is_tried() -> None:
             tried.add(op)
             return super().__getitem__(op)
 
-    table = dispatch.kernels("cpu")
+    table = dispatch.kernels(ON_HOST[0])
     assert not isinstance(table, str)
-    with dispatch.use_kernels("cpu", Spying(table)):
+    with dispatch.use_kernels(ON_HOST[0], Spying(table)):
         for form in quick():
             smoke.tried(form, "cpu")
     of_the_same_kernels = {"gram", "combine", "finite", "merge_count_varied"}
@@ -65,23 +66,23 @@ def wrong(*outputs: torch.Tensor | float) -> tuple[torch.Tensor | float, ...]:
     ("similarity", "similarity r=16"), ("tucker", "tucker"), ("difference_products", "difference_products fp32"),
 ])  # fmt: skip
 def test_a_wrong_kernel_is_found(op: str, form: str) -> None:
-    table = dispatch.kernels("cpu")
+    table = dispatch.kernels(ON_HOST[0])
     assert not isinstance(table, str)
     right = table[op]
     spoiled = Kernel(lambda *arguments: wrong(*right.launch(*arguments)), right.supports)
     assert "failed" not in smoke.tried(FORMS[form], "cpu")
-    with dispatch.use_kernels("cpu", {**table, op: spoiled}):
+    with dispatch.use_kernels(ON_HOST[0], {**table, op: spoiled}):
         row = smoke.tried(FORMS[form], "cpu")
     assert "allowed are" in row["failed"] and row["error"] > row["allowed"]
 
 
 def test_a_pass_that_leaves_something_out_is_found() -> None:
     """Results are NaN before, and NaN is no small error."""
-    table = dispatch.kernels("cpu")
+    table = dispatch.kernels(ON_HOST[0])
     assert not isinstance(table, str)
     for op, form in (("gram_pass", "gram B bf16 r=16+16"), ("combine_pass", "combine A fp16 32 columns, 2 terms")):
         nothing = Kernel(lambda jobs: None, dispatch.always)
-        with dispatch.use_kernels("cpu", {**table, op: nothing}):
+        with dispatch.use_kernels(ON_HOST[0], {**table, op: nothing}):
             assert "an error of nan" in smoke.tried(FORMS[form], "cpu")["failed"]
 
 

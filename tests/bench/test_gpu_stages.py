@@ -11,11 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from compiled import needs_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from benches.gpu import building, measuring, prebuilt, profiling, testing, try_module  # noqa: E402
+from benches.gpu import building, measuring, prebuilt, profiling, testing  # noqa: E402
 from benches.gpu.processes import Command, Failed, Shell, Skipped, TookTooLong  # noqa: E402
 from benches.gpu.report import Report  # noqa: E402
 from benches.gpu.running import Visit  # noqa: E402
@@ -77,7 +78,10 @@ def test_a_prepared_module_that_does_not_work_is_built(tmp_path: Path, monkeypat
         measuring.sweeps(visit, 60)
 
 
+@needs_kernels
 def test_a_module_without_kernels_or_a_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benches.gpu import try_module
+
     for module, said in (
         (SimpleNamespace(has_cuda=False), "it has no CUDA kernels"),
         (SimpleNamespace(has_cuda=True, cuda_device_count=lambda: (0, "no driver")), "no device: no driver"),
