@@ -63,7 +63,7 @@ def benchmarks(case: str) -> Callable[..., None]:
         benchmark.extra_info.update(
             threads=count,
             bytes=task.moved,
-            operations=task.operations,
+            operations={str(dtype): count for dtype, count in task.operations.items()},
             note=task.note,
             omp_wait_policy=os.environ.get("OMP_WAIT_POLICY", "not set"),
             torch=torch.__version__,

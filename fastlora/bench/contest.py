@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,14 +23,13 @@ class Unavailable(InputError):
 class Task:
     """The contenders by name, :data:`OURS` among them, and what the task must at least cost.
 
-    ``moved``: bytes read and written. ``operations`` are those of ``dtype``. ``note``: what a reader of the times must
+    ``moved``: bytes read and written. ``operations``: how many of each dtype. ``note``: what a reader of the times must
     know, such as parts that were timed once and counted several times. ``close`` is called at the end.
     """
 
     contenders: Mapping[str, Contender]
-    moved: int = 0
-    operations: float = 0
-    dtype: torch.dtype = torch.float32
+    moved: float = 0
+    operations: Mapping[torch.dtype, float] = field(default_factory=dict)
     note: str = ""
     close: Action | None = None
 
@@ -47,14 +46,14 @@ class Contest:
 
 @dataclass(frozen=True, slots=True)
 class ContestRow:
-    """One line of the table: median seconds of fastlora by threads, of one opponent at its best, and the floor on the
-    most threads."""
+    """One line of the table: median seconds of fastlora by threads, of one opponent at its best, and floors by
+    threads."""
 
     what: str
     ours: dict[int, float]
     opponent: str
     theirs: float
-    floor: float | None
+    floor: dict[int, float] | None
     note: str = ""
 
 
@@ -75,12 +74,12 @@ def rows(contest: Contest, machine: Machine) -> list[ContestRow]:
     task, times = measure(contest)
     medians = {who: statistics.median(seconds) for who, seconds in times.items()}
     ours = {count: medians[OURS, count] for count in task.contenders[OURS].threads}
-    floor = machine.floor(task.moved, int(task.operations), task.dtype)
+    floor = {count: machine.floor(task.moved, task.operations, count) for count in ours if count in machine.copy}
     lines = []
     for name in contest.opponents:
         count, theirs = best(name, medians)
         label = f"{name}, {count} thread{'s' * (count != 1)}"
-        lines.append(ContestRow(contest.what, ours, label, theirs, floor or None, task.note))
+        lines.append(ContestRow(contest.what, ours, label, theirs, floor if any(floor.values()) else None, task.note))
     return lines
 
 

@@ -166,7 +166,7 @@ def _prepare_peft_ties() -> Task:
         OURS: Contender(ours, thread_counts()),
         PEFT_TIES: Contender(theirs, thread_counts()[-1:], rounds=1),
     }
-    return Task(contenders, workload.bytes, operations=3 * 2 * ADAPTERS * RANK * 4096**2)
+    return Task(contenders, workload.bytes, {torch.float32: 3 * 2 * ADAPTERS * RANK * 4096**2})
 
 
 def _require_peft() -> None:

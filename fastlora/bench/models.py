@@ -124,7 +124,7 @@ def _prepare(sizes: Sizes, *, whole: bool) -> Task:
     }
     size, weights = size_of([root / "base"]), sum(n * m for _, (n, m) in sizes.linear())
     note = f"apply: {size / 1e9:.2f} GB read and written; at most {peak / 2**20:.0f} MiB resident with memory={BOUND}"
-    return Task(contenders, 2 * size, 2.0 * RANK * weights, note=note, close=folder.cleanup)
+    return Task(contenders, 2 * size, {torch.float32: 2.0 * RANK * weights}, note=note, close=folder.cleanup)
 
 
 CHILD = """

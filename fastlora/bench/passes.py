@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fastlora as fl
 from fastlora.adapters.pool import Pool
-from fastlora.bench import answers
+from fastlora.bench import answers, counts
 from fastlora.bench.contest import OURS, Contest, Task, require
 from fastlora.bench.opponents import KERNELS, PLAIN, in_plain_torch
 from fastlora.bench.timing import Contender, thread_counts
@@ -27,12 +27,6 @@ COPY = "a copy of as many bytes"
 CHECKED = 7  # modules whose answer is compared
 
 
-def stored(pool: Pool, side: str) -> list[list[Tensor]]:
-    """``[module][adapter]`` stored factors of one side."""
-    found = [[getattr(a.updates[m], side).stored for a in pool.adapters if m in a] for m in pool.modules]
-    return [[x for x in row if x is not None] for row in found]
-
-
 def gram(workload: str) -> list[Contest]:
     """The contest of a workload's gram pass against plain torch, which sums in float32."""
     return [Contest(f"gram pass, {workload}", (BLOCKS,), partial(_prepare_gram, workload))]
@@ -46,14 +40,14 @@ def _prepare_gram(workload: str) -> Task:
     moved = operations = 0
     for side, kind in (("B", "chain"), ("A", "diagonal")):
         rows = side == "A"
-        for factors in stored(pool, side):
+        for factors in counts.stored(pool, side):
             ranks = [x.shape[0 if rows else 1] for x in factors]
             k, r = len(factors), max(ranks)
             pairs = blocks_of(kind, k)
             block_places = places_by_kind.setdefault((kind, k, r), [(i, j, (i * k + j) * r * r) for i, j in pairs])
             jobs.append(GramJob(factors, block_places, rows, torch.zeros(k, k, r, r, dtype=torch.float64), r))
             moved += sum(x.nbytes for x in factors)
-            operations += 2 * factors[0].shape[1 if rows else 0] * sum(ranks[i] * ranks[j] for i, j in pairs)
+            operations += counts.gram_operations(factors[0].shape[1 if rows else 0], ranks, pairs)
 
     run, plain = (partial(kernel.launch, jobs) for kernel in (resolve("gram_pass", jobs), KERNELS["gram_pass"]))
     for launch in (plain, run):
@@ -66,7 +60,7 @@ def _prepare_gram(workload: str) -> Task:
                 require("gram", job.block(block), x[i] @ x[j].mT, 1e-5, scale)
             job.out.zero_()
     contenders = {OURS: Contender(run, thread_counts()), BLOCKS: Contender(plain, thread_counts())}
-    return Task(contenders, moved, operations, torch.float64)  # whatever is stored
+    return Task(contenders, moved, {torch.float64: operations})  # whatever is stored
 
 
 def combine(workload: str) -> list[Contest]:
@@ -88,7 +82,7 @@ def _prepare_combine(workload: str, side: str) -> Task:
     jobs: list[CombineJob] = []
     results: list[list[tuple[Tensor, list[CombineTerm]]]] = []
     moved = 0
-    for inputs in stored(pool_of(workload), side):
+    for inputs in counts.stored(pool_of(workload), side):
         ranks = [x.shape[0 if rows else 1] for x in inputs]
         wanted: list[tuple[Tensor, list[CombineTerm]]] = []
         if rows:
@@ -145,4 +139,4 @@ def _prepare_decompose(workload: str) -> Task:
         OURS: Contender(partial(unique_factors, pool, ResultRoom()), thread_counts()),
         PLAIN: Contender(partial(in_plain_torch(unique_factors), pool, ResultRoom()), thread_counts()),
     }
-    return Task(contenders, 2 * sum(x.nbytes for side in "BA" for own in stored(pool, side) for x in own))
+    return Task(contenders, *counts.decomposition(pool, fl.decompose(pool, threshold=TAU).shared))

@@ -69,7 +69,7 @@ def _prepare_eigh(spectrum: str, n: int, batch: int, dtype: torch.dtype) -> Task
         OURS: Contender(partial(fl.ops.eigh, a), thread_counts()),
         TORCH: Contender(partial(torch.linalg.eigh, a), thread_counts()),
     }
-    return Task(contenders, 2 * a.nbytes, operations * n**3 * batch, dtype)
+    return Task(contenders, 2 * a.nbytes, {dtype: operations * n**3 * batch})
 
 
 def svd() -> list[Contest]:
@@ -88,4 +88,4 @@ def _prepare_svd(n: int, batch: int) -> Task:
         OURS: Contender(partial(fl.ops.svd, a), thread_counts()),
         TORCH: Contender(partial(torch.linalg.svd, a, full_matrices=False), thread_counts()),
     }
-    return Task(contenders, 3 * a.nbytes, 9 * n**3 * batch)
+    return Task(contenders, 3 * a.nbytes, {a.dtype: 9 * n**3 * batch})

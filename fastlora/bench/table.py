@@ -19,11 +19,14 @@ PREAMBLE = """# Benchmarks
 * **Ratios** are what counts, since machines differ and are noisy: the opponent's time over ours on one thread and on
   two. The opponent runs at its best thread count, which is named.
 * **1 thread ÷ 2** is what the second thread brings.
-* **Floor** is what the operation must at least cost on the most threads measured. It is the longer of two times: bytes
+* **Floor** is what the operation must at least cost, on one thread and on two. It is the longer of two times: bytes
   read and written over the speed of a large copy in memory, and operations over the speed of a large matrix product.
-* **Operations** are counted for three ops; bytes are counted everywhere. `eigh` takes 14/3·n³, as divide and conquer
+  All three speeds are measured in the same run.
+* **Operations** are counted for four ops; bytes are counted everywhere. `eigh` takes 14/3·n³, as divide and conquer
   does, 10/3·n³ where eigenvalues cluster, and none for the identity. `svd` takes 9·n³: that, AᵀA, A·V and a check. The
-  third is the Gram pass, in float64.
+  third is the Gram pass, in float64, with one triangle of each block on the diagonal. A decomposition in memory takes
+  these, and combines through the shared directions (`fastlora/bench/counts.py`); it reads every factor once, and writes
+  every unique `B` and the shared factors once.
 
 The workloads are seeded adapters with the shapes of real models (`fastlora/bench/workloads.py`). They have decaying
 spectra and four planted common directions; `minilm` is the trained adapters in `examples/adapters`.

@@ -96,10 +96,12 @@ class Machine:
     fp32: dict[int, float]
     fp64: dict[int, float]
 
-    def floor(self, moved: int, operations: int, dtype: torch.dtype) -> float:
-        """Seconds that moving so many bytes or doing so many operations takes at least, on the most threads."""
-        rate = self.fp64 if dtype == torch.float64 else self.fp32
-        return max(moved / max(self.copy.values()), operations / max(rate.values()))
+    def floor(self, moved: float, operations: Mapping[torch.dtype, float], threads: int) -> float:
+        """Seconds that so many bytes take to be moved, or so many operations, of one dtype after the other, to be done,
+        whichever takes longer."""
+        rates = {torch.float64: self.fp64}
+        computing = sum(count / rates.get(dtype, self.fp32)[threads] for dtype, count in operations.items())
+        return max(moved / self.copy[threads], computing)
 
 
 def thread_counts() -> tuple[int, ...]:

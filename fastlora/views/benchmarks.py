@@ -13,8 +13,8 @@ HEADER = (
     "ours, 2 threads",
     "ratio, 1 / 2",
     "1 thread ÷ 2",
-    "floor",
-    "ours ÷ floor",
+    "floor, 1 / 2",
+    "ours ÷ floor, 1 / 2",
 )
 
 
@@ -27,10 +27,11 @@ def cells(row: Data) -> tuple[str, ...]:
     """One row below :data:`HEADER`."""
     ours, theirs, floor = row["ours"], row["theirs"], row["floor"]
     ratios = " / ".join(_ratio(theirs / ours[count]) for count in ours)
-    above = "–" if floor is None else f"{ours[max(ours)] / floor:.2f}"
+    floors = "–" if floor is None else " / ".join(map(milliseconds, floor.values()))
+    above = "–" if floor is None else " / ".join(_ratio(ours[count] / own) for count, own in floor.items())
     second = f"{ours[1] / ours[2]:.2f}" if ours.keys() >= {1, 2} else "–"
     times = [milliseconds(ours.get(count)) for count in (1, 2)]
-    return (row["what"], row["opponent"], milliseconds(theirs), *times, ratios, second, milliseconds(floor), above)
+    return (row["what"], row["opponent"], milliseconds(theirs), *times, ratios, second, floors, above)
 
 
 def _ratio(ratio: float) -> str:
@@ -88,11 +89,12 @@ def comparison_rows(data: Data) -> list[list[object]]:
 def bench_rows(data: Data) -> list[list[object]]:
     """The rows in seconds, with a heading."""
     counts = list(dict.fromkeys(count for row in data["rows"] for count in row["ours"]))
-    rows: list[list[object]] = [["what", "opponent", "theirs", *(f"ours_{c}" for c in counts), "floor", "note"]]
+    heads = [f"{kind}_{c}" for kind in ("ours", "floor") for c in counts]
+    rows: list[list[object]] = [["what", "opponent", "theirs", *heads, "note"]]
     for row in data["rows"]:
         ours = [row["ours"].get(count, "") for count in counts]
-        floor = "" if row["floor"] is None else row["floor"]
-        rows.append([row["what"], row["opponent"], row["theirs"], *ours, floor, row["note"]])
+        floors = [(row["floor"] or {}).get(count, "") for count in counts]
+        rows.append([row["what"], row["opponent"], row["theirs"], *ours, *floors, row["note"]])
     return rows
 
 

@@ -24,6 +24,7 @@ from fastlora.bench.workloads import WORKLOADS, Workload, make_pool, vit, write_
 from fastlora.errors import InputError
 from fastlora.ops import dispatch
 from fastlora.ops.passes import GramJob
+from fastlora.views.benchmarks import bench_rows
 
 TINY = Workload(vit(layers=2, hidden=64, mlp=96), 3, 8, torch.float32)
 MACHINE = Machine({1: 2.0, 2: 4.0}, {1: 1.0, 2: 8.0}, {1: 1.0, 2: 2.0})
@@ -128,9 +129,11 @@ def test_threads_are_what_the_contender_asked_for() -> None:
 def test_the_opponent_is_shown_at_its_best() -> None:
     theirs = Contender(lambda: Seconds(3.0 if torch.get_num_threads() == 1 else 5.0), (1, 2), 1)
     ours = Contender(lambda: Seconds(1.5 / torch.get_num_threads()), (1, 2), 1)
-    task = Task({OURS: ours, "torch": theirs}, moved=1, operations=4, note="so")
+    task = Task(
+        {OURS: ours, "torch": theirs}, moved=2.4, operations={torch.float32: 0.5, torch.float64: 1.0}, note="so"
+    )
     (row,) = rows(Contest("x", ("torch",), lambda: task), MACHINE)
-    assert row == ContestRow("x", {1: 1.5, 2: 0.75}, "torch, 1 thread", 3.0, 0.5, "so")
+    assert row == ContestRow("x", {1: 1.5, 2: 0.75}, "torch, 1 thread", 3.0, {1: 1.5, 2: 0.6}, "so")
     assert table.cells(row) == (
         "x",
         "torch, 1 thread",
@@ -139,9 +142,13 @@ def test_the_opponent_is_shown_at_its_best() -> None:
         "750 ms",
         "2.00 / 4.00",
         "2.00",
-        "500 ms",
-        "1.50",
+        "1.5 s / 600 ms",  # operations, bytes
+        "1.00 / 1.25",
     )
+    assert bench_rows(table.as_dict(MACHINE, [row])) == [
+        ["what", "opponent", "theirs", "ours_1", "ours_2", "floor_1", "floor_2", "note"],
+        ["x", "torch, 1 thread", 3.0, 1.5, 0.75, 1.5, 0.6, "so"],
+    ]
     assert "* so." in table.as_markdown(MACHINE, [row])
 
 
@@ -223,7 +230,7 @@ def test_an_adapter_in_the_weights_of_a_model(monkeypatch: pytest.MonkeyPatch) -
     alone, whole = models.apply("little", models.Sizes(layers=1, hidden=64, inner=96, keys=16, words=40))
     task, times = measure(alone)
     assert {who for who, _ in times} == {OURS, models.COPY} and "resident" in task.note
-    assert task.operations == 2 * 16 * (2 * 64 * 64 + 2 * 16 * 64 + 3 * 96 * 64)
+    assert task.operations[torch.float32] == 2 * 16 * (2 * 64 * 64 + 2 * 16 * 64 + 3 * 96 * 64)
     monkeypatch.setattr(models, "ALLOWED", 2**20)
     with pytest.raises(AssertionError, match="bytes were resident"):
         whole.prepare()
