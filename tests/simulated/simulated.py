@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import ON_HOST
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fastlora.backends import cpu
 from fastlora.ops import dispatch
 from fastlora.ops.dispatch import Kernel
 from fastlora.ops.merge_tiles import TileOutputs, TileResult, TileRule, TileTask
@@ -160,7 +160,7 @@ def _held(x: Any) -> Any:
 
 
 def _kernel(launch: Callable[..., Any]) -> Kernel:
-    """A kernel of the CPU, on the values held."""
+    """A kernel of the host, on the values held."""
 
     def on_held(*args: Any) -> Any:
         with torch._C.DisableTorchFunction():
@@ -188,7 +188,9 @@ def _submit_making(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: A
 @contextlib.contextmanager
 def simulated_device() -> Iterator[None]:
     """Inside the block, ``"cuda"`` is the simulated device, there for fastlora and not for torch's own functions."""
-    table = {op: _kernel(kernel.launch) for op, kernel in cpu.KERNELS.items()}
+    of_host = dispatch.kernels(ON_HOST[0])
+    assert not isinstance(of_host, str), of_host
+    table = {op: _kernel(kernel.launch) for op, kernel in of_host.items()}
     with (
         pytest.MonkeyPatch.context() as patch,
         dispatch.use_kernels("cuda", table),

@@ -11,6 +11,7 @@ import merge_calls
 import pools
 import pytest
 import torch
+from compiled import ON_HOST
 from simulated import DEVICE, OnDevice
 from structures import pool_of, random_mix
 from test_plan import ragged_pool
@@ -341,18 +342,18 @@ def test_no_device_here_is_told_with_the_reason() -> None:
             call(ragged_pool())
 
 
-def test_memory_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastlora.backends import cpu
-
+def test_memory_that_runs_out_is_told() -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    patched = {op: replace(k, launch=full) for op, k in cpu.KERNELS.items()}
-    monkeypatch.setattr(cpu, "KERNELS", patched)
-    with pytest.raises(fl.FastloraError, match=r"fastlora.eigh: the memory of the device does not suffice.*--memory"):
-        fl.ops.eigh(torch.eye(3))
-    with pytest.raises(fl.FastloraError, match=r"fastlora.gram_pass: the memory of the device does not suffice"):
-        fl.decompose(ragged_pool())
+    of_host = dispatch.kernels(ON_HOST[0])
+    assert not isinstance(of_host, str)
+    message = "the memory of the device does not suffice"
+    with dispatch.use_kernels(ON_HOST[0], {op: replace(k, launch=full) for op, k in of_host.items()}):
+        with pytest.raises(fl.FastloraError, match=rf"fastlora.eigh: {message}.*--memory"):
+            fl.ops.eigh(torch.eye(3))
+        with pytest.raises(fl.FastloraError, match=rf"fastlora.gram_pass: {message}"):
+            fl.decompose(ragged_pool())
 
 
 @pytest.mark.parametrize("mode", ["pool", "pairs", "iterative"])

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from compiled import needs_kernels
 
+
+@needs_kernels
 def test_interpreted_and_emulated() -> None:
     command = [sys.executable, str(Path(__file__).with_name("whole_path.py")), "emulated"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
