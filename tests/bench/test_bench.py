@@ -23,7 +23,7 @@ from fastlora.bench.timing import Contender, Machine, Seconds, alternate, thread
 from fastlora.bench.workloads import WORKLOADS, Workload, make_pool, vit, write_pool
 from fastlora.errors import InputError
 from fastlora.ops import dispatch
-from fastlora.ops.passes import GramJob
+from fastlora.ops.passes import CombineJob, CombineOutput, GramJob
 from fastlora.views.benchmarks import bench_rows
 
 TINY = Workload(vit(layers=2, hidden=64, mlp=96), 3, 8, torch.float32)
@@ -213,6 +213,11 @@ def test_plain_torch_is_the_backend() -> None:
         kernels["gram_pass"].launch([GramJob([x], [(0, 0, 0)], False, own, 16)])
     errors = ((out - x.double().mT @ x.double()).abs().amax((1, 2)) / 4000).tolist()
     assert errors[0] <= FLOAT64 < errors[1] <= SUMS32
+    c, sums = gaussian(16, 16, seed=2, dtype=torch.float64), torch.zeros(2, 4000, 16)
+    for own, kernels in zip(sums, (torch_backend.KERNELS, opponents.KERNELS), strict=True):
+        kernels["combine_pass"].launch([CombineJob([x], [CombineOutput.into(own, [(0, c, 0, 1.0)])], False)])
+    others = [int((own != (x.double() @ c).float()).sum()) for own in sums]  # float64 sums are rounded once
+    assert others[0] <= 2 < others[1]
 
 
 def test_the_bound_on_memory_is_checked(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

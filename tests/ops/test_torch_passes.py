@@ -125,6 +125,26 @@ def test_combine_jobs_summed_in_float32(dtype: torch.dtype) -> None:
     assert double <= FLOAT64 * 20 and half_units < single <= SUMS32 * 20
 
 
+@pytest.mark.parametrize(("scale", "size"), [(1e-44, 1e12), (1e39, 1e-12)], ids=str)
+def test_coefficients_beyond_float32(scale: float, size: float) -> None:
+    """Half precision is not summed in float32 then."""
+    x, c = (size * gaussian(600, 4, seed=1)).bfloat16(), scale * gaussian(4, 3, seed=2, dtype=torch.float64)
+    out = torch.full((600, 3), torch.nan, dtype=torch.bfloat16)
+    assert torch_combine.combine_pass([CombineJob([x], [CombineOutput.into(out, [(0, c, 0, 1.0)])], False)]) is None
+    torch.testing.assert_close(out.double(), x.double() @ c, rtol=2.0**-8, atol=0)
+
+
+def test_places_that_overlap() -> None:
+    """Their widths are that of the result, and two columns are nobody's."""
+    x, c = gaussian(300, 4, seed=1), gaussian(4, 2, seed=2, dtype=torch.float64)
+    out = torch.full((300, 6), torch.nan, dtype=torch.float32)
+    terms: list[CombineTerm] = [(0, None, 0, 1.0), (0, c, 1, 1.0)]
+    assert torch_combine.combine_pass([CombineJob([x], [CombineOutput.into(out, terms)], False)]) is None
+    wanted = torch.nn.functional.pad(x.double(), (0, 2))
+    wanted[:, 1:3] += x.double() @ c
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=SUMS32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_factors_of_rank_zero(dtype: torch.dtype) -> None:
     x, none = gaussian(50, 3, seed=1, dtype=dtype), torch.empty(50, 0, dtype=dtype)
