@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from builders import gaussian
+from builders import Elsewhere, gaussian
 from compiled import needs_kernels
 from torch import Tensor
 
@@ -28,21 +28,6 @@ TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
     "empty": lambda x: x[:0],
     "4-d": lambda x: x.reshape(2, 3, 2, 1),
 }
-
-
-class Elsewhere(Tensor):
-    """A tensor without memory that says it is on the CPU."""
-
-    @staticmethod
-    def __new__(cls, shape: torch.Size) -> Elsewhere:
-        made: Elsewhere = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)  # type: ignore[attr-defined]
-        return made
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(cls, func: object, *_: object) -> None:
-        raise AssertionError(f"{func} was called")
 
 
 NONE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -91,3 +76,17 @@ def test_what_overflows_when_it_is_scaled(by: str) -> None:
 def test_the_core_puts_tensors_together() -> None:
     assert cpu.joined([gaussian(4, 3, seed=1)], torch.float32) is not None
     assert cpu.joined([gaussian(4, 3, seed=1).T], torch.float32) is None
+    assert cpu.joined([gaussian(4, 3, seed=1)[1:2].as_strided((1, 3), (77, 1))], torch.float32) is not None
+    assert cpu.joined([torch.nn.Parameter(gaussian(4, 3, seed=1))], torch.float32) is None  # of another class
+    freed = gaussian(4, 3, seed=1)
+    freed.untyped_storage().resize_(0)
+    assert cpu.joined([freed], torch.float32) is None
+
+
+@needs_kernels
+def test_pieces_of_other_sizes_up_to_the_last_number() -> None:
+    pieces = [gaussian(2, 3, seed=1), gaussian(5, 1, seed=2), gaussian(1, 4, seed=3)]
+    expected = torch.cat([x.flatten() for x in pieces]).view(torch.uint8).numpy().tobytes()
+    assert bytes(cpu.joined(pieces, torch.float32) or b"") == expected
+    pieces[-1][0, -1] = torch.inf
+    assert cpu.joined(pieces, torch.float32) is None
