@@ -14,7 +14,8 @@ namespace {
 
 bool is_a(py::handle side) { return PyUnicode_CompareWithASCIIString(side.ptr(), "A") == 0; }
 
-// Gram blocks of factors that are stored matrices, as the jobs that fastlora/engine/gram.py makes of them.
+// Gram blocks of factors that are stored matrices side by side, each times its scale: with what is in memory, the jobs
+// that fastlora/engine/gram.py makes of them.
 class GramFactors {
   public:
     // asked: (modules, out, r, blocks); a module is a list of factors, and out, whose memory holds nothing yet, has a
@@ -24,7 +25,7 @@ class GramFactors {
         for (int64_t i = 0; i < all.size() && fits_; ++i) fits_ = add(Elements(all[i]));
     }
 
-    // Whether the blocks were computed; if not, some factors are no stored matrices or do not belong together.
+    // Whether the blocks were computed; if not, some factors are other sums or do not belong together.
     bool run(int threads) {
         if (!fits_) return false;
         py::gil_scoped_release release;
@@ -52,33 +53,73 @@ class GramFactors {
         for (int64_t m = 0; m < modules.size(); ++m) {
             const Elements factors(modules[m]);
             const int64_t start = out.matrix.data + 8 * m * size;
-            tasks_.push_back({int64_t(factors_.table.size()), k, int64_t(blocks_.size()), int64_t(places.size()), 0});
-            if (factors.size() != k || !add(factors, r, tasks_.back())) return false;
-            for (const GramBlock& place : places)
-                blocks_.push_back({place.left, place.right, start + 8 * place.out, r});
+            const int64_t first_factor = int64_t(factors_.table.size()), first_block = int64_t(blocks_.size());
+            tasks_.push_back({first_factor, 0, first_block, 0, 0});
+            if (factors.size() != k || !add(factors, r, tasks_.back().rows)) return false;
+            for (const GramBlock& place : places) add(place, start + 8 * place.out, r);
+            tasks_.back().factors = int64_t(factors_.table.size()) - first_factor;
+            tasks_.back().blocks = int64_t(blocks_.size()) - first_block;
         }
         rooms_.emplace_back(out.matrix.data, 8 * size * modules.size());
         return true;
     }
 
-    bool add(const Elements& factors, int64_t r, GramTask& task) {
+    // The stored matrices of the factors of a module; `rows` becomes that of its task.
+    bool add(const Elements& factors, int64_t r, int64_t& rows) {
+        const Names& name = names();
         int64_t length = -1;
+        pieces_.clear();
+        first_piece_.clear();
         for (int64_t f = 0; f < factors.size(); ++f) {
-            const py::object stored = names().stored.of(factors[f]);
-            if (stored.is_none()) return false;
-            const bool rows = is_a(names().side.of(factors[f]));
-            const int64_t own = number(names().length.of(factors[f]));
-            factors_.add(describe_, stored);
-            const Matrix& x = factors_.table.back();
+            const py::handle factor = factors[f];
+            const bool own_rows = is_a(name.side.of(factor));
+            const int64_t own = number(name.length.of(factor));
             if (f == 0) {
-                task.rows = rows;
+                rows = own_rows;
                 length = own;
             }
-            if (own != length || rows != bool(task.rows) || (rows ? x.cols : x.rows) != length ||
-                (rows ? x.rows : x.cols) > r)
-                return false;
+            if (own != length || own_rows != bool(rows)) return false;
+            first_piece_.push_back(int64_t(pieces_.size()));
+            const py::object stored = name.stored.of(factor);
+            int64_t width = 0;
+            if (!stored.is_none()) {
+                if (!add(stored, 1.0, length, rows, width)) return false;
+            } else {
+                const py::object terms = name.terms.of(factor);
+                const Elements all(terms);
+                for (int64_t t = 0; t < all.size(); ++t)
+                    if (!name.coefficient.of(all[t]).is_none() || number(name.at.of(all[t])) != width ||
+                        !add(name.source.of(all[t]), real(name.scale.of(all[t])), length, rows, width))
+                        return false;
+                if (width != number(name.rank.of(factor))) return false;
+            }
+            if (width > r) return false;
         }
+        first_piece_.push_back(int64_t(pieces_.size()));
         return true;
+    }
+
+    // A stored matrix, from `width` on in its factor, which grows by it.
+    bool add(const py::object& source, double scale, int64_t length, bool rows, int64_t& width) {
+        factors_.add(describe_, source);
+        const Matrix& x = factors_.table.back();
+        if ((rows ? x.cols : x.rows) != length) return false;
+        pieces_.push_back({width, scale});
+        width += rows ? x.rows : x.cols;
+        return true;
+    }
+
+    // The block of two factors, at `out` in rows of r: those of their pieces, of one on the diagonal the upper ones,
+    // which are put below it, too.
+    void add(const GramBlock& place, int64_t out, int64_t r) {
+        const bool symmetric = place.left == place.right;
+        for (int64_t a = first_piece_[size_t(place.left)]; a < first_piece_[size_t(place.left) + 1]; ++a)
+            for (int64_t b = symmetric ? a : first_piece_[size_t(place.right)];
+                 b < first_piece_[size_t(place.right) + 1]; ++b) {
+                const Piece &left = pieces_[size_t(a)], &right = pieces_[size_t(b)];
+                const int64_t mirror = symmetric && a < b ? out + 8 * (right.at * r + left.at) : 0;
+                blocks_.push_back({a, b, out + 8 * (left.at * r + right.at), r, mirror, left.scale * right.scale});
+            }
     }
 
     // A thread's share of the memory.
@@ -93,6 +134,12 @@ class GramFactors {
     Factors factors_;
     std::vector<GramTask> tasks_;
     std::vector<GramBlock> blocks_;
+    struct Piece {
+        int64_t at;  // first column or row in its factor
+        double scale;
+    };
+    std::vector<Piece> pieces_;                       // of the factors of a module: its stored matrices
+    std::vector<int64_t> first_piece_;                // of every factor
     std::vector<std::pair<int64_t, int64_t>> rooms_;  // address and bytes
     std::vector<py::object> alive_;
     bool fits_ = true;

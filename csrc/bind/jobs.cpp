@@ -48,7 +48,7 @@ class GramJobs {
             task.blocks = int64_t(places.size());
             task.rows = number(name.rows.of(job));
             for (const GramBlock& place : places)
-                blocks_.push_back({place.left, place.right, start + 8 * place.out, stride});
+                blocks_.push_back({place.left, place.right, start + 8 * place.out, stride, 0, 1.0});
             tasks_.push_back(task);
         }
     }

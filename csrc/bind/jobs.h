@@ -94,7 +94,7 @@ inline std::vector<GramBlock> read_blocks(py::handle blocks) {
     for (int64_t i = 0; i < all.size(); ++i) {
         const Elements place(all[i]);
         if (place.size() != 3) throw py::value_error("a block is (i, j, offset)");
-        places.push_back({number(place[0]), number(place[1]), number(place[2]), 0});
+        places.push_back({number(place[0]), number(place[1]), number(place[2]), 0, 0, 1.0});
     }
     return places;
 }

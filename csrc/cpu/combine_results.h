@@ -51,6 +51,7 @@ class Peak {
 // How a vector of results gets to its place: through the caches, or past them. Results that do not stay in cache until
 // they are used would first be read into it, only to be overwritten.
 struct Kept {
+    static constexpr bool kNotes = true;  // how large they are
     template <class E, class T>
     static void put(typename E::Stored* p, Vec<T> x) {
         E::template store_vector<T>(p, x);
@@ -58,6 +59,7 @@ struct Kept {
 };
 
 struct Streamed {
+    static constexpr bool kNotes = false;  // nobody asks of what is in memory
     template <class T, class Stored>
     static constexpr int kBytes = kLanes<T> * int(sizeof(Stored));
 
@@ -150,19 +152,19 @@ inline void write_rows_of(Source source, typename E::Stored* __restrict to, int6
 #pragma GCC unroll 4
             for (; j < kVectors * lanes; j += lanes) {
                 const Vec<T> value = source.vector(j);
-                peak.note(value);
+                if constexpr (Put::kNotes) peak.note(value);
                 Put::template put<E, T>(to + j, value);
             }
             continue;
         }
         for (; j + lanes <= columns; j += lanes) {
             const Vec<T> value = source.vector(j);
-            peak.note(value);
+            if constexpr (Put::kNotes) peak.note(value);
             Put::template put<E, T>(to + j, value);
         }
         for (; j < columns; ++j) {
             const T value = source.one(j);
-            peak.note(value);
+            if constexpr (Put::kNotes) peak.note(value);
             E::template store_one<T>(to + j, value);
         }
     }

@@ -32,7 +32,7 @@ struct EighWork {
     Vec<T>* sign;     // [n]
     SweepQueue<T> queue;
 
-    void carve(Arena& arena, int n, int /*matrices*/) {
+    void carve(Arena& arena, int n) {
         ld = size_t(n) | 1;
         a = arena.take<Vec<T>>(n * ld);
         q = arena.take<Vec<T>>(n * ld);
@@ -85,21 +85,66 @@ void solve_group(const T* a, T* values, T* vectors, int32_t* info, int count, in
     }
 }
 
-// Runs solve(item, work) for every item, on up to `threads` threads with a Work each.
-template <class Work, class Solve>
-int for_each(int64_t items, int n, int size, int threads, Solve solve) {
-    threads = int(min_<int64_t>(threads, items));
+int64_t groups_of(int64_t batch, int size) { return (batch + size - 1) / size; }
+
+template <class T>
+int solve_large(const EighBatch<T>& b, int threads) {
+    const int n = b.n, size = large_group<T>(n);
+    const int64_t groups = groups_of(b.batch, size);
     int status = kDone;
-    Queue queue(items);
-    on_team(threads, [&](int, int) {
+    Queue queue(groups);
+    on_team(int(min_<int64_t>(threads, groups)), [&](int, int) {
         Workspace memory;
-        Work work;
+        LargeEighWork<T> work;
         Arena needed(nullptr);
         work.carve(needed, n, size);
         if (!memory.reserve(needed.used())) return set_shared<int>(status, kOutOfMemory);
         Arena arena(memory.data());
         work.carve(arena, n, size);
-        queue.take([&](int64_t i) { solve(i, work); });
+        queue.take([&](int64_t g) {
+            const int64_t at = g * size;
+            eigh_large<T>(b.a + at * n * n, n, b.values + at * n, b.vectors + at * n * n, b.info + at,
+                          int(min_<int64_t>(size, b.batch - at)), n, work);
+        });
+    });
+    return status;
+}
+
+// Of matrices that fill a lane each, whatever their batch.
+template <class T>
+int solve_small(const EighBatch<T>* batches, int count, int threads) {
+    const auto groups_in = [=](int i) {
+        return batches[i].n > 0 && batches[i].n < kLargeFrom<T> ? groups_of(batches[i].batch, kLanes<T>) : 0;
+    };
+    int64_t groups = 0;
+    for (int i = 0; i < count; ++i) groups += groups_in(i);
+    int status = kDone;
+    Queue queue(groups);
+    on_team(int(min_<int64_t>(threads, groups)), [&](int, int) {
+        Workspace memory;
+        EighWork<T> work;
+        size_t most = 0;
+        for (int i = 0; i < count; ++i) {
+            Arena needed(nullptr);
+            work.carve(needed, batches[i].n);
+            if (groups_in(i)) most = max_(most, needed.used());
+        }
+        if (!memory.reserve(most)) return set_shared<int>(status, kOutOfMemory);
+        int carved = 0;
+        queue.take([&](int64_t g) {
+            int i = 0;
+            for (; g >= groups_in(i); ++i) g -= groups_in(i);
+            const EighBatch<T>& b = batches[i];
+            const int n = b.n;
+            if (n != carved) {
+                Arena arena(memory.data());
+                work.carve(arena, n);
+                carved = n;
+            }
+            const int64_t at = g * kLanes<T>;
+            solve_group<T>(b.a + at * n * n, b.values + at * n, b.vectors + at * n * n, b.info + at,
+                           int(min_<int64_t>(kLanes<T>, b.batch - at)), n, work);
+        });
     });
     return status;
 }
@@ -107,25 +152,26 @@ int for_each(int64_t items, int n, int size, int threads, Solve solve) {
 }  // namespace
 
 template <class T>
+int eigh_of_sizes(const EighBatch<T>* batches, int count, int threads) {
+    bool some_small = false;
+    for (int i = 0; i < count; ++i) {
+        const EighBatch<T>& b = batches[i];
+        if (b.batch == 0 || b.n == 0) continue;
+        some_small |= b.n < kLargeFrom<T>;
+        const int status = b.n < kLargeFrom<T> ? kDone : solve_large<T>(b, threads);
+        if (status != kDone) return status;
+    }
+    return some_small ? solve_small<T>(batches, count, threads) : kDone;
+}
+
+template <class T>
 int eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch, int n, int threads) {
-    if (batch == 0 || n == 0) return kDone;
-    // A group takes whole vectors of lanes: of matrices, or of leaves.
-    const bool large = n >= kLargeFrom<T>;
-    const int size = large ? large_group<T>(n) : kLanes<T>;
-    const int64_t groups = (batch + size - 1) / size;
-    const auto range = [=](int64_t g) { return int(min_<int64_t>(size, batch - g * size)); };
-    if (large)
-        return for_each<LargeEighWork<T>>(groups, n, size, threads, [=](int64_t g, LargeEighWork<T>& work) {
-            const int64_t at = g * size;
-            eigh_large<T>(a + at * n * n, n, values + at * n, vectors + at * n * n, info + at, range(g), n, work);
-        });
-    return for_each<EighWork<T>>(groups, n, size, threads, [=](int64_t g, EighWork<T>& work) {
-        const int64_t at = g * size;
-        solve_group<T>(a + at * n * n, values + at * n, vectors + at * n * n, info + at, range(g), n, work);
-    });
+    const EighBatch<T> one{a, values, vectors, info, batch, n};
+    return eigh_of_sizes<T>(&one, 1, threads);
 }
 
 template int eigh(const float*, float*, float*, int32_t*, int64_t, int, int);
 template int eigh(const double*, double*, double*, int32_t*, int64_t, int, int);
+template int eigh_of_sizes(const EighBatch<double>*, int, int);
 
 }  // namespace fastlora::FASTLORA_ISA

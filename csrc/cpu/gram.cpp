@@ -250,11 +250,14 @@ void sum_task(const GramTask& task, const Matrix* factors, const Work& w) {
 }
 
 void write_sums(const GramBlock& block, int64_t m, int64_t n, const double* sums, int64_t stride) {
-    double* out = reinterpret_cast<double*>(block.out);
+    double *out = reinterpret_cast<double*>(block.out), *mirror = reinterpret_cast<double*>(block.mirror);
     const bool symmetric = block.left == block.right;
     for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = 0; j < n; ++j)
-            out[i * block.stride + j] = symmetric && j < i ? sums[j * stride + i] : sums[i * stride + j];
+        for (int64_t j = 0; j < n; ++j) {
+            const double sum = block.scale * (symmetric && j < i ? sums[j * stride + i] : sums[i * stride + j]);
+            out[i * block.stride + j] = sum;
+            if (mirror) mirror[j * block.stride + i] = sum;
+        }
 }
 
 void write_blocks(const GramTask& task, const Matrix* factors, const GramBlock* blocks, const Work& w) {
@@ -282,7 +285,7 @@ bool run_task(const GramTask& task, const Matrix* factors, const GramBlock* bloc
 bool run_block(const GramTask& task, const Matrix* factors, const GramBlock& block, Workspace& workspace) {
     const Matrix own[2] = {factors[block.left], factors[block.right]};
     const bool symmetric = block.left == block.right;
-    const GramBlock alone = {0, symmetric ? 0 : 1, block.out, block.stride};
+    const GramBlock alone = {0, symmetric ? 0 : 1, block.out, block.stride, block.mirror, block.scale};
     const GramTask single = {0, symmetric ? 1 : 2, 0, 1, task.rows};
     return run_task(single, own, &alone, workspace);
 }

@@ -28,6 +28,20 @@ bool finite(const Matrix& matrix);
 template <class T>
 int eigh(const T* a, T* values, T* vectors, int32_t* info, int64_t batch, int n, int threads);
 
+// Symmetric matrices of one size, and where their decompositions go: the arguments of eigh.
+template <class T>
+struct EighBatch {
+    const T* a;
+    T *values, *vectors;
+    int32_t* info;
+    int64_t batch;
+    int n;
+};
+
+// eigh of several batches; threads share all of the work on small matrices, in the order of the batches.
+template <class T>
+int eigh_of_sizes(const EighBatch<T>* batches, int count, int threads);
+
 template <class T>
 int svd(const T* a, T* ut, T* s, T* vt, int32_t* info, int64_t batch, int p, int q, int threads);
 

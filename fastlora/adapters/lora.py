@@ -22,7 +22,7 @@ from fastlora.core.vector_space import VectorSpace, expression
 from fastlora.engine.buffers import moved_once
 from fastlora.engine.checks import require_finite
 from fastlora.engine.materialise import materialise
-from fastlora.engine.spectrum import check_cut, cut, singular_forms
+from fastlora.engine.spectrum import check_cut, cut_updates
 from fastlora.errors import InputError
 from fastlora.files.earlier import Overwrite
 from fastlora.runtime import devices
@@ -170,9 +170,9 @@ class Adapter(LoraData, VectorSpace):
         :func:`fastlora.compress` has the formula, the shapes, the cost and what it raises (:class:`InputError`).
         """
         check_cut(rank, energy)
-        forms = singular_forms(self.name, self.updates, rank=rank, energy=energy, exact=True)
-        sizes = {m: (forms[m].norm, forms[m].retained) for m in self.updates}
-        return with_cuts(self, {m: cut(u, forms[m]) for m, u in self.updates.items()}, sizes, rank, energy)
+        found = cut_updates(self.name, self.updates, rank=rank, energy=energy)
+        sizes = {m: (norm, retained) for m, (_, norm, retained) in found.items()}
+        return with_cuts(self, {m: own.update for m, own in found.items()}, sizes, rank, energy)
 
     def save(
         self,

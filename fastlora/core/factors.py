@@ -89,6 +89,13 @@ class Factor:
             factor.rank, factor.length = shape
         return factor
 
+    @staticmethod
+    def of_terms(side: Side, length: int, rank: int, terms: tuple[Term, ...]) -> Factor:
+        """The factor of terms that are known to be no stored matrix as it is."""
+        factor = _new(Factor)
+        factor.side, factor.length, factor.rank, factor.terms, factor.stored = side, length, rank, terms, None
+        return factor
+
     @property
     def shape(self) -> tuple[int, int]:
         """``[length, rank]`` (B side) or ``[rank, length]`` (A side)."""

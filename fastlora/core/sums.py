@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlora.core.data import BaseInfo, Extra, Ia3Data, LoraData, joined_selection
-from fastlora.core.factors import Factor, concatenate
+from fastlora.core.factors import Factor, Term, concatenate
 from fastlora.core.file_form import joined_form
 from fastlora.core.updates import NO_NOISE, Update, joint_noise, with_rank_zero
 from fastlora.errors import InputError
@@ -37,6 +37,16 @@ def require_one_device(adapters: Sequence[LoraData]) -> None:
 def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Update:
     """``Σ_i w_i ΔW_i`` of one module."""
     first = terms[0][1]
+    n, m, layout = first.B.length, first.A.length, first.layout
+    for _, u in terms:
+        if u.B.length != n or u.A.length != m or u.layout is not layout:
+            _require_alike(terms, module)
+    return sum_updates(terms)
+
+
+def _require_alike(terms: Sequence[tuple[float, Update]], module: str) -> None:
+    """Refuses updates of different shapes or layouts."""
+    first = terms[0][1]
     if any(u.shape != first.shape for _, u in terms):
         found = " and ".join(f"{n}×{m}" for n, m in sorted({u.shape for _, u in terms}))
         raise InputError(f"{module}: cannot add updates of shapes {found}: these adapters are of different base models")
@@ -45,7 +55,6 @@ def combine_updates(terms: Sequence[tuple[float, Update]], module: str) -> Updat
         raise InputError(
             f"{module}: cannot add updates of different layouts ({kinds}): these adapters are of different base models"
         )
-    return sum_updates(terms)
 
 
 def sum_updates(terms: Sequence[tuple[float, Update]]) -> Update:
@@ -57,11 +66,33 @@ def sum_updates(terms: Sequence[tuple[float, Update]]) -> Update:
     if len(kept) == 1:
         weight, update = kept[0]
         return replace(update, scaling=update.scaling * weight, noise=update.noise.scaled(weight))
+    found = _stored_side_by_side(kept)
+    if found is not None:
+        return found
     left = concatenate([u.B.scaled(u.scaling * w) for w, u in kept])
     left, right = _without_cancelled_blocks(left, concatenate([u.A for _, u in kept]))
     noisy = any(u.noise is not NO_NOISE for _, u in kept)
     noise = joint_noise([u.noise.scaled(w) for w, u in kept]) if noisy else NO_NOISE
     return Update(left, right, 1.0, kept[0][1].layout, noise) if left.rank else with_rank_zero(first)
+
+
+def _stored_side_by_side(terms: Sequence[tuple[float, Update]]) -> Update | None:
+    """The sum of updates whose factors are different stored matrices, as most are; ``None`` for others."""
+    left: list[Term] = []
+    right: list[Term] = []
+    at = 0
+    for weight, update in terms:
+        B, A = update.B.stored, update.A.stored
+        if B is None or A is None or update.noise is not NO_NOISE:
+            return None
+        left.append(Term(B, None, at, update.scaling * weight))
+        right.append(Term(A, None, at))
+        at += update.B.rank
+    if not at or len({id(t.source) for t in left}) < len(left):
+        return None
+    first = terms[0][1]
+    B_sum = Factor.of_terms("B", first.B.length, at, tuple(left))
+    return Update(B_sum, Factor.of_terms("A", first.A.length, at, tuple(right)), 1.0, first.layout)
 
 
 # Relative to its terms, a sum of weights at or below it is zero: a few roundings of float64.

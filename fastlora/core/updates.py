@@ -209,9 +209,12 @@ def exact_rtol(updates: Sequence[Update], *, on_gpu: bool = False) -> float:
 
     ``on_gpu``: the factors will be computed with there, wherever they are now.
     """
-    stored = [t.source for u in updates for f in (u.B, u.A) for t in f.terms]
-    rough = any(x.element_size() == 2 and (on_gpu or x.device.type != "cpu") for x in stored)
-    return TENSOR_CORE_RTOL if rough else MIN_RTOL
+    for update in updates:
+        for terms in (update.B.terms, update.A.terms):
+            for term in terms:
+                if (on_gpu or not term.source.is_cpu) and term.source.element_size() == 2:
+                    return TENSOR_CORE_RTOL
+    return MIN_RTOL
 
 
 def sides(side: str) -> tuple[Side, Side]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +15,15 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
+from fastlora.core.factors import Factor, Term
 from fastlora.core.updates import Update, exact_rtol
 from fastlora.engine import shares
-from fastlora.engine.blocks import ChainBlocks, read_chain_blocks
+from fastlora.engine.blocks import ChainBlocks, read_chain_blocks, require_finite_blocks
 from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.schedule import GroupPart, one_adapter, parts, rtol_or_default
 from fastlora.engine.stream import current
 from fastlora.errors import InputError
+from fastlora.ops import dispatch
 from fastlora.reference.chain import ARITHMETIC, arithmetic_noise
 
 # Directions up to this times the noise of the arithmetic may be lost; and the share of Σσ² from which on it counts.
@@ -27,6 +31,7 @@ LARGEST_NOISE, UNKNOWN = 4.0, 1e-9
 EPSILON = float(np.finfo(np.float64).eps)
 
 Numbers = npt.NDArray[np.float64]
+Found = TypeVar("Found")
 
 MATRICES = 6  # r×r of a module that are in memory: two Gram blocks, and what is made of them
 
@@ -49,6 +54,11 @@ class SingularForm:
     """``Σσ²`` of the kept directions over that of all; 1 for a zero update."""
 
 
+_EMPTY = torch.zeros(0, 0, dtype=torch.float64)
+_ZERO = SingularForm(_EMPTY.flatten(), _EMPTY, _EMPTY, 0, 0.0, 1.0)
+"""That of an update of rank zero."""
+
+
 def singular_forms(
     name: str,
     updates: Mapping[str, Update],
@@ -64,29 +74,61 @@ def singular_forms(
     are computed together; costs one read of the factors (none of what the Gram cache in use has) and about 20·r³
     operations a module.
     """
+
+    def forms_of(part: GroupPart) -> Iterator[SingularForm]:
+        cuts = _read_cuts(part, rank, energy, exact)
+        return itertools.repeat(_ZERO, len(part.modules)) if cuts is None else cuts.forms()
+
+    return _of_parts(f"singular values of {name}", name, updates, exact, forms_of)
+
+
+class CutUpdate(NamedTuple):
+    """What an update is cut to, its ``‖ΔW‖_F`` before, and the share of its ``Σσ²`` that is kept."""
+
+    update: Update
+    norm: float
+    retained: float
+
+
+def cut_updates(
+    name: str, updates: Mapping[str, Update], *, rank: int | None, energy: float | None
+) -> dict[str, CutUpdate]:
+    """The best approximations of the updates of an adapter: :func:`cut` by their exact :func:`singular_forms`.
+
+    Where the modules of one rank are alike, their coefficients are cut out of those of all at once.
+    """
+
+    def cut_part(part: GroupPart) -> Iterable[CutUpdate]:
+        cuts = _read_cuts(part, rank, energy, exact=True)
+        own = [updates[m] for m in part.modules]
+        if cuts is None:
+            return [CutUpdate(cut(u, _ZERO), _ZERO.norm, _ZERO.retained) for u in own]
+        return map(CutUpdate, _cut_alike(own, cuts) or map(cut, own, cuts.forms()), cuts.norms, cuts.retained)
+
+    return _of_parts(f"singular values of {name}", name, updates, True, cut_part)
+
+
+def _of_parts(
+    label: str, name: str, updates: Mapping[str, Update], exact: bool, of_part: Callable[[GroupPart], Iterable[Found]]
+) -> dict[str, Found]:
+    """What is found of every module of an adapter, by parts of modules of one rank."""
     pool = one_adapter(name, updates)
-    label = f"singular values of {name}"
     stream = current()
     exact_of = functools.partial(_exact_rtol, on_gpu=stream is not None)
     rtol_of = exact_of if exact else rtol_or_default(None)
 
-    def work() -> dict[str, SingularForm]:
-        forms: dict[str, SingularForm] = {}
+    def work() -> dict[str, Found]:
+        found: dict[str, Found] = {}
         for part in parts(pool, label, rtol_of=rtol_of, matrices=MATRICES, stream=stream, shared=True):
-            if part.group.ranks == (0,):
-                empty = torch.zeros(0, dtype=torch.float64)
-                zero = SingularForm(empty, empty.reshape(0, 0), empty.reshape(0, 0), 0, 0.0, 1.0)
-                forms |= dict.fromkeys(part.modules, zero)
-            else:
-                forms |= _read_forms(part, rank, energy, exact)
-        return forms
+            found |= zip(part.modules, of_part(part), strict=True)
+        return found
 
-    forms = shares.each(label, work, pool.adapters)
-    return {m: forms[m] for m in updates}
+    found = shares.each(label, work, pool.adapters)
+    return {m: found[m] for m in updates}
 
 
 def _exact_rtol(update: Update, *, on_gpu: bool) -> float:
-    return exact_rtol([update], on_gpu=on_gpu)
+    return exact_rtol((update,), on_gpu=on_gpu)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,24 +158,30 @@ class Cuts:
             yield SingularForm(sigma, T, D, count, norm, retained)
 
 
-def _read_forms(part: GroupPart, rank: int | None, energy: float | None, exact: bool) -> dict[str, SingularForm]:
-    """The forms of some modules of one rank, through the Gram cache in use."""
-    cuts = cuts_of(read_chain_blocks(part, "left", "chain", exact=exact), part.group.rtol, rank, energy)
-    return dict(zip(part.modules, cuts.forms(), strict=True))
+def _read_cuts(part: GroupPart, rank: int | None, energy: float | None, exact: bool) -> Cuts | None:
+    """The cuts of some modules of one rank, through the Gram cache in use; ``None``: that rank is zero."""
+    if part.group.ranks == (0,):
+        return None
+    blocks = read_chain_blocks(part, "left", "chain", exact=exact, checked=False)
+    chain = _chain(blocks, part.group.rtol, rank, energy)
+    if any(chain.info.tolist()):
+        require_finite_blocks(blocks, "left")
+    return _cuts(blocks, chain)
 
 
 def cuts_of(blocks: ChainBlocks, rtol: float, rank: int | None, energy: float | None) -> Cuts:
     """The cuts of updates, one a module, from their blocks ``[g, 1, 1, r, r]`` and ``[g, 1, r, r]``."""
+    return _cuts(blocks, _chain(blocks, rtol, rank, energy))
+
+
+def _chain(blocks: ChainBlocks, rtol: float, rank: int | None, energy: float | None) -> ops.Chain:
+    """The whitening alone. Past the checks of the op: the blocks are as the engine makes them."""
+    cuts = 0.0, "product", rtol, rank or 0, 1.0 if energy is None else energy
+    return ops.Chain(*dispatch.run("chain", blocks.projected, blocks.other, blocks.floor, *cuts))
+
+
+def _cuts(blocks: ChainBlocks, chain: ops.Chain) -> Cuts:
     modules = blocks.modules
-    chain = ops.chain(
-        blocks.projected,
-        blocks.other,
-        threshold=0.0,
-        rtol=rtol,
-        rank=rank or 0,
-        energy=1.0 if energy is None else energy,
-        floor=blocks.floor,
-    )
     raise_for_info(modules, chain.info)
     counts = chain.kept[:, 0].tolist()
     most = max(counts)
@@ -179,6 +227,34 @@ def _unknown(blocks: ChainBlocks, sigma: Numbers, energies: Numbers, scalings: N
 def cut(update: Update, form: SingularForm) -> Update:
     """``B' = B T = U``, ``A' = D A = Σ Vᵀ`` (scaling kept apart)."""
     return Update(update.B.times(form.T), update.A.applied(form.D), update.scaling, update.layout, update.noise)
+
+
+def _cut_alike(updates: Sequence[Update], cuts: Cuts) -> list[Update] | None:
+    """:func:`cut` of updates whose factors on the host are stored matrices side by side, of the same widths in all, and
+    are cut to one rank; ``None`` for others."""
+    most, widths = cuts.T.shape[2], [t.source.shape[1] for t in updates[0].B.terms]
+    have_rows = cuts.T.stride(2) == 1 and cuts.D.stride(2) == 1
+    if min(cuts.counts) < most or not cuts.T.is_cpu or not have_rows or sum(widths) != updates[0].rank:
+        return None
+    places = list(zip(itertools.accumulate(widths, initial=0), widths, strict=False))
+    for update in updates:
+        if len(update.B.terms) != len(widths) or len(update.A.terms) != len(widths):
+            return None
+        for (at, width), b, a in zip(places, update.B.terms, update.A.terms, strict=True):
+            if b.coefficient is not None or b.at != at or b.source.shape[1] != width or not b.source.is_cpu:
+                return None
+            if a.coefficient is not None or a.at != at or a.source.shape[0] != width or not a.source.is_cpu:
+                return None
+    left = zip(*[cuts.T[:, at : at + width].unbind() for at, width in places], strict=True)
+    right = zip(*[cuts.D[:, :, at : at + width].unbind() for at, width in places], strict=True)
+    results = []
+    for update, own_left, own_right in zip(updates, left, right, strict=True):
+        B, A = update.B, update.A
+        B_terms = tuple([Term(t.source, T, 0, t.scale) for t, T in zip(B.terms, own_left, strict=True)])
+        A_terms = tuple([Term(t.source, D, 0, t.scale) for t, D in zip(A.terms, own_right, strict=True)])
+        cut_B, cut_A = Factor.of_terms("B", B.length, most, B_terms), Factor.of_terms("A", A.length, most, A_terms)
+        results.append(Update(cut_B, cut_A, update.scaling, update.layout, update.noise))
+    return results
 
 
 def check_cut(rank: int | None, energy: float | None) -> None:

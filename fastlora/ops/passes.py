@@ -110,8 +110,8 @@ class SumOfTerms(Protocol):
 GramAsked = tuple[Sequence[Sequence[SumOfTerms]], Tensor, int, Sequence[BlockPlace]]
 """``(modules, out, r, blocks)`` for ``gram_factors``: blocks of the factors of every module, in rows of ``r``, in its
 part of ``out``, whose memory holds nothing yet. It returns whether it computed them, which it does where all factors
-are stored matrices that belong together; else a ``gram_pass`` does it, by the jobs that
-:class:`fastlora.engine.gram.GramPass` makes."""
+are stored matrices, alone or side by side and scaled, that belong together; else a ``gram_pass`` does it, by the jobs
+that :class:`fastlora.engine.gram.GramPass` makes."""
 
 FactorSide = tuple[Sequence[SumOfTerms], Sequence[Tensor]]
 """``(factors, results)`` of one side of one module: what ``factor_pass`` computes in memory, as a ``combine_pass`` does

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastlora as fl
 from fastlora.adapters.lora import Adapter
+from fastlora.engine import spectrum
 from fastlora.engine.spectrum import singular_forms
 
 
@@ -104,6 +105,46 @@ def test_singular_values_of_many_modules_are_those_of_each() -> None:
         alone = singular_forms("a", pools.make_adapter("a", {m: part}).updates)[m]
         assert torch.equal(forms[m].sigma, alone.sigma) and torch.equal(forms[m].T, alone.T)
         assert forms[m].norm == pytest.approx(float(pools.dense(part).norm()), rel=FLOAT64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_modules_that_are_alike_are_cut_as_each_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of two adapters, three modules of one rank, which are cut together."""
+    total = sum_of_two(dtype)
+    together = fl.compress(total, 4)
+    monkeypatch.setattr(spectrum, "_cut_alike", lambda *_: None)
+    alone = fl.compress(total, 4)
+    assert together.details == alone.details
+    for m in total.modules:
+        one, other = together.update(m), alone.update(m)
+        assert (one.B.rank, one.A.rank, one.scaling, one.noise) == (4, 4, other.scaling, other.noise)
+        for got, wanted in zip(pools.materialise([one], dtype)[0], pools.materialise([other], dtype)[0], strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_modules_that_are_cut_to_different_ranks() -> None:
+    total = sum_of_two(torch.float32)
+    result = fl.compress(total, energy=0.6)
+    for m in total.modules:
+        s = torch.linalg.svdvals(pools.exact(total.update(m)))
+        shares = s.square().cumsum(0) / s.square().sum()
+        assert result.update(m).rank == int((shares < 0.6 - FLOAT64).sum()) + 1
+    assert len({result.update(m).rank for m in total.modules}) > 1
+
+
+def sum_of_two(dtype: torch.dtype) -> Adapter:
+    """Three modules, each with its own spectrum."""
+    decays = {"x": 1.0, "y": 2.0, "z": 5.0}
+
+    def part(seed: int, decay: float, r: int) -> Part:
+        sizes = decay ** -torch.arange(r, dtype=torch.float64)
+        return (gaussian(30, r, seed=seed) * sizes).to(dtype), gaussian(r, 20, seed=seed + 1).to(dtype), 1.5
+
+    adapters = [
+        pools.make_adapter(n, {m: part(10 * i + j, d, r) for j, (m, d) in enumerate(decays.items())})
+        for i, (n, r) in enumerate((("a", 3), ("b", 5)))
+    ]
+    return adapters[0] - 2.0 * adapters[1]
 
 
 @pytest.mark.parametrize("part", [

@@ -83,6 +83,25 @@ def test_dense(backend: str, kind: str, pool: str) -> None:
                     check(parts, kind, threshold, cut, devec(deltas, threshold, chain=kind, **cut))  # type: ignore[arg-type]
 
 
+@needs_same_bits
+@pytest.mark.parametrize("kind", CHAINS)
+def test_an_update_is_computed_at_its_own_rank(kind: str) -> None:
+    """Whatever its blocks are padded to, and whoever is beside it: here also a module with an update of zero."""
+    parts = [(gaussian(30, r, seed=i), gaussian(r, 20, seed=9 + i), 1.0) for i, r in enumerate((3, 8, 3))]
+    B, A = stack(parts)
+    wide_B, wide_A = torch.nn.functional.pad(B, (0, 16)), torch.nn.functional.pad(A, (0, 0, 0, 16))
+    there = torch.tensor([1.0, 1.0, 0.0])[:, None, None]
+    with fl.use_backend("cpu"):
+        alone = fl.ops.chain(*blocks_of(B, A, kind), kind=kind)
+        padded = fl.ops.chain(*blocks_of(torch.stack([wide_B, there * wide_B]), wide_A.expand(2, -1, -1, -1), kind),
+                              kind=kind)  # fmt: skip
+    assert padded.info.tolist() == [0, 0] and padded.kept.tolist() == [[3, 8, 3], [3, 8, 0]]
+    for sigma in padded.sigma[0], torch.cat([padded.sigma[1, :2], padded.sigma[0, 2:]]):
+        assert torch.equal(sigma[:, :8], alone.sigma) and (sigma[:, 8:] == 0).all()
+    assert (padded.sigma[1, 2] == 0).all()
+    same_spectrum(padded.values[0], alone.values)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_adapter_is_the_whitening_alone(backend: str) -> None:
     B, A = stack(pools.deficient_right(1))

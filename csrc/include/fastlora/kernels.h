@@ -29,12 +29,14 @@ struct Matrix {
     int64_t dtype;   // DType
 };
 
-// One Gram block: out[a, b] = sum over the long dimension of left[:, a] * right[:, b].
+// One Gram block: out[a, b] = scale * the sum over the long dimension of left[:, a] * right[:, b].
 struct GramBlock {
     int64_t left;    // index of a factor of the task
     int64_t right;   // index of a factor of the task
     int64_t out;     // address of a double [rank_left, rank_right]
     int64_t stride;  // elements between rows of out
+    int64_t mirror;  // address of its transpose, of the same stride, or 0
+    double scale;
 };
 
 // All blocks of one module and side: every factor is read once.
