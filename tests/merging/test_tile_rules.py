@@ -10,6 +10,7 @@ import pools
 import pytest
 import torch
 from builders import gaussian
+from compiled import COMPILED
 from pools import MODULE
 from torch import Tensor
 
@@ -196,7 +197,10 @@ def test_results_depend_neither_on_threads_nor_on_the_pool(name: str, threads: A
         threads(count)
         found.append(merged_by(rule, pool, weights, rank=20, min_energy=0.0))
     one, two = (pools.exact(a.updates[MODULE]) for a in found)
-    assert torch.equal(one, two)
+    if COMPILED:
+        assert torch.equal(one, two)
+    else:  # torch's products may be summed in another order on more threads
+        assert mixed.distance(found[1], MODULE, one) <= 1e-5
     turned = merged_by(rule, pool.subset(["a2", "a0", "a1"]), weights, rank=20, min_energy=0.0)
     assert mixed.distance(turned, MODULE, one) <= 1e-5  # float32 sums in another order
 
