@@ -25,7 +25,15 @@ OPTIONS_FILE = "options.cmake"
 _WRONG = 3
 _KERNELS = f"""
 import sys
+from pathlib import Path
 from fastlora.backends import cpu
+core = sys.modules.get("fastlora._core")
+if core is not None and not Path(core.__file__).resolve().is_relative_to(Path.cwd()):  # of an editable install
+    print(
+        f"{{Path.cwd()}} has no kernels and would compute with those of another fastlora, {{core.__file__}}; run this "
+        "by a Python in which none is installed", file=sys.stderr
+    )
+    sys.exit({_WRONG})
 try:
     print(cpu.isa() if cpu.unavailable() is None else "plain torch")
 except RuntimeError as error:  # of FASTLORA_ISA

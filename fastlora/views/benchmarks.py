@@ -75,7 +75,8 @@ def show_comparison(data: Data) -> None:
         table.add(row["what"], str(row["threads"]), *times, f"{row['ratio']:.2f}", spread)
     print_paragraph(
         f"{data['machine']}. Base: {data['base']}; here: {data['here']}; {data['rounds']} runs of each. The base was "
-        f"built {data['options']}. Tests passed on both: {', '.join(data['tests'])}."
+        f"built {data['options']}. Tests passed on both: {', '.join(data['tests'])}. A ratio whose range holds 1 shows "
+        "nothing."
     )
     table.print()
 

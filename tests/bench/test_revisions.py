@@ -187,6 +187,17 @@ def test_a_wrong_instruction_set_is_told(root: Path) -> None:
         compare(root)
 
 
+def test_kernels_of_an_installed_fastlora_are_not_taken_for_those_of_a_tree(root: Path) -> None:
+    """Where a tree has none, an editable install of another one gives its own."""
+    other = "import sys, types\nsys.modules['fastlora._core'] = m = types.ModuleType('m')\nm.__file__ = {!r}\n"
+    cpu = root / "fastlora" / "backends" / "cpu.py"
+    cpu.write_text(other.format(str(root / "fastlora" / "_core.so")) + ISA.format("avx2"))
+    assert Revision("here", root).kernels() == "avx2"
+    cpu.write_text(other.format("/elsewhere/fastlora/_core.so") + ISA.format("avx2"))
+    with pytest.raises(InputError, match=r"has no kernels and would compute with those of another .*/elsewhere"):
+        compare(root)
+
+
 def test_a_checkout_that_changes_meanwhile_is_no_result(root: Path) -> None:
     edit = f"open({str(root / 'setup.py')!r}, 'a').write('# more')"
     write(root, {"gram": {"1": 1.0}}, main=edit)
