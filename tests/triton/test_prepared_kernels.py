@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from compiled import needs_kernels
 from processes import ROOT, execute
 
 sys.path.append(str(ROOT))
 
 from benches.gpu import prebuild, prebuilt
 
+pytestmark = needs_kernels  # launches are recorded where a compiled backend does what Triton does not
 COMPILED = ROOT / "benches" / "gpu" / "compiled.py"
 
 
