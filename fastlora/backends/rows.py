@@ -43,11 +43,10 @@ class ChainRow(NamedTuple):
     ) -> ChainRow:  # fmt: skip
         """``kinds``: the module's number of every kind of chain."""
         *_, k, _, r, _ = left.shape
-        results = {name: tensor.data_ptr() for name, tensor in out._asdict().items()}
+        basis, values, shared, kept, sigma, info = [tensor.data_ptr() for tensor in out]
         return ChainRow(
-            left=left.data_ptr(), right=right.data_ptr(), floor=floor.data_ptr(), **results,
-            groups=out.info.numel(), k=k, r=r, width=width(kind, k, r), kind=kinds[kind],
-            threshold=threshold, rtol=rtol, rank=rank, energy=energy, threads=threads,
+            left.data_ptr(), right.data_ptr(), floor.data_ptr(), basis, values, shared, kept, sigma, info,
+            out.info.numel(), k, r, width(kind, k, r), kinds[kind], threshold, rtol, rank, energy, threads,
         )  # fmt: skip
 
 
@@ -93,10 +92,18 @@ class CoefficientsRow(NamedTuple):
 
 def packed(row: ChainRow | CoefficientsRow, fields: Sequence[tuple[str, str]]) -> bytes:
     """``fields``: ``(name, struct code)`` as the module has them."""
-    names, layout = _layout(tuple(fields))
-    if row._fields == names:
+    known, layout = _in_order.get(type(row), (None, None))
+    if layout is not None and known is fields:  # as in every call but the first
         return layout.pack(*row)
-    return packed_numbers(type(row).__name__, row._asdict(), fields)
+    names, layout = _layout(tuple(fields))
+    if row._fields != names:
+        return packed_numbers(type(row).__name__, row._asdict(), fields)
+    _in_order[type(row)] = fields, layout
+    return layout.pack(*row)
+
+
+_in_order: dict[type, tuple[Sequence[tuple[str, str]], struct.Struct]] = {}
+"""How rows are packed whose fields are in the order of a module's."""
 
 
 def packed_numbers(name: str, numbers: Mapping[str, int | float], fields: Sequence[tuple[str, str]]) -> bytes:

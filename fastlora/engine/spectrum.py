@@ -194,8 +194,11 @@ def _cuts(blocks: ChainBlocks, chain: ops.Chain) -> Cuts:
     energies = np.zeros((len(modules), sigma.shape[1] + 1))
     np.cumsum(np.square(sigma), axis=1, out=energies[:, 1:])
     # Plain numbers in bulk: taking them out of arrays one by one would cost more than all of the above.
-    totals, wholes = energies[:, -1].tolist(), (energies[:, -1] + _unknown(blocks, sigma, energies, scalings)).tolist()
-    kept_energies = energies[np.arange(len(modules)), counts].tolist()
+    totals = wholes = energies[:, -1].tolist()
+    unknown = _unknown(blocks, sigma, energies, scalings)
+    if unknown is not None:
+        wholes = (energies[:, -1] + unknown).tolist()
+    kept_energies = [row[count] for row, count in zip(energies.tolist(), counts, strict=True)]
     retained = [kept / whole if whole > 0 else 1.0 for kept, whole in zip(kept_energies, wholes, strict=True)]
     return Cuts(torch.from_numpy(sigma), T, D, counts, [math.sqrt(total) for total in totals], retained)
 
@@ -207,18 +210,18 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, right)
 
 
-def _unknown(blocks: ChainBlocks, sigma: Numbers, energies: Numbers, scalings: Numbers) -> Numbers:
-    """The ``Σσ²`` that directions may have which the arithmetic cannot tell from zero; 0 of ordinary factors: ``[g]``.
+def _unknown(blocks: ChainBlocks, sigma: Numbers, energies: Numbers, scalings: Numbers) -> Numbers | None:
+    """The ``Σσ²`` that directions may have which the arithmetic cannot tell from zero: ``[g]``, or ``None`` of ordinary
+    factors.
 
     First a bound of :func:`arithmetic_noise` that costs less, ``½ r √ε Σ_j ‖b_j‖ ‖a_j‖``: it is enough where all
     ``σ`` are above.
     """
-    squares_G = blocks.projected.diagonal(dim1=3, dim2=4).cpu().numpy()[:, 0, 0]
-    squares_A = blocks.other.diagonal(dim1=2, dim2=3).cpu().numpy()[:, 0]
+    g, r = sigma.shape
+    squares_G, squares_A = (x.cpu().numpy().reshape(g, r * r)[:, :: r + 1] for x in (blocks.projected, blocks.other))
     lengths = np.sqrt(np.maximum(squares_G * squares_A, 0.0)).sum(1)
-    bound = LARGEST_NOISE * ARITHMETIC * sigma.shape[1] * EPSILON**0.5 * lengths * scalings
-    if (sigma.min(1) > bound).all():
-        return np.zeros(len(sigma))
+    if (sigma.min(1) > LARGEST_NOISE * ARITHMETIC * r * EPSILON**0.5 * lengths * scalings).all():
+        return None
     noise = LARGEST_NOISE * arithmetic_noise(blocks.projected[:, 0, 0], blocks.other[:, 0]).cpu().numpy() * scalings
     unknown = np.square(noise) * (sigma <= noise[:, None]).sum(1)
     return np.where(unknown > UNKNOWN * energies[:, -1], unknown, 0.0)
@@ -236,23 +239,25 @@ def _cut_alike(updates: Sequence[Update], cuts: Cuts) -> list[Update] | None:
     have_rows = cuts.T.stride(2) == 1 and cuts.D.stride(2) == 1
     if min(cuts.counts) < most or not cuts.T.is_cpu or not have_rows or sum(widths) != updates[0].rank:
         return None
-    places = list(zip(itertools.accumulate(widths, initial=0), widths, strict=False))
-    for update in updates:
-        if len(update.B.terms) != len(widths) or len(update.A.terms) != len(widths):
-            return None
-        for (at, width), b, a in zip(places, update.B.terms, update.A.terms, strict=True):
-            if b.coefficient is not None or b.at != at or b.source.shape[1] != width or not b.source.is_cpu:
-                return None
-            if a.coefficient is not None or a.at != at or a.source.shape[0] != width or not a.source.is_cpu:
-                return None
-    left = zip(*[cuts.T[:, at : at + width].unbind() for at, width in places], strict=True)
-    right = zip(*[cuts.D[:, :, at : at + width].unbind() for at, width in places], strict=True)
+    starts = [end - width for end, width in zip(itertools.accumulate(widths), widths, strict=True)]
+    left = zip(*[T.unbind() for T in torch.split_with_sizes(cuts.T, widths, 1)], strict=True)
+    right = zip(*[D.unbind() for D in torch.split_with_sizes(cuts.D, widths, 2)], strict=True)
     results = []
     for update, own_left, own_right in zip(updates, left, right, strict=True):
         B, A = update.B, update.A
-        B_terms = tuple([Term(t.source, T, 0, t.scale) for t, T in zip(B.terms, own_left, strict=True)])
-        A_terms = tuple([Term(t.source, D, 0, t.scale) for t, D in zip(A.terms, own_right, strict=True)])
-        cut_B, cut_A = Factor.of_terms("B", B.length, most, B_terms), Factor.of_terms("A", A.length, most, A_terms)
+        if len(B.terms) != len(widths) or len(A.terms) != len(widths):
+            return None
+        B_terms, A_terms = [], []
+        for at, width, b, a, T, D in zip(starts, widths, B.terms, A.terms, own_left, own_right, strict=True):
+            x, y = b.source, a.source
+            if b.coefficient is not None or a.coefficient is not None or not (x.is_cpu and y.is_cpu):
+                return None
+            if b.at != at or a.at != at or x.shape[1] != width or y.shape[0] != width:
+                return None
+            B_terms.append(Term(x, T, 0, b.scale))
+            A_terms.append(Term(y, D, 0, a.scale))
+        cut_B = Factor.of_terms("B", B.length, most, tuple(B_terms))
+        cut_A = Factor.of_terms("A", A.length, most, tuple(A_terms))
         results.append(Update(cut_B, cut_A, update.scaling, update.layout, update.noise))
     return results
 
