@@ -20,6 +20,15 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 import torch
 
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # as where only a part of the tests is run: those that draw examples need it
+    pass
+else:  # neither the time that a machine takes nor chance decides whether a test passes
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("calm", deadline=None, derandomize=True, database=None, suppress_health_check=slow)
+    settings.load_profile("calm")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that take longest, of Triton's kernels, come first: nobody waits for the last of them at the end."""

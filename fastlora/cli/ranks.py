@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastlora.cli.watch import Watch
     from fastlora.runtime.ranks import Ranks
 
-PATIENCE = 5.0  # seconds that a rank which failed waits for rank 0 to say why: torchrun stops all when one has ended
+PATIENCE = 30.0  # seconds that a rank which failed waits for rank 0 to say why: torchrun stops all when one has ended
 
 
 def quiet() -> None:

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ class Header:
 _known: OrderedDict[tuple[bytes, int], tuple[dict[str, Place], dict[str, str]]] = OrderedDict()
 """Headers that were checked last, and the bytes behind them: adapters from one training recipe have the same, but for
 the metadata, which come first and are left out here."""
+_knowing = threading.Lock()
+"""Of threads that read at once: between two steps of one, another may drop what it just added."""
 METADATA = re.compile(rb'\{"__metadata__":(?=\{)')
 """How a header begins that has metadata, as the library writes it."""
 
@@ -183,10 +186,11 @@ def _checked(path: Path | str, file: int) -> Checked:
         except UNREADABLE as error:
             raise _unreadable(path, error) from None
     if len(header) <= LARGEST_KNOWN:
-        _known[rest, size - start] = known
-        _known.move_to_end((rest, size - start))
-        while len(_known) > MOST_KNOWN:
-            _known.popitem(last=False)
+        with _knowing:
+            _known[rest, size - start] = known
+            _known.move_to_end((rest, size - start))
+            while len(_known) > MOST_KNOWN:
+                _known.popitem(last=False)
     return known[0], start, known[1] if own is None else own, head
 
 

@@ -63,7 +63,7 @@ def test_nothing_is_left_of_a_run_that_finished_nothing(tmp_path: Path, monkeypa
 
 
 KILLER = """
-import os, random, signal, sys, time
+import itertools, os, random, signal, sys, time
 import fastlora as fl
 from fastlora.checkpoints import streaming
 
@@ -76,6 +76,8 @@ def finished():
 
 
 def slowly(*given):
+    if next(begun) >= most:  # the kill comes late: however late, it meets the middle of the work
+        time.sleep(600)
     time.sleep(0.002)
     do(*given)
     time.sleep(0.002)
@@ -85,11 +87,13 @@ streaming.do = slowly
 seen = 0
 for _ in range(kills):
     wanted = seen + chance.randint(1, 4)
+    begun, most = itertools.count(), wanted - seen + 4
     child = os.fork()
     if not child:
         fl.apply("m.safetensors", adapter, "out.safetensors", resume=True)
         os._exit(0)
     while finished() < wanted:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended by itself"
         time.sleep(0.0005)
     time.sleep(chance.random() * 0.004)
     os.kill(child, signal.SIGKILL)

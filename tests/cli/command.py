@@ -34,6 +34,7 @@ COMMAND = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-m", "fastlora
 SETTINGS = ("FASTLORA_BACKEND", "PYTHONIOENCODING", "FORCE_COLOR", "COLUMNS")
 READ_LATER = {"FASTLORA_BACKEND", "COLUMNS"}  # settings that are read when they are used, and not once in a process
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+HANGS = 600  # seconds that no run takes, on no machine
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def run_process(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
         preexec_fn=before,
     )
     return Run(done.returncode, done.stdout, done.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import MODULES, make_adapter, make_factors, peft_tensors, write_peft
-from command import ADAPTERS, COMMAND, DATA, environment, refused, run
+from command import ADAPTERS, COMMAND, DATA, HANGS, environment, refused, run
 from compiled import needs_kernels
 
 pytestmark = pytest.mark.portable
@@ -199,7 +199,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
         read, write = os.pipe()
         os.close(read)
         done = subprocess.run(
-            [*COMMAND, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60
+            [*COMMAND, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, env=environment(), timeout=HANGS
         )
         os.close(write)
         assert (done.returncode, done.stderr) == (0, "")

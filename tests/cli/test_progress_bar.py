@@ -65,7 +65,7 @@ def test_no_bar_outlives_an_error(monkeypatch: pytest.MonkeyPatch, clock: list[f
                 raise ValueError("stop")
     shown = stream.getvalue()
     assert shown.rfind(SHOW_CURSOR) > shown.rfind(HIDE_CURSOR) >= 0, "the bar has given the terminal back"
-    for _ in range(1000):  # the thread that draws may take a moment to see that it is to end
+    for _ in range(60_000):  # the thread that draws may take a moment to see that it is to end
         if not set(threading.enumerate()) - threads:
             break
         time.sleep(0.01)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from builders import make_adapter
-from command import ADAPTERS, COMMAND, environment, mounted, refused
+from command import ADAPTERS, COMMAND, HANGS, environment, mounted, refused
 
 SPAM, MOVIE = ADAPTERS / "spam", ADAPTERS / "movie_a"
 
@@ -118,7 +118,7 @@ def test_a_file_that_may_not_grow(command: str, tmp_path: Path) -> None:
 def test_a_full_disk_behind_standard_output(arguments: list[str], tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60
+            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=HANGS
         )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "could not be printed" in done.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from builders import make_adapter
-from command import ADAPTERS, COMMAND, environment, refused, run, tree
+from command import ADAPTERS, COMMAND, HANGS, environment, refused, run, tree
 
 import fastlora as fl
 
@@ -48,7 +48,8 @@ Moment = Callable[[int, Path], bool]
 
 
 def signalled_when(ready: Moment, number: signal.Signals, root: Path, *options: str) -> tuple[int, str, str] | None:
-    """Stops a run when ``ready``, so that the signal surely meets it there; ``None`` when it was over before."""
+    """Stops a run when ``ready``, so that the signal meets it there; ``None`` when it was over, or had its output in
+    place, before: this process may see late that it is ready, and stop it later yet."""
     process = subprocess.Popen(
         [*COMMAND, "decompose", *(f"pool/adapter{i}" for i in range(4)), "--out", "out", *options],
         cwd=root,
@@ -65,10 +66,13 @@ def signalled_when(ready: Moment, number: signal.Signals, root: Path, *options: 
             process.send_signal(signal.SIGSTOP)
             process.send_signal(number)
             process.send_signal(signal.SIGCONT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=HANGS)
     finally:
         process.kill()
-    return None if process.returncode == 0 else (process.returncode, out, err)
+    is_late = process.returncode == 0 or err.endswith("out is complete\n")
+    if number == signal.SIGKILL:  # which says nothing
+        is_late |= not any(root.glob(".out.partial-*"))
+    return None if is_late else (process.returncode, out, err)
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +88,25 @@ def long_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see how far a run is")
 
 
-def check_interrupted(ready: Moment, number: signal.Signals, root: Path, *options: str) -> None:
-    """One line, the exit code of the signal, and all as it was; tried again where a run ends before the signal."""
-    before = tree(root)
-    for attempt in range(5):
+def surely_signalled_when(
+    ready: Moment, number: signal.Signals, root: Path, *options: str
+) -> tuple[Path, int, str, str]:
+    """Tried again, in a copy of ``root`` each time, where a run is over before the signal: ``(that copy, exit code,
+    standard output, standard error)``."""
+    for attempt in range(20):
         kept = shutil.copytree(root, root.parent / f"{root.name}-{attempt}", symlinks=True)
         found = signalled_when(ready, number, kept, *options)
         if found is not None:
-            break
-    assert found is not None, "every run was over before the signal"
-    assert found == (128 + number, "", "interrupted: no output is left half-written; run the same command again\n")
+            return kept, *found
+    pytest.fail("every run was over before the signal")
+
+
+def check_interrupted(ready: Moment, number: signal.Signals, root: Path, *options: str) -> None:
+    """One line, the exit code of the signal, and all as it was."""
+    before = tree(root)
+    kept, *found = surely_signalled_when(ready, number, root, *options)
+    said = "interrupted: no output is left half-written; run the same command again\n"
+    assert found == [128 + number, "", said]
     assert tree(kept) == before
 
 
@@ -118,12 +131,15 @@ def test_an_interrupted_overwrite_keeps_the_earlier_output(long_work: Path, tmp_
 
 
 def test_what_a_killed_run_leaves_does_not_load_and_is_told(long_work: Path, tmp_path: Path) -> None:
-    (tmp_path / "pool").symlink_to(long_work)
-    assert signalled_when(is_writing, signal.SIGKILL, tmp_path) == (-signal.SIGKILL, "", "")
-    (left,) = tmp_path.glob(".out.partial-*")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "pool").symlink_to(long_work)
+    kept, *ended = surely_signalled_when(is_writing, signal.SIGKILL, root)
+    assert ended == [-signal.SIGKILL, "", ""]
+    (left,) = kept.glob(".out.partial-*")
     for weights in left.rglob("adapter_model.safetensors"):
-        assert "never finished" in refused("inspect", weights.parent, cwd=tmp_path)
-    found = run("merge", SPAM, MOVIE, "--out", "out", cwd=tmp_path)
+        assert "never finished" in refused("inspect", weights.parent, cwd=kept)
+    found = run("merge", SPAM, MOVIE, "--out", "out", cwd=kept)
     assert found.code == 0 and f"{left} was left by a run that died and can be deleted" in found.err
 
 

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command import ADAPTERS, COMMAND, environment
+from command import ADAPTERS, COMMAND, HANGS, environment
 
 import fastlora as fl
 
@@ -22,7 +22,7 @@ def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         env=environment({"F": " ".join(COMMAND), "A": str(SPAM), "B": str(MOVIE)}),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
 
 

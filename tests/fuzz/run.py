@@ -30,7 +30,7 @@ from mutate import mutation
 import fastlora as fl
 from fastlora.errors import FastloraError, NonFiniteError, OutputError, UnsupportedAdapter
 
-LIMIT_S = 20.0
+LIMIT_S = 120.0
 """Seconds that a case may take."""
 GROWTH = 64 << 20
 """Bytes of resident memory that a case may take beside :data:`MULTIPLE` times its files."""
@@ -201,6 +201,7 @@ class Worker:
         self.process = multiprocessing.get_context("fork").Process(target=work, args=(other, root), daemon=True)
         self.process.start()
         other.close()
+        self.has_died = False
 
     def run(self, seed: int) -> tuple[int, str, str, str] | None:
         """The answer for one seed; ``None`` when the worker died or did not answer in time."""
@@ -210,14 +211,14 @@ class Worker:
                 answer: tuple[int, str, str, str] = self.connection.recv()
                 return answer
         except (EOFError, OSError):
-            pass
+            self.has_died = True
         return None
 
     def end(self) -> str:
-        self.process.join(0.5)
-        how = "took too long" if self.process.is_alive() else f"the process ended with {self.process.exitcode}"
-        self.process.kill()
+        if not self.has_died:
+            self.process.kill()
         self.process.join()
+        how = f"the process ended with {self.process.exitcode}" if self.has_died else "took too long"
         for left in self.root.iterdir():
             if left.name != "healthy":
                 shutil.rmtree(left, ignore_errors=True)

@@ -34,7 +34,7 @@ from single_files_cases import Case, make  # noqa: E402
 import fastlora as fl  # noqa: E402
 from fastlora.errors import FastloraError, NonFiniteError, UnsupportedAdapter  # noqa: E402
 
-LIMIT_S = 20
+LIMIT_S = 120
 CLOSE = 1e-6
 """Of the largest element: dense modules of LyCORIS are rounded to float32."""
 
@@ -146,10 +146,10 @@ def run(seeds: range | list[int], root: Path) -> Iterator[tuple[int, str, str, s
         try:
             connection.send(seed)
             if not connection.poll(LIMIT_S):
-                raise EOFError
+                raise TimeoutError
             yield connection.recv()
-        except (EOFError, OSError):
-            how = "took too long" if process.is_alive() else "the process died"
+        except (EOFError, OSError) as error:
+            how = "took too long" if isinstance(error, TimeoutError) else "the process died"
             process.kill()
             process = None
             yield seed, make(seed).kind, "violation", how

@@ -146,12 +146,12 @@ def test_a_lock_that_never_comes_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     def hold() -> None:
         with cache._locked():
             started.set()
-            ended.wait(10)
+            ended.wait(600)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    started.wait(10)
     try:
+        assert started.wait(600)
         with pytest.raises(OutputError, match="is held by another process"):
             cache.find("a")
     finally:

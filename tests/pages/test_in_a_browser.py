@@ -1,4 +1,8 @@
-"""Pages in Chromium: scripts run under their policy, tables and the heat map react, nothing is loaded."""
+"""Pages in Chromium: scripts run under their policy, tables and the heat map react, nothing is loaded.
+
+What follows an action may come later, in an event or a frame of its own: it is waited for (``expect``, ``until``), and
+never read at once.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +29,35 @@ NEEDED = os.environ.get("FASTLORA_NEEDS_BROWSER") == "1"
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 MODULES = [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("q_proj", "v_proj")]
+PATIENCE = 300
+"""Seconds that anything may take on a machine that is slow or busy: it only ends what hangs."""
+
 HOSTILE = "</script><img src=x onerror=\"document.title='taken'\"> '\u2028 & <b>bold</b>"
 LARGE = 60
 
 
+FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+"""Two frames: what was due for the next one, and what that changed, is done."""
+
+
 def missing(reason: str) -> Any:
     return pytest.fail(reason) if NEEDED else pytest.skip(reason)
+
+
+def expect(seen: Any) -> Any:
+    """Assertions on a locator or page that wait until they hold."""
+    from playwright.sync_api import expect as waiting
+
+    waiting.set_options(timeout=1000 * PATIENCE)
+    return waiting(seen)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Waits for what no assertion of :func:`expect` tells; a page's policy lets no expressions wait there."""
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +70,7 @@ def browser() -> Iterator[Any]:
     except ImportError:
         missing("playwright, which drives the browser, is not installed (pip install 'fastlora[dev]')")
     with sync_playwright() as driver:
-        launched = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        launched = driver.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=1000 * PATIENCE)
         yield launched
         launched.close()
 
@@ -85,7 +112,9 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
     contexts, told, requests = [], [], []
 
     def opened(path: Path, **settings: Any) -> Any:
-        context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **settings})
+        usual = {"viewport": {"width": 1200, "height": 900}, "reduced_motion": "reduce"}  # scrolling takes no time
+        context = browser.new_context(**usual | settings)
+        context.set_default_timeout(1000 * PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: told.append(f"{message.type}: {message.text}"))
@@ -96,6 +125,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
         )
         page.goto(path.as_uri())
         page.wait_for_selector("#heat-map[data-cells]")
+        page.evaluate(FRAMES)  # what observers and media change at first is done
         return page
 
     yield opened
@@ -130,14 +160,6 @@ def column(page: Any, table: str, index: int) -> list[str]:
     return shown
 
 
-def until(holds: Callable[[], bool]) -> None:
-    """Waits for what a page does in its own time; its policy lets no expressions of others wait there."""
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def heading(page: Any, table: str, name: str) -> Any:
     return page.locator(f"#{table} thead th").filter(has_text=name).first
 
@@ -157,38 +179,46 @@ def test_words_of_others_are_text(visit: Callable[..., Any], hostile_page: Path)
     name = shown.replace("/", "|")
     assert name in column(page, "adapter-table", 0) and "{{ 7 * 7 }}" in column(page, "adapter-table", 0)
     card = page.locator("#card-0")
-    for summary in card.locator("summary").all():
-        summary.click()
+    details = card.locator("details")
+    for i in range(details.count()):
+        details.nth(i).locator("summary").click()
+        expect(details.nth(i).locator("> :not(summary)")).to_have_count(1)
     told = card.inner_text()
-    assert told.count(shown) >= 3 and "merge: '</script>" in told.replace('"</script>', "'</script>")
+    assert details.count() == 3 and told.count(shown) >= 3
+    assert "merge: '</script>" in told.replace('"</script>', "'</script>")
     page.locator("#heat-find").fill("__proto__")
     page.locator("#heat-find").press("Tab")
-    assert "__proto__ with itself" in page.locator("#heat-told").inner_text()
+    expect(page.locator("#heat-told")).to_contain_text("__proto__ with itself")
     assert page.locator("img, b:has-text('bold'), script[src]").count() == 0
     assert page.locator("script").count() == 2
+    page.evaluate(FRAMES)
+    assert page.title() == f"{shown} · fastlora"  # nor has anything run meanwhile
 
 
 def test_tables_sort(visit: Callable[..., Any], large_page: Path) -> None:
     page = visit(large_page)
     norm = heading(page, "adapter-table", "‖ΔW‖")
     norm.locator("button").click()
-    assert norm.get_attribute("aria-sort") == "descending"
+    expect(norm).to_have_attribute("aria-sort", "descending")
     values = [float(v) for v in column(page, "adapter-table", 6)]
     assert values == sorted(values, reverse=True) and values[0] > values[-1]
     norm.locator("button").press("Enter")
-    assert norm.get_attribute("aria-sort") == "ascending"
+    expect(norm).to_have_attribute("aria-sort", "ascending")
     values = [float(v) for v in column(page, "adapter-table", 6)]
     assert values == sorted(values)
-    heading(page, "adapter-table", "adapter").locator("button").click()
+    names = heading(page, "adapter-table", "adapter")
+    names.locator("button").click()
+    expect(names).to_have_attribute("aria-sort", "ascending")
     assert column(page, "adapter-table", 0) == [f"a{i:02d}" for i in range(LARGE)]
     assert norm.get_attribute("aria-sort") is None
 
 
 def test_what_has_no_value_comes_last(visit: Callable[..., Any], hostile_page: Path) -> None:
     page = visit(hostile_page)
-    cosine = heading(page, "adapter-table", "cosine").locator("button")
-    for _ in range(2):
-        cosine.click()
+    cosine = heading(page, "adapter-table", "cosine")
+    for direction in ("descending", "ascending"):
+        cosine.locator("button").click()
+        expect(cosine).to_have_attribute("aria-sort", direction)
         assert column(page, "adapter-table", 0)[-1] == "empty"
 
 
@@ -196,21 +226,27 @@ def test_tables_filter(visit: Callable[..., Any], large_page: Path) -> None:
     page = visit(large_page)
     box = page.get_by_label("Filter adapters")
     count = page.locator("#adapter-table-count")
-    assert count.inner_text() == f"{LARGE} of {LARGE}"
+    expect(count).to_have_text(f"{LARGE} of {LARGE}")
     box.fill("A1")
+    expect(count).not_to_have_text(f"{LARGE} of {LARGE}")
     shown = column(page, "adapter-table", 0)
     assert count.inner_text() == f"{len(shown)} of {LARGE}" and {f"a1{i}" for i in range(10)} <= set(shown)
     box.fill("")
+    expect(count).to_have_text(f"{LARGE} of {LARGE}")
     page.get_by_label("Family").select_option("2")
+    expect(count).to_have_text(f"{LARGE // 4} of {LARGE}")
     families = column(page, "adapter-table", 1)
     assert len(families) == LARGE // 4 and set(families) == {"2"}
     box.fill("nobody")
-    assert count.inner_text() == f"0 of {LARGE}"
+    expect(count).to_have_text(f"0 of {LARGE}")
 
 
 def test_only_odd_adapters(visit: Callable[..., Any], hostile_page: Path) -> None:
     page = visit(hostile_page)
+    count = page.locator("#adapter-table-count")
+    expect(count).to_have_text("6 of 6")
     page.get_by_label("with oddities only").check()
+    expect(count).not_to_have_text("6 of 6")
     shown = column(page, "adapter-table", 0)
     assert "empty" in shown and all(column(page, "adapter-table", 9))
 
@@ -221,13 +257,17 @@ def test_the_heat_map_is_drawn_and_zooms(visit: Callable[..., Any], large_page: 
     whole = pixels(page)
     assert colours(whole) > 20 and whole.float().std() > 10
     # Families of fifteen in the order of the tree: squares of strong colour on the diagonal, pale elsewhere.
-    assert canvas.get_attribute("data-cells") == f"{LARGE}.00"
+    expect(canvas).to_have_attribute("data-cells", f"{LARGE}.00")
     page.get_by_role("button", name="Zoom in").click()
-    assert canvas.get_attribute("data-cells") == f"{LARGE / 2:.2f}"
+    expect(canvas).to_have_attribute("data-cells", f"{LARGE / 2:.2f}")
     assert not torch.equal(pixels(page), whole)
     page.get_by_role("button", name="Zoom out").click()
+    expect(canvas).to_have_attribute("data-cells", f"{LARGE}.00")
+    for _ in range(2):
+        page.get_by_role("button", name="Zoom in").click()
+    expect(canvas).to_have_attribute("data-cells", f"{LARGE / 4:.2f}")
     page.get_by_role("button", name="All").click()
-    assert canvas.get_attribute("data-cells") == f"{LARGE}.00"
+    expect(canvas).to_have_attribute("data-cells", f"{LARGE}.00")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 200)
@@ -237,24 +277,29 @@ def test_the_heat_map_is_drawn_and_zooms(visit: Callable[..., Any], large_page: 
     until(lambda: float(canvas.get_attribute("data-cells")) < 40)
     page.locator("#heat-find").fill("a42")
     page.locator("#heat-find").press("Tab")
-    assert "a42 with itself: cosine 1.000" in page.locator("#heat-told").inner_text()
+    expect(page.locator("#heat-told")).to_contain_text("a42 with itself: cosine 1.000")
     page.locator("#heat-find").fill("nobody")
     page.locator("#heat-find").press("Tab")
-    assert "No adapter is called nobody" in page.locator("#heat-told").inner_text()
+    expect(page.locator("#heat-told")).to_contain_text("No adapter is called nobody")
 
 
 def test_dragging_moves_the_heat_map(visit: Callable[..., Any], large_page: Path) -> None:
     page = visit(large_page)
-    page.locator("#heat-map").scroll_into_view_if_needed()
+    canvas = page.locator("#heat-map")
+    canvas.scroll_into_view_if_needed()
     for _ in range(2):
         page.get_by_role("button", name="Zoom in").click()
-    before, box = pixels(page), page.locator("#heat-map").bounding_box()
+    expect(canvas).to_have_attribute("data-cells", f"{LARGE / 4:.2f}")
+    canvas.focus()  # the cell under the pointer is not marked then, so that only the dragging changes the picture
+    before, box = pixels(page), canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + 100
     page.mouse.move(x, y)
+    page.evaluate(FRAMES)
+    assert torch.equal(pixels(page), before)
     page.mouse.down()
     page.mouse.move(x - 200, y - 60, steps=4)
     page.mouse.up()
-    assert not torch.equal(pixels(page), before)
+    until(lambda: not torch.equal(pixels(page), before))
 
 
 def test_both_measures_and_orders(visit: Callable[..., Any], large_page: Path) -> None:
@@ -262,30 +307,36 @@ def test_both_measures_and_orders(visit: Callable[..., Any], large_page: Path) -
     seen = [pixels(page)]
     for box, value in (("Show", "subspace"), ("Order", "given"), ("Order", "norm"), ("Colours up to", "one")):
         page.get_by_label(box).select_option(value)
+        until(lambda: not torch.equal(pixels(page), seen[-1]))
         seen.append(pixels(page))
-        assert colours(seen[-1]) > 5 and not torch.equal(seen[-1], seen[-2])
+        assert colours(seen[-1]) > 5
 
 
 def test_it_is_used_by_keyboard(visit: Callable[..., Any], large_page: Path) -> None:
     page = visit(large_page)
+    canvas, cards = page.locator("#heat-map"), page.locator(".card")
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.className") == "skip"
-    page.locator("#heat-map").focus()
+    expect(page.locator(".skip")).to_be_focused()
+    canvas.focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Shift+ArrowRight")
-    assert page.locator("#heat-map").get_attribute("data-at") == "1,11"
+    expect(canvas).to_have_attribute("data-at", "1,11")
     page.keyboard.press("+")
-    assert page.locator("#heat-map").get_attribute("data-cells") == f"{LARGE / 2:.2f}"
+    expect(canvas).to_have_attribute("data-cells", f"{LARGE / 2:.2f}")
     page.keyboard.press("End")
     page.keyboard.press("PageDown")
-    assert page.locator("#heat-map").get_attribute("data-at") == f"{LARGE - 1},{LARGE - 1}"
+    expect(canvas).to_have_attribute("data-at", f"{LARGE - 1},{LARGE - 1}")
     page.keyboard.press("0")
     page.keyboard.press("ArrowLeft")
-    there = page.locator(".card").count()
+    expect(canvas).to_have_attribute("data-at", f"{LARGE - 1},{LARGE - 2}")
+    there = cards.count()
     page.keyboard.press("Enter")
-    assert page.evaluate("document.activeElement.className") == "card" and page.locator(".card").count() > there
+    expect(cards).to_have_count(there + 2)
+    expect(page.locator(".card:focus")).to_have_count(1)
+    stop = "e => { const last = window.last; window.last = e; return e !== last }"
     for _ in range(40):  # every stop on the way has a name
         page.keyboard.press("Tab")
+        until(lambda: page.evaluate(f"({stop})(document.activeElement)"))
         named = "e => e.ariaLabel || e.getAttribute('aria-labelledby') || e.innerText || e.labels?.length"
         assert page.evaluate(f"({named})(document.activeElement)")
 
@@ -294,16 +345,17 @@ def test_cards_and_decompositions_open(visit: Callable[..., Any], large_page: Pa
     page = visit(large_page)
     page.locator("#adapter-table").get_by_role("button", name="a17", exact=True).first.click()
     card = page.locator("#card-17")
+    expect(card).to_be_focused()
     assert card.locator("svg").count() > 3 and "a17" in card.inner_text()
     card.get_by_text("All modules").click()
-    assert card.locator("details table tbody tr").count() == len(MODULES)
+    expect(card.locator("details table tbody tr")).to_have_count(len(MODULES))
     card.get_by_role("button", name="Close the card of a17").click()
-    assert card.count() == 0
+    expect(card).to_have_count(0)
     row = page.locator("#report-table tbody tr").nth(3).locator("button")
     title = row.inner_text()
     row.click()
-    assert page.locator("#report h3").inner_text() == title
-    assert page.locator("#report table tbody tr").count() == len(MODULES)
+    expect(page.locator("#report h3")).to_have_text(title)
+    expect(page.locator("#report table tbody tr")).to_have_count(len(MODULES))
 
 
 def test_dark_is_dark_and_paper_is_white(visit: Callable[..., Any], large_page: Path) -> None:
@@ -312,8 +364,9 @@ def test_dark_is_dark_and_paper_is_white(visit: Callable[..., Any], large_page: 
         bright, dim = (pixels(page, selector, seen=True).float().mean() for page in (light, dark))
         assert bright > 150 > 110 > dim, selector
     dark.emulate_media(media="print")
-    assert pixels(dark).float().mean() > 150
-    assert dark.locator("nav").is_hidden() and dark.locator("#adapter-table tbody tr").last.is_visible()
+    until(lambda: bool(pixels(dark).float().mean() > 150))
+    expect(dark.locator("nav")).to_be_hidden()
+    expect(dark.locator("#adapter-table tbody tr").last).to_be_visible()
     pdf = dark.pdf()
     assert pdf.startswith(b"%PDF") and len(pdf) > 50_000
 
@@ -325,6 +378,7 @@ def test_a_narrow_screen(visit: Callable[..., Any], large_page: Path) -> None:
 
 def test_without_scripts_there_are_tables(browser: Any, large_page: Path) -> None:
     context = browser.new_context(java_script_enabled=False)
+    context.set_default_timeout(1000 * PATIENCE)
     page = context.new_page()
     page.goto(large_page.as_uri())
     assert page.locator("#adapter-table tbody tr").count() == LARGE

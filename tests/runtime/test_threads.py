@@ -23,6 +23,7 @@ def pool_gram() -> fl.PoolGram:
     return fl.PoolGram(pools.make_pool(pools.cast(pools.planted(2), torch.float32)))
 
 
+HANGS = 600  # seconds that no step takes
 GRAM = pool_gram()
 DEVICE = stream.Stream(torch.device("cpu"), 2**20)
 # What is switched on, and what shows whether it is.
@@ -44,21 +45,21 @@ def test_threads(switch: str) -> None:
     def first() -> object:
         with make():
             steps["first in"].set()
-            assert steps["second in"].wait(20)
+            assert steps["second in"].wait(HANGS)
         steps["first out"].set()
         return state()
 
     def second() -> object:
-        assert steps["first in"].wait(20) and state() == off
+        assert steps["first in"].wait(HANGS) and state() == off
         with make():
             steps["second in"].set()
-            assert steps["first out"].wait(20) and state() != off
+            assert steps["first out"].wait(HANGS) and state() != off
         return state()
 
     with ThreadPoolExecutor(2) as threads:
         results = [threads.submit(work) for work in (first, second)]
-        assert [r.result(60) for r in results] == [off, off]
-        assert [threads.submit(state).result(60) for _ in range(4)] == [off] * 4
+        assert [r.result(HANGS) for r in results] == [off, off]
+        assert [threads.submit(state).result(HANGS) for _ in range(4)] == [off] * 4
     assert state() == off
 
 
@@ -108,7 +109,7 @@ def test_a_pool_gram_left_where_it_was_not_entered_changes_nothing() -> None:
     stack = ExitStack()
     stack.enter_context(GRAM)
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(stack.close).result(60)
+        thread.submit(stack.close).result(HANGS)
     assert len(gram_cache.entered()) == 1
     with contextlib.ExitStack() as again:
         again.push(GRAM)
