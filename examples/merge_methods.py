@@ -3,9 +3,9 @@
     pip install scikit-learn peft
     python examples/merge_methods.py [--subjects digits,texts,…] [--seeds 5] [--out DIR] [--quick]
 
-Every method is compared, seed by seed, with the sum whose length was swept on the same labelled rows. ``left_out``:
-three domains of the digits are merged and scored on the fourth. Texts and antibodies need more packages. Results:
-docs/experiments.md.
+Every method is compared, seed by seed, with the sum whose length was swept on the same labelled rows. ``left_out``,
+``left_out_texts``, ``left_out_antibodies``: three domains of the digits, or three tasks, are merged and scored on the
+fourth. Texts and antibodies need more packages. Results: docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from common import Results, arguments, console, shown
-from subjects import SUBJECTS, Kept, Numbers, Subject, available, measured, subject_of
+from subjects import LEFT_OUT, SUBJECTS, Kept, Numbers, Subject, available, measured, subject_of
 
 import fastlora as fl
 
@@ -59,7 +59,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "KnOTS-TIES": {"method": "knots"},
     "Core-TIES": {"method": "core"},
 }
-LEFT_OUT = "left_out"
 ALL = [
     *METHODS,
     *[f"RegMean, {n} inputs a task" for n in INPUTS],
@@ -67,15 +66,6 @@ ALL = [
     *[f"SSR, {SSR_INPUTS} inputs a task"],
     *LEARNED,
 ]
-
-FEW = {  # where not all are measured, for the time that they take
-    "antibodies": [
-        *[*SHORT, "TIES, PEFT's", "TIES, the paper's", "DARE, density 0.5", "TSV-M (in the core too)", "Iso-C"],
-        *["CtM, TIES", "Pico", "KnOTS-TIES", "RegMean, 64 inputs a task", "RegMean, 256 inputs a task"],
-        *["sum of parts by 256 inputs a task, μ = 1", "sum of parts by 256 inputs a task, μ = 0.1"],
-        *["SSR, 64 inputs a task", "λ of tasks, learned with labels"],
-    ],
-}
 
 
 def builds(subject: Subject, pool: fl.Pool, tasks: Sequence[str]) -> dict[str, Callable[[], Build]]:
@@ -158,11 +148,12 @@ def compared(
 
 
 def one_seed(name: str, seed: int, options: Namespace, kept: Kept) -> Numbers:
-    lengths = LENGTHS["texts" if name in ("texts", "antibodies") else "digits"]
+    whole = LEFT_OUT.get(name, name)
+    lengths = LENGTHS["texts" if whole in ("texts", "antibodies") else "digits"]
 
     @functools.cache
     def subject() -> Subject:
-        return subject_of("digits" if name == LEFT_OUT else name, seed, options)
+        return subject_of(whole, seed, options)
 
     base = kept("base model", None, lambda: subject().accuracies(None, False))
 
@@ -176,7 +167,7 @@ def one_seed(name: str, seed: int, options: Namespace, kept: Kept) -> Numbers:
             return builds(subject(), fl.Pool(adapters), tasks)
 
         rows: Numbers = {}
-        for method in FEW.get(name, ALL):
+        for method in ALL:
 
             def row(method: str = method) -> Numbers:
                 resized = rows.get(RESCALED.get(method, ""))
@@ -187,7 +178,7 @@ def one_seed(name: str, seed: int, options: Namespace, kept: Kept) -> Numbers:
             rows[method] = kept(method if held is None else f"{method}, without {held}", settings, row)
         return rows
 
-    if name == LEFT_OUT:
+    if name in LEFT_OUT:
         return {held: {"base model": base[held], **merged(held)} for held in base}
 
     def alone() -> float:
@@ -202,12 +193,12 @@ def tables(data: Mapping[str, Numbers]) -> Results:
     results = Results()
     for subject, seeds in data["results"].items():
         for found in seeds.values():
-            if subject == LEFT_OUT:
+            if subject in LEFT_OUT:
                 base = statistics.fmean(of["base model"] for of in found.values())
                 for name in ALL:
                     own, at_best = (statistics.fmean(of[name][k] for of in found.values()) for k in ("own", "swept"))
                     values = {"as it comes − base model": own - base, "swept − base model": at_best - base}
-                    results.add("Leave-one-out, four domains of digits", name, values)
+                    results.add(f"Leave-one-out, {SUBJECTS[LEFT_OUT[subject]]}", name, values)
                 continue
             title = f"Merging, {SUBJECTS[subject]}"
             swept = found["merged"]["sum"]["swept"]
@@ -224,7 +215,7 @@ def tables(data: Mapping[str, Numbers]) -> Results:
 
 def regrets(data: Mapping[str, Numbers]) -> dict[str, dict[str, list[float]]]:
     """By rule without data and pool, how far it stays below the sum at its best length, one value a seed."""
-    pools = {subject: seeds for subject, seeds in data["results"].items() if subject != LEFT_OUT}
+    pools = {subject: seeds for subject, seeds in data["results"].items() if subject not in LEFT_OUT}
     return {
         name: {
             subject: [of["merged"]["sum"]["swept"] - of["merged"][name]["own"] for of in seeds.values()]
@@ -248,14 +239,14 @@ def regret_table(data: Mapping[str, Numbers]) -> str:
 
 
 def main() -> None:
-    options = arguments(__doc__, "merge_methods", {}, seeds=5, subjects=[*SUBJECTS, LEFT_OUT])
+    options = arguments(__doc__, "merge_methods", {}, seeds=5, subjects=[*SUBJECTS, *LEFT_OUT])
     subjects = available(options.subjects, options)
     settings = {"lengths": LENGTHS, "further": [FURTHER, *LIMITS]}
     rows = {"inputs": INPUTS, "ssr inputs": SSR_INPUTS, "methods": METHODS, "parts": PARTS, "learned": LEARNED}
     data = measured("merge_methods", subjects, settings, options, one_seed, rows)
     results = tables(data)
     results.show()
-    table = regret_table(data) if set(data["results"]) - {LEFT_OUT} else ""
+    table = regret_table(data) if set(data["results"]) - set(LEFT_OUT) else ""
     console.print(table, markup=False)
     (options.out / "results.md").write_text(f"{results.markdown()}\n{table}\n")
     console.print(f"written: {options.out}/results.json, results.md")

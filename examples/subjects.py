@@ -31,6 +31,8 @@ SUBJECTS = {
     "texts": "four text tasks, MiniLM, LoRA r = 8",
     "antibodies": "four tasks on antibodies and peptides, AntiBERTy, LoRA r = 8",
 }
+LEFT_OUT = {"left_out": "digits", "left_out_texts": "texts", "left_out_antibodies": "antibodies"}
+"""Of what one task after the other is left out."""
 COPIES = 2  # more adapters of the first domain of the unbalanced pool
 TEXT_ROWS = {"movie": 500, "amazon": 500, "trec": 1000, "spam": 500}
 SEQUENCE_STEPS = 40  # of training
@@ -241,7 +243,7 @@ NEEDS = {  # what is imported, by the package that it comes from
 
 
 def needs(subject: str) -> dict[str, str]:
-    return NEEDS.get(subject, NEEDS["digits"])
+    return NEEDS.get(LEFT_OUT.get(subject, subject), NEEDS["digits"])
 
 
 def versions(subject: str) -> dict[str, str]:
