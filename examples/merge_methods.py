@@ -196,8 +196,10 @@ def tables(data: Mapping[str, Numbers]) -> Results:
             if subject in LEFT_OUT:
                 base = statistics.fmean(of["base model"] for of in found.values())
                 for name in ALL:
-                    own, at_best = (statistics.fmean(of[name][k] for of in found.values()) for k in ("own", "swept"))
-                    values = {"as it comes − base model": own - base, "swept − base model": at_best - base}
+                    rows = [of[name] for of in found.values()]
+                    values = {"as it comes − base model": statistics.fmean(row["own"] for row in rows) - base}
+                    if all("swept" in row for row in rows):  # else one is zero, which has no length
+                        values["swept − base model"] = statistics.fmean(row["swept"] for row in rows) - base
                     results.add(f"Leave-one-out, {SUBJECTS[LEFT_OUT[subject]]}", name, values)
                 continue
             title = f"Merging, {SUBJECTS[subject]}"
