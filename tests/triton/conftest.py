@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import subprocess
 import sys
@@ -27,9 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def oldest_triton() -> Path:
     """The oldest version that is supported, in a folder under build/."""
     folder = ROOT / "build" / f"triton-{OLDEST}"
-    if not (folder / f"triton-{OLDEST}.dist-info").exists():
-        command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run([*command, "--target", str(folder), f"triton=={OLDEST}"], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"Triton {OLDEST} cannot be installed here: {done.stderr.strip()[-300:]}")
+    folder.parent.mkdir(exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:  # tests that run in several processes install it once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / f"triton-{OLDEST}.dist-info").exists():
+            command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
+            command += ["--target", str(folder), f"triton=={OLDEST}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"Triton {OLDEST} cannot be installed here: {done.stderr.strip()[-300:]}")
     return folder
