@@ -132,14 +132,15 @@ def test_factors_are_computed_as_their_jobs_are(monkeypatch: pytest.MonkeyPatch)
 
 @needs_kernels
 def test_blocks_of_stored_factors_are_those_of_their_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the core reads of factors itself gives the bits of the jobs, and zeros where nothing was asked for; other
-    factors go by jobs, whatever the memory held."""
+    """What the core reads of factors itself, alone or side by side and scaled, gives the bits of the jobs, and zeros
+    where nothing was asked for; other factors go by jobs, whatever the memory held."""
     wide = gaussian(9, 8, seed=7)
     stored = [Factor.of("B", x) for x in (B, wide[:, ::2], wide[:, :1], B.bfloat16(), wide[:, :0])]
     others = [Factor.of("A", x) for x in (B.mT, gaussian(2, 9, seed=1), gaussian(5, 9, seed=3, dtype=torch.float64))]
     summed = [stored[0], stored[1].scaled(2.0), concatenate([stored[0], stored[2]])]
+    turned = [stored[0], stored[1].times(gaussian(4, 2, seed=8, dtype=torch.float64)), stored[2]]
     core = cpu._core.GramFactors
-    for factors in (stored, others, summed):
+    for factors in (stored, others, summed, turned):
         k, taken = len(factors), []
         asked = [(i, j) for i in range(k) for j in range(i, k) if (i, j) != (0, 1)]
 
@@ -160,7 +161,7 @@ def test_blocks_of_stored_factors_are_those_of_their_jobs(monkeypatch: pytest.Mo
                 ]
                 grams.run()
                 found.append(answers)
-        assert taken == [factors is not summed]
+        assert taken == [factors is not turned]
         for one, other in zip(*found, strict=True):
             assert torch.equal(one, other)
         left = [(f.stored if f.stored is not None else materialise_factor(f, torch.float64)).double() for f in factors]
