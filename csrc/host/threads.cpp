@@ -1,6 +1,7 @@
 // Threads that stay awake for a moment after their work and then sleep. Waking one takes as long as hundreds of small
 // matrices, and calls often follow one another closely; but a thread that went on looking out for work would take its
-// processor from others. So it looks out for about as long as waking it would take, and lets others go first meanwhile.
+// processor from others. So it looks out for as long as the steps between two kernels of a small decomposition take,
+// some times as long as waking it would, and lets others go first meanwhile.
 #include "fastlora/threads.h"
 
 #include <pthread.h>
@@ -18,7 +19,7 @@
 namespace fastlora {
 namespace {
 
-constexpr std::chrono::microseconds kAwake(100);
+constexpr std::chrono::microseconds kAwake(300);
 constexpr int kLooks = 16;  // between two looks at the clock
 constexpr int kMost = 1024;
 

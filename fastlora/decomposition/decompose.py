@@ -230,8 +230,8 @@ def decompose_pool(pool: Pool, settings: Settings) -> Components:
     def work() -> dict[str, ModuleResult]:
         results: dict[str, ModuleResult] = {}
         for part in _parts(pool, settings, "decomposing"):
-            blocks = read_chain_blocks(part, settings.side, settings.blocks_kind, checked=not settings.is_plain)
-            for result in shared_directions(blocks, settings):
+            blocks, chain = settings.read(part)
+            for result in shared_directions(blocks, settings, chain):
                 results[result.module] = result
         return results
 

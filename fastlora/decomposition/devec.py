@@ -18,10 +18,11 @@ from fastlora import ops
 from fastlora.analysis.chance import chance_edge
 from fastlora.core.updates import NO_NOISE, Noise, Update, joint_noise
 from fastlora.decomposition.weighted_chain import weighted_chain
-from fastlora.engine.blocks import ChainBlocks, require_finite_blocks
+from fastlora.engine.blocks import ChainBlocks, read_chain_blocks, require_finite_blocks
+from fastlora.engine.chain import ChainCuts, chain_of, read_chain
 from fastlora.engine.checks import check_size, raise_for_info
+from fastlora.engine.schedule import GroupPart
 from fastlora.engine.stream import current as streaming
-from fastlora.ops import dispatch
 from fastlora.reference import coefficients
 from fastlora.runtime import ranks
 from fastlora.runtime.memory import is_bounded
@@ -77,8 +78,8 @@ class Settings:
         """How many of ``k`` projected factors the shared directions are made of: the first ones."""
         return k if self.chain == "mean" else 1
 
-    def cuts(self, rtol: float) -> tuple[float, str, float, int, float]:
-        """What the op ``chain`` takes behind its tensors; ``rtol``: of a group."""
+    def cuts(self, rtol: float) -> ChainCuts:
+        """``rtol``: of a group."""
         threshold = 0.0 if isinstance(self.threshold, str) else self.threshold
         return threshold, self.chain, rtol, self.rank or 0, 1.0 if self.energy is None else self.energy
 
@@ -88,8 +89,14 @@ class Settings:
         if not self.is_plain:
             threshold, kind, _, rank, energy = cuts
             return weighted_chain(blocks, kind, threshold, self.rho or 0.0, (rank, energy))
-        # Past the checks of the op: the blocks are as the engine makes them, and the cuts were checked.
-        return ops.Chain(*dispatch.run("chain", blocks.projected, blocks.other, blocks.floor, *cuts))
+        return chain_of(blocks, cuts)
+
+    def read(self, part: GroupPart) -> tuple[ChainBlocks, ops.Chain]:
+        """The Gram blocks of a part and their chain."""
+        if self.is_plain:
+            return read_chain(part, self.side, self.blocks_kind, self.cuts(part.group.rtol))
+        blocks = read_chain_blocks(part, self.side, self.blocks_kind)
+        return blocks, self.run(blocks)
 
 
 LATER_BYTES = 2 * 2**20
@@ -232,9 +239,10 @@ def unique_noise(update: Update, rtol: float, largest: float) -> Noise:
     return own if update.noise is NO_NOISE else joint_noise([update.noise, own])
 
 
-def shared_directions(blocks: ChainBlocks, settings: Settings) -> list[ModuleResult]:
-    """Chain and threshold for every module of the blocks, then MATH (7)–(10) in coefficients."""
-    chain = settings.run(blocks)
+def shared_directions(blocks: ChainBlocks, settings: Settings, chain: ops.Chain | None = None) -> list[ModuleResult]:
+    """Chain and threshold for every module of the blocks, then MATH (7)–(10) in coefficients. ``chain``: of the blocks,
+    where there is one."""
+    chain = settings.run(blocks) if chain is None else chain
     if any(chain.info.tolist()):
         require_finite_blocks(blocks, settings.side)
         raise_for_info(blocks.modules, chain.info)

@@ -146,12 +146,17 @@ def read_chain_blocks(
     checked by :func:`require_finite_blocks`, unless the caller does that where a chain finds something amiss."""
     grams = GramPass()
     blocks = ask_chain_blocks(grams, part, side, kind, exact=exact)
-    grams.run()
+    read_asked(grams, blocks)
     if checked:
         require_finite_blocks(blocks, side)
+    return blocks
+
+
+def read_asked(grams: GramPass, blocks: ChainBlocks) -> None:
+    """Reads what was asked for, and gives back the factors where memory is bounded."""
+    grams.run()
     if is_bounded():
         release(sources(u for row in blocks.updates for u in row))
-    return blocks
 
 
 def require_finite_blocks(blocks: ChainBlocks, side: str) -> None:

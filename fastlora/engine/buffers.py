@@ -14,8 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastlora.core.data import LoraData
 from fastlora.core.float64 import of_float64
 from fastlora.core.updates import tensors
-from fastlora.runtime.memory import advise
-from fastlora.runtime.system import HUGE_PAGES
+from fastlora.runtime import kept_memory
 
 ALIGNMENT = 128  # bytes: a line of the device's cache, and a multiple of the 16 that its widest loads need
 COPYING = 8  # threads that fill a staging buffer
@@ -150,7 +149,7 @@ def origin(tensor: Tensor) -> Tensor | None:
 class ResultRoom:
     """Memory for results, handed out piece by piece and reused after :meth:`reserve`.
 
-    It is asked for in huge pages: touching new memory in small ones would take as long as computing what goes there.
+    On the host it is memory of earlier results where some is left (:mod:`fastlora.runtime.kept_memory`).
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -162,10 +161,10 @@ class ResultRoom:
         """Room for ``size`` bytes; what was handed out before is given up."""
         self._used = 0
         if self._block.nbytes < size:
-            self._block = torch.empty(padded(size), dtype=torch.uint8, device=self._block.device)
+            size, device = padded(size), self._block.device
+            on_host = device.type == "cpu"
+            self._block = kept_memory.block(size) if on_host else torch.empty(size, dtype=torch.uint8, device=device)
             self._typed = {}
-            if self._block.is_cpu:
-                advise(self._block, HUGE_PAGES)
 
     def take(self, shape: tuple[int, int], dtype: torch.dtype, count: int) -> Sequence[Tensor]:
         """Uninitialised matrices of one shape in the room."""

@@ -18,12 +18,12 @@ from fastlora import ops
 from fastlora.core.factors import Factor, Term
 from fastlora.core.updates import Update, exact_rtol
 from fastlora.engine import shares
-from fastlora.engine.blocks import ChainBlocks, read_chain_blocks, require_finite_blocks
+from fastlora.engine.blocks import ChainBlocks
+from fastlora.engine.chain import ChainCuts, chain_of, read_chain
 from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.schedule import GroupPart, one_adapter, parts, rtol_or_default
 from fastlora.engine.stream import current
 from fastlora.errors import InputError
-from fastlora.ops import dispatch
 from fastlora.reference.chain import ARITHMETIC, arithmetic_noise
 
 # Directions up to this times the noise of the arithmetic may be lost; and the share of Σσ² from which on it counts.
@@ -162,22 +162,17 @@ def _read_cuts(part: GroupPart, rank: int | None, energy: float | None, exact: b
     """The cuts of some modules of one rank, through the Gram cache in use; ``None``: that rank is zero."""
     if part.group.ranks == (0,):
         return None
-    blocks = read_chain_blocks(part, "left", "chain", exact=exact, checked=False)
-    chain = _chain(blocks, part.group.rtol, rank, energy)
-    if any(chain.info.tolist()):
-        require_finite_blocks(blocks, "left")
-    return _cuts(blocks, chain)
+    return _cuts(*read_chain(part, "left", "chain", _whitening(part.group.rtol, rank, energy), exact=exact))
 
 
 def cuts_of(blocks: ChainBlocks, rtol: float, rank: int | None, energy: float | None) -> Cuts:
     """The cuts of updates, one a module, from their blocks ``[g, 1, 1, r, r]`` and ``[g, 1, r, r]``."""
-    return _cuts(blocks, _chain(blocks, rtol, rank, energy))
+    return _cuts(blocks, chain_of(blocks, _whitening(rtol, rank, energy)))
 
 
-def _chain(blocks: ChainBlocks, rtol: float, rank: int | None, energy: float | None) -> ops.Chain:
-    """The whitening alone. Past the checks of the op: the blocks are as the engine makes them."""
-    cuts = 0.0, "product", rtol, rank or 0, 1.0 if energy is None else energy
-    return ops.Chain(*dispatch.run("chain", blocks.projected, blocks.other, blocks.floor, *cuts))
+def _whitening(rtol: float, rank: int | None, energy: float | None) -> ChainCuts:
+    """Of a chain of one update each."""
+    return 0.0, "product", rtol, rank or 0, 1.0 if energy is None else energy
 
 
 def _cuts(blocks: ChainBlocks, chain: ops.Chain) -> Cuts:

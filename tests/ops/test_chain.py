@@ -8,13 +8,14 @@ import pools
 import pytest
 import torch
 from builders import gaussian
-from compiled import needs_same_bits
+from compiled import needs_kernels, needs_same_bits
 from factors import BACKENDS, same_bits, strided
 from tolerances import FLOAT64, GRAM64, ROOT64, SUBSPACE64, WEAK64
 from torch import Tensor
 
 import fastlora as fl
-from fastlora.ops.chain import CHAINS
+from fastlora.ops import dispatch
+from fastlora.ops.chain import CHAINS, results
 from fastlora.reference.devec import Dense, devec
 
 pytestmark = pytest.mark.portable
@@ -279,3 +280,22 @@ def test_shapes(left: tuple[int, ...], right: tuple[int, ...], error: type[Excep
 def test_float32_blocks_are_refused() -> None:
     with pytest.raises(TypeError, match="`right` must be float64"):
         fl.ops.chain(gaussian(2, 2, 3, 3, seed=0, dtype=torch.float64), gaussian(2, 3, 3, seed=0))
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", CHAINS)
+def test_a_prepared_chain_takes_what_the_blocks_hold_when_it_runs(kind: str) -> None:
+    left, right = blocks_of(*stack(pools.planted(3)), kind)
+    floor, cuts = torch.zeros(3, dtype=torch.float64), (0.5, kind, 1e-9, 2, 1.0)
+    with fl.use_backend("cpu"):
+        found = [x.clone() for x in fl.ops.chain(left, right, threshold=0.5, kind=kind, rtol=1e-9, rank=2)]
+        later, out = torch.empty_like(left), results(left, kind)
+        prepare = dispatch.resolve("chain", later, right, floor, *cuts).prepare
+        assert prepare is not None
+        prepared = prepare(later, right, floor, *cuts, out)
+        for numbers in (2.0 * left, left):
+            later.copy_(numbers)
+            prepared.run()
+        assert all(map(torch.equal, out, found))
+        with pytest.raises(ValueError, match="without gaps"):
+            prepare(later, right.mT, floor, *cuts, out)
