@@ -120,7 +120,7 @@ def worktree(root: Path, revision: str) -> Iterator[Revision]:
             added = git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
             if added.returncode != 0:
                 raise InputError(f"git could not make a worktree of {revision}: {children.last_words(added)}")
-            yield Revision(f"{revision} ({commit[:7]})", tree)
+            yield Revision(revision if commit.startswith(revision) else f"{revision} ({commit[:7]})", tree)
         finally:
             signals.hold()  # a second Ctrl-C comes after this
             try:

@@ -103,6 +103,13 @@ def test_both_are_timed_in_turn(root: Path) -> None:
     assert told[0].startswith(f"building HEAD ({git(root, 'rev-parse', 'HEAD')[:7]}) with the options of CMAKE_ARGS")
 
 
+def test_a_commit_is_named_once(root: Path) -> None:
+    head = git(root, "rev-parse", "HEAD")
+    for revision, name in ((head[:9], head[:9]), (head, head), ("HEAD~0", f"HEAD~0 ({head[:7]})")):
+        with worktrees.worktree(root, revision) as base:
+            assert base.name == name
+
+
 def test_the_ratio_is_the_median_of_neighbouring_runs() -> None:
     def rows(*seconds: float) -> list[revisions.Times]:
         return [{"gram": {1: s}} for s in seconds]
