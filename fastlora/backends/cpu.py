@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastlora.backends import cpu_tiles, padded
 from fastlora.backends.padded import aligned
-from fastlora.backends.rows import ChainRow, packed, packed_numbers
-from fastlora.ops.chain import Chain, results
+from fastlora.backends.rows import ChainCall, packed, packed_numbers
 from fastlora.ops.coefficients import fill
 from fastlora.ops.difference_products import DifferenceProducts
 from fastlora.ops.dispatch import Kernel, always
@@ -158,50 +157,18 @@ def _svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ut.mT, s, vt, info
 
 
-def _chain(
-    left: Tensor,
-    right: Tensor,
-    floor: Tensor | None,
-    threshold: float,
-    kind: str,
-    rtol: float,
-    rank: int,
-    energy: float,
-) -> tuple[Tensor, ...]:
-    left, right = aligned(left), aligned(right)
-    floor = left.new_zeros(left.shape[:-3]) if floor is None else aligned(floor)
-    out = results(left, kind)
-    PreparedChain(left, right, floor, threshold, kind, rtol, rank, energy, out).run()
-    return tuple(out)
-
-
 class PreparedChain:
-    """The arguments of ``chain``, packed: :meth:`run` fills ``out`` from what the tensors hold by then, which lie
-    without gaps."""
+    """A chain on tensors that stay where they are: :meth:`run` computes it from what they hold by then."""
 
-    def __init__(
-        self,
-        left: Tensor,
-        right: Tensor,
-        floor: Tensor,
-        threshold: float,
-        kind: str,
-        rtol: float,
-        rank: int,
-        energy: float,
-        out: Chain,
-    ) -> None:
-        if any([aligned(x) is not x for x in (left, right, floor)]):
-            raise ValueError("a prepared chain takes tensors without gaps, at addresses that their elements may have")
-        self._tensors = left, right, floor, out
-        cuts = threshold, rtol, rank, energy
-        row = ChainRow.of(left, right, floor, out, _core.CHAIN_KINDS, kind, *cuts, threads=torch.get_num_threads())
-        self._row = packed(row, _core.CHAIN_FIELDS) if left.numel() else None
+    def __init__(self, *arguments: Any) -> None:
+        self._call = ChainCall(*arguments)
+        self._row = self._call.row(_core.CHAIN_KINDS, torch.get_num_threads())
 
     def run(self) -> None:
         """Computes the chain of every module."""
-        if self._row is not None:
-            _core.chain(self._row)
+        if self._call.left.numel():
+            row = self._row._replace(threads=torch.get_num_threads())
+            _core.chain(packed(row, _core.CHAIN_FIELDS))
 
 
 def _similarity(left: Tensor, right: Tensor, starts: Tensor, kept: Tensor, split: int) -> tuple[Tensor, Tensor]:
@@ -270,7 +237,7 @@ KERNELS: Mapping[str, Kernel] = {
     "gram": Kernel(functools.partial(padded.gram, _gram_pass), _supports),
     "eigh": Kernel(_eigh, _supports),
     "svd": Kernel(_svd, _supports),
-    "chain": Kernel(_chain, _supports, PreparedChain),
+    "chain": Kernel(functools.partial(padded.chain, PreparedChain), _supports, PreparedChain),
     "combine": Kernel(functools.partial(padded.combine, _combine_pass), _supports),
     "coefficients": Kernel(fill, _supports),
     "finite": Kernel(_finite, _supports),

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends.padded import aligned
-from fastlora.backends.rows import ChainRow, CoefficientsRow, packed
-from fastlora.ops.chain import Chain, results
+from fastlora.backends.padded import aligned, chain
+from fastlora.backends.rows import ChainCall, CoefficientsRow, packed
 from fastlora.ops.coefficients import PartCoefficients
 from fastlora.ops.dispatch import Kernel
 
@@ -177,24 +176,9 @@ class PreparedChain:
     Its inputs and results are contiguous; the workspace is allocated here, once.
     """
 
-    def __init__(
-        self,
-        left: Tensor,
-        right: Tensor,
-        floor: Tensor,
-        threshold: float,
-        kind: str,
-        rtol: float,
-        rank: int,
-        energy: float,
-        out: Chain,
-    ) -> None:
-        self._tensors = (left, right, floor, *out)
-        for tensor in self._tensors:
-            if not tensor.is_contiguous() or tensor.data_ptr() % tensor.element_size():
-                raise ValueError(f"chain: a plan needs contiguous tensors, got strides {tensor.stride()}")
-        cuts = threshold, rtol, rank, energy
-        row = ChainRow.of(left, right, floor, out, _core.CHAIN_KINDS, kind, *cuts, threads=0)
+    def __init__(self, *arguments: Any) -> None:
+        self._call = ChainCall(*arguments)
+        row, left = self._call.row(_core.CHAIN_KINDS, 0), self._call.left
         with _on(left.device):
             error, size = _module.cuda_chain_workspace(row.groups, row.k, row.r, row.width, row.kind)
         _raise_for("chain", error)
@@ -204,23 +188,6 @@ class PreparedChain:
     def run(self) -> None:
         """Starts the chain on the current stream, without waiting for it."""
         _launch("chain", _module.cuda_chain, self._workspace.device, self._row, self._workspace)
-
-
-def _chain(
-    left: Tensor,
-    right: Tensor,
-    floor: Tensor | None,
-    threshold: float,
-    kind: str,
-    rtol: float,
-    rank: int,
-    energy: float,
-) -> tuple[Tensor, ...]:
-    left, right = aligned(left), aligned(right)
-    floor = left.new_zeros(left.shape[:-3]) if floor is None else aligned(floor)
-    out = results(left, kind)
-    PreparedChain(left, right, floor, threshold, kind, rtol, rank, energy, out).run()
-    return tuple(out)
 
 
 def _supports_coefficients(
@@ -259,7 +226,7 @@ def _coefficients(*arguments: Any) -> None:
 
 
 KERNELS: Mapping[str, Kernel] = {
-    "chain": Kernel(_chain, _supports_chain, PreparedChain),
+    "chain": Kernel(functools.partial(chain, PreparedChain), _supports_chain, PreparedChain),
     "coefficients": Kernel(_coefficients, _supports_coefficients, PreparedCoefficients),
     "eigh": Kernel(_eigh, _supports_eigh),
     "svd": Kernel(_svd, _supports_svd),

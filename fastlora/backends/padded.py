@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastlora.ops.chain import results
+from fastlora.ops.dispatch import Launches
 from fastlora.ops.gram import blocks_of
 from fastlora.ops.passes import CombineJob, CombineOutput, CombineTerm, GramJob
 
@@ -73,3 +75,22 @@ def combine(
         jobs.append(CombineJob(own_factors, [CombineOutput.into(to[m], terms)], rows))
     run(jobs)
     return out
+
+
+def chain(
+    prepare: Callable[..., Launches],
+    left: Tensor,
+    right: Tensor,
+    floor: Tensor | None,
+    threshold: float,
+    kind: str,
+    rtol: float,
+    rank: int,
+    energy: float,
+) -> tuple[Tensor, ...]:
+    """``fastlora.ops.chain`` by its prepared form."""
+    left, right = aligned(left), aligned(right)
+    floor = left.new_zeros(left.shape[:-3]) if floor is None else aligned(floor)
+    out = results(left, kind)
+    prepare(left, right, floor, threshold, kind, rtol, rank, energy, out).run()
+    return tuple(out)

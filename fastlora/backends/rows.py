@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastlora.backends.padded import aligned
 from fastlora.ops.chain import Chain, width
 from fastlora.ops.coefficients import PartCoefficients
 
@@ -36,12 +37,27 @@ class ChainRow(NamedTuple):
     energy: float
     threads: int
 
-    @staticmethod
-    def of(
-        left: Tensor, right: Tensor, floor: Tensor, out: Chain, kinds: dict[str, int], kind: str,
-        threshold: float, rtol: float, rank: int, energy: float, threads: int,
-    ) -> ChainRow:  # fmt: skip
-        """``kinds``: the module's number of every kind of chain."""
+
+class ChainCall(NamedTuple):
+    """What a prepared ``chain`` is given: the arguments of the op, and its results."""
+
+    left: Tensor
+    right: Tensor
+    floor: Tensor
+    threshold: float
+    kind: str
+    rtol: float
+    rank: int
+    energy: float
+    out: Chain
+
+    def row(self, kinds: dict[str, int], threads: int) -> ChainRow:
+        """``kinds``: the module's number of every kind of chain. Raises :class:`ValueError` for tensors that a kernel
+        cannot read by plain pointers."""
+        left, right, floor, threshold, kind, rtol, rank, energy, out = self
+        for tensor in (left, right, floor, *out):
+            if aligned(tensor) is not tensor:
+                raise ValueError(f"chain: a plan needs contiguous tensors, got strides {tensor.stride()}")
         *_, k, _, r, _ = left.shape
         basis, values, shared, kept, sigma, info = [tensor.data_ptr() for tensor in out]
         return ChainRow(

@@ -18,7 +18,7 @@ from fastlora import ops
 from fastlora.analysis.chance import chance_edge
 from fastlora.core.updates import NO_NOISE, Noise, Update, joint_noise
 from fastlora.decomposition.weighted_chain import weighted_chain
-from fastlora.engine.blocks import ChainBlocks, read_chain_blocks, require_finite_blocks
+from fastlora.engine.blocks import ChainBlocks, read_chain_blocks
 from fastlora.engine.chain import ChainCuts, chain_of, read_chain
 from fastlora.engine.checks import check_size, raise_for_info
 from fastlora.engine.schedule import GroupPart
@@ -79,7 +79,7 @@ class Settings:
         return k if self.chain == "mean" else 1
 
     def cuts(self, rtol: float) -> ChainCuts:
-        """``rtol``: of a group."""
+        """What the op ``chain`` takes of them; ``rtol``: of a group."""
         threshold = 0.0 if isinstance(self.threshold, str) else self.threshold
         return threshold, self.chain, rtol, self.rank or 0, 1.0 if self.energy is None else self.energy
 
@@ -243,9 +243,7 @@ def shared_directions(blocks: ChainBlocks, settings: Settings, chain: ops.Chain 
     """Chain and threshold for every module of the blocks, then MATH (7)–(10) in coefficients. ``chain``: of the blocks,
     where there is one."""
     chain = settings.run(blocks) if chain is None else chain
-    if any(chain.info.tolist()):
-        require_finite_blocks(blocks, settings.side)
-        raise_for_info(blocks.modules, chain.info)
+    raise_for_info(blocks.modules, chain.info)
     movers = settings.movers(len(blocks.group.members))
     taken = settings.taken(blocks, chain)
     if taken is None:

@@ -139,16 +139,13 @@ def ask_chain_blocks(grams: GramPass, part: GroupPart, side: str, kind: str, *, 
     return ChainBlocks(part.modules, names, updates, projected, other, floor.to(projected.device), part.group)
 
 
-def read_chain_blocks(
-    part: GroupPart, side: str, kind: str, *, exact: bool = False, checked: bool = True
-) -> ChainBlocks:
+def read_chain_blocks(part: GroupPart, side: str, kind: str, *, exact: bool = False) -> ChainBlocks:
     """:func:`ask_chain_blocks`, read in one pass over both sides' factors or taken from the Gram cache in use, and
-    checked by :func:`require_finite_blocks`, unless the caller does that where a chain finds something amiss."""
+    checked by :func:`require_finite_blocks`."""
     grams = GramPass()
     blocks = ask_chain_blocks(grams, part, side, kind, exact=exact)
     read_asked(grams, blocks)
-    if checked:
-        require_finite_blocks(blocks, side)
+    require_finite_blocks(blocks, side)
     return blocks
 
 
